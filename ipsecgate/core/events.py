@@ -1,0 +1,164 @@
+"""What happened outside, as data. `now` is monotonic seconds, stamped by the shell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ipsecgate.core.flow import Address, Flow, Network, TrafficSelector
+from ipsecgate.core.ipsec import Mode, Sa, SaId, SpdEntry, SpdKey
+
+# --- kernel: XFRM notifications -------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySet:
+    """An outbound policy is in: XFRM_MSG_NEWPOLICY or XFRM_MSG_UPDPOLICY."""
+
+    entry: SpdEntry
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGone:
+    """An outbound policy is out: XFRM_MSG_DELPOLICY, or POLEXPIRE with hard set."""
+
+    key: SpdKey
+
+
+@dataclass(frozen=True, slots=True)
+class PoliciesFlushed:
+    """XFRM_MSG_FLUSHPOLICY: resynchronise, the message does not say what was kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaSet:
+    """A state is in: XFRM_MSG_NEWSA or XFRM_MSG_UPDSA (either direction)."""
+
+    sa: Sa
+
+
+@dataclass(frozen=True, slots=True)
+class SaGone:
+    """A state is out: XFRM_MSG_DELSA, or EXPIRE with hard set (no DELSA follows)."""
+
+    id: SaId
+
+
+@dataclass(frozen=True, slots=True)
+class SasFlushed:
+    """XFRM_MSG_FLUSHSA: resynchronise."""
+
+
+XfrmEvent = PolicySet | PolicyGone | PoliciesFlushed | SaSet | SaGone | SasFlushed
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSnapshot:
+    """Everything a dump of SPD (outbound) and SAD showed."""
+
+    policies: tuple[SpdEntry, ...]
+    sas: tuple[Sa, ...]
+
+
+# --- kernel: routes --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SourcesResolved:
+    """Which source address an unbound socket gets, by destination network.
+
+    None: no route. Longest prefix wins, as in the route table it was read from.
+    """
+
+    sources: tuple[tuple[Network, Address | None], ...]
+
+
+# --- the hook --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FlowRefused:
+    """The hook refused a flow (in audit mode: would have)."""
+
+    flow: Flow
+    reason: int
+    pid: int
+    comm: str
+    cgroup: int
+
+
+# --- IKE -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ChildConfig:
+    """A CHILD_SA configuration that strongSwan has loaded, by IKE and child name.
+
+    `local` and `remote` are its traffic selectors; a `dynamic` one is resolved
+    to the IKE address where that is configured, else left out; a range of
+    addresses becomes the networks that make it up.
+    """
+
+    ike: str
+    child: str
+    mode: Mode
+    local: tuple[TrafficSelector, ...]
+    remote: tuple[TrafficSelector, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSa:
+    """An established CHILD_SA as `list-sas` shows it. SPIs are host order."""
+
+    ike: str
+    child: str
+    reqid: int
+    spi_in: int
+    spi_out: int
+    remote_host: Address
+
+
+@dataclass(frozen=True, slots=True)
+class IkeConnected:
+    """The IKE daemon answers: what it has loaded, what it has established, its pid."""
+
+    children: tuple[ChildConfig, ...]
+    established: tuple[ChildSa, ...]
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class IkeGone:
+    """The IKE daemon does not answer. What it had installed is not trusted."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NegotiationFailed:
+    """A negotiation that the gate asked for ended without a CHILD_SA."""
+
+    ike: str
+    child: str
+    cause: str
+
+
+# --- time ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """A timer that the core asked for (`StartTimer`) ran out."""
+
+    name: str
+
+
+Event = (
+    XfrmEvent
+    | KernelSnapshot
+    | SourcesResolved
+    | FlowRefused
+    | IkeConnected
+    | IkeGone
+    | NegotiationFailed
+    | TimerFired
+)

@@ -1,0 +1,107 @@
+"""The kernel's IPsec databases in RFC 4301's words: SPD entries and SAs.
+
+Only the outbound direction: what an application sends. A wildcard address (all
+zero on the wire) is None. Numbers are host order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from ipsecgate.core.flow import Address, Selector
+
+ESP = 50
+AH = 51
+COMP = 108
+
+
+class Action(IntEnum):
+    """What a policy asks for. Source: RFC 4301 section 4.4.1; values are the map's (gate.h)."""
+
+    PROTECT = 1
+    BYPASS = 2
+    DISCARD = 3
+
+
+class Mode(IntEnum):
+    """XFRM_MODE_* of linux/xfrm.h; modes unknown here are refused by the decoder."""
+
+    TRANSPORT = 0
+    TUNNEL = 1
+    ROUTEOPTIMIZATION = 2
+    IN_TRIGGER = 3
+    BEET = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A flow's mark matches when (mark & mask) == value; mask 0 is any."""
+
+    value: int = 0
+    mask: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What a packet needs: struct xfrm_user_tmpl. `spi` and `reqid` 0: any."""
+
+    proto: int
+    mode: Mode
+    reqid: int
+    spi: int = 0
+    saddr: Address | None = None
+    daddr: Address | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SpdKey:
+    """What identifies an outbound policy in the kernel: one per key."""
+
+    selector: Selector
+    mark: Mark = field(default_factory=Mark)
+    if_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpdEntry:
+    """An outbound policy: struct xfrm_userpolicy_info. Lowest `priority` number wins."""
+
+    key: SpdKey
+    priority: int
+    action: Action
+    templates: tuple[Template, ...] = ()
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SaId:
+    """(destination, SPI, protocol): what names an SA on the wire. Source: RFC 4301 4.1."""
+
+    daddr: Address
+    spi: int
+    proto: int
+
+    def __str__(self) -> str:
+        return f"{self.spi:08x} to {self.daddr}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sa:
+    """A state of the SAD: struct xfrm_usersa_info with its attributes.
+
+    `selector` None: the state's own selector is empty and matches every flow.
+    `larval`: no algorithm or SPI 0, so it protects nothing.
+    `hard_lifetime`: seconds from installation to hard expiry, None = unlimited.
+    """
+
+    id: SaId
+    saddr: Address
+    reqid: int
+    mode: Mode
+    selector: Selector | None = None
+    mark: Mark = field(default_factory=Mark)
+    if_id: int = 0
+    larval: bool = False
+    hard_lifetime: int | None = None
