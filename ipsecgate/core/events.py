@@ -77,10 +77,15 @@ class SourcesResolved:
 
 @dataclass(frozen=True, slots=True)
 class FlowRefused:
-    """The hook refused a flow (in audit mode: would have)."""
+    """The hook refused a flow (in audit mode: would have).
+
+    `reason` is a layout.Reason; `policy` is its place in the configuration,
+    None where no policy names the flow.
+    """
 
     flow: Flow
     reason: int
+    policy: int | None
     pid: int
     comm: str
     cgroup: int

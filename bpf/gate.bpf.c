@@ -1,0 +1,270 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * The gate: four hooks over one verdict. They run in the caller's connect(),
+ * sendto() or sendmsg(), before TCP or UDP knows of it (US 7,028,332, claim 1).
+ *
+ *   policy: must this flow be protected?   none -> the default, BYPASS -> go
+ *   exempt: loopback, the IKE daemon       -> go
+ *   SPD:    which kernel policy wins for it, and is an SA live under it?
+ *           live -> go, anything else -> refused, and one event for userspace
+ *
+ * Whatever is unknown (no table, no source address) is a refusal.
+ */
+#include "gate.h"
+
+#define __always_inline inline __attribute__((always_inline))
+
+#define EPERM 1
+#define AF_INET 4
+#define AF_INET6 6
+
+BPF_ARRAY(settings, __u64, GATE_SETTINGS);
+BPF_ARRAY(masks, struct gate_masks, GATE_TABLES * GATE_BUFFERS);
+BPF_HASH(entries, struct gate_key, struct gate_entry, GATE_ENTRIES);
+BPF_LPM_TRIE(sources, struct gate_route, struct gate_source, GATE_SOURCES);
+BPF_TABLE("lru_hash", struct gate_key, __u64, recent, GATE_RECENT);
+BPF_PERCPU_ARRAY(counters, __u64, GATE_COUNTERS);
+BPF_RINGBUF_OUTPUT(events, GATE_RING_PAGES);
+
+static __always_inline __u64 setting(int which)
+{
+	__u64 *word = settings.lookup(&which);
+
+	return word ? *word : 0;
+}
+
+static __always_inline void count(int reason)
+{
+	__u64 *counter = counters.lookup(&reason);
+
+	if (counter)
+		*counter += 1;
+}
+
+/* First match in tuple order; 0: no entry matches. */
+static __always_inline struct gate_entry *classify(__u32 table, __u64 epoch,
+						   const struct gate_key *flow)
+{
+	int space = table * GATE_BUFFERS + (epoch % GATE_BUFFERS);
+	struct gate_masks *list = masks.lookup(&space);
+	struct gate_entry *entry;
+	struct gate_key key;
+
+	if (!list)
+		return 0;
+	for (int i = 0; i < GATE_TUPLES; i++) {
+		const struct gate_key *mask = &list->mask[i];
+
+		if (!mask->tuple)
+			break;
+		for (int word = 0; word < 4; word++) {
+			key.saddr[word] = flow->saddr[word] & mask->saddr[word];
+			key.daddr[word] = flow->daddr[word] & mask->daddr[word];
+		}
+		key.sport = flow->sport & mask->sport;
+		key.dport = flow->dport & mask->dport;
+		key.proto = flow->proto & mask->proto;
+		key.family = flow->family;
+		key.space = space;
+		key.tuple = i;
+		entry = entries.lookup(&key);
+		if (entry)
+			return entry;
+	}
+	return 0;
+}
+
+static __always_inline int is_zero(const __u32 *addr)
+{
+	return !(addr[0] | addr[1] | addr[2] | addr[3]);
+}
+
+/* 127.0.0.0/8, ::1, and the unspecified addresses, which the kernel connects to
+ * loopback. They never leave the host, and IPv6's is not exempt from XFRM. */
+static __always_inline int is_loopback(const struct gate_key *flow)
+{
+	const __u32 *d = flow->daddr;
+
+	if (flow->family == AF_INET)
+		return !d[3] || (d[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return !(d[0] | d[1] | d[2]) && (!d[3] || d[3] == bpf_htonl(1));
+}
+
+static __always_inline int is_exempt(const struct gate_key *flow)
+{
+	__u64 ike = setting(GATE_IKE);
+
+	return is_loopback(flow) || (ike && bpf_get_current_pid_tgid() >> 32 == ike);
+}
+
+static __always_inline void tell(const struct gate_key *flow, __u32 reason, __u32 policy,
+				 __u32 hook)
+{
+	struct gate_key topic = *flow;
+	__u64 now = bpf_ktime_get_ns();
+	__u64 *last;
+	struct gate_event *event;
+
+	topic.sport = 0; /* a retrying client has a new one each time */
+	topic.tuple = reason;
+	last = recent.lookup(&topic);
+	if (last && now - *last < GATE_EVENT_INTERVAL_NS)
+		return;
+	event = events.ringbuf_reserve(sizeof(*event));
+	if (!event) {
+		count(GATE_EVENTS_LOST);
+		return;
+	}
+	event->ns = now;
+	event->cgroup = bpf_get_current_cgroup_id();
+	event->flow = *flow;
+	event->reason = reason;
+	event->policy = policy;
+	event->pid = bpf_get_current_pid_tgid() >> 32;
+	event->hook = hook;
+	bpf_get_current_comm(event->comm, sizeof(event->comm));
+	events.ringbuf_submit(event, 0);
+	recent.update(&topic, &now);
+}
+
+static __always_inline int allow(int reason)
+{
+	count(reason);
+	return 1;
+}
+
+static __always_inline int refuse(const struct gate_key *flow, int reason,
+				  const struct gate_entry *policy, __u32 hook)
+{
+	__u32 error = policy ? policy->error : setting(GATE_ERROR);
+
+	count(reason);
+	tell(flow, reason, policy ? policy->id : ~0U, hook);
+	if (setting(GATE_AUDIT)) {
+		count(GATE_AUDITED);
+		return 1;
+	}
+	if (error > EPERM)
+		bpf_set_retval(-(int)error);
+	return 0;
+}
+
+/* Fill in the source that the kernel's routing would choose; 0: unknown. */
+static __always_inline int has_source(struct gate_key *flow)
+{
+	struct gate_route route = { .prefixlen = 128 };
+	struct gate_source *source;
+
+	if (flow->family == AF_INET ? flow->saddr[3] : !is_zero(flow->saddr))
+		return 1;
+	__builtin_memcpy(route.daddr, flow->daddr, sizeof(route.daddr));
+	source = sources.lookup(&route);
+	if (!source || is_zero(source->saddr))
+		return 0;
+	__builtin_memcpy(flow->saddr, source->saddr, sizeof(flow->saddr));
+	return 1;
+}
+
+static __always_inline int verdict(struct gate_key *flow, __u32 hook)
+{
+	__u64 epoch = setting(GATE_EPOCH + GATE_POLICY);
+	struct gate_entry *policy = epoch ? classify(GATE_POLICY, epoch, flow) : 0;
+	struct gate_entry *winner;
+
+	if (policy && policy->state == GATE_BYPASS)
+		return allow(GATE_ALLOW_BYPASS);
+	if (!policy && epoch && !setting(GATE_DENY))
+		return allow(GATE_ALLOW_DEFAULT);
+	if (is_exempt(flow))
+		return allow(GATE_ALLOW_EXEMPT);
+	if (!epoch)
+		return refuse(flow, GATE_REFUSE_NOT_READY, 0, hook);
+	if (!policy)
+		return refuse(flow, GATE_REFUSE_DEFAULT, 0, hook);
+	if (policy->state != GATE_PROTECT)
+		return refuse(flow, GATE_REFUSE_DISCARD, policy, hook);
+	if (!has_source(flow))
+		return refuse(flow, GATE_REFUSE_NO_SOURCE, policy, hook);
+	winner = classify(GATE_SPD, setting(GATE_EPOCH + GATE_SPD), flow);
+	if (!winner || winner->state != GATE_LIVE)
+		return refuse(flow, GATE_REFUSE_UNCOVERED, policy, hook);
+	return allow(GATE_ALLOW_COVERED);
+}
+
+static __always_inline void map_v4(__u32 *addr, __u32 v4)
+{
+	addr[0] = 0;
+	addr[1] = 0;
+	addr[2] = bpf_htonl(0xffff);
+	addr[3] = v4;
+}
+
+/* sk's source is what the socket is bound to; its port is in host order. */
+static __always_inline int gate_v4(struct bpf_sock_addr *ctx, __u32 saddr, __u32 hook)
+{
+	struct gate_key flow = { .family = AF_INET, .proto = ctx->protocol };
+	struct bpf_sock *sk = ctx->sk;
+
+	if (!saddr && sk)
+		saddr = sk->src_ip4;
+	if (sk)
+		flow.sport = bpf_htons(sk->src_port);
+	map_v4(flow.saddr, saddr);
+	map_v4(flow.daddr, ctx->user_ip4);
+	flow.dport = ctx->user_port;
+	return verdict(&flow, hook);
+}
+
+/* A v4-mapped destination leaves as IPv4, through whichever socket it came. */
+static __always_inline int gate_v6(struct bpf_sock_addr *ctx, __u32 *saddr, __u32 hook)
+{
+	struct gate_key flow = { .family = AF_INET6, .proto = ctx->protocol };
+	struct bpf_sock *sk = ctx->sk;
+
+	flow.daddr[0] = ctx->user_ip6[0];
+	flow.daddr[1] = ctx->user_ip6[1];
+	flow.daddr[2] = ctx->user_ip6[2];
+	flow.daddr[3] = ctx->user_ip6[3];
+	flow.dport = ctx->user_port;
+	if (sk) {
+		flow.sport = bpf_htons(sk->src_port);
+		if (is_zero(saddr)) {
+			saddr[0] = sk->src_ip6[0];
+			saddr[1] = sk->src_ip6[1];
+			saddr[2] = sk->src_ip6[2];
+			saddr[3] = sk->src_ip6[3];
+		}
+	}
+	if (!flow.daddr[0] && !flow.daddr[1] && flow.daddr[2] == bpf_htonl(0xffff)) {
+		flow.family = AF_INET;
+		map_v4(flow.saddr, saddr[3]);
+	} else {
+		__builtin_memcpy(flow.saddr, saddr, sizeof(flow.saddr));
+	}
+	return verdict(&flow, hook);
+}
+
+int connect4(struct bpf_sock_addr *ctx)
+{
+	return gate_v4(ctx, 0, GATE_CONNECT4);
+}
+
+int connect6(struct bpf_sock_addr *ctx)
+{
+	__u32 unbound[4] = {};
+
+	return gate_v6(ctx, unbound, GATE_CONNECT6);
+}
+
+int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return gate_v4(ctx, ctx->msg_src_ip4, GATE_SENDMSG4);
+}
+
+int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	__u32 source[4] = { ctx->msg_src_ip6[0], ctx->msg_src_ip6[1],
+			    ctx->msg_src_ip6[2], ctx->msg_src_ip6[3] };
+
+	return gate_v6(ctx, source, GATE_SENDMSG6);
+}

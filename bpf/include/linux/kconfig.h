@@ -1,0 +1,2 @@
+/* What BCC asks of the kernel's configuration. */
+#define CONFIG_BPF_SYSCALL 1

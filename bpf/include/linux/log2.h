@@ -1,0 +1,1 @@
+/* Included by BCC; the gate needs nothing from it. */

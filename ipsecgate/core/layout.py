@@ -1,0 +1,216 @@
+"""The mirror of bpf/gate.h: what the hooks' maps and events look like as bytes.
+
+Rules of this module: every number here stands in gate.h under the same name, and
+`tests/kernel/test_layout.py` compares the two through the compiler's own view.
+Addresses are 128-bit integers here, IPv4 as ::ffff:a.b.c.d; ports and protocols
+are host-order integers here and network-order bytes there.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from ipaddress import IPv4Address, IPv6Address
+
+from ipsecgate.core.events import FlowRefused
+from ipsecgate.core.flow import Address, Flow, Network, unmap
+
+LAYOUT = 1
+BUFFERS = 4
+TUPLES = 32
+ENTRIES = 65536
+SOURCES = 16384
+
+MAPS = ("settings", "masks", "entries", "sources", "recent", "counters", "events")
+
+V4_MAPPED = 0xFFFF << 32
+
+
+class TableId(IntEnum):
+    """The two tables a flow is looked up in."""
+
+    POLICY = 0
+    SPD = 1
+
+
+class State(IntEnum):
+    """What a table says of the flows that match an entry."""
+
+    PROTECT = 1
+    BYPASS = 2
+    DISCARD = 3
+    LIVE = 4
+    DEAD = 5
+
+
+class Setting(IntEnum):
+    """Words of the settings map."""
+
+    POLICY_EPOCH = 0
+    SPD_EPOCH = 1
+    AUDIT = 2
+    DENY = 3
+    IKE = 4
+    ERROR = 5
+    VERSION = 6
+
+
+class Reason(IntEnum):
+    """Why a flow was let go or refused; the last two count besides a reason."""
+
+    ALLOW_DEFAULT = 0
+    ALLOW_BYPASS = 1
+    ALLOW_COVERED = 2
+    ALLOW_EXEMPT = 3
+    REFUSE_UNCOVERED = 4
+    REFUSE_DISCARD = 5
+    REFUSE_DEFAULT = 6
+    REFUSE_NO_SOURCE = 7
+    REFUSE_NOT_READY = 8
+    AUDITED = 9
+    EVENTS_LOST = 10
+
+
+COUNTERS = len(Reason)
+NO_POLICY = 0xFFFFFFFF
+
+
+class LayoutError(ValueError):
+    """Bytes that no hook of this layout can have written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """struct gate_key without `space` and `tuple`: a flow, a mask, or a masked flow."""
+
+    saddr: int = 0
+    daddr: int = 0
+    sport: int = 0
+    dport: int = 0
+    proto: int = 0
+    family: int = 0
+
+    def masked(self, mask: Key) -> Key:
+        """Return the bits that the mask keeps."""
+        return Key(*(getattr(self, f.name) & getattr(mask, f.name) for f in fields(Key)))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """struct gate_entry. `error` 0 is EPERM; `id` is a policy's place in the configuration."""
+
+    state: State
+    error: int = 0
+    id: int = 0
+
+
+_KEY = struct.Struct("!16s16sHHBBBB")
+_ENTRY = struct.Struct("=III")
+_ROUTE = struct.Struct("=I16s")
+_EVENT = struct.Struct("=QQ40sIIII16s")
+SETTING = struct.Struct("=Q")
+INDEX = struct.Struct("=I")
+KEY_SIZE = _KEY.size
+ENTRY_SIZE = _ENTRY.size
+EVENT_SIZE = _EVENT.size
+MASKS_SIZE = KEY_SIZE * TUPLES
+SPACE_OFFSET = 38  # of gate_key
+
+
+def address_bits(address: Address | None, family: int) -> int:
+    """Return the 128 bits of an address in the maps' one form; None is unspecified."""
+    if address is None:
+        return V4_MAPPED if family == 4 else 0
+    return V4_MAPPED | int(address) if address.version == 4 else int(address)
+
+
+def address_from_bits(bits: int, family: int) -> Address:
+    """Invert `address_bits`."""
+    return IPv4Address(bits & 0xFFFFFFFF) if family == 4 else IPv6Address(bits)
+
+
+def flow_key(flow: Flow) -> Key:
+    """Return a flow as the hook sees it."""
+    daddr = unmap(flow.daddr)
+    family = daddr.version
+    return Key(
+        address_bits(flow.saddr, family),
+        address_bits(daddr, family),
+        flow.sport,
+        flow.dport,
+        flow.proto,
+        family,
+    )
+
+
+def pack_key(key: Key, space: int = 0, tuple_: int = 0) -> bytes:
+    """Return struct gate_key, 40 bytes."""
+    return _KEY.pack(
+        key.saddr.to_bytes(16),
+        key.daddr.to_bytes(16),
+        key.sport,
+        key.dport,
+        key.proto,
+        key.family,
+        space,
+        tuple_,
+    )
+
+
+def pack_masks(masks: tuple[Key, ...]) -> bytes:
+    """Return struct gate_masks, ended by an unused mask. Raises: LayoutError if too many."""
+    if len(masks) > TUPLES:
+        raise LayoutError(f"{len(masks)} masks, the table holds {TUPLES}")
+    return b"".join(pack_key(mask, tuple_=1) for mask in masks).ljust(MASKS_SIZE, b"\0")
+
+
+def pack_entry(entry: Entry) -> bytes:
+    """Return struct gate_entry, 12 bytes."""
+    return _ENTRY.pack(entry.state, entry.error, entry.id)
+
+
+def pack_route(network: Network) -> bytes:
+    """Return struct gate_route: the LPM key of a destination network."""
+    prefix = network.prefixlen + (96 if network.version == 4 else 0)
+    bits = address_bits(network.network_address, network.version)
+    return _ROUTE.pack(prefix, bits.to_bytes(16))
+
+
+def pack_source(source: Address | None) -> bytes:
+    """Return struct gate_source; None (no route) is all zero."""
+    return (0 if source is None else address_bits(source, source.version)).to_bytes(16)
+
+
+def space(table: TableId, epoch: int) -> int:
+    """Return where the masks and entries of a table's epoch live."""
+    return table * BUFFERS + epoch % BUFFERS
+
+
+def unpack_event(record: bytes) -> FlowRefused:
+    """Read struct gate_event. Raises: LayoutError naming the field."""
+    if len(record) < EVENT_SIZE:
+        raise LayoutError(f"event of {len(record)} bytes, expected {EVENT_SIZE}")
+    _ns, cgroup, raw, reason, policy, pid, _hook, comm = _EVENT.unpack_from(record)
+    saddr, daddr, sport, dport, proto, family, _space, _tuple = _KEY.unpack(raw)
+    if family not in (4, 6):
+        raise LayoutError(f"event with address family {family}")
+    if reason not in Reason.__members__.values():
+        raise LayoutError(f"event with reason {reason}")
+    bits = int.from_bytes(saddr)
+    unbound = address_bits(None, family)
+    flow = Flow(
+        daddr=address_from_bits(int.from_bytes(daddr), family),
+        proto=proto,
+        dport=dport,
+        saddr=None if bits == unbound else address_from_bits(bits, family),
+        sport=sport,
+    )
+    return FlowRefused(
+        flow=flow,
+        reason=Reason(reason),
+        policy=None if policy == NO_POLICY else policy,
+        pid=pid,
+        comm=comm.split(b"\0", 1)[0].decode(errors="replace"),
+        cgroup=cgroup,
+    )

@@ -1,0 +1,132 @@
+"""Netlink's framing: a datagram is messages, a message is a structure and attributes.
+
+Rules of this module: bytes in, values out, no socket, no knowledge of what the messages mean.
+Headers are host order and everything is padded to 4 bytes. A read outside the message it
+belongs to raises `DecodeError`, so no caller checks a length twice.
+
+Source: linux/netlink.h (struct nlmsghdr, nlattr), RFC 3549 section 2.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x10, 0x300
+NLA_TYPE_MASK = 0x3FFF
+
+_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, sender's port
+_ATTRIBUTE = struct.Struct("=HH")  # length, type
+_ERRNO = struct.Struct("=i")
+
+
+class DecodeError(ValueError):
+    """Bytes that are not what the kernel's headers say.
+
+    It carries the message's type, the field, and the offset of that field in the datagram.
+    """
+
+    hint = "this kernel's messages are not understood: report it with the kernel's version"
+
+    def __init__(self, message_type: int, field: str, offset: int) -> None:
+        self.message_type = message_type
+        self.field = field
+        self.offset = offset
+        super().__init__(f"netlink message type {message_type:#x}: bad {field} at byte {offset}")
+
+
+class Span(NamedTuple):
+    """Where an attribute's payload lies in the datagram: [start, end)."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message inside a datagram; its payload is data[start:end]."""
+
+    data: bytes
+    type: int
+    flags: int
+    sequence: int
+    start: int
+    end: int
+
+    def bad(self, field: str, offset: int) -> DecodeError:
+        """Return the error to raise for a field at an offset of the datagram."""
+        return DecodeError(self.type, field, offset)
+
+    def structure(self, size: int, field: str) -> int:
+        """Return where the message's fixed structure starts. Raises: DecodeError if cut short."""
+        if self.start + size > self.end:
+            raise self.bad(field, self.start)
+        return self.start
+
+    def attributes(self, structure_size: int) -> dict[int, Span]:
+        """Return the attributes after the structure by type; of a repeated one, the last.
+
+        Raises: DecodeError if a length runs out of the message.
+        """
+        found: dict[int, Span] = {}
+        at = self.start + align(structure_size)
+        while at < self.end:
+            if at + _ATTRIBUTE.size > self.end:
+                raise self.bad("attribute header", at)
+            length, kind = _ATTRIBUTE.unpack_from(self.data, at)
+            if length < _ATTRIBUTE.size or at + length > self.end:
+                raise self.bad("attribute length", at)
+            found[kind & NLA_TYPE_MASK] = Span(at + _ATTRIBUTE.size, at + length)
+            at += align(length)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class DumpEnd:
+    """How a dump ended: `error` is an errno or 0; `interrupted`: the kernel wants another try."""
+
+    error: int
+    interrupted: bool = False
+
+
+def align(length: int) -> int:
+    """Round up to netlink's 4 bytes."""
+    return (length + 3) & ~3
+
+
+def messages(datagram: bytes) -> Iterator[Message]:
+    """Yield the messages in a datagram. Raises: DecodeError at a header that does not fit."""
+    at = 0
+    while at < len(datagram):
+        if at + _HEADER.size > len(datagram):
+            raise DecodeError(0, "message header", at)
+        length, kind, flags, sequence, _port = _HEADER.unpack_from(datagram, at)
+        if length < _HEADER.size or at + length > len(datagram):
+            raise DecodeError(kind, "message length", at)
+        yield Message(datagram, kind, flags, sequence, at + _HEADER.size, at + length)
+        at += align(length)
+
+
+def dump_end(datagram: bytes, sequence: int) -> DumpEnd | None:
+    """Return how the dump with that sequence number ended if it ends here, else None.
+
+    NLMSG_DONE and NLMSG_ERROR both begin with an errno, negative or 0. Raises: DecodeError.
+    """
+    interrupted = False
+    for message in messages(datagram):
+        if message.sequence != sequence:
+            continue
+        interrupted = interrupted or bool(message.flags & NLM_F_DUMP_INTR)
+        if message.type in (NLMSG_DONE, NLMSG_ERROR):
+            at = message.structure(_ERRNO.size, "errno")
+            return DumpEnd(-_ERRNO.unpack_from(datagram, at)[0], interrupted)
+    return None
+
+
+def encode_dump(message_type: int, structure: bytes, sequence: int) -> bytes:
+    """Encode a request to dump everything, with the structure that the type asks for."""
+    length = _HEADER.size + len(structure)
+    return _HEADER.pack(length, message_type, NLM_F_REQUEST | NLM_F_DUMP, sequence, 0) + structure

@@ -1,0 +1,68 @@
+"""Compile bpf/gate.bpf.c with BCC and print the bytecode: the only importer of bcc.
+
+Run as `python -m ipsecgate.edges.compiler SOURCES` with BCC_KERNEL_SOURCE set to
+SOURCES, whose include/ stands in for kernel headers. It needs bpf(2), because
+BCC creates the maps as it compiles; they vanish with this process.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from ctypes import string_at
+from pathlib import Path
+from typing import Any
+
+from ipsecgate.core.layout import MAPS
+from ipsecgate.edges.bytecode import Bytecode, Program
+from ipsecgate.edges.libbpf import INSN_SIZE, MapShape, map_shape
+
+_LD_IMM64 = 0x18
+_PSEUDO_MAP_FD = 1
+
+
+def _module(sources: Path) -> tuple[Any, Any]:
+    from bcc import BPF, lib  # noqa: PLC0415  36 ms and 64 MiB: only where it is used
+
+    # The macro guards keep BCC from looking at the running kernel's configuration.
+    return BPF(src_file=str(sources / "gate.bpf.c"), cflags=[f"-I{sources}"]), lib
+
+
+def _references(insns: bytes, names: dict[int, str]) -> dict[int, str]:
+    found = {}
+    for index in range(len(insns) // INSN_SIZE):
+        code, registers, _off, imm = struct.unpack_from("=BBhi", insns, index * INSN_SIZE)
+        if code == _LD_IMM64 and registers >> 4 == _PSEUDO_MAP_FD:
+            found[index] = names[imm]
+    return found
+
+
+def layout(sources: Path) -> dict[str, tuple[str, str]]:
+    """Return the compiler's own description (JSON) of each map's key and value."""
+    bpf, lib = _module(sources)
+    return {
+        name: (
+            lib.bpf_table_key_desc(bpf.module, name.encode()).decode(),
+            lib.bpf_table_leaf_desc(bpf.module, name.encode()).decode(),
+        )
+        for name in MAPS
+    }
+
+
+def compile_hooks(sources: Path) -> Bytecode:
+    """Compile every hook. Raises: Exception (BCC's own), with clang's output on stderr."""
+    bpf, lib = _module(sources)
+    module = bpf.module
+    fds = {lib.bpf_table_fd(module, name.encode()): name for name in MAPS}
+    shapes: dict[str, MapShape] = {name: map_shape(fd) for fd, name in fds.items()}
+    programs = {}
+    for i in range(lib.bpf_num_functions(module)):
+        name = lib.bpf_function_name(module, i)
+        start = lib.bpf_function_start(module, name)
+        insns = string_at(start, lib.bpf_function_size(module, name))
+        programs[name.decode()] = Program(insns, _references(insns, fds))
+    return Bytecode(programs, shapes)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(compile_hooks(Path(sys.argv[1])).to_json())

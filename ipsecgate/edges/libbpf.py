@@ -1,0 +1,291 @@
+"""One typed wrapper per libbpf function the gate needs, over the system's libbpf.so.1.
+
+No policy here, no pins layout: that is `datapath`. Every wrapper raises OSError
+with the operation in its text; file descriptors returned are owned by the caller.
+libbpf rather than bcc, because it costs a process 1 MiB and no compiler.
+
+Source: libbpf 1.x bpf.h; bpf(2).
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ipsecgate.errors import KernelLacksError
+
+PROG_TYPE_CGROUP_SOCK_ADDR = 18
+MAP_TYPE_ARRAY = 2
+MAP_TYPE_ARRAY_OF_MAPS = 12
+BPF_ANY = 0
+INSN_SIZE = 8
+
+
+class _MapCreateOpts(ct.Structure):
+    _fields_ = [
+        ("sz", ct.c_size_t),
+        ("btf_fd", ct.c_uint32),
+        ("btf_key_type_id", ct.c_uint32),
+        ("btf_value_type_id", ct.c_uint32),
+        ("btf_vmlinux_value_type_id", ct.c_uint32),
+        ("inner_map_fd", ct.c_uint32),
+        ("map_flags", ct.c_uint32),
+        ("map_extra", ct.c_uint64),
+        ("numa_node", ct.c_uint32),
+        ("map_ifindex", ct.c_uint32),
+    ]
+
+
+class _ProgLoadOpts(ct.Structure):
+    _fields_ = [
+        ("sz", ct.c_size_t),
+        ("attempts", ct.c_int),
+        ("expected_attach_type", ct.c_int),
+        ("prog_btf_fd", ct.c_uint32),
+        ("prog_flags", ct.c_uint32),
+        ("prog_ifindex", ct.c_uint32),
+        ("kern_version", ct.c_uint32),
+        ("attach_btf_id", ct.c_uint32),
+        ("attach_prog_fd", ct.c_uint32),
+        ("fd_array", ct.c_void_p),
+        ("func_info", ct.c_void_p),
+        ("func_info_cnt", ct.c_uint32),
+        ("func_info_rec_size", ct.c_uint32),
+        ("line_info", ct.c_void_p),
+        ("line_info_cnt", ct.c_uint32),
+        ("line_info_rec_size", ct.c_uint32),
+        ("log_level", ct.c_uint32),
+        ("log_size", ct.c_uint32),
+        ("log_buf", ct.c_char_p),
+    ]
+
+
+class _MapInfo(ct.Structure):
+    _fields_ = [
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("key_size", ct.c_uint32),
+        ("value_size", ct.c_uint32),
+        ("max_entries", ct.c_uint32),
+        ("map_flags", ct.c_uint32),
+        ("name", ct.c_char * 16),
+    ]
+
+
+class _LinkInfo(ct.Structure):
+    _fields_ = [
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("prog_id", ct.c_uint32),
+        ("cgroup_id", ct.c_uint64),
+        ("attach_type", ct.c_uint32),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class MapShape:
+    """What makes two maps the same; sizes in bytes."""
+
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkInfo:
+    """A cgroup link: the program it runs now, and the inode of its cgroup."""
+
+    prog_id: int
+    cgroup_id: int
+    attach_type: int
+
+
+_RingCallback = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)
+
+
+@cache
+def _library() -> ct.CDLL:
+    try:
+        library = ct.CDLL("libbpf.so.1", use_errno=True)
+    except OSError as error:
+        raise KernelLacksError(
+            "libbpf.so.1 is not installed", hint="apt install libbpf1"
+        ) from error
+    library.libbpf_set_print(None)
+    library.ring_buffer__new.restype = ct.c_void_p
+    library.ring_buffer__new.argtypes = [ct.c_int, _RingCallback, ct.c_void_p, ct.c_void_p]
+    for name in ("ring_buffer__consume", "ring_buffer__epoll_fd", "ring_buffer__free"):
+        getattr(library, name).argtypes = [ct.c_void_p]
+    return library
+
+
+def _call(what: str, name: str, *args: object) -> int:
+    result = int(getattr(_library(), name)(*args))
+    if result < 0:
+        # libbpf 1.x returns -errno; errno itself may be stale.
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+    return result
+
+
+def create_map(name: str, shape: MapShape, *, inner: int | None = None) -> int:
+    """Create a map; `inner` is the template of a map of maps. Raises: OSError."""
+    opts = _MapCreateOpts(map_flags=shape.flags, inner_map_fd=inner or 0)
+    opts.sz = ct.sizeof(opts)
+    return _call(
+        f"create map {name}",
+        "bpf_map_create",
+        shape.type,
+        name.encode(),
+        shape.key_size,
+        shape.value_size,
+        shape.max_entries,
+        ct.byref(opts),
+    )
+
+
+def load_program(name: str, insns: bytes, attach_type: int) -> int:
+    """Load a cgroup socket address program. Raises: OSError with the verifier's last lines."""
+    log = ct.create_string_buffer(1 << 20)
+
+    def attempt(log_level: int) -> int:
+        opts = _ProgLoadOpts(expected_attach_type=attach_type, log_level=log_level)
+        opts.sz = ct.sizeof(opts)
+        if log_level:
+            opts.log_buf = ct.cast(log, ct.c_char_p)
+            opts.log_size = len(log)
+        return _call(
+            f"load program {name}",
+            "bpf_prog_load",
+            PROG_TYPE_CGROUP_SOCK_ADDR,
+            name.encode(),
+            b"GPL",
+            insns,
+            len(insns) // INSN_SIZE,
+            ct.byref(opts),
+        )
+
+    try:
+        return attempt(0)
+    except OSError as first:
+        # Once more for the verifier's reasons, which cost time to write.
+        try:
+            return attempt(1)
+        except OSError:
+            lines = log.value.decode(errors="replace").strip().splitlines()[-8:]
+            raise OSError(first.errno, "\n".join([str(first.strerror), *lines])) from None
+
+
+def create_link(prog_fd: int, cgroup_fd: int, attach_type: int) -> int:
+    """Attach a program to a cgroup, beside others' programs. Raises: OSError."""
+    return _call("attach", "bpf_link_create", prog_fd, cgroup_fd, attach_type, None)
+
+
+def update_link(link_fd: int, prog_fd: int) -> None:
+    """Replace a link's program with no moment in between. Raises: OSError."""
+    _call("replace the program of a link", "bpf_link_update", link_fd, prog_fd, None)
+
+
+def pin(fd: int, path: Path) -> None:
+    """Give an object a name in bpffs. Raises: OSError."""
+    _call(f"pin {path}", "bpf_obj_pin", fd, os.fsencode(path))
+
+
+def open_pin(path: Path) -> int:
+    """Open a pinned object. Raises: OSError."""
+    return _call(f"open {path}", "bpf_obj_get", os.fsencode(path))
+
+
+def _info(fd: int, into: ct.Structure) -> None:
+    _call(
+        "read object info",
+        "bpf_obj_get_info_by_fd",
+        fd,
+        ct.byref(into),
+        ct.byref(ct.c_uint32(ct.sizeof(into))),
+    )
+
+
+def map_shape(fd: int) -> MapShape:
+    """Return the shape the kernel has for a map. Raises: OSError."""
+    info = _MapInfo()
+    _info(fd, info)
+    return MapShape(info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
+
+
+def link_info(fd: int) -> LinkInfo:
+    """Return what a cgroup link runs, and where. Raises: OSError."""
+    info = _LinkInfo()
+    _info(fd, info)
+    return LinkInfo(info.prog_id, info.cgroup_id, info.attach_type)
+
+
+def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """Return a map's value, None where there is none. Raises: OSError."""
+    value = ct.create_string_buffer(value_size)
+    try:
+        _call("look up", "bpf_map_lookup_elem", fd, key, value)
+    except FileNotFoundError:
+        return None
+    return value.raw
+
+
+def update(fd: int, key: bytes, value: bytes) -> None:
+    """Set a map's value. Raises: OSError (E2BIG, ENOSPC: the map is full)."""
+    _call("update map", "bpf_map_update_elem", fd, key, value, ct.c_uint64(BPF_ANY))
+
+
+def delete(fd: int, key: bytes) -> None:
+    """Delete a map's entry if it is there. Raises: OSError."""
+    try:
+        _call("delete from map", "bpf_map_delete_elem", fd, key)
+    except FileNotFoundError:
+        return
+
+
+def keys(fd: int, key_size: int) -> Iterator[bytes]:
+    """Yield a map's keys; delete only what was yielded already."""
+    key = ct.create_string_buffer(key_size)
+    previous: bytes | None = None
+    while True:
+        try:
+            _call("walk map", "bpf_map_get_next_key", fd, previous, key)
+        except FileNotFoundError:
+            return
+        previous = key.raw
+        yield previous
+
+
+def possible_cpus() -> int:
+    """Return how many values a per-CPU map has for each key."""
+    return _call("count CPUs", "libbpf_num_possible_cpus")
+
+
+class Ring:
+    """A BPF ring buffer's consumer; `fd` becomes readable when records are there."""
+
+    def __init__(self, map_fd: int, on_record: Callable[[bytes], None]) -> None:
+        def callback(_ctx: int, data: int, size: int) -> int:
+            on_record(ct.string_at(data, size))
+            return 0
+
+        self._callback = _RingCallback(callback)  # C holds it: keep it alive
+        self._ring = _library().ring_buffer__new(map_fd, self._callback, None, None)
+        if not self._ring:
+            raise OSError(ct.get_errno(), f"open ring buffer: {os.strerror(ct.get_errno())}")
+        self.fd = _call("ring buffer", "ring_buffer__epoll_fd", self._ring)
+
+    def consume(self) -> int:
+        """Hand every waiting record to the callback, return how many. Raises: OSError."""
+        return _call("read ring buffer", "ring_buffer__consume", self._ring)
+
+    def close(self) -> None:
+        """Release the ring; the map itself stays."""
+        if self._ring:
+            _library().ring_buffer__free(self._ring)
+            self._ring = None
