@@ -150,25 +150,26 @@ static __always_inline int refuse(const struct gate_key *flow, int reason,
 }
 
 /* Fill in the source that the kernel's routing would choose; 0: unknown. */
-static __always_inline int has_source(struct gate_key *flow)
+static __always_inline int route(struct gate_key *flow)
 {
-	struct gate_route route = { .prefixlen = 128 };
+	struct gate_route to = { .prefixlen = 128 };
 	struct gate_source *source;
 
 	if (flow->family == AF_INET ? flow->saddr[3] : !is_zero(flow->saddr))
 		return 1;
-	__builtin_memcpy(route.daddr, flow->daddr, sizeof(route.daddr));
-	source = sources.lookup(&route);
+	__builtin_memcpy(to.daddr, flow->daddr, sizeof(to.daddr));
+	source = sources.lookup(&to);
 	if (!source || is_zero(source->saddr))
 		return 0;
 	__builtin_memcpy(flow->saddr, source->saddr, sizeof(flow->saddr));
 	return 1;
 }
 
-static __always_inline int verdict(struct gate_key *flow, __u32 hook)
+static __always_inline int verdict(const struct gate_key *flow, __u32 hook)
 {
 	__u64 epoch = setting(GATE_EPOCH + GATE_POLICY);
 	struct gate_entry *policy = epoch ? classify(GATE_POLICY, epoch, flow) : 0;
+	struct gate_key routed = *flow;
 	struct gate_entry *winner;
 
 	if (policy && policy->state == GATE_BYPASS)
@@ -183,9 +184,9 @@ static __always_inline int verdict(struct gate_key *flow, __u32 hook)
 		return refuse(flow, GATE_REFUSE_DEFAULT, 0, hook);
 	if (policy->state != GATE_PROTECT)
 		return refuse(flow, GATE_REFUSE_DISCARD, policy, hook);
-	if (!has_source(flow))
+	if (!route(&routed))
 		return refuse(flow, GATE_REFUSE_NO_SOURCE, policy, hook);
-	winner = classify(GATE_SPD, setting(GATE_EPOCH + GATE_SPD), flow);
+	winner = classify(GATE_SPD, setting(GATE_EPOCH + GATE_SPD), &routed);
 	if (!winner || winner->state != GATE_LIVE)
 		return refuse(flow, GATE_REFUSE_UNCOVERED, policy, hook);
 	return allow(GATE_ALLOW_COVERED);

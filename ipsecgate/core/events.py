@@ -112,7 +112,11 @@ class ChildConfig:
 
 @dataclass(frozen=True, slots=True)
 class ChildSa:
-    """An established CHILD_SA as `list-sas` shows it. SPIs are host order."""
+    """An established CHILD_SA as `list-sas` shows it. SPIs are host order.
+
+    `local` and `remote` are the traffic selectors as negotiated: the peer may have
+    narrowed them, and drops what is outside whatever the kernel's policy says.
+    """
 
     ike: str
     child: str
@@ -120,6 +124,38 @@ class ChildSa:
     spi_in: int
     spi_out: int
     remote_host: Address
+    local: tuple[TrafficSelector, ...] = ()
+    remote: tuple[TrafficSelector, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChildUp:
+    """A CHILD_SA came up, or replaced another one (rekeying); either side may have asked."""
+
+    sa: ChildSa
+
+
+@dataclass(frozen=True, slots=True)
+class ChildDown:
+    """A CHILD_SA went away, or was replaced (rekeying)."""
+
+    sa: ChildSa
+
+
+@dataclass(frozen=True, slots=True)
+class IkeUp:
+    """An IKE_SA was established; `unique` tells it from others of its configuration."""
+
+    ike: str
+    unique: int
+
+
+@dataclass(frozen=True, slots=True)
+class IkeDown:
+    """An IKE_SA went away, and its children with it; also one that never was established."""
+
+    ike: str
+    unique: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +183,26 @@ class NegotiationFailed:
     cause: str
 
 
+IkeEvent = ChildUp | ChildDown | IkeUp | IkeDown | IkeGone | NegotiationFailed
+
+
 # --- time ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """A timer of one child's negotiation: `kind` is "limit" or "retry"."""
+
+    kind: str
+    ike: str
+    child: str
 
 
 @dataclass(frozen=True, slots=True)
 class TimerFired:
     """A timer that the core asked for (`StartTimer`) ran out."""
 
-    name: str
+    timer: Timer
 
 
 Event = (
@@ -163,7 +211,6 @@ Event = (
     | SourcesResolved
     | FlowRefused
     | IkeConnected
-    | IkeGone
-    | NegotiationFailed
+    | IkeEvent
     | TimerFired
 )

@@ -32,6 +32,7 @@ class Mode(IntEnum):
     ROUTEOPTIMIZATION = 2
     IN_TRIGGER = 3
     BEET = 4
+    IPTFS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +92,10 @@ class SaId:
 class Sa:
     """A state of the SAD: struct xfrm_usersa_info with its attributes.
 
-    `selector` None: the state's own selector is empty and matches every flow.
+    `selector` None: the state's own selector has no family and matches every flow.
     `larval`: no algorithm or SPI 0, so it protects nothing.
     `hard_lifetime`: seconds from installation to hard expiry, None = unlimited.
+    `installed_at`: when that was, by the wall clock, seconds since the epoch.
     """
 
     id: SaId
@@ -105,3 +107,4 @@ class Sa:
     if_id: int = 0
     larval: bool = False
     hard_lifetime: int | None = None
+    installed_at: int = 0

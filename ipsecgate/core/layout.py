@@ -114,6 +114,7 @@ INDEX = struct.Struct("=I")
 KEY_SIZE = _KEY.size
 ENTRY_SIZE = _ENTRY.size
 EVENT_SIZE = _EVENT.size
+ROUTE_SIZE = _ROUTE.size
 MASKS_SIZE = KEY_SIZE * TUPLES
 SPACE_OFFSET = 38  # of gate_key
 
@@ -156,6 +157,31 @@ def pack_key(key: Key, space: int = 0, tuple_: int = 0) -> bytes:
         space,
         tuple_,
     )
+
+
+def unpack_key(raw: bytes) -> tuple[int, Key]:
+    """Return a map key's tuple and masked flow."""
+    saddr, daddr, sport, dport, proto, family, _space, tuple_ = _KEY.unpack(raw)
+    return tuple_, Key(int.from_bytes(saddr), int.from_bytes(daddr), sport, dport, proto, family)
+
+
+def unpack_masks(raw: bytes) -> tuple[Key, ...]:
+    """Return the masks in use, in order."""
+    masks = []
+    for (chunk,) in struct.iter_unpack(f"{KEY_SIZE}s", raw):
+        used, mask = unpack_key(chunk)
+        if not used:
+            break
+        masks.append(mask)
+    return tuple(masks)
+
+
+def unpack_entry(raw: bytes) -> Entry:
+    """Read struct gate_entry. Raises: LayoutError."""
+    state, error, policy = _ENTRY.unpack(raw)
+    if state not in State.__members__.values():
+        raise LayoutError(f"entry with state {state}")
+    return Entry(State(state), error, policy)
 
 
 def pack_masks(masks: tuple[Key, ...]) -> bytes:

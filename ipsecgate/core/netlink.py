@@ -10,12 +10,14 @@ Source: linux/netlink.h (struct nlmsghdr, nlattr), RFC 3549 section 2.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ipsecgate.errors import GateError
+
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLM_F_REQUEST, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x10, 0x300
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
 NLA_TYPE_MASK = 0x3FFF
 
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, sender's port
@@ -23,19 +25,20 @@ _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _ERRNO = struct.Struct("=i")
 
 
-class DecodeError(ValueError):
+class DecodeError(GateError):
     """Bytes that are not what the kernel's headers say.
 
     It carries the message's type, the field, and the offset of that field in the datagram.
     """
 
-    hint = "this kernel's messages are not understood: report it with the kernel's version"
-
     def __init__(self, message_type: int, field: str, offset: int) -> None:
         self.message_type = message_type
         self.field = field
         self.offset = offset
-        super().__init__(f"netlink message type {message_type:#x}: bad {field} at byte {offset}")
+        super().__init__(
+            f"netlink message type {message_type:#x}: bad {field} at byte {offset}",
+            hint="this kernel's messages are not understood: report it with the kernel's version",
+        )
 
 
 class Span(NamedTuple):
@@ -83,6 +86,20 @@ class Message:
             at += align(length)
         return found
 
+    def payload(
+        self, attributes: Mapping[int, Span], kind: int, size: int, field: str
+    ) -> int | None:
+        """Return where an attribute's payload starts, None without one.
+
+        Raises: DecodeError if it is shorter than `size`.
+        """
+        if kind not in attributes:
+            return None
+        start, end = attributes[kind]
+        if end - start < size:
+            raise self.bad(field, start)
+        return start
+
 
 @dataclass(frozen=True, slots=True)
 class DumpEnd:
@@ -126,7 +143,15 @@ def dump_end(datagram: bytes, sequence: int) -> DumpEnd | None:
     return None
 
 
-def encode_dump(message_type: int, structure: bytes, sequence: int) -> bytes:
+def encode_dump(message_type: int, body: bytes, sequence: int) -> bytes:
     """Encode a request to dump everything, with the structure that the type asks for."""
-    length = _HEADER.size + len(structure)
-    return _HEADER.pack(length, message_type, NLM_F_REQUEST | NLM_F_DUMP, sequence, 0) + structure
+    return _encode(message_type, NLM_F_REQUEST | NLM_F_DUMP, body, sequence)
+
+
+def encode_ask(message_type: int, body: bytes, sequence: int) -> bytes:
+    """Encode a request for one object; its answer ends as a dump does (`dump_end`)."""
+    return _encode(message_type, NLM_F_REQUEST | NLM_F_ACK, body, sequence)
+
+
+def _encode(message_type: int, flags: int, body: bytes, sequence: int) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), message_type, flags, sequence, 0) + body

@@ -7,6 +7,7 @@ the first 4 of an xfrm_address_t's 16 bytes. What an application's outbound flow
 decoded: main policies with dir out, and states of either direction (a state doesn't say which).
 Well-formed messages about anything else are skipped: inbound and forward policies, per-socket
 ones (dir 3 and 4, an IKE daemon's), sub policies (Mobile IPv6), soft expiries, unknown types.
+MIGRATE counts as a flush: it rewrites policies and states without saying what they became.
 
 It does not judge: a larval state or one that no policy uses is passed on as it is. It does not
 tell apart two policies whose selectors differ only in the address bits beyond the prefix.
@@ -41,8 +42,8 @@ from ipsecgate.core.events import (
     PolicyGone,
     PolicySet,
     SaGone,
-    SasFlushed,
     SaSet,
+    SasFlushed,
     XfrmEvent,
 )
 from ipsecgate.core.flow import Address, Network, Selector
@@ -51,6 +52,7 @@ from ipsecgate.core.netlink import Message, Span, encode_dump, messages
 
 NEWSA, DELSA, GETSA, NEWPOLICY, DELPOLICY, GETPOLICY = range(0x10, 0x16)
 EXPIRE, UPDPOLICY, UPDSA, POLEXPIRE, FLUSHSA, FLUSHPOLICY = range(0x18, 0x1E)
+MIGRATE = 0x21
 
 XFRMA_TMPL, XFRMA_SA, XFRMA_POLICY, XFRMA_POLICY_TYPE, XFRMA_MARK, XFRMA_IF_ID = 5, 6, 7, 16, 21, 31
 XFRMA_ALGORITHMS = frozenset({1, 2, 3, 18, 20})  # AUTH, CRYPT, COMP, AEAD, AUTH_TRUNC
@@ -111,7 +113,7 @@ def _new_policy(message: Message) -> PolicySet | None:
 def _del_policy(message: Message) -> PolicyGone | None:
     message.structure(POLICY_ID_SIZE, "xfrm_userpolicy_id")
     attributes = message.attributes(POLICY_ID_SIZE)
-    at = _payload(message, attributes, XFRMA_POLICY, POLICY_SIZE, "XFRMA_POLICY")
+    at = message.payload(attributes, XFRMA_POLICY, POLICY_SIZE, "XFRMA_POLICY")
     if at is None:
         raise message.bad("XFRMA_POLICY (missing)", message.end)
     entry = _policy(message, at, attributes)
@@ -137,7 +139,8 @@ def _del_sa(message: Message) -> SaGone:
     at = message.structure(SA_ID_SIZE, "xfrm_usersa_id")
     message.attributes(SA_ID_SIZE)
     daddr, spi, family, proto = _SA_ID.unpack_from(message.data, at)
-    return SaGone(_sa_id(message, family, daddr, spi, proto, at + 20))
+    destination = _address(message, family, daddr, at + 20)
+    return SaGone(SaId(destination, int.from_bytes(spi, "big"), proto))
 
 
 def _sa_expired(message: Message) -> SaGone | None:
@@ -162,6 +165,7 @@ _DECODERS: Mapping[int, Callable[[Message], XfrmEvent | None]] = {
     DELSA: _del_sa,
     EXPIRE: _sa_expired,
     FLUSHSA: _flush_sas,
+    MIGRATE: lambda _message: PoliciesFlushed(),
 }
 
 # --- structures and attributes ------------------------------------------------------
@@ -208,7 +212,8 @@ def _sa(message: Message, at: int, attributes: Attributes) -> Sa:
     sel, daddr, spi, proto, saddr, lifetime, added, reqid, family, mode = _SA.unpack_from(
         message.data, at
     )
-    identity = _sa_id(message, family, daddr, spi, proto, at + 212)
+    destination = _address(message, family, daddr, at + 212)
+    identity = SaId(destination, int.from_bytes(spi, "big"), proto)
     return Sa(
         id=identity,
         saddr=_address(message, family, saddr, at + 212),
@@ -223,52 +228,43 @@ def _sa(message: Message, at: int, attributes: Attributes) -> Sa:
     )
 
 
-def _sa_id(
-    message: Message, family: int, daddr: bytes, spi: bytes, proto: int, family_at: int
-) -> SaId:
-    return SaId(_address(message, family, daddr, family_at), int.from_bytes(spi, "big"), proto)
-
-
 def _selector(message: Message, raw: bytes, at: int) -> Selector | None:
     """Decode an xfrm_selector; None: no family, it matches flows of both."""
-    try:
-        return _parse_selector(raw)
-    except ValueError as error:
-        raise message.bad(f"sel ({error})", at) from None
-
-
-@lru_cache(maxsize=4096)
-def _parse_selector(raw: bytes) -> Selector | None:
     daddr, saddr, ports, family, bits_d, bits_s, proto, ifindex = _SELECTOR.unpack(raw)
     if family == 0:
         return None
     dport, dport_mask, sport, sport_mask = _PORTS.unpack(ports)
-    return Selector(
-        src=_network(family, saddr, bits_s),
-        dst=_network(family, daddr, bits_d),
-        proto=proto,
-        sport=sport,
-        sport_mask=sport_mask,
-        dport=dport,
-        dport_mask=dport_mask,
-        ifindex=ifindex,
-    )
+    try:
+        src, dst = _network(family, saddr, bits_s), _network(family, daddr, bits_d)
+    except ValueError as error:
+        raise message.bad(f"sel ({error})", at) from None
+    return Selector(src, dst, proto, sport, sport_mask, dport, dport_mask, ifindex)
 
 
+# Few addresses and sources occur again and again, and making one is most of the cost.
+@lru_cache(maxsize=4096)
 def _network(family: int, raw: bytes, bits: int) -> Network:
     if family == AF_INET:
-        return IPv4Network((raw[:4], bits), strict=False)
+        return IPv4Network((int.from_bytes(raw[:4], "big"), bits), strict=False)
     if family == AF_INET6:
-        return IPv6Network((raw, bits), strict=False)
+        return IPv6Network((int.from_bytes(raw, "big"), bits), strict=False)
     raise ValueError(f"family {family}")
 
 
-def _address(message: Message, family: int, raw: bytes, family_at: int) -> Address:
+@lru_cache(maxsize=4096)
+def _ip(family: int, raw: bytes) -> Address:
     if family == AF_INET:
         return IPv4Address(raw[:4])
     if family == AF_INET6:
         return IPv6Address(raw)
-    raise message.bad(f"family {family}", family_at)
+    raise ValueError(f"family {family}")
+
+
+def _address(message: Message, family: int, raw: bytes, family_at: int) -> Address:
+    try:
+        return _ip(family, raw)
+    except ValueError as error:
+        raise message.bad(str(error), family_at) from None
 
 
 def _mode(message: Message, number: int, at: int) -> Mode:
@@ -278,29 +274,17 @@ def _mode(message: Message, number: int, at: int) -> Mode:
         raise message.bad(f"mode {number}", at) from None
 
 
-def _payload(
-    message: Message, attributes: Attributes, kind: int, size: int, field: str
-) -> int | None:
-    """Return where an attribute's payload starts, None without it. Raises: DecodeError if short."""
-    if kind not in attributes:
-        return None
-    start, end = attributes[kind]
-    if end - start < size:
-        raise message.bad(field, start)
-    return start
-
-
 def _mark(message: Message, attributes: Attributes) -> Mark:
-    at = _payload(message, attributes, XFRMA_MARK, _MARK.size, "XFRMA_MARK")
+    at = message.payload(attributes, XFRMA_MARK, _MARK.size, "XFRMA_MARK")
     return Mark() if at is None else Mark(*_MARK.unpack_from(message.data, at))
 
 
 def _if_id(message: Message, attributes: Attributes) -> int:
-    at = _payload(message, attributes, XFRMA_IF_ID, _U32.size, "XFRMA_IF_ID")
+    at = message.payload(attributes, XFRMA_IF_ID, _U32.size, "XFRMA_IF_ID")
     return 0 if at is None else int(_U32.unpack_from(message.data, at)[0])
 
 
 def _is_main(message: Message, attributes: Attributes) -> bool:
     """Tell a main policy from a sub policy; the attribute is absent without sub policies."""
-    at = _payload(message, attributes, XFRMA_POLICY_TYPE, 1, "XFRMA_POLICY_TYPE")
+    at = message.payload(attributes, XFRMA_POLICY_TYPE, 1, "XFRMA_POLICY_TYPE")
     return at is None or message.data[at] == 0

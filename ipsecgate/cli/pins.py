@@ -1,0 +1,51 @@
+"""load, unload, attach, detach: the pins and the gated cgroups."""
+
+from __future__ import annotations
+
+import click
+
+from ipsecgate import loader
+from ipsecgate.cli.app import App
+
+
+@click.command()
+@click.pass_obj
+def load(app: App) -> None:
+    """Pin the hooks and their maps; load again to take over those that are there.
+
+    New pins refuse whatever is not loopback until a controller publishes.
+    """
+    app.config()  # a broken configuration changes nothing
+    loader.load(app.paths)
+    root = loader.pins_of(app.paths).root
+    app.done(f"loaded: {root}", loaded=str(root))
+
+
+@click.command()
+@click.option("--force", is_flag=True, help="Unload although cgroups are gated: opens the gate.")
+@click.pass_obj
+def unload(app: App, force: bool) -> None:
+    """Remove the pins. Afterwards nothing is refused."""
+    loader.unload(app.paths, force=force)
+    app.done(f"unloaded: instance {app.paths.instance}", unloaded=app.paths.instance)
+
+
+@click.command()
+@click.argument("target")
+@click.pass_obj
+def attach(app: App, target: str) -> None:
+    """Gate a cgroup and all below it: a PATH, unit:NAME or container:ID.
+
+    Sockets made before their process joined the cgroup are not gated.
+    """
+    cgroup = loader.attach(app.paths, target)
+    app.done(f"gated: {cgroup}", attached=str(cgroup))
+
+
+@click.command()
+@click.argument("target")
+@click.pass_obj
+def detach(app: App, target: str) -> None:
+    """Stop gating a cgroup: as for attach, or the id of a removed one."""
+    loader.detach(app.paths, target)
+    app.done(f"not gated any more: {target}", detached=target)

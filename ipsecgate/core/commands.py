@@ -1,0 +1,94 @@
+"""What must happen outside, as data. The shell executes each and knows them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ipsecgate.core.events import ChildConfig, Timer
+from ipsecgate.core.flow import Network
+from ipsecgate.core.layout import Entry, Key, TableId
+from ipsecgate.core.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Replace a table of the hooks."""
+
+    table: TableId
+    content: Table
+
+
+@dataclass(frozen=True, slots=True)
+class SetEntry:
+    """Change one entry of the published table: one write, in force at once."""
+
+    table: TableId
+    index: int
+    key: Key
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveSources:
+    """Keep resolving the unbound source for these destinations (`SourcesResolved`)."""
+
+    destinations: tuple[Network, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExemptIke:
+    """Exempt this process's sockets: the IKE daemon. 0: none."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Initiate:
+    """Have IKE negotiate a CHILD_SA within `limit` seconds. Source: US 7,028,332 claim 1."""
+
+    ike: str
+    child: str
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimer:
+    """Answer with `TimerFired` after so many seconds; replaces a timer of the same name."""
+
+    timer: Timer
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopTimer:
+    """Forget a timer, running or not."""
+
+    timer: Timer
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Keep on disk what must be protected though no configuration file says so."""
+
+    children: tuple[ChildConfig, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Tell the operator. `level` is logging's name: info, warning, error."""
+
+    level: str
+    text: str
+
+
+Command = (
+    Publish
+    | SetEntry
+    | ResolveSources
+    | ExemptIke
+    | Initiate
+    | StartTimer
+    | StopTimer
+    | Remember
+    | Log
+)

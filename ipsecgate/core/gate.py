@@ -1,0 +1,217 @@
+"""The gate's decisions: events in, commands out.
+
+    FlowRefused      -> which CHILD_SA would protect it? one Initiate each
+    XFRM events      -> the SPD table (Publish), or one entry of it (SetEntry)
+    IkeConnected     -> the policy table where none are configured; trust in SAs
+    SourcesResolved  -> which source an unbound flow has, hence which policy wins
+
+Rules of this module: nothing is opened but by the kernel's mirror, nothing is
+decided by time but through timers, and what cannot be represented is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core.coverage import Coverage
+from ipsecgate.core.flow import TCP, Address, Flow, Network
+from ipsecgate.core.ipsec import Action
+from ipsecgate.core.layout import State, TableId, flow_key
+from ipsecgate.core.mirror import Mirror
+from ipsecgate.core.negotiations import Negotiations, child_for
+from ipsecgate.core.policy import Policy, Settings, derived, policy_rules, protect_everything
+from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, compile_table
+
+
+@dataclass
+class Gate:
+    """The whole state of the controller."""
+
+    settings: Settings
+    remembered: tuple[on.ChildConfig, ...] = ()
+    negotiations: Negotiations = field(default_factory=Negotiations)
+
+    def __post_init__(self) -> None:
+        self.mirror = Mirror()
+        self.children: tuple[on.ChildConfig, ...] = ()
+        self.ike_error = "not connected yet"
+        self.sources: dict[Network, Address | None] = {}
+        self.published: dict[TableId, Table] = {}
+        self.errors: list[str] = []
+        self._known = {(c.ike, c.child): c for c in self.remembered}
+        self._destinations: tuple[Network, ...] = ()
+        self._heard: set[type[on.Event]] = set()  # KernelSnapshot, IkeConnected or IkeGone
+
+    @property
+    def policies(self) -> tuple[Policy, ...]:
+        """Configured policies, else one for every known remote traffic selector."""
+        return self.settings.policies or derived(self._known.values())
+
+    def start(self) -> list[do.Command]:
+        """Return what makes the hooks refuse what must be protected, from the first moment."""
+        if not self.policies:
+            return []  # nothing known: the hooks refuse everything until IKE tells
+        return [*self._refresh(), *self._ask_sources()]
+
+    def step(self, event: on.Event) -> list[do.Command]:
+        """Take in one event, return what to do about it, in order."""
+        match event:
+            case on.FlowRefused():
+                return self._ask(event.flow, event.policy) + self._refresh()
+            case on.KernelSnapshot():
+                self.mirror.replace(event)
+                self._heard.add(on.KernelSnapshot)
+            case on.SourcesResolved():
+                self.sources = dict(event.sources)
+            case on.IkeConnected():
+                return self._ike_connected(event)
+            case on.IkeGone():
+                return self._ike_gone(event)
+            case on.ChildUp():
+                self.mirror.ike_adds(event.sa)
+            case on.ChildDown() | on.IkeUp() | on.IkeDown():
+                return []  # the kernel tells what it means for flows
+            case on.NegotiationFailed():
+                name = (event.ike, event.child)
+                return self.negotiations.failed(name, event.cause) + self._refresh()
+            case on.TimerFired():
+                return self.negotiations.timer(event.timer) + self._refresh()
+            case _:
+                self.mirror.apply(event)
+        return self._follow_kernel()
+
+    # --- tables -------------------------------------------------------------------
+
+    def _follow_kernel(self) -> list[do.Command]:
+        """Bring the SPD table up to date first: opening must not wait for anything.
+
+        Until both the kernel and IKE were heard, a predecessor's table stays in
+        force: half the truth would refuse what is covered.
+        """
+        if len(self._heard) < 2:
+            return []
+        table = self._table(TableId.SPD, self.mirror.rules(), [])
+        opened = self._publish(TableId.SPD, table)
+        moved = [
+            command
+            for name, item in self.negotiations.of.items()
+            for command in self.negotiations.sa_is(name, live=self.is_live(item.flow))
+        ]
+        return [*opened, *moved, *self._refresh()]
+
+    def _refresh(self) -> list[do.Command]:
+        """Bring the policy table up to date: policies, and the errno of their refusals."""
+        if not self.policies:
+            return []
+        errors = {place: self._errno(place) for place in range(len(self.policies))}
+        rules = policy_rules(self.policies, errors)
+        table = self._table(TableId.POLICY, rules, protect_everything())
+        return self._publish(TableId.POLICY, table)
+
+    def _table(self, which: TableId, rules: Iterable[Rule], otherwise: list[Rule]) -> Table:
+        """Compile; what does not fit becomes `otherwise`, which refuses."""
+        self.errors = [e for e in self.errors if not e.startswith(which.name)]
+        try:
+            return compile_table(rules)
+        except TableFullError as error:
+            self.errors.append(f"{which.name} table: {error}; protected flows are refused")
+            return compile_table(otherwise)
+
+    def _publish(self, which: TableId, table: Table) -> list[do.Command]:
+        old = self.published.get(which)
+        self.published[which] = table
+        if old is None or not table.same_shape(old):
+            return [do.Publish(which, table)]
+        return [
+            do.SetEntry(which, index, key, entry)
+            for (index, key), entry in table.entries.items()
+            if old.entries[index, key] != entry
+        ]
+
+    def _errno(self, place: int) -> int:
+        errnos = self.settings.errnos
+        states = self.negotiations.states(place)
+        if Coverage.NEGOTIATING in states:
+            return errnos.negotiating
+        return errnos.failed if states == {Coverage.BACK_OFF} else errnos.uncovered
+
+    def _ask_sources(self) -> list[do.Command]:
+        protect = (p for p in self.policies if p.action is Action.PROTECT)
+        wanted = tuple(dict.fromkeys(n for p in protect for n in p.remote))
+        if wanted == self._destinations:
+            return []
+        self._destinations = wanted
+        return [do.ResolveSources(wanted)]
+
+    def source_of(self, flow: Flow) -> Address | None:
+        """Return the flow's source: its own, else the one routing would choose."""
+        if flow.saddr is not None:
+            return flow.saddr
+        nets = [n for n in self.sources if flow.daddr in n]
+        return self.sources[max(nets, key=lambda n: n.prefixlen)] if nets else None
+
+    def is_live(self, flow: Flow) -> bool:
+        """Tell whether the hooks would let a protected flow go now."""
+        saddr = self.source_of(flow)
+        if saddr is None:
+            return False
+        routed = Flow(flow.daddr, flow.proto, flow.dport, saddr, flow.sport)
+        entry = self.published.get(TableId.SPD, EMPTY).classify(flow_key(routed))
+        return entry is not None and entry.state is State.LIVE
+
+    def _ask(self, flow: Flow, place: int | None) -> list[do.Command]:
+        """Have the child negotiated that would protect a refused flow."""
+        if place is None or place >= len(self.policies):
+            return []
+        policy = self.policies[place]
+        if policy.action is not Action.PROTECT or self.ike_error or self.is_live(flow):
+            return []
+        config = child_for(flow, self.source_of(flow), policy, self.children)
+        if config is None:
+            return [do.Log("warning", f"{policy.name}: no loaded CHILD_SA would protect {flow}")]
+        return self.negotiations.ask((config.ike, config.child), flow, place)
+
+    # --- the IKE daemon -------------------------------------------------------------
+
+    def _ike_connected(self, event: on.IkeConnected) -> list[do.Command]:
+        news: list[do.Command] = []
+        if self.ike_error:
+            news = [do.ExemptIke(event.pid), do.Log("info", f"IKE daemon {event.pid} connected")]
+        self.ike_error = ""
+        self._heard.add(on.IkeConnected)
+        self.children = event.children
+        self.mirror.ike_knows(event.established)
+        before = dict(self._known)
+        if not self.settings.policies:
+            self._known.update({(c.ike, c.child): c for c in self.children})
+        if self._known != before:
+            news.append(do.Remember(tuple(self._known.values())))
+        follow = self._follow_kernel()
+        started = [
+            command
+            for place, policy in enumerate(self.policies)
+            if policy.start
+            for command in self._ask(_any_flow(policy), place)
+        ]
+        return [*news, *follow, *self._ask_sources(), *started, *self._refresh()]
+
+    def _ike_gone(self, event: on.IkeGone) -> list[do.Command]:
+        news, self.ike_error = event.reason != self.ike_error, event.reason
+        self._heard.add(on.IkeConnected)
+        if not news:
+            return []
+        self.mirror.ike_gone()
+        follow = self._follow_kernel()
+        gone = do.Log("error", f"IKE daemon gone ({event.reason}): protected flows are refused")
+        return [*follow, do.ExemptIke(0), gone, *self.negotiations.ike_gone(), *self._refresh()]
+
+
+def _any_flow(policy: Policy) -> Flow:
+    """Return a flow of the policy, to negotiate before anyone asks."""
+    network = ip_network(policy.remote[0])
+    host = network[0] if network.num_addresses == 1 else network[1]
+    return Flow(host, policy.proto or TCP, policy.ports[0])

@@ -1,0 +1,145 @@
+"""What the gate asked of IKE: one negotiation a child, however many flows wait.
+
+Source: US 7,028,332 claim 1 (the negotiation component is told to negotiate,
+with the parameters of the policy that covers the flow).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from random import Random
+
+from ipsecgate.core import commands as do
+from ipsecgate.core.coverage import Coverage, Input, advance
+from ipsecgate.core.events import ChildConfig, Timer
+from ipsecgate.core.flow import Address, Flow
+from ipsecgate.core.policy import Policy
+
+LIMIT = 30.0  # seconds that IKE has to come to an end
+GRACE = 1.0  # seconds more for it to say so, before the gate stops waiting for an answer
+BACK_OFF_FIRST = 1.0
+BACK_OFF_LAST = 60.0
+
+Name = tuple[str, str]  # of an IKE and of a child configuration
+
+
+def child_for(
+    flow: Flow, source: Address | None, policy: Policy, children: Iterable[ChildConfig]
+) -> ChildConfig | None:
+    """Return the child that the policy names, else the first whose selectors have the flow.
+
+    An unbound flow's source may change when the SA brings its own route, so a
+    child whose local selector misses it is second best, not excluded.
+    """
+    if policy.child is not None:
+        fitting = [c for c in children if policy.child in (c.child, f"{c.ike}/{c.child}")]
+    else:
+        fitting = [
+            c
+            for c in children
+            if any(r.contains(flow.daddr, flow.proto, flow.dport) for r in c.remote)
+        ]
+    at_home = [
+        c
+        for c in fitting
+        if source is not None and any(s.contains(source, flow.proto, flow.sport) for s in c.local)
+    ]
+    if at_home or flow.saddr is not None:
+        fitting = at_home
+    return fitting[0] if fitting else None
+
+
+@dataclass
+class Negotiation:
+    """One child's state, and the flow by which its coverage is judged."""
+
+    flow: Flow
+    place: int  # of the policy that asked
+    coverage: Coverage = Coverage.UNCOVERED
+    attempts: int = 0
+    failures: int = 0  # in a row
+    last_error: str = ""
+
+
+@dataclass
+class Negotiations:
+    """Every child that was ever asked for. `random` only spreads the back-off."""
+
+    random: Random = field(default_factory=Random)
+    of: dict[Name, Negotiation] = field(default_factory=dict)
+
+    def ask(self, name: Name, flow: Flow, place: int) -> list[do.Command]:
+        """A flow that this child would protect was refused."""
+        item = self.of.setdefault(name, Negotiation(flow, place))
+        if item.coverage is Coverage.UNCOVERED:
+            item.flow, item.place = flow, place
+        return self._move(name, Input.ASKED)
+
+    def sa_is(self, name: Name, *, live: bool) -> list[do.Command]:
+        """The kernel does, or does not, protect the child's flow now."""
+        covered = self.of[name].coverage is Coverage.COVERED
+        if live == covered:
+            return []
+        return self._move(name, Input.SA_LIVE if live else Input.SA_LOST)
+
+    def failed(self, name: Name, cause: str) -> list[do.Command]:
+        """IKE says that it came to nothing."""
+        if name not in self.of:
+            return []
+        self.of[name].last_error = cause
+        return self._move(name, Input.FAILED)
+
+    def timer(self, timer: Timer) -> list[do.Command]:
+        """A timer of `_move`'s ran out."""
+        name = (timer.ike, timer.child)
+        coverage = self.of[name].coverage if name in self.of else None
+        if timer.kind == "limit" and coverage is Coverage.NEGOTIATING:
+            return self.failed(name, f"no CHILD_SA within {LIMIT:.0f} s")
+        if timer.kind == "retry" and coverage is Coverage.BACK_OFF:
+            return self._move(name, Input.RETRY)
+        return []
+
+    def ike_gone(self) -> list[do.Command]:
+        """Nothing is being negotiated any more."""
+        return [command for name in self.of for command in self._move(name, Input.IKE_GONE)]
+
+    def states(self, place: int) -> set[Coverage]:
+        """Return the coverages of what a policy asked for."""
+        return {item.coverage for item in self.of.values() if item.place == place}
+
+    def _move(self, name: Name, event: Input) -> list[do.Command]:
+        """Advance, and return what the new state asks for."""
+        item = self.of[name]
+        before, item.coverage = item.coverage, advance(item.coverage, event)
+        if before is item.coverage:
+            return []
+        label = "/".join(name)
+        limit, retry = Timer("limit", *name), Timer("retry", *name)
+        match item.coverage:
+            case Coverage.NEGOTIATING:
+                item.attempts += 1
+                return [
+                    do.Initiate(*name, limit=LIMIT),
+                    do.StartTimer(limit, LIMIT + GRACE),
+                    do.Log("info", f"{label}: negotiating for {item.flow}"),
+                ]
+            case Coverage.BACK_OFF:
+                item.failures += 1
+                pause = self._pause(item.failures)
+                return [
+                    do.StopTimer(limit),
+                    do.StartTimer(retry, pause),
+                    do.Log("warning", f"{label}: {item.last_error}; again in {pause:.1f} s"),
+                ]
+            case Coverage.COVERED:
+                item.failures, item.last_error = 0, ""
+            case Coverage.UNCOVERED:
+                pass
+        log = do.Log("info", f"{label}: {item.coverage.value} ({event.value})")
+        return [do.StopTimer(limit), do.StopTimer(retry), log]
+
+    def _pause(self, failures: int) -> float:
+        """Exponential, and spread so that many gates do not ask one peer at once."""
+        pause = min(BACK_OFF_LAST, BACK_OFF_FIRST * 2.0 ** (failures - 1))
+        return float(pause * (0.75 + self.random.random() / 2))

@@ -1,0 +1,100 @@
+"""What must be protected: the operator's policies, first match wins.
+
+Where the configuration names none, every remote traffic selector of the loaded
+CHILD_SA configurations is one, protect. That set only grows while the gate
+remembers it: a gate whose IKE daemon lost its connections is not open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from errno import EHOSTUNREACH, EPERM, ETIMEDOUT
+
+from ipsecgate.core.events import ChildConfig
+from ipsecgate.core.flow import ANY_V4, ANY_V6, PORT_MASK, Network
+from ipsecgate.core.ipsec import Action
+from ipsecgate.core.layout import Entry, State
+from ipsecgate.core.table import Rule, Ternary, port_masks, ternary
+
+STATES = {
+    Action.PROTECT: State.PROTECT,
+    Action.BYPASS: State.BYPASS,
+    Action.DISCARD: State.DISCARD,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Flows towards `remote`, with this protocol (0 any) and destination port.
+
+    `child` is "ike/child" or a child's name, None: found by traffic selector.
+    `start`: negotiate as soon as the IKE daemon is there, not when first asked.
+    """
+
+    name: str
+    remote: tuple[Network, ...]
+    action: Action = Action.PROTECT
+    proto: int = 0
+    ports: tuple[int, int] = (0, PORT_MASK)
+    child: str | None = None
+    start: bool = False
+
+    def matches(self) -> list[Ternary]:
+        """Return the flows it names, in the hook's form."""
+        return [
+            ternary(network, proto=self.proto, dport=block)
+            for network in self.remote
+            for block in port_masks(*self.ports)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Errnos:
+    """What a refused call returns. Source: docs/errno.md for what clients make of it."""
+
+    uncovered: int = EPERM
+    negotiating: int = EPERM
+    failed: int = EHOSTUNREACH
+    hold_timeout: int = ETIMEDOUT
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the operator configured, as far as decisions need it."""
+
+    policies: tuple[Policy, ...] = ()
+    audit: bool = False
+    deny: bool = False
+    errnos: Errnos = field(default_factory=Errnos)
+
+
+def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
+    """Return a protect policy for every remote traffic selector."""
+    found: dict[str, Policy] = {}
+    for config in children:
+        for number, selector in enumerate(config.remote):
+            suffix = f"#{number}" if len(config.remote) > 1 else ""
+            name = f"{config.ike}/{config.child}{suffix}"
+            found[name] = Policy(
+                name=name,
+                remote=(selector.network,),
+                proto=selector.proto,
+                ports=selector.ports,
+                child=f"{config.ike}/{config.child}",
+            )
+    return tuple(found.values())
+
+
+def policy_rules(policies: Iterable[Policy], errors: Mapping[int, int]) -> list[Rule]:
+    """Return the rules of the hook's policy table; `errors` by the policy's place."""
+    return [
+        Rule(match, Entry(STATES[policy.action], errors.get(place, 0), place))
+        for place, policy in enumerate(policies)
+        for match in policy.matches()
+    ]
+
+
+def protect_everything() -> list[Rule]:
+    """Return what holds when the policies do not fit the hooks' tables: refuse."""
+    return [Rule(ternary(network), Entry(State.PROTECT)) for network in (ANY_V4, ANY_V6)]

@@ -1,0 +1,175 @@
+"""From ordered rules to what the hook searches: masks in order, entries by masked key.
+
+Rules of this module:
+- First matching rule wins, in the order given; a table never changes an answer.
+- A tuple is a mask with a place in the order. The hook tries one after the
+  other and stops at the first hit (tuple-space search: Srinivasan, Suri,
+  Varghese, "Packet Classification using Tuple Space Search", SIGCOMM 1999).
+- Rules share a tuple wherever that cannot change an answer, so the count of
+  tuples is about the count of distinct masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from ipsecgate.core.flow import PORT_MASK, Network, Selector
+from ipsecgate.core.layout import ENTRIES, TUPLES, Entry, Key, address_bits
+
+_ALL_ADDRESS = (1 << 128) - 1
+
+
+class TableFullError(ValueError):
+    """More masks or entries than the hook's maps hold; the old table stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ternary:
+    """A value with a mask: a flow matches where the mask has ones and the value agrees."""
+
+    value: Key
+    mask: Key
+
+    def matches(self, key: Key) -> bool:
+        """Tell whether a flow's key matches."""
+        return key.masked(self.mask) == self.value
+
+    def intersect(self, other: Self) -> Ternary | None:
+        """Return what matches both, None where nothing does."""
+        common = Key(*(a & b for a, b in zip(_bits(self.mask), _bits(other.mask), strict=True)))
+        if self.value.masked(common) != other.value.masked(common):
+            return None
+        return Ternary(_merge(self.value, other.value), _merge(self.mask, other.mask))
+
+
+def _bits(key: Key) -> tuple[int, ...]:
+    return key.saddr, key.daddr, key.sport, key.dport, key.proto, key.family
+
+
+def _merge(a: Key, b: Key) -> Key:
+    return Key(*(x | y for x, y in zip(_bits(a), _bits(b), strict=True)))
+
+
+def network_bits(network: Network) -> tuple[int, int]:
+    """Return a network's (value, mask) in the maps' one address form."""
+    host_bits = network.max_prefixlen - network.prefixlen
+    mask = _ALL_ADDRESS >> host_bits << host_bits
+    return address_bits(network.network_address, network.version), mask
+
+
+def ternary(
+    dst: Network,
+    *,
+    src: Network | None = None,
+    proto: int = 0,
+    sport: tuple[int, int] = (0, 0),
+    dport: tuple[int, int] = (0, 0),
+) -> Ternary:
+    """Build a ternary of one family; ports are (value, mask), `src` None is any."""
+    daddr, daddr_mask = network_bits(dst)
+    saddr, saddr_mask = network_bits(src) if src is not None else (0, 0)
+    return Ternary(
+        Key(saddr, daddr, sport[0] & sport[1], dport[0] & dport[1], proto, dst.version),
+        Key(saddr_mask, daddr_mask, sport[1], dport[1], 0xFF if proto else 0, 0xFF),
+    )
+
+
+def from_selector(selector: Selector) -> Ternary:
+    """Return an XFRM selector as a ternary; its interface index is not looked at."""
+    return ternary(
+        selector.dst,
+        src=selector.src,
+        proto=selector.proto,
+        sport=(selector.sport, selector.sport_mask),
+        dport=(selector.dport, selector.dport_mask),
+    )
+
+
+def port_masks(low: int, high: int) -> list[tuple[int, int]]:
+    """Cover the inclusive range with the fewest aligned (value, mask) blocks.
+
+    Raises: ValueError if the range is empty or outside 0..65535.
+    """
+    if not 0 <= low <= high <= PORT_MASK:
+        raise ValueError(f"port range {low}-{high}")
+    blocks = []
+    while low <= high:
+        size = low & -low or PORT_MASK + 1
+        while low + size - 1 > high:
+            size >>= 1
+        blocks.append((low, PORT_MASK & ~(size - 1)))
+        low += size
+    return blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Flows that match get this entry, unless an earlier rule has them."""
+
+    match: Ternary
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Masks in the order they are tried, and entries by (tuple, masked key)."""
+
+    masks: tuple[Key, ...]
+    entries: Mapping[tuple[int, Key], Entry]
+
+    def classify(self, key: Key) -> Entry | None:
+        """Answer as the hook does: first hit in tuple order, None without one."""
+        for index, mask in enumerate(self.masks):
+            entry = self.entries.get((index, key.masked(mask)))
+            if entry is not None:
+                return entry
+        return None
+
+    def same_shape(self, other: Table) -> bool:
+        """Tell whether only entries' contents differ, so that no flip is needed."""
+        return self.masks == other.masks and self.entries.keys() == other.entries.keys()
+
+
+EMPTY = Table((), {})
+
+
+def compile_table(rules: Iterable[Rule]) -> Table:
+    """Order rules into tuples. Raises: TableFullError."""
+    masks: list[Key] = []
+    members: list[dict[Key, Rule]] = []
+    for rule in rules:
+        if any(_shadows(mask, group, rule) for mask, group in zip(masks, members, strict=True)):
+            continue
+        place = _place(masks, members, rule)
+        if place == len(masks):
+            masks.append(rule.match.mask)
+            members.append({})
+        members[place][rule.match.value] = rule
+    if len(masks) > TUPLES:
+        raise TableFullError(f"{len(masks)} distinct masks, the hooks hold {TUPLES}")
+    entries = {
+        (index, value): rule.entry
+        for index, group in enumerate(members)
+        for value, rule in group.items()
+    }
+    if len(entries) > ENTRIES // 4:  # two tables, and each is built beside its predecessor
+        raise TableFullError(f"{len(entries)} entries, a table holds {ENTRIES // 4}")
+    return Table(tuple(masks), entries)
+
+
+def _shadows(mask: Key, group: Mapping[Key, Rule], rule: Rule) -> bool:
+    """Tell whether an earlier rule already has every flow of this one."""
+    wider = all(m & r == m for m, r in zip(_bits(mask), _bits(rule.match.mask), strict=True))
+    return wider and rule.match.value.masked(mask) in group
+
+
+def _place(masks: list[Key], members: list[dict[Key, Rule]], rule: Rule) -> int:
+    """Return the last tuple of the rule's mask if no earlier rule behind it overlaps."""
+    for place in range(len(masks) - 1, -1, -1):
+        if masks[place] == rule.match.mask:
+            return place
+        if any(earlier.match.intersect(rule.match) for earlier in members[place].values()):
+            break
+    return len(masks)

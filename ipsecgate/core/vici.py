@@ -1,0 +1,244 @@
+"""What strongSwan's VICI messages mean: sections of text into the domain's words.
+
+Rules of this module: parsed messages in, values out; no socket, no name look-up of its own:
+charon writes well-known ports and protocols as names, and `Names` turns them back. A selector
+that is not understood is an error, never left out: what is left out would not be protected.
+
+    list-conn    {ike: {local_addrs: [...], remote_addrs: [...],
+                        children: {child: {mode, local-ts: [...], remote-ts: [...]}}}}
+    list-sa      {ike: {remote-host, child-sas: {child-N: {name, reqid, state, protocol,
+                        spi-in, spi-out (hex), local-ts: [...], remote-ts: [...]}}}}
+    child-updown {up: yes?, ike: as in list-sa, with the one child}
+    ike-updown   {up: yes?, ike: {uniqueid, remote-host, ...}}
+
+A traffic selector is `NET`, `NET[PROTO]` or `NET[PROTO/PORTS]`: NET a prefix, `a..b` or
+`dynamic` (the IKE peer's address); PROTO a name or number, 0 any; PORTS a name, a number,
+`a-b` or OPAQUE (present in no packet), for ICMP `TYPE` or `TYPE(CODE)`.
+
+Source: README.md of strongSwan's vici plugin; traffic_selector_printf_hook() for the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_network, summarize_address_range
+from typing import Any
+
+from ipsecgate.core.events import (
+    ChildConfig,
+    ChildDown,
+    ChildSa,
+    ChildUp,
+    IkeDown,
+    IkeUp,
+)
+from ipsecgate.core.flow import PORT_MASK, Network, TrafficSelector, parse_address
+from ipsecgate.core.ipsec import Mode
+from ipsecgate.errors import GateError
+
+Section = Mapping[str, Any]
+
+MODES = {
+    "TRANSPORT": Mode.TRANSPORT,
+    "TRANSPORT_PROXY": Mode.TRANSPORT,
+    "TUNNEL": Mode.TUNNEL,
+    "BEET": Mode.BEET,
+    "IPTFS": Mode.IPTFS,
+}
+SHUNTS = frozenset({"PASS", "DROP"})
+USABLE = frozenset({"INSTALLED", "REKEYING", "REKEYED"})
+OPAQUE = (PORT_MASK, 0)
+ICMP = frozenset({1, 58})
+
+_SELECTOR = re.compile(r"([^\[\]]+)(?:\[([^/\]]+)(?:/([^\]]+))?\])?")
+_PORT_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_ICMP_RANGE = re.compile(r"(\d+)(?:\((\d+)\))?(?:-(\d+)(?:\((\d+)\))?)?")
+
+
+class ViciError(GateError):
+    """A VICI message that does not say what it should."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            f"VICI: {message}",
+            hint="is this strongSwan 5.9 or later? report it with `swanctl --list-conns`",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """How to read names: protocol -> number, (service, protocol's name or None) -> port.
+
+    Both raise OSError for a name they don't know, as the socket module's do.
+    """
+
+    protocol: Callable[[str], int]
+    service: Callable[[str, str | None], int]
+
+
+def text(section: Section, key: str) -> str:
+    """Return a value as text. Raises: ViciError if there is none."""
+    value = section.get(key)
+    if not isinstance(value, bytes):
+        raise ViciError(f"no value {key!r} among {sorted(section)}")
+    return value.decode(errors="replace")
+
+
+def texts(section: Section, key: str) -> list[str]:
+    """Return a list of values as text, empty if there is none."""
+    return [item.decode(errors="replace") for item in section.get(key, ())]
+
+
+def sections(section: Section) -> Iterator[tuple[str, Section]]:
+    """Yield the named sections, not the values beside them."""
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            yield name, value
+
+
+# --- configurations -----------------------------------------------------------------
+
+
+def child_configs(conn: Section, names: Names) -> Iterator[ChildConfig]:
+    """Yield the children of a list-conn event; shunts (PASS, DROP) are no SAs and left out.
+
+    Raises: ViciError.
+    """
+    for ike, body in sections(conn):
+        local_addresses = concrete(texts(body, "local_addrs"))
+        remote_addresses = concrete(texts(body, "remote_addrs"))
+        for child, config in sections(body.get("children", {})):
+            mode = text(config, "mode")
+            if mode in SHUNTS:
+                continue
+            if mode not in MODES:
+                raise ViciError(f"child {ike}/{child} has the unknown mode {mode}")
+            yield ChildConfig(
+                ike=ike,
+                child=child,
+                mode=MODES[mode],
+                local=selectors(texts(config, "local-ts"), local_addresses, names),
+                remote=selectors(texts(config, "remote-ts"), remote_addresses, names),
+            )
+
+
+def concrete(addresses: Sequence[str]) -> tuple[Network, ...]:
+    """Return the IKE addresses that are one address each; %any, names and ranges are not."""
+    found: list[Network] = []
+    for address in addresses:
+        try:
+            found.append(ip_network(parse_address(address)))
+        except ValueError:
+            continue
+    return tuple(found)
+
+
+def selectors(
+    written: Sequence[str], dynamic: Sequence[Network], names: Names
+) -> tuple[TrafficSelector, ...]:
+    """Parse traffic selectors; `dynamic` is what that word stands for. Raises: ViciError."""
+    return tuple(ts for one in written for ts in _selector(one, dynamic, names))
+
+
+def _selector(written: str, dynamic: Sequence[Network], names: Names) -> Iterator[TrafficSelector]:
+    match = _SELECTOR.fullmatch(written)
+    if match is None:
+        raise ViciError(f"traffic selector {written!r} is not understood")
+    where, protocol, ports = match.groups()
+    try:
+        proto = _protocol(protocol, names)
+        port_range = _ports(ports, proto, protocol, names)
+        networks = dynamic if where == "dynamic" else tuple(_networks(where))
+    except (ValueError, TypeError, OSError) as error:
+        raise ViciError(f"traffic selector {written!r}: {error}") from error
+    for network in networks:
+        yield TrafficSelector(network, proto, port_range)
+
+
+def _networks(where: str) -> Iterator[Network]:
+    first, dots, last = where.partition("..")
+    if dots:
+        yield from summarize_address_range(parse_address(first), parse_address(last))
+    else:
+        yield ip_network(where, strict=False)
+
+
+def _protocol(written: str | None, names: Names) -> int:
+    if written is None:
+        return 0
+    return int(written) if written.isdigit() else names.protocol(written)
+
+
+def _ports(written: str | None, proto: int, protocol: str | None, names: Names) -> tuple[int, int]:
+    if written is None:
+        return (0, PORT_MASK)
+    if written == "OPAQUE":
+        return OPAQUE
+    if proto in ICMP and (match := _ICMP_RANGE.fullmatch(written)):
+        kind, code, last_kind, last_code = (int(part) if part else 0 for part in match.groups())
+        low = kind << 8 | code
+        return (low, last_kind << 8 | last_code) if match[3] else (low, low)
+    if match := _PORT_RANGE.fullmatch(written):
+        return int(match[1]), int(match[2] or match[1])
+    port = names.service(written, protocol if proto else None)
+    return port, port
+
+
+# --- SAs ----------------------------------------------------------------------------
+
+
+def child_sas(message: Section, names: Names) -> Iterator[ChildSa]:
+    """Yield the CHILD_SAs that carry traffic in a list-sa event. Raises: ViciError."""
+    for sa, state in _children(message, names):
+        if state in USABLE:
+            yield sa
+
+
+def _children(message: Section, names: Names) -> Iterator[tuple[ChildSa, str]]:
+    """Yield every CHILD_SA that has SPIs, with its state."""
+    for ike, body in sections(message):
+        for _, child in sections(body.get("child-sas", {})):
+            if "spi-out" in child:
+                yield _child_sa(ike, text(body, "remote-host"), child, names), text(child, "state")
+
+
+def _child_sa(ike: str, remote_host: str, child: Section, names: Names) -> ChildSa:
+    try:
+        return ChildSa(
+            ike=ike,
+            child=text(child, "name"),
+            reqid=int(text(child, "reqid")),
+            spi_in=int(text(child, "spi-in"), 16),
+            spi_out=int(text(child, "spi-out"), 16),
+            remote_host=parse_address(remote_host),
+            local=selectors(texts(child, "local-ts"), (), names),
+            remote=selectors(texts(child, "remote-ts"), (), names),
+        )
+    except ValueError as error:
+        raise ViciError(f"CHILD_SA of {ike}: {error}") from error
+
+
+def child_updown(message: Section, names: Names) -> Iterator[ChildUp | ChildDown]:
+    """Yield what a child-updown event says. Raises: ViciError."""
+    up = message.get("up") == b"yes"
+    for sa, _state in _children(message, names):
+        yield ChildUp(sa) if up else ChildDown(sa)
+
+
+def child_rekey(message: Section, names: Names) -> Iterator[ChildUp | ChildDown]:
+    """Yield what a child-rekey event says: the new one, then the old. Raises: ViciError."""
+    for ike, body in sections(message):
+        remote_host = text(body, "remote-host")
+        for _, pair in sections(body.get("child-sas", {})):
+            yield ChildUp(_child_sa(ike, remote_host, pair["new"], names))
+            yield ChildDown(_child_sa(ike, remote_host, pair["old"], names))
+
+
+def ike_updown(message: Section) -> Iterator[IkeUp | IkeDown]:
+    """Yield what an ike-updown event says. Raises: ViciError."""
+    up = message.get("up") == b"yes"
+    for ike, body in sections(message):
+        unique = int(text(body, "uniqueid"))
+        yield IkeUp(ike, unique) if up else IkeDown(ike, unique)

@@ -1,0 +1,66 @@
+"""Find cgroups of the unified hierarchy: by path, systemd unit, container or id."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ipsecgate.edges.mounts import mounted
+from ipsecgate.errors import KernelLacksError, UsageError
+
+
+def root() -> Path:
+    """Return where cgroup2 is mounted. Raises: KernelLacksError."""
+    for path, kind in mounted():
+        if kind == "cgroup2":
+            return path
+    raise KernelLacksError(
+        "no cgroup2 hierarchy is mounted",
+        hint="mount -t cgroup2 cgroup2 /sys/fs/cgroup (`ip netns exec` hides it: use nsenter)",
+    )
+
+
+def resolve(target: str) -> Path:
+    """Return the cgroup that a target names: a path, unit:NAME, container:ID.
+
+    Raises: UsageError if there is none, or more than one.
+    """
+    kind, _, name = target.partition(":")
+    match kind:
+        case "unit":
+            full = name if "." in name else f"{name}.service"
+            found = [p for p in walk() if p.name == full]
+        case "container":
+            found = [p for p in walk() if len(name) >= 6 and name in p.name]
+            # runtimes nest a cgroup of the same name: the outermost holds all
+            found = [p for p in found if not any(o != p and p.is_relative_to(o) for o in found)]
+        case _:
+            path = Path(target)
+            if not (path / "cgroup.procs").is_file():
+                raise UsageError(
+                    f"{target} is not a cgroup2 folder",
+                    hint=f"a path below {root()}, unit:NAME or container:ID",
+                )
+            return path
+    if len(found) != 1:
+        names = ", ".join(str(p) for p in found[:4])
+        raise UsageError(f"{target} names {len(found)} cgroups{': ' + names if names else ''}")
+    return found[0]
+
+
+def walk() -> Iterator[Path]:
+    """Yield every cgroup, parents first."""
+    for folder, _, _ in os.walk(root()):
+        yield Path(folder)
+
+
+def by_id() -> dict[int, Path]:
+    """Return every cgroup by its id, which is its folder's inode number."""
+    found = {}
+    for path in walk():
+        try:
+            found[path.stat().st_ino] = path
+        except FileNotFoundError:
+            continue  # removed while walking
+    return found

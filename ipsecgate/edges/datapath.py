@@ -1,0 +1,147 @@
+"""Write the hooks' tables and receive their refusals. No decisions.
+
+Publishing has no window: the new table's entries and masks are written beside
+the old one's (their own space), then one word switches the epoch, and only
+after an RCU grace period, when no hook can still be looking at it, is the old
+space cleared. The grace period is the kernel's own: an update of a map of maps
+waits for one (kernel/bpf/syscall.c, maybe_wait_bpf_programs()).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable
+
+from ipsecgate.core import layout
+from ipsecgate.core.events import FlowRefused
+from ipsecgate.core.flow import Address, Network
+from ipsecgate.core.layout import INDEX, SETTING, Entry, Key, Setting, TableId
+from ipsecgate.core.table import Table
+from ipsecgate.edges import libbpf
+from ipsecgate.edges.maps import EPOCH, Maps
+from ipsecgate.edges.pins import Pins
+
+
+class Datapath(Maps):
+    """The maps of one loaded instance, open for its one controller."""
+
+    def __init__(self, pins: Pins) -> None:
+        super().__init__(pins)
+        self._sources: dict[bytes, bytes] = {}
+        self._ring: libbpf.Ring | None = None
+        template = libbpf.MapShape(libbpf.MAP_TYPE_ARRAY, 4, 4, 1)
+        outer = libbpf.MapShape(libbpf.MAP_TYPE_ARRAY_OF_MAPS, 4, 4, 1)
+        self._inner = libbpf.create_map("grace_inner", template)
+        self._grace = libbpf.create_map("grace", outer, inner=self._inner)
+        self._keys: dict[int, list[bytes]] = {}  # by space, as written
+        self._clearing: dict[int, asyncio.Task[None]] = {}  # by space
+        self._adopt()
+
+    def close(self) -> None:
+        """Close every descriptor; the pins and what they refuse stay."""
+        if self._ring is not None:
+            self._ring.close()
+        for fd in (self._inner, self._grace):
+            os.close(fd)
+        super().close()
+
+    # --- settings -----------------------------------------------------------------
+
+    def set(self, which: Setting, value: int) -> None:
+        """Write one word: in force for the next call of any hook."""
+        libbpf.update(self._fds["settings"], INDEX.pack(which), SETTING.pack(value))
+
+    # --- tables -------------------------------------------------------------------
+
+    def _adopt(self) -> None:
+        """Learn what a predecessor published; clear what it left half-written."""
+        self._wait_grace_period()  # it may have died right after a switch
+        current = {layout.space(table, self.setting(EPOCH[table])) for table in TableId}
+        self._keys = {space: [] for space in current}
+        for raw in list(libbpf.keys(self._fds["entries"], layout.KEY_SIZE)):
+            space = raw[layout.SPACE_OFFSET]
+            if space in current:
+                self._keys[space].append(raw)
+            else:
+                libbpf.delete(self._fds["entries"], raw)
+
+    async def publish(self, table: TableId, content: Table) -> None:
+        """Replace a table at once; the old one is cleared behind the caller's back.
+
+        Raises: OSError when the maps are full (the old table stays in force).
+        """
+        epoch = self.setting(EPOCH[table])
+        old, new = layout.space(table, epoch), layout.space(table, epoch + 1)
+        if new in self._clearing:  # published faster than grace periods pass
+            await self._clearing[new]
+        self._keys[new] = []
+        try:
+            for (index, key), entry in content.entries.items():
+                raw = layout.pack_key(key, new, index)
+                libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry))
+                self._keys[new].append(raw)
+        except OSError:
+            self._clear(new)
+            raise
+        libbpf.update(self._fds["masks"], INDEX.pack(new), layout.pack_masks(content.masks))
+        self.set(EPOCH[table], epoch + 1)
+        self._clearing[old] = asyncio.create_task(self._clear_later(old))
+
+    def set_entry(self, table: TableId, index: int, key: Key, entry: Entry) -> None:
+        """Change one entry of the published table: one atomic write."""
+        raw = layout.pack_key(key, layout.space(table, self.setting(EPOCH[table])), index)
+        libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry))
+
+    @property
+    def clearing(self) -> bool:
+        """Tell whether an old table is still being cleared."""
+        return bool(self._clearing)
+
+    async def _clear_later(self, space: int) -> None:
+        await asyncio.to_thread(self._wait_grace_period)
+        self._clear(space)
+        del self._clearing[space]
+
+    def _wait_grace_period(self) -> None:
+        libbpf.update(self._grace, INDEX.pack(0), INDEX.pack(self._inner))
+
+    def _clear(self, space: int) -> None:
+        for raw in self._keys.pop(space, ()):
+            libbpf.delete(self._fds["entries"], raw)
+
+    # --- sources ------------------------------------------------------------------
+
+    def set_sources(self, sources: Iterable[tuple[Network, Address | None]]) -> None:
+        """Make the map say which source an unbound socket gets: changes only."""
+        fd = self._fds["sources"]
+        wanted = {layout.pack_route(net): layout.pack_source(src) for net, src in sources}
+        if not self._sources:
+            size = 20
+            self._sources = dict.fromkeys(libbpf.keys(fd, size), b"")
+        for key, value in wanted.items():
+            if self._sources.get(key) != value:
+                libbpf.update(fd, key, value)
+        for key in self._sources.keys() - wanted.keys():
+            libbpf.delete(fd, key)
+        self._sources = wanted
+
+    # --- what the hooks tell --------------------------------------------------------
+
+    def open_ring(self, on_refusal: Callable[[FlowRefused], None]) -> int:
+        """Start reading refusals; return a descriptor to watch for reading.
+
+        Call `drain` when it is readable. A second reader of one ring would steal
+        from the first: one controller an instance.
+        """
+
+        def on_record(record: bytes) -> None:
+            on_refusal(layout.unpack_event(record))
+
+        self._ring = libbpf.Ring(self._fds["events"], on_record)
+        return self._ring.fd
+
+    def drain(self) -> None:
+        """Hand every waiting refusal to the callback given to `open_ring`."""
+        if self._ring is not None:
+            self._ring.consume()

@@ -1,0 +1,216 @@
+"""strongSwan: what it has configured, what it has established, what happens to it.
+
+Rules of this module: events have a connection of their own, and are registered before
+`connect` returns, so what `established` doesn't show yet will be told. Commands share another
+one and run in order; negotiations have their own (`ipsecgate.edges.negotiation`). It doesn't
+reconnect: a client whose daemon is gone says `IkeGone` once and is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ipsecgate.core.events import (
+    ChildConfig,
+    ChildSa,
+    ChildUp,
+    IkeEvent,
+    IkeGone,
+    NegotiationFailed,
+)
+from ipsecgate.core.vici import (
+    Names,
+    ViciError,
+    child_configs,
+    child_rekey,
+    child_sas,
+    child_updown,
+    ike_updown,
+    sections,
+    text,
+)
+from ipsecgate.edges.negotiation import Negotiator
+from ipsecgate.edges.vici import (
+    Answer,
+    IkeError,
+    IkeRefusedError,
+    Message,
+    ViciConnection,
+    no_answer,
+)
+
+EVENTS = ("child-updown", "child-rekey", "ike-updown")
+COMMAND_LIMIT = 30.0
+
+NAMES = Names(
+    protocol=socket.getprotobyname,
+    service=lambda name, protocol: (
+        socket.getservbyname(name, protocol) if protocol else socket.getservbyname(name)
+    ),
+)
+
+
+class IkeClient:
+    """A session with the IKE daemon; made by `connect`, ended by `close` or its `IkeGone`."""
+
+    def __init__(self, path: Path, events: ViciConnection, commands: ViciConnection) -> None:
+        self.path = path
+        self._event_source = events
+        self._commands = commands
+        self._command_turn = asyncio.Lock()
+        self._negotiator = Negotiator(path, self.established, self._take_back)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._events: asyncio.Queue[IkeEvent] = asyncio.Queue()
+
+    @classmethod
+    async def connect(cls, path: Path) -> IkeClient:
+        """Connect and register for events. Raises: IkeUnreachableError, IkeRefusedError."""
+        opened: list[ViciConnection] = []
+        try:
+            async with asyncio.timeout(COMMAND_LIMIT):
+                for _ in range(2):
+                    opened.append(await ViciConnection.open(path))
+                client = cls(path, *opened)
+                for name in EVENTS:
+                    await client._event_source.register(name)
+                await client._negotiator.prepare()
+        except BaseException as error:
+            for connection in opened:
+                connection.close()
+            if isinstance(error, TimeoutError):
+                raise no_answer(path, COMMAND_LIMIT) from None
+            raise
+        client._spawn(client._follow())
+        return client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the session and what it was waiting for; charon goes on with what it began."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._close()
+
+    def _close(self) -> None:
+        self._event_source.close()
+        self._commands.close()
+        self._negotiator.close()
+
+    @property
+    def daemon_pid(self) -> int:
+        """The daemon's process id."""
+        return self._event_source.peer_pid
+
+    async def events(self) -> AsyncIterator[IkeEvent]:
+        """Yield what happens, in order; the last one is `IkeGone`."""
+        while True:
+            event = await self._events.get()
+            yield event
+            if isinstance(event, IkeGone):
+                return
+
+    async def children(self) -> tuple[ChildConfig, ...]:
+        """Return the children that are configured. There is no event: ask again to know.
+
+        Raises: IkeError, ViciError.
+        """
+        conns = await self._command("list-conns", {}, "list-conn")
+        return tuple(config for conn in conns for config in child_configs(conn, NAMES))
+
+    async def established(self) -> tuple[ChildSa, ...]:
+        """Return the CHILD_SAs that carry traffic. Raises: IkeError, ViciError."""
+        found = await self._command("list-sas", {}, "list-sa")
+        return tuple(sa for each in found for sa in child_sas(each, NAMES))
+
+    async def initiate(self, ike: str, child: str, limit: float) -> None:
+        """Have a child negotiated; this does not wait for it.
+
+        Success shows in the kernel and as `ChildUp`; a child that is up already is one, without
+        an event. Otherwise `NegotiationFailed` comes after `limit` seconds at the latest.
+        """
+        self._spawn(self._initiate(ike, child, limit))
+
+    async def terminate(self, ike: str, child: str | None = None) -> None:
+        """Have an IKE_SA, or just one child of it, deleted; return when charon was asked.
+
+        Raises: IkeRefusedError if there is none; IkeUnreachableError.
+        """
+        what = {"ike": ike} if child is None else {"ike": ike, "child": child}
+        await self._command("terminate", {**what, "timeout": "-1"})
+
+    async def _initiate(self, ike: str, child: str, limit: float) -> None:
+        try:
+            cause = await self._negotiator.negotiate((ike, child), limit)
+        except (IkeError, ViciError) as error:
+            cause = str(error)
+        if cause is not None:
+            self._events.put_nowait(NegotiationFailed(ike, child, cause))
+
+    async def _take_back(self, ike: str) -> None:
+        """Drop the half-open IKE_SAs of a configuration that we began."""
+        for message in await self._command("list-sas", {"ike": ike}, "list-sa"):
+            for _, sa in sections(message):
+                if text(sa, "state") == "CONNECTING" and "initiator" in sa:
+                    unique = text(sa, "uniqueid")
+                    await self._command(
+                        "terminate", {"ike-id": unique, "force": "yes", "timeout": "-1"}
+                    )
+
+    async def _command(
+        self, command: str, message: Message, stream: str | None = None
+    ) -> list[Message]:
+        async with self._command_turn:
+            try:
+                async with asyncio.timeout(COMMAND_LIMIT):
+                    return await self._commands.request(command, message, stream)
+            except IkeRefusedError:
+                raise
+            except BaseException as error:
+                self._close()  # an answer that comes later would be taken for the next one's
+                if isinstance(error, TimeoutError):
+                    raise no_answer(self.path, COMMAND_LIMIT) from None
+                raise
+
+    async def _follow(self) -> None:
+        reason = ""
+        try:
+            while True:
+                for event in _events(await self._event_source.receive()):
+                    if isinstance(event, ChildUp):
+                        self._negotiator.came_up((event.sa.ike, event.sa.child))
+                    self._events.put_nowait(event)
+        except (IkeError, ViciError) as error:
+            reason = str(error)
+        self._close()
+        self._events.put_nowait(IkeGone(reason))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _events(answer: Answer) -> Iterator[IkeEvent]:
+    """Yield what an event packet says; others say nothing. Raises: ViciError."""
+    match answer.event:
+        case "child-updown":
+            yield from child_updown(answer.message, NAMES)
+        case "child-rekey":
+            yield from child_rekey(answer.message, NAMES)
+        case "ike-updown":
+            yield from ike_updown(answer.message)

@@ -1,0 +1,66 @@
+"""Ask the machine what it can do, without changing it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from functools import cache
+from pathlib import Path
+
+from vici import Session
+
+from ipsecgate.edges.mounts import type_of
+from ipsecgate.errors import GateError
+
+NETLINK_XFRM = 6
+
+
+def is_bpffs(path: Path) -> bool:
+    """Tell whether bpffs is mounted there."""
+    return type_of(path) == "bpf"
+
+
+def has_xfrm() -> bool:
+    """Tell whether the kernel has the XFRM netlink family."""
+    try:
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM).close()
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def has_esp() -> bool:
+    """Tell whether the running kernel takes an ESP state; asked in a namespace of its own.
+
+    Any of the two ciphers that strongSwan proposes first will do. Without the
+    right to make a network namespace the answer is False.
+    Raises: GateError if ip(8) or unshare(1) is missing.
+    """
+    aead = ("aead", "rfc4106(gcm(aes))", "0x" + "11" * 20, "128")
+    cbc = ("enc", "cbc(aes)", "0x" + "11" * 16, "auth", "hmac(sha256)", "0x" + "11" * 32)
+    for tool in ("ip", "unshare"):
+        if shutil.which(tool) is None:
+            raise GateError(f"{tool} is not installed", hint="apt install iproute2 util-linux")
+    namespace = ["unshare", "--net"]
+    if os.geteuid() != 0:
+        namespace += ["--user", "--map-root-user"]
+    state = "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x100 mode tunnel"
+    return any(
+        subprocess.run(
+            [*namespace, *state.split(), *algorithm], capture_output=True, check=False
+        ).returncode
+        == 0
+        for algorithm in (aead, cbc)
+    )
+
+
+def vici_version(path: Path, timeout: float = 5.0) -> str:
+    """Return what IKE daemon answers on a VICI socket. Raises: OSError."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(timeout)
+        sock.connect(os.fspath(path))
+        told = Session(sock).version()
+    return " ".join(told[key].decode() for key in ("daemon", "version"))

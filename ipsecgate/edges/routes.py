@@ -1,0 +1,144 @@
+"""Which source address the kernel would choose for an unbound socket, kept up to date.
+
+Rules of this module:
+- The kernel is asked (RTM_GETROUTE), nothing is computed from the table: what it answers holds
+  for rules, metrics and `src` hints alike. The table only tells where the answer can change.
+- A change of routes, rules, addresses or links is a reason to ask again, whatever it says;
+  one of routes only if it touches a destination. An overrun of the watching socket is a change.
+- The first change is answered at once: strongSwan adds a route with a `src` hint just when an
+  SA comes up. Those that follow within `PAUSE` share one answer.
+
+It sees flows of root without a mark. Rules by mark, user, port or protocol, and sources that
+differ between the next hops of one route, are beyond it.
+
+pyroute2 is the transport only; why, is said in `ipsecgate.edges.netlink`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from functools import partial
+from socket import AF_INET, AF_INET6
+
+from ipsecgate.core.events import SourcesResolved
+from ipsecgate.core.flow import Address, Network
+from ipsecgate.core.netlink import DecodeError
+from ipsecgate.core.rtnetlink import (
+    decode_prefixes,
+    decode_source,
+    encode_route_dump,
+    encode_route_get,
+    encode_rule_dump,
+    only_routes,
+)
+from ipsecgate.core.sources import Cover, Prefix, Source, compress, network, partition
+from ipsecgate.edges.netlink import RawNetlinkSocket, Requests
+from ipsecgate.errors import GateError
+
+NETLINK_ROUTE = 0
+# RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE
+GROUPS = (1, 5, 7, 8, 9, 11, 19)
+PAUSE = 0.02
+BATCH = 64  # lookups between two turns of the loop, about a millisecond
+
+
+class RoutesError(GateError):
+    """The kernel's routes can't be read."""
+
+
+class Routes:
+    """Tell the sources for the destinations that `follow` names, in this network namespace.
+
+    `deliver` is called when they are known, and when they changed.
+    """
+
+    def __init__(self, deliver: Callable[[SourcesResolved], None]) -> None:
+        self._deliver = deliver
+        self._destinations: tuple[Network, ...] = ()
+        self._cover = Cover(())
+        self._due = asyncio.Event()
+        self._last: SourcesResolved | None = None
+
+    def follow(self, destinations: Iterable[Network]) -> None:
+        """Resolve these from now on, instead of those before."""
+        self._destinations = tuple(destinations)
+        self._cover = Cover(self._destinations)
+        self._last = None
+        self._due.set()
+
+    async def run(self) -> None:
+        """Watch and resolve until cancelled. Raises: RoutesError, DecodeError."""
+        watch = RawNetlinkSocket(NETLINK_ROUTE, self._on_change, lambda _error: self._due.set())
+        try:
+            await watch.join(GROUPS)
+            while True:
+                await self._due.wait()
+                self._due.clear()
+                await self._tell()
+                await asyncio.sleep(PAUSE)
+        except OSError as error:
+            raise RoutesError(
+                f"reading the kernel's routes: {error}", hint="see the kernel's log (dmesg)"
+            ) from error
+        finally:
+            watch.close()
+
+    async def source_for(self, address: Address) -> Address | None:
+        """Return the source for a destination, None where it can't be reached. Raises: OSError."""
+        async with Requests(NETLINK_ROUTE) as requests:
+            return _source(requests, address)
+
+    async def prefixes(self) -> set[Network]:
+        """Return where the answer can change inside the destinations that are followed.
+
+        Those are the routes of all tables, the local one's addresses included, and the `to` of
+        rules. Raises: OSError, DecodeError.
+        """
+        async with Requests(NETLINK_ROUTE) as requests:
+            return await self._prefixes(requests)
+
+    async def resolve(self) -> tuple[Source, ...]:
+        """Return the sources now. Raises: OSError, DecodeError."""
+        found: list[Source] = []
+        async with Requests(NETLINK_ROUTE) as requests:
+            pieces = partition(self._destinations, await self._prefixes(requests))
+            for count, (piece, address) in enumerate(pieces, start=1):
+                found.append((piece, _source(requests, address)))
+                if count % BATCH == 0:
+                    await asyncio.sleep(0)
+        return compress(found)
+
+    async def _prefixes(self, requests: Requests) -> set[Network]:
+        found: set[Prefix] = set()
+        for family in (AF_INET, AF_INET6):
+            for encode in (encode_route_dump, encode_rule_dump):
+                found.update(await requests.dump(partial(encode, family), self._inside))
+        return {network(one) for one in found}
+
+    def _inside(self, datagram: bytes) -> list[Prefix]:
+        return [one for one in decode_prefixes(datagram) if self._cover.contains(one)]
+
+    async def _tell(self) -> None:
+        resolved = SourcesResolved(await self.resolve())
+        if resolved != self._last:
+            self._last = resolved
+            self._deliver(resolved)
+
+    def _on_change(self, datagram: bytes) -> None:
+        try:
+            if only_routes(datagram) and not any(
+                self._cover.touches(one) for one in decode_prefixes(datagram)
+            ):
+                return
+        except DecodeError:
+            pass  # a change all the same
+        self._due.set()
+
+
+def _source(requests: Requests, address: Address) -> Address | None:
+    try:
+        found = requests.ask(partial(encode_route_get, address), decode_source)
+    except OSError:
+        return None  # whatever the reason, the kernel would not send there either
+    return found[0] if found else None

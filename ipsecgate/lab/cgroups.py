@@ -1,0 +1,73 @@
+"""The cgroups (v2) of a lab: one folder under the mount, made on demand, removed whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+from ipsecgate.edges.cgroups import root
+from ipsecgate.errors import KernelLacksError
+
+REMOVAL_TIMEOUT = 5.0
+
+
+def tops() -> list[Path]:
+    """Return the cgroups right under the mount; none if cgroup2 is not mounted."""
+    with contextlib.suppress(KernelLacksError):
+        return [entry for entry in root().iterdir() if entry.is_dir()]
+    return []
+
+
+class Tree:
+    """The cgroups of one lab, below one that bears its name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._root: Path | None = None
+
+    def make(self, name: str) -> Path:
+        """Make a cgroup, its parents as needed; an existing one is returned as it is.
+
+        Raises: KernelLacksError if cgroup2 is not mounted.
+        """
+        if self._root is None:
+            self._root = root() / self._name
+        path = self._root / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def remove(self) -> None:
+        """Kill what is left in the cgroups and remove them."""
+        if self._root is not None:
+            discard(self._root)
+
+
+def members(folder: Path) -> list[int]:
+    """Return the processes in a cgroup, the threads if it is a threaded one."""
+    try:
+        return [int(pid) for pid in (folder / "cgroup.procs").read_text().split()]
+    except OSError:
+        return [int(tid) for tid in (folder / "cgroup.threads").read_text().split()]
+
+
+def discard(top: Path) -> None:
+    """Remove a cgroup with all below it, and kill its processes, by pid.
+
+    Raises: OSError if one stays busy.
+    """
+    deadline = time.monotonic() + REMOVAL_TIMEOUT
+    for folder, _, _ in os.walk(top, topdown=False):
+        while Path(folder).exists():
+            for pid in members(Path(folder)):
+                with contextlib.suppress(ProcessLookupError):
+                    if pid != os.getpid():
+                        os.kill(pid, signal.SIGKILL)
+            try:
+                Path(folder).rmdir()
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)

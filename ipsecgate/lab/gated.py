@@ -1,0 +1,124 @@
+"""A real gate on host a of a lab: `ipsecgate run` as its own process, all its own places."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ipsecgate.edges import control
+from ipsecgate.errors import NoControllerError
+from ipsecgate.lab.hosts import Lab
+from ipsecgate.lab.netns import LabError
+
+READY_TIMEOUT = 60.0
+_instances = itertools.count(1)
+
+
+class Gated:
+    """A gate with one gated cgroup, `cgroup`. Gone at the end of the `with`, pins and all.
+
+    `policies` is TOML that is added to the configuration. `cache` keeps the
+    compiled hooks from one gate to the next; None: compiled anew.
+    """
+
+    def __init__(self, lab: Lab, *, policies: str = "", cache: Path | None = None) -> None:
+        self.lab = lab
+        self.instance = f"lab-{os.getpid()}-{next(_instances)}"
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{lab.name}-gate-"))
+        self.cgroup = lab.cgroup(f"{self.instance}/app")
+        self.config = self._folder / "ipsecgate.toml"
+        self.log = self._folder / "log"
+        self.config.write_text(
+            f'[gate]\nvici = "{lab.a.charon.vici_socket}"\ncgroups = ["{self.cgroup}"]\n{policies}'
+        )
+        self._run = self._folder / "run"
+        self.cache = cache or self._folder / "cache"
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _argv(self, *arguments: str) -> list[str]:
+        places = {"config": self.config, "run-dir": self._run, "cache-dir": self.cache}
+        options = [word for name, path in places.items() for word in (f"--{name}", str(path))]
+        return [sys.executable, "-m", "ipsecgate", *options, "-i", self.instance, *arguments]
+
+    def start(self) -> None:
+        """Run the controller and wait until it has published. Raises: LabError."""
+        with self.log.open("a") as log:
+            self.process = self.lab.a.popen(self._argv("run"), stdout=log, stderr=log)
+        socket = self._run / self.instance / "control.sock"
+        deadline = time.monotonic() + READY_TIMEOUT
+        while True:
+            try:
+                if control.ask(socket, "status")["ready"]:
+                    return
+            except NoControllerError:
+                if self.process.poll() is not None:
+                    raise LabError(f"the controller ended:\n{self.log.read_text()}") from None
+            if time.monotonic() > deadline:
+                raise LabError(f"the controller is not ready:\n{self.log.read_text()}")
+            time.sleep(0.01)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """End the controller; the hooks stay."""
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait()
+            self.process = None
+
+    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a verb of the command line in host a. Raises: CalledProcessError if `check`."""
+        return self.lab.a.run(self._argv(*arguments), check=check)
+
+    def status(self) -> dict[str, Any]:
+        """Return `status --json`, whatever its exit code."""
+        document: dict[str, Any] = json.loads(self.cli("--json", "status", check=False).stdout)
+        return document
+
+    def reasons(self) -> dict[str, int]:
+        """Return the hooks' counters by reason."""
+        reasons: dict[str, int] = self.status()["counters"]["reasons"]
+        return reasons
+
+    def children(self) -> Sequence[str]:
+        """Return the policies that the gate knows, by name."""
+        return [policy["name"] for policy in self.status()["policies"]]
+
+    def wait_policy(self, name: str, timeout: float = 15.0) -> None:
+        """Wait until the gate has noticed a connection. Raises: LabError."""
+        deadline = time.monotonic() + timeout
+        while f"{name}/{name}" not in self.children():
+            if time.monotonic() > deadline:
+                raise LabError(f"the gate did not notice the connection {name}")
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """End the controller and open the gate again."""
+        self.kill(signal.SIGTERM)
+        self.cli("unload", "--force", check=False)
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,68 @@
+# The guest's process 1: make a whole machine out of the host's files, run one command, power off.
+#
+# Called as `sh WORK/init WORK`; WORK is a folder of the host that says what to do:
+#   settings   shell assignments: modules, release, results, terminal, rows, columns
+#   command    a shell script
+#   exit-code  written here
+# The console carries kernel and init messages, /dev/tty1 what the command prints.
+# A step that fails ends process 1, so the kernel panics and the host sees why.
+set -eu
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+work=$1
+. "$work/settings"
+
+# The root is the host's, read-only. Above it goes a tmpfs, and pivot_root makes both the
+# root: under a mere chroot container runtimes see the host's files below.
+mount -t tmpfs -o mode=755,size=90% tmpfs /mnt
+mkdir /mnt/upper /mnt/work /mnt/root
+insmod "$modules/$release/kernel/fs/overlayfs/overlay.ko"
+mount -t overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work overlay /mnt/root
+cd /mnt/root
+pivot_root . mnt
+cd /
+
+# One process for all mounts: a process costs 50 ms here. /proc first, or mount(8) takes the
+# host's list of mounts, which shows through, for its own.
+mount -t proc proc /proc
+echo "
+devtmpfs   /dev            devtmpfs  mode=755
+devpts     /dev/pts        devpts    mode=620,ptmxmode=666,X-mount.mkdir
+tmpfs      /dev/shm        tmpfs     mode=1777,X-mount.mkdir
+tmpfs      /run            tmpfs     mode=755
+sysfs      /sys            sysfs     defaults
+cgroup2    /sys/fs/cgroup  cgroup2   defaults
+bpf        /sys/fs/bpf     bpf       defaults
+host       /run/host       hostfs    $work,X-mount.mkdir
+" >/fstab
+mount --all --fstab /fstab
+umount -l /mnt
+mkdir -p /run/lock /lib/modules "$results"
+mount --bind "$modules" /lib/modules
+mount -t hostfs -o "$results" results "$results"
+cp -a /run/host/dev/. /dev
+echo guest >/proc/sys/kernel/hostname
+ip link set lo up
+ulimit -n 65536
+
+# Bytes go out as they come in (no CR before LF). The command sees a terminal only where the
+# caller has one, and never as its controlling terminal (only a session's leader, the outer sh,
+# could make it that): the hang-up at the end would drop what is pending.
+exec 3<>/dev/tty1
+stty raw -opost -echo rows "$rows" cols "$columns" <&3
+run='sh /run/host/command; exit $?'
+status=0
+if [ "$terminal" = yes ]; then
+    setsid --wait sh -c "$run" </dev/null >&3 2>&1 3>&- || status=$?
+else
+    mkfifo /run/output
+    cat /run/output >&3 &
+    cat=$!
+    setsid --wait sh -c "$run" </dev/null >/run/output 2>&1 3>&- || status=$?
+    # A daemon that the command left behind may hold the pipe: don't wait for it for ever.
+    (sleep 2 && kill "$cat") &
+    wait "$cat" || true
+fi
+stty -F /dev/tty1 raw -opost -echo # waits until the host has read everything
+echo "$status" >/run/host/exit-code
+echo o >/proc/sysrq-trigger
+sleep 60

@@ -1,0 +1,198 @@
+"""The everyday test kernel: one command as root in user-mode-linux, on this machine's files.
+
+Rules of this module: the guest sees the host's whole root read-only, with a
+tmpfs above it; /dev/shm and /run are the guest's own; only the results folder
+comes back. It is a harness, not a jail: its root could mount more of the host.
+Whatever ends `run`, the guest's processes and temporary folders are gone after.
+
+    python -m ipsecgate.lab.guest [--always] [--timeout S] [--results DIR] -- CMD...
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from ipsecgate.errors import GateError
+from ipsecgate.lab.kernel import Kernel, fetch, kernel_has_esp
+from ipsecgate.lab.uml import MEMORY, GuestError, GuestHung, GuestPanicked, OnOutput, Uml, ignore
+
+__all__ = ["GuestError", "GuestHung", "GuestPanicked", "GuestResult", "run"]
+
+INIT = Path(__file__).with_name("guest-init.sh")
+
+
+@dataclass(frozen=True, slots=True)
+class GuestResult:
+    """How a command ended: `output` is stdout and stderr as they came, `seconds` with the boot.
+
+    `files` are the files in the results folder that the caller named, else empty.
+    """
+
+    exit_code: int
+    output: str
+    files: tuple[Path, ...]
+    seconds: float
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 600.0,
+    results: Path | None = None,
+    on_output: OnOutput = ignore,
+    terminal: bool = False,
+    memory: int = MEMORY,
+    kernel: Kernel | None = None,
+) -> GuestResult:
+    """Boot a guest, run `argv` in it as root, and return when the guest is gone.
+
+    `env` None: ours. `cwd` None: ours. `timeout`: seconds, boot included.
+    `results` is a folder (made if missing) that the command writes to under the
+    same path, in IPSECGATE_RESULTS; None: one that is thrown away. `on_output`
+    gets whole lines, or a part of one when no more came for `IDLE` seconds.
+    `terminal`: the command's stdout is a terminal of our terminal's size, else a
+    pipe. `memory`: MiB. `kernel` None: `fetch` it.
+    Raises: GuestHung; GuestPanicked; GateError if there is no kernel to be had.
+    """
+    kernel = kernel or fetch()
+    began = time.monotonic()
+    with _exit_on_sigterm(), _folder() as work:
+        keep = (results or work / "results").absolute()
+        keep.mkdir(parents=True, exist_ok=True)
+        variables = {**(os.environ if env is None else env), "IPSECGATE_RESULTS": str(keep)}
+        _links(work / "dev")
+        (work / "init").write_bytes(INIT.read_bytes())
+        command = command_file(argv, variables, cwd or Path.cwd())
+        (work / "command").write_bytes(os.fsencode(command))
+        (work / "settings").write_text(settings_file(kernel, keep, terminal))
+        with Uml(kernel, work, memory, on_output) as guest:
+            guest.follow(timeout)
+        seconds = time.monotonic() - began
+        return GuestResult(guest.exit_code(), guest.output.text, _files(results), seconds)
+
+
+def command_file(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> str:
+    """Return the shell script that runs `argv` with exactly `env` in `cwd`.
+
+    Raises: ValueError if `argv` is empty or its first word has a "=": env(1)
+    would take it for a variable.
+    """
+    if not argv or "=" in argv[0]:
+        raise ValueError(f"not a command: {list(argv)}")
+    words = ["exec", "env", "-i", *(f"{name}={value}" for name, value in env.items()), *argv]
+    return f"cd {shlex.quote(str(cwd))} || exit 126\n{shlex.join(words)}\n"
+
+
+def settings_file(kernel: Kernel, results: Path, terminal: bool) -> str:
+    """Return the shell assignments that guest-init.sh reads."""
+    size = shutil.get_terminal_size()
+    settings = {
+        "modules": str(kernel.modules.parent),
+        "release": kernel.release,
+        "results": str(results),
+        "terminal": "yes" if terminal else "no",
+        "rows": str(size.lines),
+        "columns": str(size.columns),
+    }
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in settings.items())
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Make the guest's folder. It is in /tmp: the guest hides /dev/shm, and no path has blanks."""
+    folder = Path(tempfile.mkdtemp(prefix="ipsecgate-guest-", dir="/tmp"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that `finally` runs; leave a caller's handler alone."""
+
+    def leave(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    try:
+        ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if ours:
+            signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not the main thread: nobody can
+        ours = False
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _links(folder: Path) -> None:
+    """Make the symbolic links that the guest's /dev lacks. Source: proc(5), pts(4)."""
+    folder.mkdir()
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        (folder / name).symlink_to(f"/proc/self/fd/{number}")
+    (folder / "fd").symlink_to("/proc/self/fd")
+    (folder / "ptmx").symlink_to("pts/ptmx")
+
+
+def _files(results: Path | None) -> tuple[Path, ...]:
+    if results is None:
+        return ()
+    return tuple(sorted(path for path in results.absolute().rglob("*") if path.is_file()))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command where ESP is: here if this kernel has it, else (or --always) in a guest."""
+    parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.guest", description=main.__doc__)
+    parser.add_argument("--always", action="store_true", help="in a guest even if ESP is here")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds (600)")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="what the command leaves")
+    parser.add_argument("--memory", type=int, default=MEMORY, metavar="MIB", help="(2048)")
+    parser.add_argument("command", nargs="+", metavar="CMD")
+    options = parser.parse_args(arguments)
+    try:
+        if not options.always and kernel_has_esp():
+            if options.results:
+                options.results.mkdir(parents=True, exist_ok=True)
+                os.environ["IPSECGATE_RESULTS"] = str(options.results.absolute())
+            os.execvp(options.command[0], options.command)  # noqa: S606
+        return run(
+            options.command,
+            timeout=options.timeout,
+            results=options.results,
+            on_output=_say,
+            terminal=sys.stdout.isatty(),
+            memory=options.memory,
+            kernel=fetch(progress=lambda text: sys.stderr.write(f"{text}\n")),
+        ).exit_code
+    except GateError as error:
+        said = f"last output:\n{error.output}" if isinstance(error, GuestError) else ""
+        sys.stderr.write(f"{error}\nhint: {error.hint}\n{said}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Two hosts with real IKE on a path of their own: `with Lab() as lab: lab.a … lab.b`.
+
+Host a is the one that is looked at: it initiates, and a gate would sit on it. Host b
+answers. Whatever the lab makes (namespaces, processes, cgroups, one folder) carries its
+prefix and the owner's pid; it goes away at the end of the `with`, however that ends, and
+what an owner that was killed left behind goes away when the next lab of that prefix starts.
+
+It does not attach a gate, and does not judge what it sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+from ipsecgate.lab import cgroups, netns, path
+from ipsecgate.lab.capture import Capture
+from ipsecgate.lab.host import Host
+from ipsecgate.lab.netns import LabError, Namespace
+from ipsecgate.lab.path import FAMILIES, SITE_A, SITE_B
+from ipsecgate.lab.saready import SaWatch
+from ipsecgate.lab.strongswan import ConnSpec, connection
+
+__all__ = ["FAMILIES", "MODES", "Capture", "ConnSpec", "Host", "Lab", "LabError", "SaWatch"]
+
+MODES = ("transport", "tunnel")
+PREFIX = "ipsecgate-lab"
+PSK = "the pre-shared key of the lab"
+OTHER_PSK = "another key, which the peer doesn't know"
+RESET_TIMEOUT = 15.0
+
+
+class Lab:
+    """Host a, a path with a delay, host b. See the module for what it owns.
+
+    `prefix` tells labs of one process apart: it may have one of each prefix at a time.
+    """
+
+    a: Host
+    b: Host
+    path: Namespace
+    _open: ClassVar[set[str]] = set()
+
+    def __init__(self, prefix: str = PREFIX) -> None:
+        self.prefix = prefix
+        self.name = f"{prefix}-{os.getpid()}"
+        self._broken = self._muted = False
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if os.geteuid():
+            raise LabError("a lab makes network namespaces", hint="run it as root")
+        if self.name in Lab._open:
+            raise LabError(f"a lab {self.name} is open", hint="give this one another prefix")
+        sweep(self.prefix)
+        with contextlib.ExitStack() as stack:
+            Lab._open.add(self.name)
+            stack.callback(Lab._open.discard, self.name)
+            self._build(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _build(self, stack: contextlib.ExitStack) -> None:
+        folder = Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        self._cgroups = cgroups.Tree(self.name)
+        stack.callback(self._cgroups.remove)
+        spaces: dict[str, Namespace] = {}
+        for role in ("a", "path", "b"):
+            spaces[role] = Namespace(f"{self.name}-{role}")
+            stack.callback(spaces[role].remove)
+            path.prepare(spaces[role])
+        self.path = spaces["path"]
+        path.connect(self.path, spaces)
+        hosts = []
+        for site in (SITE_A, SITE_B):
+            (folder / site.name).mkdir()
+            host = Host(site, spaces[site.name], folder / site.name)
+            stack.callback(host.close)
+            host.charon.spawn()
+            hosts.append(host)
+        self.a, self.b = hosts
+        for host in hosts:
+            host.charon.wait_ready()
+        self.mend_psk()
+
+    def peer(self, host: Host) -> Host:
+        """Return the other host."""
+        return self.b if host is self.a else self.a
+
+    def load(self, spec: ConnSpec, host: Host | None = None) -> None:
+        """Load a connection on a host (a unless given) and its mirror image on the other.
+
+        Only the first one gets the `start_action`; the mirror answers.
+        """
+        here = host or self.a
+        there = self.peer(here)
+        local, remote = here.end(spec, spec.local_ts), there.end(spec, spec.remote_ts)
+        there.charon.load(connection(spec, remote, local, "none"))
+        here.charon.load(connection(spec, local, remote, spec.start_action))
+
+    def unload(self, name: str) -> None:
+        """Unload a connection on both hosts; its SAs stay."""
+        for host in (self.a, self.b):
+            host.charon.unload(name)
+
+    def reset(self) -> None:
+        """Bring both hosts back to no connection, no SA, no policy, the right key, no mute.
+
+        The delay stays. A charon that is down is started. Raises: LabError if one doesn't
+        let go of its SAs.
+        """
+        for host in (self.a, self.b):
+            if not host.charon.alive:
+                self.restart(host)
+            for name in host.charon.loaded():
+                host.charon.unload(name)
+        for host in (self.a, self.b):
+            host.charon.drop_all()
+        deadline = time.monotonic() + RESET_TIMEOUT
+        while not (self.a.charon.idle() and self.b.charon.idle()):
+            if time.monotonic() > deadline:
+                raise LabError("charon keeps SAs", hint=f"see {self.a.charon.log}")
+            time.sleep(0.01)
+        for host in (self.a, self.b):
+            host.namespace.flush_xfrm()
+        if self._broken:
+            self.mend_psk()
+        if self._muted:
+            self.drop_ike(False)
+
+    def warm_up(self, modes: Sequence[str] = MODES, families: Sequence[int] = FAMILIES) -> None:
+        """Negotiate once per mode and family: the first SA ever loads cipher modules."""
+        for mode in modes:
+            for family in families:
+                spec = ConnSpec(f"warm-{mode}-{family}", mode, family)
+                self.load(spec)
+                self.a.charon.initiate(spec.child_name, timeout=60)
+        self.reset()
+
+    def set_delay(self, one_way_ms: float) -> None:
+        """Delay every frame between the hosts, each way. Raises: LabError without netem."""
+        path.set_delay(self.path, one_way_ms)
+
+    def break_psk(self) -> None:
+        """Give host b another key: authentication fails until `mend_psk()` or `reset()`."""
+        self._broken = True
+        self.b.charon.load_psk(OTHER_PSK)
+
+    def mend_psk(self) -> None:
+        """Give both hosts the same key."""
+        for host in (self.a, self.b):
+            host.charon.load_psk(PSK)
+        self._broken = False
+
+    def drop_ike(self, dropped: bool = True) -> None:
+        """Make host b hear IKE and never answer, or undo it (so does `reset()`)."""
+        if dropped != self._muted:
+            path.mute_ike(self.b.namespace, dropped)
+            self._muted = dropped
+
+    def restart(self, host: Host) -> None:
+        """Start a host's charon again after its `kill()` or `stop()`; it knows no connection."""
+        host.charon.spawn()
+        host.charon.wait_ready()
+        host.charon.load_psk(OTHER_PSK if self._broken and host is self.b else PSK)
+
+    def cgroup(self, name: str) -> Path:
+        """Make a cgroup (v2) that goes away with the lab; `name` may have slashes."""
+        return self._cgroups.make(name)
+
+    def capture(self) -> Capture:
+        """Return a capture of what the hosts send each other; start it."""
+        capture = Capture(self.path, {"a": SITE_A.port, "b": SITE_B.port})
+        self._stack.callback(capture.close)
+        return capture
+
+    def watch(self, host: Host | None = None) -> SaWatch:
+        """Return a watch of a host's (a unless given) own XFRM events; start it."""
+        watched = host or self.a
+        watch = SaWatch(watched.namespace, set(watched.outer.values()))
+        self._stack.callback(watch.close)
+        return watch
+
+
+def sweep(prefix: str) -> None:
+    """Remove what labs of dead owners left: processes, namespaces, cgroups, folders."""
+    for found in netns.RUN.iterdir() if netns.RUN.exists() else ():
+        if netns.is_leftover(found.name, prefix):
+            netns.discard(found)
+    for found in cgroups.tops():
+        if netns.is_leftover(found.name, prefix):
+            cgroups.discard(found)
+    for found in Path(tempfile.gettempdir()).iterdir():
+        if netns.is_leftover(found.name, prefix):
+            shutil.rmtree(found, ignore_errors=True)

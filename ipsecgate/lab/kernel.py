@@ -1,0 +1,164 @@
+"""The test kernel: does this machine's own do ESP, and if not, where is user-mode-linux?
+
+Nothing is installed: Debian's package is downloaded and unpacked into a cache folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ipsecgate.errors import GateError
+
+PACKAGE = "user-mode-linux"
+
+Progress = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An unpacked user-mode-linux: its executable and the folder with its one modules version."""
+
+    binary: Path
+    modules: Path
+
+    @property
+    def release(self) -> str:
+        """What `uname -r` says inside, for example 6.1.176."""
+        return self.modules.name
+
+
+def default_cache() -> Path:
+    """Return the folder for what the lab downloads; it need not exist yet."""
+    if own := os.environ.get("IPSECGATE_LAB_CACHE"):
+        return Path(own).absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base).absolute() / "ipsecgate"
+
+
+@functools.cache
+def kernel_has_esp() -> bool:
+    """Tell whether the running kernel takes an ESP state; asked in a namespace of its own.
+
+    Any of the two ciphers that strongSwan proposes first will do. Without the
+    right to make a network namespace the answer is False: nothing could be tested.
+    Raises: GateError if ip(8) or unshare(1) is missing.
+    """
+    aead = ("aead", "rfc4106(gcm(aes))", "0x" + "11" * 20, "128")
+    cbc = ("enc", "cbc(aes)", "0x" + "11" * 16, "auth", "hmac(sha256)", "0x" + "11" * 32)
+    for tool in ("ip", "unshare"):
+        if shutil.which(tool) is None:
+            raise GateError(f"{tool} is not installed", hint="apt-get install iproute2 util-linux")
+    namespace = ["unshare", "--net"]
+    if os.geteuid() != 0:
+        namespace += ["--user", "--map-root-user"]
+    state = "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x100 mode tunnel"
+    return any(
+        subprocess.run(
+            [*namespace, *state.split(), *algorithm], capture_output=True, check=False
+        ).returncode
+        == 0
+        for algorithm in (aead, cbc)
+    )
+
+
+def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) -> Kernel:
+    """Return the kernel in `cache` (None: `default_cache`), downloading it if it is not there.
+
+    The package is unpacked aside and renamed, so a kernel that is there is
+    whole; writers wait for each other. `progress` is told what takes long.
+    Raises: GateError if the package can't be had.
+    """
+    cache = default_cache() if cache is None else cache.absolute()
+    home = cache / PACKAGE
+    if home.is_dir():
+        return _look(home)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / ".lock"):
+            for leftover in cache.glob(f".{PACKAGE}-*"):
+                shutil.rmtree(leftover)
+            if not home.is_dir():
+                _unpack_into(cache, home, progress)
+    except OSError as error:
+        raise GateError(
+            f"the kernel cache can't be written: {error}",
+            hint="name a writable folder in IPSECGATE_LAB_CACHE",
+        ) from error
+    return _look(home)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _unpack_into(cache: Path, home: Path, progress: Progress) -> None:
+    aside = Path(tempfile.mkdtemp(prefix=f".{PACKAGE}-", dir=cache))
+    try:
+        aside.chmod(0o755)
+        progress(f"downloading Debian's {PACKAGE} into {home}")
+        _call(
+            ["apt-get", "download", "--quiet", PACKAGE],
+            aside,
+            f"run apt-get update; {PACKAGE} is in Debian's main section (or set"
+            " IPSECGATE_LAB_CACHE to a folder that has it unpacked)",
+        )
+        package = next(aside.glob("*.deb"))
+        _call(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
+        package.unlink()
+        _look(aside)
+        aside.rename(home)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _call(argv: list[str], cwd: Path, hint: str) -> None:
+    try:
+        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise GateError(
+            f"{argv[0]} is not installed",
+            hint=f"the test kernel is Debian's {PACKAGE}; elsewhere unpack it by hand into"
+            f" $IPSECGATE_LAB_CACHE/{PACKAGE}",
+        ) from error
+    if done.returncode != 0:
+        reason = (done.stderr or done.stdout).strip()
+        raise GateError(f"{' '.join(argv)} failed: {reason}", hint=hint)
+
+
+def _look(home: Path) -> Kernel:
+    binary = home / "usr/bin/linux.uml"
+    modules = sorted((home / "usr/lib/uml/modules").glob("[0-9]*"))
+    if not binary.is_file() or not modules:
+        raise GateError(f"no user-mode-linux in {home}", hint=f"remove {home} and try again")
+    return Kernel(binary, modules[-1])
+
+
+def main() -> int:
+    """Say whether this machine's kernel does ESP; if not, have user-mode-linux ready."""
+    try:
+        if kernel_has_esp():
+            sys.stdout.write("this kernel does ESP: no test kernel is needed\n")
+        else:
+            kernel = fetch(progress=lambda text: sys.stdout.write(f"{text}\n"))
+            sys.stdout.write(f"this kernel has no ESP: tests run in {kernel.binary}\n")
+    except GateError as error:
+        sys.stderr.write(f"{error}\nhint: {error.hint}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

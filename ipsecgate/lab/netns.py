@@ -1,0 +1,169 @@
+"""A network namespace with a name: made, entered, read, removed.
+
+Rules of this module: every name is `<prefix>-<pid of the owner>-<role>`, so that labs of
+different owners live side by side and the leftovers of a dead owner can be told from
+those of a live one. Only the calling thread ever changes namespace, and it goes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyroute2 import IPRoute
+from pyroute2 import netns as pyroute2_netns
+
+from ipsecgate.errors import GateError
+
+RUN = Path("/run/netns")
+CLONE_NEWNET = 0x40000000
+NETLINK_XFRM = 6
+XFRM_MSG_FLUSHSA = 28
+XFRM_MSG_FLUSHPOLICY = 29
+REQUEST_WITH_ACK = 0x1 | 0x4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class LabError(GateError):
+    """The lab can't be what was asked for, or did not do what it was told."""
+
+
+def setns(fd: int) -> None:
+    """Move the calling thread to the network namespace behind `fd`. Raises: OSError."""
+    if _libc.setns(fd, CLONE_NEWNET):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), f"setns({fd})")
+
+
+class Namespace:
+    """One network namespace, made at construction and gone after `remove()`."""
+
+    def __init__(self, name: str) -> None:
+        # pyroute2 would fork all of us for it; ip(8) is a vfork and five times as quick.
+        subprocess.run(["ip", "netns", "add", name], check=True)
+        self.name = name
+        self.path = RUN / name
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Run the calling thread in the namespace; sockets made meanwhile stay in it."""
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            there = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                setns(there)
+            finally:
+                os.close(there)
+            try:
+                yield
+            finally:
+                setns(home)
+        finally:
+            os.close(home)
+
+    def route(self) -> IPRoute:
+        """Return a new rtnetlink socket in the namespace; the caller closes it."""
+        with self.inside():
+            return IPRoute()
+
+    def sysctl(self, key: str, value: str) -> None:
+        """Set a per-namespace sysctl, `key` with slashes. Raises: OSError."""
+        with self.inside():
+            Path("/proc/sys/net", key).write_text(value)
+
+    def proc(self, name: str) -> str:
+        """Read /proc/net/`name` of the namespace; "" if this kernel has none."""
+        with self.inside():
+            # /proc/net is the main thread's view, not this one's.
+            try:
+                return Path("/proc/thread-self/net", name).read_text()
+            except FileNotFoundError:
+                return ""
+
+    def counters(self) -> dict[str, int]:
+        """Return the kernel's counters under nstat(8)'s names: TcpExtTCPSynRetrans, Ip6InDiscards.
+
+        All of /proc/net/{snmp,netstat,snmp6,xfrm_stat}; XfrmOutNoStates and its like are
+        missing on a kernel without CONFIG_XFRM_STATISTICS.
+        """
+        found: dict[str, int] = {}
+        for name in ("snmp", "netstat"):
+            lines = [line.split() for line in self.proc(name).splitlines()]
+            for head, values in zip(lines[::2], lines[1::2], strict=True):
+                group = head[0].rstrip(":")
+                numbers = zip(head[1:], values[1:], strict=True)
+                found |= {group + key: int(value) for key, value in numbers}
+        for name in ("snmp6", "xfrm_stat"):
+            for line in self.proc(name).splitlines():
+                key, value = line.split()
+                found[key] = int(value)
+        return found
+
+    def flush_xfrm(self) -> None:
+        """Empty the namespace's SAD (larval states too) and SPD.
+
+        The policies of charon's own sockets stay: a flush doesn't see them.
+        Source: xfrm_flush_sa() and xfrm_flush_policy() in net/xfrm/xfrm_user.c.
+        """
+        with self.inside():
+            netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM)
+        with netlink:
+            for number in (XFRM_MSG_FLUSHSA, XFRM_MSG_FLUSHPOLICY):
+                body = bytes(8) if number == XFRM_MSG_FLUSHSA else b""
+                head = struct.pack("=IHHII", 16 + len(body), number, REQUEST_WITH_ACK, 1, 0)
+                netlink.send(head + body)
+                (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
+                # An empty table answers ESRCH: it is what was asked for.
+                if code not in (0, -3):
+                    raise OSError(-code, os.strerror(-code), f"XFRM flush in {self.name}")
+
+    def pids(self) -> list[int]:
+        """Return the processes whose main thread is in the namespace."""
+        return pids_in(self.path)
+
+    def remove(self) -> None:
+        """Kill what still runs in the namespace and take its name away."""
+        discard(self.path)
+
+
+def pids_in(path: Path) -> list[int]:
+    """Return the processes whose main thread is in the namespace at `path`."""
+    wanted = path.stat()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            have = (entry / "ns/net").stat()
+            if (have.st_dev, have.st_ino) == (wanted.st_dev, wanted.st_ino):
+                found.append(int(entry.name))
+    return found
+
+
+def discard(path: Path) -> None:
+    """Remove a named namespace, live or a bare file, and its processes."""
+    with contextlib.suppress(FileNotFoundError):
+        for pid in pids_in(path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        pyroute2_netns.remove(path.name)
+
+
+def is_leftover(name: str, prefix: str) -> bool:
+    """Tell whether `name` is `<prefix>-<pid>` or `<prefix>-<pid>-…` of no live process.
+
+    Our own pid counts as dead: ask only when no lab of that prefix is open.
+    """
+    found = re.fullmatch(re.escape(prefix) + r"-(\d+)(-.*)?", name)
+    if found is None:
+        return False
+    return int(found[1]) == os.getpid() or not Path("/proc", found[1]).exists()

@@ -1,0 +1,156 @@
+"""The first connection to a protected peer, without the gate and with it: measured.
+
+Every figure is the network's or the kernel's, none the gate's own: SYN
+retransmissions are host a's TcpExt counter, datagrams are counted by the
+receiver, what was in clear by a capture between the hosts, and "SA ready" is the
+kernel's own XFRM notification. Times are CLOCK_MONOTONIC, shared by all hosts.
+
+Without the gate: strongSwan's trap policy and the kernel's defaults.
+With it: the same, and the client in a gated cgroup; it retries every millisecond
+while it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from ipsecgate.lab.endpoints import Report
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
+
+PORT = 7000
+DATAGRAMS = 200
+RATE = 1000
+PROTOCOLS = ("tcp", "udp")
+CLIENT_LIMIT = 20.0
+SETTLE = 0.3
+SA_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One first connection."""
+
+    protocol: str
+    family: int
+    mode: str
+    gated: bool
+
+    def __str__(self) -> str:
+        return f"{self.protocol.upper()} over IPv{self.family}, {self.mode} mode"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was measured. Times in milliseconds, None where it did not happen or apply.
+
+    `sa_ready`: from the first attempt until the kernel had the outbound SA.
+    `connected`: until the connection stood (TCP) or the first sendto() was taken (UDP).
+    `released`: from the SA to the start of the attempt that succeeded; negative for
+    an attempt the application made before.
+    """
+
+    case: Case
+    attempts: int
+    refused: int
+    syn_retransmissions: int
+    datagrams_lost: int | None
+    clear_packets: int
+    esp_packets: int
+    sa_ready: float | None
+    connected: float | None
+    released: float | None
+    error: str | None
+
+
+Progress = Callable[[str], None]
+
+
+def cases(
+    protocols: Sequence[str] = PROTOCOLS,
+    families: Sequence[int] = FAMILIES,
+    modes: Sequence[str] = MODES,
+) -> list[Case]:
+    """Return every combination, all without the gate first: it is not even loaded then."""
+    return [
+        Case(protocol, family, mode, gated)
+        for gated in (False, True)
+        for mode, protocol, family in product(modes, protocols, families)
+    ]
+
+
+def tell(
+    wanted: Sequence[Case], delay: float, progress: Progress = lambda _: None
+) -> Iterator[Outcome]:
+    """Build the lab, run the cases in order, yield what was measured, take all down.
+
+    `delay`: one way, in milliseconds. Raises: LabError.
+    """
+    with contextlib.ExitStack() as stack:
+        progress("two hosts, each with its own strongSwan, and a path between them")
+        lab = stack.enter_context(Lab())
+        progress("one negotiation of each kind, so that ciphers are loaded")
+        lab.warm_up()
+        lab.set_delay(delay)
+        gate: Gated | None = None
+        for case in wanted:
+            if case.gated and gate is None:
+                progress("the gate: its hooks on one cgroup of host a, its controller beside")
+                gate = stack.enter_context(Gated(lab))
+            progress(f"{case}, {'with' if case.gated else 'without'} the gate")
+            yield run(lab, case, gate if case.gated else None)
+
+
+def run(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
+    """Measure one case on an idle lab. Raises: LabError."""
+    lab.reset()
+    spec = ConnSpec(f"{case.mode}-{case.family}", case.mode, case.family, start_action="trap")
+    lab.load(spec)
+    if gate is not None:
+        gate.wait_policy(spec.name)
+    server = lab.b.serve(f"{case.protocol}-server", PORT)
+    before = lab.a.counters()
+    with server, lab.watch() as watch, lab.capture() as capture:
+        client = lab.a.client(
+            f"{case.protocol}-client",
+            lab.b.address(spec),
+            PORT,
+            *("--limit", str(CLIENT_LIMIT)),
+            *(("--count", str(DATAGRAMS), "--rate", str(RATE)) if case.protocol == "udp" else ()),
+            cgroup=gate.cgroup if gate is not None else None,
+        )
+        report = client.result()
+        received = server.report(DATAGRAMS if case.protocol == "udp" else 0, SETTLE)
+        sa_ready = watch.wait_sa(SA_TIMEOUT)
+        seen = capture.stop()
+    after = lab.a.counters()
+    return Outcome(
+        case=case,
+        attempts=report["attempts"],
+        refused=sum(report["errnos"].values()),
+        syn_retransmissions=after["TcpExtTCPSynRetrans"] - before["TcpExtTCPSynRetrans"],
+        datagrams_lost=DATAGRAMS - received["distinct"] if case.protocol == "udp" else None,
+        clear_packets=len(seen.clear),
+        esp_packets=len(seen.esp),
+        **_times(report, sa_ready),
+        error=report["error"],
+    )
+
+
+def _times(report: Report, sa_ready: float | None) -> dict[str, float | None]:
+    """Return the times of a client's report, in milliseconds."""
+    first = report["first"]
+    began = report.get("success_start", report["first_success"])
+    ended = report.get("connected", report["first_success"])
+
+    def since(start: float | None, end: float | None) -> float | None:
+        return None if start is None or end is None else (end - start) * 1000
+
+    return {
+        "sa_ready": since(first, sa_ready),
+        "connected": since(first, ended),
+        "released": since(sa_ready, began),
+    }

@@ -1,0 +1,268 @@
+"""One strongSwan of the lab: its daemon, its settings, its connections over VICI.
+
+Rules of this module: nothing outside the folder given is written; the connections live
+in the daemon only, so a restarted one knows none. Every call makes its own VICI
+connection: a restart between two calls needs no care, and threads may call.
+
+Retransmission: stock is 5 tries from 4 s (165 s until charon gives up). The lab sends once
+more after 1.5 s and gives up after 3 s, so that a silent peer can be tested. A request that
+is answered within 1.5 s (a one-way delay below 700 ms) never notices; all else is stock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import vici
+from vici.exception import CommandException
+
+from ipsecgate.core.flow import Address
+from ipsecgate.lab.netns import LabError
+
+DAEMON = Path("/usr/sbin/charon-systemd")
+PLUGINS = Path("/usr/lib/ipsec/plugins")
+# Only what PSK with the proposals below needs: in a slow guest each plugin costs start-up
+# time, and af-alg would probe every cipher of the kernel.
+LOAD = "random nonce aes sha1 sha2 hmac kdf gmp kernel-netlink socket-default vici"
+IKE_PROPOSAL = "aes128-sha256-modp2048"
+ESP_PROPOSAL = "aes128-sha256"
+START_TIMEOUT = 60.0
+
+SETTINGS = """\
+charon-systemd {{
+  load = {load}
+  retransmit_tries = 1
+  retransmit_timeout = 1.5
+  retransmit_base = 1.0
+  plugins {{
+    vici {{
+      socket = unix://{folder}/vici
+    }}
+  }}
+  filelog {{
+    lab {{
+      path = {folder}/charon.log
+      time_format = %H:%M:%S
+      time_add_ms = yes
+      flush_line = yes
+      default = 1
+    }}
+  }}
+  journal {{
+    default = -1
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnSpec:
+    """A connection with one child, seen from the host that loads it.
+
+    `mode` is transport or tunnel, `family` 4 or 6, `start_action` trap, none or start. The
+    traffic selectors default to the outer addresses (transport) or the inner networks
+    (tunnel), every protocol; they are strongSwan's texts, such as 192.0.2.2[tcp/5432].
+    `options` and `child_options` go into the configuration as they are.
+    """
+
+    name: str
+    mode: str = "transport"
+    family: int = 4
+    start_action: str = "none"
+    child: str = ""
+    local_ts: tuple[str, ...] = ()
+    remote_ts: tuple[str, ...] = ()
+    ike_proposals: tuple[str, ...] = (IKE_PROPOSAL,)
+    esp_proposals: tuple[str, ...] = (ESP_PROPOSAL,)
+    options: Mapping[str, str] = field(default_factory=dict)
+    child_options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def child_name(self) -> str:
+        """The name of the child: the connection's own unless `child` says otherwise."""
+        return self.child or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """One end of a connection: its IKE identity and address, and what it protects."""
+
+    identity: str
+    address: Address
+    selectors: tuple[str, ...]
+
+
+def connection(spec: ConnSpec, local: End, remote: End, start_action: str) -> dict[str, Any]:
+    """Return the section that VICI's load-conn takes for `spec` between two ends."""
+    return {
+        spec.name: {
+            "version": "2",
+            "local_addrs": [str(local.address)],
+            "remote_addrs": [str(remote.address)],
+            "proposals": list(spec.ike_proposals),
+            "local": {"auth": "psk", "id": local.identity},
+            "remote": {"auth": "psk", "id": remote.identity},
+            **spec.options,
+            "children": {
+                spec.child_name: {
+                    "mode": spec.mode,
+                    "local_ts": list(local.selectors),
+                    "remote_ts": list(remote.selectors),
+                    "esp_proposals": list(spec.esp_proposals),
+                    "start_action": start_action,
+                    **spec.child_options,
+                }
+            },
+        }
+    }
+
+
+class Charon:
+    """A charon-systemd with everything it owns in one folder.
+
+    `launcher` is the command prefix that puts it into its network namespace.
+    """
+
+    def __init__(self, folder: Path, launcher: list[str]) -> None:
+        self.folder = folder
+        self.vici_socket = folder / "vici"
+        self.log = folder / "charon.log"
+        self._launcher = launcher
+        self._process: subprocess.Popen[bytes] | None = None
+        missing = [name for name in LOAD.split() if not plugin(name).exists()]
+        if missing or not DAEMON.exists():
+            raise LabError(
+                f"strongSwan is not complete: {' '.join(missing) or DAEMON} missing",
+                hint="install charon-systemd, strongswan-libcharon and libstrongswan",
+            )
+        (folder / "strongswan.conf").write_text(SETTINGS.format(load=LOAD, folder=folder))
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process id. Raises: LabError if it was not started."""
+        if self._process is None:
+            raise LabError("charon was not started")
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Tell whether the daemon runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def spawn(self) -> None:
+        """Start the daemon without waiting for it."""
+        self.vici_socket.unlink(missing_ok=True)
+        with (self.folder / "charon.out").open("wb") as out:
+            self._process = subprocess.Popen(
+                [*self._launcher, str(DAEMON)],
+                env={"STRONGSWAN_CONF": str(self.folder / "strongswan.conf")},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+
+    def wait_ready(self) -> None:
+        """Wait until VICI answers. Raises: LabError with the end of the daemon's output."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            if self._process is None or self._process.poll() is not None:
+                break
+            with contextlib.suppress(OSError), self.session() as session:
+                session.version()
+                return
+            time.sleep(0.01)
+        said = (self.folder / "charon.out").read_text(errors="replace")[-500:]
+        raise LabError(f"charon did not become ready: {said.strip()}", hint=f"see {self.log}")
+
+    def kill(self) -> None:
+        """End the daemon as a crash would (SIGKILL): its SAs and policies stay behind."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def stop(self) -> None:
+        """End the daemon as systemd would (SIGTERM); it deletes its SAs and policies."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[vici.Session]:
+        """Open a VICI connection of its own. Raises: OSError if the daemon is away."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self.vici_socket))
+            yield vici.Session(sock)
+
+    def load(self, section: Mapping[str, Any]) -> None:
+        """Load a connection: see `connection()`. Raises: CommandException."""
+        with self.session() as session:
+            session.load_conn(dict(section))
+
+    def load_psk(self, key: str) -> None:
+        """Load the one pre-shared key, for every identity, in place of the one before."""
+        with self.session() as session:
+            session.load_shared({"id": "lab", "type": "IKE", "data": key})
+
+    def unload(self, name: str) -> None:
+        """Unload a connection and its traps; its SAs stay."""
+        with self.session() as session:
+            session.unload_conn({"name": name})
+
+    def loaded(self) -> list[str]:
+        """Return the names of the loaded connections."""
+        with self.session() as session:
+            return [name for conn in session.list_conns() for name in conn]
+
+    def initiate(self, child: str, timeout: float = 10.0) -> None:
+        """Negotiate a child and wait. Raises: CommandException when it fails."""
+        with self.session() as session:
+            list(session.initiate({"child": child, "timeout": str(int(timeout * 1000))}))
+
+    def terminate(self, child: str, timeout: float = 10.0) -> None:
+        """Delete a child as an operator would, the peer told. Raises: CommandException."""
+        with self.session() as session:
+            list(session.terminate({"child": child, "timeout": str(int(timeout * 1000))}))
+
+    def rekey(self, child: str) -> None:
+        """Start to replace a child's SAs by new ones. Raises: CommandException."""
+        with self.session() as session:
+            session.rekey({"child": child})
+
+    def drop_all(self) -> None:
+        """Drop every IKE_SA and its children, without waiting for the peer's answer."""
+        with self.session() as session:
+            ids = [sa["uniqueid"] for each in session.list_sas() for sa in each.values()]
+            for unique in ids:
+                with contextlib.suppress(CommandException):
+                    list(session.terminate({"ike-id": unique, "force": "yes", "timeout": "-1"}))
+
+    def idle(self) -> bool:
+        """Tell whether there is no IKE_SA, half-open ones included."""
+        with self.session() as session:
+            return not any(session.list_sas())
+
+    def established(self) -> tuple[str, ...]:
+        """Return the names of the children whose SAs are installed."""
+        with self.session() as session:
+            return tuple(
+                child["name"].decode()
+                for each in session.list_sas()
+                for sa in each.values()
+                for child in sa["child-sas"].values()
+                if child["state"] == b"INSTALLED"
+            )
+
+
+def plugin(name: str) -> Path:
+    """Return where Debian keeps a plugin's library."""
+    return PLUGINS / f"libstrongswan-{name}.so"

@@ -1,0 +1,232 @@
+"""User-mode-linux as a process: start it, follow its two streams, leave nothing behind.
+
+Rules of this module: a guest is one process group, in a pid namespace where the
+caller may make one; only SIGKILL ends it. What runs inside is `guest`'s matter.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn, Self
+
+from ipsecgate.errors import GateError
+from ipsecgate.lab.kernel import Kernel
+
+MEMORY = 2048
+"""MiB a guest may use; its pages are a sparse file that is deleted while in use."""
+FAST = "initcall_blacklist=raid6_select_algo pty.legacy_count=0 zswap.enabled=0"
+"""What a boot spends 1.2 s on and nobody here uses."""
+PANIC = "Kernel panic - not syncing"
+TAIL = 4000
+"""Characters of each stream that an error carries."""
+IDLE = 0.1
+"""Seconds after which an unfinished line is passed on."""
+
+OnOutput = Callable[[str], object]
+
+
+def ignore(_text: str) -> None:
+    """Take no notice: the `on_output` of those who want none."""
+
+
+class GuestError(GateError):
+    """The guest did not run the command to its end; `output` is the last it said."""
+
+    exit_code = 125
+
+    def __init__(self, message: str, *, hint: str, output: str) -> None:
+        super().__init__(message, hint=hint)
+        self.output = output
+
+
+class GuestHung(GuestError):  # noqa: N818
+    """The guest was killed because its time was up."""
+
+    exit_code = 124
+
+
+class GuestPanicked(GuestError):  # noqa: N818
+    """The guest's kernel panicked, or stopped before the command ended."""
+
+
+class Uml:
+    """A running user-mode-linux, killed when the `with` block ends.
+
+    `work` is a folder of the host's that has `init`, the shell script that is
+    the guest's process 1, and gets `exit-code` from it. The guest's /dev/tty1
+    goes to `on_output`, its console is kept for errors. `memory`: MiB.
+    """
+
+    def __init__(self, kernel: Kernel, work: Path, memory: int, on_output: OnOutput) -> None:
+        self.output = Output(on_output)
+        self._console = Output(ignore)
+        self._work = work
+        self._reader, writer = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [*_leash(), *kernel_arguments(kernel, work, memory, writer)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writer,),
+                env={"PATH": "/usr/bin:/bin", "TMPDIR": str(memory_folder(memory, work))},
+                cwd="/",
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._reader)
+            raise
+        finally:
+            os.close(writer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_reason: object) -> None:
+        self.kill()
+
+    def follow(self, timeout: float) -> None:
+        """Pass output on until the guest is off, or `timeout` seconds are.
+
+        Raises: GuestHung; GuestPanicked.
+        """
+        assert self._process.stdout is not None  # noqa: S101
+        deadline = time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._reader, selectors.EVENT_READ, self.output)
+            selector.register(self._process.stdout, selectors.EVENT_READ, self._console)
+            while selector.get_map():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    hint = "see what it was doing; if it only needs longer, raise the timeout"
+                    message = f"the guest was killed after {timeout:g} s"
+                    raise GuestHung(message, hint=hint, output=self._tail())
+                ready = selector.select(min(left, IDLE))
+                if not ready:
+                    self.output.flush()
+                for key, _events in ready:
+                    data = os.read(key.fd, 1 << 16)
+                    key.data.feed(data)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                if PANIC in self._console.text:
+                    self._panicked("the guest's kernel panicked")
+        self.output.flush()
+
+    def exit_code(self) -> int:
+        """Return the command's exit code. Raises: GuestPanicked if it left none."""
+        try:
+            return int((self._work / "exit-code").read_text())
+        except (OSError, ValueError):
+            self._panicked("the guest stopped before its command ended")
+
+    def kill(self) -> None:
+        """End every process of the guest, wait for it, close the streams.
+
+        Leashed, the namespace's process 1 goes first: unshare(1) reaps it, and with
+        it everybody else, while the machine's own process 1 might take its time.
+        """
+        if _leash():
+            for child in _children(self._process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=1)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self._reader)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def _tail(self) -> str:
+        return self.output.text[-TAIL:] + self._console.text[-TAIL:]
+
+    def _panicked(self, message: str) -> NoReturn:
+        hint = "the kernel's own words stand after the command's"
+        raise GuestPanicked(message, hint=hint, output=self._tail())
+
+
+class Output:
+    """Bytes to text: kept whole, and passed on line by line."""
+
+    def __init__(self, on_output: OnOutput) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._on_output = on_output
+        self._pending = ""
+        self._parts: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """Everything so far."""
+        return "".join(self._parts)
+
+    def feed(self, data: bytes) -> None:
+        """Take what was read; no bytes: the stream's end. Passes whole lines on."""
+        text = self._decoder.decode(data, final=not data)
+        self._parts.append(text)
+        whole, newline, rest = (self._pending + text).rpartition("\n")
+        self._pending = rest
+        if newline:
+            for line in whole.split("\n"):
+                self._on_output(line + "\n")
+
+    def flush(self) -> None:
+        """Pass an unfinished line on."""
+        if self._pending:
+            pending, self._pending = self._pending, ""
+            self._on_output(pending)
+
+
+def kernel_arguments(kernel: Kernel, work: Path, memory: int, output: int) -> list[str]:
+    """Return the command line of the kernel: `memory` in MiB, `output` the fd of /dev/tty1.
+
+    Source: the kernel's Documentation/virt/uml/user_mode_linux_howto_v2.rst.
+    """
+    return [
+        str(kernel.binary),
+        *f"mem={memory}M root=/dev/root rootfstype=hostfs rootflags=/ ro {FAST}".split(),
+        *f"quiet panic=-1 con=null con0=null,fd:1 con1=null,fd:{output}".split(),
+        *f"uml_dir={work} umid=uml init=/bin/sh -- {work}/init {work}".split(),
+    ]
+
+
+def memory_folder(memory: int, otherwise: Path) -> Path:
+    """Return where the guest's `memory` MiB live: /dev/shm if they fit and may be executed."""
+    shm = Path("/dev/shm")  # noqa: S108
+    with suppress(OSError):
+        stat = os.statvfs(shm)
+        roomy = stat.f_bavail * stat.f_frsize > memory << 20
+        if roomy and not stat.f_flag & os.ST_NOEXEC and os.access(shm, os.W_OK):
+            return shm
+    return otherwise
+
+
+def _children(pid: int) -> list[int]:
+    with suppress(FileNotFoundError):
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+@functools.cache
+def _leash() -> tuple[str, ...]:
+    """Return the command prefix under which the guest dies with us, however we die.
+
+    A pid namespace takes all of user-mode-linux's processes with it. The kernel
+    must not be process 1 in there, or a panic hangs: hence the shell.
+    """
+    prefix = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL")
+    try:
+        probe = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+    except FileNotFoundError:
+        return ()
+    return (*prefix, "sh", "-c", '"$@"; exit $?', "sh") if probe.returncode == 0 else ()

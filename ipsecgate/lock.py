@@ -1,0 +1,26 @@
+"""One writer at a time: file locks that the kernel drops when their holder dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ipsecgate.errors import GateError
+
+
+@contextmanager
+def held(path: Path, *, wait: bool, busy: str) -> Iterator[None]:
+    """Hold a lock file for the block. Raises: GateError saying `busy` if not `wait`."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise GateError(f"{busy} (lock {path})") from None
+        yield
+    finally:
+        os.close(fd)

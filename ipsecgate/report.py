@@ -1,0 +1,150 @@
+"""What `status` tells, as one document: pinned maps first, the controller's word beside.
+
+Field names are stable once released. Works with the controller dead; what only
+a controller can know is then empty, and `controller.alive` is false.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ipsecgate.core.coverage import Coverage
+from ipsecgate.core.gate import Gate
+from ipsecgate.core.layout import Reason, Setting, State, TableId
+from ipsecgate.core.policy import Policy, derived
+from ipsecgate.core.table import Table, Ternary
+from ipsecgate.edges import cgroups, control, memory
+from ipsecgate.edges.config import Config
+from ipsecgate.edges.maps import Maps
+from ipsecgate.errors import NoControllerError
+from ipsecgate.loader import pins_of
+from ipsecgate.paths import Paths
+
+Document = dict[str, Any]
+
+
+def of_gate(gate: Gate) -> Document:
+    """Return what only the controller knows."""
+    negotiations = {
+        f"{ike}/{child}": {
+            "child": f"{ike}/{child}",
+            "state": item.coverage.value,
+            "attempts": item.attempts,
+            "last_error": item.last_error,
+            "flow": str(item.flow),
+        }
+        for (ike, child), item in gate.negotiations.of.items()
+    }
+    return {
+        "errors": [*gate.errors, *([f"IKE: {gate.ike_error}"] if gate.ike_error else [])],
+        "policies": [_policy(policy) for policy in gate.policies],
+        "negotiations": list(negotiations.values()),
+        "sas": [
+            {
+                "spi": f"{sa.id.spi:08x}",
+                "reqid": sa.reqid,
+                "peer": str(sa.id.daddr),
+                "child": gate.mirror.child_of(sa),
+                "since": sa.installed_at,
+            }
+            for sa in gate.mirror.trusted_sas()
+        ],
+    }
+
+
+def _policy(policy: Policy) -> Document:
+    return {
+        "name": policy.name,
+        "action": policy.action.name.lower(),
+        "remote": [str(network) for network in policy.remote],
+        "child": policy.child,
+    }
+
+
+def document(paths: Paths, config: Config) -> Document:
+    """Return the whole status. Raises: OSError if nothing is loaded."""
+    try:
+        told = control.ask(paths.control, "status")
+        controller = {"alive": True, "pid": told["pid"], "since": told["since"]}
+    except NoControllerError:
+        told = {"policies": [_policy(p) for p in _policies(paths, config)]}
+        controller = {"alive": False, "pid": None, "since": None}
+    pins = pins_of(paths)
+    with Maps(pins) as maps:
+        counters = maps.counters()
+        spd = maps.table(TableId.SPD)
+        policy_table = maps.table(TableId.POLICY)
+        audit = bool(maps.setting(Setting.AUDIT))
+        default = "deny" if maps.setting(Setting.DENY) else "allow"
+    states = {n["child"]: n["state"] for n in told.get("negotiations", ())}
+    covered = _covered(policy_table, spd)
+    for place, policy in enumerate(told["policies"]):
+        policy["coverage"] = _coverage(policy, place in covered, states)
+    paths_by_id = cgroups.by_id()
+    return {
+        "instance": paths.instance,
+        "mode": "audit" if audit else "enforce",
+        "default": default,
+        "published": policy_table is not None,
+        "controller": controller,
+        "errors": told.get("errors", []),
+        "hooks": [
+            {
+                "cgroup": str(paths_by_id.get(a.cgroup_id, "")),
+                "cgroup_id": a.cgroup_id,
+                "hook": a.hook,
+                "attached": a.cgroup_id in paths_by_id,
+                "prog_id": a.prog_id,
+            }
+            for a in pins.attachments()
+        ],
+        "policies": told["policies"],
+        "counters": totals(counters),
+        "negotiations": told.get("negotiations", []),
+        "sas": told.get("sas", []),
+    }
+
+
+def _policies(paths: Paths, config: Config) -> tuple[Policy, ...]:
+    return config.settings.policies or derived(memory.recall(paths.remembered))
+
+
+def _covered(policies: Table | None, spd: Table | None) -> set[int]:
+    """Return the places of the policies that some live SA covers, wholly or partly."""
+    if policies is None or spd is None:
+        return set()
+    live = [
+        Ternary(key, spd.masks[i]) for (i, key), e in spd.entries.items() if e.state is State.LIVE
+    ]
+    return {
+        entry.id
+        for (i, key), entry in policies.entries.items()
+        if any(Ternary(key, policies.masks[i]).intersect(region) for region in live)
+    }
+
+
+def _coverage(policy: Mapping[str, Any], covered: bool, states: Mapping[str, str]) -> str | None:
+    if policy["action"] != "protect":
+        return None
+    if covered:
+        return Coverage.COVERED.value
+    return states.get(policy["child"] or "", Coverage.UNCOVERED.value)
+
+
+def totals(counters: Mapping[Reason, int]) -> Document:
+    """Return the counters by what users ask for, and by reason."""
+
+    def of(prefix: str, reasons: Iterable[Reason] = Reason) -> int:
+        return sum(counters[r] for r in reasons if r.name.startswith(prefix))
+
+    return {
+        "allowed": of("ALLOW") + counters[Reason.AUDITED],
+        "refused": of("REFUSE") - counters[Reason.AUDITED],
+        "audited": counters[Reason.AUDITED],
+        # Neither holding calls nor the egress backstop exists yet: nothing can have been.
+        "held": 0,
+        "leaked_blocked": 0,
+        "events_lost": counters[Reason.EVENTS_LOST],
+        "reasons": {r.name.lower(): counters[r] for r in Reason if r < Reason.AUDITED},
+    }

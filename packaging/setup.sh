@@ -1,0 +1,91 @@
+#!/bin/bash
+# Make this checkout runnable: Debian's packages, a virtual environment in .venv, a test kernel.
+#
+# Made for Debian 12 and newer with git and make. Only what is missing is installed. Everything
+# that a tool says goes to .cache/setup.log, and is shown when the tool fails.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p .cache
+log=$PWD/.cache/setup.log
+: >"$log"
+export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+
+# BCC; the IKE daemon; namespaces; the guest's modules; sysctl and ps for the lab.
+packages=(
+    python3-bpfcc python3-venv
+    charon-systemd strongswan-swanctl
+    iproute2 kmod mount procps util-linux
+)
+policy=/usr/sbin/policy-rc.d
+own_policy=
+
+finish() {
+    local status=$?
+    [ -z "$own_policy" ] || rm -f "$policy"
+    if [ "$status" -ne 0 ] && [ -s "$log" ]; then
+        printf 'setup failed; the end of %s:\n' "$log" >&2
+        tail -n 30 "$log" >&2
+    fi
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# step TEXT CMD...: run CMD quietly, tell what is done and how long it took.
+step() {
+    local text=$1 began=${EPOCHREALTIME/./}
+    shift
+    printf '%s ... ' "$text"
+    "$@" >>"$log" 2>&1 || { echo failed; return 1; }
+    local spent=$(((${EPOCHREALTIME/./} - began) / 100000))
+    printf '%d.%d s\n' $((spent / 10)) $((spent % 10))
+}
+
+installed() {
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+# A package's service starts when it is installed, and at every boot after. strongSwan's is here
+# for its programs only, so neither may happen on a machine that did not have it.
+install_packages() {
+    if [ ! -e "$policy" ]; then
+        own_policy=yes
+        printf '#!/bin/sh\nexit 101\n' >"$policy"
+        chmod +x "$policy"
+    fi
+    apt-get install --yes --quiet --no-install-recommends "$@"
+    if [[ " $* " == *" charon-systemd "* ]] && command -v systemctl >/dev/null; then
+        systemctl disable strongswan.service
+    fi
+}
+
+make_venv() {
+    # --system-site-packages: BCC's module is only there.
+    [ -x .venv/bin/pip ] || /usr/bin/python3 -m venv --system-site-packages .venv
+    .venv/bin/pip install -c constraints.txt -e '.[dev]'
+}
+
+missing=()
+if ! command -v dpkg-query >/dev/null; then
+    echo "setup: this is not Debian: install what gives ${packages[*]}, then run it there" >&2
+    exit 1
+fi
+for package in "${packages[@]}"; do
+    installed "$package" || missing+=("$package")
+done
+if [ "${#missing[@]}" -gt 0 ]; then
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "setup: not root, and these packages are missing. Either run make setup as root, or:" >&2
+        echo "    apt-get install --no-install-recommends ${missing[*]}" >&2
+        exit 1
+    fi
+    step "package lists" apt-get update --quiet
+    step "installing ${missing[*]}" install_packages "${missing[@]}"
+fi
+
+step "Python packages into .venv" make_venv
+if [ "$(id -u)" -eq 0 ] && [[ "$(apt-cache policy user-mode-linux 2>>"$log")" != *Candidate* ]]; then
+    step "package lists" apt-get update --quiet
+fi
+step "test kernel" .venv/bin/python -m ipsecgate.lab.kernel
+tail -n 1 "$log"

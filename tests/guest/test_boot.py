@@ -1,0 +1,217 @@
+"""Real guests, booted on this machine: what goes in, what comes out, what stays behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.lab import uml
+from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
+from ipsecgate.lab.kernel import kernel_has_esp
+
+pytestmark = pytest.mark.skipif(
+    kernel_has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
+)
+
+ODD = "two\nlines 'single' \"double\" $HOME ö"
+WITNESS = Path("/etc/ipsecgate-guest-was-here")
+ESP = (
+    "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x100 mode tunnel"
+    " aead 'rfc4106(gcm(aes))' 0x1111111111111111111111111111111111111111 128"
+)
+STORY = f"""
+printf '%s\\n' "cwd=$PWD" "odd=$ODD" "home=${{HOME-unset}}" "uid=$(id -u)" "clock=$(date +%s)"
+echo gone >{WITNESS}
+{ESP} && ip xfrm state
+mkdir "$IPSECGATE_RESULTS/sub" && echo '<testsuite/>' >"$IPSECGATE_RESULTS/sub/junit.xml"
+stat -f -c 'fs=%T' /sys/fs/cgroup /sys/fs/bpf
+modprobe veth && echo veth
+printf 'cr?\\n' >&2
+seq 20000
+printf 'no newline at the end'
+exit 7
+"""
+
+
+# --- one guest that tells everything ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("guest") / "a 'quoted' folder"
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def story(folder: Path, lines: list[str]) -> GuestResult:
+    folder.mkdir()
+    env = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "ODD": ODD}
+    return run(
+        ["sh", "-c", STORY],
+        env=env,
+        cwd=folder,
+        timeout=120,
+        results=folder / "results",
+        on_output=lines.append,
+    )
+
+
+def test_exit_code_is_passed_on(story: GuestResult) -> None:
+    assert story.exit_code == 7
+
+
+def test_folder_and_environment_arrive(story: GuestResult, folder: Path) -> None:
+    assert f"cwd={folder}\nodd={ODD}\nhome=unset\nuid=0\n" in story.output
+
+
+def test_output_is_complete_and_unchanged(story: GuestResult, lines: list[str]) -> None:
+    numbers = "".join(f"{number}\n" for number in range(1, 20001))
+    assert story.output.endswith(f"cr?\n{numbers}no newline at the end")
+    assert "\r" not in story.output
+    assert "".join(lines) == story.output
+
+
+def test_results_come_back(story: GuestResult, folder: Path) -> None:
+    assert story.files == (folder / "results/sub/junit.xml",)
+    assert story.files[0].read_text() == "<testsuite/>\n"
+
+
+def test_host_is_unchanged(story: GuestResult) -> None:
+    assert not WITNESS.exists()
+
+
+def test_kernel_has_what_the_tests_need(story: GuestResult) -> None:
+    assert "proto esp spi 0x00000100" in story.output
+    assert "fs=cgroup2fs\nfs=bpf_fs\nveth\n" in story.output
+
+
+def test_clock_is_right(story: GuestResult) -> None:
+    clock = int(story.output.partition("clock=")[2].partition("\n")[0])
+    assert abs(clock - time.time()) < 60
+
+
+# --- several ---------------------------------------------------------------------
+
+
+def test_two_at_a_time_do_not_meet() -> None:
+    def one(number: int) -> tuple[int, str]:
+        script = f"echo {number} >/tmp/mine; sleep 2; cat /tmp/mine; exit {number}"
+        result = run(["sh", "-c", script], timeout=120)
+        return result.exit_code, result.output
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(one, [0, 3])) == [(0, "0\n"), (3, "3\n")]
+
+
+# --- what goes wrong -------------------------------------------------------------
+
+
+def descendants(pid: int) -> set[int]:
+    children = {
+        int(child)
+        for path in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in path.read_text().split()
+    }
+    return children.union(*map(descendants, children))
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Return those that run; a zombie that waits for the machine's process 1 does not."""
+    running = set()
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            continue
+        if state != "Z":
+            running.add(pid)
+    return running
+
+
+def folder_of(output: str) -> Path:
+    """Return the guest's temporary folder; `output` begins with IPSECGATE_RESULTS, inside it."""
+    folder = Path(output.partition("\n")[0]).parent
+    assert folder.name.startswith("ipsecgate-guest-")
+    return folder
+
+
+@pytest.mark.parametrize("leashed", [True, False])
+def test_hung_guest_is_killed_in_time_and_reported(
+    leashed: bool, story: GuestResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not leashed:  # who may not make a pid namespace
+        monkeypatch.setattr(uml, "_leash", tuple)
+    pids = set[int]()
+
+    def look(line: str) -> None:
+        if line == "hanging\n":
+            pids.update(descendants(os.getpid()))
+
+    limit = 2 * story.seconds  # a boot, and as much again on a busy machine
+    began = time.monotonic()
+    script = 'echo "$IPSECGATE_RESULTS"; echo hanging; sleep 1000'
+    with pytest.raises(GuestHung, match="killed after") as caught:
+        run(["sh", "-c", script], timeout=limit, on_output=look)
+    assert time.monotonic() - began < limit + 2
+    assert "\nhanging\n" in caught.value.output
+    assert caught.value.hint
+    assert len(pids) > 3
+    assert not alive(pids)
+    assert not folder_of(caught.value.output).exists()
+
+
+def test_panic_is_reported_with_the_kernels_words() -> None:
+    script = 'echo "$IPSECGATE_RESULTS"; echo last words; echo c >/proc/sysrq-trigger; sleep 1000'
+    with pytest.raises(GuestPanicked) as caught:
+        run(["sh", "-c", script], timeout=60)
+    assert "\nlast words\n" in caught.value.output
+    assert "Kernel panic - not syncing: sysrq triggered crash" in caught.value.output
+    assert not folder_of(caught.value.output).exists()
+
+
+def test_guest_that_stops_too_early_is_no_success() -> None:
+    with pytest.raises(GuestPanicked, match="stopped before"):
+        run(["sh", "-c", "echo o >/proc/sysrq-trigger; sleep 1000"], timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_guest_dies_with_us(number: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-m", "ipsecgate.lab.guest", "--always", "--timeout", "60"]
+    command += ["--", "sh", "-c", "echo $IPSECGATE_RESULTS; sleep 1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ours:
+        assert ours.stdout is not None
+        folder = folder_of(ours.stdout.readline())
+        pids = descendants(ours.pid)
+        ours.send_signal(number)
+        assert ours.wait(timeout=10) == code
+    until = time.monotonic() + 5
+    while alive(pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(pids) > 3
+    assert not alive(pids)
+    if number == signal.SIGKILL:  # nobody was left to do it
+        shutil.rmtree(folder)
+    assert not folder.exists()
+
+
+def test_command_line_passes_output_and_exit_code_on() -> None:
+    command = [sys.executable, "-m", "ipsecgate.lab.guest", "--always", "--"]
+    done = subprocess.run(
+        [*command, "sh", "-c", "echo out; exit 9"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (9, "out\n")

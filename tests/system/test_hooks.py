@@ -1,0 +1,309 @@
+"""The hooks against real system calls in a real cgroup, tables written by hand.
+
+Every refusal has a neighbour that must pass, and the kernel's counters are read
+from the pinned map. BPF_PROG_TEST_RUN does not exist for these programs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.core.events import FlowRefused
+from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core.table import EMPTY, Rule, compile_table, ternary
+from ipsecgate.edges import bytecode, cgroups
+from ipsecgate.edges.datapath import Datapath
+from ipsecgate.edges.maps import Maps
+from ipsecgate.edges.pins import HOOKS, Pins
+from ipsecgate.lab import path
+from ipsecgate.lab.netns import Namespace
+
+HERE = {4: ip_address("198.51.100.1"), 6: ip_address("2001:db8:a::1")}
+THERE = {4: ip_network("203.0.113.0/24"), 6: ip_network("2001:db8:b::/64")}
+PEER = {4: "203.0.113.9", 6: "2001:db8:b::9"}
+OTHER = {4: "192.0.2.9", 6: "2001:db8:c::9"}
+
+
+CALLS = ("tcp", "udp connect", "sendto", "sendmsg")
+CALLER = Path(__file__).with_name("caller.py")
+
+
+class Caller:
+    """A process in the namespace, in the cgroup or outside, that makes calls."""
+
+    def __init__(self, namespace: Namespace, cgroup: Path | None) -> None:
+        join = f"echo 0 > {cgroup}/cgroup.procs && " if cgroup else ""
+        script = f"{join}exec nsenter --net={namespace.path} {sys.executable} -S -I {CALLER}"
+        self.process = subprocess.Popen(
+            ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, call: str, address: str, port: int = 80, *, bind: str | None = None) -> str:
+        """Return "" or the errno's name."""
+        assert self.process.stdin
+        assert self.process.stdout
+        words = {"call": call, "address": address, "port": port, "bind": bind}
+        self.process.stdin.write(json.dumps(words) + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@dataclass
+class Bed:
+    """A namespace with a way out that leads nowhere, a cgroup, and the hooks on it."""
+
+    cgroup: Path
+    pins: Pins
+    data: Datapath
+    gated: Caller
+    free: Caller
+    refusals: list[FlowRefused] = field(default_factory=list)
+    before: Mapping[Reason, int] = field(default_factory=dict)
+
+    def publish(self, table: TableId, *rules: Rule) -> None:
+        async def publish() -> None:
+            await self.data.publish(table, compile_table(rules))
+            while self.data.clearing:
+                await asyncio.sleep(0.001)
+
+        asyncio.run(publish())
+
+    def counted(self, reason: Reason) -> int:
+        return self.data.counters()[reason] - self.before[reason]
+
+
+@pytest.fixture(scope="module")
+def module_bed(cache: Path) -> Iterator[Bed]:
+    with contextlib.ExitStack() as stack:
+        name = f"hooks-{os.getpid()}"
+        namespace = Namespace(name)
+        stack.callback(namespace.remove)
+        path.prepare(namespace)
+        for words in (
+            "link set lo up",
+            "link add out0 type dummy",
+            "link set out0 up",
+            f"addr add {HERE[4]}/32 dev out0",
+            f"-6 addr add {HERE[6]}/128 dev out0 nodad",
+            "route add default dev out0",
+            "-6 route add default dev out0",
+        ):
+            subprocess.run(["ip", "-n", name, *words.split()], check=True)
+        cgroup = cgroups.root() / name
+        cgroup.mkdir()
+        stack.callback(cgroup.rmdir)
+        pins = Pins(Path("/sys/fs/bpf"), name)
+        stack.callback(pins.unload)
+        pins.load(bytecode.get(cache))
+        pins.attach(cgroup)
+        data = Datapath(pins)
+        stack.callback(data.close)
+        gated, free = Caller(namespace, cgroup), Caller(namespace, None)
+        stack.callback(free.close)
+        stack.callback(gated.close)
+        bed = Bed(cgroup, pins, data, gated, free)
+        data.open_ring(bed.refusals.append)
+        yield bed
+
+
+@pytest.fixture
+def bed(module_bed: Bed) -> Bed:
+    """The bed as new: policies protect both networks, nothing covers them."""
+    bed = module_bed
+    for setting in (Setting.AUDIT, Setting.DENY, Setting.IKE, Setting.ERROR):
+        bed.data.set(setting, 0)
+    bed.data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
+    bed.publish(TableId.POLICY, *protect())
+    bed.publish(TableId.SPD)
+    bed.data.drain()
+    bed.refusals.clear()
+    bed.before = bed.data.counters()
+    return bed
+
+
+def protect() -> list[Rule]:
+    return [Rule(ternary(THERE[f]), Entry(State.PROTECT, id=f)) for f in (4, 6)]
+
+
+def live() -> list[Rule]:
+    return [Rule(ternary(THERE[f], src=ip_network(HERE[f])), Entry(State.LIVE)) for f in (4, 6)]
+
+
+FORMS = {
+    "v4": (4, "{}"),
+    "v6": (6, "{}"),
+    "v4-mapped": (4, "::ffff:{}"),
+}
+
+
+def went_out(told: str) -> bool:
+    return told in ("", "EINPROGRESS")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_is_gated(bed: Bed, call: str, form: str) -> None:
+    family, text = FORMS[form]
+    peer, other = text.format(PEER[family]), text.format(OTHER[family])
+
+    assert bed.gated(call, peer) == "EPERM"
+    assert bed.counted(Reason.REFUSE_UNCOVERED) == 1
+    assert went_out(bed.free(call, peer)), "outside the cgroup nothing is refused"
+    assert went_out(bed.gated(call, other)), "no policy names it"
+    assert bed.counted(Reason.ALLOW_DEFAULT) == 1
+
+    bed.publish(TableId.SPD, *live())
+    assert went_out(bed.gated(call, peer))
+    assert bed.counted(Reason.ALLOW_COVERED) == 1
+    bed.publish(TableId.SPD)
+    assert bed.gated(call, peer) == "EPERM"
+
+
+def test_refusals_are_told_with_the_flow(bed: Bed) -> None:
+    for _ in range(5):
+        bed.gated("tcp", "::ffff:" + PEER[4], 443)
+    bed.gated("tcp", PEER[6], 443)
+    bed.data.drain()
+    flows = [str(r.flow) for r in bed.refusals]
+    assert flows == [f"tcp {PEER[4]}:443", f"tcp [{PEER[6]}]:443"], "once a flow"
+    first = bed.refusals[0]
+    assert (first.reason, first.policy, first.flow.saddr) == (Reason.REFUSE_UNCOVERED, 4, None)
+    assert first.cgroup == bed.cgroup.stat().st_ino
+    assert first.pid == bed.gated.process.pid
+    assert first.comm.startswith("python")
+
+
+LOOPBACK = ("127.0.0.1", "127.255.255.254", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::")
+BESIDE_LOOPBACK = ("126.255.255.255", "128.0.0.0", "255.0.0.1", "::2", "::ffff:128.0.0.1")
+
+
+def test_loopback_is_exempt_and_its_neighbours_are_not(bed: Bed) -> None:
+    bed.data.set(Setting.DENY, 1)
+    for address in LOOPBACK:
+        assert bed.gated("tcp", address) in ("EINPROGRESS", "ECONNREFUSED"), address
+    assert bed.counted(Reason.ALLOW_EXEMPT) == len(LOOPBACK)
+    for address in (*BESIDE_LOOPBACK, *OTHER.values()):
+        assert bed.gated("tcp", address) == "EPERM", address
+    assert bed.counted(Reason.REFUSE_DEFAULT) == len(BESIDE_LOOPBACK) + len(OTHER)
+
+
+def test_new_pins_refuse_all_but_loopback(bed: Bed, cache: Path, unique: str) -> None:
+    pins = Pins(Path("/sys/fs/bpf"), unique)
+    try:
+        pins.load(bytecode.get(cache))
+        pins.attach(bed.cgroup)
+        for address in (*OTHER.values(), *PEER.values()):
+            assert bed.gated("tcp", address) == "EPERM"
+        assert bed.gated("tcp", "127.0.0.1") in ("EINPROGRESS", "ECONNREFUSED")
+        with Maps(pins) as maps:
+            assert maps.table(TableId.POLICY) is None
+            # the first program to refuse does not keep the others from running
+            assert maps.counters()[Reason.REFUSE_NOT_READY] == len(OTHER) + len(PEER)
+    finally:
+        pins.unload()
+    assert went_out(bed.gated("tcp", OTHER[4]))
+
+
+def test_the_source_decides(bed: Bed) -> None:
+    bed.publish(TableId.SPD, *live())
+    assert went_out(bed.gated("tcp", PEER[4], bind=str(HERE[4])))
+    assert bed.gated("tcp", PEER[4], bind="198.51.100.77") == "EPERM"
+    bed.data.set_sources([])
+    assert bed.gated("tcp", PEER[4]) == "EPERM"
+    assert bed.counted(Reason.REFUSE_NO_SOURCE) == 1
+    assert went_out(bed.gated("tcp", PEER[4], bind=str(HERE[4])))
+
+
+def test_actions_come_before_coverage(bed: Bed) -> None:
+    narrow = ternary(ip_network("203.0.113.9/32"), proto=6, dport=(80, 0xFFFF))
+    bed.publish(TableId.POLICY, Rule(narrow, Entry(State.BYPASS)), *protect())
+    assert bed.gated("tcp", PEER[4], 80) == "EINPROGRESS"
+    assert bed.gated("tcp", PEER[4], 81) == "EPERM"
+    bed.publish(TableId.POLICY, Rule(narrow, Entry(State.DISCARD)), *protect())
+    bed.publish(TableId.SPD, *live())
+    assert bed.gated("tcp", PEER[4], 80) == "EPERM"
+    assert bed.gated("tcp", PEER[4], 81) == "EINPROGRESS"
+
+
+@pytest.mark.parametrize("name", ["EHOSTUNREACH", "ETIMEDOUT", "EACCES"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_policys_errno_is_what_the_caller_gets(bed: Bed, call: str, name: str) -> None:
+    entry = Entry(State.PROTECT, getattr(errno, name))
+    bed.publish(TableId.POLICY, *(Rule(ternary(THERE[f]), entry) for f in (4, 6)))
+    for address in PEER.values():
+        assert bed.gated(call, address) == name
+
+
+def test_audit_counts_and_refuses_nothing(bed: Bed) -> None:
+    bed.data.set(Setting.AUDIT, 1)
+    assert went_out(bed.gated("tcp", PEER[4]))
+    assert bed.counted(Reason.REFUSE_UNCOVERED) == bed.counted(Reason.AUDITED) == 1
+    bed.data.set(Setting.AUDIT, 0)
+    assert bed.gated("tcp", PEER[4]) == "EPERM"
+
+
+def test_the_ike_daemon_is_exempt_and_nobody_else(bed: Bed) -> None:
+    bed.data.set(Setting.IKE, bed.gated.process.pid)
+    assert bed.gated("sendto", PEER[4], 500) == ""
+    assert bed.counted(Reason.ALLOW_EXEMPT) == 1
+    bed.data.set(Setting.IKE, bed.gated.process.pid + 1)
+    assert bed.gated("sendto", PEER[4], 500) == "EPERM"
+
+
+def test_a_table_in_force_can_be_read_back(bed: Bed) -> None:
+    assert bed.data.table(TableId.POLICY) == compile_table(protect())
+    assert bed.data.table(TableId.SPD) == EMPTY
+
+
+def test_republishing_leaves_no_entry_behind(bed: Bed) -> None:
+    async def many() -> None:
+        for _ in range(20):
+            await bed.data.publish(TableId.POLICY, compile_table(protect()))
+        while bed.data.clearing:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(many())
+    assert bed.data.entry_count() == len(protect())
+
+
+def test_a_single_entry_changes_at_once(bed: Bed) -> None:
+    bed.publish(TableId.SPD, *live())
+    ((index, key),) = [at for at in compile_table(live()).entries if at[1].family == 4]
+    bed.data.set_entry(TableId.SPD, index, key, Entry(State.DEAD))
+    assert bed.gated("tcp", PEER[4]) == "EPERM"
+    assert went_out(bed.gated("tcp", PEER[6]))
+
+
+def test_load_again_replaces_the_programs_under_the_links(bed: Bed, cache: Path) -> None:
+    before = {a.hook: a.prog_id for a in bed.pins.attachments()}
+    bed.pins.load(bytecode.get(cache))
+    after = {a.hook: a.prog_id for a in bed.pins.attachments()}
+    assert before.keys() == after.keys() == HOOKS.keys()
+    assert all(before[hook] != after[hook] for hook in HOOKS)
+    assert bed.gated("tcp", PEER[4]) == "EPERM"
+    assert went_out(bed.gated("tcp", OTHER[4]))
+
+
+def test_detach_opens_and_attach_closes(bed: Bed) -> None:
+    assert bed.pins.detach(bed.cgroup.stat().st_ino) == len(HOOKS)
+    assert went_out(bed.gated("tcp", PEER[4]))
+    bed.pins.attach(bed.cgroup)
+    bed.pins.attach(bed.cgroup)
+    assert len(bed.pins.attachments()) == len(HOOKS)
+    assert bed.gated("tcp", PEER[4]) == "EPERM"

@@ -1,0 +1,297 @@
+"""The lab itself: what it builds, what stock Linux does in it, and that it leaves nothing.
+
+Seconds depend on the machine; counts don't. So the claims about stock Linux are counts
+(SYNs sent again, datagrams lost), and times appear only as orders.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vici.exception import CommandException
+
+from ipsecgate.edges import cgroups
+from ipsecgate.lab.endpoints import Server
+from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
+from ipsecgate.lab.kernel import kernel_has_esp
+from ipsecgate.lab.netns import RUN
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
+    pytest.mark.skipif(not kernel_has_esp(), reason="missing: ESP in the kernel"),
+]
+
+TCP_PORT, UDP_PORT = 7000, 7001
+CASES = [
+    pytest.param(mode, family, id=f"{mode}-v{family}") for mode in MODES for family in FAMILIES
+]
+
+
+@pytest.fixture(scope="module")
+def warm_lab() -> Iterator[Lab]:
+    with Lab("ipsecgate-test-lab") as lab:
+        lab.warm_up()
+        yield lab
+
+
+@pytest.fixture
+def lab(warm_lab: Lab) -> Iterator[Lab]:
+    yield warm_lab
+    warm_lab.set_delay(0)
+    warm_lab.reset()
+
+
+@pytest.fixture(scope="module")
+def tcp(warm_lab: Lab) -> Server:
+    return warm_lab.b.serve("tcp-server", TCP_PORT)
+
+
+@pytest.fixture(scope="module")
+def udp(warm_lab: Lab) -> Server:
+    return warm_lab.b.serve("udp-server", UDP_PORT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_policy_all_is_in_clear(lab: Lab, tcp: Server, family: int) -> None:
+    for address in (lab.b.outer[family], lab.b.inner[family]):
+        with lab.capture() as capture:
+            report = lab.a.client("tcp-client", address, TCP_PORT).result()
+            seen = capture.stop()
+        assert report["echoed"], report
+        assert report["errnos"] == {}
+        assert [str(packet.daddr) for packet in seen.syns] == [str(address)]
+        assert {packet.sender for packet in seen.clear} == {"a", "b"}
+        assert not seen.esp
+        assert not seen.ike
+
+
+@pytest.mark.parametrize(("mode", "family"), CASES)
+def test_stock_linux_loses_the_first_syn(lab: Lab, tcp: Server, mode: str, family: int) -> None:
+    spec = ConnSpec("stock", mode, family, start_action="trap")
+    with lab.watch() as watch, lab.capture() as capture:
+        lab.load(spec)
+        before = lab.a.counters()
+        first = lab.a.client("tcp-client", lab.b.address(spec), TCP_PORT).result()
+        after = lab.a.counters()
+        warm = lab.a.client("tcp-client", lab.b.address(spec), TCP_PORT).result()
+        ready = watch.wait_sa(since=first["first"])
+        policy = watch.wait_policy(since=first["first"])
+        seen = capture.stop()
+    assert first["echoed"], first
+    assert warm["echoed"], warm
+    assert first["attempts"] == 1
+    assert after["TcpExtTCPSynRetrans"] - before["TcpExtTCPSynRetrans"] >= 1
+    assert after["XfrmOutNoStates"] > before["XfrmOutNoStates"]
+    assert lab.a.counters()["TcpExtTCPSynRetrans"] == after["TcpExtTCPSynRetrans"]
+    assert lab.a.established() == lab.b.established() == ("stock",)
+    # On the wire: IKE, then ESP from a, and not one packet in clear.
+    assert seen.clear == ()
+    assert len(seen.ike) >= 4
+    assert len(seen.esp) >= 16
+    assert seen.esp[0].sender == "a"
+    # The SYN that got through left long after the SA was there: TCP's timer decided.
+    assert ready is not None
+    assert policy is not None
+    assert first["first"] < seen.ike[0].time < ready < policy < seen.esp[0].time
+    assert seen.esp[0].time < first["connected"]
+    assert first["connected"] - first["first"] > 0.9
+
+
+@pytest.mark.parametrize("switches", [[], ["--connected"]], ids=["sendto", "connected"])
+def test_stock_linux_loses_datagrams(lab: Lab, udp: Server, switches: list[str]) -> None:
+    spec = ConnSpec("loss", start_action="trap")
+    lab.load(spec)
+    lab.set_delay(25)
+    with lab.capture() as capture:
+        report = lab.a.client("udp-client", lab.b.address(spec), UDP_PORT, *switches).result()
+        counted = udp.report(expect=200, settle=0.5)
+        seen = capture.stop()
+    assert report["sent"] == 200
+    assert report["errnos"] == {}, "the loss is silent"
+    assert 0 < counted["distinct"] < 200
+    assert seen.clear == ()
+    assert len(seen.esp) == counted["distinct"]
+
+
+def test_delay_counts_each_way(lab: Lab, tcp: Server) -> None:
+    lab.a.client("tcp-client", lab.b.bare[4], TCP_PORT).result()
+    lab.set_delay(40)
+    with lab.capture() as capture:
+        slow = lab.a.client("tcp-client", lab.b.bare[4], TCP_PORT).result()
+        seen = capture.stop()
+    lab.set_delay(0)
+    quick = lab.a.client("tcp-client", lab.b.bare[4], TCP_PORT).result()
+    took = slow["connected"] - slow["first"]
+    assert took >= 0.08
+    assert quick["connected"] - quick["first"] < took
+    # Stamped where it enters the path: the SYN at once, the answer one way later.
+    syn, answer = seen.clear[:2]
+    assert (syn.sender, answer.sender) == ("a", "b")
+    assert slow["first"] < syn.time < slow["connected"] - 0.04
+    assert answer.time - syn.time >= 0.04
+
+
+def test_stamps_are_the_packets_own(lab: Lab, udp: Server) -> None:
+    with lab.capture() as capture:
+        report = lab.a.client("udp-client", lab.b.bare[4], UDP_PORT, "--count", "50").result()
+        assert udp.report(expect=50, settle=0.5)["distinct"] == 50
+        times = [packet.time for packet in capture.stop().clear]
+    assert len(times) == 50
+    assert report["first"] < times[0]
+    assert times[-1] < report["finished"]
+    # Stamped one by one as they were sent, not in the batches in which the capture reads.
+    assert statistics.median(b - a for a, b in itertools.pairwise(times)) > 0.0005
+
+
+def test_unprotected_address_needs_no_ike(lab: Lab, tcp: Server) -> None:
+    for family in FAMILIES:
+        lab.load(ConnSpec(f"trap{family}", "transport", family, start_action="trap"))
+    for family in FAMILIES:
+        with lab.capture() as capture:
+            bare = lab.a.client("tcp-client", lab.b.bare[family], TCP_PORT).result()
+            seen = capture.stop()
+        assert bare["echoed"], bare
+        assert len(seen.syns) == 1
+        assert not seen.ike
+    assert lab.a.established() == ()
+
+
+def test_several_connections_side_by_side(lab: Lab, tcp: Server) -> None:
+    for mode in MODES:
+        for family in FAMILIES:
+            lab.load(ConnSpec(f"{mode}{family}", mode, family))
+            lab.a.charon.initiate(f"{mode}{family}")
+    assert len(lab.a.established()) == 4
+    lab.reset()
+    assert lab.a.established() == lab.b.established() == ()
+    state = lab.a.run(["ip", "xfrm", "state"]).stdout
+    policy = lab.a.run(["ip", "xfrm", "policy", "list", "nosock"]).stdout
+    assert (state, policy) == ("", "")
+
+
+def test_esp_in_udp_is_esp(lab: Lab, tcp: Server) -> None:
+    lab.load(ConnSpec("encap", options={"encap": "yes"}))
+    lab.a.charon.initiate("encap")
+    with lab.capture() as capture:
+        assert lab.a.client("tcp-client", lab.b.outer[4], TCP_PORT).result()["echoed"]
+        seen = capture.stop()
+    assert seen.clear == ()
+    assert {packet.dport for packet in seen.esp} == {4500}
+
+
+def test_wrong_key_fails_and_reset_mends_it(lab: Lab) -> None:
+    lab.break_psk()
+    lab.load(ConnSpec("key"))
+    with pytest.raises(CommandException):
+        lab.a.charon.initiate("key")
+    assert "AUTH_FAILED" in lab.a.charon.log.read_text()
+    lab.reset()
+    lab.load(ConnSpec("key"))
+    lab.a.charon.initiate("key")
+    assert lab.a.established() == ("key",)
+
+
+def test_silent_peer_is_heard_of_no_more(lab: Lab) -> None:
+    lab.drop_ike()
+    lab.load(ConnSpec("silent"))
+    with lab.capture() as capture:
+        with pytest.raises(CommandException):
+            lab.a.charon.initiate("silent", timeout=20)
+        seen = capture.stop()
+    assert {packet.sender for packet in seen.ike} == {"a"}
+    assert len(seen.ike) == 2, "one request, sent again once"
+    lab.reset()
+    lab.load(ConnSpec("silent"))
+    lab.a.charon.initiate("silent")
+
+
+def test_killed_charon_leaves_its_sas(lab: Lab) -> None:
+    lab.load(ConnSpec("kill"))
+    lab.a.charon.initiate("kill")
+    lab.a.charon.kill()
+    assert lab.a.run(["ip", "xfrm", "state"]).stdout.count("proto esp") == 2
+    lab.restart(lab.a)
+    assert lab.a.established() == ()
+    lab.reset()
+    assert lab.a.run(["ip", "xfrm", "state"]).stdout == ""
+
+
+def test_process_is_in_its_cgroup_or_not_at_all(lab: Lab) -> None:
+    good, closed = lab.cgroup("app"), lab.cgroup("domain/closed")
+    said = lab.a.run(["cat", "/proc/self/cgroup"], cgroup=good).stdout
+    assert said.endswith(f"{good.relative_to(cgroups.root())}\n")
+    assert lab.a.run(["cat", "/sys/fs/cgroup/cgroup.controllers"]).stdout
+    # A sibling of a threaded cgroup takes no process: the join is EOPNOTSUPP.
+    (lab.cgroup("domain/threaded") / "cgroup.type").write_text("threaded")
+    refused = lab.a.run(["echo", "ran"], cgroup=closed, check=False)
+    assert refused.returncode != 0
+    assert "ran" not in refused.stdout
+
+
+def test_second_lab_of_a_prefix_is_refused(lab: Lab) -> None:
+    with pytest.raises(LabError, match="is open"), Lab(lab.prefix):
+        pass
+
+
+def remains(name: str) -> list[str]:
+    """Return what is left in the system that bears a lab's name."""
+    folders = (RUN, cgroups.root(), Path(tempfile.gettempdir()))
+    left = [str(p) for folder in folders for p in folder.iterdir() if p.name.startswith(name)]
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+        except OSError:
+            continue
+        if name.encode() in line and entry.name != str(os.getpid()):
+            left.append(entry.name)
+    return left
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_nothing_remains(error: type[BaseException] | None) -> None:
+    pids = []
+    try:
+        with Lab("ipsecgate-test-gone") as lab:
+            sleeper = lab.a.popen(["sleep", "1000"], cgroup=lab.cgroup("x/y"))
+            # One that leaves its parent behind, and one the lab didn't start itself.
+            lab.b.run(["sh", "-c", "sleep 1001 >/dev/null 2>&1 &"])
+            time.sleep(0.1)
+            pids = [sleeper.pid, *lab.a.namespace.pids(), *lab.b.namespace.pids()]
+            lab.capture().start()
+            lab.watch().start()
+            assert len(remains(lab.name)) >= 5
+            if error is not None:
+                raise error
+    except KeyboardInterrupt:
+        pass
+    assert len(pids) >= 5
+    deadline = time.monotonic() + 5
+    while any(Path("/proc", str(pid)).exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert remains("ipsecgate-test-gone") == []
+
+
+def test_what_a_killed_owner_left_is_swept() -> None:
+    owner = os.fork()
+    if owner == 0:
+        with Lab("ipsecgate-test-killed") as lab:
+            lab.a.popen(["sleep", "1002"], cgroup=lab.cgroup("x"))
+            os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(owner, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert len(remains("ipsecgate-test-killed")) >= 5
+    with Lab("ipsecgate-test-killed"):
+        pass
+    deadline = time.monotonic() + 5
+    while remains("ipsecgate-test-killed"):
+        assert time.monotonic() < deadline, remains("ipsecgate-test-killed")
+        time.sleep(0.01)

@@ -1,0 +1,107 @@
+"""gate.h and its Python mirror agree, by the compiler's own view."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipsecgate.core import layout
+from ipsecgate.edges import bytecode
+from ipsecgate.edges.compiler import layout as compiled_layout
+
+SIZES = {"unsigned int": 4, "unsigned short": 2, "unsigned char": 1, "unsigned long long": 8,
+         "int": 4, "char": 1}  # fmt: skip
+HEADER = (bytecode.source_dir() / "gate.h").read_text()
+
+
+def size(kind: Any) -> int:
+    if isinstance(kind, str):
+        return SIZES[kind]
+    _name, members, *_ = kind
+    total = 0
+    for _member, member, *count in members:
+        total += size(member) * (count[0][0] if count else 1)
+    return total
+
+
+@pytest.fixture(scope="module")
+def described(monkeypatch_module: pytest.MonkeyPatch) -> Mapping[str, tuple[Any, Any]]:
+    monkeypatch_module.setenv("BCC_KERNEL_SOURCE", str(bytecode.source_dir()))
+    told = compiled_layout(bytecode.source_dir())
+    return {name: (json.loads(key), json.loads(leaf)) for name, (key, leaf) in told.items()}
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def test_sizes(described: Mapping[str, tuple[Any, Any]], cache: Path) -> None:
+    key, entry = described["entries"]
+    assert size(key) == layout.KEY_SIZE
+    assert size(entry) == layout.ENTRY_SIZE
+    assert size(described["masks"][1]) == layout.MASKS_SIZE
+    assert size(described["sources"][0]) == layout.ROUTE_SIZE
+    shapes = bytecode.get(cache).maps
+    assert shapes["entries"].key_size == layout.KEY_SIZE
+    assert shapes["entries"].max_entries == layout.ENTRIES
+    assert shapes["settings"].max_entries == len(layout.Setting)
+    assert shapes["counters"].max_entries == layout.COUNTERS
+
+
+def test_key_fields_are_where_python_packs_them(
+    described: Mapping[str, tuple[Any, Any]],
+) -> None:
+    at = {}
+    offset = 0
+    for name, kind, *count in described["entries"][0][1]:
+        at[name] = offset
+        offset += SIZES[kind] * (count[0][0] if count else 1)
+    raw = layout.pack_key(layout.Key(1, 2, 0x0304, 0x0506, 7, 8), space=9, tuple_=10)
+    assert raw[at["saddr"] : at["saddr"] + 16] == (1).to_bytes(16)
+    assert raw[at["daddr"] : at["daddr"] + 16] == (2).to_bytes(16)
+    assert raw[at["sport"] : at["sport"] + 2] == b"\x03\x04"
+    assert raw[at["dport"] : at["dport"] + 2] == b"\x05\x06"
+    assert [raw[at[f]] for f in ("proto", "family", "space", "tuple")] == [7, 8, 9, 10]
+    assert at["space"] == layout.SPACE_OFFSET
+
+
+def constant(name: str) -> int:
+    found = re.search(rf"^#define GATE_{name}\s+(\d+)", HEADER, re.M)
+    assert found, f"GATE_{name} is not in gate.h"
+    return int(found[1])
+
+
+@pytest.mark.parametrize("name", ["LAYOUT", "BUFFERS", "TUPLES", "ENTRIES", "SOURCES"])
+def test_constants(name: str) -> None:
+    assert constant(name) == getattr(layout, name)
+
+
+@pytest.mark.parametrize(
+    ("enum", "prefix"), [(layout.Reason, ""), (layout.State, ""), (layout.TableId, "")]
+)
+def test_enums(enum: type[IntEnum], prefix: str) -> None:
+    for member in enum:
+        assert constant(prefix + member.name) == member
+
+
+def test_settings_words() -> None:
+    epoch = constant("EPOCH")
+    assert epoch + layout.TableId.POLICY == layout.Setting.POLICY_EPOCH
+    assert epoch + layout.TableId.SPD == layout.Setting.SPD_EPOCH
+    for name in ("AUDIT", "DENY", "IKE", "ERROR", "VERSION"):
+        assert constant(name) == layout.Setting[name]
+
+
+def test_events_round_trip() -> None:
+    with pytest.raises(layout.LayoutError, match="event of 3 bytes"):
+        layout.unpack_event(b"abc")
+    with pytest.raises(layout.LayoutError, match="address family 0"):
+        layout.unpack_event(bytes(layout.EVENT_SIZE))

@@ -1,0 +1,124 @@
+"""A configuration is read whole, or refused whole with file and key."""
+
+from __future__ import annotations
+
+from errno import EACCES, EHOSTUNREACH
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.core.flow import TCP
+from ipsecgate.core.ipsec import Action
+from ipsecgate.edges.config import Config, load
+from ipsecgate.errors import UsageError
+
+WHOLE = """
+[gate]
+mode = "audit"
+default = "deny"
+cgroups = ["unit:postgresql"]
+vici = "/run/other.vici"
+[errno]
+uncovered = "EACCES"
+[[policy]]
+name = "db"
+remote = ["10.2.0.0/16", "2001:db8:2::/48"]
+protocol = "tcp"
+port = "5432-5440"
+child = "net-net"
+initiate = "start"
+[[policy]]
+name = "printer"
+remote = ["10.2.9.9/32"]
+action = "bypass"
+"""
+
+
+def test_everything_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "ipsecgate.toml"
+    file.write_text(WHOLE)
+    config = load(file)
+    assert (config.settings.audit, config.settings.deny) == (True, True)
+    assert config.cgroups == ("unit:postgresql",)
+    assert config.vici == Path("/run/other.vici")
+    assert config.settings.errnos.uncovered == EACCES
+    assert config.settings.errnos.failed == EHOSTUNREACH
+    db, printer = config.settings.policies
+    assert (db.name, db.proto, db.ports, db.child, db.start) == (
+        "db", TCP, (5432, 5440), "net-net", True,
+    )  # fmt: skip
+    assert db.remote == (ip_network("10.2.0.0/16"), ip_network("2001:db8:2::/48"))
+    assert printer.action is Action.BYPASS
+
+
+def test_policies_d_is_read_in_order(tmp_path: Path) -> None:
+    (tmp_path / "policies.d").mkdir()
+    for name in ("b", "a"):
+        (tmp_path / f"policies.d/{name}.toml").write_text(
+            f'[[policy]]\nname = "{name}"\nremote = ["10.0.0.0/8"]\n'
+        )
+    file = tmp_path / "ipsecgate.toml"
+    file.write_text('[[policy]]\nname = "first"\nremote = ["10.0.0.0/8"]\n')
+    assert [p.name for p in load(file).settings.policies] == ["first", "a", "b"]
+
+
+def test_no_file_is_the_defaults_unless_asked_for(tmp_path: Path) -> None:
+    missing = tmp_path / "none.toml"
+    assert load(missing, required=False) == Config()
+    with pytest.raises(UsageError, match=r"none\.toml: No such file"):
+        load(missing)
+
+
+def policy(lines: str) -> str:
+    return f'[[policy]]\nname = "x"\nremote = ["10.0.0.0/8"]\n{lines}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[gate]\nmood = 1", r"c\.toml: gate\.mood: unknown key"),
+        ("[gait]", r"c\.toml: gait: unknown key"),
+        ("[gate]\nmode = 'loud'", r"gate\.mode: 'loud' is not one of enforce, audit"),
+        ("[gate]\nhost = 'yes'", r"gate\.host: must be true or false"),
+        ("[gate]\ncgroups = [1]", r"gate\.cgroups: must be a list of strings"),
+        ("[gate]\nhost = true\ncgroups = ['/x']", r"gate\.cgroups: .*exclude each other"),
+        ("gate = 3", r"gate: must be"),
+        ("[gate", r"c\.toml: .*line 1"),
+        ("[errno]\nuncovered = 'EINTR'", r"errno\.uncovered: 'EINTR' is not one of"),
+        (policy("remot = 1"), r"policy\[1\]\.remot: unknown key"),
+        (policy("action = 'allow'"), r"policy\[1\]\.action: 'allow' is not one of"),
+        (policy("port = '80'"), r"policy\[1\]\.port: needs protocol"),
+        (policy("protocol = 'tcp'\nport = '0'"), r"policy\[1\]\.port: '0' is not within"),
+        (policy("protocol = 'tcp'\nport = '9-3'"), r"policy\[1\]\.port"),
+        (policy("protocol = 'tcp'\nport = 'http'"), r"policy\[1\]\.port: 'http' is not a port"),
+        (policy("action = 'discard'\nchild = 'c'"), r"policy\[1\]\.child: has no meaning"),
+        ("[[policy]]\nname = 'x'", r"policy\[1\]\.remote: names no network"),
+        ("[[policy]]\nname = 'x'\nremote = ['10.0.0.1/8']", r"policy\[1\]\.remote: .*host bits"),
+        ("[[policy]]\nname = 'x'\nremote = ['ten']", r"policy\[1\]\.remote: 'ten'"),
+        ("[[policy]]\nremote = ['10.0.0.0/8']", r"policy\[1\]\.name: '' is not a name"),
+        (policy("") + policy(""), r"c\.toml: policy 'x': the name is taken in .*c\.toml"),
+    ],
+)
+def test_what_is_wrong_is_told_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load(file)
+
+
+def test_a_near_miss_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(policy("acton = 'bypass'"))
+    with pytest.raises(UsageError) as caught:
+        load(file)
+    assert caught.value.hint == "did you mean 'action'?"
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").mkdir()
+    with pytest.raises(UsageError, match=r"c\.toml: Is a directory"):
+        load(tmp_path / "c.toml")
+    (tmp_path / "d.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"d\.toml: not UTF-8"):
+        load(tmp_path / "d.toml")

@@ -1,0 +1,47 @@
+"""The transition table is whole, and nothing outside it is possible."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from ipsecgate.core.coverage import (
+    TRANSITIONS,
+    Coverage,
+    IllegalTransitionError,
+    Input,
+    advance,
+    mermaid,
+)
+
+ILLEGAL = {
+    (Coverage.UNCOVERED, Input.SA_LOST),
+    (Coverage.NEGOTIATING, Input.SA_LOST),
+    (Coverage.BACK_OFF, Input.SA_LOST),
+    (Coverage.UNCOVERED, Input.RETRY),
+    (Coverage.NEGOTIATING, Input.RETRY),
+    (Coverage.COVERED, Input.RETRY),
+    (Coverage.COVERED, Input.SA_LIVE),
+}
+
+
+@pytest.mark.parametrize(("state", "event"), list(product(Coverage, Input)))
+def test_every_pair_is_decided(state: Coverage, event: Input) -> None:
+    if (state, event) in ILLEGAL:
+        with pytest.raises(IllegalTransitionError):
+            advance(state, event)
+    else:
+        assert advance(state, event) is TRANSITIONS[state, event]
+
+
+def test_only_a_live_sa_covers() -> None:
+    into = {event for (state, event), to in TRANSITIONS.items()
+            if to is Coverage.COVERED and state is not to}  # fmt: skip
+    assert into == {Input.SA_LIVE}
+
+
+def test_every_state_can_be_reached_in_the_diagram() -> None:
+    drawn = mermaid()
+    for coverage in Coverage:
+        assert f"--> {coverage.value.replace('-', '_')}" in drawn

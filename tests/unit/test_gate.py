@@ -1,0 +1,292 @@
+"""The gate's decisions as transcripts: events in, commands out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from errno import EHOSTUNREACH, EPERM
+from ipaddress import ip_address, ip_network
+from random import Random
+
+import pytest
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core.coverage import Coverage
+from ipsecgate.core.flow import TCP, Flow, Selector, TrafficSelector
+from ipsecgate.core.gate import Gate
+from ipsecgate.core.ipsec import ESP, Action, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.layout import Entry, Key, Reason, State, TableId, flow_key
+from ipsecgate.core.negotiations import Negotiations
+from ipsecgate.core.policy import Policy, Settings
+
+LOCAL, PEER = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+HERE, THERE = ip_network("10.1.0.0/16"), ip_network("10.2.0.0/16")
+FLOW = Flow(ip_address("10.2.0.9"), TCP, 80)
+ROUTED = replace(FLOW, saddr=ip_address("10.1.0.1"))
+
+NET = on.ChildConfig(
+    "peer", "net", Mode.TUNNEL, (TrafficSelector(HERE),), (TrafficSelector(THERE),)
+)
+TRAP = SpdEntry(
+    SpdKey(Selector(HERE, THERE)),
+    priority=383616,
+    action=Action.PROTECT,
+    templates=(Template(ESP, Mode.TUNNEL, reqid=1, saddr=LOCAL, daddr=PEER),),
+)
+SA = Sa(SaId(PEER, 0xC0FFEE01, ESP), LOCAL, reqid=1, mode=Mode.TUNNEL)
+LISTED = on.ChildSa("peer", "net", 1, 0x11, 0xC0FFEE01, PEER)
+NAME = ("peer", "net")
+
+REFUSED = on.FlowRefused(FLOW, Reason.REFUSE_UNCOVERED, policy=0, pid=9, comm="curl", cgroup=1)
+SOURCES = on.SourcesResolved(((THERE, ip_address("10.1.0.1")),))
+
+
+class Transcript:
+    """A gate, and the hooks' tables as its commands made them."""
+
+    def __init__(
+        self, settings: Settings | None = None, remembered: Iterable[on.ChildConfig] = ()
+    ) -> None:
+        self.gate = Gate(settings or Settings(), tuple(remembered), Negotiations(Random(1)))
+        self.tables: dict[TableId, dict[tuple[int, Key], Entry]] = {}
+        self.take(self.gate.start())
+
+    def take(self, commands: Iterable[do.Command]) -> list[do.Command]:
+        taken = list(commands)
+        for command in taken:
+            if isinstance(command, do.Publish):
+                self.tables[command.table] = dict(command.content.entries)
+            elif isinstance(command, do.SetEntry):
+                assert (command.index, command.key) in self.tables[command.table]
+                self.tables[command.table][command.index, command.key] = command.entry
+        return taken
+
+    def after(self, *events: on.Event) -> list[do.Command]:
+        return [c for event in events for c in self.take(self.gate.step(event))]
+
+    def entry(self, table: TableId, flow: Flow) -> Entry | None:
+        """Answer as the hook would, from what the commands wrote."""
+        masks = self.gate.published[table].masks
+        for index, mask in enumerate(masks):
+            found = self.tables[table].get((index, flow_key(flow).masked(mask)))
+            if found is not None:
+                return found
+        return None
+
+    def is_open(self) -> bool:
+        entry = self.entry(TableId.SPD, ROUTED)
+        return entry is not None and entry.state is State.LIVE
+
+    @property
+    def errno(self) -> int:
+        entry = self.entry(TableId.POLICY, ROUTED)
+        assert entry is not None
+        assert entry.state is State.PROTECT
+        return entry.error
+
+
+def connected(*established: on.ChildSa) -> on.IkeConnected:
+    return on.IkeConnected((NET,), established, pid=42)
+
+
+@pytest.fixture
+def trapped() -> Transcript:
+    """IKE connected, its trap in the kernel, no SA."""
+    story = Transcript()
+    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    return story
+
+
+def initiated(commands: Iterable[do.Command]) -> list[tuple[str, str]]:
+    return [(c.ike, c.child) for c in commands if isinstance(c, do.Initiate)]
+
+
+def test_first_connection(trapped: Transcript) -> None:
+    assert not trapped.is_open()
+    assert initiated(trapped.after(REFUSED)) == [NAME]
+    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.NEGOTIATING
+
+    opened = trapped.after(on.SaSet(SA))
+    assert isinstance(opened[0], do.SetEntry), "the first command opens, in one write"
+    assert trapped.is_open()
+    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+
+
+def test_one_negotiation_however_many_flows_ask(trapped: Transcript) -> None:
+    flows = [replace(FLOW, daddr=ip_address(f"10.2.{i}.1"), dport=i + 1) for i in range(100)]
+    commands = trapped.after(*(replace(REFUSED, flow=flow) for flow in flows))
+    assert initiated(commands) == [NAME]
+
+
+def test_without_a_trap_the_sa_alone_does_not_open() -> None:
+    story = Transcript()
+    story.after(on.KernelSnapshot((), ()), connected(), SOURCES, REFUSED)
+    story.after(on.SaSet(SA))
+    assert not story.is_open()
+    story.after(on.PolicySet(TRAP))
+    assert story.is_open()
+
+
+@pytest.mark.parametrize(
+    "closing",
+    [
+        on.SaGone(SA.id),
+        on.SasFlushed(),
+        on.PolicyGone(TRAP.key),
+        on.PoliciesFlushed(),
+        on.PolicySet(replace(TRAP, action=Action.DISCARD, templates=())),
+        on.PolicySet(replace(TRAP, templates=(replace(TRAP.templates[0], reqid=9),))),
+        on.KernelSnapshot((TRAP,), ()),
+        on.IkeGone("connection closed"),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_what_closes_a_flow(trapped: Transcript, closing: on.Event) -> None:
+    trapped.after(REFUSED, on.SaSet(SA))
+    assert trapped.is_open()
+    first = trapped.after(closing)[0]
+    assert isinstance(first, do.SetEntry | do.Publish), "closing comes before all else"
+    assert not trapped.is_open()
+    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.UNCOVERED
+
+
+def test_a_higher_priority_policy_takes_over(trapped: Transcript) -> None:
+    trapped.after(REFUSED, on.SaSet(SA))
+    bypass = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.2.0.0/24"))), priority=1,
+                     action=Action.BYPASS, templates=())  # fmt: skip
+    trapped.after(on.PolicySet(bypass))
+    assert not trapped.is_open(), "the kernel would send it in clear now"
+    trapped.after(on.PolicyGone(bypass.key))
+    assert trapped.is_open()
+
+
+def test_rekeying_has_no_gap(trapped: Transcript) -> None:
+    trapped.after(REFUSED, on.SaSet(SA))
+    new = replace(SA, id=SaId(PEER, 0xC0FFEE02, ESP))
+    for event in (on.SaSet(new), on.PolicySet(TRAP), on.SaGone(SA.id)):
+        trapped.after(event)
+        assert trapped.is_open()
+
+
+def test_an_sa_that_the_daemon_does_not_know_is_not_trusted() -> None:
+    story = Transcript()
+    story.after(on.KernelSnapshot((TRAP,), (SA,)), connected(), SOURCES)
+    assert not story.is_open(), "left by a daemon that was killed"
+    story.after(connected(LISTED))
+    assert story.is_open()
+
+
+def test_a_restarted_controller_waits_for_both_truths() -> None:
+    """Half the truth would refuse what a predecessor's table rightly lets go."""
+    for first, second in ((0, 1), (1, 0)):
+        story = Transcript()
+        events = (on.KernelSnapshot((TRAP,), (SA,)), connected(LISTED))
+        assert not any(
+            isinstance(c, do.Publish) and c.table is TableId.SPD for c in story.after(events[first])
+        )
+        story.after(events[second])
+        assert story.is_open()
+
+
+def test_failure_backs_off_and_tells_the_errno(trapped: Transcript) -> None:
+    assert trapped.errno == EPERM
+    trapped.after(REFUSED)
+    commands = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
+    pauses = [c.seconds for c in commands if isinstance(c, do.StartTimer)]
+    assert len(pauses) == 1
+    assert 0.75 <= pauses[0] <= 1.25
+    assert trapped.errno == EHOSTUNREACH
+    assert trapped.gate.negotiations.of[NAME].last_error == "AUTHENTICATION_FAILED"
+    assert initiated(trapped.after(REFUSED)) == []
+
+    trapped.after(on.TimerFired(on.Timer("retry", *NAME)))
+    assert trapped.errno == EPERM
+    assert initiated(trapped.after(REFUSED)) == [NAME]
+
+
+def test_a_silent_peer_runs_into_the_limit(trapped: Transcript) -> None:
+    trapped.after(REFUSED, on.TimerFired(on.Timer("limit", *NAME)))
+    item = trapped.gate.negotiations.of[NAME]
+    assert item.coverage is Coverage.BACK_OFF
+    assert "no CHILD_SA within" in item.last_error
+
+
+def test_back_off_grows_to_its_limit(trapped: Transcript) -> None:
+    pauses = []
+    for _ in range(10):
+        trapped.after(REFUSED)
+        commands = trapped.after(on.NegotiationFailed(*NAME, "no"))
+        pauses += [c.seconds for c in commands if isinstance(c, do.StartTimer)]
+        trapped.after(on.TimerFired(on.Timer("retry", *NAME)))
+    assert pauses[0] < pauses[3] < pauses[5]
+    assert max(pauses) <= 75
+
+
+def test_the_route_that_comes_with_the_sa_decides_the_source() -> None:
+    """Tunnel mode: the unbound source is in the policy only once strongSwan's route is."""
+    story = Transcript()
+    outer = on.SourcesResolved(((THERE, LOCAL),))
+    story.after(on.KernelSnapshot((), ()), connected(), outer)
+    assert initiated(story.after(REFUSED)) == [NAME]
+    story.after(on.SaSet(SA), on.PolicySet(TRAP))
+    assert story.gate.negotiations.of[NAME].coverage is Coverage.NEGOTIATING
+    story.after(SOURCES)
+    assert story.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+
+
+def test_what_ike_told_is_remembered_and_protected_without_it() -> None:
+    first = Transcript()
+    (kept,) = [c for c in first.after(connected()) if isinstance(c, do.Remember)]
+    later = Transcript(remembered=kept.children)
+    assert later.errno == EPERM
+    later.after(on.IkeConnected((), (), pid=7))
+    assert later.errno == EPERM, "a daemon that lost its connections opens nothing"
+
+
+def test_configured_policies_hide_the_derived_ones() -> None:
+    policy = Policy("db", (ip_network("10.2.0.0/24"),), proto=TCP, ports=(5432, 5432), child="net")
+    story = Transcript(Settings(policies=(policy,)))
+    story.after(on.KernelSnapshot((TRAP,), ()), connected())
+    assert story.entry(TableId.POLICY, ROUTED) is None
+    database = replace(FLOW, dport=5432)
+    assert story.entry(TableId.POLICY, replace(ROUTED, dport=5432)) == Entry(State.PROTECT, EPERM)
+    assert initiated(story.after(replace(REFUSED, flow=database))) == [NAME]
+
+
+def test_a_policy_to_start_negotiates_unasked() -> None:
+    policy = Policy("net", (THERE,), child="net", start=True)
+    story = Transcript(Settings(policies=(policy,)))
+    story.after(on.KernelSnapshot((TRAP,), ()))
+    assert initiated(story.after(connected())) == [NAME]
+    assert initiated(story.after(connected())) == []
+
+
+def test_a_flow_that_no_child_protects_is_told_not_negotiated(trapped: Transcript) -> None:
+    bound_elsewhere = replace(FLOW, saddr=ip_address("172.16.0.1"))
+    commands = trapped.after(replace(REFUSED, flow=bound_elsewhere))
+    assert initiated(commands) == []
+    assert any(isinstance(c, do.Log) and "no loaded CHILD_SA" in c.text for c in commands)
+
+
+def test_ike_is_exempt_while_it_is_there(trapped: Transcript) -> None:
+    story = Transcript()
+    assert do.ExemptIke(42) in story.after(connected())
+    assert do.ExemptIke(0) in story.after(on.IkeGone("connection closed"))
+
+
+def test_tables_that_do_not_fit_refuse() -> None:
+    story = Transcript()
+    many = tuple(
+        replace(TRAP, key=SpdKey(Selector(HERE, ip_network(f"10.2.0.0/{n}"))), priority=99 - n)
+        for n in range(15, 33)
+    ) + tuple(
+        replace(TRAP, key=SpdKey(Selector(ip_network(f"10.1.0.0/{n}"), THERE)), priority=99 - n)
+        for n in range(17, 33)
+    )
+    story.after(on.KernelSnapshot(many, (SA,)), connected(LISTED), SOURCES)
+    assert not story.is_open()
+    assert any("SPD table" in error for error in story.gate.errors)
+    story.after(on.KernelSnapshot((TRAP,), (SA,)))
+    assert story.is_open()
+    assert story.gate.errors == []

@@ -1,0 +1,28 @@
+"""The house's own rules, as tests: `pytest` is the whole loop."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "tool",
+    ["ruff check --quiet", "ruff format --check --quiet --diff", "mypy --no-error-summary"],
+)
+def test_tool_has_nothing_to_say(tool: str) -> None:
+    command = [sys.executable, "-m", *tool.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("script", ["packaging/setup.sh", ".ci/run"])
+def test_script_parses_and_may_be_run(script: str) -> None:
+    path = ROOT / script
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert path.stat().st_mode & 0o111

@@ -1,0 +1,136 @@
+"""The SPD joined with the SAD: what counts as protected, case by case."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from ipsecgate.core.flow import TCP, UDP, Flow, Selector
+from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.layout import State, flow_key
+from ipsecgate.core.spd import spd_rules
+from ipsecgate.core.table import compile_table
+
+LOCAL, PEER = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+TUNNEL = Template(ESP, Mode.TUNNEL, reqid=1, saddr=LOCAL, daddr=PEER)
+TRANSPORT = Template(ESP, Mode.TRANSPORT, reqid=1)
+
+
+def selector(src: str = "10.1.0.0/16", dst: str = "10.2.0.0/16", **more: Any) -> Selector:
+    return Selector(ip_network(src), ip_network(dst), **more)
+
+
+def policy(sel: Selector, *templates: Template, priority: int = 100, **more: Any) -> SpdEntry:
+    key = SpdKey(sel, more.pop("mark", Mark()), more.pop("if_id", 0))
+    return SpdEntry(key, priority, more.pop("action", Action.PROTECT), templates, **more)
+
+
+SA = Sa(SaId(PEER, 0x1000, ESP), LOCAL, reqid=1, mode=Mode.TUNNEL)
+TRANSPORT_SA = replace(SA, mode=Mode.TRANSPORT)
+FLOW = Flow(ip_address("10.2.0.9"), TCP, 80, ip_address("10.1.0.1"), 40000)
+NET = policy(selector(), TUNNEL)
+
+
+def live(policies: list[SpdEntry], sas: list[Sa], flow: Flow = FLOW) -> bool:
+    entry = compile_table(spd_rules(policies, sas)).classify(flow_key(flow))
+    return entry is not None and entry.state is State.LIVE
+
+
+def test_policy_and_sa_protect() -> None:
+    assert live([NET], [SA])
+
+
+@pytest.mark.parametrize(
+    "sa",
+    [
+        replace(SA, reqid=2),
+        replace(SA, mode=Mode.TRANSPORT),
+        replace(SA, saddr=ip_address("192.0.2.3")),
+        replace(SA, id=SaId(ip_address("192.0.2.3"), 0x1000, ESP)),
+        replace(SA, id=SaId(PEER, 0x1000, 51)),
+        replace(SA, larval=True),
+        replace(SA, if_id=7),
+        replace(SA, mark=Mark(5, 0xFF)),
+        replace(SA, selector=selector(dst="10.2.1.0/24")),
+    ],
+)
+def test_a_state_that_does_not_fit_protects_nothing(sa: Sa) -> None:
+    assert not live([NET], [sa])
+    assert live([NET], [sa, SA])
+
+
+def test_neither_alone_protects() -> None:
+    assert not live([NET], [])
+    assert not live([], [SA])
+
+
+def test_a_template_that_pins_an_spi_wants_that_one() -> None:
+    pinned = policy(selector(), replace(TUNNEL, spi=0x1000))
+    assert live([pinned], [SA])
+    assert not live([policy(selector(), replace(TUNNEL, spi=0x2000))], [SA])
+
+
+def test_a_states_selector_narrows() -> None:
+    narrowed = replace(SA, selector=selector(dst="10.2.0.0/24"))
+    assert live([NET], [narrowed])
+    assert not live([NET], [narrowed], replace(FLOW, daddr=ip_address("10.2.1.9")))
+
+
+def test_transport_protects_the_states_own_endpoints_only() -> None:
+    anywhere = policy(selector("0.0.0.0/0", "0.0.0.0/0"), TRANSPORT)
+    flow = Flow(PEER, TCP, 80, LOCAL)
+    assert live([anywhere], [TRANSPORT_SA], flow)
+    assert not live([anywhere], [TRANSPORT_SA], replace(flow, daddr=ip_address("192.0.2.3")))
+    assert not live([anywhere], [TRANSPORT_SA], replace(flow, saddr=ip_address("192.0.2.9")))
+
+
+def test_every_template_needs_its_state() -> None:
+    nested = policy(selector(), TUNNEL, replace(TUNNEL, reqid=2))
+    second = replace(SA, id=SaId(PEER, 0x2000, ESP), reqid=2)
+    assert not live([nested], [SA])
+    assert not live([nested], [second])
+    assert live([nested], [SA, second])
+    optional = policy(selector(), replace(TUNNEL, reqid=3, optional=True), TUNNEL)
+    assert live([optional], [SA])
+    assert not live([policy(selector(), replace(TUNNEL, optional=True))], [SA])
+
+
+@pytest.mark.parametrize("action", [Action.DISCARD, Action.BYPASS])
+def test_what_wins_by_priority_decides(action: Action) -> None:
+    narrow = selector(dst="10.2.0.0/24")
+    assert not live([NET, policy(narrow, priority=50, action=action)], [SA])
+    assert live([NET, policy(narrow, priority=150, action=action)], [SA])
+
+
+def test_ties_that_disagree_count_as_unprotected() -> None:
+    other = policy(selector(dst="10.2.0.0/24"), replace(TUNNEL, reqid=2))
+    both = replace(SA, id=SaId(PEER, 0x2000, ESP), reqid=2)
+    outside = replace(FLOW, daddr=ip_address("10.2.7.9"))
+    for order in ([NET, other], [other, NET]):
+        assert not live(order, [SA])
+        assert live(order, [SA], outside)
+        assert live(order, [SA, both])
+
+
+def test_masked_ports_and_protocol() -> None:
+    dns = policy(selector(proto=UDP, dport=5296, dport_mask=0xFFF0), TUNNEL)
+    assert live([dns], [SA], replace(FLOW, proto=UDP, dport=5300))
+    assert not live([dns], [SA], replace(FLOW, proto=UDP, dport=5312))
+    assert not live([dns], [SA], replace(FLOW, proto=TCP, dport=5300))
+
+
+def test_policies_for_marked_flows_and_interfaces() -> None:
+    assert live([NET, policy(selector(), priority=1, mark=Mark(5, 0xFF))], [SA])
+    assert live([NET, policy(selector(), priority=1, if_id=3)], [SA])
+    assert not live([NET, policy(selector(ifindex=2), TUNNEL, priority=1)], [SA])
+
+
+def test_families_do_not_mix() -> None:
+    everything6 = policy(selector("::/0", "::/0"), TUNNEL)
+    assert not live([everything6], [SA])
+    v6 = Flow(ip_address("2001:db8::1"), TCP, 80, ip_address("2001:db8::2"))
+    assert live([everything6], [SA], v6)
+    assert not live([NET], [SA], v6)

@@ -1,0 +1,97 @@
+"""First match, however the rules are folded into tuples."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipsecgate.core.layout import Entry, Key, State
+from ipsecgate.core.table import (
+    Rule,
+    TableFullError,
+    Ternary,
+    compile_table,
+    port_masks,
+    ternary,
+)
+
+# A tiny universe, so that random rules overlap, nest and shadow each other.
+_PREFIX = st.integers(0, 3)
+
+
+@st.composite
+def ternaries(draw: st.DrawFn) -> Ternary:
+    family = draw(st.sampled_from((4, 6)))
+
+    def network() -> str:
+        length, bits = draw(_PREFIX), draw(st.integers(0, 7))
+        bits &= 7 << (3 - length)
+        if family == 4:
+            return f"{bits << 5}.0.0.0/{length}"
+        return f"{bits << 13:x}::/{length}"
+
+    low = draw(st.sampled_from((0, 4, 5, 6)))
+    port = draw(st.sampled_from(((0, 0), (low & 0xFFFE, 0xFFFE), (low, 0xFFFF))))
+    return ternary(
+        ip_network(network()),
+        src=draw(st.none() | st.just(ip_network(network()))),
+        proto=draw(st.sampled_from((0, 6, 17))),
+        dport=port,
+    )
+
+
+@st.composite
+def flows(draw: st.DrawFn) -> Key:
+    family = draw(st.sampled_from((4, 6)))
+    shift, base = (29, 0xFFFF << 32) if family == 4 else (125, 0)
+    return Key(
+        base | draw(st.integers(0, 7)) << shift,
+        base | draw(st.integers(0, 7)) << shift,
+        0,
+        draw(st.integers(0, 7)),
+        draw(st.sampled_from((6, 17))),
+        family,
+    )
+
+
+@given(st.lists(ternaries(), max_size=12), st.lists(flows(), min_size=1, max_size=20))
+def test_compiled_equals_first_match(matches: list[Ternary], keys: list[Key]) -> None:
+    rules = [Rule(match, Entry(State.PROTECT, id=i)) for i, match in enumerate(matches)]
+    table = compile_table(rules)
+    for key in keys:
+        first = next((rule.entry for rule in rules if rule.match.matches(key)), None)
+        assert table.classify(key) == first
+
+
+@given(ternaries(), ternaries(), flows())
+def test_intersection_is_both(a: Ternary, b: Ternary, key: Key) -> None:
+    both = a.intersect(b)
+    assert (both is not None and both.matches(key)) == (a.matches(key) and b.matches(key))
+
+
+@given(st.integers(0, 65535), st.integers(0, 65535))
+def test_port_blocks_cover_exactly(a: int, b: int) -> None:
+    low, high = sorted((a, b))
+    blocks = port_masks(low, high)
+    assert sum(0x10000 - mask for _, mask in blocks) == high - low + 1
+    for port in {0, low, high, max(low - 1, 0), min(high + 1, 65535), (low + high) // 2}:
+        hit = any(port & mask == value for value, mask in blocks)
+        assert hit == (low <= port <= high)
+
+
+def test_rules_of_one_mask_share_a_tuple() -> None:
+    networks = [ip_network(f"10.{i}.0.0/16") for i in range(100)]
+    table = compile_table(Rule(ternary(n), Entry(State.LIVE)) for n in networks)
+    assert len(table.masks) == 1
+
+
+def test_too_many_masks_is_an_error_that_says_so() -> None:
+    rules = [
+        Rule(ternary(ip_network(f"2001:db8::/{n}", strict=False)), Entry(State.LIVE, id=n))
+        for n in range(64, 30, -1)
+    ]
+    with pytest.raises(TableFullError, match="34 distinct masks"):
+        compile_table(rules)
