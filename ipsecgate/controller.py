@@ -118,7 +118,8 @@ class Controller:
             self._tell_ready()
 
     def _tell_ready(self) -> None:
-        if not self._ready and self._gate.published.keys() == set(TableId):
+        # The SPD table comes last: it waits until both the kernel and IKE were heard.
+        if not self._ready and TableId.SPD in self._gate.published:
             self._ready = True
             systemd.notify("READY=1\nSTATUS=policies and SAs published")
             log.info("ready")
@@ -161,10 +162,14 @@ class Controller:
                 self._data.set_entry(command.table, command.index, command.key, command.entry)
             case do.Publish():
                 await self._publish(command)
+            case do.SetSources():
+                self._data.set_sources(command.sources)
             case do.ResolveSources():
                 self._routes.follow(command.destinations)
             case do.ExemptIke():
                 self._data.set(Setting.IKE, command.pid)
+            case do.AskIke():
+                self._ike_news.set()
             case do.Initiate():
                 if self._ike is not None:  # else IkeGone is in the queue already
                     await self._ike.initiate(command.ike, command.child, command.limit)

@@ -48,7 +48,7 @@ def of_gate(gate: Gate) -> Document:
                 "child": gate.mirror.child_of(sa),
                 "since": sa.installed_at,
             }
-            for sa in gate.mirror.trusted_sas()
+            for sa in gate.mirror.outbound_sas()
         ],
     }
 

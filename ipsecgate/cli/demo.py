@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +27,10 @@ from ipsecgate.errors import GateError
 from ipsecgate.lab import guest, story
 from ipsecgate.lab.hosts import MODES
 
+Document = dict[str, Any]
+
 GUEST_LIMIT = 300.0
+RESULT = "demo.json"
 
 
 @click.command()
@@ -38,53 +44,30 @@ def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
     All of it in network namespaces of its own; where this machine's kernel has no
     ESP, in a test kernel. Nothing is left behind, also after Ctrl-C.
     """
-    if not has_esp():
-        return _in_guest(app, svg)
-    if os.geteuid():
-        raise GateError("the demo makes network namespaces", hint="run it as root")
-    modes = MODES if mode == "both" else (mode,)
-    wanted = story.cases(modes=modes)
-    console = Console(record=svg is not None, highlight=False, stderr=app.json)
-    outcomes = _tell(wanted, delay, console)
-    if app.json:
-        app.document(document(outcomes, delay))
+    if has_esp():
+        told = _here(delay, mode, Console(stderr=app.json, highlight=False))
     else:
-        console.print(closing(outcomes, delay))
+        told = _in_guest(delay, mode)
+    outcomes = [
+        story.Outcome(**{**case, "case": story.Case(**case["case"])}) for case in told["cases"]
+    ]
+    if app.json:
+        app.document(told)
+    else:
+        app.out.print(closing(outcomes, told))
     if svg is not None:
-        console.save_svg(str(svg), title="ipsecgate demo")
+        picture = Console(record=True, width=100, file=io.StringIO(), highlight=False)
+        picture.print(Group(*map(line, outcomes), Text(), closing(outcomes, told)))
+        picture.save_svg(str(svg), title="ipsecgate demo")
     return 0 if all(_clean(o) for o in outcomes if o.case.gated) else 1
 
 
-def _in_guest(app: App, svg: Path | None) -> int:
-    """Run the same command line in a test kernel, and pass its screen on."""
-
-    def say(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    Console(stderr=True).print(
-        f"Linux {platform.release()} has no ESP: running in a test kernel (user-mode-linux)",
-        style="dim",
-    )
-    arguments = list(sys.argv[1:])
-    if svg is not None:
-        # The guest's files are its own: only the results folder comes back.
-        svg.parent.mkdir(parents=True, exist_ok=True)
-        arguments = [str(svg.absolute()) if word == str(svg) else word for word in arguments]
-    result = guest.run(
-        [sys.executable, "-m", "ipsecgate", *arguments],
-        timeout=GUEST_LIMIT,
-        results=svg.absolute().parent if svg is not None else None,
-        on_output=say,
-        terminal=not app.json and sys.stdout.isatty(),
-    )
-    return result.exit_code
-
-
-def _tell(wanted: Sequence[story.Case], delay: float, console: Console) -> list[story.Outcome]:
-    """Run the story under a live timeline."""
+def _here(delay: float, mode: str, console: Console) -> Document:
+    """Run the story under a live timeline, return its document."""
+    if os.geteuid():
+        raise GateError("the demo makes network namespaces", hint="run it as root")
+    wanted = story.cases(modes=MODES if mode == "both" else (mode,))
     outcomes: list[story.Outcome] = []
-    lines: list[Text] = []
     spinner = Spinner("dots", "")
 
     def progress(text: str) -> None:
@@ -92,17 +75,48 @@ def _tell(wanted: Sequence[story.Case], delay: float, console: Console) -> list[
         if not console.is_terminal:
             console.print(text)
 
-    with Live(console=console, transient=True, refresh_per_second=8) as live:
-
-        def draw() -> None:
-            live.update(Group(*lines[-20:], spinner))
-
-        draw()
+    with Live(spinner, console=console, transient=True, refresh_per_second=8):
         for outcome in story.tell(wanted, delay, progress):
             outcomes.append(outcome)
-            lines.append(line(outcome))
-            draw()
-    return outcomes
+            console.print(line(outcome))
+    return {
+        "kernel": platform.release(),
+        "delay_ms": delay,
+        "datagrams": story.DATAGRAMS,
+        "cases": [asdict(outcome) for outcome in outcomes],
+    }
+
+
+def _in_guest(delay: float, mode: str) -> Document:
+    """Run the story in a test kernel: its timeline on our stderr, its document back."""
+    errors = Console(stderr=True, highlight=False)
+    errors.print(
+        f"Linux {platform.release()} has no ESP: running in a test kernel (user-mode-linux)",
+        style="dim",
+    )
+
+    def say(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    options = ["--delay", str(delay), "--mode", mode]
+    command = [sys.executable, "-m", "ipsecgate", "--json", "demo", *options]
+    with tempfile.TemporaryDirectory() as folder:
+        result = guest.run(
+            ["sh", "-c", f'exec "$@" > "$IPSECGATE_RESULTS/{RESULT}"', "sh", *command],
+            timeout=GUEST_LIMIT,
+            results=Path(folder),
+            on_output=say,
+            terminal=sys.stderr.isatty(),
+        )
+        try:
+            told: Document = json.loads((Path(folder) / RESULT).read_text())
+        except (OSError, ValueError):
+            raise GateError(
+                f"the demo ended with {result.exit_code} in the test kernel",
+                hint="what it said is above",
+            ) from None
+    return told
 
 
 def _clean(outcome: story.Outcome) -> bool:
@@ -138,7 +152,7 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
-def closing(outcomes: Sequence[story.Outcome], delay: float) -> RenderableType:
+def closing(outcomes: Sequence[story.Outcome], told: Document) -> RenderableType:
     """Return the closing table, and in words what was done where."""
     table = Table(title="The first connection to a protected peer", title_style="bold")
     table.add_column("")
@@ -159,7 +173,7 @@ def closing(outcomes: Sequence[story.Outcome], delay: float) -> RenderableType:
         for outcome in pair:
             gate = Text("  with the gate", "bold cyan") if outcome.case.gated else Text(f"{name}")
             table.add_row(gate, *_cells(outcome))
-    return Group(table, Text(), *_words(outcomes, delay))
+    return Group(table, Text(), *_words(outcomes, told))
 
 
 def _cells(outcome: story.Outcome) -> list[Text]:
@@ -178,11 +192,11 @@ def _cells(outcome: story.Outcome) -> list[Text]:
     ]
 
 
-def _words(outcomes: Sequence[story.Outcome], delay: float) -> list[Text]:
+def _words(outcomes: Sequence[story.Outcome], told: Document) -> list[Text]:
     released = [o.released for o in outcomes if o.case.gated and o.released is not None]
     lines = [
-        f"Two hosts with strongSwan and real ESP on Linux {platform.release()}, "
-        f"{delay:g} ms one way, PSK, a trap policy. Without the gate: the kernel's defaults.",
+        f"Two hosts with strongSwan and real ESP on Linux {told['kernel']}, PSK, a trap policy, "
+        f"{told['delay_ms']:g} ms one way. Without the gate: the kernel's defaults.",
         "SYNs: the kernel's counter. Datagrams: counted by the receiver. "
         "In clear: a capture between the hosts.",
     ]
@@ -192,13 +206,3 @@ def _words(outcomes: Sequence[story.Outcome], delay: float) -> list[Text]:
             f"millisecond: median {median(released):.1f} ms of {len(released)}."
         )
     return [Text(text, "dim") for text in lines]
-
-
-def document(outcomes: Sequence[story.Outcome], delay: float) -> dict[str, Any]:
-    """Return the demo as one JSON document; times in milliseconds."""
-    return {
-        "kernel": platform.release(),
-        "delay_ms": delay,
-        "datagrams": story.DATAGRAMS,
-        "cases": [asdict(outcome) for outcome in outcomes],
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ipsecgate.core.events import ChildConfig, Timer
-from ipsecgate.core.flow import Network
+from ipsecgate.core.flow import Address, Network
 from ipsecgate.core.layout import Entry, Key, TableId
 from ipsecgate.core.table import Table
 
@@ -29,6 +29,13 @@ class SetEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class SetSources:
+    """Tell the hooks which source an unbound socket gets, by destination network."""
+
+    sources: tuple[tuple[Network, Address | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ResolveSources:
     """Keep resolving the unbound source for these destinations (`SourcesResolved`)."""
 
@@ -40,6 +47,11 @@ class ExemptIke:
     """Exempt this process's sockets: the IKE daemon. 0: none."""
 
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskIke:
+    """Look at once what the IKE daemon has loaded (`IkeConnected`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +96,10 @@ class Log:
 Command = (
     Publish
     | SetEntry
+    | SetSources
     | ResolveSources
     | ExemptIke
+    | AskIke
     | Initiate
     | StartTimer
     | StopTimer

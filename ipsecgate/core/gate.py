@@ -27,6 +27,9 @@ from ipsecgate.core.policy import Policy, Settings, derived, policy_rules, prote
 from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, compile_table
 
 
+ORPHANS = 64  # flows that wait for a connection to be loaded
+
+
 @dataclass
 class Gate:
     """The whole state of the controller."""
@@ -44,6 +47,7 @@ class Gate:
         self.errors: list[str] = []
         self._known = {(c.ike, c.child): c for c in self.remembered}
         self._destinations: tuple[Network, ...] = ()
+        self._orphans: dict[Flow, int] = {}  # refused, and no child known: by policy
         self._heard: set[type[on.Event]] = set()  # KernelSnapshot, IkeConnected or IkeGone
 
     @property
@@ -67,6 +71,7 @@ class Gate:
                 self._heard.add(on.KernelSnapshot)
             case on.SourcesResolved():
                 self.sources = dict(event.sources)
+                return [do.SetSources(event.sources), *self._follow_kernel()]
             case on.IkeConnected():
                 return self._ike_connected(event)
             case on.IkeGone():
@@ -171,9 +176,20 @@ class Gate:
         if policy.action is not Action.PROTECT or self.ike_error or self.is_live(flow):
             return []
         config = child_for(flow, self.source_of(flow), policy, self.children)
-        if config is None:
-            return [do.Log("warning", f"{policy.name}: no loaded CHILD_SA would protect {flow}")]
-        return self.negotiations.ask((config.ike, config.child), flow, place)
+        if config is not None:
+            return self.negotiations.ask((config.ike, config.child), flow, place)
+        if len(self._orphans) < ORPHANS:
+            self._orphans[flow] = place
+        return [do.AskIke()]  # the connection may have been loaded a moment ago
+
+    def _ask_again(self) -> list[do.Command]:
+        """Ask for the flows that had no child when the daemon was last looked at."""
+        orphans, self._orphans = self._orphans, {}
+        asked = [c for flow, place in orphans.items() for c in self._ask(flow, place)]
+        alone, self._orphans = self._orphans, {}
+        return [c for c in asked if not isinstance(c, do.AskIke)] + [
+            do.Log("warning", f"no CHILD_SA that is loaded would protect {flow}") for flow in alone
+        ]
 
     # --- the IKE daemon -------------------------------------------------------------
 
@@ -197,7 +213,8 @@ class Gate:
             if policy.start
             for command in self._ask(_any_flow(policy), place)
         ]
-        return [*news, *follow, *self._ask_sources(), *started, *self._refresh()]
+        asked = [*started, *self._ask_again()]
+        return [*news, *follow, *self._ask_sources(), *asked, *self._refresh()]
 
     def _ike_gone(self, event: on.IkeGone) -> list[do.Command]:
         news, self.ike_error = event.reason != self.ike_error, event.reason

@@ -84,6 +84,11 @@ class Mirror:
             if sa.id in self._trusted or (self._ike and sa.id.spi in self._known)
         ]
 
+    def outbound_sas(self) -> list[Sa]:
+        """Return the trusted SAs without those the daemon calls inbound."""
+        inbound = {sa.spi_in for sa in self._known.values()}
+        return [sa for sa in self.trusted_sas() if sa.id.spi not in inbound]
+
     def child_of(self, sa: Sa) -> str | None:
         """Return "ike/child" as the daemon calls an SA, None before it told."""
         known = self._known.get(sa.id.spi)

@@ -92,7 +92,7 @@ class _Table:
             raise self.error(key, "unknown key", f"did you mean {near[0]!r}?" if near else "")
 
 
-_KINDS: dict[type, str] = {str: "a string", bool: "true or false", list: "a list"}
+_KINDS: dict[type, str] = {str: "a string", bool: "true or false", list: "a list", dict: "a table"}
 
 
 def load(path: Path, *, required: bool = True) -> Config:

@@ -160,11 +160,24 @@ def refusal(answer: Message) -> str | None:
     return str(answer.get("errmsg", b"no reason given"), errors="replace")
 
 
+class _Exact(protocol.FiniteStream):  # type: ignore[misc]  # vici has no types
+    """A packet's bytes; where the codec would take fewer than it asked for, an error."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        data: bytes = super().read(size)
+        if size is not None and len(data) < size:
+            raise ValueError("it ends too early")
+        return data
+
+
 def _parse(packet: bytes) -> Answer:
     """Parse a packet. Raises: ValueError, struct.error, DeserializationException."""
-    parsed = protocol.Packet.parse(packet)
-    event = parsed.event_type.decode() if parsed.response_type == protocol.Packet.EVENT else None
-    return Answer(parsed.response_type, event, protocol.Message.deserialize(parsed.payload))
+    stream = _Exact(packet)
+    kind = stream.read(1)[0]
+    event = None
+    if kind == protocol.Packet.EVENT:
+        event = stream.read(stream.read(1)[0]).decode()
+    return Answer(kind, event, protocol.Message.deserialize(stream))
 
 
 def _unreachable(path: Path, reason: str) -> IkeUnreachableError:

@@ -35,6 +35,7 @@ PREFIX = "ipsecgate-lab"
 PSK = "the pre-shared key of the lab"
 OTHER_PSK = "another key, which the peer doesn't know"
 RESET_TIMEOUT = 15.0
+QUIET_TIMEOUT = 2.0
 
 
 class Lab:
@@ -122,9 +123,15 @@ class Lab:
     def reset(self) -> None:
         """Bring both hosts back to no connection, no SA, no policy, the right key, no mute.
 
-        The delay stays. A charon that is down is started. Raises: LabError if one doesn't
-        let go of its SAs.
+        The delay stays. A charon that is down is started. TCP connections that are closing
+        get a moment to do so: without an SA their last packets would go out in clear, and
+        the next capture would show them. Raises: LabError if charon keeps its SAs.
         """
+        deadline = time.monotonic() + QUIET_TIMEOUT
+        while not (self.a.namespace.tcp_is_quiet() and self.b.namespace.tcp_is_quiet()):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
         for host in (self.a, self.b):
             if not host.charon.alive:
                 self.restart(host)

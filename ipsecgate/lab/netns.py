@@ -28,6 +28,8 @@ CLONE_NEWNET = 0x40000000
 NETLINK_XFRM = 6
 XFRM_MSG_FLUSHSA = 28
 XFRM_MSG_FLUSHPOLICY = 29
+# SYN_RECV, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
+UNQUIET = {"03", "04", "05", "08", "09", "0B"}
 REQUEST_WITH_ACK = 0x1 | 0x4
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -88,6 +90,14 @@ class Namespace:
                 return Path("/proc/thread-self/net", name).read_text()
             except FileNotFoundError:
                 return ""
+
+    def tcp_is_quiet(self) -> bool:
+        """Tell whether no TCP connection is half open or half closed, so that none will speak.
+
+        Source: the states of include/net/tcp_states.h, fourth word in /proc/net/tcp.
+        """
+        lines = (self.proc("tcp") + self.proc("tcp6")).splitlines()
+        return not any(line.split()[3] in UNQUIET for line in lines)
 
     def counters(self) -> dict[str, int]:
         """Return the kernel's counters under nstat(8)'s names: TcpExtTCPSynRetrans, Ip6InDiscards.

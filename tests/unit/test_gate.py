@@ -265,8 +265,19 @@ def test_a_policy_to_start_negotiates_unasked() -> None:
 def test_a_flow_that_no_child_protects_is_told_not_negotiated(trapped: Transcript) -> None:
     bound_elsewhere = replace(FLOW, saddr=ip_address("172.16.0.1"))
     commands = trapped.after(replace(REFUSED, flow=bound_elsewhere))
+    assert commands == [do.AskIke()]
+    commands = trapped.after(connected())
     assert initiated(commands) == []
-    assert any(isinstance(c, do.Log) and "no loaded CHILD_SA" in c.text for c in commands)
+    assert [c.text for c in commands if isinstance(c, do.Log)] == [
+        "no CHILD_SA that is loaded would protect tcp 10.2.0.9:80"
+    ]
+    assert trapped.after(connected()) == [], "told once"
+
+
+def test_a_connection_loaded_a_moment_ago_is_looked_for_at_once(trapped: Transcript) -> None:
+    trapped.after(on.IkeConnected((), (), pid=42))
+    assert trapped.after(REFUSED) == [do.AskIke()]
+    assert initiated(trapped.after(connected())) == [NAME]
 
 
 def test_ike_is_exempt_while_it_is_there(trapped: Transcript) -> None:

@@ -42,6 +42,7 @@ LAYERS = {
     "diagnosis": {"edges", "core", "errors", "loader", "paths"},
     "controller": {"edges", "core", "errors", "loader", "lock", "paths", "report"},
     "lab": {"lab", "edges", "core", "errors"},
+    "__main__": {"cli"},
     "cli": {
         "cli", "controller", "core", "diagnosis", "edges", "errors", "lab", "loader", "paths",
         "report",

@@ -1,0 +1,330 @@
+"""The XFRM edge against the kernel: SPD and SAD as ip(8) makes them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+import statistics
+import struct
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from ipsecgate.core.events import (
+    KernelSnapshot,
+    PoliciesFlushed,
+    PolicyGone,
+    PolicySet,
+    SaGone,
+    SaSet,
+    SasFlushed,
+)
+from ipsecgate.core.flow import Selector
+from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.replay import replay
+from ipsecgate.edges.xfrm import Overrun, XfrmMonitor
+from ipsecgate.lab.kernel import kernel_has_esp
+from ipsecgate.lab.netns import Namespace
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
+    pytest.mark.skipif(not kernel_has_esp(), reason="missing: ESP in the kernel"),
+]
+
+KEYS = "enc cbc(aes) 0x" + "11" * 16 + " auth hmac(sha256) 0x" + "22" * 32
+TUNNEL = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp reqid 7 mode tunnel"
+HOST, PEER = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+NET = SpdEntry(
+    SpdKey(Selector(ip_network("10.1.0.0/16"), ip_network("10.2.0.0/16"))),
+    100,
+    Action.PROTECT,
+    (Template(ESP, Mode.TUNNEL, 7, 0, HOST, PEER),),
+)
+ADD_NET = f"xfrm policy add src 10.1.0.0/16 dst 10.2.0.0/16 dir out priority 100 {TUNNEL}"
+SA = Sa(SaId(PEER, 0x1001, ESP), HOST, 7, Mode.TUNNEL)
+STATE = "xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x1001 reqid 7 mode tunnel"
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True)
+
+
+def batch(commands: list[str]) -> None:
+    subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True)
+
+
+@pytest.fixture(autouse=True)
+def _namespace(unique: str) -> Iterator[None]:
+    """The test, its sockets and its programs run in a namespace of their own."""
+    space = Namespace(f"edges-{unique}")
+    try:
+        with space.inside():
+            ip("link set lo up")
+            yield
+    finally:
+        space.remove()
+
+
+class Story:
+    """What a monitor told, with the time it took to arrive."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.overruns: list[Overrun] = []
+        self.arrived: list[float] = []
+
+    def deliver(self, event: Any) -> None:
+        self.arrived.append(time.perf_counter())
+        # Numbers that the kernel makes up are of no interest.
+        match event:
+            case PolicySet(entry):
+                event = PolicySet(replace(entry, index=0))
+            case SaSet(sa):
+                event = SaSet(replace(sa, installed_at=0))
+        self.events.append(event)
+
+    async def next(self, count: int = 1) -> list[Any]:
+        """Return so many events and forget them."""
+        async with asyncio.timeout(10):
+            while len(self.events) < count:
+                await asyncio.sleep(0.001)
+        found, self.events = self.events[:count], self.events[count:]
+        return found
+
+
+@contextlib.asynccontextmanager
+async def following(**options: Any) -> AsyncIterator[tuple[XfrmMonitor, Story]]:
+    story = Story()
+    async with XfrmMonitor(story.deliver, story.overruns.append, **options) as monitor:
+        run = asyncio.create_task(monitor.run())
+        await asyncio.wait_for(until(lambda: bool(story.events)), 10)
+        try:
+            yield monitor, story
+        finally:
+            run.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await run
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+async def test_the_story_begins_with_what_is_there() -> None:
+    ip(ADD_NET)
+    ip(f"{STATE} {KEYS}")
+    async with following() as (_, story):
+        (first,) = await story.next()
+        assert isinstance(first, KernelSnapshot)
+        assert [replace(entry, index=0) for entry in first.policies] == [NET]
+        (sa,) = first.sas
+        assert abs(sa.installed_at - time.time()) < 60
+        assert replace(sa, installed_at=0, selector=None) == SA
+
+
+POLICIES = {
+    "v4": (ADD_NET.removeprefix("xfrm policy add "), NET),
+    "v6, transport, optional": (
+        "src 2001:db8::1/128 dst 2001:db8::2/128 dir out priority 1"
+        " tmpl proto esp mode transport reqid 9 level use",
+        SpdEntry(
+            SpdKey(Selector(ip_network("2001:db8::1/128"), ip_network("2001:db8::2/128"))),
+            1,
+            Action.PROTECT,
+            (Template(ESP, Mode.TRANSPORT, 9, optional=True),),
+        ),
+    ),
+    "ports, mark, interface id, block": (
+        "src 0.0.0.0/0 dst 10.3.0.0/16 proto udp sport 5000 dport 53 dir out action block"
+        " mark 5 mask 0xff if_id 12",
+        SpdEntry(
+            SpdKey(
+                Selector(
+                    *(ip_network("0.0.0.0/0"), ip_network("10.3.0.0/16")),
+                    *(17, 5000, 0xFFFF, 53, 0xFFFF),
+                ),
+                Mark(5, 0xFF),
+                12,
+            ),
+            0,
+            Action.DISCARD,
+        ),
+    ),
+    "bypass": (
+        "src 0.0.0.0/0 dst 10.4.0.0/16 dir out",
+        SpdEntry(
+            SpdKey(Selector(ip_network("0.0.0.0/0"), ip_network("10.4.0.0/16"))),
+            0,
+            Action.BYPASS,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+async def test_a_policy_comes_changes_and_goes(name: str) -> None:
+    command, entry = POLICIES[name]
+    selector = command.split(" action")[0].split(" tmpl")[0].split(" priority")[0]
+    marks = command[command.index("mark") :] if "mark" in command else ""
+    async with following() as (_, story):
+        await story.next()
+        ip(f"xfrm policy add {command}")
+        ip(f"xfrm policy update {command}")
+        ip(f"xfrm policy del {selector} {marks}")
+        assert await story.next(3) == [PolicySet(entry), PolicySet(entry), PolicyGone(entry.key)]
+
+
+async def test_other_directions_are_not_ours() -> None:
+    async with following() as (monitor, story):
+        await story.next()
+        for direction in ("in", "fwd"):
+            ip(f"xfrm policy add src 10.1.0.0/16 dst 10.2.0.0/16 dir {direction} {TUNNEL}")
+        ip(ADD_NET)
+        assert await story.next() == [PolicySet(NET)]
+        assert len((await monitor.snapshot()).policies) == 1
+
+
+async def test_a_state_comes_and_goes() -> None:
+    async with following() as (_, story):
+        await story.next()
+        ip(f"{STATE} {KEYS} mark 1 mask 3 if_id 5")
+        ip("xfrm state del src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x1001 mark 1 mask 3")
+        came, went = await story.next(2)
+        assert isinstance(came, SaSet)
+        assert replace(came.sa, selector=None) == replace(SA, mark=Mark(1, 3), if_id=5)
+        assert went == SaGone(SA.id)
+
+
+async def test_a_larval_state_is_one() -> None:
+    async with following() as (_, story):
+        await story.next()
+        ip("xfrm state allocspi src 192.0.2.1 dst 192.0.2.2 proto esp reqid 7 min 16 max 16")
+        story.events.clear()  # whether ALLOCSPI is notified is the kernel's affair
+        ip(ADD_NET)
+        await story.next()
+    async with following() as (monitor, _):
+        sas = (await monitor.snapshot()).sas
+        assert [sa.larval for sa in sas] == [True]
+
+
+async def test_hard_expiry_is_the_end() -> None:
+    async with following() as (_, story):
+        await story.next()
+        ip(f"{STATE} {KEYS} limit time-hard 1")
+        ip(f"{ADD_NET} limit time-hard 1")
+        came = await story.next(2)
+        assert isinstance(came[0], SaSet)
+        assert came[0].sa.hard_lifetime == 1
+        went = await story.next(2)
+        assert {type(event) for event in went} == {SaGone, PolicyGone}
+
+
+async def test_a_flush_is_followed_by_a_snapshot() -> None:
+    ip(f"{STATE} {KEYS}")
+    ip(ADD_NET)
+    async with following() as (_, story):
+        await story.next()
+        ip("xfrm policy flush")
+        flushed, snapshot = await story.next(2)
+        assert flushed == PoliciesFlushed()
+        assert (len(snapshot.policies), len(snapshot.sas)) == (0, 1)
+        ip("xfrm state flush")
+        assert await story.next(2) == [SasFlushed(), KernelSnapshot((), ())]
+
+
+async def test_events_add_up_to_what_a_dump_shows() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    async with following() as (monitor, story):
+        (before,) = await story.next()
+        present: set[int] = set()
+        for _ in range(200):
+            net = dice.randrange(20)
+            where = f"src 10.1.0.0/16 dst 10.9.{net}.0/24 dir out"
+            verb = dice.choice(["update", "delete"]) if net in present else "add"
+            present.symmetric_difference_update({net} if verb != "update" else ())
+            what = "" if verb == "delete" else f"priority {dice.randrange(100)} {TUNNEL}"
+            ip(f"xfrm policy {verb} {where} {what}")
+        events = await story.next(200)
+        after = await monitor.snapshot()
+        folded = replay(before, events)
+        assert folded is not None
+        assert {entry.key: entry for entry in folded.policies} == {
+            entry.key: replace(entry, index=0) for entry in after.policies
+        }
+
+
+async def test_an_overrun_is_noticed_and_mended() -> None:
+    count = 2000
+    async with following(receive_buffer=8192) as (monitor, story):
+        await story.next()
+        batch([  # the loop stands still meanwhile
+            f"xfrm policy add src 10.1.0.0/16 dst 10.9.{i >> 8}.{i & 255}/32 dir out {TUNNEL}"
+            for i in range(count)
+        ])  # fmt: skip
+        async with asyncio.timeout(30):
+            await until(lambda: any(isinstance(e, KernelSnapshot) for e in story.events))
+        assert story.overruns
+        assert "buffer" in story.overruns[0].cause
+        assert monitor.overruns == len(story.overruns)
+        last = [event for event in story.events if isinstance(event, KernelSnapshot)][-1]
+        assert len(last.policies) == count
+        story.events.clear()
+        ip(f"{STATE} {KEYS}")  # and it goes on
+        (came,) = await story.next()
+        assert isinstance(came, SaSet)
+
+
+async def test_nothing_is_lost_with_the_usual_buffer() -> None:
+    count = 2000
+    async with following() as (_, story):
+        await story.next()
+        batch([
+            f"xfrm policy add src 10.1.0.0/16 dst 10.9.{i >> 8}.{i & 255}/32 dir out {TUNNEL}"
+            for i in range(count)
+        ])  # fmt: skip
+        assert len(await story.next(count)) == count
+        assert not story.overruns
+
+
+async def test_an_exception_of_the_consumer_ends_run() -> None:
+    def deliver(event: Any) -> None:
+        if isinstance(event, PolicySet):
+            raise RuntimeError("no")
+
+    async with XfrmMonitor(deliver) as monitor:
+        run = asyncio.create_task(monitor.run())
+        await asyncio.sleep(0.1)
+        ip(ADD_NET)
+        with pytest.raises(RuntimeError, match="no"):
+            await asyncio.wait_for(run, 5)
+
+
+async def test_events_come_soon() -> None:
+    """From the kernel's answer to the callback: an order, not a promise."""
+    nets = ip_address("10.2.0.0").packed.ljust(16, b"\0") + HOST.packed.ljust(16, b"\0")
+    policy = nets + bytes(8) + struct.pack("=HBB12x4x", socket.AF_INET, 16, 32) + bytes(96)
+    policy += struct.pack("=IIBB6x", 1, 0, 1, 1)
+    request = struct.pack("=IHHII", 16 + len(policy), 0x19, 0x1, 1, 0) + policy
+    times = []
+    async with following() as (_, story):
+        await story.next()
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 6) as sender:
+            for _ in range(200):
+                story.arrived.clear()
+                sender.send(request)
+                began = time.perf_counter()
+                await story.next()
+                times.append(story.arrived[0] - began)
+    print(f"median {statistics.median(times) * 1e6:.0f} µs, most {max(times) * 1e6:.0f} µs")
+    assert statistics.median(times) < 0.01

@@ -1,0 +1,191 @@
+"""The routes edge against the kernel: the source that connect() really takes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import random
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Iterable, Iterator
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ipsecgate.core.events import SourcesResolved
+from ipsecgate.core.flow import Address, Network
+from ipsecgate.edges.routes import Routes
+from ipsecgate.lab.netns import Namespace
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
+
+LINKS = [
+    "link set lo up",
+    "link add d0 type veth peer name d1",
+    "link set d0 up",
+    "link set d1 up",
+    "address add 192.0.2.1/24 dev d0",
+    "address add 192.0.2.9/24 dev d0",
+    "address add 198.51.100.1/24 dev d1",
+    "-6 address add 2001:db8::1/64 dev d0 nodad",
+    "-6 address add 2001:db8::9/64 dev d0 nodad",
+]
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True)
+
+
+@pytest.fixture(autouse=True)
+def _namespace(unique: str) -> Iterator[None]:
+    space = Namespace(f"routes-{unique}")
+    try:
+        with space.inside():
+            for command in LINKS:
+                ip(command)
+            yield
+    finally:
+        space.remove()
+
+
+def nets(*texts: str) -> tuple[Network, ...]:
+    return tuple(ip_network(text) for text in texts)
+
+
+def connected_source(destination: Address) -> Address | None:
+    """Return what an application would see: the truth."""
+    family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((str(destination), 9))
+        except OSError:
+            return None
+        return ip_address(sock.getsockname()[0])
+
+
+def lookup(sources: Iterable[tuple[Network, Address | None]], address: Address) -> Address | None:
+    found = [item for item in sources if address in item[0]]
+    return max(found, key=lambda item: item[0].prefixlen)[1]
+
+
+@contextlib.asynccontextmanager
+async def following(*destinations: str) -> AsyncIterator[asyncio.Queue[SourcesResolved]]:
+    told: asyncio.Queue[SourcesResolved] = asyncio.Queue()
+    routes = Routes(told.put_nowait)
+    routes.follow(nets(*destinations))
+    run = asyncio.create_task(routes.run())
+    try:
+        yield told
+    finally:
+        run.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await run
+
+
+async def after(told: asyncio.Queue[SourcesResolved], command: str) -> dict[str, str]:
+    """Run ip(8) and return the sources that are told then."""
+    ip(command)
+    resolved = await asyncio.wait_for(told.get(), 5)
+    return {str(net): str(source) for net, source in resolved.sources}
+
+
+async def test_every_kind_of_change_is_told() -> None:
+    everything = "10.0.0.0/8"
+    async with following(everything) as told:
+        first = await asyncio.wait_for(told.get(), 5)
+        assert first.sources == ((ip_network(everything), None),)
+        assert await after(told, "route add default via 192.0.2.254") == {everything: "192.0.2.1"}
+        # As strongSwan does it: a table of its own, with a hint.
+        ip("rule add pref 220 table 220")
+        assert await after(told, "route add 10.2.0.0/16 dev d0 src 192.0.2.9 table 220") == {
+            everything: "192.0.2.1",
+            "10.2.0.0/16": "192.0.2.9",
+        }
+        assert await after(told, "rule del pref 220 table 220") == {everything: "192.0.2.1"}
+        ip("route add 0.0.0.0/0 dev d1 table 300")
+        assert await after(told, "rule add pref 300 to 10.3.0.0/16 table 300") == {
+            everything: "192.0.2.1",
+            "10.3.0.0/16": "198.51.100.1",
+        }
+        assert await after(told, "route add unreachable 10.4.0.0/16") == {
+            everything: "192.0.2.1",
+            "10.3.0.0/16": "198.51.100.1",
+            "10.4.0.0/16": "None",
+        }
+        assert (await after(told, "address del 192.0.2.1/24 dev d0"))[everything] != "192.0.2.1"
+        assert "198.51.100.1" not in (await after(told, "link set d1 down")).values()
+
+
+async def test_a_change_elsewhere_is_not_told() -> None:
+    async with following("10.2.0.0/16") as told:
+        await asyncio.wait_for(told.get(), 5)
+        ip("route add 10.3.0.0/16 dev d0")
+        ip("route add 10.2.0.0/24 dev d0")
+        resolved = await asyncio.wait_for(told.get(), 5)
+        assert [str(net) for net, _ in resolved.sources] == ["10.2.0.0/16", "10.2.0.0/24"]
+        await asyncio.sleep(0.2)
+        assert told.empty()
+
+
+@pytest.mark.parametrize(
+    ("destination", "source"),
+    [
+        ("192.0.2.77", "192.0.2.1"),
+        ("192.0.2.1", "192.0.2.1"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("203.0.113.1", None),
+        ("2001:db8::77", None),
+        ("::1", "::1"),
+        ("2001:db8:ffff::1", None),
+    ],
+)
+async def test_source_for(destination: str, source: str | None) -> None:
+    found = await Routes(lambda _: None).source_for(ip_address(destination))
+    assert found == connected_source(ip_address(destination))
+    if source is not None or found is None:
+        assert found == (ip_address(source) if source else None)
+
+
+async def test_sources_are_those_that_connect_takes() -> None:
+    """Random routes, rules and destinations, compared with connect() and getsockname()."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    destinations = nets("10.0.0.0/8", "10.2.0.0/16", "2001:db8:2::/48", "0.0.0.0/0")
+    ways = [
+        *("dev d0", "dev d1", "via 192.0.2.254", "dev d0 src 192.0.2.9", "via 198.51.100.9"),
+    ]
+    ways6 = ["dev d0", "via 2001:db8::ff", "dev d0 src 2001:db8::9"]
+    for table in (220, 221):
+        ip(f"rule add pref {table} table {table}")
+        ip(f"-6 rule add pref {table} table {table}")
+    ip("rule add pref 100 to 10.2.128.0/17 table 221")
+    for _ in range(40):
+        table = dice.choice([254, 220, 221])
+        base = 10 << 24 | dice.choice([0, 2 << 16]) | dice.getrandbits(16)
+        net = ipaddress.IPv4Network((base, dice.randrange(9, 30)), strict=False)
+        kind = dice.choice(["", "", "", "", "unreachable", "blackhole", "prohibit", "throw"])
+        way = "" if kind else dice.choice(ways)
+        ip(f"route replace {kind} {net} {way} table {table}")
+        six = ipaddress.IPv6Network(
+            (0x20010DB80002 << 80 | dice.getrandbits(80), dice.randrange(48, 128)), strict=False
+        )
+        ip(f"-6 route replace {six} {dice.choice(ways6)} table {table}")
+    routes = Routes(lambda _: None)
+    routes.follow(destinations)
+    sources = await routes.resolve()
+    assert len(sources) > 10
+    edges = [net.network_address for net in await routes.prefixes()]
+    edges += [net.broadcast_address for net in await routes.prefixes()]
+    near = [address + step for address in edges for step in (-1, 0, 1) if int(address) > 2**24]
+    somewhere = [ip_address(10 << 24 | dice.getrandbits(24)) for _ in range(500)]
+    tried = 0
+    for address in (*near, *somewhere):
+        ours = any(address in net for net in destinations)
+        special = address.is_multicast or address.is_reserved or int(address) < 2**24
+        if ours and not special:
+            assert lookup(sources, address) == connected_source(address), address
+            tried += 1
+    assert tried > 500

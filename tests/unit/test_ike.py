@@ -1,0 +1,273 @@
+"""The IKE client against a peer with real VICI packets: events, commands, ends of negotiations."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_charon import YES, FakeCharon, Handler, Section, Session, no
+from test_vici import CHILD, SA, conn, ike_sa
+
+from ipsecgate.core.events import ChildUp, IkeEvent, IkeGone, IkeUp, NegotiationFailed
+from ipsecgate.core.vici import ViciError
+from ipsecgate.edges import negotiation, vici
+from ipsecgate.edges.ike import IkeClient
+from ipsecgate.edges.vici import IkeRefusedError, IkeUnreachableError
+
+UP: Section = {"up": "yes", **ike_sa()}
+
+
+def streaming(event: str, *messages: Section) -> Handler:
+    async def handler(session: Session, _asked: Section) -> Section:
+        for message in messages:
+            session.event(event, message)
+        return {}
+
+    return handler
+
+
+def answering(*answers: Section) -> Handler:
+    left = list(answers)
+
+    async def handler(_session: Session, _asked: Section) -> Section:
+        return left.pop(0)
+
+    return handler
+
+
+@pytest.fixture
+async def charon(tmp_path: Path) -> AsyncIterator[FakeCharon]:
+    path = tmp_path / "vici"
+    async with FakeCharon(path, list_sas=streaming("list-sa"), terminate=answering(YES)) as fake:
+        yield fake
+
+
+@pytest.fixture
+async def client(charon: FakeCharon) -> AsyncIterator[IkeClient]:
+    async with await IkeClient.connect(charon.path) as ike:
+        yield ike
+
+
+async def take(client: IkeClient, count: int = 1) -> list[IkeEvent]:
+    found = []
+    async with asyncio.timeout(5):
+        async for event in client.events():
+            found.append(event)
+            if len(found) == count:
+                break
+    return found
+
+
+async def test_children_and_established(charon: FakeCharon, client: IkeClient) -> None:
+    charon.handlers["list-conns"] = streaming("list-conn", conn(), conn())
+    charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
+    assert [config.child for config in await client.children()] == ["net", "net"]
+    assert await client.established() == (SA,)
+    assert client.daemon_pid == os.getpid()
+
+
+async def test_events_in_order_then_gone(charon: FakeCharon, client: IkeClient) -> None:
+    charon.raise_event("ike-updown", UP)
+    charon.raise_event("child-updown", UP)
+    assert await take(client, 2) == [IkeUp("gw", 7), ChildUp(SA)]
+    charon.die()
+    (gone,) = await take(client)
+    assert isinstance(gone, IkeGone)
+    assert "closed the connection" in gone.reason
+    with pytest.raises(IkeUnreachableError):
+        await client.established()
+
+
+async def test_a_message_that_is_not_understood_ends_the_session(
+    charon: FakeCharon, client: IkeClient
+) -> None:
+    charon.raise_event("child-updown", ike_sa(**{"local-ts": ["10.0.0.0/8[nosuch/protocol]"]}))
+    (gone,) = await take(client)
+    assert isinstance(gone, IkeGone)
+    assert "nosuch" in gone.reason
+
+
+@pytest.mark.parametrize(
+    "packet", [b"", b"\x07", b"\x07\x05abc", b"\x07\x01a\x03\x01k\x00\x02v", b"\x07\x01a\x02"]
+)
+async def test_garbage_ends_the_session(
+    charon: FakeCharon, client: IkeClient, packet: bytes
+) -> None:
+    for session in charon.sessions:
+        if session.events:
+            session.send(packet)
+    (gone,) = await take(client)
+    assert isinstance(gone, IkeGone)
+
+
+async def test_a_packet_too_long_is_not_waited_for(charon: FakeCharon, client: IkeClient) -> None:
+    for session in charon.sessions:
+        session.writer.write(struct.pack("!I", vici.MAX_PACKET + 1))
+    (gone,) = await take(client)
+    assert isinstance(gone, IkeGone)
+
+
+async def test_nobody_there(tmp_path: Path) -> None:
+    with pytest.raises(IkeUnreachableError, match="No such file") as caught:
+        await IkeClient.connect(tmp_path / "vici")
+    assert "running" in caught.value.hint
+
+
+async def test_an_event_that_the_daemon_does_not_know(charon: FakeCharon) -> None:
+    charon.known.remove("child-rekey")
+    with pytest.raises(IkeRefusedError, match="child-rekey"):
+        await IkeClient.connect(charon.path)
+
+
+async def test_a_refused_command_says_why(charon: FakeCharon, client: IkeClient) -> None:
+    charon.handlers["terminate"] = answering(no("no matching SAs to terminate found"), YES)
+    with pytest.raises(IkeRefusedError, match="no matching SAs"):
+        await client.terminate("gw")
+    await client.terminate("gw", "net")  # the connection is still good
+    assert charon.requests[-1] == ("terminate", {"ike": "gw", "child": "net", "timeout": "-1"})
+    with pytest.raises(IkeRefusedError, match="list-conns"):
+        await client.children()
+
+
+async def test_a_selector_that_is_not_understood_is_not_left_out(
+    charon: FakeCharon, client: IkeClient
+) -> None:
+    child = {**CHILD, "remote-ts": ["10.2.0.0/16[tcp/nosuch-service]"]}
+    charon.handlers["list-conns"] = streaming("list-conn", conn(children={"net": child}))
+    with pytest.raises(ViciError, match="nosuch-service"):
+        await client.children()
+
+
+# --- negotiations -------------------------------------------------------------------
+
+
+async def negotiate(charon: FakeCharon, client: IkeClient, limit: float = 5) -> list[Section]:
+    """Initiate, and return the requests that it made once there was nothing to wait for."""
+    await client.initiate("gw", "net", limit)
+    async with asyncio.timeout(5):
+        while len(client._tasks) > 1:
+            await asyncio.sleep(0.001)
+    return [asked for name, asked in charon.requests if name == "initiate"]
+
+
+def quiet(client: IkeClient) -> bool:
+    return client._events.empty()
+
+
+async def test_success_costs_one_silent_request(charon: FakeCharon, client: IkeClient) -> None:
+    async def initiate(session: Session, _asked: Section) -> Section:
+        session.charon.raise_event("child-updown", UP)
+        return YES
+
+    charon.handlers["initiate"] = initiate
+    asked = await negotiate(charon, client)
+    assert asked == [{"ike": "gw", "child": "net", "timeout": "5000", "loglevel": "-1"}]
+    assert [name for name, _ in charon.requests] == ["initiate"]
+    assert await take(client) == [ChildUp(SA)]
+    assert quiet(client)
+
+
+async def test_a_failure_is_repeated_to_hear_its_cause(
+    charon: FakeCharon, client: IkeClient
+) -> None:
+    async def initiate(session: Session, _asked: Section) -> Section:
+        if "control-log" in session.events:
+            session.event("control-log", {"msg": "received TS_UNACCEPTABLE notify, no CHILD_SA"})
+        return no("establishing CHILD_SA 'net' failed")
+
+    charon.handlers["initiate"] = initiate
+    silent, logged = await negotiate(charon, client)
+    assert "loglevel" in silent
+    assert "loglevel" not in logged
+    cause = "the peer accepts none of our traffic selectors"
+    assert await take(client) == [NegotiationFailed("gw", "net", cause)]
+
+
+async def test_a_refusal_with_a_reason_is_not_repeated(
+    charon: FakeCharon, client: IkeClient
+) -> None:
+    reason = "CHILD_SA config 'net' not found"
+    charon.handlers["initiate"] = answering(no(reason))
+    await negotiate(charon, client)
+    assert await take(client) == [NegotiationFailed("gw", "net", reason)]
+
+
+async def test_a_duplicate_is_no_failure(charon: FakeCharon, client: IkeClient) -> None:
+    charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
+    charon.handlers["initiate"] = answering(no("establishing CHILD_SA 'net' failed"))
+    assert len(await negotiate(charon, client)) == 1
+    assert quiet(client)
+
+
+async def test_success_of_another_child_is_not_ours(charon: FakeCharon, client: IkeClient) -> None:
+    charon.handlers["list-sas"] = streaming("list-sa", ike_sa(name=b"other"))
+    charon.handlers["initiate"] = answering(YES)
+    await negotiate(charon, client, limit=0.05)
+    (failed,) = await take(client)
+    assert isinstance(failed, NegotiationFailed)
+    assert "within 0.05 s" in failed.cause
+
+
+async def test_silence_ends_at_the_limit_and_is_taken_back(
+    charon: FakeCharon, client: IkeClient
+) -> None:
+    half_open: dict[str, Any] = {"uniqueid": "9", "state": "CONNECTING", "initiator": "yes"}
+    others = {"uniqueid": "8", "state": "ESTABLISHED", "initiator": "yes"}
+    theirs = {"uniqueid": "7", "state": "CONNECTING"}
+    charon.handlers["list-sas"] = streaming(
+        "list-sa", {"gw": half_open}, {"gw": others}, {"gw": theirs}
+    )
+    charon.handlers["initiate"] = answering(no("CHILD_SA 'net' not established after 50ms"))
+    await negotiate(charon, client, limit=0.05)
+    (failed,) = await take(client)
+    assert isinstance(failed, NegotiationFailed)
+    assert "slow or silent" in failed.cause
+    dropped = [asked for name, asked in charon.requests if name == "terminate"]
+    assert dropped == [{"ike-id": "9", "force": "yes", "timeout": "-1"}]
+
+
+async def test_a_late_failure_is_not_repeated(
+    charon: FakeCharon, client: IkeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(negotiation, "DIAGNOSE_WITHIN", 0.0)
+    charon.handlers["initiate"] = answering(no("establishing CHILD_SA 'net' failed"))
+    await negotiate(charon, client)
+    (failed,) = await take(client)
+    assert isinstance(failed, NegotiationFailed)
+    assert "silent" in failed.cause
+
+
+async def test_only_a_few_wait_in_charon(charon: FakeCharon, client: IkeClient) -> None:
+    async def initiate(_session: Session, asked: Section) -> Section:
+        if asked["timeout"] == "-1":
+            return YES
+        await asyncio.sleep(60)
+        return YES
+
+    charon.handlers["initiate"] = initiate
+    for number in range(10):
+        await client.initiate("gw", f"net-{number}", 0.3)
+    (failed,) = await take(client)
+    assert isinstance(failed, NegotiationFailed)  # one that did not wait: its limit ran out
+    waits = [asked["timeout"] for name, asked in charon.requests if name == "initiate"]
+    assert waits == ["300"] * negotiation.MAX_WAITING + ["-1"] * 6
+
+
+async def test_the_daemon_goes_while_negotiating(charon: FakeCharon, client: IkeClient) -> None:
+    async def initiate(session: Session, _asked: Section) -> Section:
+        session.charon.die()
+        return YES
+
+    charon.handlers["initiate"] = initiate
+    await client.initiate("gw", "net", 5)
+    (first,) = await take(client)
+    assert isinstance(first, IkeGone | NegotiationFailed)
+    if isinstance(first, NegotiationFailed):
+        assert "closed the connection" in first.cause
+        (last,) = await take(client)
+        assert isinstance(last, IkeGone)

@@ -1,0 +1,39 @@
+"""Netlink's framing: requests for dumps, and where a dump ends."""
+
+from __future__ import annotations
+
+import struct
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from xfrm_bytes import NEWSA, message, state
+
+from ipsecgate.core.netlink import DecodeError, DumpEnd, dump_end
+from ipsecgate.core.xfrm import encode_policy_dump, encode_sa_dump
+
+
+def test_dump_requests() -> None:
+    assert encode_policy_dump(5) == message(0x15, bytes(64), 0x301, 5)
+    assert encode_sa_dump(6) == message(0x12, bytes(24), 0x301, 6)
+
+
+@pytest.mark.parametrize(
+    ("data", "end"),
+    [
+        (message(NEWSA, state(), flags=2), None),
+        (message(3, struct.pack("=i", 0), flags=2), DumpEnd(0)),
+        (message(2, struct.pack("=i", -1) + bytes(16)), DumpEnd(1)),
+        (message(3, struct.pack("=i", 0), flags=0x12), DumpEnd(0, interrupted=True)),
+        (message(3, bytes(4), 2, 8), None),
+    ],
+)
+def test_dump_end(data: bytes, end: DumpEnd | None) -> None:
+    assert dump_end(data, 7) == end
+
+
+@given(st.binary(max_size=64))
+def test_garbage_raises_nothing_else(data: bytes) -> None:
+    with suppress(DecodeError):
+        dump_end(data, 7)

@@ -1,0 +1,234 @@
+"""What VICI messages mean: selectors, configurations, SAs, causes of failure."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from ipsecgate.core.causes import failure_cause
+from ipsecgate.core.events import ChildConfig, ChildDown, ChildSa, ChildUp, IkeDown, IkeUp
+from ipsecgate.core.flow import TrafficSelector
+from ipsecgate.core.ipsec import Mode
+from ipsecgate.core.vici import (
+    Names,
+    ViciError,
+    child_configs,
+    child_rekey,
+    child_sas,
+    child_updown,
+    ike_updown,
+    selectors,
+)
+
+SERVICES = {("https", "tcp"): 443, ("domain", None): 53, ("iso-tsap", "tcp"): 102}
+PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "ipv6-icmp": 58}
+
+
+def protocol(name: str) -> int:
+    try:
+        return PROTOCOLS[name]
+    except KeyError:
+        raise OSError("protocol not found") from None
+
+
+def service(name: str, proto: str | None) -> int:
+    try:
+        return SERVICES[name, proto]
+    except KeyError:
+        raise OSError("service/proto not found") from None
+
+
+NAMES = Names(protocol, service)
+PEER = ip_network("192.0.2.2")
+
+
+def ts(network: str, proto: int = 0, ports: tuple[int, int] = (0, 65535)) -> TrafficSelector:
+    return TrafficSelector(ip_network(network), proto, ports)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("10.2.0.0/16", [ts("10.2.0.0/16")]),
+        ("192.0.2.2/32[tcp/https]", [ts("192.0.2.2/32", 6, (443, 443))]),
+        ("192.0.2.2/32[tcp/iso-tsap]", [ts("192.0.2.2/32", 6, (102, 102))]),
+        ("192.0.2.2/32[tcp/8443]", [ts("192.0.2.2/32", 6, (8443, 8443))]),
+        ("192.0.2.2/32[udp/5300-5307]", [ts("192.0.2.2/32", 17, (5300, 5307))]),
+        ("10.0.0.0/8[17]", [ts("10.0.0.0/8", 17)]),
+        ("10.0.0.0/8[udp]", [ts("10.0.0.0/8", 17)]),
+        ("10.0.0.0/8[0/domain]", [ts("10.0.0.0/8", 0, (53, 53))]),
+        ("10.0.0.0/8[tcp/OPAQUE]", [ts("10.0.0.0/8", 6, (65535, 0))]),
+        ("10.0.0.0/8[icmp/8]", [ts("10.0.0.0/8", 1, (0x800, 0x800))]),
+        ("10.0.0.0/8[icmp/3(4)]", [ts("10.0.0.0/8", 1, (0x304, 0x304))]),
+        ("::/0[ipv6-icmp/1-4(255)]", [ts("::/0", 58, (0x100, 0x4FF))]),
+        ("2001:db8::/48[tcp/443]", [ts("2001:db8::/48", 6, (443, 443))]),
+        ("10.2.0.1", [ts("10.2.0.1/32")]),
+        ("10.0.0.1..10.0.0.2", [ts("10.0.0.1/32"), ts("10.0.0.2/32")]),
+        ("2001:db8::..2001:db8::3[tcp]", [ts("2001:db8::/126", 6)]),
+        ("dynamic", [ts("192.0.2.2/32")]),
+        ("dynamic[tcp/5432]", [ts("192.0.2.2/32", 6, (5432, 5432))]),
+    ],
+)
+def test_selector(written: str, expected: list[TrafficSelector]) -> None:
+    assert selectors([written], (PEER,), NAMES) == tuple(expected)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("", "10.2.0.0/33", "everything", "10.0.0.2..10.0.0.1", "10.0.0.1..::1"),
+        *("10.0.0.0/8[nosuch]", "10.0.0.0/8[tcp/nosuch]", "10.0.0.0/8[tcp", "10.0.0.0/8[]"),
+    ],
+)
+def test_a_selector_that_is_not_understood_is_an_error(written: str) -> None:
+    with pytest.raises(ViciError, match="VICI: traffic selector") as caught:
+        selectors([written], (), NAMES)
+    assert caught.value.hint
+
+
+def conn(**body: Any) -> dict[str, Any]:
+    child = {"mode": b"TUNNEL", "local-ts": [b"10.1.0.0/16"], "remote-ts": [b"10.2.0.0/16"]}
+    children = body.pop("children", {"net": child})
+    addresses = {"local_addrs": [b"192.0.2.1"], "remote_addrs": [b"192.0.2.2"]}
+    return {"gw": {**addresses, "version": b"IKEv2", "local-1": {"class": b"psk"}, **body,
+                   "children": children}}  # fmt: skip
+
+
+def test_child_configs() -> None:
+    assert list(child_configs(conn(), NAMES)) == [
+        ChildConfig("gw", "net", Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
+    ]
+    assert list(child_configs(conn(children={}), NAMES)) == []
+
+
+@pytest.mark.parametrize(
+    ("addresses", "networks"),
+    [
+        ([b"192.0.2.1"], ["192.0.2.1/32"]),
+        ([b"192.0.2.1", b"2001:db8::1"], ["192.0.2.1/32", "2001:db8::1/128"]),
+        ([b"::ffff:192.0.2.1"], ["192.0.2.1/32"]),
+        ([b"%any"], []),
+        ([b"gw.example.org", b"192.0.2.0/24", b"192.0.2.1-192.0.2.9"], []),
+        ([], []),
+    ],
+)
+def test_dynamic_is_the_ike_address_if_there_is_one(
+    addresses: list[bytes], networks: list[str]
+) -> None:
+    child = {"mode": b"TRANSPORT", "local-ts": [b"dynamic"], "remote-ts": [b"dynamic"]}
+    (config,) = child_configs(conn(local_addrs=addresses, children={"c": child}), NAMES)
+    assert config.mode is Mode.TRANSPORT
+    assert config.local == tuple(ts(net) for net in networks)
+    assert config.remote == (ts("192.0.2.2/32"),)
+
+
+@pytest.mark.parametrize("mode", [b"PASS", b"DROP"])
+def test_a_shunt_is_no_sa(mode: bytes) -> None:
+    shunt = {"mode": mode, "local-ts": [b"10.1.0.0/16"], "remote-ts": [b"10.3.0.0/16"]}
+    assert list(child_configs(conn(children={"shunt": shunt}), NAMES)) == []
+
+
+@pytest.mark.parametrize("child", [{}, {"mode": b"SOMETHING"}, {"mode": [b"TUNNEL"]}])
+def test_a_child_without_a_mode_is_an_error(child: dict[str, Any]) -> None:
+    with pytest.raises(ViciError):
+        list(child_configs(conn(children={"c": child}), NAMES))
+
+
+CHILD = {
+    "name": b"net",
+    "uniqueid": b"3",
+    "reqid": b"1",
+    "state": b"INSTALLED",
+    "mode": b"TUNNEL",
+    "protocol": b"ESP",
+    "spi-in": b"c0ffee01",
+    "spi-out": b"0000beef",
+    "local-ts": [b"10.1.0.0/16"],
+    "remote-ts": [b"10.2.3.0/24[tcp/https]"],
+}
+SA = ChildSa(
+    *("gw", "net", 1, 0xC0FFEE01, 0xBEEF, ip_address("192.0.2.2")),
+    *((ts("10.1.0.0/16"),), (ts("10.2.3.0/24", 6, (443, 443)),)),
+)
+
+
+def ike_sa(**child: Any) -> dict[str, Any]:
+    children = {"net-3": {**CHILD, **child}}
+    body = {"uniqueid": b"7", "state": b"ESTABLISHED", "remote-host": b"192.0.2.2"}
+    return {"gw": {**body, "child-sas": children}}
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        *((state, [SA]) for state in ("INSTALLED", "REKEYING", "REKEYED")),
+        *((state, []) for state in ("CREATED", "ROUTED", "INSTALLING", "DELETING", "DELETED")),
+    ],
+)
+def test_child_sas(state: str, found: list[ChildSa]) -> None:
+    assert list(child_sas(ike_sa(state=state.encode()), NAMES)) == found
+
+
+def test_a_child_without_spis_yet_is_left_out() -> None:
+    message = ike_sa(state=b"UPDATING")
+    del message["gw"]["child-sas"]["net-3"]["spi-out"]
+    assert list(child_sas(message, NAMES)) == []
+    assert list(child_sas({"gw": {"remote-host": b"192.0.2.2", "child-sas": {}}}, NAMES)) == []
+
+
+@pytest.mark.parametrize("broken", [{"spi-in": b"xyz"}, {"reqid": b""}, {"name": [b"net"]}])
+def test_a_broken_child_is_an_error(broken: dict[str, Any]) -> None:
+    with pytest.raises(ViciError):
+        list(child_sas(ike_sa(**broken), NAMES))
+
+
+def test_events() -> None:
+    assert list(child_updown({"up": b"yes", **ike_sa()}, NAMES)) == [ChildUp(SA)]
+    assert list(child_updown(ike_sa(state=b"DELETED"), NAMES)) == [ChildDown(SA)]
+    assert list(ike_updown({"up": b"yes", **ike_sa()})) == [IkeUp("gw", 7)]
+    assert list(ike_updown(ike_sa())) == [IkeDown("gw", 7)]
+
+
+def test_a_rekeyed_child_is_never_away() -> None:
+    message = ike_sa()
+    new = {**CHILD, "spi-out": b"0000cafe"}
+    message["gw"]["child-sas"] = {"net": {"old": CHILD, "new": new}}
+    up, down = child_rekey(message, NAMES)
+    assert isinstance(up, ChildUp)
+    assert up.sa.spi_out == 0xCAFE
+    assert down == ChildDown(SA)
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (["received AUTHENTICATION_FAILED notify error"], "refused our authentication"),
+        (["no shared key found for 'a' - 'b'"], "no shared key is loaded for 'a' - 'b'"),
+        (["tried 1 shared key for 'a' - 'b', but MAC mismatched"], "another pre-shared key"),
+        (["received NO_PROPOSAL_CHOSEN notify error"], "no IKE proposal in common"),
+        (
+            [
+                "received NO_PROPOSAL_CHOSEN notify, no CHILD_SA built",
+                "failed to establish CHILD_SA, keeping IKE_SA",
+            ],
+            "no ESP proposal in common",
+        ),
+        (["received TS_UNACCEPTABLE notify, no CHILD_SA built"], "none of our traffic selectors"),
+        (["received FAILED_CP_REQUIRED notify, no CHILD_SA built"], "answered FAILED_CP_REQUIRED"),
+        (["unable to resolve gw.example, initiate aborted"], "gw.example can't be resolved"),
+        (
+            ["giving up after 5 retransmits", "establishing IKE_SA failed, peer not responding"],
+            "did not answer (5 retransmits)",
+        ),
+        (["something new", "and its consequence"], "and its consequence"),
+    ],
+)
+def test_failure_cause(lines: list[str], cause: str) -> None:
+    before = ["initiating IKE_SA gw[1] to 192.0.2.2", "peer supports MOBIKE"]
+    assert cause in (failure_cause([*before, *lines]) or "")
+
+
+def test_no_log_no_cause() -> None:
+    assert failure_cause([]) is None

@@ -1,0 +1,263 @@
+"""The XFRM codec against messages made by hand, and against garbage."""
+
+from __future__ import annotations
+
+import struct
+from ipaddress import ip_address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from xfrm_bytes import (
+    ALL,
+    CIPHER,
+    DELPOLICY,
+    EXPIRE,
+    FLUSHPOLICY,
+    FLUSHSA,
+    FOREVER,
+    IF_ID,
+    MARK,
+    NET,
+    NEWPOLICY,
+    NEWSA,
+    OUT,
+    POLEXPIRE,
+    POLICY,
+    POLICY_TYPE,
+    TMPL,
+    TUNNEL,
+    TYPES,
+    V6,
+    attribute,
+    message,
+    policy,
+    selector,
+    state,
+    template,
+)
+
+from ipsecgate.core.events import (
+    PolicySet,
+    SaSet,
+    SasFlushed,
+    XfrmEvent,
+)
+from ipsecgate.core.flow import Selector
+from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.netlink import DecodeError
+from ipsecgate.core.xfrm import decode
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_each_type(name: str) -> None:
+    data, event = TYPES[name]
+    assert list(decode(data)) == [event]
+
+
+def test_a_datagram_is_decoded_in_order() -> None:
+    assert list(decode(ALL)) == [event for _, event in TYPES.values()]
+    assert list(decode(b"")) == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        message(0x3FF, b"what is this"),
+        message(0x17, bytes(280)),  # ACQUIRE
+        message(0x1E, bytes(56)),  # NEWAE
+        message(3, bytes(4)),  # NLMSG_DONE
+        message(NEWPOLICY, policy(selector(), direction=0)),
+        message(NEWPOLICY, policy(selector(), direction=2)),
+        message(NEWPOLICY, policy(selector(), direction=3)),
+        message(NEWPOLICY, policy(selector(), direction=4)),
+        message(NEWPOLICY, policy(selector()) + attribute(POLICY_TYPE, b"\1" + bytes(5))),
+        message(POLEXPIRE, policy(selector()) + bytes(8)),
+        message(FLUSHPOLICY, attribute(POLICY_TYPE, b"\1" + bytes(5))),
+        message(EXPIRE, state() + bytes(8)),
+    ],
+    ids=[
+        *("unknown", "acquire", "aevent", "done", "in", "fwd", "socket in", "socket out"),
+        *("sub policy", "policy expires soft", "sub policies flushed", "SA expires soft"),
+    ],
+)
+def test_what_says_nothing_here_is_skipped(data: bytes) -> None:
+    assert list(decode(data + TYPES["FLUSHSA"][0])) == [SasFlushed()]
+
+
+def one_policy(body: bytes) -> SpdEntry:
+    (event,) = decode(message(NEWPOLICY, body))
+    assert isinstance(event, PolicySet)
+    return event.entry
+
+
+def one_sa(body: bytes) -> Sa:
+    (event,) = decode(message(NEWSA, body))
+    assert isinstance(event, SaSet)
+    return event.sa
+
+
+def test_every_field_of_a_policy() -> None:
+    sel = selector(
+        *("2001:db8::1/128", "2001:db8:2::/48"),
+        proto=17,
+        ports=(5296, 0xFFF0, 53, 0xFFFF),
+        ifindex=4,
+    )
+    wildcard = template(None, None, V6, reqid=0x80000001, mode=0, proto=51, optional=1)
+    entry = one_policy(
+        policy(sel, priority=0xFFFFFFFE, index=0x12345678)
+        + attribute(TMPL, wildcard + TUNNEL)
+        + attribute(POLICY_TYPE, bytes(6))
+        + attribute(MARK, struct.pack("=II", 0x12, 0xFFF))
+        + attribute(IF_ID, struct.pack("=I", 77))
+    )
+    assert entry == SpdEntry(
+        SpdKey(
+            Selector(
+                *(ip_network("2001:db8::1/128"), ip_network("2001:db8:2::/48")),
+                *(17, 53, 0xFFFF, 5296, 0xFFF0, 4),
+            ),
+            Mark(0x12, 0xFFF),
+            77,
+        ),
+        0xFFFFFFFE,
+        Action.PROTECT,
+        (Template(51, Mode.TRANSPORT, 0x80000001, optional=True), *NET.templates),
+        0x12345678,
+    )
+
+
+@pytest.mark.parametrize(
+    ("action", "templates", "meaning"),
+    [
+        (0, TUNNEL, Action.PROTECT),
+        (0, b"", Action.BYPASS),
+        (1, b"", Action.DISCARD),
+        (1, TUNNEL, Action.DISCARD),
+    ],
+)
+def test_action(action: int, templates: bytes, meaning: Action) -> None:
+    body = policy(selector(), action=action) + (attribute(TMPL, templates) if templates else b"")
+    assert one_policy(body).action is meaning
+
+
+def test_a_selector_keeps_only_the_bits_of_its_prefix() -> None:
+    key = one_policy(policy(selector("10.1.2.3/16", "10.2.3.4/31"))).key
+    assert key.selector == Selector(ip_network("10.1.0.0/16"), ip_network("10.2.3.4/31"))
+
+
+def test_every_field_of_a_state() -> None:
+    sel = selector("2001:db8::1/128", "2001:db8::2/128")
+    body = state("2001:db8::1", "2001:db8::2", 1, sel=sel, reqid=5, mode=0, hard=FOREVER, added=0)
+    marks = attribute(MARK, struct.pack("=II", 1, 2)) + attribute(IF_ID, struct.pack("=I", 3))
+    host, peer = ip_address("2001:db8::1"), ip_address("2001:db8::2")
+    assert one_sa(body + CIPHER + marks) == Sa(
+        SaId(peer, 1, ESP),
+        host,
+        5,
+        Mode.TRANSPORT,
+        Selector(ip_network(host), ip_network(peer)),
+        Mark(1, 2),
+        3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "larval"),
+    [
+        (state(spi=0) + CIPHER, True),
+        (state(), True),
+        (state() + attribute(19, bytes(8)), True),
+        *((state() + attribute(kind, bytes(72)), False) for kind in (1, 2, 3, 18, 20)),
+    ],
+)
+def test_larval(body: bytes, larval: bool) -> None:
+    assert one_sa(body).larval is larval
+
+
+@pytest.mark.parametrize(("hard", "lifetime"), [(0, None), (FOREVER, None), (1, 1)])
+def test_lifetime(hard: int, lifetime: int | None) -> None:
+    assert one_sa(state(hard=hard)).hard_lifetime == lifetime
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "field", "offset"),
+    [
+        (bytes(15), 0, "message header", 0),
+        (struct.pack("=IHHII", 15, NEWSA, 0, 0, 0), NEWSA, "message length", 0),
+        (struct.pack("=IHHII", 17, NEWSA, 0, 0, 0), NEWSA, "message length", 0),
+        (message(NEWPOLICY, policy(selector())[:-1]), NEWPOLICY, "xfrm_userpolicy_info", 16),
+        (message(DELPOLICY, selector() + bytes(8)), DELPOLICY, "XFRMA_POLICY (missing)", 80),
+        (message(DELPOLICY, selector() + bytes(8) + attribute(POLICY, bytes(167))), DELPOLICY,
+         "XFRMA_POLICY", 84),
+        (message(NEWPOLICY, policy(selector()) + attribute(TMPL, TUNNEL[:-4])), NEWPOLICY,
+         "XFRMA_TMPL", 188),
+        (message(NEWPOLICY, policy(selector()) + struct.pack("=HH", 3, 5)), NEWPOLICY,
+         "attribute length", 184),
+        (message(NEWPOLICY, policy(selector()) + b"\1\2\0\0"[:2]), NEWPOLICY,
+         "attribute header", 184),
+        (message(NEWPOLICY, policy(selector()) + attribute(MARK, bytes(4))), NEWPOLICY,
+         "XFRMA_MARK", 188),
+        (message(NEWPOLICY, policy(selector(family=0))), NEWPOLICY, "sel.family", 56),
+        (message(NEWSA, state(mode=6)), NEWSA, "mode 6", 230),
+        (message(NEWSA, state(family=3)), NEWSA, "family 3", 228),
+        (message(FLUSHSA, b""), FLUSHSA, "xfrm_usersa_flush", 16),
+    ],
+)  # fmt: skip
+def test_a_bad_message_says_where(data: bytes, kind: int, field: str, offset: int) -> None:
+    good = TYPES["NEWSA"][0]
+    events, error = take(good + data)
+    assert events == [SaSet(OUT)]
+    assert error is not None
+    assert error.hint
+    assert (error.message_type, error.field, error.offset) == (kind, field, len(good) + offset)
+
+
+@pytest.mark.parametrize("bits", [33, 129, 255])
+def test_prefix_too_long(bits: int) -> None:
+    with pytest.raises(DecodeError, match="sel"):
+        list(decode(message(NEWPOLICY, policy(selector(dst=f"10.2.0.0/{bits}")))))
+
+
+def test_truncated_anywhere() -> None:
+    """What is left of a cut datagram is the events before the cut, and an error unless it fits."""
+    whole = [event for _, event in TYPES.values()]
+    fits, at = {0}, 0
+    for data, _ in TYPES.values():
+        (length,) = struct.unpack_from("=I", data)
+        fits |= set(range(at + length, at + len(data) + 1))  # padding may be missing
+        at += len(data)
+    for end in range(len(ALL) + 1):
+        events, error = take(ALL[:end])
+        assert events == whole[: len(events)]
+        assert (error is None) == (end in fits)
+
+
+@given(st.binary(max_size=400))
+def test_garbage_raises_nothing_else(data: bytes) -> None:
+    survive(data)
+
+
+@given(st.data())
+def test_damaged_messages_raise_nothing_else(data: st.DataObject) -> None:
+    damaged = bytearray(ALL)
+    for at in data.draw(st.lists(st.integers(0, len(ALL) - 1), min_size=1, max_size=8)):
+        damaged[at] = data.draw(st.integers(0, 255))
+    survive(bytes(damaged))
+
+
+def survive(data: bytes) -> None:
+    _, error = take(data)
+    assert error is None or 0 <= error.offset <= len(data)
+
+
+def take(data: bytes) -> tuple[list[XfrmEvent], DecodeError | None]:
+    """Decode up to an error."""
+    events = []
+    try:
+        for event in decode(data):
+            events.append(event)  # those before the error count
+    except DecodeError as error:
+        return events, error
+    return events, None
