@@ -168,24 +168,37 @@ class Controller:
                 self._routes.follow(command.destinations)
             case do.ExemptIke():
                 self._data.set(Setting.IKE, command.pid)
-            case do.AskIke():
-                self._ike_news.set()
-            case do.Initiate():
-                if self._ike is not None:  # else IkeGone is in the queue already
-                    await self._ike.initiate(command.ike, command.child, command.limit)
-            case do.StartTimer():
-                self._stop(command.timer)
-                self._timers[command.timer] = asyncio.get_running_loop().call_later(
-                    command.seconds, self._queue.put_nowait, on.TimerFired(command.timer)
-                )
-            case do.StopTimer():
-                self._stop(command.timer)
+            case do.StartTimer() | do.StopTimer():
+                self._set_timer(command)
+            case do.AskIke() | do.Initiate() | do.Terminate():
+                await self._tell_ike(command)
             case do.Remember():
                 memory.keep(self._paths.remembered, command.children)
             case do.Log():
                 log.log(logging.getLevelName(command.level.upper()), "%s", command.text)
             case _:
                 raise NotImplementedError(command)
+
+    async def _tell_ike(self, command: do.AskIke | do.Initiate | do.Terminate) -> None:
+        if self._ike is None:
+            return  # IkeGone is in the queue already
+        match command:
+            case do.AskIke():
+                self._ike_news.set()
+            case do.Initiate():
+                await self._ike.initiate(command.ike, command.child, command.limit)
+            case do.Terminate():
+                with suppress(IkeError):  # it went by itself meanwhile
+                    await self._ike.terminate(command.ike, command.child)
+
+    def _set_timer(self, command: do.StartTimer | do.StopTimer) -> None:
+        running = self._timers.pop(command.timer, None)
+        if running is not None:
+            running.cancel()
+        if isinstance(command, do.StartTimer):
+            self._timers[command.timer] = asyncio.get_running_loop().call_later(
+                command.seconds, self._queue.put_nowait, on.TimerFired(command.timer)
+            )
 
     async def _publish(self, command: do.Publish) -> None:
         try:
@@ -198,11 +211,6 @@ class Controller:
                 f"cannot publish the {command.table.name} table: {error.strerror}",
                 hint="protected flows are refused until a controller runs again",
             ) from error
-
-    def _stop(self, timer: on.Timer) -> None:
-        handle = self._timers.pop(timer, None)
-        if handle is not None:
-            handle.cancel()
 
     def _status(self) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}

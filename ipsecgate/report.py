@@ -33,11 +33,13 @@ def of_gate(gate: Gate) -> Document:
             "attempts": item.attempts,
             "last_error": item.last_error,
             "flow": str(item.flow),
+            "policy": gate.policies[item.place].name,
         }
         for (ike, child), item in gate.negotiations.of.items()
     }
     return {
         "errors": [*gate.errors, *([f"IKE: {gate.ike_error}"] if gate.ike_error else [])],
+        "children": [f"{c.ike}/{c.child}" for c in gate.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": list(negotiations.values()),
         "sas": [
@@ -77,10 +79,9 @@ def document(paths: Paths, config: Config) -> Document:
         policy_table = maps.table(TableId.POLICY)
         audit = bool(maps.setting(Setting.AUDIT))
         default = "deny" if maps.setting(Setting.DENY) else "allow"
-    states = {n["child"]: n["state"] for n in told.get("negotiations", ())}
     covered = _covered(policy_table, spd)
     for place, policy in enumerate(told["policies"]):
-        policy["coverage"] = _coverage(policy, place in covered, states)
+        policy["coverage"] = _coverage(policy, place in covered, told.get("negotiations", ()))
     paths_by_id = cgroups.by_id()
     return {
         "instance": paths.instance,
@@ -124,12 +125,16 @@ def _covered(policies: Table | None, spd: Table | None) -> set[int]:
     }
 
 
-def _coverage(policy: Mapping[str, Any], covered: bool, states: Mapping[str, str]) -> str | None:
+def _coverage(
+    policy: Mapping[str, Any], covered: bool, negotiations: Iterable[Mapping[str, Any]]
+) -> str | None:
     if policy["action"] != "protect":
         return None
     if covered:
         return Coverage.COVERED.value
-    return states.get(policy["child"] or "", Coverage.UNCOVERED.value)
+    states = {n["state"] for n in negotiations if n["policy"] == policy["name"]}
+    pending = (Coverage.NEGOTIATING.value, Coverage.BACK_OFF.value)
+    return next((state for state in pending if state in states), Coverage.UNCOVERED.value)
 
 
 def totals(counters: Mapping[Reason, int]) -> Document:

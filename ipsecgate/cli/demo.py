@@ -202,7 +202,7 @@ def _words(outcomes: Sequence[story.Outcome], told: Document) -> list[Text]:
     ]
     if released:
         lines.append(
-            "From the SA to the start of the attempt that succeeded, the client retrying every "
-            f"millisecond: median {median(released):.1f} ms of {len(released)}."
+            "From the winning policy to the start of the attempt that succeeded, the client "
+            f"retrying every millisecond: median {median(released):.1f} ms of {len(released)}."
         )
     return [Text(text, "dim") for text in lines]

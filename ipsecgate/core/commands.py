@@ -64,6 +64,14 @@ class Initiate:
 
 
 @dataclass(frozen=True, slots=True)
+class Terminate:
+    """Have IKE delete a CHILD_SA that it believes in and the kernel does not have."""
+
+    ike: str
+    child: str
+
+
+@dataclass(frozen=True, slots=True)
 class StartTimer:
     """Answer with `TimerFired` after so many seconds; replaces a timer of the same name."""
 
@@ -101,6 +109,7 @@ Command = (
     | ExemptIke
     | AskIke
     | Initiate
+    | Terminate
     | StartTimer
     | StopTimer
     | Remember

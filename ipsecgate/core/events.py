@@ -183,7 +183,15 @@ class NegotiationFailed:
     cause: str
 
 
-IkeEvent = ChildUp | ChildDown | IkeUp | IkeDown | IkeGone | NegotiationFailed
+@dataclass(frozen=True, slots=True)
+class NegotiationDone:
+    """IKE says that the child is up, perhaps that it was all the time. Not proof of an SA."""
+
+    ike: str
+    child: str
+
+
+IkeEvent = ChildUp | ChildDown | IkeUp | IkeDown | IkeGone | NegotiationFailed | NegotiationDone
 
 
 # --- time ------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from ipsecgate.core.negotiations import Negotiations, child_for
 from ipsecgate.core.policy import Policy, Settings, derived, policy_rules, protect_everything
 from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, compile_table
 
-
 ORPHANS = 64  # flows that wait for a connection to be loaded
 
 
@@ -83,8 +82,10 @@ class Gate:
             case on.NegotiationFailed():
                 name = (event.ike, event.child)
                 return self.negotiations.failed(name, event.cause) + self._refresh()
+            case on.NegotiationDone():
+                return self.negotiations.done((event.ike, event.child))
             case on.TimerFired():
-                return self.negotiations.timer(event.timer) + self._refresh()
+                return self._timer(event.timer) + self._refresh()
             case _:
                 self.mirror.apply(event)
         return self._follow_kernel()
@@ -182,14 +183,36 @@ class Gate:
             self._orphans[flow] = place
         return [do.AskIke()]  # the connection may have been loaded a moment ago
 
+    def _timer(self, timer: on.Timer) -> list[do.Command]:
+        """Let the negotiation go on; delete what IKE believes in and no flow can use.
+
+        Where somebody emptied the kernel's databases, IKE would answer for ever that
+        the child is up. A flow outside what was negotiated is no reason to delete.
+        """
+        name = (timer.ike, timer.child)
+        item = self.negotiations.of.get(name)
+        stale = (
+            item is not None
+            and item.said_up
+            and item.coverage is Coverage.NEGOTIATING
+            and any(
+                selector.contains(item.flow.daddr, item.flow.proto, item.flow.dport)
+                for sa in self.mirror.established(*name)
+                for selector in sa.remote
+            )
+        )
+        moved = self.negotiations.timer(timer)
+        return [do.Terminate(*name), *moved] if stale and timer.kind == "limit" else moved
+
     def _ask_again(self) -> list[do.Command]:
         """Ask for the flows that had no child when the daemon was last looked at."""
         orphans, self._orphans = self._orphans, {}
         asked = [c for flow, place in orphans.items() for c in self._ask(flow, place)]
         alone, self._orphans = self._orphans, {}
-        return [c for c in asked if not isinstance(c, do.AskIke)] + [
+        told: list[do.Command] = [
             do.Log("warning", f"no CHILD_SA that is loaded would protect {flow}") for flow in alone
         ]
+        return [c for c in asked if not isinstance(c, do.AskIke)] + told
 
     # --- the IKE daemon -------------------------------------------------------------
 

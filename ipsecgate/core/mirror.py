@@ -84,6 +84,10 @@ class Mirror:
             if sa.id in self._trusted or (self._ike and sa.id.spi in self._known)
         ]
 
+    def established(self, ike: str, child: str) -> list[ChildSa]:
+        """Return what the daemon says is established of a child."""
+        return [sa for sa in self._known.values() if (sa.ike, sa.child) == (ike, child)]
+
     def outbound_sas(self) -> list[Sa]:
         """Return the trusted SAs without those the daemon calls inbound."""
         inbound = {sa.spi_in for sa in self._known.values()}

@@ -17,7 +17,7 @@ from ipsecgate.core.flow import Address, Flow
 from ipsecgate.core.policy import Policy
 
 LIMIT = 30.0  # seconds that IKE has to come to an end
-GRACE = 1.0  # seconds more for it to say so, before the gate stops waiting for an answer
+GRACE = 1.0  # seconds more for IKE to say so, or for the kernel to show what IKE said
 BACK_OFF_FIRST = 1.0
 BACK_OFF_LAST = 60.0
 
@@ -59,6 +59,7 @@ class Negotiation:
     coverage: Coverage = Coverage.UNCOVERED
     attempts: int = 0
     failures: int = 0  # in a row
+    said_up: bool = False  # IKE's word, which the kernel has yet to bear out
     last_error: str = ""
 
 
@@ -90,12 +91,22 @@ class Negotiations:
         self.of[name].last_error = cause
         return self._move(name, Input.FAILED)
 
+    def done(self, name: Name) -> list[do.Command]:
+        """IKE says that it is up: then the kernel must show it soon."""
+        if name not in self.of or self.of[name].coverage is not Coverage.NEGOTIATING:
+            return []
+        self.of[name].said_up = True
+        return [do.AskIke(), do.StartTimer(Timer("limit", *name), GRACE)]
+
     def timer(self, timer: Timer) -> list[do.Command]:
         """A timer of `_move`'s ran out."""
         name = (timer.ike, timer.child)
         coverage = self.of[name].coverage if name in self.of else None
         if timer.kind == "limit" and coverage is Coverage.NEGOTIATING:
-            return self.failed(name, f"no CHILD_SA within {LIMIT:.0f} s")
+            item = self.of[name]
+            if item.said_up:
+                return self.failed(name, f"up, says IKE, but no SA protects {item.flow}")
+            return self.failed(name, f"no answer from IKE within {LIMIT:.0f} s")
         if timer.kind == "retry" and coverage is Coverage.BACK_OFF:
             return self._move(name, Input.RETRY)
         return []
@@ -119,6 +130,7 @@ class Negotiations:
         match item.coverage:
             case Coverage.NEGOTIATING:
                 item.attempts += 1
+                item.said_up = False
                 return [
                     do.Initiate(*name, limit=LIMIT),
                     do.StartTimer(limit, LIMIT + GRACE),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from errno import EHOSTUNREACH, EPERM, ETIMEDOUT
 
 from ipsecgate.core.events import ChildConfig
-from ipsecgate.core.flow import ANY_V4, ANY_V6, PORT_MASK, Network
+from ipsecgate.core.flow import ANY_V4, ANY_V6, PORT_MASK, Network, TrafficSelector
 from ipsecgate.core.ipsec import Action
 from ipsecgate.core.layout import Entry, State
 from ipsecgate.core.table import Rule, Ternary, port_masks, ternary
@@ -70,19 +70,18 @@ class Settings:
 
 
 def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
-    """Return a protect policy for every remote traffic selector."""
-    found: dict[str, Policy] = {}
+    """Return a protect policy for every distinct remote traffic selector.
+
+    Which child protects it is found when a flow asks: the one that it was derived
+    from may have been replaced by another of the same selector.
+    """
+    found: dict[TrafficSelector, Policy] = {}
     for config in children:
         for number, selector in enumerate(config.remote):
             suffix = f"#{number}" if len(config.remote) > 1 else ""
             name = f"{config.ike}/{config.child}{suffix}"
-            found[name] = Policy(
-                name=name,
-                remote=(selector.network,),
-                proto=selector.proto,
-                ports=selector.ports,
-                child=f"{config.ike}/{config.child}",
-            )
+            policy = Policy(name, (selector.network,), proto=selector.proto, ports=selector.ports)
+            found.setdefault(selector, policy)
     return tuple(found.values())
 
 

@@ -21,6 +21,7 @@ from ipsecgate.core.events import (
     ChildUp,
     IkeEvent,
     IkeGone,
+    NegotiationDone,
     NegotiationFailed,
 )
 from ipsecgate.core.vici import (
@@ -140,8 +141,8 @@ class IkeClient:
     async def initiate(self, ike: str, child: str, limit: float) -> None:
         """Have a child negotiated; this does not wait for it.
 
-        Success shows in the kernel and as `ChildUp`; a child that is up already is one, without
-        an event. Otherwise `NegotiationFailed` comes after `limit` seconds at the latest.
+        `NegotiationDone` or `NegotiationFailed` comes after `limit` seconds at the latest; a
+        child that is up already counts as done.
         """
         self._spawn(self._initiate(ike, child, limit))
 
@@ -158,7 +159,9 @@ class IkeClient:
             cause = await self._negotiator.negotiate((ike, child), limit)
         except (IkeError, ViciError) as error:
             cause = str(error)
-        if cause is not None:
+        if cause is None:
+            self._events.put_nowait(NegotiationDone(ike, child))
+        else:
             self._events.put_nowait(NegotiationFailed(ike, child, cause))
 
     async def _take_back(self, ike: str) -> None:

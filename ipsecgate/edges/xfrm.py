@@ -167,7 +167,7 @@ class XfrmMonitor:
                 policies = await requests.dump(encode_policy_dump, decode)
                 states = await requests.dump(encode_sa_dump, decode)
         except OSError as error:
-            raise XfrmError(error.errno or 0, "dumping XFRM") from error
+            raise XfrmError(error.errno or errno.ETIMEDOUT, "dumping XFRM") from error
         return KernelSnapshot(
             policies=tuple(event.entry for event in policies if isinstance(event, PolicySet)),
             sas=tuple(event.sa for event in states if isinstance(event, SaSet)),

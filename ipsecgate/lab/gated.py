@@ -11,16 +11,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ipsecgate.edges import control
+from ipsecgate.edges.maps import Maps
+from ipsecgate.edges.pins import Pins
 from ipsecgate.errors import NoControllerError
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.netns import LabError
 
+BPFFS = Path("/sys/fs/bpf")
 READY_TIMEOUT = 60.0
 _instances = itertools.count(1)
 
@@ -71,11 +73,10 @@ class Gated:
         """Run the controller and wait until it has published. Raises: LabError."""
         with self.log.open("a") as log:
             self.process = self.lab.a.popen(self._argv("run"), stdout=log, stderr=log)
-        socket = self._run / self.instance / "control.sock"
         deadline = time.monotonic() + READY_TIMEOUT
         while True:
             try:
-                if control.ask(socket, "status")["ready"]:
+                if self.ask()["ready"]:
                     return
             except NoControllerError:
                 if self.process.poll() is not None:
@@ -100,22 +101,22 @@ class Gated:
         document: dict[str, Any] = json.loads(self.cli("--json", "status", check=False).stdout)
         return document
 
-    def reasons(self) -> dict[str, int]:
-        """Return the hooks' counters by reason."""
-        reasons: dict[str, int] = self.status()["counters"]["reasons"]
-        return reasons
+    def ask(self) -> dict[str, Any]:
+        """Return the controller's own word. Raises: NoControllerError."""
+        return control.ask(self._run / self.instance / "control.sock", "status")
 
-    def children(self) -> Sequence[str]:
-        """Return the policies that the gate knows, by name."""
-        return [policy["name"] for policy in self.status()["policies"]]
+    def reasons(self) -> dict[str, int]:
+        """Return the hooks' counters by reason, read from the pinned map."""
+        with Maps(Pins(BPFFS, self.instance)) as maps:
+            return {reason.name.lower(): count for reason, count in maps.counters().items()}
 
     def wait_policy(self, name: str, timeout: float = 15.0) -> None:
         """Wait until the gate has noticed a connection. Raises: LabError."""
         deadline = time.monotonic() + timeout
-        while f"{name}/{name}" not in self.children():
+        while f"{name}/{name}" not in self.ask()["children"]:
             if time.monotonic() > deadline:
                 raise LabError(f"the gate did not notice the connection {name}")
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     def close(self) -> None:
         """End the controller and open the gate again."""

@@ -48,9 +48,10 @@ class Outcome:
     """What was measured. Times in milliseconds, None where it did not happen or apply.
 
     `sa_ready`: from the first attempt until the kernel had the outbound SA.
+    `policy_ready`: until it had the SA's own policy, which wins over the trap.
     `connected`: until the connection stood (TCP) or the first sendto() was taken (UDP).
-    `released`: from the SA to the start of the attempt that succeeded; negative for
-    an attempt the application made before.
+    `released`: from the winning policy to the start of the attempt that succeeded;
+    negative where that began before (with a trap, the SA alone protects the flow).
     """
 
     case: Case
@@ -61,6 +62,7 @@ class Outcome:
     clear_packets: int
     esp_packets: int
     sa_ready: float | None
+    policy_ready: float | None
     connected: float | None
     released: float | None
     error: str | None
@@ -125,6 +127,7 @@ def run(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
         report = client.result()
         received = server.report(DATAGRAMS if case.protocol == "udp" else 0, SETTLE)
         sa_ready = watch.wait_sa(SA_TIMEOUT)
+        policy_ready = watch.wait_policy(SA_TIMEOUT, sa_ready or 0)
         seen = capture.stop()
     after = lab.a.counters()
     return Outcome(
@@ -135,12 +138,14 @@ def run(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
         datagrams_lost=DATAGRAMS - received["distinct"] if case.protocol == "udp" else None,
         clear_packets=len(seen.clear),
         esp_packets=len(seen.esp),
-        **_times(report, sa_ready),
+        **_times(report, sa_ready, policy_ready),
         error=report["error"],
     )
 
 
-def _times(report: Report, sa_ready: float | None) -> dict[str, float | None]:
+def _times(
+    report: Report, sa_ready: float | None, policy_ready: float | None
+) -> dict[str, float | None]:
     """Return the times of a client's report, in milliseconds."""
     first = report["first"]
     began = report.get("success_start", report["first_success"])
@@ -152,5 +157,6 @@ def _times(report: Report, sa_ready: float | None) -> dict[str, float | None]:
     return {
         "sa_ready": since(first, sa_ready),
         "connected": since(first, ended),
-        "released": since(sa_ready, began),
+        "policy_ready": since(first, policy_ready),
+        "released": since(policy_ready, began),
     }

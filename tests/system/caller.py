@@ -10,9 +10,36 @@ from __future__ import annotations
 import errno
 import json
 import socket
+import subprocess
 import sys
+from pathlib import Path
 
 IP_FREEBIND = 15
+
+
+class Caller:
+    """Such a process in a network namespace, in a cgroup or outside any."""
+
+    def __init__(self, namespace: Path, cgroup: Path | None) -> None:
+        join = f"echo 0 > {cgroup}/cgroup.procs && " if cgroup else ""
+        script = f"{join}exec nsenter --net={namespace} {sys.executable} -S -I {__file__}"
+        self.process = subprocess.Popen(
+            ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self, call: str, address: str, port: int = 80, *, bind: str | None = None) -> str:
+        """Make a call; return "" or the errno's name."""
+        assert self.process.stdin
+        assert self.process.stdout
+        words = {"call": call, "address": address, "port": port, "bind": bind}
+        self.process.stdin.write(json.dumps(words) + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
 
 
 def attempt(call: str, address: str, port: int, bind: str | None) -> None:

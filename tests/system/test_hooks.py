@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
@@ -29,6 +27,7 @@ from ipsecgate.edges.maps import Maps
 from ipsecgate.edges.pins import HOOKS, Pins
 from ipsecgate.lab import path
 from ipsecgate.lab.netns import Namespace
+from tests.system.caller import Caller
 
 HERE = {4: ip_address("198.51.100.1"), 6: ip_address("2001:db8:a::1")}
 THERE = {4: ip_network("203.0.113.0/24"), 6: ip_network("2001:db8:b::/64")}
@@ -37,31 +36,6 @@ OTHER = {4: "192.0.2.9", 6: "2001:db8:c::9"}
 
 
 CALLS = ("tcp", "udp connect", "sendto", "sendmsg")
-CALLER = Path(__file__).with_name("caller.py")
-
-
-class Caller:
-    """A process in the namespace, in the cgroup or outside, that makes calls."""
-
-    def __init__(self, namespace: Namespace, cgroup: Path | None) -> None:
-        join = f"echo 0 > {cgroup}/cgroup.procs && " if cgroup else ""
-        script = f"{join}exec nsenter --net={namespace.path} {sys.executable} -S -I {CALLER}"
-        self.process = subprocess.Popen(
-            ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __call__(self, call: str, address: str, port: int = 80, *, bind: str | None = None) -> str:
-        """Return "" or the errno's name."""
-        assert self.process.stdin
-        assert self.process.stdout
-        words = {"call": call, "address": address, "port": port, "bind": bind}
-        self.process.stdin.write(json.dumps(words) + "\n")
-        self.process.stdin.flush()
-        return self.process.stdout.readline().strip()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 @dataclass
@@ -114,7 +88,7 @@ def module_bed(cache: Path) -> Iterator[Bed]:
         pins.attach(cgroup)
         data = Datapath(pins)
         stack.callback(data.close)
-        gated, free = Caller(namespace, cgroup), Caller(namespace, None)
+        gated, free = Caller(namespace.path, cgroup), Caller(namespace.path, None)
         stack.callback(free.close)
         stack.callback(gated.close)
         bed = Bed(cgroup, pins, data, gated, free)

@@ -209,7 +209,27 @@ def test_a_silent_peer_runs_into_the_limit(trapped: Transcript) -> None:
     trapped.after(REFUSED, on.TimerFired(on.Timer("limit", *NAME)))
     item = trapped.gate.negotiations.of[NAME]
     assert item.coverage is Coverage.BACK_OFF
-    assert "no CHILD_SA within" in item.last_error
+    assert "no answer from IKE" in item.last_error
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_child_that_is_up_for_ike_only_is_deleted(trapped: Transcript, within: bool) -> None:
+    """Somebody flushed the kernel's databases; IKE would answer "up" for ever."""
+    remote = THERE if within else ip_network("10.2.7.0/24")
+    listed = replace(LISTED, remote=(TrafficSelector(remote),))
+    commands = trapped.after(REFUSED, on.NegotiationDone(*NAME))
+    assert do.AskIke() in commands
+    commands = trapped.after(connected(listed), on.TimerFired(on.Timer("limit", *NAME)))
+    assert (do.Terminate(*NAME) in commands) == within
+    item = trapped.gate.negotiations.of[NAME]
+    assert item.coverage is Coverage.BACK_OFF
+    assert "up, says IKE" in item.last_error
+
+
+def test_done_before_the_kernel_shows_it_is_not_a_failure(trapped: Transcript) -> None:
+    trapped.after(REFUSED, on.NegotiationDone(*NAME), on.SaSet(SA))
+    trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
 
 
 def test_back_off_grows_to_its_limit(trapped: Transcript) -> None:

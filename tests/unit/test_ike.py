@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_charon import YES, FakeCharon, Handler, Section, Session, no
-from test_vici import CHILD, SA, conn, ike_sa
 
 from ipsecgate.core.events import ChildUp, IkeEvent, IkeGone, IkeUp, NegotiationFailed
 from ipsecgate.core.vici import ViciError
 from ipsecgate.edges import negotiation, vici
 from ipsecgate.edges.ike import IkeClient
 from ipsecgate.edges.vici import IkeRefusedError, IkeUnreachableError
+from tests.unit.fake_charon import YES, FakeCharon, Handler, Section, Session, no
+from tests.unit.test_vici import CHILD, SA, conn, ike_sa
 
 UP: Section = {"up": "yes", **ike_sa()}
 

@@ -8,10 +8,10 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from xfrm_bytes import NEWSA, message, state
 
 from ipsecgate.core.netlink import DecodeError, DumpEnd, dump_end
 from ipsecgate.core.xfrm import encode_policy_dump, encode_sa_dump
+from tests.unit.xfrm_bytes import NEWSA, message, state
 
 
 def test_dump_requests() -> None:

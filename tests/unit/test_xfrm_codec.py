@@ -8,7 +8,18 @@ from ipaddress import ip_address, ip_network
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from xfrm_bytes import (
+
+from ipsecgate.core.events import (
+    PolicySet,
+    SaSet,
+    SasFlushed,
+    XfrmEvent,
+)
+from ipsecgate.core.flow import Selector
+from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.netlink import DecodeError
+from ipsecgate.core.xfrm import decode
+from tests.unit.xfrm_bytes import (
     ALL,
     CIPHER,
     DELPOLICY,
@@ -36,17 +47,6 @@ from xfrm_bytes import (
     state,
     template,
 )
-
-from ipsecgate.core.events import (
-    PolicySet,
-    SaSet,
-    SasFlushed,
-    XfrmEvent,
-)
-from ipsecgate.core.flow import Selector
-from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
-from ipsecgate.core.netlink import DecodeError
-from ipsecgate.core.xfrm import decode
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -1,0 +1,68 @@
+"""What a monitor tells of the kernel's databases, for tests to read."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+from ipsecgate.core.events import PolicySet, SaSet
+from ipsecgate.edges.xfrm import Overrun, XfrmMonitor
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True)
+
+
+def batch(commands: list[str]) -> None:
+    subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True)
+
+
+class Story:
+    """What a monitor told, with the time it took to arrive."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.overruns: list[Overrun] = []
+        self.arrived: list[float] = []
+
+    def deliver(self, event: Any) -> None:
+        self.arrived.append(time.perf_counter())
+        # Numbers that the kernel makes up are of no interest.
+        match event:
+            case PolicySet(entry):
+                event = PolicySet(replace(entry, index=0))
+            case SaSet(sa):
+                event = SaSet(replace(sa, installed_at=0))
+        self.events.append(event)
+
+    async def next(self, count: int = 1) -> list[Any]:
+        """Return so many events and forget them."""
+        async with asyncio.timeout(10):
+            while len(self.events) < count:
+                await asyncio.sleep(0.001)
+        found, self.events = self.events[:count], self.events[count:]
+        return found
+
+
+@contextlib.asynccontextmanager
+async def following(**options: Any) -> AsyncIterator[tuple[XfrmMonitor, Story]]:
+    story = Story()
+    async with XfrmMonitor(story.deliver, story.overruns.append, **options) as monitor:
+        run = asyncio.create_task(monitor.run())
+        await asyncio.wait_for(until(lambda: bool(story.events)), 10)
+        try:
+            yield monitor, story
+        finally:
+            run.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await run
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)

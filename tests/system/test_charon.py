@@ -1,0 +1,178 @@
+"""The IKE edge against two real strongSwans: events, and how a negotiation fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ipsecgate.core.events import (
+    ChildDown,
+    ChildUp,
+    IkeDown,
+    IkeEvent,
+    IkeGone,
+    IkeUp,
+    NegotiationFailed,
+)
+from ipsecgate.core.flow import TrafficSelector
+from ipsecgate.core.ipsec import Mode
+from ipsecgate.edges.ike import IkeClient
+from ipsecgate.lab.hosts import ConnSpec, Lab
+from ipsecgate.lab.kernel import kernel_has_esp
+from ipsecgate.lab.strongswan import connection
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
+    pytest.mark.skipif(not kernel_has_esp(), reason="missing: ESP in the kernel"),
+]
+
+HOST = ConnSpec("host", "transport")
+
+
+@pytest.fixture(scope="module")
+def warm_lab() -> Iterator[Lab]:
+    with Lab("ipsecgate-test-ike") as lab:
+        lab.warm_up(("transport",), (4,))
+        yield lab
+
+
+@pytest.fixture
+def lab(warm_lab: Lab) -> Iterator[Lab]:
+    yield warm_lab
+    warm_lab.reset()
+
+
+@pytest.fixture
+async def client(lab: Lab) -> AsyncIterator[IkeClient]:
+    async with await IkeClient.connect(lab.a.charon.vici_socket) as ike:
+        yield ike
+
+
+def load(lab: Lab, ours: ConnSpec, theirs: ConnSpec | None) -> None:
+    """Load a connection on a, and another on b that may disagree."""
+    for host, spec in ((lab.a, ours), (lab.b, theirs)):
+        if spec is not None:
+            away = spec.remote_ts if host is lab.a else spec.local_ts
+            here = spec.local_ts if host is lab.a else spec.remote_ts
+            local, remote = host.end(spec, here), lab.peer(host).end(spec, away)
+            host.charon.load(connection(spec, local, remote, "none"))
+
+
+async def until(
+    client: IkeClient, wanted: type[IkeEvent] | tuple[type[IkeEvent], ...], limit: float = 10
+) -> list[IkeEvent]:
+    """Return the events up to the first one of a kind."""
+    found = []
+    async with asyncio.timeout(limit):
+        async for event in client.events():
+            found.append(event)
+            if isinstance(event, wanted):
+                break
+    return found
+
+
+async def test_up_and_down(lab: Lab, client: IkeClient) -> None:
+    load(lab, HOST, HOST)
+    ours, theirs = ip_network("192.0.2.1"), ip_network("192.0.2.2")
+    (config,) = await client.children()
+    assert (config.ike, config.child, config.mode) == ("host", "host", Mode.TRANSPORT)
+    assert config.local == (TrafficSelector(ours),)
+    assert config.remote == (TrafficSelector(theirs),)
+    assert client.daemon_pid == lab.a.charon.pid
+    assert await client.established() == ()
+
+    await client.initiate("host", "host", 10)
+    ike, up = await until(client, ChildUp)
+    assert isinstance(ike, IkeUp)
+    assert isinstance(up, ChildUp)
+    assert (up.sa.ike, up.sa.child, up.sa.remote_host) == ("host", "host", ip_address("192.0.2.2"))
+    assert up.sa.local == config.local
+    assert await client.established() == (up.sa,)
+
+    await client.initiate("host", "host", 10)  # it is up: neither an event nor a failure
+    await client.terminate("host")
+    assert {type(event) for event in await until(client, ChildDown)} == {IkeDown, ChildDown}
+
+
+async def test_services_and_ranges_are_read_back(lab: Lab, client: IkeClient) -> None:
+    remote = ("192.0.2.2[tcp/https]", "192.0.2.2[udp/5300-5307]", "192.0.2.3-192.0.2.5[17]")
+    spec = replace(HOST, local_ts=("dynamic",), remote_ts=remote)
+    load(lab, spec, None)
+    (config,) = await client.children()
+    assert [str(ts.network) for ts in config.local] == ["192.0.2.1/32"]
+    assert [(str(ts.network), ts.proto, ts.ports) for ts in config.remote] == [
+        ("192.0.2.2/32", 6, (443, 443)),
+        ("192.0.2.2/32", 17, (5300, 5307)),
+        ("192.0.2.3/32", 17, (0, 65535)),
+        ("192.0.2.4/31", 17, (0, 65535)),
+    ]
+
+
+def wrong_key(lab: Lab) -> None:
+    load(lab, HOST, HOST)
+    lab.break_psk()
+
+
+FAILURES: dict[str, tuple[Callable[[Lab], None], str]] = {
+    "wrong key": (wrong_key, "refused our authentication"),
+    "no IKE proposal": (
+        lambda lab: load(lab, replace(HOST, ike_proposals=("aes256-sha512-modp2048",)), HOST),
+        "no IKE proposal in common",
+    ),
+    "no ESP proposal": (
+        lambda lab: load(lab, replace(HOST, esp_proposals=("aes256-sha512",)), HOST),
+        "no ESP proposal in common",
+    ),
+    "traffic selectors": (
+        lambda lab: load(lab, replace(HOST, remote_ts=("10.99.0.0/16",)), HOST),
+        "none of our traffic selectors",
+    ),
+    "unknown there": (lambda lab: load(lab, HOST, None), "no connection for us"),
+    "unknown here": (lambda lab: load(lab, replace(HOST, name="other"), None), "not found"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+async def test_a_failure_has_a_cause_soon(lab: Lab, client: IkeClient, name: str) -> None:
+    break_it, cause = FAILURES[name]
+    break_it(lab)
+    began = time.monotonic()
+    await client.initiate("host", "host", 10)
+    failed = (await until(client, NegotiationFailed))[-1]
+    assert isinstance(failed, NegotiationFailed)
+    assert cause in failed.cause
+    assert time.monotonic() - began < 1
+    assert await client.established() == ()
+
+
+async def test_silence_ends_at_the_limit_and_the_next_try_is_a_new_one(
+    lab: Lab, client: IkeClient
+) -> None:
+    load(lab, HOST, HOST)
+    lab.drop_ike()
+    began = time.monotonic()
+    await client.initiate("host", "host", 1)
+    failed = (await until(client, NegotiationFailed))[-1]
+    assert isinstance(failed, NegotiationFailed)
+    assert "slow or silent" in failed.cause
+    assert 1 <= time.monotonic() - began < 1.5
+    lab.drop_ike(False)
+    began = time.monotonic()
+    await client.initiate("host", "host", 10)
+    await until(client, ChildUp)
+    # The lab's charon retransmits after 2 s: this was a new negotiation.
+    assert time.monotonic() - began < 1
+
+
+async def test_the_daemon_is_killed(lab: Lab, client: IkeClient) -> None:
+    load(lab, HOST, HOST)
+    await client.initiate("host", "host", 10)
+    await until(client, ChildUp)
+    lab.a.charon.kill()
+    assert isinstance((await until(client, IkeGone))[-1], IkeGone)

@@ -1,0 +1,78 @@
+"""The lab leaves nothing: not at its end, not when it is interrupted, not when it was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.edges import cgroups
+from ipsecgate.lab.hosts import Lab
+from ipsecgate.lab.netns import RUN
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
+
+
+def commandline(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return "".join(
+            Path(f"/proc/{pid}/{f}").read_text(errors="replace") for f in ("cmdline", "environ")
+        )
+    return ""
+
+
+def remains(name: str) -> list[str]:
+    """Return what is left in the system that bears a lab's name."""
+    folders = (RUN, cgroups.root(), Path(tempfile.gettempdir()))
+    left = [str(p) for folder in folders for p in folder.iterdir() if p.name.startswith(name)]
+    pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
+    return left + [f"pid {p}" for p in pids if name in commandline(p) and p != os.getpid()]
+
+
+def gone(name: str) -> None:
+    deadline = time.monotonic() + 5
+    while left := remains(name):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_nothing_remains(error: type[BaseException] | None) -> None:
+    pids = []
+    try:
+        with Lab("ipsecgate-test-gone") as lab:
+            sleeper = lab.a.popen(["sleep", "1000"], cgroup=lab.cgroup("x/y"))
+            # One that leaves its parent behind, and one the lab didn't start itself.
+            lab.b.run(["sh", "-c", "sleep 1001 >/dev/null 2>&1 &"])
+            time.sleep(0.1)
+            pids = [sleeper.pid, *lab.a.namespace.pids(), *lab.b.namespace.pids()]
+            lab.capture().start()
+            lab.watch().start()
+            assert len(remains(lab.name)) >= 5
+            if error is not None:
+                raise error
+    except KeyboardInterrupt:
+        pass
+    assert len(pids) >= 5
+    gone("ipsecgate-test-gone")
+    # One that nobody has reaped yet has no command line any more.
+    assert not any(commandline(pid) for pid in pids)
+
+
+def test_what_a_killed_owner_left_is_swept() -> None:
+    owner = os.fork()
+    if owner == 0:
+        with Lab("ipsecgate-test-killed") as lab:
+            lab.a.popen(["sleep", "1002"], cgroup=lab.cgroup("x"))
+            os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(owner, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert len(remains("ipsecgate-test-killed")) >= 5
+    with Lab("ipsecgate-test-killed"):
+        pass
+    gone("ipsecgate-test-killed")
