@@ -112,8 +112,10 @@ class Controller:
         for command in self._gate.start():
             await self._execute(command)
         while True:
-            event = await self._queue.get()
-            for command in self._gate.step(event):
+            events = [await self._queue.get()]
+            while not self._queue.empty():
+                events.append(self._queue.get_nowait())
+            for command in self._gate.step(*events):
                 await self._execute(command)
             self._tell_ready()
 

@@ -60,8 +60,23 @@ class Gate:
             return []  # nothing known: the hooks refuse everything until IKE tells
         return [*self._refresh(), *self._ask_sources()]
 
-    def step(self, event: on.Event) -> list[do.Command]:
-        """Take in one event, return what to do about it, in order."""
+    def step(self, *events: on.Event) -> list[do.Command]:
+        """Take in events, return what to do about them, in order.
+
+        What the kernel told at one go is answered once: an SA comes in several
+        notifications, and only their sum says whether it protects.
+        """
+        commands: list[do.Command] = []
+        for at, event in enumerate(events, 1):
+            if isinstance(event, on.XfrmEvent):
+                self.mirror.apply(event)
+                if not isinstance(events[at] if at < len(events) else None, on.XfrmEvent):
+                    commands += self._follow_kernel()
+            else:
+                commands += self._take(event)
+        return commands
+
+    def _take(self, event: on.Event) -> list[do.Command]:
         match event:
             case on.FlowRefused():
                 return self._ask(event.flow, event.policy) + self._refresh()
@@ -86,8 +101,6 @@ class Gate:
                 return self.negotiations.done((event.ike, event.child))
             case on.TimerFired():
                 return self._timer(event.timer) + self._refresh()
-            case _:
-                self.mirror.apply(event)
         return self._follow_kernel()
 
     # --- tables -------------------------------------------------------------------

@@ -57,7 +57,7 @@ class RawNetlinkSocket(AsyncNetlinkSocket):  # type: ignore[misc]  # pyroute2 ha
                 self.local.transport,
                 self.local.protocol,
             ) = await asyncio.get_running_loop().create_datagram_endpoint(
-                lambda: _Protocol(self._on_datagram, self._on_error), sock=self.socket
+                lambda: _Protocol(self._on_datagram, self._on_error, self.drain), sock=self.socket
             )
 
     async def join(self, groups: Iterable[int], receive_buffer: int = RECEIVE_BUFFER) -> None:
@@ -88,13 +88,19 @@ class RawNetlinkSocket(AsyncNetlinkSocket):  # type: ignore[misc]  # pyroute2 ha
 
 
 class _Protocol(asyncio.DatagramProtocol):
-    def __init__(self, on_datagram: OnDatagram, on_error: OnError) -> None:
+    def __init__(
+        self, on_datagram: OnDatagram, on_error: OnError, drain: Callable[[], None]
+    ) -> None:
         self._on_datagram = on_datagram
         self._on_error = on_error
+        self._drain = drain
 
     def datagram_received(self, data: bytes, addr: tuple[int, int]) -> None:
         if addr[0] == 0:
             self._on_datagram(data)
+        # asyncio reads one datagram a turn. An SA comes with several, and the last one
+        # opens: whoever takes them in batches does so a turn earlier.
+        self._drain()
 
     def error_received(self, exc: Exception) -> None:
         self._on_error(exc if isinstance(exc, OSError) else OSError(str(exc)))

@@ -152,7 +152,13 @@ class Lab:
             self.drop_ike(False)
 
     def warm_up(self, modes: Sequence[str] = MODES, families: Sequence[int] = FAMILIES) -> None:
-        """Negotiate once per mode and family: the first SA ever loads cipher modules."""
+        """Load the ciphers, then negotiate once per mode and family.
+
+        The first SA of a fresh kernel takes seconds, because it loads modules: longer
+        than the lab's charon waits for an answer.
+        """
+        for family in families:
+            self.a.namespace.try_sa(self.a.outer[family], self.b.outer[family])
         for mode in modes:
             for family in families:
                 spec = ConnSpec(f"warm-{mode}-{family}", mode, family)

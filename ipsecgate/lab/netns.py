@@ -21,6 +21,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 from pyroute2 import netns as pyroute2_netns
 
+from ipsecgate.core.flow import Address
 from ipsecgate.errors import GateError
 
 RUN = Path("/run/netns")
@@ -135,6 +136,22 @@ class Namespace:
                 # An empty table answers ESRCH: it is what was asked for.
                 if code not in (0, -3):
                     raise OSError(-code, os.strerror(-code), f"XFRM flush in {self.name}")
+
+    def try_sa(self, source: Address, destination: Address) -> None:
+        """Install an SA of the lab's ciphers and take it away. Raises: LabError without ESP."""
+        name = f"src {source} dst {destination} proto esp spi 0x1000"
+        keys = ("enc", "cbc(aes)", "0x" + "11" * 16, "auth-trunc", "hmac(sha256)", "0x" + "11" * 32)
+        ip = ["ip", "-n", self.name, "xfrm", "state"]
+        for argv in (
+            [*ip, "add", *name.split(), "mode", "transport", *keys, "128"],
+            [*ip, "delete", *name.split()],
+        ):
+            run = subprocess.run(argv, capture_output=True, text=True, check=False)
+            if run.returncode:
+                raise LabError(
+                    f"no ESP SA in {self.name}: {run.stderr.strip()}",
+                    hint="`ipsecgate check` says what the kernel lacks",
+                )
 
     def pids(self) -> list[int]:
         """Return the processes whose main thread is in the namespace."""

@@ -119,6 +119,16 @@ def test_one_negotiation_however_many_flows_ask(trapped: Transcript) -> None:
     assert initiated(commands) == [NAME]
 
 
+def test_what_the_kernel_told_at_one_go_is_answered_once(trapped: Transcript) -> None:
+    trapped.after(REFUSED)
+    inbound = replace(SA, id=SaId(LOCAL, 0x11, ESP), saddr=PEER)
+    commands = trapped.take(trapped.gate.step(on.SaSet(inbound), on.SaSet(SA), on.PolicySet(TRAP)))
+    assert [type(c) for c in commands].count(do.SetEntry) == 1
+    assert trapped.is_open()
+    commands = trapped.take(trapped.gate.step(on.SaGone(SA.id), REFUSED, on.SaSet(SA)))
+    assert trapped.is_open()
+
+
 def test_without_a_trap_the_sa_alone_does_not_open() -> None:
     story = Transcript()
     story.after(on.KernelSnapshot((), ()), connected(), SOURCES, REFUSED)

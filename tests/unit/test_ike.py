@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.core.events import ChildUp, IkeEvent, IkeGone, IkeUp, NegotiationFailed
+from ipsecgate.core.events import (
+    ChildUp,
+    IkeEvent,
+    IkeGone,
+    IkeUp,
+    NegotiationDone,
+    NegotiationFailed,
+)
 from ipsecgate.core.vici import ViciError
 from ipsecgate.edges import negotiation, vici
 from ipsecgate.edges.ike import IkeClient
@@ -168,7 +175,7 @@ async def test_success_costs_one_silent_request(charon: FakeCharon, client: IkeC
     asked = await negotiate(charon, client)
     assert asked == [{"ike": "gw", "child": "net", "timeout": "5000", "loglevel": "-1"}]
     assert [name for name, _ in charon.requests] == ["initiate"]
-    assert await take(client) == [ChildUp(SA)]
+    assert await take(client) == [ChildUp(SA), NegotiationDone("gw", "net")]
     assert quiet(client)
 
 
@@ -201,6 +208,7 @@ async def test_a_duplicate_is_no_failure(charon: FakeCharon, client: IkeClient) 
     charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
     charon.handlers["initiate"] = answering(no("establishing CHILD_SA 'net' failed"))
     assert len(await negotiate(charon, client)) == 1
+    assert await take(client) == [NegotiationDone("gw", "net")]
     assert quiet(client)
 
 
