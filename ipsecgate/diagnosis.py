@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,12 @@ def _kernel() -> str:
     return f"Linux {release}"
 
 
+def _is_compiled(paths: Paths) -> bool:
+    return (paths.cache / f"{bytecode.cache_key()}.json").is_file()
+
+
 def _compiler(paths: Paths) -> str:
-    if (paths.cache / f"{bytecode.cache_key()}.json").is_file():
+    if _is_compiled(paths):
         return f"not needed: bytecode in {paths.cache}"
     if not bytecode.compiler_version():
         raise _MissingError("BCC is not installed", "apt install python3-bpfcc")
@@ -98,15 +103,20 @@ def _compiler(paths: Paths) -> str:
 
 
 def _bpffs(paths: Paths) -> str:
+    if "bpf" not in Path("/proc/filesystems").read_text().split():
+        raise _MissingError(
+            "the kernel has no bpffs", "CONFIG_BPF_SYSCALL is needed", KernelLacksError.exit_code
+        )
     if not probe.is_bpffs(paths.bpffs):
-        raise _MissingError(f"not mounted on {paths.bpffs}", f"mount -t bpf bpf {paths.bpffs}")
-    pins = pins_of(paths)
-    return f"{paths.bpffs}, instance {paths.instance} {'is' if pins.loaded else 'not'} loaded"
+        return f"not mounted on {paths.bpffs} yet: load and run do that"
+    loaded = "is" if pins_of(paths).loaded else "is not"
+    return f"{paths.bpffs}, instance {paths.instance} {loaded} loaded"
 
 
 def _hooks(paths: Paths) -> str:
     """Load the real programs, without pinning or attaching them."""
-    code = bytecode.get(paths.cache)
+    with tempfile.TemporaryDirectory() as folder:
+        code = bytecode.get(paths.cache if _is_compiled(paths) else Path(folder))
     fds = {}
     try:
         for name, shape in code.maps.items():

@@ -139,6 +139,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         if "--verbose" in arguments or "-v" in arguments:
             raise
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        _explain(GateError(f"{error.strerror}", hint="run it as root"), "--json" in arguments)
+        sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -72,3 +72,7 @@ def mermaid() -> str:
             names = (state.value.replace("-", "_"), target.value.replace("-", "_"))
             lines.append(f"    {names[0]} --> {names[1]}: {event.value}")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(mermaid(), end="")  # noqa: T201

@@ -51,7 +51,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Errnos:
-    """What a refused call returns. Source: docs/errno.md for what clients make of it."""
+    """What a refused call returns: by the state of the SA that the flow would need."""
 
     uncovered: int = EPERM
     negotiating: int = EPERM

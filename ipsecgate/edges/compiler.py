@@ -24,8 +24,7 @@ _PSEUDO_MAP_FD = 1
 def _module(sources: Path) -> tuple[Any, Any]:
     from bcc import BPF, lib  # noqa: PLC0415  36 ms and 64 MiB: only where it is used
 
-    # The macro guards keep BCC from looking at the running kernel's configuration.
-    return BPF(src_file=str(sources / "gate.bpf.c"), cflags=[f"-I{sources}"]), lib
+    return BPF(src_file=bytes(sources / "gate.bpf.c"), cflags=[f"-I{sources}"]), lib
 
 
 def _references(insns: bytes, names: dict[int, str]) -> dict[int, str]:

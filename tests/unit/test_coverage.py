@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,8 @@ def test_every_state_can_be_reached_in_the_diagram() -> None:
     drawn = mermaid()
     for coverage in Coverage:
         assert f"--> {coverage.value.replace('-', '_')}" in drawn
+
+
+def test_the_diagram_in_the_docs_is_current() -> None:
+    page = (Path(__file__).parents[2] / "docs/coverage.md").read_text()
+    assert f"```mermaid\n{mermaid()}```\n" in page

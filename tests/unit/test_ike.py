@@ -175,7 +175,7 @@ async def test_success_costs_one_silent_request(charon: FakeCharon, client: IkeC
     asked = await negotiate(charon, client)
     assert asked == [{"ike": "gw", "child": "net", "timeout": "5000", "loglevel": "-1"}]
     assert [name for name, _ in charon.requests] == ["initiate"]
-    assert await take(client) == [ChildUp(SA), NegotiationDone("gw", "net")]
+    assert await take(client, 2) == [ChildUp(SA), NegotiationDone("gw", "net")]
     assert quiet(client)
 
 

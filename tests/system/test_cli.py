@@ -1,0 +1,177 @@
+"""The command line as an operator meets it: screens, JSON, exit codes, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipsecgate.cli import main
+from ipsecgate.edges import cgroups
+from ipsecgate.edges.pins import HOOKS
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import ConnSpec, Lab
+
+
+@dataclass
+class Told:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Told]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, cache: Path, unique: str) -> Run:
+    """Run the command line in this process, with places of the test's own."""
+
+    def run(*arguments: str) -> Told:
+        places = ("--run-dir", str(tmp_path / "run"), "--cache-dir", str(cache), "-i", unique)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([*places, *arguments])
+        out, err = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Told(ended.value.code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def cgroup(unique: str) -> Iterator[Path]:
+    folder = cgroups.root() / unique
+    folder.mkdir()
+    yield folder
+    folder.rmdir()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
+        file = tmp_path / "ipsecgate.toml"
+        file.write_text(text)
+        return str(file)
+
+    return write
+
+
+def test_load_attach_detach_unload(run: Run, cgroup: Path, unique: str) -> None:
+    pins = Path("/sys/fs/bpf/ipsecgate") / unique
+    assert run("status").code == 1
+    assert run("attach", str(cgroup)).code == 1, "nothing is loaded"
+
+    assert run("load").code == 0
+    assert (pins / "maps/entries").exists()
+    assert run("--json", "attach", str(cgroup)).json == {"attached": str(cgroup)}
+    status = run("--json", "status")
+    assert status.code == 1, "no controller"
+    assert {h["hook"] for h in status.json["hooks"]} == HOOKS.keys()
+    assert all(h["attached"] and h["cgroup"] == str(cgroup) for h in status.json["hooks"])
+
+    refused = run("unload")
+    assert refused.code == 1
+    assert "unload --force" in refused.err
+    assert (pins / "maps/entries").exists(), "refused, and nothing changed"
+    assert run("detach", str(cgroup)).code == 0
+    assert run("detach", str(cgroup)).code == 1
+    assert run("unload").code == 0
+    assert not pins.exists()
+
+    run("load")
+    run("attach", str(cgroup))
+    assert run("unload", "--force").code == 0
+    assert not pins.exists()
+
+
+def test_a_removed_cgroup_is_told_and_can_be_detached(run: Run, unique: str) -> None:
+    folder = cgroups.root() / f"{unique}-gone"
+    folder.mkdir()
+    number = folder.stat().st_ino
+    run("load")
+    run("attach", str(folder))
+    folder.rmdir()
+    assert not any(h["attached"] for h in run("--json", "status").json["hooks"])
+    assert f"removed cgroup {number}" in run("status").out
+    assert run("detach", str(number)).code == 0
+    assert run("unload").code == 0
+
+
+POLICY = '[[policy]]\nname = "x"\nremote = ["10.0.0.0/8"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (POLICY + 'acton = "bypass"', "policy[1].acton: unknown key"),
+        (POLICY.replace("10.0.0.0/8", "10.0.0.1/8"), "policy[1].remote: '10.0.0.1/8'"),
+        (POLICY + POLICY, "policy 'x': the name is taken"),
+        ("[gate", "Expected ']'"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["load", "run"])
+def test_a_broken_configuration_changes_nothing(
+    run: Run, config: Callable[[str], str], unique: str, verb: str, text: str, said: str
+) -> None:
+    file = config(text)
+    told = run("--config", file, verb)
+    assert told.code == 2
+    assert f"{file}: " in told.err
+    assert said in told.err
+    assert not (Path("/sys/fs/bpf/ipsecgate") / unique).exists()
+
+
+def test_an_unreadable_configuration_changes_nothing(run: Run, tmp_path: Path, unique: str) -> None:
+    for file in (tmp_path / "missing.toml", tmp_path):
+        told = run("--config", str(file), "load")
+        assert told.code == 2
+        assert str(file) in told.err
+    assert not (Path("/sys/fs/bpf/ipsecgate") / unique).exists()
+
+
+def test_what_does_not_exist_is_told(run: Run) -> None:
+    run("load")
+    for target in ("/sys/fs/cgroup/none", "/tmp", "unit:none", "container:abcdef123456"):
+        assert run("attach", target).code == 2
+    assert run("--json", "attach", "unit:none").err.startswith("{")
+    assert run("frobnicate").code == 2
+    assert run("unload").code == 0
+
+
+def test_everything_is_ok_on_a_kernel_with_esp(cache: Path) -> None:
+    with Lab("ipsecgate-test-cli") as lab, Gated(lab, cache=cache) as gate:
+        told = gate.cli("--json", "check")
+        findings = json.loads(told.stdout)
+        assert [f["name"] for f in findings if not f["ok"]] == []
+        assert {"root", "kernel", "esp", "strongswan", "hooks", "cgroup2", "bpffs"} <= {
+            f["name"] for f in findings
+        }
+        assert told.returncode == 0
+
+        lab.load(ConnSpec("net", "tunnel", 4))
+        gate.wait_policy("net")
+        screen = gate.cli("status").stdout
+        for word in ("running", "net/net", "protect", "uncovered", "connect4", "sendmsg6"):
+            assert word in screen
+        document = gate.status()
+        assert document.keys() >= {
+            "mode", "controller", "hooks", "policies", "counters", "negotiations", "sas",
+        }  # fmt: skip
+        assert document["controller"]["pid"] == gate.process.pid if gate.process else False
+        assert document["counters"].keys() >= {"allowed", "refused", "held", "leaked_blocked"}
+
+        lab.a.charon.kill()
+        told = gate.cli("--json", "check", check=False)
+        assert [f["name"] for f in json.loads(told.stdout) if not f["ok"]] == ["strongswan"]
+        assert told.returncode == 1
