@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
@@ -56,7 +57,7 @@ def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
     else:
         app.out.print(closing(outcomes, told))
     if svg is not None:
-        picture = Console(record=True, width=100, file=io.StringIO(), highlight=False)
+        picture = Console(record=True, width=92, file=io.StringIO(), highlight=False)
         picture.print(Group(*map(line, outcomes), Text(), closing(outcomes, told)))
         picture.save_svg(str(svg), title="ipsecgate demo")
     return 0 if all(_clean(o) for o in outcomes if o.case.gated) else 1
@@ -130,22 +131,22 @@ def _clean(outcome: story.Outcome) -> bool:
 
 def line(outcome: story.Outcome) -> Text:
     """Return one event of the timeline."""
-    mark = Text("✓ " if _clean(outcome) else "✗ ", "green" if _clean(outcome) else "red")
+    good = _clean(outcome)
     text = Text.assemble(
-        mark,
-        (
-            "with    " if outcome.case.gated else "without ",
-            "bold cyan" if outcome.case.gated else "",
-        ),
-        f"{outcome.case!s:<32}",
-        f" SA after {_ms(outcome.sa_ready):>6} ms, ",
+        ("✓ " if good else "✗ ", "green" if good else "red"),
+        ("with    ", "bold cyan") if outcome.case.gated else "without ",
+        f"{_short(outcome.case):<18}  SA up {_ms(outcome.sa_ready):>4} ms, ",
     )
+    if outcome.error is not None:
+        return text.append(outcome.error, "red")
     if outcome.case.protocol == "tcp":
-        text.append(f"connected after {_ms(outcome.connected):>6} ms, ")
-        text.append(f"{outcome.syn_retransmissions} SYN retransmitted")
-    else:
-        text.append(f"{outcome.datagrams_lost} of {story.DATAGRAMS} datagrams lost")
-    return text
+        text.append(f"connected {_ms(outcome.connected):>4} ms, ")
+        return text.append(f"{outcome.syn_retransmissions} SYN sent again")
+    return text.append(f"{outcome.datagrams_lost} of {story.DATAGRAMS} datagrams lost")
+
+
+def _short(case: story.Case) -> str:
+    return f"{case.protocol.upper()} IPv{case.family} {case.mode}"
 
 
 def _ms(value: float | None) -> str:
@@ -153,56 +154,57 @@ def _ms(value: float | None) -> str:
 
 
 def closing(outcomes: Sequence[story.Outcome], told: Document) -> RenderableType:
-    """Return the closing table, and in words what was done where."""
-    table = Table(title="The first connection to a protected peer", title_style="bold")
-    table.add_column("")
-    for name in (
-        "first try\nto SA, ms",
-        "first try to\nconnected, ms",
-        "SYNs\nretransmitted",
-        f"datagrams lost\nof {story.DATAGRAMS}",
-        "packets\nin clear",
-        "refused\nattempts",
-    ):
-        table.add_column(name, justify="right")
+    """Return the closing table, and in words what was done where.
+
+    Each figure twice: without the gate, and with it.
+    """
+    table = Table(
+        title="The first connection to a protected peer: without the gate, and with it",
+        title_style="bold",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
+    table.add_column("first attempt", no_wrap=True)
+    for name in ("SA up\nms", "connect\nms", "SYN again\nor lost", "packets\nin clear"):
+        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(
+            "\nwith", justify="right", header_style="bold cyan", no_wrap=True, min_width=4
+        )
     by_case: dict[str, list[story.Outcome]] = {}
     for outcome in outcomes:
-        by_case.setdefault(str(outcome.case), []).append(outcome)
+        by_case.setdefault(_short(outcome.case), []).append(outcome)
     for name, pair in by_case.items():
-        table.add_section()
-        for outcome in pair:
-            gate = Text("  with the gate", "bold cyan") if outcome.case.gated else Text(f"{name}")
-            table.add_row(gate, *_cells(outcome))
-    return Group(table, Text(), *_words(outcomes, told))
+        cells = zip(*(_cells(outcome) for outcome in pair), strict=True)
+        table.add_row(name, *(cell for both in cells for cell in both))
+    return Group(table, *_words(outcomes, told))
 
 
 def _cells(outcome: story.Outcome) -> list[Text]:
-    def cell(value: float | None, *, zero_wanted: bool = False) -> Text:
-        style = ("green" if value == 0 else "red") if zero_wanted and value is not None else ""
-        return Text(_ms(value), style)
-
     tcp = outcome.case.protocol == "tcp"
+    lost = outcome.syn_retransmissions if tcp else outcome.datagrams_lost
     return [
-        cell(outcome.sa_ready),
-        cell(outcome.connected) if tcp else Text("-"),
-        cell(outcome.syn_retransmissions, zero_wanted=True) if tcp else Text("-"),
-        cell(outcome.datagrams_lost, zero_wanted=True),
-        cell(outcome.clear_packets, zero_wanted=True),
-        cell(outcome.refused) if outcome.case.gated else Text("-"),
+        Text(_ms(outcome.sa_ready)),
+        Text(_ms(outcome.connected) if tcp else "-"),
+        Text(outcome.error or str(lost), "red" if lost or outcome.error else "green"),
+        Text(str(outcome.clear_packets), "red" if outcome.clear_packets else "green"),
     ]
 
 
 def _words(outcomes: Sequence[story.Outcome], told: Document) -> list[Text]:
-    released = [o.released for o in outcomes if o.case.gated and o.released is not None]
+    gated = [o for o in outcomes if o.case.gated]
+    released = [o.released for o in gated if o.released is not None]
     lines = [
-        f"Two hosts with strongSwan and real ESP on Linux {told['kernel']}, PSK, a trap policy, "
-        f"{told['delay_ms']:g} ms one way. Without the gate: the kernel's defaults.",
-        "SYNs: the kernel's counter. Datagrams: counted by the receiver. "
-        "In clear: a capture between the hosts.",
+        f"Linux {told['kernel']}, strongSwan with PSK and trap policies, {told['delay_ms']:g} ms "
+        "one way. Without the gate: the kernel's defaults. With it: the same, and a client that "
+        f"tries again every millisecond ({sum(o.refused for o in gated)} attempts refused).",
+        "SYNs are the kernel's count, lost datagrams the receiver's; packets in clear are from a "
+        "capture between the hosts, and SA up is the kernel's own notification.",
     ]
     if released:
         lines.append(
-            "From the winning policy to the start of the attempt that succeeded, the client "
-            f"retrying every millisecond: median {median(released):.1f} ms of {len(released)}."
+            "From the winning policy to the start of the attempt that succeeded: "
+            f"median {median(released):.1f} ms of {len(released)}."
         )
     return [Text(text, "dim") for text in lines]

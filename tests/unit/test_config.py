@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from errno import EACCES, EHOSTUNREACH
 from ipaddress import ip_network
 from pathlib import Path
@@ -122,3 +123,13 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match=r"d\.toml: not UTF-8"):
         load(tmp_path / "d.toml")
+
+
+def test_the_example_in_the_readme_is_a_configuration(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", readme, re.S)
+    (tmp_path / "c.toml").write_text(example)
+    config = load(tmp_path / "c.toml")
+    assert [p.name for p in config.settings.policies] == ["db"]
+    default = Config().settings
+    assert config.settings.errnos == default.errnos, "it shows the defaults"
