@@ -7,7 +7,7 @@ LIMIT ?= 900
 # More for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -26,6 +26,9 @@ test: setup ## the whole suite
 	$(BIN)/pytest tests/unit tests/guest --junitxml=$(RESULTS)/unit.xml $(ARGS)
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- \
 	    $(BIN)/pytest tests/system --junitxml=$(RESULTS)/system.xml $(ARGS)
+
+bench: setup ## measurements: ratios and medians, on this machine
+	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection
 
 lint: setup ## style and types only (they are part of the tests, too)
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -76,8 +77,11 @@ def _here(delay: float, mode: str, console: Console) -> Document:
         if not console.is_terminal:
             console.print(text)
 
-    with Live(spinner, console=console, transient=True, refresh_per_second=8):
-        for outcome in story.tell(wanted, delay, progress):
+    with (
+        Live(spinner, console=console, transient=True, refresh_per_second=8),
+        contextlib.closing(story.tell(wanted, delay, progress)) as told,
+    ):
+        for outcome in told:
             outcomes.append(outcome)
             console.print(line(outcome))
     return {

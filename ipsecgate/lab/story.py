@@ -13,7 +13,7 @@ while it is refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -86,7 +86,7 @@ def cases(
 
 def tell(
     wanted: Sequence[Case], delay: float, progress: Progress = lambda _: None
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Build the lab, run the cases in order, yield what was measured, take all down.
 
     `delay`: one way, in milliseconds. Raises: LabError.

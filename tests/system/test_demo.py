@@ -1,0 +1,56 @@
+"""`ipsecgate demo` where ESP is: what it tells, and that it cleans up, interrupted too."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from ipsecgate.edges import cgroups
+from ipsecgate.lab.netns import RUN
+
+DEMO = (sys.executable, "-m", "ipsecgate", "--json", "demo", "--mode", "tunnel")
+
+
+def left_behind() -> set[str]:
+    """Return everything of a lab that exists now."""
+    places = (RUN, cgroups.root(), Path("/tmp"), Path("/sys/fs/bpf/ipsecgate"))
+    found = {str(p) for place in places if place.is_dir() for p in place.glob("*lab-*")}
+    charons = subprocess.run(["pgrep", "-f", "charon-systemd"], capture_output=True, check=False)
+    return found | set(charons.stdout.decode().split())
+
+
+def test_the_document_and_nothing_left() -> None:
+    before = left_behind()
+    run = subprocess.run(DEMO, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout)
+    cases = told["cases"]
+    assert len(cases) == 8
+    for case in cases:
+        assert case["error"] is None
+        assert case["clear_packets"] == 0
+        assert case["sa_ready"] > 0
+        tcp = case["case"]["protocol"] == "tcp"
+        if case["case"]["gated"]:
+            assert (case["syn_retransmissions"], case["datagrams_lost"] or 0) == (0, 0)
+            assert case["refused"] > 0
+        else:
+            assert (case["syn_retransmissions"] if tcp else case["datagrams_lost"]) > 0
+    assert left_behind() <= before
+
+
+def test_interrupted_it_leaves_nothing_behind() -> None:
+    before = left_behind()
+    with subprocess.Popen(DEMO, stderr=subprocess.PIPE, text=True) as demo:
+        assert demo.stderr
+        for line in demo.stderr:
+            if "TCP over IPv4, tunnel mode, with the gate" in line:
+                break
+        assert left_behind() - before
+        demo.send_signal(signal.SIGINT)
+        demo.stderr.read()
+        assert demo.wait(30) == 130
+    assert left_behind() <= before
