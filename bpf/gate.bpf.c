@@ -17,6 +17,7 @@
 #define EPERM 1
 #define AF_INET 4
 #define AF_INET6 6
+#define UDP 17
 
 BPF_ARRAY(settings, __u64, GATE_SETTINGS);
 BPF_ARRAY(masks, struct gate_masks, GATE_TABLES * GATE_BUFFERS);
@@ -67,6 +68,7 @@ static __always_inline struct gate_entry *classify(__u32 table, __u64 epoch,
 		key.family = flow->family;
 		key.space = space;
 		key.tuple = i;
+		key.mark = flow->mark & mask->mark;
 		entry = entries.lookup(&key);
 		if (entry)
 			return entry;
@@ -90,11 +92,26 @@ static __always_inline int is_loopback(const struct gate_key *flow)
 	return !(d[0] | d[1] | d[2]) && (!d[3] || d[3] == bpf_htonl(1));
 }
 
+/* A host without an address asks for one: RFC 2131 section 4.1, RFC 8415 section 7.1.
+ * Never past the link, and no SA could have it. */
+static __always_inline int is_dhcp(const struct gate_key *flow)
+{
+	const __u32 *d = flow->daddr;
+
+	if (flow->proto != UDP)
+		return 0;
+	if (flow->family == AF_INET)
+		return flow->dport == bpf_htons(67) && d[3] == ~0U;
+	return flow->dport == bpf_htons(547) && d[0] == bpf_htonl(0xff020000) && !d[1] &&
+	       !d[2] && d[3] == bpf_htonl(0x00010002);
+}
+
 static __always_inline int is_exempt(const struct gate_key *flow)
 {
 	__u64 ike = setting(GATE_IKE);
 
-	return is_loopback(flow) || (ike && bpf_get_current_pid_tgid() >> 32 == ike);
+	return is_loopback(flow) || is_dhcp(flow) ||
+	       (ike && bpf_get_current_pid_tgid() >> 32 == ike);
 }
 
 static __always_inline void tell(const struct gate_key *flow, __u32 reason, __u32 policy,
@@ -149,14 +166,17 @@ static __always_inline int refuse(const struct gate_key *flow, int reason,
 	return 0;
 }
 
-/* Fill in the source that the kernel's routing would choose; 0: unknown. */
-static __always_inline int route(struct gate_key *flow)
+/* Fill in the source that the kernel's routing would choose; 0: unknown. The table
+ * is for sockets without a mark or a device: routing may choose another for those. */
+static __always_inline int route(struct gate_key *flow, int plain)
 {
 	struct gate_route to = { .prefixlen = 128 };
 	struct gate_source *source;
 
 	if (flow->family == AF_INET ? flow->saddr[3] : !is_zero(flow->saddr))
 		return 1;
+	if (!plain)
+		return 0;
 	__builtin_memcpy(to.daddr, flow->daddr, sizeof(to.daddr));
 	source = sources.lookup(&to);
 	if (!source || is_zero(source->saddr))
@@ -165,7 +185,7 @@ static __always_inline int route(struct gate_key *flow)
 	return 1;
 }
 
-static __always_inline int verdict(const struct gate_key *flow, __u32 hook)
+static __always_inline int verdict(const struct gate_key *flow, struct bpf_sock *sk, __u32 hook)
 {
 	__u64 epoch = setting(GATE_EPOCH + GATE_POLICY);
 	struct gate_entry *policy = epoch ? classify(GATE_POLICY, epoch, flow) : 0;
@@ -184,7 +204,7 @@ static __always_inline int verdict(const struct gate_key *flow, __u32 hook)
 		return refuse(flow, GATE_REFUSE_DEFAULT, 0, hook);
 	if (policy->state != GATE_PROTECT)
 		return refuse(flow, GATE_REFUSE_DISCARD, policy, hook);
-	if (!route(&routed))
+	if (!route(&routed, !flow->mark && !(sk && sk->bound_dev_if)))
 		return refuse(flow, GATE_REFUSE_NO_SOURCE, policy, hook);
 	winner = classify(GATE_SPD, setting(GATE_EPOCH + GATE_SPD), &routed);
 	if (!winner || winner->state != GATE_LIVE)
@@ -208,12 +228,14 @@ static __always_inline int gate_v4(struct bpf_sock_addr *ctx, __u32 saddr, __u32
 
 	if (!saddr && sk)
 		saddr = sk->src_ip4;
-	if (sk)
+	if (sk) {
 		flow.sport = bpf_htons(sk->src_port);
+		flow.mark = sk->mark;
+	}
 	map_v4(flow.saddr, saddr);
 	map_v4(flow.daddr, ctx->user_ip4);
 	flow.dport = ctx->user_port;
-	return verdict(&flow, hook);
+	return verdict(&flow, sk, hook);
 }
 
 /* A v4-mapped destination leaves as IPv4, through whichever socket it came. */
@@ -229,6 +251,7 @@ static __always_inline int gate_v6(struct bpf_sock_addr *ctx, __u32 *saddr, __u3
 	flow.dport = ctx->user_port;
 	if (sk) {
 		flow.sport = bpf_htons(sk->src_port);
+		flow.mark = sk->mark;
 		if (is_zero(saddr)) {
 			saddr[0] = sk->src_ip6[0];
 			saddr[1] = sk->src_ip6[1];
@@ -242,7 +265,7 @@ static __always_inline int gate_v6(struct bpf_sock_addr *ctx, __u32 *saddr, __u3
 	} else {
 		__builtin_memcpy(flow.saddr, saddr, sizeof(flow.saddr));
 	}
-	return verdict(&flow, hook);
+	return verdict(&flow, sk, hook);
 }
 
 int connect4(struct bpf_sock_addr *ctx)

@@ -38,6 +38,7 @@ struct gate_key {
 	__u8 family;    /* 4 or 6: what the wire will see */
 	__u8 space;
 	__u8 tuple;
+	__u32 mark;     /* SO_MARK, host order */
 };
 
 struct gate_masks {

@@ -43,6 +43,7 @@ class Flow:
     """A request of an application: connect() or a datagram's sendto().
 
     `saddr` None and `sport` 0: the socket is not bound, the kernel will choose.
+    `mark` is the socket's SO_MARK.
     Source: US 7,028,332 claim 1 (source and destination address, protocol, ports).
     """
 
@@ -51,6 +52,7 @@ class Flow:
     dport: int
     saddr: Address | None = None
     sport: int = 0
+    mark: int = 0
 
     def __str__(self) -> str:
         host = f"[{self.daddr}]" if self.daddr.version == 6 else str(self.daddr)

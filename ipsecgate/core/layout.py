@@ -90,6 +90,7 @@ class Key:
     dport: int = 0
     proto: int = 0
     family: int = 0
+    mark: int = 0
 
     def masked(self, mask: Key) -> Key:
         """Return the bits that the mask keeps."""
@@ -105,13 +106,14 @@ class Entry:
     id: int = 0
 
 
-_KEY = struct.Struct("!16s16sHHBBBB")
+_KEY = struct.Struct("!16s16sHHBBBB")  # and then:
+_MARK = struct.Struct("=I")
 _ENTRY = struct.Struct("=III")
 _ROUTE = struct.Struct("=I16s")
-_EVENT = struct.Struct("=QQ40sIIII16s")
+_EVENT = struct.Struct("=QQ44sIIII16s")
 SETTING = struct.Struct("=Q")
 INDEX = struct.Struct("=I")
-KEY_SIZE = _KEY.size
+KEY_SIZE = _KEY.size + _MARK.size
 ENTRY_SIZE = _ENTRY.size
 EVENT_SIZE = _EVENT.size
 ROUTE_SIZE = _ROUTE.size
@@ -142,11 +144,12 @@ def flow_key(flow: Flow) -> Key:
         flow.dport,
         flow.proto,
         family,
+        flow.mark,
     )
 
 
 def pack_key(key: Key, space: int = 0, tuple_: int = 0) -> bytes:
-    """Return struct gate_key, 40 bytes."""
+    """Return struct gate_key, 44 bytes."""
     return _KEY.pack(
         key.saddr.to_bytes(16),
         key.daddr.to_bytes(16),
@@ -156,13 +159,15 @@ def pack_key(key: Key, space: int = 0, tuple_: int = 0) -> bytes:
         key.family,
         space,
         tuple_,
-    )
+    ) + _MARK.pack(key.mark)
 
 
 def unpack_key(raw: bytes) -> tuple[int, Key]:
     """Return a map key's tuple and masked flow."""
-    saddr, daddr, sport, dport, proto, family, _space, tuple_ = _KEY.unpack(raw)
-    return tuple_, Key(int.from_bytes(saddr), int.from_bytes(daddr), sport, dport, proto, family)
+    saddr, daddr, sport, dport, proto, family, _space, tuple_ = _KEY.unpack_from(raw)
+    (mark,) = _MARK.unpack_from(raw, _KEY.size)
+    source, destination = int.from_bytes(saddr), int.from_bytes(daddr)
+    return tuple_, Key(source, destination, sport, dport, proto, family, mark)
 
 
 def unpack_masks(raw: bytes) -> tuple[Key, ...]:
@@ -218,19 +223,19 @@ def unpack_event(record: bytes) -> FlowRefused:
     if len(record) < EVENT_SIZE:
         raise LayoutError(f"event of {len(record)} bytes, expected {EVENT_SIZE}")
     _ns, cgroup, raw, reason, policy, pid, _hook, comm = _EVENT.unpack_from(record)
-    saddr, daddr, sport, dport, proto, family, _space, _tuple = _KEY.unpack(raw)
-    if family not in (4, 6):
-        raise LayoutError(f"event with address family {family}")
+    _, key = unpack_key(raw)
+    if key.family not in (4, 6):
+        raise LayoutError(f"event with address family {key.family}")
     if reason not in Reason.__members__.values():
         raise LayoutError(f"event with reason {reason}")
-    bits = int.from_bytes(saddr)
-    unbound = address_bits(None, family)
+    unbound = key.saddr == address_bits(None, key.family)
     flow = Flow(
-        daddr=address_from_bits(int.from_bytes(daddr), family),
-        proto=proto,
-        dport=dport,
-        saddr=None if bits == unbound else address_from_bits(bits, family),
-        sport=sport,
+        daddr=address_from_bits(key.daddr, key.family),
+        proto=key.proto,
+        dport=key.dport,
+        saddr=None if unbound else address_from_bits(key.saddr, key.family),
+        sport=key.sport,
+        mark=key.mark,
     )
     return FlowRefused(
         flow=flow,

@@ -7,8 +7,9 @@ Rules of this module (validated against the kernel, see docs/protected.md):
   its reqid, protocol, mode and SPI (0 is any); in tunnel mode the endpoints are
   the template's, in transport mode the flow's own. A state's selector narrows.
 - Anything else that wins, BLOCK or no template, leaves the flow unprotected.
-- Flows carry no mark and no interface id here, so policies that ask for one
-  match none of them.
+- A policy's mark is matched against the flow's, a state's against its policy's.
+- A flow has no interface id (it gets one inside an XFRM interface, which the
+  hooks do not see), so policies that ask for one match none.
 
 Source: RFC 4301 section 4.4; xfrm_policy_match(), xfrm_tmpl_resolve_one().
 """
@@ -43,20 +44,32 @@ def live_regions(entry: SpdEntry, sas: Mapping[int, list[Sa]]) -> list[Ternary]:
     templates = [t for t in entry.templates if not t.optional]
     if entry.action is not Action.PROTECT or not templates or entry.key.selector.ifindex:
         return []
-    regions = [from_selector(entry.key.selector)]
+    mark = entry.key.mark
+    regions = [region_of(entry)]
     for template in templates:
+        fitting = [
+            sa
+            for sa in sas.get(template.reqid, ())
+            if not sa.if_id and mark.value & mark.mask & sa.mark.mask == sa.mark.value
+        ]
         narrowed = [
-            region.intersect(part) for region in regions for part in _protected_by(template, sas)
+            region.intersect(part)
+            for region in regions
+            for part in _protected_by(template, fitting)
         ]
         regions = [region for region in narrowed if region is not None]
     return regions
 
 
-def _protected_by(template: Template, sas: Mapping[int, list[Sa]]) -> Iterator[Ternary]:
-    for sa in sas.get(template.reqid, ()):
-        if sa.larval or sa.if_id or sa.mark.value:
-            continue
-        if (sa.id.proto, sa.mode) != (template.proto, template.mode):
+def region_of(entry: SpdEntry) -> Ternary:
+    """Return the flows that a policy's selector and mark match."""
+    mark = entry.key.mark
+    return from_selector(entry.key.selector, (mark.value, mark.mask))
+
+
+def _protected_by(template: Template, sas: Iterable[Sa]) -> Iterator[Ternary]:
+    for sa in sas:
+        if sa.larval or (sa.id.proto, sa.mode) != (template.proto, template.mode):
             continue
         if template.spi not in (0, sa.id.spi):
             continue
@@ -77,11 +90,11 @@ def spd_rules(policies: Iterable[SpdEntry], sas: Iterable[Sa]) -> list[Rule]:
     index = by_reqid(sas)
     rules: list[Rule] = []
     applicable = sorted(
-        (p for p in policies if not p.key.if_id and not p.key.mark.value),
+        (p for p in policies if not p.key.if_id and not p.key.mark.value & ~p.key.mark.mask),
         key=lambda p: p.priority,
     )
     for _, group in groupby(applicable, key=lambda p: p.priority):
-        tied = [(from_selector(p.key.selector), live_regions(p, index)) for p in group]
+        tied = [(region_of(p), live_regions(p, index)) for p in group]
         rules.extend(_disagreements(tied))
         for selector, regions in tied:
             rules.extend(Rule(region, LIVE) for region in regions)
@@ -91,8 +104,9 @@ def spd_rules(policies: Iterable[SpdEntry], sas: Iterable[Sa]) -> list[Rule]:
 
 def _disagreements(tied: list[tuple[Ternary, list[Ternary]]]) -> Iterator[Rule]:
     """Yield what two policies of one priority share, unless both protect all of it."""
-    if len({selector.mask for selector, _ in tied}) == 1:
-        return  # equal masks: selectors are equal or apart, and equal ones are one policy
+    selectors = {selector for selector, _ in tied}
+    if len(selectors) == len(tied) and len({selector.mask for selector in selectors}) == 1:
+        return  # of one mask and not equal: they have no flow in common
     for (a, a_live), (b, b_live) in combinations(tied, 2):
         shared = a.intersect(b)
         if shared is not None and not (a in a_live and b in b_live):

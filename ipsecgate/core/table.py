@@ -45,7 +45,7 @@ class Ternary:
 
 
 def _bits(key: Key) -> tuple[int, ...]:
-    return key.saddr, key.daddr, key.sport, key.dport, key.proto, key.family
+    return key.saddr, key.daddr, key.sport, key.dport, key.proto, key.family, key.mark
 
 
 def _merge(a: Key, b: Key) -> Key:
@@ -66,17 +66,18 @@ def ternary(
     proto: int = 0,
     sport: tuple[int, int] = (0, 0),
     dport: tuple[int, int] = (0, 0),
+    mark: tuple[int, int] = (0, 0),
 ) -> Ternary:
-    """Build a ternary of one family; ports are (value, mask), `src` None is any."""
+    """Build a ternary of one family; ports and mark are (value, mask), `src` None is any."""
     daddr, daddr_mask = network_bits(dst)
     saddr, saddr_mask = network_bits(src) if src is not None else (0, 0)
     return Ternary(
-        Key(saddr, daddr, sport[0] & sport[1], dport[0] & dport[1], proto, dst.version),
-        Key(saddr_mask, daddr_mask, sport[1], dport[1], 0xFF if proto else 0, 0xFF),
+        Key(saddr, daddr, sport[0] & sport[1], dport[0] & dport[1], proto, dst.version, mark[0]),
+        Key(saddr_mask, daddr_mask, sport[1], dport[1], 0xFF if proto else 0, 0xFF, mark[1]),
     )
 
 
-def from_selector(selector: Selector) -> Ternary:
+def from_selector(selector: Selector, mark: tuple[int, int] = (0, 0)) -> Ternary:
     """Return an XFRM selector as a ternary; its interface index is not looked at."""
     return ternary(
         selector.dst,
@@ -84,6 +85,7 @@ def from_selector(selector: Selector) -> Ternary:
         proto=selector.proto,
         sport=(selector.sport, selector.sport_mask),
         dport=(selector.dport, selector.dport_mask),
+        mark=mark,
     )
 
 

@@ -41,6 +41,7 @@ SO_RCVBUFFORCE = 33
 POLICY_OUT = 1
 # Offsets in struct xfrm_usersa_info: the SA's id, its source, its family.
 SA_ID, SA_SOURCE, SA_FAMILY = 56, 80, 212
+EXPIRE_HARD = 224  # after a whole struct xfrm_usersa_info
 # struct xfrm_usersa_id of DELSA: daddr, spi, family.
 # Where dir is in struct xfrm_userpolicy_info and in struct xfrm_userpolicy_id.
 POLICY_DIR, POLICY_ID_DIR, POLICY_FAMILY = 160, 60, 40
@@ -52,7 +53,8 @@ WANTED_POLICY = ("NEWPOLICY", "UPDPOLICY")
 class XfrmSeen:
     """One event: `name` as in linux/xfrm.h without XFRM_MSG_; `time` on CLOCK_MONOTONIC.
 
-    `outbound` is None where the message doesn't say; `spi` is 0 for a policy.
+    `outbound` is None where the message doesn't say; `spi` is 0 for a policy. `hard`: an
+    EXPIRE after which the SA is gone, though no DELSA says so.
     """
 
     time: float
@@ -61,6 +63,7 @@ class XfrmSeen:
     saddr: Address | None = None
     daddr: Address | None = None
     spi: int = 0
+    hard: bool = False
 
 
 class SaWatch:
@@ -167,7 +170,8 @@ def _event(name: str, body: bytes, now: float, local: set[Address]) -> XfrmSeen:
             saddr = _address(body, SA_SOURCE, family)
             daddr = _address(body, SA_ID, family)
             (spi,) = struct.unpack_from("!I", body, SA_ID + 16)
-            return XfrmSeen(now, name, saddr in local, saddr, daddr, spi)
+            hard = name == "EXPIRE" and body[EXPIRE_HARD] != 0
+            return XfrmSeen(now, name, saddr in local, saddr, daddr, spi, hard)
         if name == "DELSA":
             spi, family = struct.unpack_from("!I", body, 16)[0], body[20]
             daddr = _address(body, 0, family)

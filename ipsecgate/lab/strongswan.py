@@ -142,7 +142,8 @@ class Charon:
                 f"strongSwan is not complete: {' '.join(missing) or DAEMON} missing",
                 hint="install charon-systemd, strongswan-libcharon and libstrongswan",
             )
-        (folder / "strongswan.conf").write_text(SETTINGS.format(load=LOAD, folder=folder))
+        self._settings = folder / "strongswan.conf"
+        self._settings.write_text(SETTINGS.format(load=LOAD, folder=folder))
 
     @property
     def pid(self) -> int:
@@ -162,7 +163,7 @@ class Charon:
         with (self.folder / "charon.out").open("wb") as out:
             self._process = subprocess.Popen(
                 [*self._launcher, str(DAEMON)],
-                env={"STRONGSWAN_CONF": str(self.folder / "strongswan.conf")},
+                env={"STRONGSWAN_CONF": str(self._settings)},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -202,6 +203,16 @@ class Charon:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self.vici_socket))
             yield vici.Session(sock)
+
+    def configure(self, settings: str) -> None:
+        """Have these lines in force beside the lab's own settings, instead of those before.
+
+        Of what charon reads while it runs, such as make_before_break.
+        """
+        own = SETTINGS.format(load=LOAD, folder=self.folder)
+        self._settings.write_text(f"{own}charon-systemd {{\n{settings}\n}}\n")
+        with self.session() as session:
+            session.reload_settings()
 
     def load(self, section: Mapping[str, Any]) -> None:
         """Load a connection: see `connection()`. Raises: CommandException."""

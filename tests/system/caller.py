@@ -1,6 +1,6 @@
 """A process that makes the system calls it is told to: one JSON line in, one errno out.
 
-    {"call": "tcp", "address": "::1", "port": 80, "bind": null}  ->  "" or "EPERM"
+    {"call": "tcp", "address": "::1", "port": 80, "bind": null, "options": []}  ->  "" or "EPERM"
 
 TCP does not wait: EINPROGRESS means that a SYN is on its way.
 """
@@ -12,6 +12,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 IP_FREEBIND = 15
@@ -27,11 +28,20 @@ class Caller:
             ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def __call__(self, call: str, address: str, port: int = 80, *, bind: str | None = None) -> str:
-        """Make a call; return "" or the errno's name."""
+    def __call__(
+        self,
+        call: str,
+        address: str,
+        port: int = 80,
+        *,
+        bind: str | None = None,
+        options: Sequence[tuple[int, int, int]] = (),
+    ) -> str:
+        """Make a call; return "" or the errno's name. `options`: level, name, value."""
         assert self.process.stdin
         assert self.process.stdout
-        words = {"call": call, "address": address, "port": port, "bind": bind}
+        words: dict[str, object] = {"call": call, "address": address, "port": port, "bind": bind}
+        words["options"] = [list(option) for option in options]
         self.process.stdin.write(json.dumps(words) + "\n")
         self.process.stdin.flush()
         return self.process.stdout.readline().strip()
@@ -42,11 +52,13 @@ class Caller:
         self.process.communicate()
 
 
-def attempt(call: str, address: str, port: int, bind: str | None) -> None:
+def attempt(call: str, address: str, port: int, bind: str | None, options: list[list[int]]) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     kind = socket.SOCK_STREAM if call == "tcp" else socket.SOCK_DGRAM
     with socket.socket(family, kind) as sock:
         sock.setblocking(False)
+        for level, name, value in options:
+            sock.setsockopt(level, name, value)
         if bind:
             sock.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
             sock.bind((bind, 0))

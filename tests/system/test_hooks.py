@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Bed:
     data: Datapath
     gated: Caller
     free: Caller
+    link: int
     refusals: list[FlowRefused] = field(default_factory=list)
     before: Mapping[Reason, int] = field(default_factory=dict)
 
@@ -88,10 +90,12 @@ def module_bed(cache: Path) -> Iterator[Bed]:
         pins.attach(cgroup)
         data = Datapath(pins)
         stack.callback(data.close)
+        with namespace.route() as route:
+            (link,) = route.link_lookup(ifname="out0")
         gated, free = Caller(namespace.path, cgroup), Caller(namespace.path, None)
         stack.callback(free.close)
         stack.callback(gated.close)
-        bed = Bed(cgroup, pins, data, gated, free)
+        bed = Bed(cgroup, pins, data, gated, free, link)
         data.open_ring(bed.refusals.append)
         yield bed
 
@@ -202,6 +206,34 @@ def test_the_source_decides(bed: Bed) -> None:
     assert bed.gated("tcp", PEER[4]) == "EPERM"
     assert bed.counted(Reason.REFUSE_NO_SOURCE) == 1
     assert went_out(bed.gated("tcp", PEER[4], bind=str(HERE[4])))
+
+
+def test_a_mark_is_matched_and_leaves_the_source_open(bed: Bed) -> None:
+    mark = [(socket.SOL_SOCKET, socket.SO_MARK, 5)]
+    source = str(HERE[4])
+    marked = ternary(THERE[4], src=ip_network(source), mark=(5, 0xFF))
+    bed.publish(TableId.SPD, Rule(marked, Entry(State.DEAD)), *live())
+    assert went_out(bed.gated("tcp", PEER[4], bind=source))
+    assert bed.gated("tcp", PEER[4], bind=source, options=mark) == "EPERM"
+    assert bed.counted(Reason.REFUSE_UNCOVERED) == 1
+    bed.publish(TableId.SPD, *live())
+    assert went_out(bed.gated("tcp", PEER[4], bind=source, options=mark))
+    # Routing may choose another source for it, and the table cannot tell.
+    assert bed.gated("tcp", PEER[4], options=mark) == "EPERM"
+    assert bed.counted(Reason.REFUSE_NO_SOURCE) == 1
+
+
+def test_dhcp_is_exempt_and_its_neighbours_are_not(bed: Bed) -> None:
+    bed.data.set(Setting.DENY, 1)
+    broadcast = [(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)]
+    link = [(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, bed.link)]
+    assert bed.gated("sendto", "255.255.255.255", 67, options=broadcast) == ""
+    assert bed.gated("sendto", "ff02::1:2", 547, options=link) == ""
+    assert bed.counted(Reason.ALLOW_EXEMPT) == 2
+    assert bed.gated("sendto", "255.255.255.255", 68, options=broadcast) == "EPERM"
+    assert bed.gated("sendto", "255.255.255.254", 67, options=broadcast) == "EPERM"
+    assert bed.gated("sendto", "ff02::1:3", 547, options=link) == "EPERM"
+    assert bed.gated("sendto", "ff05::1:2", 547, options=link) == "EPERM"
 
 
 def test_actions_come_before_coverage(bed: Bed) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
@@ -64,12 +65,14 @@ def test_key_fields_are_where_python_packs_them(
     for name, kind, *count in described["entries"][0][1]:
         at[name] = offset
         offset += SIZES[kind] * (count[0][0] if count else 1)
-    raw = layout.pack_key(layout.Key(1, 2, 0x0304, 0x0506, 7, 8), space=9, tuple_=10)
+    raw = layout.pack_key(layout.Key(1, 2, 0x0304, 0x0506, 7, 8, 0xB), space=9, tuple_=10)
     assert raw[at["saddr"] : at["saddr"] + 16] == (1).to_bytes(16)
     assert raw[at["daddr"] : at["daddr"] + 16] == (2).to_bytes(16)
     assert raw[at["sport"] : at["sport"] + 2] == b"\x03\x04"
     assert raw[at["dport"] : at["dport"] + 2] == b"\x05\x06"
     assert [raw[at[f]] for f in ("proto", "family", "space", "tuple")] == [7, 8, 9, 10]
+    assert int.from_bytes(raw[at["mark"] : at["mark"] + 4], sys.byteorder) == 0xB
+    assert layout.unpack_key(raw) == (10, layout.Key(1, 2, 0x0304, 0x0506, 7, 8, 0xB))
     assert at["space"] == layout.SPACE_OFFSET
 
 

@@ -115,6 +115,12 @@ def test_ties_that_disagree_count_as_unprotected() -> None:
         assert live(order, [SA, both])
 
 
+def test_policies_that_differ_in_their_interface_only_count_as_disagreeing() -> None:
+    bound = policy(selector(ifindex=2), TUNNEL)
+    assert not live([NET, bound], [SA])
+    assert not live([bound, NET], [SA])
+
+
 def test_masked_ports_and_protocol() -> None:
     dns = policy(selector(proto=UDP, dport=5296, dport_mask=0xFFF0), TUNNEL)
     assert live([dns], [SA], replace(FLOW, proto=UDP, dport=5300))
@@ -122,8 +128,21 @@ def test_masked_ports_and_protocol() -> None:
     assert not live([dns], [SA], replace(FLOW, proto=TCP, dport=5300))
 
 
+def test_a_policys_mark_is_the_flows_a_states_mark_is_the_policys() -> None:
+    marked = policy(selector(), TUNNEL, mark=Mark(5, 0xFF))
+    flow = replace(FLOW, mark=0x105)
+    assert live([marked], [SA], flow)
+    assert not live([marked], [SA])
+    assert live([marked], [replace(SA, mark=Mark(5, 0xFF))], flow)
+    assert not live([marked], [replace(SA, mark=Mark(6, 0xFF))], flow)
+    assert not live([NET], [replace(SA, mark=Mark(5, 0xFF))], flow)
+    assert not live([policy(selector(), TUNNEL, mark=Mark(5, 0x2))], [SA], flow)
+
+
 def test_policies_for_marked_flows_and_interfaces() -> None:
-    assert live([NET, policy(selector(), priority=1, mark=Mark(5, 0xFF))], [SA])
+    block = policy(selector(), priority=1, mark=Mark(5, 0xFF))
+    assert live([NET, block], [SA])
+    assert not live([NET, block], [SA], replace(FLOW, mark=5))
     assert live([NET, policy(selector(), priority=1, if_id=3)], [SA])
     assert not live([NET, policy(selector(ifindex=2), TUNNEL, priority=1)], [SA])
 
