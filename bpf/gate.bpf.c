@@ -26,6 +26,7 @@ BPF_LPM_TRIE(sources, struct gate_route, struct gate_source, GATE_SOURCES);
 BPF_TABLE("lru_hash", struct gate_key, __u64, recent, GATE_RECENT);
 BPF_PERCPU_ARRAY(counters, __u64, GATE_COUNTERS);
 BPF_RINGBUF_OUTPUT(events, GATE_RING_PAGES);
+BPF_SK_STORAGE(sockets, struct gate_association);
 
 static __always_inline __u64 setting(int which)
 {
@@ -185,13 +186,53 @@ static __always_inline int route(struct gate_key *flow, int plain)
 	return 1;
 }
 
+/* A UDP socket is asked for every datagram, and mostly for the same flow. */
+static __always_inline int is_associated(struct bpf_sock *sk, const struct gate_key *flow,
+					 __u64 generation)
+{
+	struct gate_association *known;
+	__u32 differ = 0;
+
+	if (!sk || flow->proto != UDP)
+		return 0;
+	known = sockets.sk_storage_get(sk, 0, 0);
+	if (!known || known->generation != generation)
+		return 0;
+	for (int word = 0; word < 4; word++)
+		differ |= (known->flow.saddr[word] ^ flow->saddr[word]) |
+			  (known->flow.daddr[word] ^ flow->daddr[word]);
+	return !differ && known->flow.sport == flow->sport && known->flow.dport == flow->dport &&
+	       known->flow.mark == flow->mark;
+}
+
+/* `generation` was read before the tables: if they changed meanwhile, it is outdated. */
+static __always_inline void associate(struct bpf_sock *sk, const struct gate_key *flow,
+				      __u64 generation)
+{
+	struct gate_association *known;
+
+	if (!sk || flow->proto != UDP)
+		return;
+	known = sockets.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!known)
+		return;
+	known->generation = 0; /* another thread's call on this socket must not see half */
+	known->flow = *flow;
+	known->generation = generation;
+}
+
 static __always_inline int verdict(const struct gate_key *flow, struct bpf_sock *sk, __u32 hook)
 {
-	__u64 epoch = setting(GATE_EPOCH + GATE_POLICY);
-	struct gate_entry *policy = epoch ? classify(GATE_POLICY, epoch, flow) : 0;
+	__u64 generation = setting(GATE_GENERATION);
 	struct gate_key routed = *flow;
+	struct gate_entry *policy;
 	struct gate_entry *winner;
+	__u64 epoch;
 
+	if (is_associated(sk, flow, generation))
+		return allow(GATE_ALLOW_ASSOCIATED);
+	epoch = setting(GATE_EPOCH + GATE_POLICY);
+	policy = epoch ? classify(GATE_POLICY, epoch, flow) : 0;
 	if (policy && policy->state == GATE_BYPASS)
 		return allow(GATE_ALLOW_BYPASS);
 	if (!policy && epoch && !setting(GATE_DENY))
@@ -209,6 +250,7 @@ static __always_inline int verdict(const struct gate_key *flow, struct bpf_sock 
 	winner = classify(GATE_SPD, setting(GATE_EPOCH + GATE_SPD), &routed);
 	if (!winner || winner->state != GATE_LIVE)
 		return refuse(flow, GATE_REFUSE_UNCOVERED, policy, hook);
+	associate(sk, flow, generation);
 	return allow(GATE_ALLOW_COVERED);
 }
 

@@ -75,21 +75,30 @@ struct gate_source {
 #define GATE_IKE 4              /* thread group of the IKE daemon, 0 = none */
 #define GATE_ERROR 5            /* errno for flows of no policy, 0 = EPERM */
 #define GATE_VERSION 6          /* GATE_LAYOUT of whoever made the maps */
-#define GATE_SETTINGS 7
+#define GATE_GENERATION 7       /* raised after every change of a table or a source */
+#define GATE_SETTINGS 8
+
+/* What a UDP socket remembers: the flow that an SA protected, and when that was true. */
+struct gate_association {
+	__u64 generation;
+	struct gate_key flow;
+	__u32 unused;
+};
 
 /* Why a flow was let go or refused: counters and events speak of it. */
 #define GATE_ALLOW_DEFAULT 0
 #define GATE_ALLOW_BYPASS 1
 #define GATE_ALLOW_COVERED 2
-#define GATE_ALLOW_EXEMPT 3     /* loopback, the IKE daemon */
-#define GATE_REFUSE_UNCOVERED 4
-#define GATE_REFUSE_DISCARD 5
-#define GATE_REFUSE_DEFAULT 6
-#define GATE_REFUSE_NO_SOURCE 7 /* unbound, and no route is known */
-#define GATE_REFUSE_NOT_READY 8 /* no policies published yet */
-#define GATE_AUDITED 9          /* refusals that audit mode let go, besides their reason */
-#define GATE_EVENTS_LOST 10     /* ring full; the next refusal of the flow tells again */
-#define GATE_COUNTERS 11
+#define GATE_ALLOW_ASSOCIATED 3 /* covered when it was asked last, and nothing changed since */
+#define GATE_ALLOW_EXEMPT 4     /* loopback, DHCP, the IKE daemon */
+#define GATE_REFUSE_UNCOVERED 5
+#define GATE_REFUSE_DISCARD 6
+#define GATE_REFUSE_DEFAULT 7
+#define GATE_REFUSE_NO_SOURCE 8 /* unbound, and no route is known */
+#define GATE_REFUSE_NOT_READY 9 /* no policies published yet */
+#define GATE_AUDITED 10         /* refusals that audit mode let go, besides their reason */
+#define GATE_EVENTS_LOST 11     /* ring full; the next refusal of the flow tells again */
+#define GATE_COUNTERS 12
 
 #define GATE_CONNECT4 0
 #define GATE_CONNECT6 1

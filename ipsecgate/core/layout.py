@@ -22,7 +22,7 @@ TUPLES = 32
 ENTRIES = 65536
 SOURCES = 16384
 
-MAPS = ("settings", "masks", "entries", "sources", "recent", "counters", "events")
+MAPS = ("settings", "masks", "entries", "sources", "recent", "counters", "events", "sockets")
 
 V4_MAPPED = 0xFFFF << 32
 
@@ -54,6 +54,7 @@ class Setting(IntEnum):
     IKE = 4
     ERROR = 5
     VERSION = 6
+    GENERATION = 7
 
 
 class Reason(IntEnum):
@@ -62,14 +63,15 @@ class Reason(IntEnum):
     ALLOW_DEFAULT = 0
     ALLOW_BYPASS = 1
     ALLOW_COVERED = 2
-    ALLOW_EXEMPT = 3
-    REFUSE_UNCOVERED = 4
-    REFUSE_DISCARD = 5
-    REFUSE_DEFAULT = 6
-    REFUSE_NO_SOURCE = 7
-    REFUSE_NOT_READY = 8
-    AUDITED = 9
-    EVENTS_LOST = 10
+    ALLOW_ASSOCIATED = 3
+    ALLOW_EXEMPT = 4
+    REFUSE_UNCOVERED = 5
+    REFUSE_DISCARD = 6
+    REFUSE_DEFAULT = 7
+    REFUSE_NO_SOURCE = 8
+    REFUSE_NOT_READY = 9
+    AUDITED = 10
+    EVENTS_LOST = 11
 
 
 COUNTERS = len(Reason)

@@ -56,7 +56,8 @@ class Datapath(Maps):
 
     def _adopt(self) -> None:
         """Learn what a predecessor published; clear what it left half-written."""
-        self._wait_grace_period()  # it may have died right after a switch
+        self._changed()  # it may have died between a table and its generation
+        self._wait_grace_period()  # or right after a switch
         current = {layout.space(table, self.setting(EPOCH[table])) for table in TableId}
         self._keys = {space: [] for space in current}
         for raw in list(libbpf.keys(self._fds["entries"], layout.KEY_SIZE)):
@@ -86,12 +87,18 @@ class Datapath(Maps):
             raise
         libbpf.update(self._fds["masks"], INDEX.pack(new), layout.pack_masks(content.masks))
         self.set(EPOCH[table], epoch + 1)
+        self._changed()
         self._clearing[old] = asyncio.create_task(self._clear_later(old))
 
     def set_entry(self, table: TableId, index: int, key: Key, entry: Entry) -> None:
         """Change one entry of the published table: one atomic write."""
         raw = layout.pack_key(key, layout.space(table, self.setting(EPOCH[table])), index)
         libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry))
+        self._changed()
+
+    def _changed(self) -> None:
+        """Have every socket asked anew: what it is associated with may be gone."""
+        self.set(Setting.GENERATION, self.setting(Setting.GENERATION) + 1)
 
     @property
     def clearing(self) -> bool:
@@ -125,6 +132,7 @@ class Datapath(Maps):
         for key in self._sources.keys() - wanted.keys():
             libbpf.delete(fd, key)
         self._sources = wanted
+        self._changed()
 
     # --- what the hooks tell --------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import os
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from ipsecgate.errors import KernelLacksError
 PROG_TYPE_CGROUP_SOCK_ADDR = 18
 MAP_TYPE_ARRAY = 2
 MAP_TYPE_ARRAY_OF_MAPS = 12
+MAP_TYPE_SK_STORAGE = 24
 BPF_ANY = 0
 INSN_SIZE = 8
 
@@ -137,6 +139,33 @@ def create_map(name: str, shape: MapShape, *, inner: int | None = None) -> int:
     """Create a map; `inner` is the template of a map of maps. Raises: OSError."""
     opts = _MapCreateOpts(map_flags=shape.flags, inner_map_fd=inner or 0)
     opts.sz = ct.sizeof(opts)
+    btf = None
+    if shape.type == MAP_TYPE_SK_STORAGE:
+        btf = _load_btf(shape.value_size)
+        opts.btf_fd, opts.btf_key_type_id, opts.btf_value_type_id = btf, 1, 2
+    try:
+        return _create_map(name, shape, opts)
+    finally:
+        if btf is not None:
+            os.close(btf)  # the map holds it
+
+
+def _load_btf(value_size: int) -> int:
+    """Load the least type information that socket storage insists on.
+
+    Type 1 is an int, the key; type 2 a struct of the value's size without members.
+    Source: linux/btf.h; bpf_local_storage_map_check_btf().
+    """
+    names = b"\0int\0value\0"
+    key = struct.pack("=IIII", 1, 1 << 24, 4, 32)  # BTF_KIND_INT, 32 bits
+    value = struct.pack("=III", 5, 4 << 24, value_size)  # BTF_KIND_STRUCT
+    types = key + value
+    header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(names))
+    raw = header + types + names
+    return _call("load type information", "bpf_btf_load", raw, len(raw), None)
+
+
+def _create_map(name: str, shape: MapShape, opts: _MapCreateOpts) -> int:
     return _call(
         f"create map {name}",
         "bpf_map_create",

@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -221,6 +221,41 @@ def test_a_mark_is_matched_and_leaves_the_source_open(bed: Bed) -> None:
     # Routing may choose another source for it, and the table cannot tell.
     assert bed.gated("tcp", PEER[4], options=mark) == "EPERM"
     assert bed.counted(Reason.REFUSE_NO_SOURCE) == 1
+
+
+def test_a_udp_socket_remembers_that_it_was_covered(bed: Bed) -> None:
+    """And is asked anew when anything changed, or when it sends somewhere else."""
+    bed.publish(TableId.SPD, *live())
+    other = THERE[4][7]
+
+    def counts() -> tuple[int, int]:
+        return bed.counted(Reason.ALLOW_COVERED), bed.counted(Reason.ALLOW_ASSOCIATED)
+
+    for call, expected in (("kept sendto", (1, 4)), ("kept sendmsg", (2, 8))):
+        for _ in range(5):
+            assert bed.gated(call, PEER[4]) == ""
+        assert counts() == expected, "each call keeps a socket of its own"
+    assert bed.gated("kept sendto", str(other)) == ""
+    assert counts() == (3, 8)
+    assert bed.gated("kept sendto", str(other), 54) == ""
+    assert counts() == (4, 8)
+    ((index, key),) = [at for at in compile_table(live()).entries if at[1].family == 4]
+    bed.data.set_entry(TableId.SPD, index, key, Entry(State.DEAD))
+    assert bed.gated("kept sendto", str(other), 54) == "EPERM"
+    bed.data.set_entry(TableId.SPD, index, key, Entry(State.LIVE))
+    assert bed.gated("kept sendto", str(other), 54) == ""
+    closings: list[Callable[[], None]] = [
+        lambda: bed.publish(TableId.SPD),
+        lambda: bed.publish(TableId.POLICY, Rule(ternary(THERE[4]), Entry(State.DISCARD))),
+        lambda: bed.data.set_sources([]),
+    ]
+    for close in closings:
+        bed.publish(TableId.POLICY, *protect())
+        bed.publish(TableId.SPD, *live())
+        bed.data.set_sources([(THERE[4], HERE[4])])
+        assert [bed.gated("kept sendto", PEER[4]) for _ in range(2)] == ["", ""]
+        close()
+        assert bed.gated("kept sendto", PEER[4]) == "EPERM"
 
 
 def test_dhcp_is_exempt_and_its_neighbours_are_not(bed: Bed) -> None:
