@@ -77,6 +77,11 @@ static __always_inline struct gate_entry *classify(__u32 table, __u64 epoch,
 	return 0;
 }
 
+static __always_inline int same(const __u32 *a, const __u32 *b)
+{
+	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]));
+}
+
 static __always_inline int is_zero(const __u32 *addr)
 {
 	return !(addr[0] | addr[1] | addr[2] | addr[3]);
@@ -191,17 +196,14 @@ static __always_inline int is_associated(struct bpf_sock *sk, const struct gate_
 					 __u64 generation)
 {
 	struct gate_association *known;
-	__u32 differ = 0;
 
-	if (!sk || flow->proto != UDP)
+	if (!sk || flow->proto != UDP || sk->bound_dev_if)
 		return 0;
 	known = sockets.sk_storage_get(sk, 0, 0);
 	if (!known || known->generation != generation)
 		return 0;
-	for (int word = 0; word < 4; word++)
-		differ |= (known->flow.saddr[word] ^ flow->saddr[word]) |
-			  (known->flow.daddr[word] ^ flow->daddr[word]);
-	return !differ && known->flow.sport == flow->sport && known->flow.dport == flow->dport &&
+	return same(known->flow.saddr, flow->saddr) && same(known->flow.daddr, flow->daddr) &&
+	       known->flow.sport == flow->sport && known->flow.dport == flow->dport &&
 	       known->flow.mark == flow->mark;
 }
 
@@ -209,20 +211,19 @@ static __always_inline int is_associated(struct bpf_sock *sk, const struct gate_
 static __always_inline void associate(struct bpf_sock *sk, const struct gate_key *flow,
 				      __u64 generation)
 {
-	struct gate_association *known;
+	struct gate_association known = { .generation = generation, .flow = *flow };
 
-	if (!sk || flow->proto != UDP)
+	if (!sk || flow->proto != UDP || sk->bound_dev_if)
 		return;
-	known = sockets.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!known)
-		return;
-	known->generation = 0; /* another thread's call on this socket must not see half */
-	known->flow = *flow;
-	known->generation = generation;
+	/* Replaced as a whole: another thread's call on this socket must not see half. */
+	sockets.sk_storage_delete(sk);
+	sockets.sk_storage_get(sk, &known, BPF_SK_STORAGE_GET_F_CREATE);
 }
 
-static __always_inline int verdict(const struct gate_key *flow, struct bpf_sock *sk, __u32 hook)
+static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_key *flow,
+				   __u32 hook)
 {
+	struct bpf_sock *sk = ctx->sk;
 	__u64 generation = setting(GATE_GENERATION);
 	struct gate_key routed = *flow;
 	struct gate_entry *policy;
@@ -245,8 +246,12 @@ static __always_inline int verdict(const struct gate_key *flow, struct bpf_sock 
 		return refuse(flow, GATE_REFUSE_DEFAULT, 0, hook);
 	if (policy->state != GATE_PROTECT)
 		return refuse(flow, GATE_REFUSE_DISCARD, policy, hook);
+	if (bpf_get_netns_cookie(ctx) != setting(GATE_NETNS))
+		return refuse(flow, GATE_REFUSE_NETNS, policy, hook);
 	if (!route(&routed, !flow->mark && !(sk && sk->bound_dev_if)))
 		return refuse(flow, GATE_REFUSE_NO_SOURCE, policy, hook);
+	if (same(routed.saddr, routed.daddr))
+		return allow(GATE_ALLOW_EXEMPT); /* the host's own address: never leaves it */
 	winner = classify(GATE_SPD, setting(GATE_EPOCH + GATE_SPD), &routed);
 	if (!winner || winner->state != GATE_LIVE)
 		return refuse(flow, GATE_REFUSE_UNCOVERED, policy, hook);
@@ -277,7 +282,7 @@ static __always_inline int gate_v4(struct bpf_sock_addr *ctx, __u32 saddr, __u32
 	map_v4(flow.saddr, saddr);
 	map_v4(flow.daddr, ctx->user_ip4);
 	flow.dport = ctx->user_port;
-	return verdict(&flow, sk, hook);
+	return verdict(ctx, &flow, hook);
 }
 
 /* A v4-mapped destination leaves as IPv4, through whichever socket it came. */
@@ -307,7 +312,7 @@ static __always_inline int gate_v6(struct bpf_sock_addr *ctx, __u32 *saddr, __u3
 	} else {
 		__builtin_memcpy(flow.saddr, saddr, sizeof(flow.saddr));
 	}
-	return verdict(&flow, sk, hook);
+	return verdict(ctx, &flow, hook);
 }
 
 int connect4(struct bpf_sock_addr *ctx)

@@ -76,7 +76,8 @@ struct gate_source {
 #define GATE_ERROR 5            /* errno for flows of no policy, 0 = EPERM */
 #define GATE_VERSION 6          /* GATE_LAYOUT of whoever made the maps */
 #define GATE_GENERATION 7       /* raised after every change of a table or a source */
-#define GATE_SETTINGS 8
+#define GATE_NETNS 8            /* cookie of the network namespace whose SPD this is */
+#define GATE_SETTINGS 9
 
 /* What a UDP socket remembers: the flow that an SA protected, and when that was true. */
 struct gate_association {
@@ -90,15 +91,16 @@ struct gate_association {
 #define GATE_ALLOW_BYPASS 1
 #define GATE_ALLOW_COVERED 2
 #define GATE_ALLOW_ASSOCIATED 3 /* covered when it was asked last, and nothing changed since */
-#define GATE_ALLOW_EXEMPT 4     /* loopback, DHCP, the IKE daemon */
+#define GATE_ALLOW_EXEMPT 4     /* loopback, own addresses, DHCP, the IKE daemon */
 #define GATE_REFUSE_UNCOVERED 5
 #define GATE_REFUSE_DISCARD 6
 #define GATE_REFUSE_DEFAULT 7
 #define GATE_REFUSE_NO_SOURCE 8 /* unbound, and no route is known */
 #define GATE_REFUSE_NOT_READY 9 /* no policies published yet */
-#define GATE_AUDITED 10         /* refusals that audit mode let go, besides their reason */
-#define GATE_EVENTS_LOST 11     /* ring full; the next refusal of the flow tells again */
-#define GATE_COUNTERS 12
+#define GATE_REFUSE_NETNS 10    /* from another network namespace: its SPD is not known */
+#define GATE_AUDITED 11         /* refusals that audit mode let go, besides their reason */
+#define GATE_EVENTS_LOST 12     /* ring full; the next refusal of the flow tells again */
+#define GATE_COUNTERS 13
 
 #define GATE_CONNECT4 0
 #define GATE_CONNECT6 1

@@ -55,6 +55,7 @@ class Setting(IntEnum):
     ERROR = 5
     VERSION = 6
     GENERATION = 7
+    NETNS = 8
 
 
 class Reason(IntEnum):
@@ -70,8 +71,9 @@ class Reason(IntEnum):
     REFUSE_DEFAULT = 7
     REFUSE_NO_SOURCE = 8
     REFUSE_NOT_READY = 9
-    AUDITED = 10
-    EVENTS_LOST = 11
+    REFUSE_NETNS = 10
+    AUDITED = 11
+    EVENTS_LOST = 12
 
 
 COUNTERS = len(Reason)

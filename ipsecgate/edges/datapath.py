@@ -122,7 +122,9 @@ class Datapath(Maps):
     def set_sources(self, sources: Iterable[tuple[Network, Address | None]]) -> None:
         """Make the map say which source an unbound socket gets: changes only."""
         fd = self._fds["sources"]
-        wanted = {layout.pack_route(net): layout.pack_source(src) for net, src in sources}
+        # The longest first: a wider one must not answer for a narrower that is still to come.
+        ordered = sorted(sources, key=lambda pair: -pair[0].prefixlen)
+        wanted = {layout.pack_route(net): layout.pack_source(src) for net, src in ordered}
         if not self._sources:
             size = 20
             self._sources = dict.fromkeys(libbpf.keys(fd, size), b"")

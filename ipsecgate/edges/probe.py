@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +16,18 @@ from ipsecgate.edges.mounts import type_of
 from ipsecgate.errors import GateError
 
 NETLINK_XFRM = 6
+SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 
 
 def is_bpffs(path: Path) -> bool:
     """Tell whether bpffs is mounted there."""
     return type_of(path) == "bpf"
+
+
+def netns_cookie() -> int:
+    """Return what tells the calling thread's network namespace from all others."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
 
 
 def has_xfrm() -> bool:

@@ -24,7 +24,7 @@ class Caller:
 
     def __init__(self, namespace: Path, cgroup: Path | None) -> None:
         join = f"echo 0 > {cgroup}/cgroup.procs && " if cgroup else ""
-        script = f"{join}exec nsenter --net={namespace} {sys.executable} -S -I {__file__}"
+        script = f"{join}exec nsenter --net={namespace} {sys.executable} -S {__file__}"
         self.process = subprocess.Popen(
             ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -55,11 +55,29 @@ class Caller:
 
 kept: dict[str, socket.socket] = {}
 
+UDPLITE = 136
+IPPROTO_MPTCP = 262
+KINDS = {
+    "tcp": (socket.SOCK_STREAM, 0),
+    "fastopen": (socket.SOCK_STREAM, 0),
+    "uring connect": (socket.SOCK_STREAM, 0),
+    "mptcp": (socket.SOCK_STREAM, IPPROTO_MPTCP),
+    "udplite": (socket.SOCK_DGRAM, UDPLITE),
+    "sctp": (socket.SOCK_STREAM, 132),
+    "raw": (socket.SOCK_RAW, 253),
+}
+
+
+def new_socket(call: str, family: int) -> socket.socket:
+    if call == "ping":
+        icmp = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
+        return socket.socket(family, socket.SOCK_DGRAM, icmp)
+    return socket.socket(family, *KINDS.get(call, (socket.SOCK_DGRAM, 0)))
+
 
 def attempt(call: str, address: str, port: int, bind: str | None, options: list[list[int]]) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    kind = socket.SOCK_STREAM if call == "tcp" else socket.SOCK_DGRAM
-    sock = kept.get(call) or socket.socket(family, kind)
+    sock = kept.get(call) or new_socket(call.removeprefix("kept "), family)
     try:
         sock.setblocking(False)
         for level, name, value in options:
@@ -67,20 +85,59 @@ def attempt(call: str, address: str, port: int, bind: str | None, options: list[
         if bind:
             sock.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
             sock.bind((bind, 0))
-        match call.removeprefix("kept "):
-            case "tcp" | "udp connect":
-                sock.connect((address, port))
-            case "sendto":
-                sock.sendto(b"x", (address, port))
-            case "sendmsg":
-                sock.sendmsg([b"x"], [], 0, (address, port))
-            case _:
-                raise ValueError(call)
+        make(call.removeprefix("kept "), sock, address, port)
     finally:
         if call.startswith("kept "):
             kept[call] = sock
         else:
             sock.close()
+
+
+def make(call: str, sock: socket.socket, address: str, port: int) -> None:  # noqa: C901, PLR0912
+    import uring  # type: ignore[import-not-found]  # noqa: PLC0415  beside this script
+
+    match call:
+        case "tcp" | "udp connect" | "mptcp" | "sctp":
+            sock.connect((address, port))
+        case "sendto":
+            sock.sendto(b"x", (address, port))
+        case "raw":
+            sock.sendto(b"x", (address, 0))
+        case "ping":
+            echo = b"\x08" if sock.family == socket.AF_INET else b"\x80"
+            sock.sendto(echo + bytes(7), (address, 0))
+        case "udplite":
+            sock.connect((address, port))
+            sock.send(b"x")
+        case "connected 4" | "connected 6":
+            if f"kept {call}" not in kept:
+                sock.connect((address, port))
+            sock.send(b"x")
+        case "sendmsg":
+            sock.sendmsg([b"x"], [], 0, (address, port))
+        case "pktinfo":
+            # "address" is destination%source
+            to, source = address.split("%")
+            sock.sendmsg([b"x"], pktinfo(source), 0, (to, port))
+        case "fastopen":
+            sock.sendto(b"x", socket.MSG_FASTOPEN, (address, port))
+        case "sendmmsg":
+            uring.sendmmsg(sock, address, port)
+        case "uring connect":
+            uring.connect(sock, address, port)
+        case "uring sendmsg":
+            uring.sendmsg(sock, address, port)
+        case _:
+            raise ValueError(call)
+
+
+def pktinfo(source: str) -> list[tuple[int, int, bytes]]:
+    """Return the control message that sets a datagram's source."""
+    if ":" in source:
+        raw = socket.inet_pton(socket.AF_INET6, source) + bytes(4)
+        return [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, raw)]
+    raw = bytes(4) + socket.inet_pton(socket.AF_INET, source) + bytes(4)
+    return [(socket.SOL_IP, 8, raw)]  # IP_PKTINFO
 
 
 def main() -> None:

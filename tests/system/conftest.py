@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ipsecgate.edges import bytecode
+from tests.system.bed import Bed
+from tests.system.bed import bed as make_bed
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +25,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unique(request: pytest.FixtureRequest) -> str:
     """A name for namespaces, cgroups and instances: the test's own."""
     return f"t{abs(hash(request.node.nodeid)) % 10**8}"
+
+
+@pytest.fixture(scope="module")
+def module_bed(request: pytest.FixtureRequest, cache: Path) -> Iterator[Bed]:
+    """One bed for the tests of a module."""
+    name = f"{request.module.__name__.split('.')[-1].replace('_', '-')}-{os.getpid()}"
+    with make_bed(name, cache) as made:
+        yield made
+
+
+@pytest.fixture
+def bed(module_bed: Bed) -> Bed:
+    """The module's bed, as new."""
+    module_bed.renew()
+    return module_bed

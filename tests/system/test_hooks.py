@@ -7,131 +7,28 @@ from the pinned map. BPF_PROG_TEST_RUN does not exist for these programs.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import os
 import socket
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from ipaddress import ip_address, ip_network
+from collections.abc import Callable
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.events import FlowRefused
 from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.table import EMPTY, Rule, compile_table, ternary
-from ipsecgate.edges import bytecode, cgroups
-from ipsecgate.edges.datapath import Datapath
+from ipsecgate.edges import bytecode
 from ipsecgate.edges.maps import Maps
 from ipsecgate.edges.pins import HOOKS, Pins
-from ipsecgate.lab import path
-from ipsecgate.lab.netns import Namespace
-from tests.system.caller import Caller
-
-HERE = {4: ip_address("198.51.100.1"), 6: ip_address("2001:db8:a::1")}
-THERE = {4: ip_network("203.0.113.0/24"), 6: ip_network("2001:db8:b::/64")}
-PEER = {4: "203.0.113.9", 6: "2001:db8:b::9"}
-OTHER = {4: "192.0.2.9", 6: "2001:db8:c::9"}
-
+from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect, went_out
 
 CALLS = ("tcp", "udp connect", "sendto", "sendmsg")
-
-
-@dataclass
-class Bed:
-    """A namespace with a way out that leads nowhere, a cgroup, and the hooks on it."""
-
-    cgroup: Path
-    pins: Pins
-    data: Datapath
-    gated: Caller
-    free: Caller
-    link: int
-    refusals: list[FlowRefused] = field(default_factory=list)
-    before: Mapping[Reason, int] = field(default_factory=dict)
-
-    def publish(self, table: TableId, *rules: Rule) -> None:
-        async def publish() -> None:
-            await self.data.publish(table, compile_table(rules))
-            while self.data.clearing:
-                await asyncio.sleep(0.001)
-
-        asyncio.run(publish())
-
-    def counted(self, reason: Reason) -> int:
-        return self.data.counters()[reason] - self.before[reason]
-
-
-@pytest.fixture(scope="module")
-def module_bed(cache: Path) -> Iterator[Bed]:
-    with contextlib.ExitStack() as stack:
-        name = f"hooks-{os.getpid()}"
-        namespace = Namespace(name)
-        stack.callback(namespace.remove)
-        path.prepare(namespace)
-        for words in (
-            "link set lo up",
-            "link add out0 type dummy",
-            "link set out0 up",
-            f"addr add {HERE[4]}/32 dev out0",
-            f"-6 addr add {HERE[6]}/128 dev out0 nodad",
-            "route add default dev out0",
-            "-6 route add default dev out0",
-        ):
-            subprocess.run(["ip", "-n", name, *words.split()], check=True)
-        cgroup = cgroups.root() / name
-        cgroup.mkdir()
-        stack.callback(cgroup.rmdir)
-        pins = Pins(Path("/sys/fs/bpf"), name)
-        stack.callback(pins.unload)
-        pins.load(bytecode.get(cache))
-        pins.attach(cgroup)
-        data = Datapath(pins)
-        stack.callback(data.close)
-        with namespace.route() as route:
-            (link,) = route.link_lookup(ifname="out0")
-        gated, free = Caller(namespace.path, cgroup), Caller(namespace.path, None)
-        stack.callback(free.close)
-        stack.callback(gated.close)
-        bed = Bed(cgroup, pins, data, gated, free, link)
-        data.open_ring(bed.refusals.append)
-        yield bed
-
-
-@pytest.fixture
-def bed(module_bed: Bed) -> Bed:
-    """The bed as new: policies protect both networks, nothing covers them."""
-    bed = module_bed
-    for setting in (Setting.AUDIT, Setting.DENY, Setting.IKE, Setting.ERROR):
-        bed.data.set(setting, 0)
-    bed.data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
-    bed.publish(TableId.POLICY, *protect())
-    bed.publish(TableId.SPD)
-    bed.data.drain()
-    bed.refusals.clear()
-    bed.before = bed.data.counters()
-    return bed
-
-
-def protect() -> list[Rule]:
-    return [Rule(ternary(THERE[f]), Entry(State.PROTECT, id=f)) for f in (4, 6)]
-
-
-def live() -> list[Rule]:
-    return [Rule(ternary(THERE[f], src=ip_network(HERE[f])), Entry(State.LIVE)) for f in (4, 6)]
-
-
+SO_BINDTOIFINDEX = 62
 FORMS = {
     "v4": (4, "{}"),
     "v6": (6, "{}"),
     "v4-mapped": (4, "::ffff:{}"),
 }
-
-
-def went_out(told: str) -> bool:
-    return told in ("", "EINPROGRESS")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -223,6 +120,24 @@ def test_a_mark_is_matched_and_leaves_the_source_open(bed: Bed) -> None:
     assert bed.counted(Reason.REFUSE_NO_SOURCE) == 1
 
 
+def test_another_namespace_is_not_judged_by_this_ones_tables(bed: Bed) -> None:
+    bed.publish(TableId.SPD, *live())
+    assert went_out(bed.gated("tcp", PEER[4]))
+    bed.data.set(Setting.NETNS, bed.netns + 1)
+    assert bed.gated("tcp", PEER[4]) == "EPERM"
+    assert bed.counted(Reason.REFUSE_NETNS) == 1
+    assert went_out(bed.gated("tcp", OTHER[4]))
+
+
+def test_the_hosts_own_address_never_leaves_it(bed: Bed) -> None:
+    own = ip_network(HERE[4])
+    bed.data.set_sources([(own, HERE[4]), (THERE[4], HERE[4])])
+    bed.publish(TableId.POLICY, Rule(ternary(ip_network("0.0.0.0/0")), Entry(State.PROTECT)))
+    assert bed.gated("tcp", str(HERE[4])) in ("EINPROGRESS", "ECONNREFUSED")
+    assert bed.counted(Reason.ALLOW_EXEMPT) == 1
+    assert bed.gated("tcp", PEER[4]) == "EPERM"
+
+
 def test_a_udp_socket_remembers_that_it_was_covered(bed: Bed) -> None:
     """And is asked anew when anything changed, or when it sends somewhere else."""
     bed.publish(TableId.SPD, *live())
@@ -239,6 +154,9 @@ def test_a_udp_socket_remembers_that_it_was_covered(bed: Bed) -> None:
     assert counts() == (3, 8)
     assert bed.gated("kept sendto", str(other), 54) == ""
     assert counts() == (4, 8)
+    device = [(socket.SOL_SOCKET, SO_BINDTOIFINDEX, bed.link)]
+    assert bed.gated("kept sendto", str(other), 54, options=device) == "EPERM"
+    assert bed.gated("kept sendto", str(other), 54, options=[(*device[0][:2], 0)]) == ""
     ((index, key),) = [at for at in compile_table(live()).entries if at[1].family == 4]
     bed.data.set_entry(TableId.SPD, index, key, Entry(State.DEAD))
     assert bed.gated("kept sendto", str(other), 54) == "EPERM"

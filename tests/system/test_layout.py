@@ -99,7 +99,7 @@ def test_settings_words() -> None:
     epoch = constant("EPOCH")
     assert epoch + layout.TableId.POLICY == layout.Setting.POLICY_EPOCH
     assert epoch + layout.TableId.SPD == layout.Setting.SPD_EPOCH
-    for name in ("AUDIT", "DENY", "IKE", "ERROR", "VERSION", "GENERATION"):
+    for name in ("AUDIT", "DENY", "IKE", "ERROR", "VERSION", "GENERATION", "NETNS"):
         assert constant(name) == layout.Setting[name]
 
 

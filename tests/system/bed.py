@@ -1,0 +1,123 @@
+"""A bed for the hooks: a real cgroup, a namespace whose way out leads nowhere, callers.
+
+The tables are written by hand; every refusal is a real system call's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+from ipsecgate.core.events import FlowRefused
+from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core.table import Rule, compile_table, ternary
+from ipsecgate.edges import bytecode, cgroups
+from ipsecgate.edges.datapath import Datapath
+from ipsecgate.edges.pins import Pins
+from ipsecgate.edges.probe import netns_cookie
+from ipsecgate.lab import path
+from ipsecgate.lab.netns import Namespace
+from tests.system.caller import Caller
+
+HERE = {4: ip_address("198.51.100.1"), 6: ip_address("2001:db8:a::1")}
+THERE = {4: ip_network("203.0.113.0/24"), 6: ip_network("2001:db8:b::/64")}
+PEER = {4: "203.0.113.9", 6: "2001:db8:b::9"}
+ELSEWHERE = {4: "198.51.100.77", 6: "2001:db8:a::77"}
+OTHER = {4: "192.0.2.9", 6: "2001:db8:c::9"}
+
+
+@dataclass
+class Bed:
+    """A namespace with a way out that leads nowhere, a cgroup, and the hooks on it."""
+
+    cgroup: Path
+    pins: Pins
+    data: Datapath
+    gated: Caller
+    free: Caller
+    link: int
+    netns: int
+    refusals: list[FlowRefused] = field(default_factory=list)
+    before: Mapping[Reason, int] = field(default_factory=dict)
+
+    def publish(self, table: TableId, *rules: Rule) -> None:
+        async def publish() -> None:
+            await self.data.publish(table, compile_table(rules))
+            while self.data.clearing:
+                await asyncio.sleep(0.001)
+
+        asyncio.run(publish())
+
+    def counted(self, reason: Reason) -> int:
+        return self.data.counters()[reason] - self.before[reason]
+
+    def renew(self) -> None:
+        """Policies protect both networks, nothing covers them, counters are at zero."""
+        for setting in (Setting.AUDIT, Setting.DENY, Setting.IKE, Setting.ERROR):
+            self.data.set(setting, 0)
+        self.data.set(Setting.NETNS, self.netns)
+        self.data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
+        self.publish(TableId.POLICY, *protect())
+        self.publish(TableId.SPD)
+        self.data.drain()
+        self.refusals.clear()
+        self.before = self.data.counters()
+
+
+@contextlib.contextmanager
+def bed(name: str, cache: Path, bpffs: Path = Path("/sys/fs/bpf")) -> Iterator[Bed]:
+    """Make a bed; gone with all that it made at the end of the block."""
+    with contextlib.ExitStack() as stack:
+        namespace = Namespace(name)
+        stack.callback(namespace.remove)
+        path.prepare(namespace)
+        for words in (
+            "link set lo up",
+            "link add out0 type dummy",
+            "link set out0 up",
+            f"addr add {HERE[4]}/32 dev out0",
+            f"-6 addr add {HERE[6]}/128 dev out0 nodad",
+            f"addr add {ELSEWHERE[4]}/32 dev out0",
+            f"-6 addr add {ELSEWHERE[6]}/128 dev out0 nodad",
+            "route add default dev out0",
+            "-6 route add default dev out0",
+        ):
+            subprocess.run(["ip", "-n", name, *words.split()], check=True)
+        namespace.sysctl("ipv4/ping_group_range", "0 0")
+        cgroup = cgroups.root() / name
+        cgroup.mkdir()
+        stack.callback(cgroup.rmdir)
+        pins = Pins(bpffs, name)
+        stack.callback(pins.unload)
+        pins.load(bytecode.get(cache))
+        pins.attach(cgroup)
+        data = Datapath(pins)
+        stack.callback(data.close)
+        with namespace.route() as route:
+            (link,) = route.link_lookup(ifname="out0")
+        gated, free = Caller(namespace.path, cgroup), Caller(namespace.path, None)
+        stack.callback(free.close)
+        stack.callback(gated.close)
+        with namespace.inside():
+            netns = netns_cookie()
+        made = Bed(cgroup, pins, data, gated, free, link, netns)
+        data.open_ring(made.refusals.append)
+        yield made
+
+
+def protect() -> list[Rule]:
+    return [Rule(ternary(THERE[f]), Entry(State.PROTECT, id=f)) for f in (4, 6)]
+
+
+def live() -> list[Rule]:
+    return [Rule(ternary(THERE[f], src=ip_network(HERE[f])), Entry(State.LIVE)) for f in (4, 6)]
+
+
+def went_out(told: str) -> bool:
+    """Tell whether a call got past the hooks."""
+    return told in ("", "EINPROGRESS")

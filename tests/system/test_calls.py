@@ -1,0 +1,81 @@
+"""Every way an application has to speak: gated by the hooks, or known not to be.
+
+The shapes of the kernel's own selftests for these hooks (sock_addr), as cases of
+our own. What no hook sees is listed in docs/protected.md, and asserted here to be
+so, for the list to stay true.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from ipsecgate.core.layout import Reason, TableId
+from tests.system.bed import ELSEWHERE, HERE, OTHER, PEER, Bed, live, went_out
+
+FAMILIES = (4, 6)
+GATED = (
+    "tcp",
+    "udp connect",
+    "sendto",
+    "sendmsg",
+    "sendmmsg",
+    "fastopen",
+    "uring connect",
+    "uring sendmsg",
+)
+NOT_GATED = ("udplite", "raw")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mapped"])
+@pytest.mark.parametrize("call", GATED)
+def test_gated(bed: Bed, call: str, family: int | str) -> None:
+    text = "::ffff:{}" if family == "mapped" else "{}"
+    version = 4 if family == "mapped" else int(family)
+    peer, other = text.format(PEER[version]), text.format(OTHER[version])
+    assert bed.gated(call, peer) == "EPERM"
+    assert bed.counted(Reason.REFUSE_UNCOVERED) >= 1
+    assert went_out(bed.free(call, peer))
+    assert went_out(bed.gated(call, other))
+    bed.publish(TableId.SPD, *live())
+    assert went_out(bed.gated(call, peer))
+    assert bed.counted(Reason.ALLOW_COVERED) + bed.counted(Reason.ALLOW_ASSOCIATED) >= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("call", NOT_GATED)
+def test_not_gated(bed: Bed, call: str, family: int) -> None:
+    before = sum(bed.data.counters().values())
+    assert went_out(bed.gated(call, PEER[family]))
+    assert sum(bed.data.counters().values()) == before, "no hook saw it"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_connected_socket_is_asked_at_connect_only(bed: Bed, family: int) -> None:
+    bed.publish(TableId.SPD, *live())
+    assert bed.gated(f"kept connected {family}", PEER[family]) == ""
+    bed.publish(TableId.SPD)
+    assert bed.gated(f"kept connected {family}", PEER[family]) == ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_datagrams_own_source_counts(bed: Bed, family: int) -> None:
+    """IP_PKTINFO names the source of one datagram, whatever the socket is bound to."""
+    bed.publish(TableId.SPD, *live())
+    assert bed.gated("pktinfo", f"{PEER[family]}%{HERE[family]}") == ""
+    assert bed.gated("pktinfo", f"{PEER[family]}%{ELSEWHERE[family]}") == "EPERM"
+    assert bed.counted(Reason.REFUSE_UNCOVERED) == 1
+
+
+@pytest.mark.parametrize("call", ["tcp", "sendto", "sendmsg", "uring connect"])
+def test_the_unspecified_address_is_loopback(bed: Bed, call: str) -> None:
+    for address in ("0.0.0.0", "::", "::ffff:0.0.0.0"):
+        assert bed.gated(call, address) in ("", "EINPROGRESS", "ECONNREFUSED"), address
+    assert bed.counted(Reason.ALLOW_EXEMPT) + bed.counted(Reason.ALLOW_DEFAULT) >= 3
+
+
+def test_v6only_sockets_cannot_reach_a_mapped_peer_at_all(bed: Bed) -> None:
+    only = [(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)]
+    bed.publish(TableId.SPD, *live())
+    assert bed.gated("tcp", f"::ffff:{PEER[4]}", options=only) in ("ENETUNREACH", "EPERM")
