@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -22,13 +23,15 @@ from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
 from ipsecgate.core.gate import Gate
 from ipsecgate.core.layout import Setting, TableId
+from ipsecgate.core.policy import SaSource
 from ipsecgate.core.table import EMPTY
-from ipsecgate.edges import cgroups, control, memory, systemd
+from ipsecgate.core.vici import ViciError
+from ipsecgate.edges import cgroups, control, memory, probe, systemd
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.ike import IkeClient
 from ipsecgate.edges.routes import Routes
-from ipsecgate.edges.vici import IkeError
+from ipsecgate.edges.vici import IkeError, IkeUnreachableError
 from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.errors import GateError
 from ipsecgate.lock import held
@@ -37,7 +40,10 @@ from ipsecgate.paths import Paths
 log = logging.getLogger("ipsecgate")
 
 IKE_POLL = 2.0  # seconds between looks at the loaded connections: VICI has no event for them
+IKE_PAUSE = 0.05  # at least, however often somebody asks for a look
 IKE_RETRY = 0.5  # seconds until the daemon is tried again
+IKE_CONNECT = 5.0  # seconds it has to answer at first
+QUEUED_REFUSALS = 256
 
 
 async def run(paths: Paths, config: Config) -> None:
@@ -54,6 +60,13 @@ async def run(paths: Paths, config: Config) -> None:
         await Controller(paths, config).run()
 
 
+def _first(error: BaseException) -> BaseException:
+    """Return what went wrong first, out of the groups that tasks wrap it in."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 class Controller:
     """One instance's edges, and the gate between them."""
 
@@ -67,38 +80,63 @@ class Controller:
         self._ike: IkeClient | None = None
         self._ike_news = asyncio.Event()
         self._routes = Routes(self._queue.put_nowait)
+        self._ike_trouble = ""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._since = time.time()
         self._ready = False
 
     async def run(self) -> None:
         """Follow everything until told to end."""
         loop = asyncio.get_running_loop()
-        self._data.set(Setting.AUDIT, int(self._config.settings.audit))
-        self._data.set(Setting.DENY, int(self._config.settings.deny))
+        self._data.set(Setting.NETNS, probe.netns_cookie())
         self._data.set(Setting.ERROR, self._config.settings.errnos.uncovered)
-        ring = self._data.open_ring(self._queue.put_nowait)
+        self._set_modes(tighten=True)
+        ring = self._data.open_ring(self._on_refusal)
         loop.add_reader(ring, self._data.drain)
         try:
             async with (
                 control.serving(self._paths.control, {"status": self._status}),
-                XfrmMonitor(self._on_kernel, self._on_overrun) as kernel,
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
                     tasks.create_task(self._decide()),
-                    tasks.create_task(kernel.run()),
+                    tasks.create_task(self._follow_kernel()),
                     tasks.create_task(self._routes.run()),
                     tasks.create_task(self._follow_ike()),
                 ]
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.add_signal_handler(number, lambda: [task.cancel() for task in work])
-        except* GateError as group:
-            raise group.exceptions[0] from None
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
         finally:
             loop.remove_reader(ring)
             self._data.close()
 
+    def _set_modes(self, *, tighten: bool) -> None:
+        """Set what can be stricter at once, and what is laxer when the tables are in."""
+        audit, deny = self._config.settings.audit, self._config.settings.deny
+        if audit is not tighten:
+            self._data.set(Setting.AUDIT, int(audit))
+        if deny is tighten:
+            self._data.set(Setting.DENY, int(deny))
+
     # --- events in ------------------------------------------------------------------
+
+    def _on_refusal(self, refusal: on.FlowRefused) -> None:
+        # A process that tries every port must not hold up the kernel's news; what is
+        # dropped here the hook tells again.
+        if self._queue.qsize() < QUEUED_REFUSALS:
+            self._queue.put_nowait(refusal)
+
+    async def _follow_kernel(self) -> None:
+        source = self._config.settings.sa_source
+        if source is SaSource.VICI:
+            return
+        if source is SaSource.AUTO and not probe.has_xfrm():
+            self._on_kernel(on.KernelSnapshot((), ()))  # nor will there ever be anything
+            return
+        async with XfrmMonitor(self._on_kernel, self._on_overrun) as kernel:
+            await kernel.run()
 
     def _on_kernel(self, event: on.XfrmEvent | on.KernelSnapshot) -> None:
         self._queue.put_nowait(event)
@@ -116,20 +154,31 @@ class Controller:
             while not self._queue.empty():
                 events.append(self._queue.get_nowait())
             for command in self._gate.step(*events):
-                await self._execute(command)
+                try:
+                    await self._execute(command)
+                except OSError as error:
+                    raise GateError(
+                        f"cannot {type(command).__name__}: {error.strerror or error}",
+                        hint="uncovered flows stay refused until a controller runs again",
+                    ) from error
             self._tell_ready()
 
     def _tell_ready(self) -> None:
         # The SPD table comes last: it waits until both the kernel and IKE were heard.
         if not self._ready and TableId.SPD in self._gate.published:
             self._ready = True
-            systemd.notify("READY=1\nSTATUS=policies and SAs published")
+            self._set_modes(tighten=False)
+            systemd.notify("READY=1\nSTATUS=following the kernel and IKE")
             log.info("ready")
 
     async def _follow_ike(self) -> None:
         while True:
             try:
-                await self._with_ike(await IkeClient.connect(self._config.vici))
+                async with asyncio.timeout(IKE_CONNECT):
+                    client = await IkeClient.connect(self._config.vici)
+                await self._with_ike(client)
+            except TimeoutError:
+                self._queue.put_nowait(on.IkeGone(f"no answer within {IKE_CONNECT:.0f} s"))
             except IkeError as error:
                 self._queue.put_nowait(on.IkeGone(str(error)))
             await asyncio.sleep(IKE_RETRY)
@@ -145,16 +194,31 @@ class Controller:
             poll.cancel()
 
     async def _poll_ike(self, client: IkeClient) -> None:
+        userland: bool | None = None  # a daemon keeps its plugins as long as it lives
         while True:
             self._ike_news.clear()
             try:
+                if userland is None:
+                    userland = await client.userland()
                 children = await client.children()
                 established = await client.established()
-            except IkeError:
-                return  # the connection broke, or is about to say so
-            self._queue.put_nowait(on.IkeConnected(children, established, client.daemon_pid))
+            except IkeUnreachableError:
+                return  # IkeGone says so
+            except (IkeError, ViciError) as error:
+                # What was known stays in force; a connection that cannot be read is told.
+                if str(error) != self._ike_trouble:
+                    log.error("cannot read strongSwan's connections: %s", error)
+                self._ike_trouble = str(error)
+                await asyncio.sleep(IKE_POLL)
+                continue
+            self._ike_trouble = ""
+            self._queue.put_nowait(
+                on.IkeConnected(children, established, client.daemon_pid, userland)
+            )
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._ike_news.wait(), IKE_POLL)
+                async with asyncio.timeout(IKE_POLL):
+                    await self._ike_news.wait()
+            await asyncio.sleep(IKE_PAUSE)
 
     # --- commands out -----------------------------------------------------------------
 
@@ -175,7 +239,7 @@ class Controller:
             case do.AskIke() | do.Initiate() | do.Terminate():
                 await self._tell_ike(command)
             case do.Remember():
-                memory.keep(self._paths.remembered, command.children)
+                self._remember(command)
             case do.Log():
                 log.log(logging.getLevelName(command.level.upper()), "%s", command.text)
             case _:
@@ -190,8 +254,23 @@ class Controller:
             case do.Initiate():
                 await self._ike.initiate(command.ike, command.child, command.limit)
             case do.Terminate():
-                with suppress(IkeError):  # it went by itself meanwhile
-                    await self._ike.terminate(command.ike, command.child)
+                self._later(self._terminate(self._ike, command))
+
+    async def _terminate(self, ike: IkeClient, command: do.Terminate) -> None:
+        with suppress(IkeError):  # it went by itself meanwhile
+            await ike.terminate(command.ike, command.child)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what may take long beside the decisions: closing a flow must not wait for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _remember(self, command: do.Remember) -> None:
+        try:
+            memory.keep(self._paths.remembered, command.children)
+        except OSError as error:
+            log.error("cannot keep %s: %s", self._paths.remembered, error)
 
     def _set_timer(self, command: do.StartTimer | do.StopTimer) -> None:
         running = self._timers.pop(command.timer, None)

@@ -12,7 +12,7 @@ from typing import Any
 from ipsecgate.core.coverage import Coverage
 from ipsecgate.core.gate import Gate
 from ipsecgate.core.layout import Reason, Setting, State, TableId
-from ipsecgate.core.policy import Policy, derived
+from ipsecgate.core.policy import Policy, SaSource, derived
 from ipsecgate.core.table import Table, Ternary
 from ipsecgate.edges import cgroups, control, memory
 from ipsecgate.edges.config import Config
@@ -33,26 +33,46 @@ def of_gate(gate: Gate) -> Document:
             "attempts": item.attempts,
             "last_error": item.last_error,
             "flow": str(item.flow),
-            "policy": gate.policies[item.place].name,
+            "policy": item.policy,
         }
         for (ike, child), item in gate.negotiations.of.items()
     }
     return {
         "errors": [*gate.errors, *([f"IKE: {gate.ike_error}"] if gate.ike_error else [])],
+        "sa_source": _told(gate.sa_source),
         "children": [f"{c.ike}/{c.child}" for c in gate.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": list(negotiations.values()),
-        "sas": [
-            {
-                "spi": f"{sa.id.spi:08x}",
-                "reqid": sa.reqid,
-                "peer": str(sa.id.daddr),
-                "child": gate.mirror.child_of(sa),
-                "since": sa.installed_at,
-            }
-            for sa in gate.mirror.outbound_sas()
-        ],
+        "sas": _sas(gate),
     }
+
+
+def _sas(gate: Gate) -> list[Document]:
+    if gate.source is gate.userland:
+        return [
+            {
+                "spi": f"{sa.spi_out:08x}",
+                "reqid": sa.reqid,
+                "peer": str(sa.remote_host),
+                "child": f"{sa.ike}/{sa.child}",
+                "since": None,
+            }
+            for sa in gate.userland.sas()
+        ]
+    return [
+        {
+            "spi": f"{sa.id.spi:08x}",
+            "reqid": sa.reqid,
+            "peer": str(sa.id.daddr),
+            "child": gate.mirror.child_of(sa),
+            "since": sa.installed_at,
+        }
+        for sa in gate.mirror.outbound_sas()
+    ]
+
+
+def _told(source: SaSource) -> str | None:
+    return None if source is SaSource.AUTO else source.value
 
 
 def _policy(policy: Policy) -> Document:
@@ -70,7 +90,10 @@ def document(paths: Paths, config: Config) -> Document:
         told = control.ask(paths.control, "status")
         controller = {"alive": True, "pid": told["pid"], "since": told["since"]}
     except NoControllerError:
-        told = {"policies": [_policy(p) for p in _policies(paths, config)]}
+        told = {
+            "policies": [_policy(p) for p in _policies(paths, config)],
+            "sa_source": _told(config.settings.sa_source),
+        }
         controller = {"alive": False, "pid": None, "since": None}
     pins = pins_of(paths)
     with Maps(pins) as maps:
@@ -87,6 +110,7 @@ def document(paths: Paths, config: Config) -> Document:
         "instance": paths.instance,
         "mode": "audit" if audit else "enforce",
         "default": default,
+        "sa_source": told["sa_source"],
         "published": policy_table is not None,
         "controller": controller,
         "errors": told.get("errors", []),

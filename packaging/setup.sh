@@ -10,10 +10,11 @@ log=$PWD/.cache/setup.log
 : >"$log"
 export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
-# BCC; the IKE daemon; namespaces; the guest's modules; sysctl and ps for the lab.
+# BCC; the IKE daemon, and its plugin that does ESP without the kernel (Debian leaves it switched
+# off); namespaces; the guest's modules; sysctl and ps for the lab.
 packages=(
     python3-bpfcc python3-venv
-    charon-systemd strongswan-swanctl
+    charon-systemd strongswan-swanctl libcharon-extra-plugins
     iproute2 kmod mount procps util-linux
 )
 policy=/usr/sbin/policy-rc.d

@@ -132,19 +132,23 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        error.show()
+        if "--json" in arguments:
+            _explain(GateError(error.format_message()), as_json=True)
+        else:
+            error.show()
         sys.exit(error.exit_code)
     except GateError as error:
         _explain(error, "--json" in arguments)
         if "--verbose" in arguments or "-v" in arguments:
             raise
         sys.exit(error.exit_code)
-    except PermissionError as error:
-        _explain(GateError(f"{error.strerror}", hint="run it as root"), "--json" in arguments)
-        sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:
+        hint = "run it as root" if isinstance(error, PermissionError) else ""
+        _explain(GateError(str(error), hint=hint), "--json" in arguments)
+        sys.exit(1)
 
 
 def _explain(error: GateError, as_json: bool) -> None:

@@ -40,7 +40,8 @@ def status(app: App) -> int:
         app.document(document)
     else:
         app.out.print(screen(document))
-    healthy = document["controller"]["alive"] and not document["errors"]
+    attached = all(hook["attached"] for hook in document["hooks"])
+    healthy = document["controller"]["alive"] and not document["errors"] and attached
     return 0 if healthy and document["published"] else 1
 
 
@@ -66,7 +67,9 @@ def _headline(document: dict[str, Any]) -> Text:
     line = Text.assemble(
         ("ipsecgate", "bold"), f" {document['instance']}  mode ", (document["mode"], "bold")
     )
-    line.append(f"  default {document['default']}  controller ")
+    line.append(f"  default {document['default']}  SAs by ")
+    line.append(document["sa_source"] or "whom IKE will tell", style="bold")
+    line.append("  controller ")
     if controller["alive"]:
         line.append(f"running (pid {controller['pid']})", style="green")
     else:
@@ -84,7 +87,7 @@ def _table(title: str, *columns: str) -> Table:
 def _hooks(document: dict[str, Any]) -> Table:
     by_cgroup: dict[str, list[str]] = {}
     for hook in document["hooks"]:
-        name = hook["cgroup"] if hook["attached"] else f"removed cgroup {hook['cgroup_id']}"
+        name = hook["cgroup"] or f"removed cgroup {hook['cgroup_id']}: attach its successor"
         by_cgroup.setdefault(name, []).append(hook["hook"])
     table = _table("\ngated cgroups", "cgroup", "hooks")
     for cgroup, hooks in by_cgroup.items():
@@ -124,9 +127,17 @@ def _negotiations(document: dict[str, Any]) -> Table:
 def _sas(document: dict[str, Any]) -> Table:
     table = _table("\nSAs", "spi", "peer", "reqid", "child", "since")
     for sa in document["sas"]:
-        since = datetime.fromtimestamp(sa["since"]).astimezone().isoformat(" ", "seconds")
-        table.add_row(sa["spi"], sa["peer"], str(sa["reqid"]), sa["child"] or "", since)
+        table.add_row(
+            sa["spi"], sa["peer"], str(sa["reqid"]), sa["child"] or "", _time(sa["since"])
+        )
     return table
+
+
+def _time(seconds: float | None) -> str:
+    """Write a time by the operator's clock; None: VICI does not tell since when an SA is."""
+    if seconds is None:
+        return ""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
 
 
 def _counters(document: dict[str, Any]) -> Table:

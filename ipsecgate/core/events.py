@@ -67,9 +67,12 @@ class SourcesResolved:
     """Which source address an unbound socket gets, by destination network.
 
     None: no route. Longest prefix wins, as in the route table it was read from.
+    `into_tun` tells in the same way which destinations are routed into a TUN device
+    of the IKE daemon's; it is empty where there is no such device.
     """
 
     sources: tuple[tuple[Network, Address | None], ...]
+    into_tun: tuple[tuple[Network, bool], ...] = ()
 
 
 # --- the hook --------------------------------------------------------------------
@@ -160,11 +163,15 @@ class IkeDown:
 
 @dataclass(frozen=True, slots=True)
 class IkeConnected:
-    """The IKE daemon answers: what it has loaded, what it has established, its pid."""
+    """The IKE daemon answers: what it has loaded, what it has established, its pid.
+
+    `userland`: it does ESP itself (kernel-libipsec), so the kernel knows no SA of its.
+    """
 
     children: tuple[ChildConfig, ...]
     established: tuple[ChildSa, ...]
     pid: int
+    userland: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,31 +2,41 @@
 
     FlowRefused      -> which CHILD_SA would protect it? one Initiate each
     XFRM events      -> the SPD table (Publish), or one entry of it (SetEntry)
+    ChildUp, -Down   -> the same, where the IKE daemon does ESP itself
     IkeConnected     -> the policy table where none are configured; trust in SAs
     SourcesResolved  -> which source an unbound flow has, hence which policy wins
 
-Rules of this module: nothing is opened but by the kernel's mirror, nothing is
-decided by time but through timers, and what cannot be represented is refused.
+Rules of this module: nothing is opened but by the kernel's mirror, or by IKE and
+routes where the kernel does no ESP; nothing is decided by time but through timers,
+and what cannot be represented is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from ipaddress import ip_network
+from dataclasses import dataclass, field, replace
 
 from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
 from ipsecgate.core.coverage import Coverage
-from ipsecgate.core.flow import TCP, Address, Flow, Network
-from ipsecgate.core.ipsec import Action
+from ipsecgate.core.flow import Address, Flow, Network
+from ipsecgate.core.ipsec import Action, SpdEntry
 from ipsecgate.core.layout import State, TableId, flow_key
 from ipsecgate.core.mirror import Mirror
 from ipsecgate.core.negotiations import Negotiations, child_for
-from ipsecgate.core.policy import Policy, Settings, derived, policy_rules, protect_everything
+from ipsecgate.core.policy import (
+    Policy,
+    SaSource,
+    Settings,
+    derived,
+    policy_rules,
+    protect_networks,
+)
 from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, compile_table
+from ipsecgate.core.userland import Userland
 
 ORPHANS = 64  # flows that wait for a connection to be loaded
+WARNINGS = 256  # that are told once each
 
 
 @dataclass
@@ -39,12 +49,17 @@ class Gate:
 
     def __post_init__(self) -> None:
         self.mirror = Mirror()
+        self.userland = Userland()
+        self.sa_source = self.settings.sa_source  # AUTO until the IKE daemon told
         self.children: tuple[on.ChildConfig, ...] = ()
         self.ike_error = "not connected yet"
         self.sources: dict[Network, Address | None] = {}
         self.published: dict[TableId, Table] = {}
         self.errors: list[str] = []
         self._known = {(c.ike, c.child): c for c in self.remembered}
+        self._derived = derived(self._known.values())
+        self._policies_in: tuple[tuple[Policy, ...], Table] = ((), EMPTY)  # and compiled
+        self._warned: set[tuple[str, Flow]] = set()
         self._destinations: tuple[Network, ...] = ()
         self._orphans: dict[Flow, int] = {}  # refused, and no child known: by policy
         self._heard: set[type[on.Event]] = set()  # KernelSnapshot, IkeConnected or IkeGone
@@ -52,7 +67,12 @@ class Gate:
     @property
     def policies(self) -> tuple[Policy, ...]:
         """Configured policies, else one for every known remote traffic selector."""
-        return self.settings.policies or derived(self._known.values())
+        return self.settings.policies or self._derived
+
+    @property
+    def source(self) -> Mirror | Userland:
+        """Who says which SAs are live: both are kept up to date, one is asked."""
+        return self.userland if self.sa_source is SaSource.VICI else self.mirror
 
     def start(self) -> list[do.Command]:
         """Return what makes the hooks refuse what must be protected, from the first moment."""
@@ -64,14 +84,18 @@ class Gate:
         """Take in events, return what to do about them, in order.
 
         What the kernel told at one go is answered once: an SA comes in several
-        notifications, and only their sum says whether it protects.
+        notifications, and only their sum says whether it protects. Refusals come
+        last: a process that makes many must not hold up what closes a flow.
         """
+        events = tuple(sorted(events, key=lambda event: isinstance(event, on.FlowRefused)))
         commands: list[do.Command] = []
         for at, event in enumerate(events, 1):
             if isinstance(event, on.XfrmEvent):
                 self.mirror.apply(event)
                 if not isinstance(events[at] if at < len(events) else None, on.XfrmEvent):
                     commands += self._follow_kernel()
+                if isinstance(event, on.PolicySet) and self._is_news(event.entry):
+                    commands.append(do.AskIke())
             else:
                 commands += self._take(event)
         return commands
@@ -85,6 +109,8 @@ class Gate:
                 self._heard.add(on.KernelSnapshot)
             case on.SourcesResolved():
                 self.sources = dict(event.sources)
+                self.userland.routed(event.into_tun)
+                self._heard.add(on.SourcesResolved)
                 return [do.SetSources(event.sources), *self._follow_kernel()]
             case on.IkeConnected():
                 return self._ike_connected(event)
@@ -92,8 +118,11 @@ class Gate:
                 return self._ike_gone(event)
             case on.ChildUp():
                 self.mirror.ike_adds(event.sa)
-            case on.ChildDown() | on.IkeUp() | on.IkeDown():
-                return []  # the kernel tells what it means for flows
+                self.userland.ike_adds(event.sa)
+            case on.ChildDown():
+                self.userland.ike_drops(event.sa)
+            case on.IkeUp() | on.IkeDown():
+                return []  # its children are told one by one
             case on.NegotiationFailed():
                 name = (event.ike, event.child)
                 return self.negotiations.failed(name, event.cause) + self._refresh()
@@ -111,9 +140,9 @@ class Gate:
         Until both the kernel and IKE were heard, a predecessor's table stays in
         force: half the truth would refuse what is covered.
         """
-        if len(self._heard) < 2:
+        if not self._heard >= self._witnesses():
             return []
-        table = self._table(TableId.SPD, self.mirror.rules(), [])
+        table = self._table(TableId.SPD, self.source.agreed_rules(), [])
         opened = self._publish(TableId.SPD, table)
         moved = [
             command
@@ -122,23 +151,55 @@ class Gate:
         ]
         return [*opened, *moved, *self._refresh()]
 
+    def _witnesses(self) -> set[type[on.Event]]:
+        if self.sa_source is not SaSource.VICI:
+            return {on.KernelSnapshot, on.IkeConnected}
+        return {on.IkeConnected, on.SourcesResolved} if self._destinations else {on.IkeConnected}
+
     def _refresh(self) -> list[do.Command]:
         """Bring the policy table up to date: policies, and the errno of their refusals."""
         if not self.policies:
             return []
-        errors = {place: self._errno(place) for place in range(len(self.policies))}
-        rules = policy_rules(self.policies, errors)
-        table = self._table(TableId.POLICY, rules, protect_everything())
-        return self._publish(TableId.POLICY, table)
+        told: list[do.Command] = []
+        if self._policies_in[0] != self.policies:
+            rules = policy_rules(self.policies, {})
+            before = self.errors
+            table = self._table(TableId.POLICY, rules, protect_networks(self.policies))
+            self._policies_in = (self.policies, table)
+            told = [do.Log("error", error) for error in self.errors if error not in before]
+        errors = {place: self._errno(place) for place in self.negotiations.places()}
+        default = self.settings.errnos.uncovered
+        entries = {
+            at: replace(entry, error=errors.get(entry.id, default))
+            for at, entry in self._policies_in[1].entries.items()
+        }
+        return [
+            *self._publish(TableId.POLICY, replace(self._policies_in[1], entries=entries)),
+            *told,
+        ]
 
-    def _table(self, which: TableId, rules: Iterable[Rule], otherwise: list[Rule]) -> Table:
-        """Compile; what does not fit becomes `otherwise`, which refuses."""
+    def _table(self, which: TableId, rules: Iterable[Rule], *otherwise: list[Rule]) -> Table:
+        """Compile; what does not fit becomes the first of `otherwise` that does: stricter."""
         self.errors = [e for e in self.errors if not e.startswith(which.name)]
-        try:
-            return compile_table(rules)
-        except TableFullError as error:
-            self.errors.append(f"{which.name} table: {error}; protected flows are refused")
-            return compile_table(otherwise)
+        for attempt in (rules, *otherwise):
+            try:
+                return compile_table(attempt)
+            except TableFullError as error:
+                self.errors = [*self.errors, f"{which.name} table: {error}; more is refused"]
+        raise AssertionError("the last one always fits")
+
+    def _is_news(self, entry: SpdEntry) -> bool:
+        """Tell whether a kernel policy may belong to a connection that is not known yet.
+
+        A trap may: it names no SA.
+        """
+        if entry.action is not Action.PROTECT:
+            return False
+        return not all(template.spi for template in entry.templates) or not any(
+            entry.key.selector.dst.version == network.version
+            and entry.key.selector.dst.subnet_of(network)  # type: ignore[arg-type]
+            for network in self._destinations
+        )
 
     def _publish(self, which: TableId, table: Table) -> list[do.Command]:
         old = self.published.get(which)
@@ -191,10 +252,24 @@ class Gate:
             return []
         config = child_for(flow, self.source_of(flow), policy, self.children)
         if config is not None:
-            return self.negotiations.ask((config.ike, config.child), flow, place)
+            if self._is_up(config):
+                return self._warn(f"{config.ike}/{config.child} is up and does not protect", flow)
+            return self.negotiations.ask((config.ike, config.child), flow, place, policy.name)
         if len(self._orphans) < ORPHANS:
             self._orphans[flow] = place
         return [do.AskIke()]  # the connection may have been loaded a moment ago
+
+    def _is_up(self, config: on.ChildConfig) -> bool:
+        """Tell whether the kernel has all that IKE says of a child: asking changes nothing."""
+        established = self.mirror.established(config.ike, config.child)
+        return self.source is self.mirror and any(not self.mirror.lacks(sa) for sa in established)
+
+    def _warn(self, text: str, flow: Flow) -> list[do.Command]:
+        """Tell something of a flow once."""
+        if (text, flow) in self._warned or len(self._warned) >= WARNINGS:
+            return []
+        self._warned.add((text, flow))
+        return [do.Log("warning", f"{text} {flow}")]
 
     def _timer(self, timer: on.Timer) -> list[do.Command]:
         """Let the negotiation go on; delete what IKE believes in and no flow can use.
@@ -210,7 +285,8 @@ class Gate:
             and item.coverage is Coverage.NEGOTIATING
             and any(
                 selector.contains(item.flow.daddr, item.flow.proto, item.flow.dport)
-                for sa in self.mirror.established(*name)
+                for sa in self.source.established(*name)
+                if self.source.lacks(sa)
                 for selector in sa.remote
             )
         )
@@ -222,9 +298,8 @@ class Gate:
         orphans, self._orphans = self._orphans, {}
         asked = [c for flow, place in orphans.items() for c in self._ask(flow, place)]
         alone, self._orphans = self._orphans, {}
-        told: list[do.Command] = [
-            do.Log("warning", f"no CHILD_SA that is loaded would protect {flow}") for flow in alone
-        ]
+        text = "no CHILD_SA that is loaded would protect"
+        told = [command for flow in alone for command in self._warn(text, flow)]
         return [c for c in asked if not isinstance(c, do.AskIke)] + told
 
     # --- the IKE daemon -------------------------------------------------------------
@@ -233,24 +308,46 @@ class Gate:
         news: list[do.Command] = []
         if self.ike_error:
             news = [do.ExemptIke(event.pid), do.Log("info", f"IKE daemon {event.pid} connected")]
+        if self.settings.sa_source is SaSource.AUTO:
+            self.sa_source = SaSource.VICI if event.userland else SaSource.XFRM
+        elif self.ike_error and event.userland != (self.sa_source is SaSource.VICI):
+            esp = "does ESP itself" if event.userland else "has the kernel do ESP"
+            news.append(do.Log("warning", f"sa_source = {self.sa_source.value!r}, but IKE {esp}"))
         self.ike_error = ""
         self._heard.add(on.IkeConnected)
         self.children = event.children
         self.mirror.ike_knows(event.established)
-        before = dict(self._known)
+        self.userland.ike_knows(event.established)
         if not self.settings.policies:
-            self._known.update({(c.ike, c.child): c for c in self.children})
-        if self._known != before:
-            news.append(do.Remember(tuple(self._known.values())))
+            news += self._learn(event.children)
         follow = self._follow_kernel()
         started = [
             command
             for place, policy in enumerate(self.policies)
             if policy.start
-            for command in self._ask(_any_flow(policy), place)
+            for command in self._ask(policy.any_flow(), place)
+            if not isinstance(command, do.AskIke)  # this is the answer
         ]
         asked = [*started, *self._ask_again()]
         return [*news, *follow, *self._ask_sources(), *asked, *self._refresh()]
+
+    def _learn(self, children: Iterable[on.ChildConfig]) -> list[do.Command]:
+        """Add what the daemon has loaded to what must be protected; it only ever grows."""
+        before = dict(self._known)
+        for child in children:
+            known = self._known.get((child.ike, child.child), child)
+            remote = tuple(dict.fromkeys((*known.remote, *child.remote)))
+            self._known[child.ike, child.child] = replace(child, remote=remote)
+        self.errors = [e for e in self.errors if not e.startswith("connection")] + [
+            f"connection {c.ike}/{c.child}: its remote selector is not known before it is up: "
+            "name it as [[policy]], or it is not protected"
+            for c in children
+            if not c.remote
+        ]
+        if self._known == before:
+            return []
+        self._derived = derived(self._known.values())
+        return [do.Remember(tuple(self._known.values()))]
 
     def _ike_gone(self, event: on.IkeGone) -> list[do.Command]:
         news, self.ike_error = event.reason != self.ike_error, event.reason
@@ -258,13 +355,7 @@ class Gate:
         if not news:
             return []
         self.mirror.ike_gone()
+        self.userland.ike_gone()
         follow = self._follow_kernel()
         gone = do.Log("error", f"IKE daemon gone ({event.reason}): protected flows are refused")
         return [*follow, do.ExemptIke(0), gone, *self.negotiations.ike_gone(), *self._refresh()]
-
-
-def _any_flow(policy: Policy) -> Flow:
-    """Return a flow of the policy, to negotiate before anyone asks."""
-    network = ip_network(policy.remote[0])
-    host = network[0] if network.num_addresses == 1 else network[1]
-    return Flow(host, policy.proto or TCP, policy.ports[0])

@@ -58,11 +58,16 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class SpdKey:
-    """What identifies an outbound policy in the kernel: one per key."""
+    """What identifies an outbound policy in the kernel: one per key.
+
+    `host_bits`: what the source and destination have beyond their prefixes. They match
+    nothing, but 10.0.0.1/8 and 10.0.0.2/8 are two policies.
+    """
 
     selector: Selector
     mark: Mark = field(default_factory=Mark)
     if_id: int = 0
+    host_bits: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

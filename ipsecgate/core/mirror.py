@@ -3,11 +3,19 @@
 An SA is trusted when it was seen coming in while the IKE daemon was connected,
 or when the daemon lists its SPI. After a daemon was killed its SAs stay in the
 kernel, reqids start at 1 again, and a stale SA would match a new policy.
+
+An SA counts only for what its peers agreed on, which may be less than its reqid
+covers: a trap and the SA that the peer narrowed share one, and the peer drops
+the rest. Until the daemon tells the traffic selectors (after the SA is in) the
+policy that names the SA's SPI tells them, because strongSwan makes it from them.
+It comes in the same breath as the SA, so waiting for it costs no time; a policy
+that names no SPI says nothing about the SA, so it never opens by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 from ipsecgate.core.events import (
     ChildSa,
@@ -20,9 +28,9 @@ from ipsecgate.core.events import (
     SasFlushed,
     XfrmEvent,
 )
-from ipsecgate.core.ipsec import Sa, SaId, SpdEntry, SpdKey
-from ipsecgate.core.spd import spd_rules
-from ipsecgate.core.table import Rule
+from ipsecgate.core.ipsec import Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.spd import EVERYTHING, Negotiated, agreed_on, region_of, spd_rules
+from ipsecgate.core.table import Rule, Ternary
 
 
 class Mirror:
@@ -62,9 +70,15 @@ class Mirror:
         self._trusted &= self.sas.keys()
 
     def ike_knows(self, established: Iterable[ChildSa]) -> None:
-        """The daemon is connected and lists these CHILD_SAs."""
+        """The daemon is connected and lists these CHILD_SAs.
+
+        The list may be older than what `ike_adds` was told: of SAs that the kernel
+        has nothing is forgotten.
+        """
         self._ike = True
-        self._known = {sa.spi_out: sa for sa in established}
+        there = {sa.spi for sa in self.sas}
+        kept = {spi: sa for spi, sa in self._known.items() if spi in there}
+        self._known = kept | {sa.spi_out: sa for sa in established}
 
     def ike_adds(self, sa: ChildSa) -> None:
         """The daemon told of one more CHILD_SA."""
@@ -88,6 +102,11 @@ class Mirror:
         """Return what the daemon says is established of a child."""
         return [sa for sa in self._known.values() if (sa.ike, sa.child) == (ike, child)]
 
+    def lacks(self, told: ChildSa) -> bool:
+        """Tell whether the kernel has not what the daemon says is established."""
+        reqids = {t.reqid for entry in self.policies.values() for t in entry.templates}
+        return told.spi_out not in {sa.spi for sa in self.sas} or told.reqid not in reqids
+
     def outbound_sas(self) -> list[Sa]:
         """Return the trusted SAs without those the daemon calls inbound."""
         inbound = {sa.spi_in for sa in self._known.values()}
@@ -99,5 +118,27 @@ class Mirror:
         return f"{known.ike}/{known.child}" if known else None
 
     def rules(self) -> list[Rule]:
-        """Return the hook's SPD table as rules."""
+        """Return the kernel's own answers, as far as its SAs are trusted."""
         return spd_rules(self.policies.values(), self.trusted_sas())
+
+    def agreed_rules(self) -> list[Rule]:
+        """Return the hook's SPD table as rules: the kernel's answers within what was agreed."""
+        return spd_rules(self.policies.values(), self.trusted_sas(), self._agreed())
+
+    def _agreed(self) -> Negotiated:
+        by_spi = cache(self._policies_by_spi)
+
+        def agreed(sa: Sa, template: Template) -> Iterable[Ternary]:
+            spi = sa.id.spi
+            if spi in self._known:
+                return agreed_on(self._known[spi].local, self._known[spi].remote)
+            return (EVERYTHING,) if template.spi == spi else by_spi().get(spi, ())
+
+        return agreed
+
+    def _policies_by_spi(self) -> dict[int, list[Ternary]]:
+        found: dict[int, list[Ternary]] = {}
+        for entry in self.policies.values():
+            for spi in {template.spi for template in entry.templates} - {0}:
+                found.setdefault(spi, []).append(region_of(entry))
+        return found

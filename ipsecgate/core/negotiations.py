@@ -13,7 +13,7 @@ from random import Random
 from ipsecgate.core import commands as do
 from ipsecgate.core.coverage import Coverage, Input, advance
 from ipsecgate.core.events import ChildConfig, Timer
-from ipsecgate.core.flow import Address, Flow
+from ipsecgate.core.flow import Address, Flow, TrafficSelector
 from ipsecgate.core.policy import Policy
 
 LIMIT = 30.0  # seconds that IKE has to come to an end
@@ -27,19 +27,22 @@ Name = tuple[str, str]  # of an IKE and of a child configuration
 def child_for(
     flow: Flow, source: Address | None, policy: Policy, children: Iterable[ChildConfig]
 ) -> ChildConfig | None:
-    """Return the child that the policy names, else the first whose selectors have the flow.
+    """Return the child that the policy names, else the one whose selectors fit the flow best.
 
-    An unbound flow's source may change when the SA brings its own route, so a
-    child whose local selector misses it is second best, not excluded.
+    That is the narrowest remote one, because the kernel's policy for it wins. An unbound
+    flow's source may change when the SA brings its own route, so a child whose local
+    selector misses it is second best, not excluded.
     """
+    there = flow.daddr, flow.proto, flow.dport
     if policy.child is not None:
         fitting = [c for c in children if policy.child in (c.child, f"{c.ike}/{c.child}")]
     else:
-        fitting = [
-            c
+        fits = {
+            c: max(_narrowness(r) for r in c.remote if r.contains(*there))
             for c in children
-            if any(r.contains(flow.daddr, flow.proto, flow.dport) for r in c.remote)
-        ]
+            if any(r.contains(*there) for r in c.remote)
+        }
+        fitting = sorted(fits, key=lambda c: fits[c], reverse=True)
     at_home = [
         c
         for c in fitting
@@ -50,12 +53,18 @@ def child_for(
     return fitting[0] if fitting else None
 
 
+def _narrowness(selector: TrafficSelector) -> tuple[int, bool, int]:
+    low, high = selector.ports
+    return selector.network.prefixlen, selector.proto != 0, low - high
+
+
 @dataclass
 class Negotiation:
     """One child's state, and the flow by which its coverage is judged."""
 
     flow: Flow
     place: int  # of the policy that asked
+    policy: str  # its name
     coverage: Coverage = Coverage.UNCOVERED
     attempts: int = 0
     failures: int = 0  # in a row
@@ -70,11 +79,11 @@ class Negotiations:
     random: Random = field(default_factory=Random)
     of: dict[Name, Negotiation] = field(default_factory=dict)
 
-    def ask(self, name: Name, flow: Flow, place: int) -> list[do.Command]:
+    def ask(self, name: Name, flow: Flow, place: int, policy: str) -> list[do.Command]:
         """A flow that this child would protect was refused."""
-        item = self.of.setdefault(name, Negotiation(flow, place))
+        item = self.of.setdefault(name, Negotiation(flow, place, policy))
         if item.coverage is Coverage.UNCOVERED:
-            item.flow, item.place = flow, place
+            item.flow, item.place, item.policy = flow, place, policy
         return self._move(name, Input.ASKED)
 
     def sa_is(self, name: Name, *, live: bool) -> list[do.Command]:
@@ -114,6 +123,10 @@ class Negotiations:
     def ike_gone(self) -> list[do.Command]:
         """Nothing is being negotiated any more."""
         return [command for name in self.of for command in self._move(name, Input.IKE_GONE)]
+
+    def places(self) -> set[int]:
+        """Return the places of the policies that ever asked."""
+        return {item.place for item in self.of.values()}
 
     def states(self, place: int) -> set[Coverage]:
         """Return the coverages of what a policy asked for."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from errno import EHOSTUNREACH, EPERM, ETIMEDOUT
 
 from ipsecgate.core.events import ChildConfig
-from ipsecgate.core.flow import ANY_V4, ANY_V6, PORT_MASK, Network, TrafficSelector
+from ipsecgate.core.flow import ANY_V4, ANY_V6, PORT_MASK, TCP, Flow, Network, TrafficSelector
 from ipsecgate.core.ipsec import Action
-from ipsecgate.core.layout import Entry, State
+from ipsecgate.core.layout import TUPLES, Entry, State
 from ipsecgate.core.table import Rule, Ternary, port_masks, ternary
 
 STATES = {
@@ -48,6 +49,12 @@ class Policy:
             for block in port_masks(*self.ports)
         ]
 
+    def any_flow(self) -> Flow:
+        """Return a flow that it names, to negotiate before anyone asks."""
+        network = self.remote[0]
+        host = network[0] if network.num_addresses == 1 else network[1]
+        return Flow(host, self.proto or TCP, self.ports[0])
+
 
 @dataclass(frozen=True, slots=True)
 class Errnos:
@@ -59,6 +66,14 @@ class Errnos:
     hold_timeout: int = ETIMEDOUT
 
 
+class SaSource(Enum):
+    """Who says which SAs are live. AUTO: whichever does ESP, as the IKE daemon tells."""
+
+    AUTO = "auto"
+    XFRM = "xfrm"
+    VICI = "vici"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the operator configured, as far as decisions need it."""
@@ -67,6 +82,7 @@ class Settings:
     audit: bool = False
     deny: bool = False
     errnos: Errnos = field(default_factory=Errnos)
+    sa_source: SaSource = SaSource.AUTO
 
 
 def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
@@ -78,6 +94,8 @@ def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
     found: dict[TrafficSelector, Policy] = {}
     for config in children:
         for number, selector in enumerate(config.remote):
+            if selector.ports[0] > selector.ports[1]:
+                continue  # OPAQUE: ports that no flow has
             suffix = f"#{number}" if len(config.remote) > 1 else ""
             name = f"{config.ike}/{config.child}{suffix}"
             policy = Policy(name, (selector.network,), proto=selector.proto, ports=selector.ports)
@@ -94,6 +112,19 @@ def policy_rules(policies: Iterable[Policy], errors: Mapping[int, int]) -> list[
     ]
 
 
-def protect_everything() -> list[Rule]:
-    """Return what holds when the policies do not fit the hooks' tables: refuse."""
-    return [Rule(ternary(network), Entry(State.PROTECT)) for network in (ANY_V4, ANY_V6)]
+def protect_networks(policies: Iterable[Policy]) -> list[Rule]:
+    """Return what holds when the policies do not fit the hooks' tables: protect all of it.
+
+    The networks whole, without protocol and ports; where even that is too much
+    (their prefix lengths differ too much), everything.
+    """
+    policies = tuple(policies)
+    networks = [
+        (network, place)
+        for place, policy in enumerate(policies)
+        if policy.action is not Action.BYPASS
+        for network in policy.remote
+    ]
+    if len({network.prefixlen for network, _ in networks}) > TUPLES // 2:
+        networks = [(ANY_V4, 0), (ANY_V6, 0)]
+    return [Rule(ternary(network), Entry(State.PROTECT, id=place)) for network, place in networks]

@@ -1,4 +1,4 @@
-"""Codec for the little we ask of NETLINK_ROUTE: prefixes of routes and rules, a flow's source.
+"""Codec for the little we ask of NETLINK_ROUTE: prefixes of routes and rules, where a flow goes.
 
 Rules of this module: bytes in, values out, no socket. Routes and rules share their layout, a
 12-byte header (0:family 1:dst_len 7:type) and the destination as attribute 1; all addresses are
@@ -7,29 +7,34 @@ network order, with exactly their family's length.
 pyroute2 can decode all this, and more; its classes take 56 µs for a route, this 2, and a host
 with many routes has its table read at every change.
 
-Source: linux/rtnetlink.h (struct rtmsg), linux/fib_rules.h (struct fib_rule_hdr).
+Source: linux/rtnetlink.h (struct rtmsg, ifinfomsg), linux/fib_rules.h (struct fib_rule_hdr).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from socket import AF_INET, AF_INET6
 
 from ipsecgate.core.flow import Address
-from ipsecgate.core.netlink import Message, encode_ask, encode_dump, messages
+from ipsecgate.core.netlink import Message, Span, encode_ask, encode_dump, messages
 from ipsecgate.core.sources import WIDTH, Prefix
 
+NEWLINK, GETLINK = 16, 18
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWRULE, DELRULE, GETRULE = 32, 33, 34
 ROUTES = frozenset({NEWROUTE, DELROUTE})
 PREFIXED = ROUTES | {NEWRULE, DELRULE}
-RTA_DST, RTA_PREFSRC = 1, 7
+RTA_DST, RTA_OIF, RTA_PREFSRC = 1, 4, 7
+IFLA_IFNAME, IFLA_LINKINFO, IFLA_INFO_KIND = 3, 18, 1
 RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW = 6, 7, 8, 9
 DEAD_ENDS = frozenset({RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW})
 
 _HEADER = struct.Struct("=BBBBBBBBI")
+_LINK = struct.Struct("=BxHiII")
+_INDEX = struct.Struct("=I")
 _VERSION: dict[int, int] = {AF_INET: 4, AF_INET6: 6}
 
 
@@ -79,8 +84,8 @@ def only_routes(datagram: bytes) -> bool:
     return all(message.type in ROUTES for message in messages(datagram))
 
 
-def decode_source(datagram: bytes) -> Iterator[Address]:
-    """Yield the source of the route in the answer to `encode_route_get`.
+def decode_route(datagram: bytes) -> Iterator[tuple[Address, int]]:
+    """Yield the source and the link of the route in the answer to `encode_route_get`.
 
     Nothing: the route leads nowhere, or there is no address to use on it. Raises: DecodeError.
     """
@@ -90,8 +95,37 @@ def decode_source(datagram: bytes) -> Iterator[Address]:
         at = message.structure(_HEADER.size, "rtmsg")
         family, kind = message.data[at], message.data[at + 7]
         raw = _attribute(message, RTA_PREFSRC, 4 if family == AF_INET else 16)
+        link = _attribute(message, RTA_OIF, _INDEX.size)
         if raw is not None and kind not in DEAD_ENDS:
-            yield IPv4Address(raw) if family == AF_INET else IPv6Address(raw)
+            source = IPv4Address(raw) if family == AF_INET else IPv6Address(raw)
+            yield source, _INDEX.unpack(link)[0] if link is not None else 0
+
+
+def encode_link_get(index: int, sequence: int) -> bytes:
+    """Encode RTM_GETLINK for one link."""
+    return encode_ask(GETLINK, _LINK.pack(0, 0, index, 0, 0), sequence)
+
+
+def decode_link(datagram: bytes) -> Iterator[tuple[str, str]]:
+    """Yield the name and the kind ("tun", "veth") of the link in the answer to `encode_link_get`.
+
+    A link that a driver made, without rtnetlink, has no kind: "". Raises: DecodeError.
+    """
+    for message in messages(datagram):
+        if message.type != NEWLINK:
+            continue
+        message.structure(_LINK.size, "ifinfomsg")
+        attributes = message.attributes(_LINK.size)
+        info: dict[int, Span] = {}
+        if IFLA_LINKINFO in attributes:
+            start, end = attributes[IFLA_LINKINFO]
+            info = replace(message, start=start, end=end).attributes(0)
+        yield _text(message, attributes, IFLA_IFNAME), _text(message, info, IFLA_INFO_KIND)
+
+
+def _text(message: Message, attributes: Mapping[int, Span], kind: int) -> str:
+    start, end = attributes.get(kind, (0, 0))
+    return message.data[start:end].rstrip(b"\0").decode(errors="replace")
 
 
 def _header(family: int, bits: int = 0) -> bytes:

@@ -15,11 +15,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from typing import TypeVar
 
 from ipsecgate.core.flow import Address, Network
 
 Prefix = tuple[int, int, int]
 Source = tuple[Network, Address | None]
+T = TypeVar("T")
 
 WIDTH = {4: 32, 6: 128}
 
@@ -94,13 +96,13 @@ def partition(
     ]
 
 
-def compress(sources: Iterable[Source]) -> tuple[Source, ...]:
-    """Leave out the networks that have the source of the network around them.
+def compress(sources: Iterable[tuple[Network, T]]) -> tuple[tuple[Network, T], ...]:
+    """Leave out the networks that have the source, or whatever it is, of the network around them.
 
     A longest-prefix lookup gives the same answers before and after.
     """
-    found: list[Source] = []
-    around: list[Source] = []
+    found: list[tuple[Network, T]] = []
+    around: list[tuple[Network, T]] = []
     for network_, source in sorted(sources, key=lambda item: prefix(item[0])):
         while around and not _inside(network_, around[-1][0]):
             around.pop()

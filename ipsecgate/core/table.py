@@ -38,7 +38,7 @@ class Ternary:
 
     def intersect(self, other: Self) -> Ternary | None:
         """Return what matches both, None where nothing does."""
-        common = Key(*(a & b for a, b in zip(_bits(self.mask), _bits(other.mask), strict=True)))
+        common = common_mask(self.mask, other.mask)
         if self.value.masked(common) != other.value.masked(common):
             return None
         return Ternary(_merge(self.value, other.value), _merge(self.mask, other.mask))
@@ -139,39 +139,62 @@ EMPTY = Table((), {})
 
 def compile_table(rules: Iterable[Rule]) -> Table:
     """Order rules into tuples. Raises: TableFullError."""
-    masks: list[Key] = []
-    members: list[dict[Key, Rule]] = []
+    groups: list[_Group] = []
     for rule in rules:
-        if any(_shadows(mask, group, rule) for mask, group in zip(masks, members, strict=True)):
+        if any(group.shadows(rule.match) for group in groups):
             continue
-        place = _place(masks, members, rule)
-        if place == len(masks):
-            masks.append(rule.match.mask)
-            members.append({})
-        members[place][rule.match.value] = rule
-    if len(masks) > TUPLES:
-        raise TableFullError(f"{len(masks)} distinct masks, the hooks hold {TUPLES}")
+        place = _place(groups, rule.match)
+        if place == len(groups):
+            groups.append(_Group(rule.match.mask))
+        groups[place].add(rule)
+    if len(groups) > TUPLES:
+        raise TableFullError(f"{len(groups)} distinct masks, the hooks hold {TUPLES}")
     entries = {
         (index, value): rule.entry
-        for index, group in enumerate(members)
-        for value, rule in group.items()
+        for index, group in enumerate(groups)
+        for value, rule in group.rules.items()
     }
     if len(entries) > ENTRIES // 4:  # two tables, and each is built beside its predecessor
         raise TableFullError(f"{len(entries)} entries, a table holds {ENTRIES // 4}")
-    return Table(tuple(masks), entries)
+    return Table(tuple(group.mask for group in groups), entries)
 
 
-def _shadows(mask: Key, group: Mapping[Key, Rule], rule: Rule) -> bool:
-    """Tell whether an earlier rule already has every flow of this one."""
-    wider = all(m & r == m for m, r in zip(_bits(mask), _bits(rule.match.mask), strict=True))
-    return wider and rule.match.value.masked(mask) in group
+class _Group:
+    """The rules of one tuple, and an index that finds those in the way of another."""
+
+    def __init__(self, mask: Key) -> None:
+        self.mask = mask
+        self.rules: dict[Key, Rule] = {}
+        self._indexes: dict[Key, set[Key]] = {}  # by a narrower mask: the values under it
+
+    def add(self, rule: Rule) -> None:
+        self.rules[rule.match.value] = rule
+        for mask, values in self._indexes.items():
+            values.add(rule.match.value.masked(mask))
+
+    def shadows(self, match: Ternary) -> bool:
+        """Tell whether an earlier rule already has every flow of this one."""
+        wider = all(m & r == m for m, r in zip(_bits(self.mask), _bits(match.mask), strict=True))
+        return wider and match.value.masked(self.mask) in self.rules
+
+    def overlaps(self, match: Ternary) -> bool:
+        """Tell whether a rule has a flow in common with this one."""
+        common = common_mask(self.mask, match.mask)
+        if common not in self._indexes:
+            self._indexes[common] = {value.masked(common) for value in self.rules}
+        return match.value.masked(common) in self._indexes[common]
 
 
-def _place(masks: list[Key], members: list[dict[Key, Rule]], rule: Rule) -> int:
+def common_mask(a: Key, b: Key) -> Key:
+    """Return the bits that both masks look at."""
+    return Key(*(x & y for x, y in zip(_bits(a), _bits(b), strict=True)))
+
+
+def _place(groups: list[_Group], match: Ternary) -> int:
     """Return the last tuple of the rule's mask if no earlier rule behind it overlaps."""
-    for place in range(len(masks) - 1, -1, -1):
-        if masks[place] == rule.match.mask:
+    for place in range(len(groups) - 1, -1, -1):
+        if groups[place].mask == match.mask:
             return place
-        if any(earlier.match.intersect(rule.match) for earlier in members[place].values()):
+        if groups[place].overlaps(match):
             break
-    return len(masks)
+    return len(groups)

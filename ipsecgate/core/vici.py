@@ -186,6 +186,20 @@ def _ports(written: str | None, proto: int, protocol: str | None, names: Names) 
     return port, port
 
 
+# --- the daemon ---------------------------------------------------------------------
+
+
+def is_userland(stats: Section) -> bool:
+    """Tell from the answer to `stats` whether the daemon does ESP itself, by kernel-libipsec.
+
+    It has one IPsec backend, of the first plugin that offers one, and lists its plugins in that
+    order. kernel-libipsec behind kernel-netlink is loaded, has its TUN device, and does nothing.
+    Source: "Plugin Load Options" in strongSwan's documentation; tried both ways with 5.9.8.
+    """
+    backends = (name for name in texts(stats, "plugins") if name.startswith("kernel-"))
+    return next(backends, "") == "kernel-libipsec"
+
+
 # --- SAs ----------------------------------------------------------------------------
 
 

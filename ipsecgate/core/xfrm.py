@@ -9,8 +9,7 @@ Well-formed messages about anything else are skipped: inbound and forward polici
 ones (dir 3 and 4, an IKE daemon's), sub policies (Mobile IPv6), soft expiries, unknown types.
 MIGRATE counts as a flush: it rewrites policies and states without saying what they became.
 
-It does not judge: a larval state or one that no policy uses is passed on as it is. It does not
-tell apart two policies whose selectors differ only in the address bits beyond the prefix.
+It does not judge: a larval state or one that no policy uses is passed on as it is.
 
     structure (bytes)           what is read, as offset:field
     xfrm_selector (56)          0:daddr 16:saddr 32:dport 34:dport_mask 36:sport 38:sport_mask
@@ -184,7 +183,12 @@ def _policy(message: Message, at: int, attributes: Attributes) -> SpdEntry | Non
         meaning = Action.DISCARD
     else:
         meaning = Action.PROTECT if templates else Action.BYPASS
-    key = SpdKey(selector, _mark(message, attributes), _if_id(message, attributes))
+    key = SpdKey(
+        selector,
+        _mark(message, attributes),
+        _if_id(message, attributes),
+        _host_bits(sel, selector),
+    )
     return SpdEntry(key, priority, meaning, templates, index)
 
 
@@ -239,6 +243,16 @@ def _selector(message: Message, raw: bytes, at: int) -> Selector | None:
     except ValueError as error:
         raise message.bad(f"sel ({error})", at) from None
     return Selector(src, dst, proto, sport, sport_mask, dport, dport_mask, ifindex)
+
+
+def _host_bits(raw: bytes, selector: Selector) -> tuple[int, int]:
+    """Return what a selector's addresses, source and destination, have beyond their prefixes."""
+    size = selector.src.max_prefixlen // 8
+    source, destination = raw[16 : 16 + size], raw[:size]
+    return (
+        int.from_bytes(source, "big") - int(selector.src.network_address),
+        int.from_bytes(destination, "big") - int(selector.dst.network_address),
+    )
 
 
 # Few addresses and sources occur again and again, and making one is most of the cost.

@@ -11,13 +11,14 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ipsecgate.core.flow import PORT_MASK, PROTOCOLS, Network
 from ipsecgate.core.ipsec import Action
-from ipsecgate.core.policy import Errnos, Policy, Settings
+from ipsecgate.core.policy import Errnos, Policy, SaSource, Settings, policy_rules
+from ipsecgate.core.table import TableFullError, compile_table
 from ipsecgate.errors import UsageError
 
 T = TypeVar("T")
@@ -112,21 +113,24 @@ def load(path: Path, *, required: bool = True) -> Config:
         policies += _policies(table, extra)
         table.finish(("policy",))
     _refuse_duplicates(policies)
+    _refuse_too_many(policies, path)
 
     mode = gate.choice("mode", ("enforce", "audit"), "enforce")
     default = gate.choice("default", ("allow", "deny"), "allow")
+    source = gate.choice("sa_source", tuple(one.value for one in SaSource), SaSource.AUTO.value)
     config = Config(
         settings=Settings(
             policies=tuple(policy for policy, _ in policies),
             audit=mode == "audit",
             deny=default == "deny",
             errnos=errnos,
+            sa_source=SaSource(source),
         ),
         cgroups=tuple(gate.strings("cgroups")),
         host=gate.take("host", bool, False),
         vici=Path(gate.take("vici", str, str(DEFAULT_VICI))),
     )
-    gate.finish(("mode", "default", "cgroups", "host", "vici"))
+    gate.finish(("mode", "default", "cgroups", "host", "vici", "sa_source"))
     if config.host and config.cgroups:
         raise gate.error("cgroups", "and gate.host = true exclude each other")
     return config
@@ -193,7 +197,12 @@ def _policy(table: _Table) -> Policy:
 
 def _network(text: str) -> Network:
     try:
-        return ip_network(text)
+        network = ip_network(text)
+        mapped = IPv6Network("::ffff:0:0/96")
+        if isinstance(network, IPv6Network) and network.subnet_of(mapped):
+            # On the wire it is IPv4, through whatever socket it came.
+            return IPv4Network((int(network[0]) & 0xFFFFFFFF, network.prefixlen - 96))
+        return network
     except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from error
 
@@ -209,6 +218,15 @@ def _ports(text: str) -> tuple[int, int]:
     if not 0 < low <= high <= PORT_MASK:
         raise ValueError(f"{text!r} is not within 1-{PORT_MASK}")
     return low, high
+
+
+def _refuse_too_many(policies: list[tuple[Policy, Path]], path: Path) -> None:
+    try:
+        compile_table(policy_rules((policy for policy, _ in policies), {}))
+    except TableFullError as error:
+        raise UsageError(
+            f"{path}: policy: {error}", hint="port ranges and prefix lengths make the masks"
+        ) from error
 
 
 def _refuse_duplicates(policies: list[tuple[Policy, Path]]) -> None:

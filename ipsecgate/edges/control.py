@@ -68,7 +68,10 @@ def _answer(
         handler = verbs[request["verb"]]
     except (ValueError, KeyError, TypeError):
         return {"error": f'expected {{"verb": one of {", ".join(verbs)}}}'}
-    return {"ok": handler()}
+    try:
+        return {"ok": handler()}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def ask(path: Path, verb: str) -> dict[str, Any]:

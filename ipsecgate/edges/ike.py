@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ipsecgate.core.events import (
     ChildConfig,
@@ -32,6 +32,7 @@ from ipsecgate.core.vici import (
     child_sas,
     child_updown,
     ike_updown,
+    is_userland,
     sections,
     text,
 )
@@ -44,6 +45,8 @@ from ipsecgate.edges.vici import (
     ViciConnection,
     no_answer,
 )
+
+T = TypeVar("T")
 
 EVENTS = ("child-updown", "child-rekey", "ike-updown")
 COMMAND_LIMIT = 30.0
@@ -138,6 +141,11 @@ class IkeClient:
         found = await self._command("list-sas", {}, "list-sa")
         return tuple(sa for each in found for sa in child_sas(each, NAMES))
 
+    async def userland(self) -> bool:
+        """Tell whether the daemon does ESP itself, by kernel-libipsec. Raises: IkeError."""
+        answer, _ = await self._in_turn(lambda: self._commands.exchange("stats", {}))
+        return is_userland(answer)
+
     async def initiate(self, ike: str, child: str, limit: float) -> None:
         """Have a child negotiated; this does not wait for it.
 
@@ -177,10 +185,13 @@ class IkeClient:
     async def _command(
         self, command: str, message: Message, stream: str | None = None
     ) -> list[Message]:
+        return await self._in_turn(lambda: self._commands.request(command, message, stream))
+
+    async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> T:
         async with self._command_turn:
             try:
                 async with asyncio.timeout(COMMAND_LIMIT):
-                    return await self._commands.request(command, message, stream)
+                    return await work()
             except IkeRefusedError:
                 raise
             except BaseException as error:

@@ -172,7 +172,7 @@ class Pins:
         return len(paths)
 
     def attachments(self) -> list[Attachment]:
-        """Return what is attached, as the kernel says it. A removed cgroup's id reads 0."""
+        """Return what is attached, by the pins' names; the kernel forgets a removed cgroup's id."""
         found = []
         for path in self._links():
             with opened(libbpf.open_pin(path)) as link:

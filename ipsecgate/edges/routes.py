@@ -1,4 +1,7 @@
-"""Which source address the kernel would choose for an unbound socket, kept up to date.
+"""Which source address the kernel would choose for an unbound socket, and whether by a tunnel.
+
+It is kept up to date. The tunnel is the TUN device of an IKE daemon that does ESP itself:
+strongSwan's kernel-libipsec names it ipsec0, ipsec1, and so on.
 
 Rules of this module:
 - The kernel is asked (RTM_GETROUTE), nothing is computed from the table: what it answers holds
@@ -25,8 +28,10 @@ from ipsecgate.core.events import SourcesResolved
 from ipsecgate.core.flow import Address, Network
 from ipsecgate.core.netlink import DecodeError
 from ipsecgate.core.rtnetlink import (
+    decode_link,
     decode_prefixes,
-    decode_source,
+    decode_route,
+    encode_link_get,
     encode_route_dump,
     encode_route_get,
     encode_rule_dump,
@@ -41,6 +46,7 @@ NETLINK_ROUTE = 0
 GROUPS = (1, 5, 7, 8, 9, 11, 19)
 PAUSE = 0.02
 BATCH = 64  # lookups between two turns of the loop, about a millisecond
+TUN = "ipsec"  # Source: kernel_libipsec_plugin.c
 
 
 class RoutesError(GateError):
@@ -87,7 +93,7 @@ class Routes:
     async def source_for(self, address: Address) -> Address | None:
         """Return the source for a destination, None where it can't be reached. Raises: OSError."""
         async with Requests(NETLINK_ROUTE) as requests:
-            return _source(requests, address)
+            return _route(requests, address)[0]
 
     async def prefixes(self) -> set[Network]:
         """Return where the answer can change inside the destinations that are followed.
@@ -100,14 +106,22 @@ class Routes:
 
     async def resolve(self) -> tuple[Source, ...]:
         """Return the sources now. Raises: OSError, DecodeError."""
-        found: list[Source] = []
+        return (await self._resolve()).sources
+
+    async def _resolve(self) -> SourcesResolved:
+        sources: list[Source] = []
+        links: list[tuple[Network, int]] = []
         async with Requests(NETLINK_ROUTE) as requests:
             pieces = partition(self._destinations, await self._prefixes(requests))
             for count, (piece, address) in enumerate(pieces, start=1):
-                found.append((piece, _source(requests, address)))
+                source, link = _route(requests, address)
+                sources.append((piece, source))
+                links.append((piece, link))
                 if count % BATCH == 0:
                     await asyncio.sleep(0)
-        return compress(found)
+            tuns = {link for link in {link for _, link in links} if _is_tun(requests, link)}
+        into_tun = compress((piece, link in tuns) for piece, link in links) if tuns else ()
+        return SourcesResolved(compress(sources), into_tun)
 
     async def _prefixes(self, requests: Requests) -> set[Network]:
         found: set[Prefix] = set()
@@ -120,7 +134,7 @@ class Routes:
         return [one for one in decode_prefixes(datagram) if self._cover.contains(one)]
 
     async def _tell(self) -> None:
-        resolved = SourcesResolved(await self.resolve())
+        resolved = await self._resolve()
         if resolved != self._last:
             self._last = resolved
             self._deliver(resolved)
@@ -136,9 +150,18 @@ class Routes:
         self._due.set()
 
 
-def _source(requests: Requests, address: Address) -> Address | None:
+def _route(requests: Requests, address: Address) -> tuple[Address | None, int]:
+    """Return a destination's source and link; None and 0: it can't be reached."""
     try:
-        found = requests.ask(partial(encode_route_get, address), decode_source)
+        found = requests.ask(partial(encode_route_get, address), decode_route)
     except OSError:
-        return None  # whatever the reason, the kernel would not send there either
-    return found[0] if found else None
+        return None, 0  # whatever the reason, the kernel would not send there either
+    return found[0] if found else (None, 0)
+
+
+def _is_tun(requests: Requests, link: int) -> bool:
+    try:
+        found = requests.ask(partial(encode_link_get, link), decode_link)
+    except OSError:
+        return False  # it went meanwhile, or there was none
+    return any(kind == "tun" and name.startswith(TUN) for name, kind in found)

@@ -30,8 +30,8 @@ _instances = itertools.count(1)
 class Gated:
     """A gate with one gated cgroup, `cgroup`. Gone at the end of the `with`, pins and all.
 
-    `policies` is TOML that is added to the configuration. `cache` keeps the
-    compiled hooks from one gate to the next; None: compiled anew.
+    `policies` is TOML that is added to the configuration, keys of [gate] first. `cache`
+    keeps the compiled hooks from one gate to the next; None: compiled anew.
     """
 
     def __init__(self, lab: Lab, *, policies: str = "", cache: Path | None = None) -> None:

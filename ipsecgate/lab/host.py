@@ -25,13 +25,15 @@ class Host:
     wire as well but named by no connection.
     """
 
-    def __init__(self, site: Site, namespace: Namespace, folder: Path) -> None:
+    def __init__(
+        self, site: Site, namespace: Namespace, folder: Path, libipsec: bool = False
+    ) -> None:
         self.site = site
         self.namespace = namespace
         self.outer: dict[int, Address] = {f: site.outer[f].ip for f in FAMILIES}
         self.inner: dict[int, Address] = {f: site.inner[f].ip for f in FAMILIES}
         self.bare: dict[int, Address] = {f: site.bare[f].ip for f in FAMILIES}
-        self.charon = Charon(folder, self.launcher())
+        self.charon = Charon(folder, self.launcher(), libipsec)
         self._processes: list[subprocess.Popen[str]] = []
 
     def address(self, spec: ConnSpec) -> Address:

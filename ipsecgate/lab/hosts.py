@@ -42,6 +42,7 @@ class Lab:
     """Host a, a path with a delay, host b. See the module for what it owns.
 
     `prefix` tells labs of one process apart: it may have one of each prefix at a time.
+    `libipsec`: both strongSwans do ESP themselves, in tunnel mode only, and XFRM is not touched.
     """
 
     a: Host
@@ -49,8 +50,9 @@ class Lab:
     path: Namespace
     _open: ClassVar[set[str]] = set()
 
-    def __init__(self, prefix: str = PREFIX) -> None:
+    def __init__(self, prefix: str = PREFIX, *, libipsec: bool = False) -> None:
         self.prefix = prefix
+        self.libipsec = libipsec
         self.name = f"{prefix}-{os.getpid()}"
         self._broken = self._muted = False
         self._stack = contextlib.ExitStack()
@@ -91,7 +93,7 @@ class Lab:
         hosts = []
         for site in (SITE_A, SITE_B):
             (folder / site.name).mkdir()
-            host = Host(site, spaces[site.name], folder / site.name)
+            host = Host(site, spaces[site.name], folder / site.name, self.libipsec)
             stack.callback(host.close)
             host.charon.spawn()
             hosts.append(host)
@@ -144,7 +146,7 @@ class Lab:
             if time.monotonic() > deadline:
                 raise LabError("charon keeps SAs", hint=f"see {self.a.charon.log}")
             time.sleep(0.01)
-        for host in (self.a, self.b):
+        for host in (self.a, self.b) if not self.libipsec else ():
             host.namespace.flush_xfrm()
         if self._broken:
             self.mend_psk()

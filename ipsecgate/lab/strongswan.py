@@ -31,6 +31,9 @@ PLUGINS = Path("/usr/lib/ipsec/plugins")
 # Only what PSK with the proposals below needs: in a slow guest each plugin costs start-up
 # time, and af-alg would probe every cipher of the kernel.
 LOAD = "random nonce aes sha1 sha2 hmac kdf gmp kernel-netlink socket-default vici"
+# The first plugin with an IPsec backend is the one that is used; kernel-netlink has routes, too.
+LOAD_LIBIPSEC = LOAD.replace("kernel-netlink", "kernel-libipsec kernel-netlink")
+TUN = Path("/dev/net/tun")
 IKE_PROPOSAL = "aes128-sha256-modp2048"
 ESP_PROPOSAL = "aes128-sha256"
 START_TIMEOUT = 60.0
@@ -127,23 +130,28 @@ def connection(spec: ConnSpec, local: End, remote: End, start_action: str) -> di
 class Charon:
     """A charon-systemd with everything it owns in one folder.
 
-    `launcher` is the command prefix that puts it into its network namespace.
+    `launcher` is the command prefix that puts it into its network namespace. `libipsec`: it does
+    ESP itself behind a TUN device, ipsec0, tunnel mode only; the kernel needs no ESP.
     """
 
-    def __init__(self, folder: Path, launcher: list[str]) -> None:
+    def __init__(self, folder: Path, launcher: list[str], libipsec: bool = False) -> None:
         self.folder = folder
         self.vici_socket = folder / "vici"
         self.log = folder / "charon.log"
         self._launcher = launcher
         self._process: subprocess.Popen[bytes] | None = None
-        missing = [name for name in LOAD.split() if not plugin(name).exists()]
+        self._load = LOAD_LIBIPSEC if libipsec else LOAD
+        missing = [name for name in self._load.split() if not plugin(name).exists()]
         if missing or not DAEMON.exists():
             raise LabError(
                 f"strongSwan is not complete: {' '.join(missing) or DAEMON} missing",
-                hint="install charon-systemd, strongswan-libcharon and libstrongswan",
+                hint="install charon-systemd, strongswan-libcharon, libstrongswan and "
+                "libcharon-extra-plugins",
             )
+        if libipsec and not TUN.exists():
+            subprocess.run(["modprobe", "tun"], check=False, capture_output=True)
         self._settings = folder / "strongswan.conf"
-        self._settings.write_text(SETTINGS.format(load=LOAD, folder=folder))
+        self._settings.write_text(SETTINGS.format(load=self._load, folder=folder))
 
     @property
     def pid(self) -> int:
@@ -209,7 +217,7 @@ class Charon:
 
         Of what charon reads while it runs, such as make_before_break.
         """
-        own = SETTINGS.format(load=LOAD, folder=self.folder)
+        own = SETTINGS.format(load=self._load, folder=self.folder)
         self._settings.write_text(f"{own}charon-systemd {{\n{settings}\n}}\n")
         with self.session() as session:
             session.reload_settings()

@@ -108,6 +108,26 @@ def test_what_is_wrong_is_told_by_file_and_key(tmp_path: Path, text: str, messag
         load(file)
 
 
+def test_a_mapped_network_is_its_ipv4_one(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(policy("").replace("10.0.0.0/8", "::ffff:10.0.0.0/104"))
+    assert load(file).settings.policies[0].remote == (ip_network("10.0.0.0/8"),)
+
+
+def test_policies_that_the_hooks_cannot_hold_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(
+        "".join(
+            policy('protocol = "tcp"\nport = "1-65534"\n')
+            .replace("10.0.0.0/8", f"10.0.0.0/{n}")
+            .replace('"x"', f'"p{n}"')
+            for n in (24, 16, 8)
+        )
+    )
+    with pytest.raises(UsageError, match=r"c\.toml: policy: .* distinct masks"):
+        load(file)
+
+
 def test_a_near_miss_is_named(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(policy("acton = 'bypass'"))

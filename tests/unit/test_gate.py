@@ -35,7 +35,12 @@ TRAP = SpdEntry(
     templates=(Template(ESP, Mode.TUNNEL, reqid=1, saddr=LOCAL, daddr=PEER),),
 )
 SA = Sa(SaId(PEER, 0xC0FFEE01, ESP), LOCAL, reqid=1, mode=Mode.TUNNEL)
-LISTED = on.ChildSa("peer", "net", 1, 0x11, 0xC0FFEE01, PEER)
+# The policy that comes with the SA: it names the SPI, and takes the place of the trap.
+PINNED = replace(TRAP, templates=(replace(TRAP.templates[0], spi=SA.id.spi),))
+UP = (on.SaSet(SA), on.PolicySet(PINNED))
+LISTED = on.ChildSa(
+    "peer", "net", 1, 0x11, 0xC0FFEE01, PEER, (TrafficSelector(HERE),), (TrafficSelector(THERE),)
+)
 NAME = ("peer", "net")
 
 REFUSED = on.FlowRefused(FLOW, Reason.REFUSE_UNCOVERED, policy=0, pid=9, comm="curl", cgroup=1)
@@ -107,7 +112,8 @@ def test_first_connection(trapped: Transcript) -> None:
     assert initiated(trapped.after(REFUSED)) == [NAME]
     assert trapped.gate.negotiations.of[NAME].coverage is Coverage.NEGOTIATING
 
-    opened = trapped.after(on.SaSet(SA))
+    assert not trapped.after(on.SaSet(SA)), "the trap says nothing of what the peer agreed to"
+    opened = trapped.after(on.PolicySet(PINNED))
     assert isinstance(opened[0], do.SetEntry), "the first command opens, in one write"
     assert trapped.is_open()
     assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
@@ -122,7 +128,7 @@ def test_one_negotiation_however_many_flows_ask(trapped: Transcript) -> None:
 def test_what_the_kernel_told_at_one_go_is_answered_once(trapped: Transcript) -> None:
     trapped.after(REFUSED)
     inbound = replace(SA, id=SaId(LOCAL, 0x11, ESP), saddr=PEER)
-    commands = trapped.take(trapped.gate.step(on.SaSet(inbound), on.SaSet(SA), on.PolicySet(TRAP)))
+    commands = trapped.take(trapped.gate.step(on.SaSet(inbound), *UP))
     assert [type(c) for c in commands].count(do.SetEntry) == 1
     assert trapped.is_open()
     commands = trapped.take(trapped.gate.step(on.SaGone(SA.id), REFUSED, on.SaSet(SA)))
@@ -134,7 +140,7 @@ def test_without_a_trap_the_sa_alone_does_not_open() -> None:
     story.after(on.KernelSnapshot((), ()), connected(), SOURCES, REFUSED)
     story.after(on.SaSet(SA))
     assert not story.is_open()
-    story.after(on.PolicySet(TRAP))
+    story.after(on.PolicySet(PINNED))
     assert story.is_open()
 
 
@@ -153,7 +159,7 @@ def test_without_a_trap_the_sa_alone_does_not_open() -> None:
     ids=lambda event: type(event).__name__,
 )
 def test_what_closes_a_flow(trapped: Transcript, closing: on.Event) -> None:
-    trapped.after(REFUSED, on.SaSet(SA))
+    trapped.after(REFUSED, *UP)
     assert trapped.is_open()
     first = trapped.after(closing)[0]
     assert isinstance(first, do.SetEntry | do.Publish), "closing comes before all else"
@@ -162,7 +168,7 @@ def test_what_closes_a_flow(trapped: Transcript, closing: on.Event) -> None:
 
 
 def test_a_higher_priority_policy_takes_over(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.SaSet(SA))
+    trapped.after(REFUSED, *UP)
     bypass = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.2.0.0/24"))), priority=1,
                      action=Action.BYPASS, templates=())  # fmt: skip
     trapped.after(on.PolicySet(bypass))
@@ -172,9 +178,10 @@ def test_a_higher_priority_policy_takes_over(trapped: Transcript) -> None:
 
 
 def test_rekeying_has_no_gap(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.SaSet(SA))
+    trapped.after(REFUSED, *UP)
     new = replace(SA, id=SaId(PEER, 0xC0FFEE02, ESP))
-    for event in (on.SaSet(new), on.PolicySet(TRAP), on.SaGone(SA.id)):
+    named = replace(TRAP, templates=(replace(TRAP.templates[0], spi=new.id.spi),))
+    for event in (on.SaSet(new), on.PolicySet(named), on.SaGone(SA.id)):
         trapped.after(event)
         assert trapped.is_open()
 
@@ -237,7 +244,7 @@ def test_a_child_that_is_up_for_ike_only_is_deleted(trapped: Transcript, within:
 
 
 def test_done_before_the_kernel_shows_it_is_not_a_failure(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.NegotiationDone(*NAME), on.SaSet(SA))
+    trapped.after(REFUSED, on.NegotiationDone(*NAME), *UP)
     trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
     assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
 
@@ -259,7 +266,7 @@ def test_the_route_that_comes_with_the_sa_decides_the_source() -> None:
     outer = on.SourcesResolved(((THERE, LOCAL),))
     story.after(on.KernelSnapshot((), ()), connected(), outer)
     assert initiated(story.after(REFUSED)) == [NAME]
-    story.after(on.SaSet(SA), on.PolicySet(TRAP))
+    story.after(*UP)
     assert story.gate.negotiations.of[NAME].coverage is Coverage.NEGOTIATING
     story.after(SOURCES)
     assert story.gate.negotiations.of[NAME].coverage is Coverage.COVERED
@@ -331,3 +338,55 @@ def test_tables_that_do_not_fit_refuse() -> None:
     story.after(on.KernelSnapshot((TRAP,), (SA,)))
     assert story.is_open()
     assert story.gate.errors == []
+
+
+def test_a_policy_to_start_without_its_child_asks_no_more_than_it_is_told() -> None:
+    story = Transcript(Settings(policies=(Policy("net", (THERE,), child="net", start=True),)))
+    story.after(on.KernelSnapshot((TRAP,), ()))
+    nothing = on.IkeConnected((), (), pid=42)
+    for _ in range(3):
+        commands = story.after(nothing)
+        assert do.AskIke() not in commands
+    assert initiated(story.after(connected())) == [NAME]
+
+
+def test_what_must_be_protected_only_grows() -> None:
+    story = Transcript()
+    story.after(connected())
+    narrower = replace(NET, remote=(TrafficSelector(ip_network("10.2.3.0/24")),))
+    story.after(on.IkeConnected((narrower,), (), pid=42))
+    assert story.errno == EPERM
+
+
+def test_a_connection_whose_peer_is_not_known_is_told(trapped: Transcript) -> None:
+    trapped.after(on.IkeConnected((NET, replace(NET, child="any", remote=())), (), pid=42))
+    assert any("connection peer/any" in error for error in trapped.gate.errors)
+    trapped.after(connected())
+    assert trapped.gate.errors == []
+
+
+def test_a_kernel_policy_of_an_unknown_connection_has_ike_looked_at(trapped: Transcript) -> None:
+    news = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.3.0.0/16"))))
+    assert do.AskIke() in trapped.after(on.PolicySet(news))
+    assert do.AskIke() not in trapped.after(on.PolicySet(TRAP))
+
+
+def test_refusals_do_not_hold_up_what_closes(trapped: Transcript) -> None:
+    trapped.after(REFUSED, *UP)
+    commands = trapped.take(trapped.gate.step(*[REFUSED] * 1000, on.SaGone(SA.id)))
+    assert isinstance(commands[0], do.SetEntry)
+    assert not trapped.is_open()
+
+
+def test_policies_that_do_not_fit_protect_their_networks_whole() -> None:
+    wide = tuple(
+        Policy(f"p{n}", (ip_network(f"10.0.0.0/{n}"),), proto=TCP, ports=(1, 65534))
+        for n in (24, 16, 8)
+    )
+    story = Transcript(Settings(policies=wide))
+    assert any("POLICY table" in error for error in story.gate.errors)
+    inside = Flow(ip_address("10.9.9.9"), 17, 53, ip_address("10.1.0.1"))
+    entry = story.entry(TableId.POLICY, inside)
+    assert entry is not None
+    assert entry.state is State.PROTECT
+    assert story.entry(TableId.POLICY, replace(inside, daddr=ip_address("8.8.8.8"))) is None

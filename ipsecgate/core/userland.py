@@ -1,0 +1,112 @@
+"""What the gate knows of IPsec outside the kernel: the CHILD_SAs that the IKE daemon reports.
+
+With strongSwan's plugin kernel-libipsec the daemon does ESP itself, behind a TUN device. SPD
+and SAD are empty then, nothing is ever told about them, and VICI is the only witness.
+
+Rules of this module:
+- A flow is protected when the traffic selectors of an established CHILD_SA have it, exactly as
+  negotiated, *and* routing sends it into the daemon's TUN device. Each alone is not enough:
+  without the route the flow leaves in clear, without the SA the daemon drops it. So a daemon
+  that has the kernel do ESP, taken for one that does not, opens nothing.
+- What happened and what is listed come on two connections, so a list may be older than an event
+  that was heard before it. It revives no child that was told down, and what was told up since
+  the list before need not be in it. Any other child that is not listed is gone.
+- Where the daemon is gone, everything is.
+
+It does not look at the kernel's databases, nor at ICMP's types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ipsecgate.core.events import ChildSa
+from ipsecgate.core.flow import Network
+from ipsecgate.core.sources import Cover, prefix
+from ipsecgate.core.spd import DEAD, LIVE, agreed_on
+from ipsecgate.core.table import Rule, Ternary, ternary
+
+RoutedIn = tuple[tuple[Network, bool], ...]
+
+
+class Userland:
+    """CHILD_SAs as the daemon told, and where routing leads; beside `Mirror`."""
+
+    def __init__(self) -> None:
+        self._up: dict[int, ChildSa] = {}  # by inbound SPI: we chose it, so it is the only one
+        self._new: set[int] = set()  # told up since the last list
+        self._down: set[int] = set()  # told down, and perhaps in a list that is on its way
+        self._into_tun: RoutedIn = ()
+
+    def routed(self, into_tun: RoutedIn) -> None:
+        """Take in which destinations lead into the TUN device; the longest prefix counts."""
+        self._into_tun = into_tun
+
+    def ike_knows(self, established: Iterable[ChildSa]) -> None:
+        """The daemon is connected and lists these CHILD_SAs."""
+        listed = {sa.spi_in: sa for sa in established}
+        new = {spi: self._up[spi] for spi in self._new}
+        self._up = new | {spi: sa for spi, sa in listed.items() if spi not in self._down}
+        self._new.clear()
+        self._down &= listed.keys()
+
+    def ike_adds(self, sa: ChildSa) -> None:
+        """The daemon told of one more CHILD_SA."""
+        self._up[sa.spi_in] = sa
+        self._new.add(sa.spi_in)
+
+    def ike_drops(self, sa: ChildSa) -> None:
+        """The daemon told that a CHILD_SA is gone, or has been replaced."""
+        self._up.pop(sa.spi_in, None)
+        self._new.discard(sa.spi_in)
+        self._down.add(sa.spi_in)
+
+    def ike_gone(self) -> None:
+        """Its SAs went with it."""
+        self._up.clear()
+        self._new.clear()
+        self._down.clear()
+
+    def established(self, ike: str, child: str) -> list[ChildSa]:
+        """Return what the daemon says is established of a child."""
+        return [sa for sa in self._up.values() if (sa.ike, sa.child) == (ike, child)]
+
+    def lacks(self, sa: ChildSa) -> bool:
+        """Tell whether no route leads to what the daemon says that it protects."""
+        tunnels = Cover(network for network, into in self._into_tun if into)
+        return not any(tunnels.touches(prefix(there.network)) for there in sa.remote)
+
+    def sas(self) -> list[ChildSa]:
+        """Return every CHILD_SA that is up."""
+        return list(self._up.values())
+
+    def agreed_rules(self) -> list[Rule]:
+        """Return the hook's SPD table as rules.
+
+        The longest prefixes come first, as in routing; inside, wide regions before narrow
+        ones, which they make superfluous.
+        """
+        agreed = sorted(
+            dict.fromkeys(
+                part
+                for sa in self._up.values()
+                for part in agreed_on(sa.local, sa.remote, exact=True)
+            ),
+            key=_mask_bits,
+        )
+        tunnels = Cover(network for network, into in self._into_tun if into)
+        rules: list[Rule] = []
+        for network, into in sorted(self._into_tun, key=lambda item: -item[0].prefixlen):
+            destination = ternary(network)
+            if into:
+                parts = (destination.intersect(part) for part in agreed)
+                rules.extend(Rule(part, LIVE) for part in parts if part is not None)
+            elif tunnels.contains(prefix(network)):
+                rules.append(Rule(destination, DEAD))  # an exception inside a tunnel's network
+        return rules
+
+
+def _mask_bits(region: Ternary) -> int:
+    mask = region.mask
+    words = (mask.saddr, mask.daddr, mask.sport, mask.dport, mask.proto, mask.family)
+    return sum(word.bit_count() for word in words)

@@ -1,0 +1,223 @@
+"""A gated process speaks while the SA under it lives; what it met is held against the kernel.
+
+    covered(t): the kernel has an outbound SA and an outbound policy at t, by its own XFRM events
+    gap:        from the moment that ceased to be until it is again
+
+Rules of this module: the gate's own word counts for nothing. The witnesses are the kernel's
+events, a capture between the hosts, and what each system call returned. TOLERANCE is for the
+notification: the kernel tells the gate and the watch at one time, and each needs the processor
+(the guest has one) before it can act; attempts that near to an edge of a gap may go either way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from ipsecgate.lab.capture import Captured
+from ipsecgate.lab.frames import Packet
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import Lab
+from ipsecgate.lab.saready import XfrmSeen
+from tests.system.pulse import Attempt, Pulse, Target
+
+TOLERANCE = 0.03
+SETTLE = 0.15
+TIMEOUT = 15.0
+REFUSALS = ("EPERM", "EHOSTUNREACH")
+
+log = logging.getLogger(__name__)
+
+Gap = tuple[float, float]
+Wanted = Callable[[XfrmSeen], bool]
+
+
+def outbound(event: XfrmSeen) -> bool:
+    return bool(event.outbound)
+
+
+def gaps(events: Sequence[XfrmSeen], wanted: Wanted = outbound) -> list[Gap]:
+    """Return when the kernel had no outbound SA, or no outbound policy, to begin with none."""
+    sas: set[int] = set()
+    policies: set[tuple[object, object]] = set()
+    found: list[Gap] = []
+    began: float | None = -math.inf
+    for event in filter(wanted, events):
+        match event.name:
+            case "NEWSA" | "UPDSA":
+                sas.add(event.spi)
+            case "NEWPOLICY" | "UPDPOLICY":
+                policies.add((event.saddr, event.daddr))
+            case "DELPOLICY":
+                policies.discard((event.saddr, event.daddr))
+            case _ if event.name == "DELSA" or event.hard:
+                sas.discard(event.spi)
+        if sas and policies and began is not None:
+            found.append((began, event.time))
+            began = None
+        elif not (sas and policies) and began is None:
+            began = event.time
+    return [*found, *([] if began is None else [(began, math.inf)])]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What happened: every attempt, the kernel's gaps, the wire. Times are CLOCK_MONOTONIC."""
+
+    attempts: list[Attempt]
+    gaps: list[Gap]
+    seen: Captured
+
+    @property
+    def inner_gaps(self) -> list[Gap]:
+        """The gaps after the first SA."""
+        return [gap for gap in self.gaps if gap[0] > -math.inf]
+
+    def of(self, targets: Sequence[Target]) -> Self:
+        """Return the same for some of the targets."""
+        return replace(self, attempts=[a for a in self.attempts if a.target in targets])
+
+    def wrongly_refused(self) -> list[Attempt]:
+        return [a for a in self.attempts if a.error and not self._near(a.time, TOLERANCE)]
+
+    def wrongly_let_go(self) -> list[Attempt]:
+        return [a for a in self.attempts if not a.error and self._near(a.time, -TOLERANCE)]
+
+    def _near(self, when: float, margin: float) -> bool:
+        return any(begin - margin <= when <= end + margin for begin, end in self.gaps)
+
+    def in_clear(self, within: float) -> list[Packet]:
+        """Return what host a sent in clear, but for the first moments of each gap.
+
+        Host b has no gate.
+        """
+        return [
+            packet
+            for packet in self.seen.clear
+            if packet.sender == "a"
+            and not any(abs(packet.time - begin) <= within for begin, _ in self.inner_gaps)
+        ]
+
+    def edge(self) -> float:
+        """Return how far from a gap's edge an attempt went the other way."""
+        distances = [
+            min(abs(a.time - edge) for gap in self.gaps for edge in gap)
+            for a in self.attempts
+            if bool(a.error) != self._near(a.time, 0)
+        ]
+        return max(distances, default=0.0)
+
+    def figures(self) -> str:
+        refused = sum(bool(a.error) for a in self.attempts)
+        lengths = ", ".join(f"{(end - begin) * 1000:.0f}" for begin, end in self.inner_gaps)
+        wrong = f"{len(self.wrongly_refused())} refused, {len(self.wrongly_let_go())} let go"
+        return (
+            f"{len(self.attempts)} attempts, {refused} refused, gaps [{lengths}] ms, "
+            f"wrong: {wrong}, at an edge {self.edge() * 1000:.1f} ms; "
+            f"ESP {len(self.seen.esp)}, in clear {len(self.in_clear(-1))}"
+        )
+
+    def judge(self, gaps: int | None = 0, *, exposed: bool = False) -> None:
+        """Assert that the gate's answers were the kernel's; any number of gaps if None.
+
+        `exposed`: the daemon takes the policy away with the SA or before it, so that for a
+        moment the kernel sends in clear what nobody in user space can know to refuse yet.
+        """
+        assert self.in_clear(TOLERANCE if exposed else -1) == []
+        assert self.wrongly_refused() == []
+        assert self.wrongly_let_go() == []
+        assert {a.error for a in self.attempts} <= {"", *REFUSALS}
+        assert self.seen.esp
+        last = {a.target: a.error for a in self.attempts}
+        assert set(last.values()) == {""}, "covered again"
+        if gaps is not None:
+            assert len(self.inner_gaps) == gaps
+
+
+class Life:
+    """The witnesses, and a gated process that speaks to `targets` under an SA when this begins.
+
+    `load` has the connections loaded: nothing that comes after is unseen.
+    """
+
+    record: Record
+
+    def __init__(
+        self,
+        lab: Lab,
+        gate: Gated,
+        name: str,
+        targets: Sequence[Target],
+        load: Callable[[], object],
+    ) -> None:
+        self._lab, self._gate, self._name = lab, gate, name
+        self._targets, self._load = targets, load
+        self._watch = lab.watch()
+        self._capture = lab.capture()
+        self._pulse: Pulse | None = None
+        self.uncovered: list[Gap] = []  # what the SAs alone don't show
+        self.wanted: Wanted = outbound
+
+    def __enter__(self) -> Self:
+        self._watch.start()
+        self._capture.start()
+        try:
+            self._load()
+            space = self._lab.a.namespace.path
+            self._pulse = Pulse(space, self._gate.cgroup, self._targets)
+            self.wait_sa()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                time.sleep(SETTLE)
+                self._finish()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._pulse is not None:
+            self._pulse.close()
+        self._capture.close()
+        self._watch.close()
+
+    def _finish(self) -> None:
+        assert self._pulse is not None
+        attempts = self._pulse.stop()
+        self._pulse = None
+        seen = self._capture.stop()
+        found = sorted([*gaps(self._watch.events(), self.wanted), *self.uncovered])
+        self.record = Record(attempts, found, seen)
+        log.info("%s: %s", self._name, self.record.figures())
+
+    def wait(self, *names: str, since: float = 0.0, timeout: float = TIMEOUT) -> float:
+        """Return when the first outbound event of these names came; EXPIRE is the hard one."""
+        deadline = time.monotonic() + timeout
+        while True:
+            for event in self._watch.events():
+                loud = event.hard or event.name != "EXPIRE"
+                if event.outbound and event.name in names and event.time >= since and loud:
+                    return event.time
+            assert time.monotonic() < deadline, f"no {names} in {timeout:.0f} s"
+            time.sleep(0.005)
+
+    def wait_sa(self, since: float = 0.0) -> float:
+        """Return when the first SA after `since` came in; it is in use for a while by then."""
+        when = self.wait("NEWSA", since=since)
+        self.wait("NEWPOLICY", "UPDPOLICY", since=when)
+        time.sleep(SETTLE)
+        return when

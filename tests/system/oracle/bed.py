@@ -1,0 +1,169 @@
+"""Where a world lives: two namespaces, a veth between them, a cgroup with the hooks on it.
+
+    <name>-a   the host: addresses, routes, XFRM, both callers;  eth0 has no neighbours to ask
+    <name>-b   the far end: it has no address and answers nothing; the capture is there
+
+The rest of the process runs inside a; only sockets made inside b belong to b.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from ipaddress import ip_network
+from pathlib import Path
+
+from ipsecgate.core.events import PolicySet, SaSet
+from ipsecgate.core.flow import ANY_V4, ANY_V6, Address
+from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core.mirror import Mirror
+from ipsecgate.core.table import Rule, Table, compile_table, ternary
+from ipsecgate.edges import bytecode, cgroups
+from ipsecgate.edges.datapath import Datapath
+from ipsecgate.edges.pins import Pins
+from ipsecgate.edges.probe import netns_cookie
+from ipsecgate.edges.routes import Routes
+from ipsecgate.edges.xfrm import XfrmMonitor
+from ipsecgate.lab import path
+from ipsecgate.lab.netns import Namespace
+from tests.system.oracle.caller import DEVICE, Caller
+from tests.system.oracle.capture import Capture
+from tests.system.oracle.generate import FAR, LOCAL, NEAR, REMOTE
+from tests.system.oracle.wire import Installer
+
+FAR_END = "eth1"
+# Nothing else returns it, so it says that the gate refused, and not XFRM.
+REFUSAL = errno.EBADE
+PROTECTED = (ip_network("203.0.113.8/29"), ip_network("2001:db8:b::8/125"))
+# Destinations with a source of their own; all others take the route's first choice.
+HINTS = (
+    ("203.0.113.8/30", LOCAL[4][1]),
+    ("203.0.113.14/31", LOCAL[4][2]),
+    ("2001:db8:b::8/126", LOCAL[6][1]),
+    ("2001:db8:b::e/127", LOCAL[6][2]),
+)
+
+
+class Bed:
+    """One such place. Use `bed()`, which also enters it."""
+
+    def __init__(self, near: Namespace, cgroup: Path, pins: Pins, far: Namespace) -> None:
+        self.pins = pins
+        self.data = Datapath(pins)
+        self.installer = Installer()
+        self.capture = Capture(far, FAR_END)
+        self.gated = Caller(near.path, cgroup)
+        self.free = Caller(near.path, None)
+        self.device = socket.if_nametoindex(DEVICE)
+        self.monitor = XfrmMonitor(lambda _event: None)
+        self._sources = {one: kernel_source(one) for pool in (REMOTE, FAR) for one in
+                         (*pool[4], *pool[6])}  # fmt: skip
+
+    def close(self) -> None:
+        for one in (self.gated, self.free, self.capture, self.installer, self.data):
+            one.close()
+
+    def source_for(self, destination: Address) -> Address:
+        """Return what the kernel chooses, asked before there was any policy."""
+        return self._sources[destination]
+
+    def set_port(self, port: int) -> None:
+        """Leave the kernel one source port to choose."""
+        Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"{port} {port}")
+
+    async def prepare(self) -> None:
+        """Protect everything; know the sources as the controller does."""
+        routes = Routes(lambda _resolved: None)
+        routes.follow(PROTECTED)
+        self.data.set_sources(await routes.resolve())
+        everything = [
+            Rule(ternary(n), Entry(State.PROTECT, error=REFUSAL)) for n in (ANY_V4, ANY_V6)
+        ]
+        self.data.set(Setting.ERROR, REFUSAL)
+        self.data.set(Setting.NETNS, netns_cookie())
+        await self.data.publish(TableId.POLICY, compile_table(everything))
+
+    async def table(self) -> Table:
+        """Return the gate's view of the SPD and SAD as they are. Raises: TableFullError.
+
+        Every SA is trusted: what is tested is XFRM, not the IKE daemon's word.
+        """
+        snapshot = await self.monitor.snapshot()
+        mirror = Mirror()
+        mirror.ike_knows(())
+        for entry in snapshot.policies:
+            mirror.apply(PolicySet(entry))
+        for sa in snapshot.sas:
+            mirror.apply(SaSet(sa))
+        return compile_table(mirror.rules())
+
+    async def publish(self, table: TableId, content: Table) -> None:
+        await self.data.publish(table, content)
+
+    def counted(self) -> tuple[int, int]:
+        """Return how often the hooks have let go and refused so far, under an SA or not."""
+        counters = self.data.counters()
+        covered = counters[Reason.ALLOW_COVERED] + counters[Reason.ALLOW_ASSOCIATED]
+        return covered, counters[Reason.REFUSE_UNCOVERED] + counters[Reason.REFUSE_NO_SOURCE]
+
+    async def settle(self) -> None:
+        """Wait until old tables are cleared."""
+        while self.data.clearing:
+            await asyncio.sleep(0.001)
+
+
+def kernel_source(destination: Address) -> Address:
+    family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect((str(destination), 9))
+        return type(destination)(sock.getsockname()[0])
+
+
+def furnish(name: str, near: Namespace, far: Namespace) -> None:
+    """Join the namespaces; addresses and routes of the near one."""
+    for one in (near, far):
+        path.prepare(one)
+    far.sysctl("ipv6/conf/default/disable_ipv6", "1")
+    lines = [f"link add {DEVICE} type veth peer name {FAR_END} netns {far.name}"]
+    lines += ["link set lo up", f"link set {DEVICE} up arp off"]
+    addresses = [one for pool in (LOCAL, NEAR) for one in (*pool[4], *pool[6])]
+    for address in addresses:
+        at_once = " nodad" if address.version == 6 else ""
+        lines.append(f"addr add {address}/{address.max_prefixlen} dev {DEVICE}{at_once}")
+    lines += [f"route add default dev {DEVICE}", f"route add ::/0 dev {DEVICE}"]
+    lines += [f"route add {network} dev {DEVICE} src {src}" for network, src in HINTS]
+    for namespace, commands in ((near, lines), (far, [f"link set {FAR_END} up"])):
+        subprocess.run(
+            ["ip", "-n", namespace.name, "-batch", "-"],
+            input="\n".join(commands),
+            text=True,
+            check=True,
+        )
+
+
+@contextlib.contextmanager
+def bed(cache: Path, name: str | None = None) -> Iterator[Bed]:
+    """Make a bed with the hooks of `cache` and stay in its namespace until the end."""
+    name = f"{name or 'oracle'}-{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        near, far = Namespace(f"{name}-a"), None
+        stack.callback(near.remove)
+        far = Namespace(f"{name}-b")
+        stack.callback(far.remove)
+        furnish(name, near, far)
+        cgroup = cgroups.root() / name
+        cgroup.mkdir()
+        stack.callback(cgroup.rmdir)
+        pins = Pins(Path("/sys/fs/bpf"), name)
+        stack.callback(pins.unload)
+        pins.load(bytecode.get(cache))
+        pins.attach(cgroup)
+        stack.enter_context(near.inside())
+        made = Bed(near, cgroup, pins, far)
+        stack.callback(made.close)
+        yield made

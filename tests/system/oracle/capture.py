@@ -1,0 +1,122 @@
+"""What came out at the far end of the veth, between one marker frame and the next."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import zlib
+from dataclasses import dataclass
+from enum import Enum
+from ipaddress import ip_address
+
+from ipsecgate.core.flow import UDP, Address
+from ipsecgate.core.ipsec import AH, COMP, ESP
+from ipsecgate.lab.frames import ETHERNET, NATT_PORT, Kind, Transport, ipv4, ipv6, parse
+from ipsecgate.lab.netns import Namespace
+from tests.system.oracle.caller import MARKER
+
+ETH_P_ALL = 0x0003
+PACKET_IGNORE_OUTGOING = 23
+SO_RCVBUFFORCE = 33
+BUFFER = 64 << 20
+IPIP, IPV6 = 4, 41
+
+
+class HarnessError(AssertionError):
+    """The oracle itself does not understand what it sees: no verdict can be trusted."""
+
+
+class Sent(Enum):
+    """What a call put on the wire."""
+
+    COVERED = "covered"
+    CLEAR = "clear"
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A packet: protected ones with their outermost SPI, others with what they are."""
+
+    sent: Sent
+    spi: int = 0
+    daddr: Address | None = None
+    proto: int = 0
+    dport: int = 0
+
+    def __str__(self) -> str:
+        if self.sent is Sent.COVERED:
+            return f"covered by SPI {self.spi:#x} to {self.daddr}"
+        return f"{self.sent.value} proto {self.proto} to {self.daddr} port {self.dport}"
+
+
+class Capture:
+    """A packet socket on the far end."""
+
+    def __init__(self, namespace: Namespace, device: str) -> None:
+        with namespace.inside():
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+            self._socket.setsockopt(263, PACKET_IGNORE_OUTGOING, 1)
+            self._socket.bind((device, ETH_P_ALL))
+        self._socket.settimeout(10)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def windows(self, count: int) -> list[list[Seen]]:
+        """Return what each of `count` calls sent. Raises: HarnessError."""
+        found: list[list[Seen]] = []
+        while len(found) <= count:
+            frame = self._socket.recv(2048)
+            (ethertype,) = struct.unpack_from("!H", frame, 12)
+            if ethertype == MARKER:
+                (number,) = struct.unpack_from("=I", frame, ETHERNET)
+                if number != len(found):
+                    raise HarnessError(f"marker {number} after {len(found)} of them")
+                found.append([])
+                continue
+            packet = parse(frame, "gated", 0.0, 0)
+            if packet.kind is Kind.LINK:
+                continue
+            if not found or len(found) > count:
+                raise HarnessError(f"a frame before the first call or after the last: {packet}")
+            found[-1].append(_seen(frame[ETHERNET:]))
+        return found[:count]
+
+
+def _seen(ip: bytes) -> Seen:
+    daddr, upper = _read(ip)
+    # Take off what protects nothing: compression, and the plain tunnel that may come with it.
+    while upper.proto in (COMP, IPIP, IPV6):
+        if upper.proto == COMP:
+            plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(upper.body[4:])
+            upper = Transport(upper.body[0], plain)
+        else:
+            daddr, upper = _read(upper.body)
+    ports = struct.unpack_from("!HH", upper.body)
+    if upper.proto == UDP and NATT_PORT in ports:
+        return Seen(Sent.COVERED, struct.unpack_from("!I", upper.body, 8)[0], daddr)
+    if upper.proto in (ESP, AH):
+        (spi,) = struct.unpack_from("!I", upper.body, 0 if upper.proto == ESP else 4)
+        return Seen(Sent.COVERED, spi, daddr, upper.proto)
+    return Seen(Sent.CLEAR, 0, daddr, upper.proto, ports[1])
+
+
+def _read(ip: bytes) -> tuple[Address, Transport]:
+    """Return where an IP packet goes and what it carries."""
+    if ip[0] >> 4 == 4:
+        return ip_address(ip[16:20]), ipv4(ip)
+    return ip_address(ip[24:40]), ipv6(ip)
+
+
+def answer(seen: list[Seen], dst: Address, dport: int, spis: set[int]) -> Sent:
+    """Return what one call sent. Raises: HarnessError for packets that it can't have sent."""
+    if len(seen) > 1:
+        raise HarnessError(f"more than one packet: {'; '.join(map(str, seen))}")
+    for one in seen:
+        if one.sent is Sent.COVERED and one.spi not in spis:
+            raise HarnessError(f"an SPI that was not installed: {one}")
+        if one.sent is Sent.CLEAR and (one.daddr, one.dport) != (dst, dport):
+            raise HarnessError(f"a packet of another flow: {one}")
+    return seen[0].sent if seen else Sent.NOTHING

@@ -1,0 +1,226 @@
+"""Random worlds in a small universe, so that selectors overlap, nest and tie.
+
+A state is mostly made to fit some template and some call, and then often spoilt in one place:
+what is nearly right is what tells a good rule from a bad one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address, ip_interface
+from random import Random
+from typing import Any, TypeVar
+
+from ipsecgate.core.flow import Address
+from tests.system.oracle.world import (
+    AH,
+    BEET,
+    COMP,
+    ESP,
+    PORT_MASK,
+    TRANSPORT,
+    TUNNEL,
+    Call,
+    Interface,
+    Kind,
+    Life,
+    Masked,
+    Policy,
+    Sel,
+    State,
+    Tmpl,
+    World,
+)
+
+T = TypeVar("T")
+
+LOCAL: dict[int, list[Address]] = {
+    4: [ip_address(f"198.51.100.{n}") for n in (9, 10, 11, 12)],
+    6: [ip_address(f"2001:db8:a::{n:x}") for n in (9, 10, 11, 12)],
+}
+REMOTE: dict[int, list[Address]] = {
+    4: [ip_address(f"203.0.113.{n}") for n in range(8, 16)],
+    6: [ip_address(f"2001:db8:b::{n:x}") for n in range(8, 16)],
+}
+# Where SAs of tunnels begin and end: on this host, and somewhere beyond the wire.
+NEAR: dict[int, list[Address]] = {
+    4: [ip_address("192.0.2.1"), ip_address("192.0.2.2")],
+    6: [ip_address("2001:db8::1"), ip_address("2001:db8::2")],
+}
+FAR: dict[int, list[Address]] = {
+    4: [ip_address("192.0.2.129"), ip_address("192.0.2.130")],
+    6: [ip_address("2001:db8::81"), ip_address("2001:db8::82")],
+}
+WIDTH = {4: 32, 6: 128}
+BITS_LEFT = (None, None, None, 8, 8, 3, 3, 2, 2, 1, 0)  # None: /0
+DPORTS = (80, 81, 82, 83, 5300, 5301)
+SPORTS = (40000, 40001, 40002, 40003, 5000, 5001)
+EPHEMERAL = SPORTS[:4]
+REQIDS = (0, 1, 1, 1, 2, 3)
+PRIORITIES = (10, 20, 20, 20, 30, 40)
+MARKS: tuple[Masked, ...] = ((0, 0xFF), (5, 0xFF), (1, 1), (1, 3), (0, 3))
+CALLS = 60
+
+
+class Maker:
+    """Makes the parts of one world. `device`: the index of the interface that flows leave by."""
+
+    def __init__(self, seed: int, device: int) -> None:
+        self.seed = seed
+        self.dice = Random(seed)
+        self.device = device
+        self.spis = iter(range(0x1000, 0x10000))
+
+    def chance(self, probability: float) -> bool:
+        return self.dice.random() < probability
+
+    def one(self, *choices: T) -> T:
+        return self.dice.choice(choices)
+
+    def family(self) -> int:
+        return self.one(4, 4, 4, 6, 6)
+
+    def world(self) -> World:
+        calls = tuple(self.call() for _ in range(CALLS))
+        policies = tuple(self.policy() for _ in range(self.one(1, 2, 3, 4, 5, 6, 6, 7, 8, 9)))
+        states = [s for p in policies for t in p.tmpls for s in self.states_for(p, t, calls)]
+        return World(self.seed, policies, tuple(states), calls, self.one(*EPHEMERAL))
+
+    # --- calls ------------------------------------------------------------------------
+
+    def call(self) -> Call:
+        family = self.family()
+        kind = self.one(*Kind)
+        src = self.one(*LOCAL[family]) if self.chance(0.6) or kind is Kind.PKTINFO else None
+        sport = self.one(*SPORTS) if self.chance(0.5) and kind is not Kind.PKTINFO else 0
+        return Call(
+            kind,
+            self.one(*REMOTE[family]),
+            self.one(*DPORTS),
+            src,
+            sport,
+            mapped=family == 4 and kind is not Kind.PKTINFO and self.chance(0.35),
+            late=src is not None and not sport and kind is not Kind.PKTINFO and self.chance(0.3),
+            mark=self.one(1, 5, 0x105) if self.chance(0.12) else 0,
+        )
+
+    # --- policies ---------------------------------------------------------------------
+
+    def prefix(self, pool: dict[int, list[Address]], family: int) -> Interface:
+        left = self.one(*BITS_LEFT)
+        bits = 0 if left is None else WIDTH[family] - left
+        network = ip_interface(f"{self.one(*pool[family])}/{bits}")
+        return network if self.chance(0.05) else ip_interface(network.network)
+
+    def port(self, pool: tuple[int, ...], likely: float) -> Masked:
+        if not self.chance(likely):
+            return 0, 0
+        mask = self.one(PORT_MASK, PORT_MASK, 0xFFFE, 0xFFF8, 0xFF00, 0x0001, 0x8003)
+        port = self.one(*pool)
+        return (port if self.chance(0.1) else port & mask), mask
+
+    def selector(self, family: int) -> Sel:
+        return Sel(
+            self.prefix(LOCAL, family),
+            self.prefix(REMOTE, family),
+            self.one(0, 0, 0, 0, 0, 0, 6, 17, 17, 1),
+            self.port(SPORTS, 0.15),
+            self.port(DPORTS, 0.2),
+            self.one(self.device, 1) if self.chance(0.04) else 0,
+        )
+
+    def policy(self) -> Policy:
+        family = self.family()
+        block, through = self.chance(0.1), self.chance(0.12)
+        return Policy(
+            self.selector(family),
+            self.one(*PRIORITIES),
+            block,
+            () if through else self.templates(family),
+            self.one(*MARKS) if self.chance(0.12) else (0, 0),
+            7 if self.chance(0.04) else 0,
+        )
+
+    def templates(self, family: int) -> tuple[Tmpl, ...]:
+        found = []
+        for _ in range(self.one(1, 1, 1, 1, 1, 1, 2, 2, 3)):
+            found.append(self.template(family))
+            family = found[-1].family
+        return tuple(found)
+
+    def template(self, family: int) -> Tmpl:
+        mode = self.one(TUNNEL, TUNNEL, TUNNEL, TRANSPORT, TRANSPORT, TRANSPORT, BEET)
+        proto = self.one(*[ESP] * 8, AH, AH, COMP)
+        spi = next(self.spis) if self.chance(0.12) else 0
+        if mode == TRANSPORT:
+            src = self.one(*LOCAL[family]) if self.chance(0.2) else None
+            dst = self.one(*REMOTE[family]) if self.chance(0.2) else None
+            use = self.chance(0.2)
+            return Tmpl(mode, self.one(*REQIDS), family, proto, spi, src, dst, use)
+        outer = 10 - family if self.chance(0.15) else family
+        near = None if self.chance(0.06) else self.one(*NEAR[outer])
+        return Tmpl(mode, self.one(*REQIDS), outer, proto, spi, near, self.one(*FAR[outer]))
+
+    # --- states -----------------------------------------------------------------------
+
+    def states_for(self, policy: Policy, tmpl: Tmpl, calls: tuple[Call, ...]) -> list[State]:
+        return [
+            self.spoilt(self.fitting(policy, tmpl, calls)) if self.chance(0.35)
+            else self.fitting(policy, tmpl, calls)
+            for _ in range(self.one(0, 1, 1, 2, 2, 3))
+        ]  # fmt: skip
+
+    def fitting(self, policy: Policy, tmpl: Tmpl, calls: tuple[Call, ...]) -> State:
+        src, dst = tmpl.src or self.one(*NEAR[tmpl.family]), tmpl.dst
+        outer = [t for t in policy.tmpls[: policy.tmpls.index(tmpl)] if t.mode != TRANSPORT]
+        if tmpl.mode == TRANSPORT and outer and self.chance(0.7):
+            src, dst = outer[-1].src or self.one(*NEAR[tmpl.family]), outer[-1].dst
+        elif tmpl.mode == TRANSPORT:
+            within = [
+                c for c in calls
+                if c.dst.version == tmpl.family and c.dst in policy.sel.dst.network
+            ]  # fmt: skip
+            call = self.one(*within) if within else None
+            src = (call and call.src) or self.one(*LOCAL[tmpl.family])
+            dst = call.dst if call else self.one(*REMOTE[tmpl.family])
+        assert dst is not None
+        mark = self.one((0, 0), (0, 0), policy.mark, (0, policy.mark[1]))
+        sel = None
+        unspec = tmpl.mode == TUNNEL and self.chance(0.3)
+        if not unspec and (self.chance(0.15) or policy.sel.src.version != dst.version):
+            sel = self.wide(policy.sel.src.version)
+        spi = tmpl.spi or next(self.spis)
+        return State(
+            *(src, dst, spi, tmpl.reqid, tmpl.mode, tmpl.proto, sel, unspec, mark),
+            life=Life.DYING if self.chance(0.03) else Life.VALID,
+            encap=tmpl.proto == ESP and tmpl.mode != BEET and self.chance(0.05),
+        )
+
+    def wide(self, family: int) -> Sel:
+        everything = ip_interface("0.0.0.0/0" if family == 4 else "::/0")
+        return Sel(everything, everything)
+
+    def spoilt(self, one: State) -> State:
+        family = one.dst.version
+        others: dict[str, Any] = {
+            "reqid": self.one(*REQIDS),
+            "mode": self.one(TRANSPORT, TUNNEL, BEET),
+            "proto": self.one(ESP, AH),
+            "spi": 0 if self.chance(0.1) else next(self.spis),
+            "life": self.one(Life.LARVAL, Life.EXPIRED),
+            "mark": self.one(*MARKS),
+            "if_id": 7,
+            "src": ip_address("0.0.0.0" if family == 4 else "::")
+            if self.chance(0.3) else self.one(*NEAR[family], *LOCAL[family]),
+            "dst": self.one(*FAR[family], *REMOTE[family]),
+        }  # fmt: skip
+        name = self.one(*others, "sel", "sel", "sel")
+        if name == "sel":
+            return replace(one, sel=self.selector(self.family()), unspec=False)
+        # Nothing but the address of an AH or ESP state may be in UDP.
+        return replace(one, **{name: others[name]}, encap=False)
+
+
+def world(seed: int, device: int) -> World:
+    """Return the world of a seed."""
+    return Maker(seed, device).world()

@@ -1,0 +1,256 @@
+"""Put a world into the kernel, make every call gated and free, and compare.
+
+    the gate        the kernel (the same call outside the cgroup)
+    live            covered: right; anything else: WRONG
+    refused         clear or refused: right; covered: "stricter", with a reason that the
+                    model names, else WRONG
+
+A gated call that was let go must itself have left as ESP or AH.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+from dataclasses import dataclass, field, replace
+
+from ipsecgate.core.layout import TableId
+from ipsecgate.core.table import EMPTY, TableFullError
+from tests.system.oracle.bed import REFUSAL, Bed, kernel_source
+from tests.system.oracle.caller import Caller
+from tests.system.oracle.capture import HarnessError, Sent, answer
+from tests.system.oracle.model import CLEAR, COVERED, REFUSED, Model
+from tests.system.oracle.world import Call, World
+
+REFUSED_BY_GATE = errno.errorcode[REFUSAL]
+WENT_OUT = ("", "EINPROGRESS")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one call met. `gate` is "live" or "refused", `kernel` covered, clear or refused."""
+
+    call: Call
+    gate: str
+    kernel: str
+    told: str
+    reason: str = ""
+    wrong: str = ""
+
+
+class WrongAnswerError(AssertionError):
+    """The gate and the kernel disagree; the text says where, smaller than it was found."""
+
+
+@dataclass
+class Tally:
+    """What was counted so far."""
+
+    worlds: int = 0
+    full: int = 0
+    refused_things: collections.Counter[str] = field(default_factory=collections.Counter)
+    things: int = 0
+    answers: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
+    stricter: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    @property
+    def cases(self) -> int:
+        return sum(self.answers.values())
+
+    def add(self, verdict: Verdict) -> None:
+        self.answers[verdict.gate, verdict.kernel] += 1
+        if verdict.reason:
+            self.stricter[verdict.reason] += 1
+
+    def __str__(self) -> str:
+        kernel: collections.Counter[str] = collections.Counter()
+        for (_gate, told), count in self.answers.items():
+            kernel[told] += count
+        live = sum(count for (gate, _), count in self.answers.items() if gate == "live")
+        rows = {
+            "cases": self.cases,
+            "worlds (SPD and SAD)": self.worlds,
+            "policies and states": self.things,
+            **{f"    not taken: {why}": n for why, n in self.refused_things.most_common()},
+            "the kernel: covered": kernel[COVERED],
+            "the kernel: clear": kernel[CLEAR],
+            "the kernel: refused": kernel[REFUSED],
+            "the gate: live": live,
+            "the gate: refused": self.cases - live,
+            "stricter": sum(self.stricter.values()),
+            **{f"    {why}": n for why, n in self.stricter.most_common()},
+            "worlds too big for the hooks": self.full,
+            "wrong": 0,
+        }
+        return "\n".join(f"{name:34}{count:>10}" for name, count in rows.items())
+
+
+class Judge:
+    """Compares worlds on a bed."""
+
+    def __init__(self, bed: Bed) -> None:
+        self.bed = bed
+        self.tally = Tally()
+
+    async def judge(self, world: World) -> None:
+        """Compare and count every call of a world. Raises: WrongAnswerError, HarnessError."""
+        world, refused = self.install(world)
+        self.tally.refused_things.update(refused)
+        self.tally.worlds += 1
+        self.tally.things += len(world.policies) + len(world.states)
+        try:
+            verdicts = await self.verdicts(world)
+        except TableFullError:
+            self.tally.full += 1
+            return
+        except HarnessError as error:
+            raise HarnessError(f"{error}\n{world}\nrepeat: ORACLE_SEED={world.seed}") from error
+        for verdict in verdicts:
+            if verdict.wrong:
+                raise WrongAnswerError(await self.explain(world, verdict))
+            self.tally.add(verdict)
+
+    def install(self, world: World) -> tuple[World, list[str]]:
+        """Install a world; return what of it the kernel took, and the errnos of the rest."""
+        codes = self.bed.installer.install(world)
+        count = len(world.policies)
+        policies = [p for p, code in zip(world.policies, codes, strict=False) if not code]
+        states = [s for s, code in zip(world.states, codes[count:], strict=True) if not code]
+        refused = [errno.errorcode.get(code, str(code)) for code in codes if code]
+        return replace(world, policies=tuple(policies), states=tuple(states)), refused
+
+    async def verdicts(self, world: World) -> list[Verdict]:
+        """Answer every call of an installed world. Raises: TableFullError, HarnessError."""
+        bed = self.bed
+        bed.set_port(world.port)
+        await bed.publish(TableId.SPD, await bed.table())
+        before = bed.counted()
+        gated = self.made(bed.gated, world)
+        allowed, stopped = (now - then for now, then in zip(bed.counted(), before, strict=True))
+        free = self.made(bed.free, world)
+        model = Model(world, bed.source_for, bed.device)
+        found = []
+        for call, (told_gated, sent_gated, _), (told, sent, moved) in zip(
+            world.calls, gated, free, strict=True
+        ):
+            gate = "refused" if told_gated == REFUSED_BY_GATE else "live"
+            kernel = kernel_answer(call, told, sent, moved)
+            verdict = Verdict(
+                call, gate, kernel, f"{told_gated or 0}/{told or 0} {' '.join(moved)}"
+            )
+            found.append(check(verdict, model, sent_gated))
+        live = sum(v.gate == "live" for v in found)
+        # send() on an IPv6 socket connected to a v4-mapped address is asked once more.
+        if stopped != len(found) - live or allowed < live:
+            lines = "\n".join(f"{v.call}: {v.told}" for v in found)
+            raise HarnessError(f"the hooks let {allowed} go and stopped {stopped}:\n{lines}")
+        return found
+
+    def made(self, caller: Caller, world: World) -> list[tuple[str, Sent, list[str]]]:
+        """Make the world's calls; return what was told, sent, and which counters moved."""
+        spis = {s.spi for s in world.states}
+        words = [wire_words(call) for call in world.calls]
+        told = caller(words)
+        seen = self.bed.capture.windows(len(words))
+        return [
+            (name, answer(packets, call.dst, call.dport, spis), moved)
+            for call, (name, moved), packets in zip(world.calls, told, seen, strict=True)
+        ]
+
+    # --- the first wrong answer ------------------------------------------------------------
+
+    async def explain(self, world: World, verdict: Verdict) -> str:
+        """Return a report of a wrong answer, its world made as small as it goes."""
+        small, last = await self.shrink(replace(world, calls=(verdict.call,)), verdict)
+        model = Model(small, self.bed.source_for, self.bed.device)
+        self.install(small)
+        table = await self.bed.table()
+        entries = "\n".join(
+            f"  {index} {key} -> {entry.state.name}"
+            for (index, key), entry in sorted(table.entries.items(), key=lambda item: item[0][0])
+        )
+        return (
+            f"{last.wrong}\nthe gate: {last.gate}, the kernel: {last.kernel} ({last.told})\n"
+            f"call: {last.call}\n"
+            f"source: {model.packet(last.call, 0).src}, ephemeral port {small.port}\n"
+            f"source now: {kernel_source(last.call.dst)}\n"
+            f"{small}\nthe gate's table:\n{entries}\n"
+            f"repeat: ORACLE_SEED={world.seed} ORACLE_CASES={len(world.calls) or 1}\n"
+            f"as found: {verdict.wrong}\n{world}"
+        )
+
+    async def shrink(self, world: World, verdict: Verdict) -> tuple[World, Verdict]:
+        """Leave out policies, templates and states, one at a time, while it stays wrong."""
+        progress = True
+        while progress:
+            progress = False
+            for smaller in variants(world):
+                found = await self.still_wrong(smaller)
+                if found is not None:
+                    world, verdict, progress = smaller, found, True
+                    break
+        return world, verdict
+
+    async def still_wrong(self, world: World) -> Verdict | None:
+        installed, refused = self.install(world)
+        if refused:
+            return None
+        try:
+            (verdict,) = await self.verdicts(installed)
+        except TableFullError:
+            return None
+        return verdict if verdict.wrong else None
+
+    async def end(self) -> None:
+        """Leave nothing behind."""
+        self.bed.installer.flush()
+        await self.bed.publish(TableId.SPD, EMPTY)
+        await self.bed.settle()
+
+
+def variants(world: World) -> list[World]:
+    found = []
+    for index in range(len(world.policies)):
+        rest = world.policies[:index] + world.policies[index + 1 :]
+        found.append(replace(world, policies=rest))
+    for index in range(len(world.states)):
+        found.append(replace(world, states=world.states[:index] + world.states[index + 1 :]))
+    return found
+
+
+def wire_words(call: Call) -> list[object]:
+    """Return a call as the caller's process takes it."""
+    prefix = "::ffff:" if call.mapped else ""
+    bind = f"{prefix}{call.src}" if call.src else None
+    words = [call.kind.value, f"{prefix}{call.dst}", call.dport, bind, call.sport, call.late]
+    return [*words, call.mark]
+
+
+def kernel_answer(call: Call, told: str, sent: Sent, moved: list[str]) -> str:
+    """Return what the kernel did. Raises: HarnessError if there is no telling."""
+    if sent is Sent.NOTHING:
+        if told in WENT_OUT and not any(name.startswith("XfrmOut") for name in moved):
+            raise HarnessError(f"{call}: nothing was sent, and nothing says why")
+        return REFUSED
+    if told not in WENT_OUT:
+        raise HarnessError(f"{call}: {told}, but it was sent {sent.value}")
+    return COVERED if sent is Sent.COVERED else CLEAR
+
+
+def check(verdict: Verdict, model: Model, sent: Sent) -> Verdict:
+    """Judge one call; `sent`: what the gated call itself put on the wire."""
+    call, gate, kernel = verdict.call, verdict.gate, verdict.kernel
+    wrong = reason = ""
+    if gate == "refused" and sent is not Sent.NOTHING:
+        wrong = f"refused, but it was sent {sent.value}"
+    elif gate == "live" and sent is not Sent.COVERED:
+        wrong = f"let go as covered, but it was sent {sent.value}"
+    elif gate == "live" and kernel != COVERED:
+        wrong = f"let go as covered, but the kernel's own answer is {kernel}"
+    elif kernel not in (possible := model.answers(call)):
+        wrong = f"the kernel's answer is {kernel}, its rules as read allow {sorted(possible)}"
+    elif gate == "refused" and kernel == COVERED:
+        reasons = model.reasons(call)
+        reason = reasons[0] if reasons else ""
+        wrong = "" if reason else "refused without a reason: the kernel covers it"
+    return replace(verdict, reason=reason, wrong=wrong)

@@ -1,0 +1,115 @@
+"""A process that speaks all the time, and remembers how each attempt was answered.
+
+    argv: a list of [kind, address, port, source] as JSON; input: nothing, its end ends it
+    output: a line when it begins; at the end [which of them, when, errno or 0] of each, as JSON
+
+Kinds: `fresh` and `kept` are a datagram by sendto(), on a new socket each time or on one that
+stays open and unconnected; `tcp` is a connect() that does not wait for its SYN's answer.
+A source of "" leaves the socket unbound. Times are CLOCK_MONOTONIC. It is nice to the others:
+where there is one processor, it would measure its own place in the queue.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PERIOD = 0.005
+KINDS = ("fresh", "kept", "tcp")
+
+Target = tuple[str, str, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One system call: what it was for, when it began, and its errno's name, "" if let go."""
+
+    target: Target
+    time: float
+    error: str
+
+
+class Pulse:
+    """Such a process in a network namespace and a cgroup; it speaks until `stop`."""
+
+    def __init__(self, namespace: Path, cgroup: Path, targets: Sequence[Target]) -> None:
+        self.targets = list(targets)
+        script = 'echo 0 > "$0" && exec "$@"'
+        enter = ["nsenter", f"--net={namespace}", sys.executable, "-S", "-I", __file__]
+        self._process = subprocess.Popen(
+            ["sh", "-c", script, f"{cgroup}/cgroup.procs", *enter, json.dumps(self.targets)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def stop(self) -> list[Attempt]:
+        """End it; return every attempt in order."""
+        said, _ = self._process.communicate(timeout=30)
+        return [
+            Attempt(self.targets[which], when, errno.errorcode[code] if code else "")
+            for which, when, code in json.loads(said)
+        ]
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def new(kind: str, address: str, source: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM)
+    sock.setblocking(False)
+    if source:
+        sock.bind((source, 0))
+    return sock
+
+
+def attempt(target: Target, kept: dict[Target, socket.socket]) -> int:
+    kind, address, port, source = target
+    try:
+        if kind == "kept":
+            if target not in kept:
+                kept[target] = new(kind, address, source)
+            kept[target].sendto(b"kept", (address, port))
+            return 0
+        with new(kind, address, source) as sock:
+            if kind == "tcp":
+                code = sock.connect_ex((address, port))
+                return 0 if code == errno.EINPROGRESS else code
+            sock.sendto(b"fresh", (address, port))
+            return 0
+    except OSError as error:
+        return error.errno or errno.EIO
+
+
+def main() -> None:
+    os.nice(19)
+    targets: list[Target] = [tuple(words) for words in json.loads(sys.argv[1])]
+    kept: dict[Target, socket.socket] = {}
+    log = []
+    sys.stdout.write("it begins\n")
+    sys.stdout.flush()
+    due = time.monotonic()
+    while not select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
+        for which, target in enumerate(targets):
+            began = time.monotonic()
+            log.append((which, began, attempt(target, kept)))
+        due = max(due + PERIOD, time.monotonic())
+    sys.stdout.write(json.dumps(log))
+
+
+if __name__ == "__main__":
+    main()

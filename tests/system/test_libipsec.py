@@ -1,0 +1,261 @@
+"""The gate where strongSwan does ESP itself: kernel-libipsec, behind a TUN device.
+
+XFRM shows nothing here, and no kernel ESP is needed but for the last test. The hosts have a
+route to each other's networks beside the tunnel's, so whatever the gate lets go too early or
+too late is on the wire in clear, for the capture to see.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipsecgate.lab.capture import Captured
+from ipsecgate.lab.endpoints import Report
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import FAMILIES, ConnSpec, Lab
+from tests.system.caller import Caller
+
+PORT = 7300
+DATAGRAMS = 200
+
+
+@pytest.fixture(scope="module")
+def module_lab() -> Iterator[Lab]:
+    with Lab("ipsecgate-test-libipsec", libipsec=True) as lab:
+        lab.b.serve("tcp-server", PORT)
+        yield lab
+
+
+@pytest.fixture
+def lab(module_lab: Lab) -> Lab:
+    module_lab.set_delay(0)
+    module_lab.reset()
+    return module_lab
+
+
+@pytest.fixture(scope="module")
+def module_gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
+    with Gated(module_lab, cache=cache) as gate:
+        yield gate
+
+
+@pytest.fixture
+def gate(lab: Lab, module_gate: Gated) -> Gated:
+    """A gate that runs and covers nothing: the lab was reset."""
+    if module_gate.process is None:
+        module_gate.start()
+    return module_gate
+
+
+def prepared(lab: Lab, gate: Gated, family: int = 4) -> ConnSpec:
+    spec = ConnSpec(f"tunnel-{family}", "tunnel", family)
+    lab.load(spec)
+    gate.wait_policy(spec.name)
+    return spec
+
+
+def connect(lab: Lab, gate: Gated, spec: ConnSpec, *options: str) -> Report:
+    """Connect from host a, retrying on EPERM; the options may set another limit."""
+    return lab.a.client(
+        "tcp-client", lab.b.address(spec), PORT, *options, cgroup=gate.cgroup
+    ).result()
+
+
+def connected(report: Report) -> bool:
+    return report["error"] is None and report["echoed"]
+
+
+def attempts(gate: Gated, spec: ConnSpec) -> int:
+    found: list[dict[str, Any]] = gate.ask()["negotiations"]
+    named = f"{spec.name}/{spec.child_name}"
+    return next(int(n["attempts"]) for n in found if n["child"] == named)
+
+
+def refused_and_nothing_in_clear(lab: Lab, gate: Gated, spec: ConnSpec) -> Captured:
+    with lab.capture() as capture:
+        report = connect(lab, gate, spec, "--limit", "0.5")
+        seen = capture.stop()
+    assert report["error"] == "limit"
+    assert set(report["errnos"]) <= {"EPERM", "EHOSTUNREACH"}
+    assert not seen.clear
+    return seen
+
+
+# --- opening -------------------------------------------------------------------------
+
+
+def test_the_source_is_found_out_and_told(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    assert connected(connect(lab, gate, spec))
+    status = gate.status()
+    assert status["sa_source"] == "vici"
+    assert [(sa["child"], sa["peer"]) for sa in status["sas"]] == [
+        (f"{spec.name}/{spec.child_name}", str(lab.b.outer[4]))
+    ]
+    assert {p["coverage"] for p in status["policies"] if p["name"].startswith(spec.name)} == {
+        "covered"
+    }
+    screen = gate.cli("status").stdout
+    assert "SAs by vici" in screen
+    assert status["sas"][0]["spi"] in screen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_the_first_connection_loses_nothing(
+    lab: Lab, gate: Gated, protocol: str, family: int
+) -> None:
+    lab.set_delay(25)
+    spec = prepared(lab, gate, family)
+    reasons, before = gate.reasons(), lab.a.counters()
+    count = ("--count", str(DATAGRAMS), "--rate", "1000") if protocol == "udp" else ()
+    with lab.b.serve(f"{protocol}-server", PORT + 1) as server, lab.capture() as capture:
+        report = lab.a.client(
+            f"{protocol}-client", lab.b.address(spec), PORT + 1, *count, cgroup=gate.cgroup
+        ).result()
+        received = server.report(DATAGRAMS if count else 0, 0.3)
+        seen = capture.stop()
+    assert report["error"] is None
+    assert set(report["errnos"]) == {"EPERM"}, "it was refused first, so the gate had to open"
+    assert seen.esp
+    assert not seen.clear
+    assert lab.a.counters()["TcpExtTCPSynRetrans"] == before["TcpExtTCPSynRetrans"]
+    if count:
+        assert received["distinct"] == DATAGRAMS
+    counted = {name: gate.reasons()[name] - reasons[name] for name in reasons}
+    taken = counted["allow_covered"] + counted["allow_associated"]
+    assert taken == (DATAGRAMS if count else 1)
+
+
+def test_rekeying_has_no_gap(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    assert connected(connect(lab, gate, spec))
+    with lab.b.serve("udp-server", PORT + 1) as server, lab.capture() as capture:
+        client = lab.a.client(
+            *("udp-client", lab.b.address(spec), PORT + 1),
+            *("--count", "1000", "--rate", "1000"),
+            cgroup=gate.cgroup,
+        )
+        for side in (lab.a, lab.b):
+            time.sleep(0.3)
+            side.charon.rekey(spec.child_name)
+        report = client.result()
+        received = server.report(1000, 0.3)
+        seen = capture.stop()
+    assert report["errnos"] == {}
+    assert received["distinct"] == 1000
+    assert not seen.clear
+
+
+def test_a_controller_that_starts_again_refuses_nothing_that_is_covered(
+    lab: Lab, gate: Gated
+) -> None:
+    spec = prepared(lab, gate)
+    assert connected(connect(lab, gate, spec))
+    gate.kill()
+    assert connect(lab, gate, spec)["errnos"] == {}
+    caller = Caller(lab.a.namespace.path, gate.cgroup)
+    told: list[str] = []
+    ended = threading.Event()
+
+    def hammer() -> None:
+        while not ended.is_set():
+            told.append(caller("tcp", str(lab.b.address(spec)), PORT))
+
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    gate.start()
+    time.sleep(0.3)
+    ended.set()
+    thread.join()
+    caller.close()
+    assert len(told) > 100
+    assert set(told) == {"EINPROGRESS"}
+
+
+# --- closing -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+@pytest.mark.parametrize("what", ["child", "ike"])
+def test_terminated_it_closes_and_the_next_flow_negotiates_anew(
+    lab: Lab, gate: Gated, side: str, what: str
+) -> None:
+    spec = prepared(lab, gate)
+    assert connected(connect(lab, gate, spec))
+    before = attempts(gate, spec)
+    with lab.capture() as capture:
+        with getattr(lab, side).charon.session() as session:
+            list(session.terminate({what: spec.name}))
+        report = connect(lab, gate, spec)
+        seen = capture.stop()
+    assert connected(report)
+    assert report["errnos"].keys() == {"EPERM"}
+    assert not seen.clear
+    assert attempts(gate, spec) == before + 1
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_charon_gone_it_closes_and_opens_again(lab: Lab, gate: Gated, end: str) -> None:
+    spec = prepared(lab, gate)
+    assert connected(connect(lab, gate, spec))
+    ending: Callable[[], None] = getattr(lab.a.charon, end)
+    ending()
+    assert "ipsec0" not in lab.a.run(["ip", "link"]).stdout, "its device went with it"
+    refused_and_nothing_in_clear(lab, gate, spec)
+    assert any("IKE" in error for error in gate.ask()["errors"])
+    lab.restart(lab.a)
+    time.sleep(1)
+    refused_and_nothing_in_clear(lab, gate, spec)  # what has to be protected is remembered
+    lab.load(spec)
+    lab.b.charon.drop_all()
+    with lab.capture() as capture:
+        assert connected(connect(lab, gate, spec))
+        assert not capture.stop().clear
+
+
+def test_the_route_taken_away_closes_and_is_made_anew(lab: Lab, gate: Gated) -> None:
+    """The SA is up, and the flow would leave beside it."""
+    spec = prepared(lab, gate)
+    assert connected(connect(lab, gate, spec))
+    with lab.capture() as capture:
+        lab.a.run(["ip", "route", "flush", "table", "220"])
+        time.sleep(0.1)
+        report = connect(lab, gate, spec, "--limit", "0.3")
+        assert report["error"] == "limit"
+        assert len(lab.a.established()) == 1
+        assert connected(connect(lab, gate, spec, "--retry", "EPERM,EHOSTUNREACH"))
+        assert not capture.stop().clear
+
+
+# --- the wrong source ------------------------------------------------------------------
+
+
+def test_xfrm_configured_where_it_shows_nothing_opens_nothing(lab: Lab, cache: Path) -> None:
+    with Gated(lab, policies='sa_source = "xfrm"\n', cache=cache) as gate:
+        spec = prepared(lab, gate)
+        lab.a.charon.initiate(spec.child_name)
+        refused_and_nothing_in_clear(lab, gate, spec)
+        assert gate.status()["sa_source"] == "xfrm"
+        assert "does ESP itself" in gate.log.read_text()
+
+
+def test_vici_configured_where_the_kernel_does_esp_opens_nothing(cache: Path) -> None:
+    with Lab("ipsecgate-test-kernel-esp") as lab:
+        lab.warm_up(("tunnel",), (4,))
+        lab.b.serve("tcp-server", PORT)
+        with Gated(lab, policies='sa_source = "vici"\n', cache=cache) as gate:
+            spec = prepared(lab, gate)
+            lab.a.charon.initiate(spec.child_name)
+            refused_and_nothing_in_clear(lab, gate, spec)
+            assert gate.status()["sa_source"] == "vici"
+        with Gated(lab, cache=cache) as gate:
+            gate.wait_policy(spec.name)
+            assert gate.status()["sa_source"] == "xfrm"
+            assert connected(connect(lab, gate, spec))

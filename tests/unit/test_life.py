@@ -1,0 +1,155 @@
+"""What a test of an SA's life on real hosts found, as transcripts of the core."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core.flow import PORT_MASK, UDP, Flow, Selector, TrafficSelector
+from ipsecgate.core.ipsec import SpdKey
+from ipsecgate.core.layout import State, TableId, flow_key
+from ipsecgate.core.spd import agreed_on
+from tests.unit.test_gate import (
+    HERE,
+    LISTED,
+    NET,
+    PINNED,
+    REFUSED,
+    ROUTED,
+    SA,
+    SOURCES,
+    THERE,
+    TRAP,
+    UP,
+    Transcript,
+    connected,
+    initiated,
+)
+
+NARROW = ip_network("10.2.0.0/24")
+OUTSIDE = replace(ROUTED, daddr=ip_address("10.2.1.9"))
+# The peer agreed to a part of what the trap is for; the SA has the trap's reqid all the same.
+NARROWED = replace(PINNED, key=SpdKey(Selector(HERE, NARROW)), priority=TRAP.priority - 1000)
+AGREED = replace(LISTED, remote=(TrafficSelector(NARROW),))
+
+
+@pytest.fixture
+def story() -> Transcript:
+    """IKE connected, its trap in the kernel, no SA."""
+    story = Transcript()
+    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    return story
+
+
+def live(story: Transcript, flow: Flow) -> bool:
+    entry = story.entry(TableId.SPD, flow)
+    return entry is not None and entry.state is State.LIVE
+
+
+# --- what the peer agreed to -----------------------------------------------------------
+
+
+def test_outside_of_what_the_peer_agreed_to_nothing_is_ever_open(story: Transcript) -> None:
+    """The kernel would send it all, by the trap and the SA of its reqid; the peer drops it."""
+    for event in (on.SaSet(SA), on.PolicySet(NARROWED), on.ChildUp(AGREED), connected(AGREED)):
+        story.after(event)
+        assert not live(story, OUTSIDE)
+    assert live(story, ROUTED)
+
+
+def test_the_policy_that_names_the_sa_opens_before_ike_tells(story: Transcript) -> None:
+    assert not live(story, ROUTED)
+    story.after(on.SaSet(SA))
+    assert not live(story, ROUTED)
+    story.after(on.PolicySet(NARROWED))
+    assert live(story, ROUTED)
+
+
+def test_an_sa_that_no_policy_names_waits_for_ike(story: Transcript) -> None:
+    """One policy for several SAs, as with one SA a processor, names none of them."""
+    story.after(on.SaSet(SA))
+    assert not live(story, ROUTED)
+    story.after(on.ChildUp(LISTED))
+    assert live(story, ROUTED)
+    assert live(story, OUTSIDE)
+
+
+def test_ports_that_the_kernel_rounds_up_are_exact_once_ike_told(story: Transcript) -> None:
+    rounded = Selector(HERE, THERE, UDP, dport=5296, dport_mask=0xFFF0)
+    story.after(on.SaSet(SA), on.PolicySet(replace(NARROWED, key=SpdKey(rounded))))
+    selector = TrafficSelector(THERE, UDP, (5300, 5307))
+    story.after(on.ChildUp(replace(LISTED, remote=(selector,))))
+    found = {p for p in range(5290, 5320) if live(story, replace(ROUTED, proto=UDP, dport=p))}
+    assert found == set(range(5300, 5308))
+
+
+def test_a_list_made_before_a_child_came_up_does_not_forget_it(story: Transcript) -> None:
+    story.after(on.SaSet(SA), on.ChildUp(LISTED), connected())
+    assert live(story, ROUTED)
+    story.after(on.SaGone(SA.id), connected(), on.SaSet(SA))
+    assert not live(story, ROUTED), "this one nobody told of"
+
+
+@pytest.mark.parametrize(
+    ("local", "remote", "expected"),
+    [
+        (TrafficSelector(HERE), TrafficSelector(THERE), {0, 80, PORT_MASK}),
+        (TrafficSelector(HERE, UDP), TrafficSelector(THERE, 0, (80, 80)), set()),
+        (TrafficSelector(HERE), TrafficSelector(THERE, 0, (80, 80)), {80}),
+        (TrafficSelector(HERE), TrafficSelector(THERE, 0, (PORT_MASK, 0)), set()),
+        (TrafficSelector(HERE), TrafficSelector(ip_network("2001:db8::/32")), set()),
+        # Too many masks for the hooks' table: left to the kernel's own, wider selector.
+        (TrafficSelector(HERE), TrafficSelector(THERE, 0, (1, PORT_MASK)), {0, 80, PORT_MASK}),
+    ],
+)
+def test_what_two_traffic_selectors_have_in_common(
+    local: TrafficSelector, remote: TrafficSelector, expected: set[int]
+) -> None:
+    parts = agreed_on((local,), (remote,))
+    ports = (0, 80, PORT_MASK)
+    keys = {port: flow_key(replace(ROUTED, dport=port)) for port in ports}
+    assert {port for port, key in keys.items() if any(p.matches(key) for p in parts)} == expected
+
+
+# --- a narrower child --------------------------------------------------------------------
+
+HOST = ip_network("10.2.0.9/32")
+NARROWER = replace(NET, child="host", remote=(TrafficSelector(HOST),))
+
+
+def test_the_narrower_child_is_negotiated_as_its_trap_wins(story: Transcript) -> None:
+    story.after(REFUSED, *UP)
+    trap = replace(
+        TRAP,
+        key=SpdKey(Selector(HERE, HOST)),
+        priority=TRAP.priority - 2000,
+        templates=(replace(TRAP.templates[0], reqid=2),),
+    )
+    story.after(on.PolicySet(trap))
+    assert not live(story, ROUTED)
+    both = on.IkeConnected((NET, NARROWER), (LISTED,), pid=42)
+    story.after(both)
+    assert initiated(story.after(REFUSED)) == [("peer", "host")]
+
+
+def test_a_child_that_the_kernel_has_too_is_neither_asked_for_nor_deleted(
+    story: Transcript,
+) -> None:
+    """Its flow is refused because another policy won: it is not the child that is missing."""
+    story.after(REFUSED, *UP, on.ChildUp(LISTED))
+    bypass = replace(PINNED, key=SpdKey(Selector(HERE, HOST)), priority=1, templates=())
+    story.after(on.PolicySet(bypass))
+    commands = story.after(REFUSED, on.NegotiationDone(*NAME), connected(LISTED))
+    commands += story.after(on.TimerFired(on.Timer("limit", *NAME)))
+    assert initiated(commands) == []
+    assert do.Terminate(*NAME) not in commands
+    assert live(story, replace(ROUTED, daddr=ip_address("10.2.0.8")))
+
+
+def test_a_trap_that_comes_in_makes_the_gate_look_for_its_child(story: Transcript) -> None:
+    narrower = replace(TRAP, key=SpdKey(Selector(HERE, HOST)), priority=TRAP.priority - 2000)
+    assert do.AskIke() in story.after(on.PolicySet(narrower))
