@@ -368,7 +368,7 @@ def test_a_connection_whose_peer_is_not_known_is_told(trapped: Transcript) -> No
 def test_a_kernel_policy_of_an_unknown_connection_has_ike_looked_at(trapped: Transcript) -> None:
     news = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.3.0.0/16"))))
     assert do.AskIke() in trapped.after(on.PolicySet(news))
-    assert do.AskIke() not in trapped.after(on.PolicySet(TRAP))
+    assert do.AskIke() not in trapped.after(on.PolicySet(PINNED))
 
 
 def test_refusals_do_not_hold_up_what_closes(trapped: Transcript) -> None:
