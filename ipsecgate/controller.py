@@ -165,7 +165,7 @@ class Controller:
 
     def _tell_ready(self) -> None:
         # The SPD table comes last: it waits until both the kernel and IKE were heard.
-        if not self._ready and TableId.SPD in self._gate.published:
+        if not self._ready and TableId.SPD in self._gate.published.tables:
             self._ready = True
             self._set_modes(tighten=False)
             systemd.notify("READY=1\nSTATUS=following the kernel and IKE")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ipsecgate.core.policy import SaSource
 from ipsecgate.edges import bytecode, cgroups, libbpf, probe
 from ipsecgate.edges.config import DEFAULT_VICI, Config
 from ipsecgate.edges.pins import HOOKS
@@ -49,6 +50,19 @@ def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
         where = paths.config if paths.config.exists() else f"none at {paths.config}, defaults"
         return f"{where}: {f'{policies} policies' if policies else 'policies from connections'}"
 
+    userland = False
+
+    def strongswan() -> str:
+        nonlocal userland
+        found, userland = _strongswan(config.vici)
+        return f"{found}, {'does ESP itself' if userland else 'has the kernel do ESP'}"
+
+    def unless_userland(need: Callable[[], str]) -> str:
+        source = config.settings.sa_source
+        if source is SaSource.VICI or (source is SaSource.AUTO and userland):
+            return "not needed: strongSwan does ESP itself"
+        return need()
+
     tries: list[tuple[str, Callable[[], str]]] = [
         ("root", _root),
         ("kernel", _kernel),
@@ -56,10 +70,10 @@ def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
         ("cgroup2", lambda: str(cgroups.root())),
         ("bpffs", lambda: _bpffs(paths)),
         ("hooks", lambda: _hooks(paths)),
-        ("xfrm", _xfrm),
-        ("esp", _esp),
         ("configuration", configuration),
-        ("strongswan", lambda: _strongswan(config.vici)),
+        ("strongswan", strongswan),
+        ("xfrm", lambda: unless_userland(_xfrm)),
+        ("esp", lambda: unless_userland(_esp)),
     ]
     return [_try(name, need) for name, need in tries]
 
@@ -157,9 +171,9 @@ def _esp() -> str:
     return "an ESP SA can be installed"
 
 
-def _strongswan(vici: Path) -> str:
+def _strongswan(vici: Path) -> tuple[str, bool]:
     try:
-        return probe.vici_version(vici)
+        return probe.ike_daemon(vici)
     except OSError as error:
         hint = "systemctl start strongswan (charon-systemd with the vici plugin)"
         if vici != DEFAULT_VICI:

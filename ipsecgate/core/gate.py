@@ -21,18 +21,10 @@ from ipsecgate.core import events as on
 from ipsecgate.core.coverage import Coverage
 from ipsecgate.core.flow import Address, Flow, Network
 from ipsecgate.core.ipsec import Action, SpdEntry
-from ipsecgate.core.layout import State, TableId, flow_key
 from ipsecgate.core.mirror import Mirror
 from ipsecgate.core.negotiations import Negotiations, child_for
-from ipsecgate.core.policy import (
-    Policy,
-    SaSource,
-    Settings,
-    derived,
-    policy_rules,
-    protect_networks,
-)
-from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, compile_table
+from ipsecgate.core.policy import Policy, SaSource, Settings, derived
+from ipsecgate.core.published import Published
 from ipsecgate.core.userland import Userland
 
 ORPHANS = 64  # flows that wait for a connection to be loaded
@@ -54,11 +46,10 @@ class Gate:
         self.children: tuple[on.ChildConfig, ...] = ()
         self.ike_error = "not connected yet"
         self.sources: dict[Network, Address | None] = {}
-        self.published: dict[TableId, Table] = {}
-        self.errors: list[str] = []
+        self.published = Published()
         self._known = {(c.ike, c.child): c for c in self.remembered}
         self._derived = derived(self._known.values())
-        self._policies_in: tuple[tuple[Policy, ...], Table] = ((), EMPTY)  # and compiled
+        self._unreadable: list[str] = []  # connections that nobody can protect yet
         self._warned: set[tuple[str, Flow]] = set()
         self._destinations: tuple[Network, ...] = ()
         self._orphans: dict[Flow, int] = {}  # refused, and no child known: by policy
@@ -68,6 +59,11 @@ class Gate:
     def policies(self) -> tuple[Policy, ...]:
         """Configured policies, else one for every known remote traffic selector."""
         return self.settings.policies or self._derived
+
+    @property
+    def errors(self) -> list[str]:
+        """What the operator should mend."""
+        return [*self.published.errors.values(), *self._unreadable]
 
     @property
     def source(self) -> Mirror | Userland:
@@ -142,8 +138,7 @@ class Gate:
         """
         if not self._heard >= self._witnesses():
             return []
-        table = self._table(TableId.SPD, self.source.agreed_rules(), [])
-        opened = self._publish(TableId.SPD, table)
+        opened = self.published.spd(self.source.agreed_rules())
         moved = [
             command
             for name, item in self.negotiations.of.items()
@@ -160,33 +155,8 @@ class Gate:
         """Bring the policy table up to date: policies, and the errno of their refusals."""
         if not self.policies:
             return []
-        told: list[do.Command] = []
-        if self._policies_in[0] != self.policies:
-            rules = policy_rules(self.policies, {})
-            before = self.errors
-            table = self._table(TableId.POLICY, rules, protect_networks(self.policies))
-            self._policies_in = (self.policies, table)
-            told = [do.Log("error", error) for error in self.errors if error not in before]
-        errors = {place: self._errno(place) for place in self.negotiations.places()}
-        default = self.settings.errnos.uncovered
-        entries = {
-            at: replace(entry, error=errors.get(entry.id, default))
-            for at, entry in self._policies_in[1].entries.items()
-        }
-        return [
-            *self._publish(TableId.POLICY, replace(self._policies_in[1], entries=entries)),
-            *told,
-        ]
-
-    def _table(self, which: TableId, rules: Iterable[Rule], *otherwise: list[Rule]) -> Table:
-        """Compile; what does not fit becomes the first of `otherwise` that does: stricter."""
-        self.errors = [e for e in self.errors if not e.startswith(which.name)]
-        for attempt in (rules, *otherwise):
-            try:
-                return compile_table(attempt)
-            except TableFullError as error:
-                self.errors = [*self.errors, f"{which.name} table: {error}; more is refused"]
-        raise AssertionError("the last one always fits")
+        errnos = {place: self._errno(place) for place in self.negotiations.places()}
+        return self.published.policies(self.policies, errnos, self.settings.errnos.uncovered)
 
     def _is_news(self, entry: SpdEntry) -> bool:
         """Tell whether a kernel policy may belong to a connection that is not known yet.
@@ -200,17 +170,6 @@ class Gate:
             and entry.key.selector.dst.subnet_of(network)  # type: ignore[arg-type]
             for network in self._destinations
         )
-
-    def _publish(self, which: TableId, table: Table) -> list[do.Command]:
-        old = self.published.get(which)
-        self.published[which] = table
-        if old is None or not table.same_shape(old):
-            return [do.Publish(which, table)]
-        return [
-            do.SetEntry(which, index, key, entry)
-            for (index, key), entry in table.entries.items()
-            if old.entries[index, key] != entry
-        ]
 
     def _errno(self, place: int) -> int:
         errnos = self.settings.errnos
@@ -240,8 +199,7 @@ class Gate:
         if saddr is None:
             return False
         routed = Flow(flow.daddr, flow.proto, flow.dport, saddr, flow.sport)
-        entry = self.published.get(TableId.SPD, EMPTY).classify(flow_key(routed))
-        return entry is not None and entry.state is State.LIVE
+        return self.published.is_live(routed)
 
     def _ask(self, flow: Flow, place: int | None) -> list[do.Command]:
         """Have the child negotiated that would protect a refused flow."""
@@ -338,7 +296,7 @@ class Gate:
             known = self._known.get((child.ike, child.child), child)
             remote = tuple(dict.fromkeys((*known.remote, *child.remote)))
             self._known[child.ike, child.child] = replace(child, remote=remote)
-        self.errors = [e for e in self.errors if not e.startswith("connection")] + [
+        self._unreadable = [
             f"connection {c.ike}/{c.child}: its remote selector is not known before it is up: "
             "name it as [[policy]], or it is not protected"
             for c in children

@@ -22,7 +22,8 @@ from ipsecgate.core.flow import Address
 from ipsecgate.core.netlink import Message, Span, encode_ask, encode_dump, messages
 from ipsecgate.core.sources import WIDTH, Prefix
 
-NEWLINK, GETLINK = 16, 18
+NEWLINK, DELLINK, GETLINK = 16, 17, 18
+IFF_UP = 1
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWRULE, DELRULE, GETRULE = 32, 33, 34
 ROUTES = frozenset({NEWROUTE, DELROUTE})
@@ -62,21 +63,25 @@ def decode_prefixes(datagram: bytes) -> Iterator[Prefix]:
     A default route or a rule for everything is a prefix of 0 bits. Raises: DecodeError.
     """
     for message in messages(datagram):
-        if message.type not in PREFIXED:
-            continue
-        at = message.structure(_HEADER.size, "rtmsg")
-        family, bits = message.data[at], message.data[at + 1]
-        if family not in _VERSION:  # multicast routing, MPLS
-            continue
-        version = _VERSION[family]
-        if bits == 0:
-            yield version, 0, 0
-            continue
-        raw = _attribute(message, RTA_DST, WIDTH[version] // 8)
-        if raw is None or bits > WIDTH[version]:
-            raise message.bad("destination", at)
-        rest = WIDTH[version] - bits
-        yield version, int.from_bytes(raw, "big") >> rest << rest, bits
+        if message.type in PREFIXED:
+            yield from _prefixes(message)
+
+
+def _prefixes(message: Message) -> Iterator[Prefix]:
+    """Yield the destination of a route or rule; nothing for multicast routing and MPLS."""
+    at = message.structure(_HEADER.size, "rtmsg")
+    family, bits = message.data[at], message.data[at + 1]
+    if family not in _VERSION:
+        return
+    version = _VERSION[family]
+    if bits == 0:
+        yield version, 0, 0
+        return
+    raw = _attribute(message, RTA_DST, WIDTH[version] // 8)
+    if raw is None or bits > WIDTH[version]:
+        raise message.bad("destination", at)
+    rest = WIDTH[version] - bits
+    yield version, int.from_bytes(raw, "big") >> rest << rest, bits
 
 
 def only_routes(datagram: bytes) -> bool:
@@ -121,6 +126,24 @@ def decode_link(datagram: bytes) -> Iterator[tuple[str, str]]:
             start, end = attributes[IFLA_LINKINFO]
             info = replace(message, start=start, end=end).attributes(0)
         yield _text(message, attributes, IFLA_IFNAME), _text(message, info, IFLA_INFO_KIND)
+
+
+def decode_lost(datagram: bytes) -> Iterator[tuple[int, Prefix | None]]:
+    """Yield the link and destination of each route that went, and (link, None) of each link.
+
+    A link that is down has lost its routes without a word about them. Raises: DecodeError.
+    """
+    for message in messages(datagram):
+        if message.type == DELROUTE:
+            raw = _attribute(message, RTA_OIF, _INDEX.size)
+            if raw is not None:
+                for destination in _prefixes(message):
+                    yield _INDEX.unpack(raw)[0], destination
+        elif message.type in (NEWLINK, DELLINK):
+            at = message.structure(_LINK.size, "ifinfomsg")
+            _family, _kind, index, flags, _change = _LINK.unpack_from(message.data, at)
+            if message.type == DELLINK or not flags & IFF_UP:
+                yield index, None
 
 
 def _text(message: Message, attributes: Mapping[int, Span], kind: int) -> str:

@@ -19,9 +19,10 @@ It does not look at the kernel's databases, nor at ICMP's types.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from ipsecgate.core.events import ChildSa
-from ipsecgate.core.flow import Network
+from ipsecgate.core.flow import PORT_MASK, Network
 from ipsecgate.core.sources import Cover, prefix
 from ipsecgate.core.spd import DEAD, LIVE, agreed_on
 from ipsecgate.core.table import Rule, Ternary, ternary
@@ -84,7 +85,8 @@ class Userland:
         """Return the hook's SPD table as rules.
 
         The longest prefixes come first, as in routing; inside, wide regions before narrow
-        ones, which they make superfluous.
+        ones, which they make superfluous. A source port that is still to be chosen, 0, is in
+        a range of them only by chance.
         """
         agreed = sorted(
             dict.fromkeys(
@@ -92,21 +94,24 @@ class Userland:
                 for sa in self._up.values()
                 for part in agreed_on(sa.local, sa.remote, exact=True)
             ),
-            key=_mask_bits,
+            key=_width,
         )
         tunnels = Cover(network for network, into in self._into_tun if into)
         rules: list[Rule] = []
         for network, into in sorted(self._into_tun, key=lambda item: -item[0].prefixlen):
             destination = ternary(network)
             if into:
-                parts = (destination.intersect(part) for part in agreed)
-                rules.extend(Rule(part, LIVE) for part in parts if part is not None)
+                for part in filter(None, map(destination.intersect, agreed)):
+                    if part.mask.sport and not part.value.sport:
+                        unbound = replace(part.mask, sport=PORT_MASK)
+                        rules.append(Rule(Ternary(part.value, unbound), DEAD))
+                    rules.append(Rule(part, LIVE))
             elif tunnels.contains(prefix(network)):
                 rules.append(Rule(destination, DEAD))  # an exception inside a tunnel's network
         return rules
 
 
-def _mask_bits(region: Ternary) -> int:
+def _width(region: Ternary) -> tuple[bool, int]:
     mask = region.mask
     words = (mask.saddr, mask.daddr, mask.sport, mask.dport, mask.proto, mask.family)
-    return sum(word.bit_count() for word in words)
+    return mask.sport != 0, sum(word.bit_count() for word in words)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vici import Session
 
+from ipsecgate.core.vici import is_userland
 from ipsecgate.edges.mounts import type_of
 from ipsecgate.errors import GateError
 
@@ -65,10 +66,14 @@ def has_esp() -> bool:
     )
 
 
-def vici_version(path: Path, timeout: float = 5.0) -> str:
-    """Return what IKE daemon answers on a VICI socket. Raises: OSError."""
+def ike_daemon(path: Path, timeout: float = 5.0) -> tuple[str, bool]:
+    """Return what daemon answers on a VICI socket, and whether it does ESP itself.
+
+    Raises: OSError.
+    """
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         sock.connect(os.fspath(path))
-        told = Session(sock).version()
-    return " ".join(told[key].decode() for key in ("daemon", "version"))
+        session = Session(sock)
+        told, userland = session.version(), is_userland(session.stats())
+    return " ".join(told[key].decode() for key in ("daemon", "version")), userland

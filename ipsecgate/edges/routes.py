@@ -10,6 +10,8 @@ Rules of this module:
   one of routes only if it touches a destination. An overrun of the watching socket is a change.
 - The first change is answered at once: strongSwan adds a route with a `src` hint just when an
   SA comes up. Those that follow within `PAUSE` share one answer.
+- A tunnel's route that goes is told before the kernel is asked what takes its place: meanwhile
+  the flow would leave in clear.
 
 It sees flows of root without a mark. Rules by mark, user, port or protocol, and sources that
 differ between the next hops of one route, are beyond it.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from socket import AF_INET, AF_INET6
 
@@ -29,6 +32,7 @@ from ipsecgate.core.flow import Address, Network
 from ipsecgate.core.netlink import DecodeError
 from ipsecgate.core.rtnetlink import (
     decode_link,
+    decode_lost,
     decode_prefixes,
     decode_route,
     encode_link_get,
@@ -37,7 +41,7 @@ from ipsecgate.core.rtnetlink import (
     encode_rule_dump,
     only_routes,
 )
-from ipsecgate.core.sources import Cover, Prefix, Source, compress, network, partition
+from ipsecgate.core.sources import Cover, Prefix, Source, compress, network, partition, prefix
 from ipsecgate.edges.netlink import RawNetlinkSocket, Requests
 from ipsecgate.errors import GateError
 
@@ -65,6 +69,8 @@ class Routes:
         self._cover = Cover(())
         self._due = asyncio.Event()
         self._last: SourcesResolved | None = None
+        self._tuns: set[int] = set()
+        self._closed = 0  # how often a tunnel's route went
 
     def follow(self, destinations: Iterable[Network]) -> None:
         """Resolve these from now on, instead of those before."""
@@ -119,9 +125,10 @@ class Routes:
                 links.append((piece, link))
                 if count % BATCH == 0:
                     await asyncio.sleep(0)
-            tuns = {link for link in {link for _, link in links} if _is_tun(requests, link)}
-        into_tun = compress((piece, link in tuns) for piece, link in links) if tuns else ()
-        return SourcesResolved(compress(sources), into_tun)
+            used = {link for _, link in links}
+            self._tuns = {link for link in used if _is_tun(requests, link)}
+        into_tun = compress((piece, link in self._tuns) for piece, link in links)
+        return SourcesResolved(compress(sources), into_tun if self._tuns else ())
 
     async def _prefixes(self, requests: Requests) -> set[Network]:
         found: set[Prefix] = set()
@@ -134,13 +141,32 @@ class Routes:
         return [one for one in decode_prefixes(datagram) if self._cover.contains(one)]
 
     async def _tell(self) -> None:
+        before = self._closed
         resolved = await self._resolve()
+        if self._closed != before:  # asked too early, perhaps: the next look is due
+            resolved = replace(resolved, into_tun=())
         if resolved != self._last:
             self._last = resolved
             self._deliver(resolved)
 
+    def _close(self, lost: Iterable[tuple[int, Prefix | None]]) -> None:
+        """Tell at once which tunnels lost their route."""
+        gone = [where for link, where in lost if link in self._tuns]
+        if not gone or self._last is None:
+            return
+        self._closed += 1
+        away = Cover(network(where) for where in gone if where is not None)
+        into_tun = tuple(
+            (one, into and None not in gone and not away.touches(prefix(one)))
+            for one, into in self._last.into_tun
+        )
+        if into_tun != self._last.into_tun:
+            self._last = replace(self._last, into_tun=into_tun)
+            self._deliver(self._last)
+
     def _on_change(self, datagram: bytes) -> None:
         try:
+            self._close(decode_lost(datagram))
             if only_routes(datagram) and not any(
                 self._cover.touches(one) for one in decode_prefixes(datagram)
             ):

@@ -6,6 +6,7 @@ comes back. It is a harness, not a jail: its root could mount more of the host.
 Whatever ends `run`, the guest's processes and temporary folders are gone after.
 
     python -m ipsecgate.lab.guest [--always] [--timeout S] [--results DIR] -- CMD...
+    python -m ipsecgate.lab.guest --kernel qemu ... -- CMD...    (see `debian`)
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
-from ipsecgate.lab.kernel import Kernel, fetch, kernel_has_esp
+from ipsecgate.lab import debian
+from ipsecgate.lab.kernel import Kernel, fetch
+from ipsecgate.lab.qemu import Qemu
 from ipsecgate.lab.uml import MEMORY, GuestError, GuestHung, GuestPanicked, OnOutput, Uml, ignore
 
 __all__ = ["GuestError", "GuestHung", "GuestPanicked", "GuestResult", "run"]
@@ -66,7 +70,7 @@ def run(
     same path, in IPSECGATE_RESULTS; None: one that is thrown away. `on_output`
     gets whole lines, or a part of one when no more came for `IDLE` seconds.
     `terminal`: the command's stdout is a terminal of our terminal's size, else a
-    pipe. `memory`: MiB. `kernel` None: `fetch` it.
+    pipe. `memory`: MiB. `kernel` None: `fetch` it; `debian.fetch` for QEMU.
     Raises: GuestHung; GuestPanicked; GateError if there is no kernel to be had.
     """
     kernel = kernel or fetch()
@@ -80,7 +84,12 @@ def run(
         command = command_file(argv, variables, cwd or Path.cwd())
         (work / "command").write_bytes(os.fsencode(command))
         (work / "settings").write_text(settings_file(kernel, keep, terminal))
-        with Uml(kernel, work, memory, on_output) as guest:
+        machine = (
+            Qemu(kernel, work, memory, keep, on_output)
+            if isinstance(kernel, debian.DebianKernel)
+            else Uml(kernel, work, memory, on_output)
+        )
+        with machine as guest:
             guest.follow(timeout)
         seconds = time.monotonic() - began
         return GuestResult(guest.exit_code(), guest.output.text, _files(results), seconds)
@@ -166,13 +175,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command where ESP is: here if this kernel has it, else (or --always) in a guest."""
     parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.guest", description=main.__doc__)
     parser.add_argument("--always", action="store_true", help="in a guest even if ESP is here")
+    parser.add_argument("--kernel", choices=("uml", "qemu"), help="qemu: always Debian's own")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds (600)")
     parser.add_argument("--results", type=Path, metavar="DIR", help="what the command leaves")
     parser.add_argument("--memory", type=int, default=MEMORY, metavar="MIB", help="(2048)")
     parser.add_argument("command", nargs="+", metavar="CMD")
     options = parser.parse_args(arguments)
     try:
-        if not options.always and kernel_has_esp():
+        find = debian.fetch if options.kernel == "qemu" else fetch
+        if find is fetch and not options.always and has_esp():
             if options.results:
                 options.results.mkdir(parents=True, exist_ok=True)
                 os.environ["IPSECGATE_RESULTS"] = str(options.results.absolute())
@@ -184,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             on_output=_say,
             terminal=sys.stdout.isatty(),
             memory=options.memory,
-            kernel=fetch(progress=lambda text: sys.stderr.write(f"{text}\n")),
+            kernel=find(progress=lambda text: sys.stderr.write(f"{text}\n")),
         ).exit_code
     except GateError as error:
         said = f"last output:\n{error.output}" if isinstance(error, GuestError) else ""

@@ -6,7 +6,6 @@ Nothing is installed: Debian's package is downloaded and unpacked into a cache f
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
 
 PACKAGE = "user-mode-linux"
@@ -45,32 +45,6 @@ def default_cache() -> Path:
     return Path(base).absolute() / "ipsecgate"
 
 
-@functools.cache
-def kernel_has_esp() -> bool:
-    """Tell whether the running kernel takes an ESP state; asked in a namespace of its own.
-
-    Any of the two ciphers that strongSwan proposes first will do. Without the
-    right to make a network namespace the answer is False: nothing could be tested.
-    Raises: GateError if ip(8) or unshare(1) is missing.
-    """
-    aead = ("aead", "rfc4106(gcm(aes))", "0x" + "11" * 20, "128")
-    cbc = ("enc", "cbc(aes)", "0x" + "11" * 16, "auth", "hmac(sha256)", "0x" + "11" * 32)
-    for tool in ("ip", "unshare"):
-        if shutil.which(tool) is None:
-            raise GateError(f"{tool} is not installed", hint="apt-get install iproute2 util-linux")
-    namespace = ["unshare", "--net"]
-    if os.geteuid() != 0:
-        namespace += ["--user", "--map-root-user"]
-    state = "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x100 mode tunnel"
-    return any(
-        subprocess.run(
-            [*namespace, *state.split(), *algorithm], capture_output=True, check=False
-        ).returncode
-        == 0
-        for algorithm in (aead, cbc)
-    )
-
-
 def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) -> Kernel:
     """Return the kernel in `cache` (None: `default_cache`), downloading it if it is not there.
 
@@ -84,7 +58,7 @@ def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) ->
         return _look(home)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / ".lock"):
+        with locked(cache / ".lock"):
             for leftover in cache.glob(f".{PACKAGE}-*"):
                 shutil.rmtree(leftover)
             if not home.is_dir():
@@ -98,7 +72,8 @@ def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) ->
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, waiting for others who do."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -109,14 +84,14 @@ def _unpack_into(cache: Path, home: Path, progress: Progress) -> None:
     try:
         aside.chmod(0o755)
         progress(f"downloading Debian's {PACKAGE} into {home}")
-        _call(
+        call(
             ["apt-get", "download", "--quiet", PACKAGE],
             aside,
             f"run apt-get update; {PACKAGE} is in Debian's main section (or set"
             " IPSECGATE_LAB_CACHE to a folder that has it unpacked)",
         )
         package = next(aside.glob("*.deb"))
-        _call(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
+        call(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
         package.unlink()
         _look(aside)
         aside.rename(home)
@@ -124,18 +99,20 @@ def _unpack_into(cache: Path, home: Path, progress: Progress) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _call(argv: list[str], cwd: Path, hint: str) -> None:
+def call(argv: list[str], cwd: Path, hint: str) -> str:
+    """Run `argv`, return what it printed. Raises: GateError, with `hint` if it failed."""
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise GateError(
             f"{argv[0]} is not installed",
-            hint=f"the test kernel is Debian's {PACKAGE}; elsewhere unpack it by hand into"
+            hint=f"the test kernels are Debian's; elsewhere unpack {PACKAGE} by hand into"
             f" $IPSECGATE_LAB_CACHE/{PACKAGE}",
         ) from error
     if done.returncode != 0:
         reason = (done.stderr or done.stdout).strip()
         raise GateError(f"{' '.join(argv)} failed: {reason}", hint=hint)
+    return done.stdout
 
 
 def _look(home: Path) -> Kernel:
@@ -149,7 +126,7 @@ def _look(home: Path) -> Kernel:
 def main() -> int:
     """Say whether this machine's kernel does ESP; if not, have user-mode-linux ready."""
     try:
-        if kernel_has_esp():
+        if has_esp():
             sys.stdout.write("this kernel does ESP: no test kernel is needed\n")
         else:
             kernel = fetch(progress=lambda text: sys.stdout.write(f"{text}\n"))

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from ipsecgate.edges.probe import has_esp
 from ipsecgate.lab import uml
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
-from ipsecgate.lab.kernel import kernel_has_esp
 
 pytestmark = pytest.mark.skipif(
-    kernel_has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
+    has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
 )
 
 ODD = "two\nlines 'single' \"double\" $HOME ö"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.lab.kernel import kernel_has_esp
+from ipsecgate.edges.probe import has_esp
 
 pytestmark = pytest.mark.skipif(
-    kernel_has_esp(), reason="this kernel has ESP: the demo needs no guest here"
+    has_esp(), reason="this kernel has ESP: the demo needs no guest here"
 )
 
 

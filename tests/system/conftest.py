@@ -15,8 +15,12 @@ from tests.system.bed import bed as make_bed
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hooks compiled once for all tests."""
-    folder = tmp_path_factory.mktemp("bytecode")
+    """Hooks compiled once for all tests; or before, into the folder IPSECGATE_TEST_BYTECODE.
+
+    Bytecode does not depend on the kernel, and compiling takes a minute under emulation.
+    """
+    ready = os.environ.get("IPSECGATE_TEST_BYTECODE")
+    folder = Path(ready) if ready else tmp_path_factory.mktemp("bytecode")
     bytecode.get(folder)
     return folder
 

@@ -1,19 +1,18 @@
 """A process that speaks all the time, and remembers how each attempt was answered.
 
     argv: a list of [kind, address, port, source] as JSON; input: nothing, its end ends it
-    output: a line when it begins; at the end [which of them, when, errno or 0] of each, as JSON
+    output: a line when it starts; at its end [which of them, when it began, when it ended,
+            errno or 0] of every attempt, as JSON
 
 Kinds: `fresh` and `kept` are a datagram by sendto(), on a new socket each time or on one that
 stays open and unconnected; `tcp` is a connect() that does not wait for its SYN's answer.
-A source of "" leaves the socket unbound. Times are CLOCK_MONOTONIC. It is nice to the others:
-where there is one processor, it would measure its own place in the queue.
+A source of "" leaves the socket unbound. Times are CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
 import select
 import socket
 import subprocess
@@ -31,10 +30,11 @@ Target = tuple[str, str, int, str]
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One system call: what it was for, when it began, and its errno's name, "" if let go."""
+    """One system call: what it was for, from when to when, its errno's name ("" if let go)."""
 
     target: Target
-    time: float
+    began: float
+    ended: float
     error: str
 
 
@@ -58,8 +58,8 @@ class Pulse:
         """End it; return every attempt in order."""
         said, _ = self._process.communicate(timeout=30)
         return [
-            Attempt(self.targets[which], when, errno.errorcode[code] if code else "")
-            for which, when, code in json.loads(said)
+            Attempt(self.targets[which], began, ended, errno.errorcode[code] if code else "")
+            for which, began, ended, code in json.loads(said)
         ]
 
     def close(self) -> None:
@@ -96,17 +96,17 @@ def attempt(target: Target, kept: dict[Target, socket.socket]) -> int:
 
 
 def main() -> None:
-    os.nice(19)
     targets: list[Target] = [tuple(words) for words in json.loads(sys.argv[1])]
     kept: dict[Target, socket.socket] = {}
     log = []
-    sys.stdout.write("it begins\n")
+    sys.stdout.write("it starts\n")
     sys.stdout.flush()
     due = time.monotonic()
     while not select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
         for which, target in enumerate(targets):
             began = time.monotonic()
-            log.append((which, began, attempt(target, kept)))
+            code = attempt(target, kept)
+            log.append((which, began, time.monotonic(), code))
         due = max(due + PERIOD, time.monotonic())
     sys.stdout.write(json.dumps(log))
 

@@ -23,13 +23,13 @@ from ipsecgate.core.events import (
 from ipsecgate.core.flow import TrafficSelector
 from ipsecgate.core.ipsec import Mode
 from ipsecgate.edges.ike import IkeClient
+from ipsecgate.edges.probe import has_esp
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.kernel import kernel_has_esp
 from ipsecgate.lab.strongswan import connection
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
-    pytest.mark.skipif(not kernel_has_esp(), reason="missing: ESP in the kernel"),
+    pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]
 
 HOST = ConnSpec("host", "transport")

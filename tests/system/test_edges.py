@@ -28,14 +28,14 @@ from ipsecgate.core.events import (
 from ipsecgate.core.flow import Selector
 from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
 from ipsecgate.core.replay import replay
+from ipsecgate.edges.probe import has_esp
 from ipsecgate.edges.xfrm import XfrmMonitor
-from ipsecgate.lab.kernel import kernel_has_esp
 from ipsecgate.lab.netns import Namespace
 from tests.system.story import batch, following, ip, until
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
-    pytest.mark.skipif(not kernel_has_esp(), reason="missing: ESP in the kernel"),
+    pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]
 
 KEYS = "enc cbc(aes) 0x" + "11" * 16 + " auth hmac(sha256) 0x" + "22" * 32

@@ -16,13 +16,13 @@ import pytest
 from vici.exception import CommandException
 
 from ipsecgate.edges import cgroups
+from ipsecgate.edges.probe import has_esp
 from ipsecgate.lab.endpoints import Server
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
-from ipsecgate.lab.kernel import kernel_has_esp
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
-    pytest.mark.skipif(not kernel_has_esp(), reason="missing: ESP in the kernel"),
+    pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]
 
 TCP_PORT, UDP_PORT = 7000, 7001

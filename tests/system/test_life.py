@@ -20,6 +20,7 @@ from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.strongswan import connection
 from tests.system.life import Life
 from tests.system.pulse import KINDS, Target
+from tests.system.witness import Witness
 
 PORT, CLOSED_PORT = 7200, 7201
 SPEC = ConnSpec("net", "tunnel", 4, start_action="trap")
@@ -46,6 +47,13 @@ def gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
         yield gate
 
 
+@pytest.fixture(scope="module")
+def witness(module_lab: Lab) -> Iterator[Witness]:
+    witness = Witness(module_lab.a.namespace, module_lab.a.outer.values())
+    yield witness
+    witness.close()
+
+
 @pytest.fixture
 def lab(module_lab: Lab) -> Lab:
     module_lab.reset()
@@ -59,7 +67,7 @@ def targets(lab: Lab, spec: ConnSpec = SPEC) -> list[Target]:
 
 
 @pytest.fixture
-def life(lab: Lab, gate: Gated, request: pytest.FixtureRequest) -> Begin:
+def life(lab: Lab, gate: Gated, witness: Witness, request: pytest.FixtureRequest) -> Begin:
     """Make a `Life` whose process speaks under the SA of a connection already."""
 
     def begin(
@@ -68,7 +76,7 @@ def life(lab: Lab, gate: Gated, request: pytest.FixtureRequest) -> Begin:
         load: Callable[[ConnSpec], object] = lab.load,
     ) -> Life:
         to = to or targets(lab, spec)
-        return Life(lab, gate, request.node.name, to, lambda: load(spec))
+        return Life(lab, gate, witness, request.node.name, to, lambda: load(spec))
 
     return begin
 
@@ -286,8 +294,8 @@ def test_the_peer_narrowed_what_the_trap_is_for(lab: Lab, life: Begin, how: str)
 
     with life(spec, [*inside, *outside], load) as story:
         time.sleep(0.3)
-    story.record.of(inside).judge()
-    assert {a.error for a in story.record.of(outside).attempts} == {"EPERM"}
+    story.record_of(inside).judge()
+    assert {a.error for a in story.record_of(outside).attempts} == {"EPERM"}
 
 
 def test_a_narrower_trap_takes_over(lab: Lab, life: Begin) -> None:

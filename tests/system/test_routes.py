@@ -117,6 +117,42 @@ async def test_every_kind_of_change_is_told() -> None:
         assert "198.51.100.1" not in (await after(told, "link set d1 down")).values()
 
 
+async def test_what_leads_into_an_ike_daemons_tunnel() -> None:
+    inside, beside = "10.2.0.0/16", "10.3.0.0/16"
+    for name in ("ipsec7", "tun7"):
+        ip(f"tuntap add {name} mode tun")
+        ip(f"link set {name} up")
+    ip("route add default dev d0")
+    ip("rule add pref 220 table 220")
+    add = f"route add {inside} dev ipsec7 src 192.0.2.9 table 220"
+    async with following(inside, beside) as told:
+
+        async def into(command: str) -> dict[str, bool]:
+            ip(command)
+            resolved = await asyncio.wait_for(told.get(), 5)
+            await asyncio.sleep(0.1)  # and nothing else is told
+            assert told.empty()
+            return {str(net): there for net, there in resolved.into_tun}
+
+        assert (await asyncio.wait_for(told.get(), 5)).into_tun == ()
+        assert await into(add) == {inside: True, beside: False}
+        other = "route add 10.2.7.0/24 dev tun7 src 192.0.2.1 table 220"
+        assert await into(other) == {inside: True, "10.2.7.0/24": False, beside: False}
+        for undo in ("route del 10.2.7.0/24 table 220", f"route del {inside} table 220"):
+            ip(undo)
+            first = await asyncio.wait_for(told.get(), 5)
+        # Before the kernel was asked what takes its place, the source is the old one.
+        assert dict(first.into_tun)[ip_network(inside)] is False
+        assert str(lookup(first.sources, ip_address("10.2.0.1"))) == "192.0.2.9"
+        last = await asyncio.wait_for(told.get(), 5)
+        assert last.into_tun == ()
+        assert str(lookup(last.sources, ip_address("10.2.0.1"))) == "192.0.2.1"
+        assert await into(add) == {inside: True, beside: False}
+        ip("link set ipsec7 down")
+        first = await asyncio.wait_for(told.get(), 5)
+        assert not any(there for _, there in first.into_tun)
+
+
 async def test_a_change_elsewhere_is_not_told() -> None:
     async with following("10.2.0.0/16") as told:
         await asyncio.wait_for(told.get(), 5)

@@ -11,6 +11,7 @@ import pytest
 
 from ipsecgate.core.flow import TCP
 from ipsecgate.core.ipsec import Action
+from ipsecgate.core.policy import SaSource
 from ipsecgate.edges.config import Config, load
 from ipsecgate.errors import UsageError
 
@@ -20,6 +21,7 @@ mode = "audit"
 default = "deny"
 cgroups = ["unit:postgresql"]
 vici = "/run/other.vici"
+sa_source = "vici"
 [errno]
 uncovered = "EACCES"
 [[policy]]
@@ -43,6 +45,7 @@ def test_everything_is_read(tmp_path: Path) -> None:
     assert (config.settings.audit, config.settings.deny) == (True, True)
     assert config.cgroups == ("unit:postgresql",)
     assert config.vici == Path("/run/other.vici")
+    assert config.settings.sa_source is SaSource.VICI
     assert config.settings.errnos.uncovered == EACCES
     assert config.settings.errnos.failed == EHOSTUNREACH
     db, printer = config.settings.policies
@@ -81,6 +84,7 @@ def policy(lines: str) -> str:
         ("[gate]\nmood = 1", r"c\.toml: gate\.mood: unknown key"),
         ("[gait]", r"c\.toml: gait: unknown key"),
         ("[gate]\nmode = 'loud'", r"gate\.mode: 'loud' is not one of enforce, audit"),
+        ("[gate]\nsa_source = 'esp'", r"gate\.sa_source: 'esp' is not one of auto, xfrm, vici"),
         ("[gate]\nhost = 'yes'", r"gate\.host: must be true or false"),
         ("[gate]\ncgroups = [1]", r"gate\.cgroups: must be a list of strings"),
         ("[gate]\nhost = true\ncgroups = ['/x']", r"gate\.cgroups: .*exclude each other"),
@@ -153,3 +157,4 @@ def test_the_example_in_the_readme_is_a_configuration(tmp_path: Path) -> None:
     assert [p.name for p in config.settings.policies] == ["db"]
     default = Config().settings
     assert config.settings.errnos == default.errnos, "it shows the defaults"
+    assert config.settings.sa_source is default.sa_source is SaSource.AUTO

@@ -72,7 +72,7 @@ class Transcript:
 
     def entry(self, table: TableId, flow: Flow) -> Entry | None:
         """Answer as the hook would, from what the commands wrote."""
-        masks = self.gate.published[table].masks
+        masks = self.gate.published.tables[table].masks
         for index, mask in enumerate(masks):
             found = self.tables[table].get((index, flow_key(flow).masked(mask)))
             if found is not None:

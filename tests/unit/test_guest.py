@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab.guest import INIT, command_file, main, settings_file
-from ipsecgate.lab.kernel import PACKAGE, Kernel, default_cache, fetch, kernel_has_esp
+from ipsecgate.lab.kernel import PACKAGE, Kernel, default_cache, fetch
 from ipsecgate.lab.uml import Output, kernel_arguments, memory_folder
 
 KERNEL = Kernel(Path("/c/usr/bin/linux.uml"), Path("/c d/usr/lib/uml/modules/6.1.176"))
@@ -206,7 +207,7 @@ def test_default_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_esp_is_there_if_any_cipher_is_taken(tools: Path, script: str, expected: bool) -> None:
     stand_in(tools / "unshare", script)
-    assert kernel_has_esp.__wrapped__() is expected
+    assert has_esp.__wrapped__() is expected
 
 
 # --- the command line ------------------------------------------------------------

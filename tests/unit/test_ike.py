@@ -78,6 +78,15 @@ async def test_children_and_established(charon: FakeCharon, client: IkeClient) -
     assert client.daemon_pid == os.getpid()
 
 
+async def test_who_does_esp(charon: FakeCharon, client: IkeClient) -> None:
+    with pytest.raises(IkeRefusedError):
+        await client.userland()
+    for first in (True, False):
+        plugins = ["kernel-libipsec", "kernel-netlink"][:: 1 if first else -1]
+        charon.handlers["stats"] = answering({"plugins": plugins})
+        assert await client.userland() is first
+
+
 async def test_events_in_order_then_gone(charon: FakeCharon, client: IkeClient) -> None:
     charon.raise_event("ike-updown", UP)
     charon.raise_event("child-updown", UP)

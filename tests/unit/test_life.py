@@ -16,6 +16,7 @@ from ipsecgate.core.spd import agreed_on
 from tests.unit.test_gate import (
     HERE,
     LISTED,
+    NAME,
     NET,
     PINNED,
     REFUSED,

@@ -19,6 +19,7 @@ from ipsecgate.core.vici import (
     child_sas,
     child_updown,
     ike_updown,
+    is_userland,
     selectors,
 )
 
@@ -169,6 +170,21 @@ def ike_sa(**child: Any) -> dict[str, Any]:
 )
 def test_child_sas(state: str, found: list[ChildSa]) -> None:
     assert list(child_sas(ike_sa(state=state.encode()), NAMES)) == found
+
+
+@pytest.mark.parametrize(
+    ("plugins", "userland"),
+    [
+        ("random nonce kernel-netlink socket-default vici", False),
+        ("random nonce kernel-libipsec kernel-netlink socket-default vici", True),
+        ("random nonce kernel-netlink kernel-libipsec socket-default vici", False),
+        ("kernel-pfkey kernel-libipsec kernel-netlink vici", False),
+        ("random vici", False),
+    ],
+)
+def test_the_first_backend_does_esp(plugins: str, userland: bool) -> None:
+    assert is_userland({"plugins": [name.encode() for name in plugins.split()]}) is userland
+    assert not is_userland({"uptime": {}})
 
 
 def test_a_child_without_spis_yet_is_left_out() -> None:

@@ -6,13 +6,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.system.oracle.bed import bed
+from tests.system.oracle.capture import HarnessError
+from tests.system.oracle.judge import WrongAnswerError
 from tests.system.oracle.run import run, settings
 
 
 def main() -> int:
     seed, cases = settings(cases=100_000)
-    with tempfile.TemporaryDirectory() as cache:
-        return run(Path(cache), seed, cases, sys.stdout)
+    with tempfile.TemporaryDirectory() as cache, bed(Path(cache)) as place:
+        try:
+            run(place, seed, cases, sys.stdout)
+        except (WrongAnswerError, HarnessError) as error:
+            sys.stdout.write(f"{type(error).__name__}: {error}\n")
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

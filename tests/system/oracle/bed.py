@@ -14,11 +14,11 @@ import errno
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import ip_network
 from pathlib import Path
 
-from ipsecgate.core.events import PolicySet, SaSet
+from ipsecgate.core.events import KernelSnapshot, PolicySet, SaSet
 from ipsecgate.core.flow import ANY_V4, ANY_V6, Address
 from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.mirror import Mirror
@@ -61,6 +61,7 @@ class Bed:
         self.free = Caller(near.path, None)
         self.device = socket.if_nametoindex(DEVICE)
         self.monitor = XfrmMonitor(lambda _event: None)
+        self.distort: Callable[[KernelSnapshot], KernelSnapshot] = lambda true: true
         self._sources = {one: kernel_source(one) for pool in (REMOTE, FAR) for one in
                          (*pool[4], *pool[6])}  # fmt: skip
 
@@ -93,7 +94,7 @@ class Bed:
 
         Every SA is trusted: what is tested is XFRM, not the IKE daemon's word.
         """
-        snapshot = await self.monitor.snapshot()
+        snapshot = self.distort(await self.monitor.snapshot())
         mirror = Mirror()
         mirror.ike_knows(())
         for entry in snapshot.policies:
@@ -101,9 +102,6 @@ class Bed:
         for sa in snapshot.sas:
             mirror.apply(SaSet(sa))
         return compile_table(mirror.rules())
-
-    async def publish(self, table: TableId, content: Table) -> None:
-        await self.data.publish(table, content)
 
     def counted(self) -> tuple[int, int]:
         """Return how often the hooks have let go and refused so far, under an SA or not."""

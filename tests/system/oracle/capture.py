@@ -81,7 +81,10 @@ class Capture:
                 continue
             if not found or len(found) > count:
                 raise HarnessError(f"a frame before the first call or after the last: {packet}")
-            found[-1].append(_seen(frame[ETHERNET:]))
+            try:
+                found[-1].append(_seen(frame[ETHERNET:]))
+            except (IndexError, struct.error, zlib.error) as error:
+                raise HarnessError(f"call {len(found) - 1} sent {frame.hex()}: {error}") from error
         return found[:count]
 
 

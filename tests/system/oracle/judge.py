@@ -117,13 +117,18 @@ class Judge:
         policies = [p for p, code in zip(world.policies, codes, strict=False) if not code]
         states = [s for s, code in zip(world.states, codes[count:], strict=True) if not code]
         refused = [errno.errorcode.get(code, str(code)) for code in codes if code]
+        import sys
+
+        for s, c in zip(world.states, codes[count:]):
+            if c == 93:
+                sys.stderr.write(f"{s}\n")
         return replace(world, policies=tuple(policies), states=tuple(states)), refused
 
     async def verdicts(self, world: World) -> list[Verdict]:
         """Answer every call of an installed world. Raises: TableFullError, HarnessError."""
         bed = self.bed
         bed.set_port(world.port)
-        await bed.publish(TableId.SPD, await bed.table())
+        await bed.data.publish(TableId.SPD, await bed.table())
         before = bed.counted()
         gated = self.made(bed.gated, world)
         allowed, stopped = (now - then for now, then in zip(bed.counted(), before, strict=True))
@@ -204,7 +209,7 @@ class Judge:
     async def end(self) -> None:
         """Leave nothing behind."""
         self.bed.installer.flush()
-        await self.bed.publish(TableId.SPD, EMPTY)
+        await self.bed.data.publish(TableId.SPD, EMPTY)
         await self.bed.settle()
 
 

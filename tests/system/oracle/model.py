@@ -241,6 +241,8 @@ class Model:
             yield "state from any address"
         if any(not s.spi for s in states):
             yield "state with SPI 0"
+        if len({(s.dst, s.spi, s.proto) for s in states}) < len(states):
+            yield "states that share an SPI"
         if any(s.sel is not None and s.sel.ifindex for s in states):
             yield "state for an interface"
 

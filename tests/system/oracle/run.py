@@ -6,14 +6,13 @@ import asyncio
 import os
 import random
 import time
-from pathlib import Path
 from typing import TextIO
 
-from tests.system.oracle.bed import bed
+from tests.system.oracle.bed import Bed
 from tests.system.oracle.generate import world
-from tests.system.oracle.judge import Judge, Tally, WrongAnswerError
+from tests.system.oracle.judge import Judge, Tally
 
-REPORT_EVERY = 5.0
+REPORT_EVERY = 10.0
 
 
 def settings(cases: int) -> tuple[int, int]:
@@ -22,29 +21,29 @@ def settings(cases: int) -> tuple[int, int]:
     return int(seed), int(os.environ.get("ORACLE_CASES") or cases)
 
 
-async def judge_worlds(judge: Judge, seed: int, cases: int, out: TextIO) -> Tally:
-    """Judge worlds of seed, seed + 1, … until so many calls are counted."""
+def run(bed: Bed, seed: int, cases: int, out: TextIO) -> Tally:
+    """Judge worlds of seed, seed + 1, … until so many calls are counted.
+
+    Raises: WrongAnswerError, HarnessError.
+    """
+    return asyncio.run(_run(bed, seed, cases, out))
+
+
+async def _run(bed: Bed, seed: int, cases: int, out: TextIO) -> Tally:
     out.write(f"ORACLE_SEED={seed} ORACLE_CASES={cases}\n")
+    judge = Judge(bed)
+    tally = judge.tally
     began = last = time.monotonic()
-    await judge.bed.prepare()
-    while judge.tally.cases < cases:
-        await judge.judge(world(seed + judge.tally.worlds, judge.bed.device))
-        if time.monotonic() - last > REPORT_EVERY:
-            last = time.monotonic()
-            out.write(f"{judge.tally.cases} cases in {last - began:.0f} s\n")
-            out.flush()
-    await judge.end()
+    await bed.prepare()
+    try:
+        while tally.cases < cases:
+            await judge.judge(world(seed + tally.worlds, bed.device))
+            if time.monotonic() - last > REPORT_EVERY:
+                last = time.monotonic()
+                out.write(f"{tally.cases:>9} cases in {last - began:.0f} s, none wrong\n")
+                out.flush()
+    finally:
+        await judge.end()
     seconds = time.monotonic() - began
-    out.write(f"{judge.tally}\n{judge.tally.cases / seconds:.0f} cases a second, {seconds:.1f} s\n")
-    return judge.tally
-
-
-def run(cache: Path, seed: int, cases: int, out: TextIO) -> int:
-    """Do it all; return an exit code."""
-    with bed(cache) as place:
-        try:
-            asyncio.run(judge_worlds(Judge(place), seed, cases, out))
-        except WrongAnswerError as error:
-            out.write(f"WRONG\n{error}\n")
-            return 1
-    return 0
+    out.write(f"{tally}\n{seconds:.1f} s, {tally.cases / seconds:.0f} cases a second\n")
+    return tally

@@ -111,8 +111,8 @@ class Installer:
         codes = self._send(messages)
         self._send([
             (EXPIRE, state(one) + struct.pack("=B7x", one.life is Life.EXPIRED))
-            for one in world.states
-            if one.life in (Life.EXPIRED, Life.DYING)
+            for one, code in zip(world.states, codes[len(world.policies) :], strict=True)
+            if not code and one.life in (Life.EXPIRED, Life.DYING)
         ])  # fmt: skip
         return codes
 

@@ -1,0 +1,166 @@
+"""Debian's own kernel under QEMU as a guest: what user-mode-linux lacks, at a tenth of the speed.
+
+Rules of this module: no hardware virtualisation is needed, and one processor is
+emulated. The host's root is shared read-only over 9p, with a tmpfs above it;
+only the results folder and the guest's own folder are writable. Here is the
+way from nothing to the host's files; qemu-init.sh goes on from there, and
+`guest.run` starts it all when its kernel is a `DebianKernel`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ipsecgate.errors import GateError
+from ipsecgate.lab.debian import QEMU, DebianKernel
+from ipsecgate.lab.uml import OnOutput, Output, Uml, _leash, ignore
+
+INIT = Path(__file__).with_name("qemu-init.sh")
+MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
+"""What it takes to see the host's files."""
+TOOLS = ("sh", "insmod", "mkdir", "mount", "switch_root")
+CPU = "max,la57=off,pcid=off"
+"""All that is emulated, without two things that only cost time."""
+FAST = (
+    "mitigations=off nokaslr audit=0 apparmor=0 cryptomgr.notests no_timer_check tsc=reliable"
+    " random.trust_cpu=on"
+)
+"""What a boot under emulation spends seconds on and nobody here uses."""
+SHARE = "trans=virtio,version=9p2000.L,msize=512000"
+
+
+class Qemu(Uml):
+    """A running QEMU, killed when the `with` block ends; to its user like `Uml`.
+
+    `work` gets `init` and `initrd`; it has `settings`, as `guest.settings_file` writes them.
+    """
+
+    def __init__(
+        self, kernel: DebianKernel, work: Path, memory: int, results: Path, on_output: OnOutput
+    ) -> None:
+        self.output = Output(on_output)
+        self._console = Output(ignore)
+        self._work = work
+        (work / "init").write_bytes(INIT.read_bytes())
+        (work / "initrd").write_bytes(initrd(kernel))
+        self._reader, writer = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [*_leash(), *command_line(kernel, work, memory, results, writer)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writer,),
+                env={"PATH": "/usr/bin:/bin"},
+                cwd="/",
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(self._reader)
+            raise
+        finally:
+            os.close(writer)
+
+
+def command_line(
+    kernel: DebianKernel, work: Path, memory: int, results: Path, output: int
+) -> list[str]:
+    """Return QEMU's words: `memory` in MiB, `output` the fd of the guest's ttyS1.
+
+    Source: qemu-system-x86_64(1).
+    """
+    command = f"{QEMU} -machine pc -accel tcg -cpu {CPU} -smp 1 -m {memory}"
+    command += " -nodefaults -no-user-config -no-reboot -display none"
+    command += " -serial file:/dev/stdout"
+    kernel_line = f"console=ttyS0 quiet panic=-1 {FAST}"
+    return [
+        *f"{command} -serial file:/dev/fd/{output}".split(),
+        *("-kernel", str(kernel.binary), "-initrd", str(work / "initrd"), "-append", kernel_line),
+        *_shared("root", Path("/"), ",readonly=on"),
+        *_shared("work", work),
+        *_shared("results", results),
+    ]
+
+
+def _shared(tag: str, path: Path, more: str = "") -> list[str]:
+    where = str(path).replace(",", ",,")  # QEMU's way to say a comma
+    local = f"local,id={tag},path={where},security_model=none,multidevs=remap{more}"
+    return ["-fsdev", local, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+
+
+def initrd(kernel: DebianKernel) -> bytes:
+    """Return the first root: modules, busybox, and the script that leaves it for the host's."""
+    modules = in_order((kernel.modules / "modules.dep").read_text(), MODULES)
+    files = {f"{Path(module).name}": (kernel.modules / module).read_bytes() for module in modules}
+    files["bin/busybox"] = kernel.busybox.read_bytes()
+    files["init"] = first_script(list(files)[: len(modules)]).encode()
+    return archive(("bin", "lower", "above", "root"), files, dict.fromkeys(TOOLS, "busybox"))
+
+
+def first_script(modules: Sequence[str]) -> str:
+    """Return what runs first: it mounts the host's root and goes there."""
+    return "\n".join(
+        [
+            "#!/bin/sh",
+            "set -eu",
+            "export PATH=/bin",
+            *(f"insmod /{shlex.quote(module)}" for module in modules),
+            f"mount -t 9p -o {SHARE},cache=loose,ro root /lower",
+            "mount -t tmpfs -o mode=755,size=90% tmpfs /above",
+            "mkdir /above/upper /above/work",
+            "mount -t overlay -o lowerdir=/lower,upperdir=/above/upper,workdir=/above/work"
+            " overlay /root",
+            "mount -t tmpfs -o mode=755 tmpfs /root/run",
+            "mkdir /root/run/host",
+            f"mount -t 9p -o {SHARE} work /root/run/host",
+            "exec switch_root /root /bin/sh /run/host/init",
+            "",
+        ]
+    )
+
+
+def in_order(dependencies: str, names: Sequence[str]) -> list[str]:
+    """Return the paths of modules `names` and all they need, each after what it needs.
+
+    `dependencies` is modules.dep (its format: modules.dep(5); the last named comes first).
+    Raises: GateError if a module is not there.
+    """
+    needs: dict[str, list[str]] = {}
+    by_name: dict[str, str] = {}
+    for line in dependencies.splitlines():
+        path, _colon, rest = line.partition(":")
+        needs[path] = rest.split()
+        by_name[re.sub(r"\.ko.*", "", Path(path).name).replace("-", "_")] = path
+    paths: dict[str, None] = {}
+    for name in names:
+        if name not in by_name:
+            raise GateError(f"the test kernel has no module {name}", hint="take another kernel")
+        paths.update(dict.fromkeys([*reversed(needs[by_name[name]]), by_name[name]]))
+    return list(paths)
+
+
+def archive(folders: Sequence[str], files: Mapping[str, bytes], links: Mapping[str, str]) -> bytes:
+    """Return a cpio archive of executable `files`, and `links` in bin/.
+
+    Source: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst, "newc".
+    """
+    parts = [_entry(name, 0o040755, b"") for name in folders]
+    parts += [_entry(name, 0o100755, data) for name, data in files.items()]
+    parts += [_entry(f"bin/{name}", 0o120777, to.encode()) for name, to in links.items()]
+    return b"".join([*parts, _entry("TRAILER!!!", 0, b"")])
+
+
+def _entry(name: str, mode: int, data: bytes) -> bytes:
+    path = name.encode() + b"\0"
+    numbers = (0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path), 0)
+    head = b"070701" + "".join(f"{number:08x}" for number in numbers).encode() + path
+    return _padded(head) + _padded(data)
+
+
+def _padded(data: bytes) -> bytes:
+    return data + b"\0" * (-len(data) % 4)

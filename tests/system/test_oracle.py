@@ -1,0 +1,124 @@
+"""The gate's verdict equals the kernel's own, on random SPDs and SADs; see `oracle`.
+
+ORACLE_SEED and ORACLE_CASES repeat or lengthen it. The other tests here are of the oracle: a
+gate that errs must be caught.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.core.events import KernelSnapshot
+from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SpdEntry, Template
+from ipsecgate.edges.probe import has_esp
+from tests.system.oracle.bed import Bed
+from tests.system.oracle.bed import bed as make_bed
+from tests.system.oracle.judge import WrongAnswerError
+from tests.system.oracle.model import COVERED, REFUSED
+from tests.system.oracle.run import run, settings
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
+    pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
+]
+
+CASES = 6000
+# Enough for each of the mistakes below, with room.
+CASES_TO_ERR = 3000
+
+
+@pytest.fixture(scope="module")
+def bed(cache: Path) -> Iterator[Bed]:
+    with make_bed(cache) as place:
+        yield place
+
+
+def test_the_gate_says_what_the_kernel_does(bed: Bed) -> None:
+    seed, cases = settings(CASES)
+    tally = run(bed, seed, cases, sys.stdout)
+    kernel = {
+        answer: sum(count for (_, told), count in tally.answers.items() if told == answer)
+        for _, answer in tally.answers
+    }
+    if cases < CASES:
+        return
+    assert all(count > cases / 20 for count in kernel.values()), f"seldom asked: {kernel}"
+    assert len(kernel) == 3
+    assert tally.answers["live", COVERED] > cases / 10
+    assert sum(tally.stricter.values()) < kernel[COVERED] / 2, "stricter is the exception"
+    assert tally.full < tally.worlds / 10
+    assert {gate for gate, told in tally.answers if told == REFUSED} == {"refused"}
+
+
+def policies(change: Callable[[SpdEntry], SpdEntry | None]) -> Callable[..., KernelSnapshot]:
+    """Return a distortion of every policy; None leaves it out."""
+
+    def distort(true: KernelSnapshot) -> KernelSnapshot:
+        changed = (change(entry) for entry in true.policies)
+        return replace(true, policies=tuple(entry for entry in changed if entry is not None))
+
+    return distort
+
+
+def states(change: Callable[[Sa], Sa]) -> Callable[..., KernelSnapshot]:
+    return lambda true: replace(true, sas=tuple(map(change, true.sas)))
+
+
+def templates(change: Callable[[Template], Template]) -> Callable[[SpdEntry], SpdEntry]:
+    return lambda entry: replace(entry, templates=tuple(map(change, entry.templates)))
+
+
+def both(
+    of_policies: Callable[[SpdEntry], SpdEntry], of_states: Callable[[Sa], Sa]
+) -> Callable[..., KernelSnapshot]:
+    return lambda true: policies(of_policies)(states(of_states)(true))
+
+
+MISTAKES = {
+    "priority": policies(lambda p: replace(p, priority=-p.priority)),
+    "block": policies(lambda p: None if p.action is Action.DISCARD else p),
+    "bypass": policies(lambda p: None if p.action is Action.BYPASS else p),
+    "second template": policies(lambda p: replace(p, templates=p.templates[:1])),
+    "optional": policies(templates(lambda t: replace(t, optional=False))),
+    "policy's mark": policies(lambda p: replace(p, key=replace(p.key, mark=Mark()))),
+    "policy's interface id": policies(lambda p: replace(p, key=replace(p.key, if_id=0))),
+    "reqid": both(templates(lambda t: replace(t, reqid=0)), lambda sa: replace(sa, reqid=0)),
+    "mode": both(
+        templates(lambda t: replace(t, mode=Mode.TUNNEL)),
+        lambda sa: replace(sa, mode=Mode.TUNNEL),
+    ),
+    "protocol": both(
+        templates(lambda t: replace(t, proto=ESP)),
+        lambda sa: replace(sa, id=replace(sa.id, proto=ESP)),
+    ),
+    "pinned SPI": policies(templates(lambda t: replace(t, spi=0))),
+    "state's selector": states(lambda sa: replace(sa, selector=None)),
+    "state's mark": states(lambda sa: replace(sa, mark=Mark())),
+    "state's interface id": states(lambda sa: replace(sa, if_id=0)),
+    "larval": states(lambda sa: replace(sa, larval=False)),
+    "source ports": policies(
+        lambda p: replace(p, key=replace(p.key, selector=replace(p.key.selector, sport_mask=0)))
+    ),
+    "destination ports": policies(
+        lambda p: replace(p, key=replace(p.key, selector=replace(p.key.selector, dport_mask=0)))
+    ),
+    "selector's protocol": policies(
+        lambda p: replace(p, key=replace(p.key, selector=replace(p.key.selector, proto=0)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_gate_that_overlooks_it_is_caught(
+    bed: Bed, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bed, "distort", MISTAKES[name])
+    with pytest.raises(WrongAnswerError):
+        run(bed, 1, CASES_TO_ERR, io.StringIO())

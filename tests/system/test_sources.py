@@ -1,0 +1,177 @@
+"""A host with two addresses and a tunnel behind each, to networks that overlap.
+
+Which tunnel an unbound socket's flow is for, the routes decide: strongSwan's own with a `src`
+hint (table 220), which come and go with its tunnels, and whatever else changes them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.core.flow import Address
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import ConnSpec, Lab
+from ipsecgate.lab.saready import XfrmSeen
+from ipsecgate.lab.strongswan import End, connection
+from tests.system.life import Life, Wanted
+from tests.system.pulse import KINDS, Target
+from tests.system.witness import Witness
+
+PORT, CLOSED_PORT = 7300, 7301
+REMOTE, THERE = "203.0.113.0/24", "203.0.113.1"
+NETWORKS = {"one": "198.51.100.0/25", "two": "198.51.100.128/25"}
+SOURCES = {"one": "198.51.100.1", "two": "198.51.100.129"}
+HINT = f"route replace {REMOTE} via 192.0.2.2 dev eth0 table 220 src"
+
+
+@pytest.fixture(scope="module")
+def module_lab() -> Iterator[Lab]:
+    with Lab("ipsecgate-test-sources") as lab:
+        lab.warm_up(("tunnel",), (4,))
+        lab.b.serve("udp-server", PORT)
+        ip(lab, f"address add {SOURCES['two']}/32 dev lo")
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
+    with Gated(module_lab, cache=cache) as gate:
+        load(module_lab, "one")
+        gate.wait_policy("one")
+        yield gate
+
+
+@pytest.fixture(scope="module")
+def witness(module_lab: Lab) -> Iterator[Witness]:
+    witness = Witness(module_lab.a.namespace, outer(module_lab).values())
+    yield witness
+    witness.close()
+
+
+@pytest.fixture
+def lab(module_lab: Lab) -> Lab:
+    module_lab.reset()
+    return module_lab
+
+
+Begin = Callable[..., Life]
+
+
+@pytest.fixture
+def life(lab: Lab, gate: Gated, witness: Witness, request: pytest.FixtureRequest) -> Begin:
+    """Make a `Life` over the named tunnels; its process speaks bound to each, and unbound."""
+
+    def begin(*names: str, start_action: str = "trap") -> Life:
+        def start() -> None:
+            for name in names:
+                load(lab, name, start_action)
+
+        to = [target for name in names for target in targets(name)] + targets()
+        return Life(lab, gate, witness, request.node.name, to, start)
+
+    return begin
+
+
+def outer(lab: Lab) -> dict[str, Address]:
+    return {"one": lab.a.outer[4], "two": lab.a.bare[4]}
+
+
+def load(lab: Lab, name: str, start_action: str = "trap") -> None:
+    spec = ConnSpec(name, "tunnel", 4)
+    here = End(f"{name}@a.example", outer(lab)[name], (NETWORKS[name],))
+    there = End(f"{name}@b.example", lab.b.outer[4], (REMOTE,))
+    lab.b.charon.load(connection(spec, there, here, "none"))
+    lab.a.charon.load(connection(spec, here, there, start_action))
+
+
+def targets(name: str = "") -> list[Target]:
+    source = SOURCES.get(name, "")
+    return [(kind, THERE, CLOSED_PORT if kind == "tcp" else PORT, source) for kind in KINDS]
+
+
+def ip(lab: Lab, command: str) -> None:
+    lab.a.run(["ip", *command.split()])
+
+
+def of(lab: Lab, name: str) -> Wanted:
+    """Tell a tunnel's SAs (by their outer source) and policies (by their inner network)."""
+    mine = {outer(lab)[name], type(outer(lab)[name])(NETWORKS[name].split("/")[0])}
+
+    def wanted(event: XfrmSeen) -> bool:
+        return event.saddr in mine
+
+    return wanted
+
+
+def unbound_source(lab: Lab) -> str:
+    words = lab.a.run(["ip", "route", "get", THERE]).stdout.split()
+    return words[words.index("src") + 1]
+
+
+def both_up(lab: Lab) -> None:
+    deadline = time.monotonic() + 15
+    while set(lab.a.established()) != {"one", "two"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+
+
+def test_each_source_depends_on_its_own_tunnel(lab: Lab, life: Begin) -> None:
+    with life("one", "two") as story:
+        both_up(lab)
+        chosen = next(name for name in SOURCES if SOURCES[name] == unbound_source(lab))
+        for name in SOURCES:
+            since = time.monotonic()
+            lab.b.charon.terminate(name)
+            story.wait_sa(story.wait("DELSA", since=since))
+    for name in SOURCES:
+        mine = targets(name) + (targets() if name == chosen else [])
+        story.record_of(mine, of(lab, name)).judge(1)
+
+
+def test_routes_change_between_two_tunnels(lab: Lab, life: Begin) -> None:
+    with life("one", "two") as story:
+        both_up(lab)
+        since = time.monotonic()
+        for _ in range(5):
+            for source in SOURCES.values():
+                ip(lab, f"{HINT} {source}")
+        assert unbound_source(lab) == SOURCES["two"]
+        ip(lab, f"address del {SOURCES['two']}/32 dev lo")
+        assert unbound_source(lab) == SOURCES["one"]
+        time.sleep(0.1)
+        ended = time.monotonic()
+        ip(lab, f"address add {SOURCES['two']}/32 dev lo")
+    unbound = story.record_of(targets(), of(lab, "one"))
+    changing = [a for a in unbound.attempts if since < a.began < ended]
+    assert len(changing) > 100
+    assert {a.error for a in changing} == {""}
+    story.record_of(targets("one"), of(lab, "one")).judge()
+    assert unbound.in_clear(-1) == []
+
+
+def test_a_route_to_a_source_that_no_tunnel_protects(lab: Lab, life: Begin) -> None:
+    with life("one", "two") as story:
+        both_up(lab)
+        for _ in range(3):
+            began = time.monotonic()
+            ip(lab, f"{HINT} 192.0.2.1")
+            time.sleep(0.2)
+            ip(lab, f"{HINT} {SOURCES['one']}")
+            story.uncovered.append((began, time.monotonic()))
+            time.sleep(0.2)
+    story.record_of(targets(), of(lab, "one")).judge(3, exposed=True)
+
+
+def test_the_route_comes_and_goes_with_its_tunnel(lab: Lab, life: Begin) -> None:
+    """Without the tunnel the main table's route gives a source that it does not protect."""
+    with life("two", start_action="none") as story:
+        assert unbound_source(lab) == SOURCES["two"]
+        lab.b.charon.terminate("two")
+        story.wait_sa(story.wait("DELSA"))
+    story.record_of(targets("two"), of(lab, "two")).judge(1, exposed=True)
+    story.record_of(targets(), of(lab, "two")).judge(1, exposed=True)

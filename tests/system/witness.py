@@ -1,0 +1,62 @@
+"""When the kernel changed its SAs and policies, seen by a process that does nothing else.
+
+A thread would share the interpreter with whatever the test does meanwhile, and its stamps would
+come late by tens of milliseconds; this process comes before all others on its processor.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+
+from ipsecgate.core.flow import Address
+from ipsecgate.lab.netns import NETLINK_XFRM, Namespace
+from ipsecgate.lab.saready import BUFFER, GROUPS, SO_RCVBUFFORCE, XfrmSeen, parse
+
+FIRST = -20  # the priority of nice(1)
+
+
+class Witness:
+    """Follow a namespace's XFRM events; `local` are its addresses, to tell out from in."""
+
+    def __init__(self, namespace: Namespace, local: Iterable[Address]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._output, told = context.Pipe(duplex=False)
+        with namespace.inside():
+            source = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM)
+        source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+        source.bind((0, GROUPS))
+        self._events: list[XfrmSeen] = []
+        self._process = context.Process(target=follow, args=(source, set(local), told), daemon=True)
+        self._process.start()
+        source.close()
+        told.close()
+
+    def events(self) -> list[XfrmSeen]:
+        """Return what was seen since `forget`. Raises: EOFError if the kernel dropped events."""
+        while self._output.poll():
+            self._events += self._output.recv()
+        return self._events
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.events()
+        self._events = []
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.join()
+        self._output.close()
+
+
+def follow(source: socket.socket, local: set[Address], told: Connection) -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+    while True:
+        data = source.recv(1 << 16)
+        now = time.monotonic()
+        told.send(list(parse(data, now, local)))

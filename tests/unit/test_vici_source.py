@@ -1,0 +1,274 @@
+"""Where the IKE daemon does ESP itself: VICI and routing say what is protected, XFRM nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core.coverage import Coverage
+from ipsecgate.core.flow import PORT_MASK, TCP, UDP, Flow, Network, TrafficSelector
+from ipsecgate.core.layout import State, TableId, flow_key
+from ipsecgate.core.policy import SaSource, Settings
+from ipsecgate.core.table import EMPTY, compile_table
+from ipsecgate.core.userland import Userland
+from tests.unit.test_gate import (
+    HERE,
+    LISTED,
+    LOCAL,
+    NAME,
+    NET,
+    REFUSED,
+    ROUTED,
+    SOURCES,
+    THERE,
+    UP,
+    Transcript,
+    initiated,
+)
+
+TUNNEL = replace(SOURCES, into_tun=((THERE, True),))
+REKEYED = replace(LISTED, spi_in=0x12, spi_out=0xC0FFEE02)
+VICI = Settings(sa_source=SaSource.VICI)
+
+
+def connected(*established: on.ChildSa, userland: bool = True) -> on.IkeConnected:
+    return on.IkeConnected((NET,), established, 42, userland)
+
+
+@pytest.fixture(params=[Settings(), VICI], ids=["found out", "configured"])
+def story(request: pytest.FixtureRequest) -> Transcript:
+    """IKE connected, no SA, so no route either; nobody ever told of the kernel."""
+    story = Transcript(request.param)
+    story.after(connected(), SOURCES)
+    return story
+
+
+def up(story: Transcript) -> None:
+    story.after(REFUSED, TUNNEL, on.ChildUp(LISTED))
+    assert story.is_open()
+
+
+# --- opening and closing ---------------------------------------------------------------
+
+
+def test_first_connection(story: Transcript) -> None:
+    assert TableId.SPD in story.gate.published.tables, "XFRM is not waited for"
+    assert not story.is_open()
+    assert initiated(story.after(REFUSED)) == [NAME]
+    assert not any(isinstance(c, do.Publish) for c in story.after(TUNNEL)), "a route is no SA"
+    opened = story.after(on.ChildUp(LISTED))
+    assert isinstance(opened[0], do.Publish)
+    assert story.is_open()
+    assert story.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+
+
+def test_the_sa_without_its_route_does_not_open(story: Transcript) -> None:
+    story.after(REFUSED, on.ChildUp(LISTED))
+    assert not story.is_open()
+    story.after(TUNNEL)
+    assert story.is_open()
+
+
+@pytest.mark.parametrize(
+    "closing",
+    [
+        (on.ChildDown(LISTED),),
+        (on.IkeGone("connection closed"),),
+        (SOURCES,),
+        (replace(SOURCES, into_tun=((THERE, False),)),),
+        (connected(), connected()),
+    ],
+    ids=["down", "gone", "no tunnel", "route elsewhere", "not listed"],
+)
+def test_what_closes_a_flow(story: Transcript, closing: Sequence[on.Event]) -> None:
+    up(story)
+    commands = story.after(*closing)
+    assert not story.is_open()
+    assert isinstance(commands[0], do.Publish | do.SetSources), "before all else"
+    assert story.gate.negotiations.of[NAME].coverage is Coverage.UNCOVERED
+    story.after(connected(), TUNNEL, on.ChildUp(REKEYED))
+    assert story.is_open()
+
+
+def test_rekeying_has_no_gap(story: Transcript) -> None:
+    up(story)
+    for event in (on.ChildUp(REKEYED), on.ChildDown(LISTED), connected(REKEYED)):
+        story.after(event)
+        assert story.is_open()
+    story.after(on.ChildDown(REKEYED))
+    assert not story.is_open()
+
+
+def test_of_two_sas_of_a_child_the_last_one_closes(story: Transcript) -> None:
+    up(story)
+    story.after(on.ChildUp(REKEYED), on.ChildDown(REKEYED))
+    assert story.is_open()
+
+
+# --- lists that are older than events ----------------------------------------------------
+
+
+def test_an_old_list_revives_nothing_and_takes_nothing_away(story: Transcript) -> None:
+    up(story)
+    story.after(connected())
+    assert story.is_open(), "made before the child came up"
+    story.after(on.ChildDown(LISTED), connected(LISTED))
+    assert not story.is_open(), "made before it went down"
+    story.after(connected(), connected(LISTED))
+    assert story.is_open(), "and yet an SPI may be used again"
+
+
+def test_a_restarted_controller_takes_over_what_is_listed() -> None:
+    story = Transcript(remembered=(NET,))
+    assert TableId.SPD not in story.gate.published.tables
+    for event in (connected(LISTED), TUNNEL):
+        assert TableId.SPD not in story.gate.published.tables, "half the truth"
+        story.after(event)
+    assert story.is_open()
+
+
+# --- which source ------------------------------------------------------------------------
+
+
+def chosen(story: Transcript) -> str:
+    return story.gate.sa_source.value
+
+
+def test_auto_goes_with_the_daemon() -> None:
+    story = Transcript()
+    assert chosen(story) == "auto"
+    story.after(on.KernelSnapshot((), ()), connected(LISTED), TUNNEL)
+    assert chosen(story) == "vici"
+    assert story.is_open()
+    story.after(on.IkeGone("restarted"), connected(LISTED, userland=False))
+    assert chosen(story) == "xfrm"
+    assert not story.is_open(), "the kernel does not have it"
+    story.after(*UP)
+    assert story.is_open()
+
+
+@pytest.mark.parametrize("userland", [True, False])
+@pytest.mark.parametrize("source", [SaSource.XFRM, SaSource.VICI])
+def test_what_is_configured_holds_and_a_contradiction_is_told(
+    source: SaSource, userland: bool
+) -> None:
+    story = Transcript(Settings(sa_source=source))
+    commands = story.after(connected(userland=userland), on.KernelSnapshot((), ()))
+    warned = [c for c in commands if isinstance(c, do.Log) and c.level == "warning"]
+    assert len(warned) == (userland is not (source is SaSource.VICI))
+    assert story.gate.sa_source is source
+
+
+def test_taken_for_userland_a_daemon_with_kernel_esp_opens_nothing() -> None:
+    """It has no TUN device, so no route leads into one."""
+    story = Transcript(VICI)
+    story.after(connected(LISTED, userland=False), SOURCES, on.ChildUp(LISTED))
+    assert not story.is_open()
+
+
+def test_a_child_without_a_route_is_deleted_and_made_anew(story: Transcript) -> None:
+    story.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(*NAME))
+    commands = story.after(on.TimerFired(on.Timer("limit", *NAME)))
+    assert do.Terminate(*NAME) in commands
+    story.after(on.TimerFired(on.Timer("retry", *NAME)))
+    assert initiated(story.after(REFUSED)) == [NAME]
+
+
+def test_a_child_that_has_its_route_is_not(story: Transcript) -> None:
+    story.after(REFUSED, on.NegotiationDone(*NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
+    commands = story.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", *NAME)))
+    assert do.Terminate(*NAME) not in commands
+    assert story.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF, "another source"
+
+
+# --- which flows -------------------------------------------------------------------------
+
+V6_HERE, V6_THERE = ip_network("2001:db8:a::/64"), ip_network("2001:db8:b::/64")
+HTTP = TrafficSelector(THERE, TCP, (8000, 8003))
+
+
+def states(
+    flows: Sequence[Flow],
+    local: Sequence[TrafficSelector],
+    remote: Sequence[TrafficSelector],
+    routes: Sequence[tuple[Network, bool]] = ((THERE, True), (V6_THERE, True)),
+) -> list[bool]:
+    source = Userland()
+    source.routed(tuple(routes))
+    source.ike_knows([replace(LISTED, local=tuple(local), remote=tuple(remote))])
+    table = compile_table(source.agreed_rules()) if local else EMPTY
+    found = [table.classify(flow_key(flow)) for flow in flows]
+    return [entry is not None and entry.state is State.LIVE for entry in found]
+
+
+def to(port: int, address: str = "10.2.0.9", proto: int = TCP, sport: int = 0) -> Flow:
+    daddr = ip_address(address)
+    saddr = ip_address("10.1.0.1" if daddr.version == 4 else "2001:db8:a::1")
+    return Flow(daddr, proto, port, saddr, sport)
+
+
+def test_ports_are_exact() -> None:
+    flows = [to(7999), to(8000), to(8003), to(8004), to(8000, proto=UDP), to(8000, "10.3.0.1")]
+    assert states(flows, [TrafficSelector(HERE)], [HTTP]) == [
+        False,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_wide_range_of_ports_is_exact_too() -> None:
+    many = TrafficSelector(THERE, TCP, (1, 65534))
+    flows = [to(0), to(1), to(40000), to(65534), to(65535)]
+    assert states(flows, [TrafficSelector(HERE)], [many]) == [False, True, True, True, False]
+
+
+def test_families_do_not_mix() -> None:
+    local = [TrafficSelector(HERE), TrafficSelector(V6_HERE)]
+    remote = [HTTP, TrafficSelector(V6_THERE)]
+    flows = [to(8000), to(22), to(22, "2001:db8:b::9"), to(22, "2001:db8:c::9")]
+    assert states(flows, local, remote) == [True, False, True, False]
+
+
+def test_the_source_must_be_inside() -> None:
+    elsewhere = replace(ROUTED, saddr=LOCAL)
+    assert states([ROUTED, elsewhere], [TrafficSelector(HERE)], [TrafficSelector(THERE)]) == [
+        True,
+        False,
+    ]
+
+
+def test_a_source_port_that_is_still_to_be_chosen_is_in_no_range() -> None:
+    low = TrafficSelector(HERE, TCP, (0, 1023))
+    flows = [to(80), to(80, sport=1), to(80, sport=1023), to(80, sport=1024)]
+    assert states(flows, [low], [TrafficSelector(THERE)]) == [False, True, True, False]
+    assert all(states(flows, [low, TrafficSelector(HERE)], [TrafficSelector(THERE)]))
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        TrafficSelector(THERE, TCP, (PORT_MASK, 0)),
+        TrafficSelector(THERE, 1, (0x800, 0x8FF)),
+    ],
+    ids=["OPAQUE", "ICMP types"],
+)
+def test_what_no_hook_can_tell_apart_is_not_protected(selector: TrafficSelector) -> None:
+    flows = [to(0), to(0x800, proto=1), to(PORT_MASK)]
+    assert not any(states(flows, [TrafficSelector(HERE)], [selector]))
+
+
+def test_the_longest_route_decides() -> None:
+    inner, innermost = ip_network("10.2.7.0/24"), ip_network("10.2.7.7/32")
+    routes = [(THERE, True), (inner, False), (innermost, True)]
+    flows = [to(80), to(80, "10.2.7.1"), to(80, "10.2.7.7")]
+    local, remote = [TrafficSelector(HERE)], [TrafficSelector(THERE)]
+    assert states(flows, local, remote, routes) == [True, False, True]
+    assert states(flows, local, remote, [(THERE, False), (inner, True)]) == [False, True, True]
