@@ -10,6 +10,9 @@ One refused connection, through the house in one direction:
       -> core.gate          SPD joined with SAD: the flow is live, SetEntry or Publish
       -> edges.datapath     one write, and the next attempt proceeds, inside ESP
 
+Where strongSwan does ESP itself, edges.ike tells of the SA instead, and edges.routes
+whether the flow is sent into its tunnel.
+
 `core` decides and touches nothing; `edges` touch one thing each and decide
 nothing; `controller` carries events in and commands out; `cli` is for people;
 `lab` is two hosts with real IKE for the demo and the tests.

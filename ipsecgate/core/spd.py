@@ -40,7 +40,7 @@ PORT_BLOCKS = 8  # a range that takes more is left as wide as the kernel has it
 ICMP = (1, 58)
 # What the kernel chooses from: net.ipv4.ip_local_port_range as it is where nobody changed it.
 EPHEMERAL = range(32768, 61000)
-_ENDPOINTS_FROM_TEMPLATE = (Mode.TUNNEL, Mode.BEET)
+_ENDPOINTS_FROM_TEMPLATE = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)
 
 Ends = tuple[Address | None, Address | None]
 """Where an SA begins and ends."""
@@ -72,9 +72,12 @@ def live_regions(
     mark = entry.key.mark
     regions = [region_of(entry)]
     ends: Ends | None = None
-    for template in templates:
+    for template in entry.templates:
         if template.mode in _ENDPOINTS_FROM_TEMPLATE:
-            ends = template.saddr, template.daddr  # also for what goes around the tunnel
+            # Also of what goes around the tunnel; unknown where it may be left out.
+            ends = (None, None) if template.optional else (template.saddr, template.daddr)
+        if template.optional:
+            continue
         fitting = [
             sa
             for sa in sas.get(template.reqid, ())
@@ -103,6 +106,8 @@ def _protected_by(
             continue
         if template.spi not in (0, sa.id.spi):
             continue
+        if sa.selector is not None and sa.selector.ifindex:
+            continue  # by which interface a flow leaves is not known here
         if ends is not None:
             if (sa.saddr, sa.id.daddr) != ends:
                 continue

@@ -70,7 +70,7 @@ class Routes:
         self._due = asyncio.Event()
         self._last: SourcesResolved | None = None
         self._tuns: set[int] = set()
-        self._closed = 0  # how often a tunnel's route went
+        self._closed = 0  # how often a route or a link went
 
     def follow(self, destinations: Iterable[Network]) -> None:
         """Resolve these from now on, instead of those before."""
@@ -143,7 +143,7 @@ class Routes:
     async def _tell(self) -> None:
         before = self._closed
         resolved = await self._resolve()
-        if self._closed != before:  # asked too early, perhaps: the next look is due
+        if self._closed != before:  # asked too early, perhaps; the next look is due
             resolved = replace(resolved, into_tun=())
         if resolved != self._last:
             self._last = resolved
@@ -151,10 +151,14 @@ class Routes:
 
     def _close(self, lost: Iterable[tuple[int, Prefix | None]]) -> None:
         """Tell at once which tunnels lost their route."""
-        gone = [where for link, where in lost if link in self._tuns]
+        gone = []
+        for link, where in lost:
+            if where is None or self._cover.touches(where):
+                self._closed += 1  # and what is being asked just now is out of date
+                if link in self._tuns:
+                    gone.append(where)
         if not gone or self._last is None:
             return
-        self._closed += 1
         away = Cover(network(where) for where in gone if where is not None)
         into_tun = tuple(
             (one, into and None not in gone and not away.touches(prefix(one)))

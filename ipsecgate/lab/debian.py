@@ -71,10 +71,14 @@ def uncompressed(image: bytes) -> bytes:
     payload = image[begin : begin + length]
     if not payload.startswith(XZ_MAGIC):
         raise ValueError("not packed with xz")
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ)
     try:
-        return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload)
+        unpacked = unpacker.decompress(payload)
     except lzma.LZMAError as error:
         raise ValueError(str(error)) from error
+    if not unpacker.eof:
+        raise ValueError("cut short")
+    return unpacked
 
 
 def _unpack_into(cache: Path, home: Path, progress: Progress) -> None:

@@ -14,7 +14,9 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from ipsecgate.errors import GateError
 from ipsecgate.lab.debian import QEMU, DebianKernel
@@ -31,6 +33,8 @@ FAST = (
     " random.trust_cpu=on"
 )
 """What a boot under emulation spends seconds on and nobody here uses."""
+LAST_WORDS = 5.0
+"""Seconds a kernel that panicked may take to say why."""
 SHARE = "trans=virtio,version=9p2000.L,msize=512000"
 
 
@@ -65,6 +69,18 @@ class Qemu(Uml):
             raise
         finally:
             os.close(writer)
+
+    def _panicked(self, message: str) -> NoReturn:
+        """Report it with all that was said: it comes byte by byte, and QEMU ends after it."""
+        console = self._process.stdout
+        if console is not None and not console.closed:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_WORDS)
+            os.set_blocking(console.fileno(), False)
+            with suppress(BlockingIOError):
+                while data := os.read(console.fileno(), 1 << 16):
+                    self._console.feed(data)
+        super()._panicked(message)
 
 
 def command_line(

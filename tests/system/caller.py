@@ -8,12 +8,15 @@ with "kept " is made on one socket every time.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 IP_FREEBIND = 15
@@ -51,6 +54,34 @@ class Caller:
         """End the process."""
         self.process.kill()
         self.process.communicate()
+
+
+@contextlib.contextmanager
+def hammering(
+    namespace: Path, cgroup: Path | None, call: str, address: str, port: int
+) -> Iterator[list[str]]:
+    """Make a call over and over without a pause, once before this goes on.
+
+    The list, which grows, is what came of each.
+    """
+    caller = Caller(namespace, cgroup)
+    told: list[str] = []
+    ended = threading.Event()
+
+    def hammer() -> None:
+        while not ended.is_set():
+            told.append(caller(call, address, port))
+
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    try:
+        while not told:
+            time.sleep(0.01)
+        yield told
+    finally:
+        ended.set()
+        thread.join()
+        caller.close()
 
 
 kept: dict[str, socket.socket] = {}

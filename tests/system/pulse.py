@@ -1,6 +1,7 @@
 """A process that speaks all the time, and remembers how each attempt was answered.
 
-    argv: a list of [kind, address, port, source] as JSON; input: nothing, its end ends it
+    argv: seconds between two rounds, a list of [kind, address, port, source] as JSON
+    input: nothing, its end ends it
     output: a line when it starts; at its end [which of them, when it began, when it ended,
             errno or 0] of every attempt, as JSON
 
@@ -41,12 +42,17 @@ class Attempt:
 class Pulse:
     """Such a process in a network namespace and a cgroup; it speaks until `stop`."""
 
-    def __init__(self, namespace: Path, cgroup: Path, targets: Sequence[Target]) -> None:
+    def __init__(
+        self, namespace: Path, cgroup: Path, targets: Sequence[Target], period: float = PERIOD
+    ) -> None:
         self.targets = list(targets)
         script = 'echo 0 > "$0" && exec "$@"'
         enter = ["nsenter", f"--net={namespace}", sys.executable, "-S", "-I", __file__]
         self._process = subprocess.Popen(
-            ["sh", "-c", script, f"{cgroup}/cgroup.procs", *enter, json.dumps(self.targets)],
+            [
+                *("sh", "-c", script, f"{cgroup}/cgroup.procs"),
+                *(*enter, str(period), json.dumps(self.targets)),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,7 +102,8 @@ def attempt(target: Target, kept: dict[Target, socket.socket]) -> int:
 
 
 def main() -> None:
-    targets: list[Target] = [tuple(words) for words in json.loads(sys.argv[1])]
+    targets: list[Target] = [tuple(words) for words in json.loads(sys.argv[2])]
+    period = float(sys.argv[1])
     kept: dict[Target, socket.socket] = {}
     log = []
     sys.stdout.write("it starts\n")
@@ -107,7 +114,7 @@ def main() -> None:
             began = time.monotonic()
             code = attempt(target, kept)
             log.append((which, began, time.monotonic(), code))
-        due = max(due + PERIOD, time.monotonic())
+        due = max(due + period, time.monotonic())
     sys.stdout.write(json.dumps(log))
 
 

@@ -7,7 +7,7 @@ too late is on the wire in clear, for the capture to see.
 
 from __future__ import annotations
 
-import threading
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, ConnSpec, Lab
-from tests.system.caller import Caller
+from tests.system.caller import hammering
 
 PORT = 7300
 DATAGRAMS = 200
@@ -101,6 +101,9 @@ def test_the_source_is_found_out_and_told(lab: Lab, gate: Gated) -> None:
     assert {p["coverage"] for p in status["policies"] if p["name"].startswith(spec.name)} == {
         "covered"
     }
+    checked = {f["name"]: f for f in json.loads(gate.cli("--json", "check").stdout)}
+    assert checked["esp"]["ok"]
+    assert "not needed" in checked["esp"]["found"]
     screen = gate.cli("status").stdout
     assert "SAs by vici" in screen
     assert status["sas"][0]["spi"] in screen
@@ -160,21 +163,9 @@ def test_a_controller_that_starts_again_refuses_nothing_that_is_covered(
     assert connected(connect(lab, gate, spec))
     gate.kill()
     assert connect(lab, gate, spec)["errnos"] == {}
-    caller = Caller(lab.a.namespace.path, gate.cgroup)
-    told: list[str] = []
-    ended = threading.Event()
-
-    def hammer() -> None:
-        while not ended.is_set():
-            told.append(caller("tcp", str(lab.b.address(spec)), PORT))
-
-    thread = threading.Thread(target=hammer)
-    thread.start()
-    gate.start()
-    time.sleep(0.3)
-    ended.set()
-    thread.join()
-    caller.close()
+    with hammering(lab.a.namespace.path, gate.cgroup, "tcp", str(lab.b.inner[4]), PORT) as told:
+        gate.start()
+        time.sleep(0.3)
     assert len(told) > 100
     assert set(told) == {"EINPROGRESS"}
 
@@ -232,6 +223,46 @@ def test_the_route_taken_away_closes_and_is_made_anew(lab: Lab, gate: Gated) -> 
         assert len(lab.a.established()) == 1
         assert connected(connect(lab, gate, spec, "--retry", "EPERM,EHOSTUNREACH"))
         assert not capture.stop().clear
+
+
+ENDS: dict[str, Callable[[Lab, str], None]] = {
+    "a terminates": lambda lab, child: lab.a.charon.terminate(child),
+    "b terminates": lambda lab, child: lab.b.charon.terminate(child),
+    "SIGTERM": lambda lab, _child: lab.a.charon.stop(),
+    "SIGKILL": lambda lab, _child: lab.a.charon.kill(),
+}
+
+
+@pytest.fixture
+def unreachable(lab: Lab) -> Iterator[None]:
+    """What docs/protected.md advises: behind the tunnel's route one that refuses."""
+    network, inner = str(lab.b.site.inner[4].network), str(lab.a.inner[4])
+    lab.a.run(["ip", "route", "replace", "unreachable", network])
+    yield
+    lab.a.run(["ip", "route", "replace", network, "via", str(lab.b.outer[4]), "src", inner])
+
+
+@pytest.mark.usefixtures("unreachable")
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_behind_it_no_route_nothing_is_in_clear_under_any_load(
+    lab: Lab, gate: Gated, end: Callable[[Lab, str], None]
+) -> None:
+    spec = prepared(lab, gate)
+    assert connected(connect(lab, gate, spec, "--retry", "EPERM,EHOSTUNREACH"))
+    space, to = lab.a.namespace.path, str(lab.b.address(spec))
+    with (
+        lab.capture() as capture,
+        hammering(space, gate.cgroup, "tcp", to, PORT) as tcp,
+        hammering(space, gate.cgroup, "sendto", to, PORT) as udp,
+    ):
+        time.sleep(0.2)
+        end(lab, spec.child_name)
+        time.sleep(0.2)
+        seen = capture.stop()
+    assert "EINPROGRESS" in tcp
+    assert "" in udp
+    assert "EPERM" in {*tcp, *udp}
+    assert not [packet for packet in seen.clear if packet.sender == "a"]
 
 
 # --- the wrong source ------------------------------------------------------------------

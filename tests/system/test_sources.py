@@ -17,7 +17,7 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.saready import XfrmSeen
 from ipsecgate.lab.strongswan import End, connection
-from tests.system.life import Life, Wanted
+from tests.system.life import REFUSALS, Life, Record, Wanted
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import Witness
 
@@ -25,7 +25,7 @@ PORT, CLOSED_PORT = 7300, 7301
 REMOTE, THERE = "203.0.113.0/24", "203.0.113.1"
 NETWORKS = {"one": "198.51.100.0/25", "two": "198.51.100.128/25"}
 SOURCES = {"one": "198.51.100.1", "two": "198.51.100.129"}
-HINT = f"route replace {REMOTE} via 192.0.2.2 dev eth0 table 220 src"
+PERIOD = 0.02  # there are nine targets
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,6 @@ def module_lab() -> Iterator[Lab]:
     with Lab("ipsecgate-test-sources") as lab:
         lab.warm_up(("tunnel",), (4,))
         lab.b.serve("udp-server", PORT)
-        ip(lab, f"address add {SOURCES['two']}/32 dev lo")
         yield lab
 
 
@@ -55,6 +54,8 @@ def witness(module_lab: Lab) -> Iterator[Witness]:
 @pytest.fixture
 def lab(module_lab: Lab) -> Lab:
     module_lab.reset()
+    ip(module_lab, f"address replace {SOURCES['two']}/32 dev lo")
+    ip(module_lab, "route flush table 220")
     return module_lab
 
 
@@ -71,7 +72,7 @@ def life(lab: Lab, gate: Gated, witness: Witness, request: pytest.FixtureRequest
                 load(lab, name, start_action)
 
         to = [target for name in names for target in targets(name)] + targets()
-        return Life(lab, gate, witness, request.node.name, to, start)
+        return Life(lab, gate, witness, request.node.name, to, start, PERIOD)
 
     return begin
 
@@ -107,6 +108,14 @@ def of(lab: Lab, name: str) -> Wanted:
     return wanted
 
 
+def hint(lab: Lab, source: str) -> float:
+    """Give strongSwan's table a route that prefers a source; return when it was not yet there."""
+    with lab.a.namespace.route() as route:
+        began = time.monotonic()
+        route.route("replace", dst=REMOTE, gateway="192.0.2.2", prefsrc=source, table=220)
+    return began
+
+
 def unbound_source(lab: Lab) -> str:
     words = lab.a.run(["ip", "route", "get", THERE]).stdout.split()
     return words[words.index("src") + 1]
@@ -123,14 +132,17 @@ def both_up(lab: Lab) -> None:
 def test_each_source_depends_on_its_own_tunnel(lab: Lab, life: Begin) -> None:
     with life("one", "two") as story:
         both_up(lab)
-        chosen = next(name for name in SOURCES if SOURCES[name] == unbound_source(lab))
         for name in SOURCES:
             since = time.monotonic()
             lab.b.charon.terminate(name)
             story.wait_sa(story.wait("DELSA", since=since))
+    gaps = []
     for name in SOURCES:
-        mine = targets(name) + (targets() if name == chosen else [])
-        story.record_of(mine, of(lab, name)).judge(1)
+        record = story.record_of(targets(name), of(lab, name))
+        record.judge(1)
+        gaps += record.gaps
+    # strongSwan's route is that of the tunnel that came up last.
+    assert Record(story.record_of(targets()).attempts, gaps, record.seen).wrongly_refused() == []
 
 
 def test_routes_change_between_two_tunnels(lab: Lab, life: Begin) -> None:
@@ -139,31 +151,30 @@ def test_routes_change_between_two_tunnels(lab: Lab, life: Begin) -> None:
         since = time.monotonic()
         for _ in range(5):
             for source in SOURCES.values():
-                ip(lab, f"{HINT} {source}")
-        assert unbound_source(lab) == SOURCES["two"]
+                hint(lab, source)
+                time.sleep(0.05)
+        # The route of table 220 stays, and the kernel goes on using the address.
         ip(lab, f"address del {SOURCES['two']}/32 dev lo")
-        assert unbound_source(lab) == SOURCES["one"]
         time.sleep(0.1)
         ended = time.monotonic()
         ip(lab, f"address add {SOURCES['two']}/32 dev lo")
     unbound = story.record_of(targets(), of(lab, "one"))
     changing = [a for a in unbound.attempts if since < a.began < ended]
-    assert len(changing) > 100
-    assert {a.error for a in changing} == {""}
-    story.record_of(targets("one"), of(lab, "one")).judge()
+    assert len(changing) > 50
+    assert {a.error for a in changing}.isdisjoint(REFUSALS)
     assert unbound.in_clear(-1) == []
+    story.record_of(targets("one"), of(lab, "one")).judge()
 
 
 def test_a_route_to_a_source_that_no_tunnel_protects(lab: Lab, life: Begin) -> None:
     with life("one", "two") as story:
         both_up(lab)
-        for _ in range(3):
-            began = time.monotonic()
-            ip(lab, f"{HINT} 192.0.2.1")
-            time.sleep(0.2)
-            ip(lab, f"{HINT} {SOURCES['one']}")
-            story.uncovered.append((began, time.monotonic()))
-            time.sleep(0.2)
+        changes = []
+        for source in ("192.0.2.1", SOURCES["one"]) * 3:
+            changes.append(hint(lab, source))
+            time.sleep(0.3)
+    changed = [story.routed(when)[0] for when in changes]
+    story.uncovered += zip(changed[::2], changed[1::2], strict=True)
     story.record_of(targets(), of(lab, "one")).judge(3, exposed=True)
 
 
@@ -171,7 +182,10 @@ def test_the_route_comes_and_goes_with_its_tunnel(lab: Lab, life: Begin) -> None
     """Without the tunnel the main table's route gives a source that it does not protect."""
     with life("two", start_action="none") as story:
         assert unbound_source(lab) == SOURCES["two"]
+        since = time.monotonic()
         lab.b.charon.terminate("two")
         story.wait_sa(story.wait("DELSA"))
     story.record_of(targets("two"), of(lab, "two")).judge(1, exposed=True)
-    story.record_of(targets(), of(lab, "two")).judge(1, exposed=True)
+    changed = story.routed(since)
+    story.uncovered.append((changed[0], changed[-1]))
+    story.record_of(targets(), of(lab, "two")).judge(2, exposed=True)

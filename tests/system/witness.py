@@ -1,4 +1,4 @@
-"""When the kernel changed its SAs and policies, seen by a process that does nothing else.
+"""When the kernel changed its SAs, policies and routes, seen by a process that does only that.
 
 A thread would share the interpreter with whatever the test does meanwhile, and its stamps would
 come late by tens of milliseconds; this process comes before all others on its processor.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import socket
 import time
 from collections.abc import Iterable
@@ -17,23 +18,30 @@ from ipsecgate.core.flow import Address
 from ipsecgate.lab.netns import NETLINK_XFRM, Namespace
 from ipsecgate.lab.saready import BUFFER, GROUPS, SO_RCVBUFFORCE, XfrmSeen, parse
 
+RTMGRP_IPV4_ROUTE = 0x40
 FIRST = -20  # the priority of nice(1)
 
 
 class Witness:
-    """Follow a namespace's XFRM events; `local` are its addresses, to tell out from in."""
+    """Follow a namespace's XFRM events, and ROUTE for any change of its IPv4 routes.
+
+    `local` are its addresses, to tell out from in.
+    """
 
     def __init__(self, namespace: Namespace, local: Iterable[Address]) -> None:
         context = multiprocessing.get_context("fork")
         self._output, told = context.Pipe(duplex=False)
         with namespace.inside():
-            source = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM)
-        source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
-        source.bind((0, GROUPS))
+            sources = (
+                follower(NETLINK_XFRM, GROUPS),
+                follower(socket.NETLINK_ROUTE, RTMGRP_IPV4_ROUTE),
+            )
         self._events: list[XfrmSeen] = []
-        self._process = context.Process(target=follow, args=(source, set(local), told), daemon=True)
+        arguments = (*sources, set(local), told)
+        self._process = context.Process(target=follow, args=arguments, daemon=True)
         self._process.start()
-        source.close()
+        for source in sources:
+            source.close()
         told.close()
 
     def events(self) -> list[XfrmSeen]:
@@ -54,9 +62,19 @@ class Witness:
         self._output.close()
 
 
-def follow(source: socket.socket, local: set[Address], told: Connection) -> None:
+def follower(family: int, groups: int) -> socket.socket:
+    source = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, family)
+    source.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+    source.bind((0, groups))
+    return source
+
+
+def follow(
+    xfrm: socket.socket, routes: socket.socket, local: set[Address], told: Connection
+) -> None:
     os.setpriority(os.PRIO_PROCESS, 0, FIRST)
     while True:
-        data = source.recv(1 << 16)
-        now = time.monotonic()
-        told.send(list(parse(data, now, local)))
+        for source in select.select([xfrm, routes], [], [])[0]:
+            data = source.recv(1 << 16)
+            now = time.monotonic()
+            told.send(list(parse(data, now, local)) if source is xfrm else [XfrmSeen(now, "ROUTE")])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ipsecgate.core.flow import TCP, UDP, Flow, Selector
-from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.ipsec import COMP, ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
 from ipsecgate.core.layout import State, flow_key
 from ipsecgate.core.spd import spd_rules
 from ipsecgate.core.table import compile_table
@@ -145,6 +145,57 @@ def test_policies_for_marked_flows_and_interfaces() -> None:
     assert not live([NET, block], [SA], replace(FLOW, mark=5))
     assert live([NET, policy(selector(), priority=1, if_id=3)], [SA])
     assert not live([NET, policy(selector(ifindex=2), TUNNEL, priority=1)], [SA])
+
+
+def test_what_follows_a_tunnel_goes_around_it() -> None:
+    nested = policy(selector(), TUNNEL, replace(TRANSPORT, reqid=2))
+    around = replace(TRANSPORT_SA, id=SaId(PEER, 0x2000, ESP), reqid=2)
+    inside = replace(around, id=SaId(FLOW.daddr, 0x2000, ESP), saddr=ip_address("10.1.0.1"))
+    assert live([nested], [SA, around])
+    assert not live([nested], [SA, inside])
+    before = policy(selector(), replace(TRANSPORT, reqid=2), TUNNEL)
+    assert live([before], [SA, inside])
+    assert not live([before], [SA, around])
+    perhaps = policy(selector(), replace(TUNNEL, optional=True), replace(TRANSPORT, reqid=2))
+    assert not live([perhaps], [SA, inside])
+
+
+def test_compression_alone_protects_nothing() -> None:
+    comp = replace(TRANSPORT, proto=COMP, reqid=2)
+    packed = replace(
+        TRANSPORT_SA, id=SaId(FLOW.daddr, 0x20, COMP), saddr=ip_address("10.1.0.1"), reqid=2
+    )
+    assert not live([policy(selector(), comp)], [packed])
+    assert live([policy(selector(), comp, TUNNEL)], [packed, SA])
+    assert not live([policy(selector(), comp, TUNNEL)], [SA])
+
+
+def test_a_state_for_an_interface_protects_nothing() -> None:
+    assert not live([NET], [replace(SA, selector=selector(ifindex=2))])
+
+
+UNBOUND = replace(FLOW, sport=0)
+
+
+@pytest.mark.parametrize(
+    ("sport", "mask", "chosen"),
+    [(22, 0xFFFF, False), (5000, 0xFFFF, False), (32768, 0xFFFF, True), (60999, 0xFFFF, True),
+     (61000, 0xFFFF, False), (0, 0xFF00, True), (40000, 0xFF00, True), (1, 1, True)],
+)  # fmt: skip
+def test_a_source_port_still_to_be_chosen_may_be_any(sport: int, mask: int, chosen: bool) -> None:
+    by_port = policy(selector(sport=sport, sport_mask=mask), priority=50, action=Action.BYPASS)
+    assert live([NET, by_port], [SA], UNBOUND) is not chosen
+    assert not live([by_port], [SA], UNBOUND)
+    assert not live([NET, by_port], [SA], replace(FLOW, sport=sport))
+    tied = replace(by_port, priority=NET.priority)
+    assert live([NET, tied], [SA], UNBOUND) is not chosen
+
+
+def test_a_state_for_some_source_ports_does_not_protect_one_to_be_chosen() -> None:
+    low = replace(SA, selector=selector(sport=0, sport_mask=0x8000))
+    assert not live([NET], [low], UNBOUND)
+    assert live([NET], [low], replace(FLOW, sport=5000))
+    assert live([NET], [low, replace(SA, id=SaId(PEER, 0x2000, ESP))], UNBOUND)
 
 
 def test_families_do_not_mix() -> None:

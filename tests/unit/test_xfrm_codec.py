@@ -128,6 +128,15 @@ def test_every_field_of_a_policy() -> None:
     )
 
 
+def test_bits_beyond_the_prefix_tell_policies_apart() -> None:
+    one = one_policy(policy(selector("10.1.0.0/16", "10.2.0.0/16")))
+    other = one_policy(policy(selector("10.1.0.7/16", "10.2.0.9/16")))
+    six = one_policy(policy(selector("2001:db8::1/64", "2001:db8:1::/64")))
+    assert one.key.selector == other.key.selector
+    assert (one.key.host_bits, other.key.host_bits) == ((0, 0), (7, 9))
+    assert six.key.host_bits == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("action", "templates", "meaning"),
     [

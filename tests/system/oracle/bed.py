@@ -88,6 +88,7 @@ class Bed:
         self.data.set(Setting.ERROR, REFUSAL)
         self.data.set(Setting.NETNS, netns_cookie())
         await self.data.publish(TableId.POLICY, compile_table(everything))
+        await self.settle()
 
     async def table(self) -> Table:
         """Return the gate's view of the SPD and SAD as they are. Raises: TableFullError.

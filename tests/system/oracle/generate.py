@@ -57,7 +57,7 @@ DPORTS = (80, 81, 82, 83, 5300, 5301)
 SPORTS = (40000, 40001, 40002, 40003, 5000, 5001)
 EPHEMERAL = SPORTS[:4]
 REQIDS = (0, 1, 1, 1, 2, 3)
-PRIORITIES = (10, 20, 20, 20, 30, 40)
+PRIORITIES = (10, 20, 20, 30, 40, 50, 60)
 MARKS: tuple[Masked, ...] = ((0, 0xFF), (5, 0xFF), (1, 1), (1, 3), (0, 3))
 CALLS = 60
 
@@ -210,16 +210,19 @@ class Maker:
             "mode": self.one(TRANSPORT, TUNNEL, BEET),
             "proto": self.one(ESP, AH),
             "spi": 0 if self.chance(0.1) else next(self.spis),
-            "life": self.one(Life.LARVAL, Life.EXPIRED),
+            "life": self.one(Life.LARVAL, Life.LARVAL, Life.EXPIRED),
             "mark": self.one(*MARKS),
             "if_id": 7,
             "src": ip_address("0.0.0.0" if family == 4 else "::")
             if self.chance(0.3) else self.one(*NEAR[family], *LOCAL[family]),
             "dst": self.one(*FAR[family], *REMOTE[family]),
         }  # fmt: skip
-        name = self.one(*others, "sel", "sel", "sel")
+        name = self.one(*others, "life", "sel", "sel", "sel")
         if name == "sel":
-            return replace(one, sel=self.selector(self.family()), unspec=False)
+            sel = self.selector(self.family())
+            if self.chance(0.1):
+                sel = replace(sel, ifindex=self.one(self.device, 1))
+            return replace(one, sel=sel, unspec=False)
         # Nothing but the address of an AH or ESP state may be in UDP.
         return replace(one, **{name: others[name]}, encap=False)
 

@@ -21,18 +21,17 @@ def settings(cases: int) -> tuple[int, int]:
     return int(seed), int(os.environ.get("ORACLE_CASES") or cases)
 
 
-def run(bed: Bed, seed: int, cases: int, out: TextIO) -> Tally:
+def run(bed: Bed, seed: int, cases: int, out: TextIO, shrinks: bool = True) -> Tally:
     """Judge worlds of seed, seed + 1, … until so many calls are counted.
 
     Raises: WrongAnswerError, HarnessError.
     """
-    return asyncio.run(_run(bed, seed, cases, out))
+    return asyncio.run(_run(Judge(bed, shrinks), seed, cases, out))
 
 
-async def _run(bed: Bed, seed: int, cases: int, out: TextIO) -> Tally:
+async def _run(judge: Judge, seed: int, cases: int, out: TextIO) -> Tally:
     out.write(f"ORACLE_SEED={seed} ORACLE_CASES={cases}\n")
-    judge = Judge(bed)
-    tally = judge.tally
+    bed, tally = judge.bed, judge.tally
     began = last = time.monotonic()
     await bed.prepare()
     try:

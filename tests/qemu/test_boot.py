@@ -1,0 +1,108 @@
+"""Debian's kernel under QEMU, booted from this machine: what goes in, what comes out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.lab import debian
+from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
+from tests.guest.test_boot import ODD, STORY, WITNESS, alive, descendants, folder_of
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(debian.QEMU) is None, reason="QEMU is not installed: see make test-qemu"
+)
+
+
+@pytest.fixture(scope="module")
+def kernel() -> debian.DebianKernel:
+    return debian.fetch()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guest") / "a 'quoted', folder"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def story(folder: Path, lines: list[str], kernel: debian.DebianKernel) -> GuestResult:
+    env = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "ODD": ODD}
+    return run(
+        ["sh", "-c", STORY],
+        env=env,
+        cwd=folder,
+        timeout=120,
+        results=folder / "results",
+        on_output=lines.append,
+        kernel=kernel,
+    )
+
+
+def test_folder_and_environment_arrive_and_the_exit_code_returns(
+    story: GuestResult, folder: Path
+) -> None:
+    assert f"cwd={folder}\nodd={ODD}\nhome=unset\nuid=0\n" in story.output
+    clock = int(story.output.partition("clock=")[2].partition("\n")[0])
+    assert abs(clock - time.time()) < 120
+    assert story.exit_code == 7
+
+
+def test_output_is_complete_and_unchanged(story: GuestResult, lines: list[str]) -> None:
+    numbers = "".join(f"{number}\n" for number in range(1, 20001))
+    assert story.output.endswith(f"cr?\n{numbers}no newline at the end")
+    assert "\r" not in story.output
+    assert "".join(lines) == story.output
+
+
+def test_results_come_back_and_nothing_else_does(story: GuestResult, folder: Path) -> None:
+    assert story.files == (folder / "results/sub/junit.xml",)
+    assert story.files[0].read_text() == "<testsuite/>\n"
+    assert not WITNESS.exists()
+
+
+def test_kernel_has_what_the_tests_need(story: GuestResult) -> None:
+    assert "proto esp spi 0x00000100" in story.output
+    assert "fs=cgroup2fs\nfs=bpf_fs\nveth\n" in story.output
+
+
+def test_hung_guest_is_killed_in_time_and_reported(kernel: debian.DebianKernel) -> None:
+    pids = set[int]()
+
+    def look(line: str) -> None:
+        if line == "hanging\n":
+            pids.update(descendants(os.getpid()))
+
+    limit = 20  # a boot takes 6 s; much more on a busy machine
+    began = time.monotonic()
+    script = 'echo "$IPSECGATE_RESULTS"; echo hanging; sleep 1000'
+    with pytest.raises(GuestHung, match="killed after") as caught:
+        run(["sh", "-c", script], timeout=limit, on_output=look, kernel=kernel)
+    assert time.monotonic() - began < limit + 2
+    assert "\nhanging\n" in caught.value.output
+    assert pids
+    assert not alive(pids)
+    assert not folder_of(caught.value.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [("c", "sysrq triggered crash"), ("b", "")], ids=["panic", "reset"]
+)
+def test_a_guest_that_stops_too_early_is_no_success(
+    key: str, said: str, kernel: debian.DebianKernel
+) -> None:
+    script = f'echo "$IPSECGATE_RESULTS"; echo {key} >/proc/sysrq-trigger; sleep 1000'
+    with pytest.raises(GuestPanicked) as caught:
+        run(["sh", "-c", script], timeout=60, kernel=kernel)
+    assert said in caught.value.output
+    assert not folder_of(caught.value.output).exists()

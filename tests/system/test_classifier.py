@@ -1,0 +1,196 @@
+"""Userspace's `Table.classify` and the hooks classify alike, on random tables and flows.
+
+The tables go through `Datapath.publish`, the flows are real system calls. Each policy has an
+errno of its own, so what a call returns names the entry that the hook hit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as with_seed
+from hypothesis import strategies as st
+
+from ipsecgate.core.flow import ANY_V4, ANY_V6, Address, Flow, Network
+from ipsecgate.core.layout import Entry, State, TableId, flow_key
+from ipsecgate.core.table import Rule, Table, Ternary, compile_table, ternary
+from tests.system.oracle.bed import Bed
+from tests.system.oracle.bed import bed as make_bed
+from tests.system.oracle.judge import wire_words
+from tests.system.oracle.world import Call, Kind
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
+
+SEED = int(os.environ.get("CLASSIFIER_SEED") or random.SystemRandom().randrange(2**32))
+EXAMPLES = 100
+# Answers that nothing but an entry of these tables gives.
+ERRNOS = [code for code in range(errno.ECHRNG, errno.EBFONT) if code in errno.errorcode]
+PORT = 40000
+# Where a table's networks and a flow's addresses are: eight of each, so that all meet.
+FIRST = {
+    "src": {4: ip_address("10.1.0.8"), 6: ip_address("2001:db8:1::8")},
+    "dst": {4: ip_address("10.2.0.8"), 6: ip_address("2001:db8:2::8")},
+}
+NUMBERS = st.integers(0, 7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two tables, a source for every network, and calls."""
+
+    policy: Table
+    spd: Table
+    sources: dict[Network, Address | None]
+    calls: list[Call]
+
+
+@pytest.fixture(scope="module")
+def bed(cache: Path) -> Iterator[Bed]:
+    with make_bed(cache, "classifier") as place:
+        asyncio.run(place.prepare())
+        place.set_port(PORT)
+        yield place
+
+
+def networks(side: str, family: int) -> st.SearchStrategy[Network]:
+    first = FIRST[side][family]
+    width = first.max_prefixlen
+    return st.builds(
+        lambda number, bits: ip_network(f"{first + number}/{bits}", strict=False),
+        NUMBERS,
+        st.sampled_from((0, width - 8, width - 3, width - 2, width - 1, width)),
+    )
+
+
+def masked(*values: int, masks: tuple[int, ...]) -> st.SearchStrategy[tuple[int, int]]:
+    some = st.tuples(st.sampled_from(values), st.sampled_from(masks))
+    return st.just((0, 0)) | some.map(lambda one: (one[0] & one[1], one[1]))
+
+
+@st.composite
+def matches(draw: st.DrawFn, local: bool) -> Ternary:
+    """`local`: with what only the SPD asks about, the near end and marks."""
+    family = draw(st.sampled_from((4, 6)))
+    port_masks = (0xFFFF, 0xFFFE, 0x8003)
+    nowhere = st.just((0, 0))
+    return ternary(
+        draw(networks("dst", family)),
+        src=draw(st.none() | networks("src", family)) if local else None,
+        proto=draw(st.sampled_from((0, 0, 6, 17))),
+        sport=draw(masked(5000, 5001, PORT, masks=port_masks) if local else nowhere),
+        dport=draw(masked(80, 81, 82, masks=port_masks)),
+        mark=draw(masked(1, 5, masks=(1, 0xFF)) if local else nowhere),
+    )
+
+
+@st.composite
+def tables(draw: st.DrawFn, table: TableId) -> Table:
+    spd = table is TableId.SPD
+    found = draw(st.lists(matches(local=spd), max_size=len(ERRNOS)))
+    states = (State.LIVE, State.DEAD) if spd else (State.PROTECT, State.BYPASS, State.DISCARD)
+    return compile_table(
+        Rule(match, Entry(draw(st.sampled_from(states)), 0 if spd else ERRNOS[place], place))
+        for place, match in enumerate(found)
+    )
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call:
+    family = draw(st.sampled_from((4, 6)))
+    kind = draw(st.sampled_from((Kind.TCP, Kind.UDP_CONNECT, Kind.SENDTO)))
+    src = draw(st.none() | NUMBERS)
+    return Call(
+        kind,
+        FIRST["dst"][family] + draw(NUMBERS),
+        draw(st.sampled_from((80, 81, 82, 83))),
+        None if src is None else FIRST["src"][family] + src,
+        draw(st.sampled_from((0, 5000, 5001))),
+        # UDP connected to a v4-mapped address is asked again by send(), with what it chose.
+        mapped=family == 4 and kind is not Kind.UDP_CONNECT and draw(st.booleans()),
+        mark=draw(st.sampled_from((0, 0, 1, 5, 0x105))),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    # As the resolver does, something is said of either family: ::/0 alone would be taken for IPv4.
+    sources: dict[Network, Address | None] = {ANY_V4: None, ANY_V6: None}
+    for family in (4, 6):
+        for network in draw(st.lists(networks("dst", family), max_size=4)):
+            number = draw(st.none() | NUMBERS)
+            sources[network] = None if number is None else FIRST["src"][family] + number
+    return Case(
+        draw(tables(TableId.POLICY)),
+        draw(tables(TableId.SPD)),
+        sources,
+        draw(st.lists(calls(), min_size=30, max_size=60)),
+    )
+
+
+def expected(case: Case, call: Call) -> str:
+    """Return the errno's name, "" for a call that is let go: the hook's verdict() in Python."""
+    sport = call.sport or (PORT if call.port_known else 0)
+    flow = Flow(call.dst, call.proto, call.dport, call.src, sport, call.mark)
+    policy = case.policy.classify(flow_key(flow))
+    if policy is None or policy.state is State.BYPASS:
+        return ""
+    refused = errno.errorcode[policy.error]
+    if policy.state is State.DISCARD:
+        return refused
+    if flow.saddr is None:
+        flow = replace(flow, saddr=source(case, call))
+    if flow.saddr is None:
+        return refused
+    winner = case.spd.classify(flow_key(flow))
+    return "" if winner is not None and winner.state is State.LIVE else refused
+
+
+def source(case: Case, call: Call) -> Address | None:
+    if call.mark:
+        return None  # routing may choose another one for it
+    around = [network for network in case.sources if call.dst in network]
+    best = max(around, key=lambda network: network.prefixlen, default=None)
+    return case.sources[best] if best is not None else None
+
+
+async def publish(bed: Bed, case: Case) -> None:
+    bed.data.set_sources(case.sources.items())
+    await bed.data.publish(TableId.POLICY, case.policy)
+    await bed.data.publish(TableId.SPD, case.spd)
+    await bed.settle()
+
+
+def test_the_hooks_find_what_userspace_finds(bed: Bed) -> None:
+    seen: dict[str, int] = {"let go": 0, "refused": 0}
+
+    @with_seed(SEED)
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases())
+    def compare(case: Case) -> None:
+        asyncio.run(publish(bed, case))
+        told = bed.gated([wire_words(call) for call in case.calls])
+        bed.capture.forget(len(case.calls))
+        names = {errno.errorcode[code] for code in ERRNOS}
+        for call, (name, _) in zip(case.calls, told, strict=True):
+            found = name if name in names else ""
+            assert found == expected(case, call), f"{call}: the hook says {name or 'go'}"
+            seen["refused" if found else "let go"] += 1
+
+    print(f"CLASSIFIER_SEED={SEED}")  # noqa: T201
+    compare()
+    assert min(seen.values()) > sum(seen.values()) / 10, f"one-sided: {seen}"

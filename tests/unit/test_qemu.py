@@ -1,0 +1,104 @@
+"""QEMU's parts that need no QEMU: what it is told, what it starts from, where that comes from."""
+
+from __future__ import annotations
+
+import lzma
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.errors import GateError
+from ipsecgate.lab import debian
+from ipsecgate.lab.qemu import INIT, archive, command_line, first_script, in_order
+
+KERNEL = debian.DebianKernel(Path("/c d/boot/vmlinux"), Path("/m/6.1"), Path("/c d/bin/busybox"))
+DEPENDENCIES = """\
+kernel/fs/overlayfs/overlay.ko:
+kernel/fs/9p/9p.ko: kernel/net/9p/9pnet.ko kernel/fs/netfs/netfs.ko
+kernel/net/9p/9pnet_virtio.ko.xz: kernel/net/9p/9pnet.ko kernel/drivers/virtio/virtio-ring.ko
+kernel/net/9p/9pnet.ko:
+"""
+
+
+def test_the_command_line_shares_the_root_read_only_and_escapes_commas() -> None:
+    words = command_line(KERNEL, Path("/tmp/w"), 512, Path("/it's, here"), 9)
+    assert words[words.index("-kernel") + 1] == "/c d/boot/vmlinux"
+    assert "file:/dev/fd/9" in words
+    shares = [word for word in words if word.startswith("local,")]
+    assert ["readonly=on" in share for share in shares] == [True, False, False]
+    assert "path=/it's,, here," in shares[2]
+
+
+def test_a_module_comes_after_all_it_needs_and_once() -> None:
+    found = in_order(DEPENDENCIES, ["9pnet_virtio", "9p"])
+    assert [Path(path).name for path in found] == [
+        *("virtio-ring.ko", "9pnet.ko", "9pnet_virtio.ko.xz", "netfs.ko", "9p.ko")
+    ]
+
+
+def test_a_module_that_is_not_there_is_a_clear_error() -> None:
+    with pytest.raises(GateError, match="no module e1000"):
+        in_order(DEPENDENCIES, ["e1000"])
+
+
+def test_the_archive_has_every_field_where_the_kernel_looks() -> None:
+    made = archive(["bin"], {"init": b"12345"}, {"sh": "busybox"})
+    names, modes, contents = [], [], []
+    at = 0
+    while at < len(made):
+        assert made[at : at + 6] == b"070701"
+        numbers = [int(made[at + 6 + 8 * n : at + 14 + 8 * n], 16) for n in range(13)]
+        mode, size, length = numbers[1], numbers[6], numbers[11]
+        names.append(made[at + 110 : at + 110 + length].decode())
+        at += (110 + length + 3) // 4 * 4
+        modes.append(mode)
+        contents.append(made[at : at + size])
+        at += (size + 3) // 4 * 4
+    assert names == ["bin\0", "init\0", "bin/sh\0", "TRAILER!!!\0"]
+    assert modes == [0o040755, 0o100755, 0o120777, 0]
+    assert contents == [b"", b"12345", b"busybox", b""]
+
+
+@pytest.mark.parametrize("script", [first_script(["9p.ko"]), INIT.read_text()])
+def test_scripts_parse(script: str) -> None:
+    subprocess.run(["sh", "-n"], input=script, text=True, check=True)
+
+
+def image(payload: bytes) -> bytes:
+    """Return a bzImage with two setup sectors and some bytes before its payload."""
+    head = bytearray(3 * 512)
+    head[0x1F1] = 2
+    head[0x202:0x206] = b"HdrS"
+    struct.pack_into("<II", head, 0x248, 100, len(payload))
+    return bytes(head) + bytes(100) + payload + b"after"
+
+
+def test_a_kernel_is_unpacked_whole() -> None:
+    elf = b"\x7fELF" + bytes(range(256)) * 1000
+    assert debian.uncompressed(image(lzma.compress(elf) + struct.pack("<I", len(elf)))) == elf
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"", "not a bzImage"),
+        (bytes(4096), "not a bzImage"),
+        (image(b"\x28\xb5\x2f\xfd zstd"), "not packed with xz"),
+        (image(lzma.compress(b"x")[:20]), "cut short"),
+        (image(debian.XZ_MAGIC + b"nonsense" * 9), "."),
+    ],
+)
+def test_what_is_no_kernel_is_told(raw: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        debian.uncompressed(raw)
+
+
+def test_without_qemu_the_hint_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(GateError, match="not installed") as caught:
+        debian.fetch(tmp_path)
+    assert "qemu-system-x86" in caught.value.hint
