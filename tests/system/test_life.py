@@ -18,7 +18,7 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.strongswan import connection
-from tests.system.life import Life
+from tests.system.life import Life, ask, ike_sas, until
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import Witness
 
@@ -85,26 +85,6 @@ def host(lab: Lab, side: str) -> Host:
     return lab.a if side == "a" else lab.b
 
 
-def ask(host: Host, command: str, **what: str) -> None:
-    """Have a VICI command carried out, and wait for its end."""
-    with host.charon.session() as session:
-        answer = getattr(session, command)(what)
-        if command == "terminate":
-            list(answer)
-
-
-def ike_sas(host: Host) -> set[bytes]:
-    with host.charon.session() as session:
-        return {sa["uniqueid"] for each in session.list_sas() for sa in each.values()}
-
-
-def until(condition: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.01)
-
-
 # --- replaced by another -----------------------------------------------------------------
 
 
@@ -167,12 +147,12 @@ def both(lab: Lab, act: Callable[[Host], object]) -> None:
 
 
 def test_both_initiate_at_once(lab: Lab, life: Begin) -> None:
-    lab.set_delay(10)
+    lab.set_delay(50)
     with life() as story:
         ask(lab.a, "terminate", ike=SPEC.name)
         lab.b.charon.initiate(SPEC.child_name)
         story.wait_sa(story.wait("DELSA"))
-        time.sleep(0.3)
+        time.sleep(0.5)
         assert len(ike_sas(lab.a)) == 2
     lab.set_delay(0)
     story.record.judge(1)
