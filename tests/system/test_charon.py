@@ -18,6 +18,7 @@ from ipsecgate.core.events import (
     IkeEvent,
     IkeGone,
     IkeUp,
+    NegotiationDone,
     NegotiationFailed,
 )
 from ipsecgate.core.flow import TrafficSelector
@@ -95,9 +96,11 @@ async def test_up_and_down(lab: Lab, client: IkeClient) -> None:
     assert up.sa.local == config.local
     assert await client.established() == (up.sa,)
 
-    await client.initiate("host", "host", 10)  # it is up: neither an event nor a failure
+    await client.initiate("host", "host", 10)  # it is up: done, and no failure
+    await until(client, NegotiationDone)
     await client.terminate("host")
-    assert {type(event) for event in await until(client, ChildDown)} == {IkeDown, ChildDown}
+    told = {type(event) for event in await until(client, ChildDown)}
+    assert told - {NegotiationDone} == {IkeDown, ChildDown}
 
 
 async def test_services_and_ranges_are_read_back(lab: Lab, client: IkeClient) -> None:

@@ -51,6 +51,8 @@ def gate(lab: Lab, module_gate: Gated) -> Gated:
     """A gate that runs and covers nothing: the lab was reset."""
     if module_gate.process is None:
         module_gate.start()
+    while any(n["state"] == "back-off" for n in module_gate.ask()["negotiations"]):
+        time.sleep(0.1)
     return module_gate
 
 
