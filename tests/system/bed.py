@@ -79,7 +79,7 @@ def bed(name: str, cache: Path, bpffs: Path = Path("/sys/fs/bpf")) -> Iterator[B
         for words in (
             "link set lo up",
             "link add out0 type veth peer name nowhere",
-            "link set out0 up",
+            "link set out0 arp off up",
             "link set nowhere up",
             f"addr add {HERE[4]}/32 dev out0",
             f"-6 addr add {HERE[6]}/128 dev out0 nodad",
