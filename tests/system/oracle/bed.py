@@ -31,9 +31,9 @@ from ipsecgate.edges.routes import Routes
 from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.lab import path
 from ipsecgate.lab.netns import Namespace
-from tests.system.oracle.caller import DEVICE, Caller
+from tests.system.oracle.caller import DEVICE, SO_MARK, Caller
 from tests.system.oracle.capture import Capture
-from tests.system.oracle.generate import FAR, LOCAL, NEAR, REMOTE
+from tests.system.oracle.generate import CALL_MARKS, FAR, LOCAL, NEAR, REMOTE
 from tests.system.oracle.wire import Installer
 
 FAR_END = "eth1"
@@ -49,6 +49,11 @@ HINTS = (
 )
 
 
+# A mark may lead to another source.
+MARKED_TABLE = 77
+MARKED_HINTS = (("203.0.113.0/24", LOCAL[4][0]), ("2001:db8:b::/64", LOCAL[6][0]))
+
+
 class Bed:
     """One such place. Use `bed()`, which also enters it."""
 
@@ -62,16 +67,18 @@ class Bed:
         self.device = socket.if_nametoindex(DEVICE)
         self.monitor = XfrmMonitor(lambda _event: None)
         self.distort: Callable[[KernelSnapshot], KernelSnapshot] = lambda true: true
-        self._sources = {one: kernel_source(one) for pool in (REMOTE, FAR) for one in
-                         (*pool[4], *pool[6])}  # fmt: skip
+        everywhere = [one for pool in (REMOTE, FAR) for one in (*pool[4], *pool[6])]
+        self._sources = {
+            (one, mark): kernel_source(one, mark) for one in everywhere for mark in CALL_MARKS
+        }
 
     def close(self) -> None:
         for one in (self.gated, self.free, self.capture, self.installer, self.data):
             one.close()
 
-    def source_for(self, destination: Address) -> Address:
+    def source_for(self, destination: Address, mark: int = 0) -> Address:
         """Return what the kernel chooses, asked before there was any policy."""
-        return self._sources[destination]
+        return self._sources[destination, mark]
 
     def set_port(self, port: int) -> None:
         """Leave the kernel one source port to choose."""
@@ -116,9 +123,10 @@ class Bed:
             await asyncio.sleep(0.001)
 
 
-def kernel_source(destination: Address) -> Address:
+def kernel_source(destination: Address, mark: int) -> Address:
     family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
         sock.connect((str(destination), 9))
         return type(destination)(sock.getsockname()[0])
 
@@ -136,6 +144,11 @@ def furnish(name: str, near: Namespace, far: Namespace) -> None:
         lines.append(f"addr add {address}/{address.max_prefixlen} dev {DEVICE}{at_once}")
     lines += [f"route add default dev {DEVICE}", f"route add ::/0 dev {DEVICE}"]
     lines += [f"route add {network} dev {DEVICE} src {src}" for network, src in HINTS]
+    for network, src in MARKED_HINTS:
+        lines.append(f"route add {network} dev {DEVICE} src {src} table {MARKED_TABLE}")
+    rules = [f"-{family} rule add fwmark 5/0xff table {MARKED_TABLE}" for family in (4, 6)]
+    for rule in rules:  # a batch has one family
+        subprocess.run(["ip", "-n", near.name, *rule.split()], check=True)
     for namespace, commands in ((near, lines), (far, [f"link set {FAR_END} up"])):
         subprocess.run(
             ["ip", "-n", namespace.name, "-batch", "-"],

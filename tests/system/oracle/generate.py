@@ -59,6 +59,7 @@ EPHEMERAL = SPORTS[:4]
 REQIDS = (0, 1, 1, 1, 2, 3)
 PRIORITIES = (10, 20, 20, 30, 40, 50, 60)
 MARKS: tuple[Masked, ...] = ((0, 0xFF), (5, 0xFF), (1, 1), (1, 3), (0, 3))
+CALL_MARKS = (0, 1, 5, 0x105)
 CALLS = 60
 
 
@@ -103,7 +104,7 @@ class Maker:
             sport,
             mapped=family == 4 and kind is not Kind.PKTINFO and self.chance(0.35),
             late=src is not None and not sport and kind is not Kind.PKTINFO and self.chance(0.3),
-            mark=self.one(1, 5, 0x105) if self.chance(0.12) else 0,
+            mark=self.one(*CALL_MARKS) if self.chance(0.15) else 0,
         )
 
     # --- policies ---------------------------------------------------------------------
@@ -220,8 +221,10 @@ class Maker:
         name = self.one(*others, "life", "sel", "sel", "sel")
         if name == "sel":
             sel = self.selector(self.family())
-            if self.chance(0.1):
+            if self.chance(0.2):
                 sel = replace(sel, ifindex=self.one(self.device, 1))
+            if self.chance(0.2):
+                sel = replace(sel, sport=self.port(SPORTS, 1))
             return replace(one, sel=sel, unspec=False)
         # Nothing but the address of an AH or ESP state may be in UDP.
         return replace(one, **{name: others[name]}, encap=False)

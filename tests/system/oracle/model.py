@@ -31,7 +31,7 @@ from tests.system.oracle.world import (
 )
 
 REFUSED, CLEAR, COVERED = "refused", "clear", "covered"
-Saddr = Callable[[Address], Address]
+Saddr = Callable[[Address, int], Address]
 Path = tuple[bool, Address, Address]
 
 
@@ -91,7 +91,7 @@ def is_any(address: Address) -> bool:
 
 
 class Model:
-    """The answers of one world. `source_for` is the kernel's own route lookup."""
+    """The answers of one world. `source_for`: the kernel's own, by destination and mark."""
 
     def __init__(self, world: World, source_for: Saddr, device: int) -> None:
         self.world = world
@@ -101,7 +101,7 @@ class Model:
     # --- what the kernel looks up --------------------------------------------------------
 
     def packet(self, call: Call, sport: int) -> Packet:
-        src = call.src or self.source_for(call.dst)
+        src = call.src or self.source_for(call.dst, call.mark)
         # IPv4's lookup is told the interface of the route, IPv6's only that of a bound socket.
         oif = self.device if call.dst.version == 4 else 0
         return Packet(src, call.dst, call.proto, sport, call.dport, call.mark, oif)
@@ -164,7 +164,7 @@ class Model:
         protected, local, remote = path
         if tmpl.mode in (TUNNEL, BEET):
             assert tmpl.dst is not None
-            local, remote = tmpl.src or self.source_for(tmpl.dst), tmpl.dst
+            local, remote = tmpl.src or self.source_for(tmpl.dst, 0), tmpl.dst
         has = self.has_state(tmpl, policy, local, remote, packet)
         if has is not Has.NO:
             yield protected or tmpl.proto in (ESP, AH), local, remote
