@@ -31,7 +31,7 @@ from tests.system.oracle.world import Call, Kind
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
 
 SEED = int(os.environ.get("CLASSIFIER_SEED") or random.SystemRandom().randrange(2**32))
-EXAMPLES = 100
+EXAMPLES = 60
 # Answers that nothing but an entry of these tables gives.
 ERRNOS = [code for code in range(errno.ECHRNG, errno.EBFONT) if code in errno.errorcode]
 PORT = 40000

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]
 
-CASES = 6000
+CASES = 5000
 # Enough for each of the mistakes below, with room.
 CASES_TO_ERR = 15_000
 

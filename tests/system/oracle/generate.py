@@ -223,8 +223,9 @@ class Maker:
             sel = self.selector(self.family())
             if self.chance(0.2):
                 sel = replace(sel, ifindex=self.one(self.device, 1))
-            if self.chance(0.2):
-                sel = replace(sel, sport=self.port(SPORTS, 1))
+            if self.chance(0.25):  # low ports, or only those with which an SPD is asked first
+                sport = self.one(self.port(SPORTS, 1), (0, 0x8000), (0, PORT_MASK))
+                sel = replace(self.wide(one.dst.version), sport=sport)
             return replace(one, sel=sel, unspec=False)
         # Nothing but the address of an AH or ESP state may be in UDP.
         return replace(one, **{name: others[name]}, encap=False)

@@ -110,7 +110,8 @@ class Installer:
         messages += [self._birth(one) for one in world.states]
         codes = self._send(messages)
         self._send([
-            (EXPIRE, state(one) + struct.pack("=B7x", one.life is Life.EXPIRED))
+            (EXPIRE, state(one) + struct.pack("=B7x", one.life is Life.EXPIRED)
+             + scope(one.mark, 0))
             for one, code in zip(world.states, codes[len(world.policies) :], strict=True)
             if not code and one.life in (Life.EXPIRED, Life.DYING)
         ])  # fmt: skip
