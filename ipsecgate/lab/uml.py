@@ -119,8 +119,16 @@ class Uml:
                     if not data:
                         selector.unregister(key.fileobj)
                 if PANIC in self._console.text:
+                    self._read_rest()
                     self._panicked("the guest's kernel panicked")
         self.output.flush()
+
+    def _read_rest(self) -> None:
+        """Take in what the command wrote before the panic: the console may be read first."""
+        os.set_blocking(self._reader, False)
+        with suppress(BlockingIOError):
+            while data := os.read(self._reader, 1 << 16):
+                self.output.feed(data)
 
     def exit_code(self) -> int:
         """Return the command's exit code. Raises: GuestPanicked if it left none."""
