@@ -1,87 +1,19 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The gate: four hooks over one verdict. They run in the caller's connect(),
- * sendto() or sendmsg(), before TCP or UDP knows of it (US 7,028,332, claim 1).
+ * The gate: four hooks over one verdict, and a backstop behind them. The hooks run in
+ * the caller's connect(), sendto() or sendmsg(), before TCP or UDP knows of it (US
+ * 7,028,332, claim 1).
  *
  *   policy: must this flow be protected?   none -> the default, BYPASS -> go
  *   exempt: loopback, the IKE daemon       -> go
  *   SPD:    which kernel policy wins for it, and is an SA live under it?
  *           live -> go, anything else -> refused, and one event for userspace
  *
+ * The backstop sees every packet after XFRM: what must be protected is ESP or AH by then,
+ * or does not leave. It is no gate, because a lost SYN is what the gate is there to spare.
+ *
  * Whatever is unknown (no table, no source address) is a refusal.
  */
-#include "gate.h"
-
-#define __always_inline inline __attribute__((always_inline))
-
-#define EPERM 1
-#define AF_INET 4
-#define AF_INET6 6
-#define UDP 17
-
-BPF_ARRAY(settings, __u64, GATE_SETTINGS);
-BPF_ARRAY(masks, struct gate_masks, GATE_TABLES * GATE_BUFFERS);
-BPF_HASH(entries, struct gate_key, struct gate_entry, GATE_ENTRIES);
-BPF_LPM_TRIE(sources, struct gate_route, struct gate_source, GATE_SOURCES);
-BPF_TABLE("lru_hash", struct gate_key, __u64, recent, GATE_RECENT);
-BPF_PERCPU_ARRAY(counters, __u64, GATE_COUNTERS);
-BPF_RINGBUF_OUTPUT(events, GATE_RING_PAGES);
-BPF_SK_STORAGE(sockets, struct gate_association);
-
-static __always_inline __u64 setting(int which)
-{
-	__u64 *word = settings.lookup(&which);
-
-	return word ? *word : 0;
-}
-
-static __always_inline void count(int reason)
-{
-	__u64 *counter = counters.lookup(&reason);
-
-	if (counter)
-		*counter += 1;
-}
-
-/* First match in tuple order; 0: no entry matches. */
-static __always_inline struct gate_entry *classify(__u32 table, __u64 epoch,
-						   const struct gate_key *flow)
-{
-	int space = table * GATE_BUFFERS + (epoch % GATE_BUFFERS);
-	struct gate_masks *list = masks.lookup(&space);
-	struct gate_entry *entry;
-	struct gate_key key;
-
-	if (!list)
-		return 0;
-	for (int i = 0; i < GATE_TUPLES; i++) {
-		const struct gate_key *mask = &list->mask[i];
-
-		if (!mask->tuple)
-			break;
-		for (int word = 0; word < 4; word++) {
-			key.saddr[word] = flow->saddr[word] & mask->saddr[word];
-			key.daddr[word] = flow->daddr[word] & mask->daddr[word];
-		}
-		key.sport = flow->sport & mask->sport;
-		key.dport = flow->dport & mask->dport;
-		key.proto = flow->proto & mask->proto;
-		key.family = flow->family;
-		key.space = space;
-		key.tuple = i;
-		key.mark = flow->mark & mask->mark;
-		entry = entries.lookup(&key);
-		if (entry)
-			return entry;
-	}
-	return 0;
-}
-
-static __always_inline int same(const __u32 *a, const __u32 *b)
-{
-	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]));
-}
-
 static __always_inline int is_zero(const __u32 *addr)
 {
 	return !(addr[0] | addr[1] | addr[2] | addr[3]);
@@ -120,36 +52,6 @@ static __always_inline int is_exempt(const struct gate_key *flow)
 	       (ike && bpf_get_current_pid_tgid() >> 32 == ike);
 }
 
-static __always_inline void tell(const struct gate_key *flow, __u32 reason, __u32 policy,
-				 __u32 hook)
-{
-	struct gate_key topic = *flow;
-	__u64 now = bpf_ktime_get_ns();
-	__u64 *last;
-	struct gate_event *event;
-
-	topic.sport = 0; /* a retrying client has a new one each time */
-	topic.tuple = reason;
-	last = recent.lookup(&topic);
-	if (last && now - *last < GATE_EVENT_INTERVAL_NS)
-		return;
-	event = events.ringbuf_reserve(sizeof(*event));
-	if (!event) {
-		count(GATE_EVENTS_LOST);
-		return;
-	}
-	event->ns = now;
-	event->cgroup = bpf_get_current_cgroup_id();
-	event->flow = *flow;
-	event->reason = reason;
-	event->policy = policy;
-	event->pid = bpf_get_current_pid_tgid() >> 32;
-	event->hook = hook;
-	bpf_get_current_comm(event->comm, sizeof(event->comm));
-	events.ringbuf_submit(event, 0);
-	recent.update(&topic, &now);
-}
-
 static __always_inline int allow(int reason)
 {
 	count(reason);
@@ -162,7 +64,7 @@ static __always_inline int refuse(const struct gate_key *flow, int reason,
 	__u32 error = policy ? policy->error : setting(GATE_ERROR);
 
 	count(reason);
-	tell(flow, reason, policy ? policy->id : ~0U, hook);
+	tell(flow, reason, policy ? policy->id : ~0U, hook, bpf_get_current_cgroup_id());
 	if (setting(GATE_AUDIT)) {
 		count(GATE_AUDITED);
 		return 1;
@@ -200,37 +102,37 @@ static __always_inline int is_associated(struct bpf_sock *sk, const struct gate_
 	if (!sk || flow->proto != UDP || sk->bound_dev_if)
 		return 0;
 	known = sockets.sk_storage_get(sk, 0, 0);
-	if (!known || known->generation != generation)
-		return 0;
-	return same(known->flow.saddr, flow->saddr) && same(known->flow.daddr, flow->daddr) &&
-	       known->flow.sport == flow->sport && known->flow.dport == flow->dport &&
-	       known->flow.mark == flow->mark;
+	return known && known->kind == GATE_COVERED && known->generation == generation &&
+	       same_flow(&known->flow, flow) && !is_over(known->deadline);
 }
 
-/* `generation` was read before the tables: if they changed meanwhile, it is outdated. */
-static __always_inline void associate(struct bpf_sock *sk, const struct gate_key *flow,
-				      __u64 generation)
+/* The backstop knows no process: it knows the IKE daemon's sockets by what they sent before. */
+static __always_inline void know_daemon(struct bpf_sock *sk, const struct gate_key *flow)
 {
-	struct gate_association known = { .generation = generation, .flow = *flow };
+	struct gate_association daemon = { .kind = GATE_DAEMON, .flow = *flow };
+	struct gate_association *known;
 
-	if (!sk || flow->proto != UDP || sk->bound_dev_if)
+	daemon.generation = setting(GATE_IKE);
+	if (!sk || !daemon.generation || bpf_get_current_pid_tgid() >> 32 != daemon.generation)
 		return;
-	/* Replaced as a whole: another thread's call on this socket must not see half. */
-	sockets.sk_storage_delete(sk);
-	sockets.sk_storage_get(sk, &known, BPF_SK_STORAGE_GET_F_CREATE);
+	known = sockets.sk_storage_get(sk, 0, 0);
+	if (!known || known->kind != GATE_DAEMON || known->generation != daemon.generation)
+		associate(sk, &daemon);
 }
 
 static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_key *flow,
 				   __u32 hook)
 {
 	struct bpf_sock *sk = ctx->sk;
-	__u64 generation = setting(GATE_GENERATION);
+	/* Read before the tables: if they change meanwhile, what is remembered is outdated. */
+	struct gate_association now = { .kind = GATE_COVERED, .flow = *flow,
+					.generation = setting(GATE_GENERATION) };
 	struct gate_key routed = *flow;
 	struct gate_entry *policy;
 	struct gate_entry *winner;
 	__u64 epoch;
 
-	if (is_associated(sk, flow, generation))
+	if (is_associated(sk, flow, now.generation))
 		return allow(GATE_ALLOW_ASSOCIATED);
 	epoch = setting(GATE_EPOCH + GATE_POLICY);
 	policy = epoch ? classify(GATE_POLICY, epoch, flow) : 0;
@@ -238,8 +140,10 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_
 		return allow(GATE_ALLOW_BYPASS);
 	if (!policy && epoch && !setting(GATE_DENY))
 		return allow(GATE_ALLOW_DEFAULT);
-	if (is_exempt(flow))
+	if (is_exempt(flow)) {
+		know_daemon(sk, flow);
 		return allow(GATE_ALLOW_EXEMPT);
+	}
 	if (!epoch)
 		return refuse(flow, GATE_REFUSE_NOT_READY, 0, hook);
 	if (!policy)
@@ -253,9 +157,11 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_
 	if (same(routed.saddr, routed.daddr))
 		return allow(GATE_ALLOW_EXEMPT); /* the host's own address: never leaves it */
 	winner = classify(GATE_SPD, setting(GATE_EPOCH + GATE_SPD), &routed);
-	if (!winner || winner->state != GATE_LIVE)
+	if (!winner || winner->state != GATE_LIVE || is_over(winner->deadline))
 		return refuse(flow, GATE_REFUSE_UNCOVERED, policy, hook);
-	associate(sk, flow, generation);
+	now.deadline = winner->deadline;
+	if (sk && flow->proto == UDP && !sk->bound_dev_if)
+		associate(sk, &now);
 	return allow(GATE_ALLOW_COVERED);
 }
 

@@ -11,7 +11,7 @@
 #ifndef IPSECGATE_GATE_H
 #define IPSECGATE_GATE_H
 
-#define GATE_LAYOUT 1   /* raise it with every change of this file */
+#define GATE_LAYOUT 2   /* raise it with every change of this file */
 
 /* The two tables a flow is looked up in, first match in tuple order. */
 #define GATE_POLICY 0   /* must this flow be protected? the operator's policies */
@@ -56,6 +56,8 @@ struct gate_entry {
 	__u32 state;
 	__u32 error;    /* errno of a refusal, 0 = EPERM */
 	__u32 id;       /* GATE_POLICY: the policy's place in the configuration */
+	__u32 unused;
+	__u64 deadline; /* GATE_LIVE: CLOCK_BOOTTIME ns when the SA ends by itself, 0 = never */
 };
 
 /* Which source address the kernel would choose for an unbound socket. */
@@ -77,16 +79,22 @@ struct gate_source {
 #define GATE_VERSION 6          /* GATE_LAYOUT of whoever made the maps */
 #define GATE_GENERATION 7       /* raised after every change of a table or a source */
 #define GATE_NETNS 8            /* cookie of the network namespace whose SPD this is */
-#define GATE_SETTINGS 9
+#define GATE_TUN 9              /* interface behind which the IKE daemon does ESP, 0 = none */
+#define GATE_SETTINGS 10
 
-/* What a UDP socket remembers: the flow that an SA protected, and when that was true. */
+/* What a socket remembers, and in which generation that was true. */
+#define GATE_COVERED 1  /* UDP: an SA protects this flow */
+#define GATE_CLEAR 2    /* packets of this flow may leave as they are */
+#define GATE_DAEMON 3   /* the IKE daemon's own; generation is its thread group */
+
 struct gate_association {
 	__u64 generation;
+	__u64 deadline; /* as in the entry that covered it */
 	struct gate_key flow;
-	__u32 unused;
+	__u32 kind;
 };
 
-/* Why a flow was let go or refused: counters and events speak of it. */
+/* Why a flow was let go or refused, or a packet blocked: counters and events speak of it. */
 #define GATE_ALLOW_DEFAULT 0
 #define GATE_ALLOW_BYPASS 1
 #define GATE_ALLOW_COVERED 2
@@ -98,14 +106,21 @@ struct gate_association {
 #define GATE_REFUSE_NO_SOURCE 8 /* unbound, and no route is known */
 #define GATE_REFUSE_NOT_READY 9 /* no policies published yet */
 #define GATE_REFUSE_NETNS 10    /* from another network namespace: its SPD is not known */
-#define GATE_AUDITED 11         /* refusals that audit mode let go, besides their reason */
-#define GATE_EVENTS_LOST 12     /* ring full; the next refusal of the flow tells again */
-#define GATE_COUNTERS 13
+#define GATE_BLOCK_CLEAR 11     /* it must be protected, and was about to leave in clear */
+#define GATE_BLOCK_DISCARD 12
+#define GATE_BLOCK_DEFAULT 13   /* neither TCP nor UDP, and no policy names it */
+#define GATE_BLOCK_NOT_READY 14
+#define GATE_BLOCK_UNREADABLE 15 /* a later fragment, or more headers than are looked at */
+#define GATE_AUDITED 16         /* refusals that audit mode let go, besides their reason */
+#define GATE_AUDITED_PACKETS 17 /* the same of blocked packets */
+#define GATE_EVENTS_LOST 18     /* ring full; the next refusal of the flow tells again */
+#define GATE_COUNTERS 19
 
 #define GATE_CONNECT4 0
 #define GATE_CONNECT6 1
 #define GATE_SENDMSG4 2
 #define GATE_SENDMSG6 3
+#define GATE_EGRESS 4
 
 struct gate_event {
 	__u64 ns;       /* CLOCK_MONOTONIC */
@@ -113,7 +128,7 @@ struct gate_event {
 	struct gate_key flow;
 	__u32 reason;
 	__u32 policy;
-	__u32 pid;      /* thread group */
+	__u32 pid;      /* thread group; 0: a packet, which nobody need be sending */
 	__u32 hook;
 	char comm[16];
 };

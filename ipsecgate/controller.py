@@ -233,6 +233,8 @@ class Controller:
                 await self._publish(command)
             case do.SetSources():
                 self._data.set_sources(command.sources)
+            case do.SetTun():
+                self._data.set(Setting.TUN, command.index)
             case do.ResolveSources():
                 self._routes.follow(command.destinations)
             case do.ExemptIke():

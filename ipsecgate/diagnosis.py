@@ -135,9 +135,9 @@ def _hooks(paths: Paths) -> str:
     try:
         for name, shape in code.maps.items():
             fds[name] = libbpf.create_map(name, shape)
-        for hook, attach_type in HOOKS.items():
+        for hook, kind in HOOKS.items():
             linked = code.programs[hook].linked(fds)
-            os.close(libbpf.load_program(hook, linked, attach_type))
+            os.close(libbpf.load_program(hook, linked, *kind))
     except OSError as error:
         raise _MissingError(
             str(error.strerror),

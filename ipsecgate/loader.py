@@ -40,6 +40,9 @@ def load(paths: Paths) -> None:
     code = bytecode.get(paths.cache)
     with _writing(paths, "load") as pins:
         pins.load(code)
+        gated, folders = {a.cgroup_id for a in pins.attachments()}, cgroups.by_id()
+        for cgroup in filter(None, map(folders.get, gated)):
+            pins.attach(cgroup)  # a hook that the version before did not have
 
 
 def unload(paths: Paths, *, force: bool) -> None:

@@ -171,9 +171,9 @@ def totals(counters: Mapping[Reason, int]) -> Document:
         "allowed": of("ALLOW") + counters[Reason.AUDITED],
         "refused": of("REFUSE") - counters[Reason.AUDITED],
         "audited": counters[Reason.AUDITED],
-        # Neither holding calls nor the egress backstop exists yet: nothing can have been.
-        "held": 0,
-        "leaked_blocked": 0,
+        "held": 0,  # calls are not held yet: none can have been
+        "leaked_blocked": of("BLOCK") - counters[Reason.AUDITED_PACKETS],
+        "leaked_audited": counters[Reason.AUDITED_PACKETS],
         "events_lost": counters[Reason.EVENTS_LOST],
         "reasons": {r.name.lower(): counters[r] for r in Reason if r < Reason.AUDITED},
     }

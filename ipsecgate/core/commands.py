@@ -36,6 +36,13 @@ class SetSources:
 
 
 @dataclass(frozen=True, slots=True)
+class SetTun:
+    """Tell the backstop behind which interface the IKE daemon does ESP, by index; 0: none."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
 class ResolveSources:
     """Keep resolving the unbound source for these destinations (`SourcesResolved`)."""
 
@@ -105,6 +112,7 @@ Command = (
     Publish
     | SetEntry
     | SetSources
+    | SetTun
     | ResolveSources
     | ExemptIke
     | AskIke

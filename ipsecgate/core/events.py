@@ -68,11 +68,12 @@ class SourcesResolved:
 
     None: no route. Longest prefix wins, as in the route table it was read from.
     `into_tun` tells in the same way which destinations are routed into a TUN device
-    of the IKE daemon's; it is empty where there is no such device.
+    of the IKE daemon's, and `tun` is that device's index; empty and 0 where there is none.
     """
 
     sources: tuple[tuple[Network, Address | None], ...]
     into_tun: tuple[tuple[Network, bool], ...] = ()
+    tun: int = 0
 
 
 # --- the hook --------------------------------------------------------------------

@@ -52,6 +52,8 @@ class Gate:
         self._unreadable: list[str] = []  # connections that nobody can protect yet
         self._warned: set[tuple[str, Flow]] = set()
         self._destinations: tuple[Network, ...] = ()
+        self._tun = 0
+        self._told_tun: int | None = None  # a predecessor may have told another
         self._orphans: dict[Flow, int] = {}  # refused, and no child known: by policy
         self._heard: set[type[on.Event]] = set()  # KernelSnapshot, IkeConnected or IkeGone
 
@@ -106,6 +108,7 @@ class Gate:
             case on.SourcesResolved():
                 self.sources = dict(event.sources)
                 self.userland.routed(event.into_tun)
+                self._tun = event.tun
                 self._heard.add(on.SourcesResolved)
                 return [do.SetSources(event.sources), *self._follow_kernel()]
             case on.IkeConnected():
@@ -144,7 +147,13 @@ class Gate:
             for name, item in self.negotiations.of.items()
             for command in self.negotiations.sa_is(name, live=self.is_live(item.flow))
         ]
-        return [*opened, *moved, *self._refresh()]
+        return [*self._tell_tun(), *opened, *moved, *self._refresh()]
+
+    def _tell_tun(self) -> list[do.Command]:
+        """What goes into the daemon's own device is not in clear, if it is the daemon's."""
+        tun = self._tun if self.source is self.userland else 0
+        before, self._told_tun = self._told_tun, tun
+        return [do.SetTun(tun)] if tun != before else []
 
     def _witnesses(self) -> set[type[on.Event]]:
         if self.sa_source is not SaSource.VICI:

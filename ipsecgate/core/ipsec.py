@@ -113,3 +113,8 @@ class Sa:
     larval: bool = False
     hard_lifetime: int | None = None
     installed_at: int = 0
+
+    @property
+    def deadline(self) -> int:
+        """When it ends by itself, by the wall clock, seconds since the epoch; 0 = never."""
+        return self.installed_at + self.hard_lifetime if self.hard_lifetime else 0

@@ -16,7 +16,7 @@ from ipaddress import IPv4Address, IPv6Address
 from ipsecgate.core.events import FlowRefused
 from ipsecgate.core.flow import Address, Flow, Network, unmap
 
-LAYOUT = 1
+LAYOUT = 2
 BUFFERS = 4
 TUPLES = 32
 ENTRIES = 65536
@@ -25,6 +25,7 @@ SOURCES = 16384
 MAPS = ("settings", "masks", "entries", "sources", "recent", "counters", "events", "sockets")
 
 V4_MAPPED = 0xFFFF << 32
+NS = 1_000_000_000
 
 
 class TableId(IntEnum):
@@ -56,10 +57,11 @@ class Setting(IntEnum):
     VERSION = 6
     GENERATION = 7
     NETNS = 8
+    TUN = 9
 
 
 class Reason(IntEnum):
-    """Why a flow was let go or refused; the last two count besides a reason."""
+    """Why a flow was let go or refused, or a packet blocked; the last three count besides."""
 
     ALLOW_DEFAULT = 0
     ALLOW_BYPASS = 1
@@ -72,8 +74,14 @@ class Reason(IntEnum):
     REFUSE_NO_SOURCE = 8
     REFUSE_NOT_READY = 9
     REFUSE_NETNS = 10
-    AUDITED = 11
-    EVENTS_LOST = 12
+    BLOCK_CLEAR = 11
+    BLOCK_DISCARD = 12
+    BLOCK_DEFAULT = 13
+    BLOCK_NOT_READY = 14
+    BLOCK_UNREADABLE = 15
+    AUDITED = 16
+    AUDITED_PACKETS = 17
+    EVENTS_LOST = 18
 
 
 COUNTERS = len(Reason)
@@ -103,16 +111,21 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """struct gate_entry. `error` 0 is EPERM; `id` is a policy's place in the configuration."""
+    """struct gate_entry. `error` 0 is EPERM; `id` is a policy's place in the configuration.
+
+    `deadline`: when a live SA ends by itself, seconds of the wall clock since the epoch, 0 =
+    never. In the map it is nanoseconds of CLOCK_BOOTTIME, which the hooks can read.
+    """
 
     state: State
     error: int = 0
     id: int = 0
+    deadline: int = 0
 
 
 _KEY = struct.Struct("!16s16sHHBBBB")  # and then:
 _MARK = struct.Struct("=I")
-_ENTRY = struct.Struct("=III")
+_ENTRY = struct.Struct("=III4xQ")
 _ROUTE = struct.Struct("=I16s")
 _EVENT = struct.Struct("=QQ44sIIII16s")
 SETTING = struct.Struct("=Q")
@@ -185,12 +198,12 @@ def unpack_masks(raw: bytes) -> tuple[Key, ...]:
     return tuple(masks)
 
 
-def unpack_entry(raw: bytes) -> Entry:
-    """Read struct gate_entry. Raises: LayoutError."""
-    state, error, policy = _ENTRY.unpack(raw)
+def unpack_entry(raw: bytes, boot: int = 0) -> Entry:
+    """Read struct gate_entry; `boot` as for `pack_entry`. Raises: LayoutError."""
+    state, error, policy, deadline = _ENTRY.unpack(raw)
     if state not in State.__members__.values():
         raise LayoutError(f"entry with state {state}")
-    return Entry(State(state), error, policy)
+    return Entry(State(state), error, policy, round((deadline + boot) / NS) if deadline else 0)
 
 
 def pack_masks(masks: tuple[Key, ...]) -> bytes:
@@ -200,9 +213,10 @@ def pack_masks(masks: tuple[Key, ...]) -> bytes:
     return b"".join(pack_key(mask, tuple_=1) for mask in masks).ljust(MASKS_SIZE, b"\0")
 
 
-def pack_entry(entry: Entry) -> bytes:
-    """Return struct gate_entry, 12 bytes."""
-    return _ENTRY.pack(entry.state, entry.error, entry.id)
+def pack_entry(entry: Entry, boot: int = 0) -> bytes:
+    """Return struct gate_entry, 24 bytes; `boot`: when CLOCK_BOOTTIME was 0, wall clock ns."""
+    deadline = max(1, entry.deadline * NS - boot) if entry.deadline else 0
+    return _ENTRY.pack(entry.state, entry.error, entry.id, deadline)
 
 
 def pack_route(network: Network) -> bytes:

@@ -34,6 +34,7 @@ from ipsecgate.core.table import Rule, Ternary, common_mask, from_selector, port
 
 LIVE = Entry(State.LIVE)
 DEAD = Entry(State.DEAD)
+NEVER = float("inf")
 
 EVERYTHING = Ternary(Key(), Key())
 PORT_BLOCKS = 8  # a range that takes more is left as wide as the kernel has it
@@ -45,6 +46,8 @@ _ENDPOINTS_FROM_TEMPLATE = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)
 Ends = tuple[Address | None, Address | None]
 """Where an SA begins and ends."""
 Negotiated = Callable[[Sa, Template], Iterable[Ternary]]
+Tied = tuple[Ternary, list[Rule]]
+"""A policy's selector, and the live parts of it."""
 
 
 def whole(_sa: Sa, _template: Template) -> Iterable[Ternary]:
@@ -62,15 +65,18 @@ def by_reqid(sas: Iterable[Sa]) -> dict[int, list[Sa]]:
 
 def live_regions(
     entry: SpdEntry, sas: Mapping[int, list[Sa]], negotiated: Negotiated = whole
-) -> list[Ternary]:
-    """Return the parts of a policy's selector that live states protect now."""
+) -> list[Rule]:
+    """Return the parts of a policy's selector that live states protect now, and until when.
+
+    The longest-lived come first, so that they answer where several states protect.
+    """
     templates = [t for t in entry.templates if not t.optional]
     if entry.action is not Action.PROTECT or not templates or entry.key.selector.ifindex:
         return []
     if not any(t.proto in (AH, ESP) for t in templates):
         return []  # compressed, and readable by everybody
     mark = entry.key.mark
-    regions = [region_of(entry)]
+    regions = [Rule(region_of(entry), LIVE)]
     ends: Ends | None = None
     for template in entry.templates:
         if template.mode in _ENDPOINTS_FROM_TEMPLATE:
@@ -84,12 +90,23 @@ def live_regions(
             if not sa.if_id and mark.value & mark.mask & sa.mark.mask == sa.mark.value
         ]
         narrowed = [
-            region.intersect(part)
+            _both(region, part)
             for region in regions
             for part in _protected_by(template, ends, fitting, negotiated)
         ]
         regions = [region for region in narrowed if region is not None]
-    return regions
+    return sorted(regions, key=lambda region: -_end(region))
+
+
+def _end(region: Rule) -> float:
+    return region.entry.deadline or NEVER
+
+
+def _both(region: Rule, part: Rule) -> Rule | None:
+    match = region.match.intersect(part.match)
+    if match is None:
+        return None
+    return Rule(match, min(region, part, key=_end).entry)
 
 
 def region_of(entry: SpdEntry) -> Ternary:
@@ -100,7 +117,7 @@ def region_of(entry: SpdEntry) -> Ternary:
 
 def _protected_by(
     template: Template, ends: Ends | None, sas: Iterable[Sa], negotiated: Negotiated
-) -> Iterator[Ternary]:
+) -> Iterator[Rule]:
     for sa in sas:
         if sa.larval or (sa.id.proto, sa.mode) != (template.proto, template.mode):
             continue
@@ -117,8 +134,9 @@ def _protected_by(
         if sa.selector is not None and part is not None:
             part = part.intersect(from_selector(sa.selector))
         if part is not None:
+            live = replace(LIVE, deadline=sa.deadline)
             agreed = (part.intersect(one) for one in negotiated(sa, template))
-            yield from (one for one in agreed if one is not None)
+            yield from (Rule(one, live) for one in agreed if one is not None)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -170,10 +188,10 @@ def spd_rules(
         rules.extend(_disagreements(tied))
         rules.extend(_unsettled(selector for selector, _ in tied))
         for selector, regions in tied:
-            rules.extend(Rule(region, LIVE) for region in regions if not region.mask.sport)
-            by_port = [region for region in regions if region.mask.sport]
-            rules.extend(_unsettled(by_port))
-            rules.extend(Rule(region, LIVE) for region in by_port)
+            by_port = [region for region in regions if region.match.mask.sport]
+            rules.extend(region for region in regions if not region.match.mask.sport)
+            rules.extend(_unsettled(region.match for region in by_port))
+            rules.extend(by_port)
             rules.append(Rule(selector, DEAD))
     return rules
 
@@ -197,18 +215,17 @@ def _may_be_chosen(value: int, mask: int) -> bool:
     return value == 0 or any(port & mask == value for port in EPHEMERAL)
 
 
-def _disagreements(tied: list[tuple[Ternary, list[Ternary]]]) -> Iterator[Rule]:
+def _disagreements(tied: list[Tied]) -> Iterator[Rule]:
     """Yield what two policies of one priority share, unless both protect all of it."""
     selectors = {selector for selector, _ in tied}
     if len(selectors) == len(tied) and len({selector.mask for selector in selectors}) == 1:
         return  # of one mask and not equal: they have no flow in common
     for (a, a_live), (b, b_live) in _overlapping(tied):
         shared = a.intersect(b)
-        if shared is not None and not (a in a_live and b in b_live):
+        if shared is not None and not all(
+            whole in {region.match for region in live} for whole, live in ((a, a_live), (b, b_live))
+        ):
             yield Rule(shared, DEAD)
-
-
-Tied = tuple[Ternary, list[Ternary]]
 
 
 def _overlapping(tied: list[Tied]) -> Iterator[tuple[Tied, Tied]]:

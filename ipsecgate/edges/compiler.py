@@ -1,4 +1,4 @@
-"""Compile bpf/gate.bpf.c with BCC and print the bytecode: the only importer of bcc.
+"""Compile bpf/*.bpf.c with BCC and print the bytecode: the only importer of bcc.
 
 Run as `python -m ipsecgate.edges.compiler SOURCES` with BCC_KERNEL_SOURCE set to
 SOURCES, whose include/ stands in for kernel headers. It needs bpf(2), because
@@ -17,6 +17,9 @@ from ipsecgate.core.layout import MAPS
 from ipsecgate.edges.bytecode import Bytecode, Program
 from ipsecgate.edges.libbpf import INSN_SIZE, MapShape, map_shape
 
+# One translation unit: BCC rewrites map accesses in the main file only, not in what it includes.
+FILES = ("maps.bpf.c", "gate.bpf.c", "backstop.bpf.c")
+
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
 
@@ -24,7 +27,8 @@ _PSEUDO_MAP_FD = 1
 def _module(sources: Path) -> tuple[Any, Any]:
     from bcc import BPF, lib  # noqa: PLC0415  36 ms and 64 MiB: only where it is used
 
-    return BPF(src_file=bytes(sources / "gate.bpf.c"), cflags=[f"-I{sources}"]), lib
+    text = "".join(f'#line 1 "{name}"\n{(sources / name).read_text()}' for name in FILES)
+    return BPF(text=text.encode(), cflags=[f"-I{sources}"]), lib
 
 
 def _references(insns: bytes, names: dict[int, str]) -> dict[int, str]:

@@ -19,7 +19,7 @@ from ipsecgate.core.flow import Address, Network
 from ipsecgate.core.layout import INDEX, SETTING, Entry, Key, Setting, TableId
 from ipsecgate.core.table import Table
 from ipsecgate.edges import libbpf
-from ipsecgate.edges.maps import EPOCH, Maps
+from ipsecgate.edges.maps import EPOCH, Maps, boot_time
 from ipsecgate.edges.pins import Pins
 
 
@@ -77,10 +77,11 @@ class Datapath(Maps):
         if new in self._clearing:  # published faster than grace periods pass
             await self._clearing[new]
         self._keys[new] = []
+        boot = boot_time()
         try:
             for (index, key), entry in content.entries.items():
                 raw = layout.pack_key(key, new, index)
-                libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry))
+                libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry, boot))
                 self._keys[new].append(raw)
         except OSError:
             self._clear(new)
@@ -93,7 +94,7 @@ class Datapath(Maps):
     def set_entry(self, table: TableId, index: int, key: Key, entry: Entry) -> None:
         """Change one entry of the published table: one atomic write."""
         raw = layout.pack_key(key, layout.space(table, self.setting(EPOCH[table])), index)
-        libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry))
+        libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry, boot_time()))
         self._changed()
 
     def _changed(self) -> None:

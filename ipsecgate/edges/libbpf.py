@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ipsecgate.errors import KernelLacksError
 
+PROG_TYPE_CGROUP_SKB = 8
 PROG_TYPE_CGROUP_SOCK_ADDR = 18
 MAP_TYPE_ARRAY = 2
 MAP_TYPE_ARRAY_OF_MAPS = 12
@@ -178,8 +179,8 @@ def _create_map(name: str, shape: MapShape, opts: _MapCreateOpts) -> int:
     )
 
 
-def load_program(name: str, insns: bytes, attach_type: int) -> int:
-    """Load a cgroup socket address program. Raises: OSError with the verifier's last lines."""
+def load_program(name: str, insns: bytes, prog_type: int, attach_type: int) -> int:
+    """Load a program. Raises: OSError with the verifier's last lines."""
     log = ct.create_string_buffer(1 << 20)
 
     def attempt(log_level: int) -> int:
@@ -191,7 +192,7 @@ def load_program(name: str, insns: bytes, attach_type: int) -> int:
         return _call(
             f"load program {name}",
             "bpf_prog_load",
-            PROG_TYPE_CGROUP_SOCK_ADDR,
+            prog_type,
             name.encode(),
             b"GPL",
             insns,

@@ -6,6 +6,7 @@ Any process of root may read them, whether a controller lives or not.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
@@ -17,6 +18,11 @@ from ipsecgate.edges import libbpf
 from ipsecgate.edges.pins import Pins
 
 EPOCH = {TableId.POLICY: Setting.POLICY_EPOCH, TableId.SPD: Setting.SPD_EPOCH}
+
+
+def boot_time() -> int:
+    """Return when CLOCK_BOOTTIME was 0, by the wall clock as it stands now, in nanoseconds."""
+    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 class Maps:
@@ -65,13 +71,14 @@ class Maps:
         space = layout.space(which, epoch)
         raw = libbpf.lookup(self._fds["masks"], INDEX.pack(space), layout.MASKS_SIZE)
         entries = {}
+        boot = boot_time()
         for key in list(libbpf.keys(self._fds["entries"], layout.KEY_SIZE)):
             if key[layout.SPACE_OFFSET] != space:
                 continue
             value = libbpf.lookup(self._fds["entries"], key, layout.ENTRY_SIZE)
             if value is not None:
                 index, masked = layout.unpack_key(key)
-                entries[index, masked] = layout.unpack_entry(value)
+                entries[index, masked] = layout.unpack_entry(value, boot)
         return Table(layout.unpack_masks(raw or b""), entries)
 
     def entry_count(self) -> int:

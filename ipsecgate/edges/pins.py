@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ipsecgate.core.layout import INDEX, LAYOUT, MAPS, SETTING, Setting
 from ipsecgate.edges import libbpf
@@ -24,8 +25,21 @@ from ipsecgate.edges.bytecode import Bytecode
 from ipsecgate.edges.mounts import type_of
 from ipsecgate.errors import GateError, KernelLacksError
 
-# BPF_CGROUP_INET4_CONNECT and so on, in linux/bpf.h.
-HOOKS = {"connect4": 10, "connect6": 11, "sendmsg4": 14, "sendmsg6": 15}
+
+class Hook(NamedTuple):
+    """A program's type and where it is attached: BPF_PROG_TYPE_*, BPF_CGROUP_* of linux/bpf.h."""
+
+    prog_type: int
+    attach_type: int
+
+
+HOOKS = {
+    "connect4": Hook(libbpf.PROG_TYPE_CGROUP_SOCK_ADDR, 10),
+    "connect6": Hook(libbpf.PROG_TYPE_CGROUP_SOCK_ADDR, 11),
+    "sendmsg4": Hook(libbpf.PROG_TYPE_CGROUP_SOCK_ADDR, 14),
+    "sendmsg6": Hook(libbpf.PROG_TYPE_CGROUP_SOCK_ADDR, 15),
+    "egress": Hook(libbpf.PROG_TYPE_CGROUP_SKB, 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +106,9 @@ class Pins:
             for name, shape in bytecode.maps.items():
                 fds[name] = self._map(name, shape)
             self._check_version(fds["settings"])
-            for hook, attach_type in HOOKS.items():
+            for hook, kind in HOOKS.items():
                 code = bytecode.programs[hook].linked(fds)
-                with opened(libbpf.load_program(hook, code, attach_type)) as prog:
+                with opened(libbpf.load_program(hook, code, *kind)) as prog:
                     self._replace_program(hook, prog)
         finally:
             for fd in fds.values():
@@ -148,18 +162,18 @@ class Pins:
         made: list[Path] = []
         try:
             with opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as directory:
-                for hook, attach_type in HOOKS.items():
+                for hook, kind in HOOKS.items():
                     path = self.root / "links" / f"{hook}-{cgroup_id}"
                     if path.exists():
                         continue
                     with (
                         opened(libbpf.open_pin(self.root / "progs" / hook)) as prog,
-                        opened(libbpf.create_link(prog, directory, attach_type)) as link,
+                        opened(libbpf.create_link(prog, directory, kind.attach_type)) as link,
                     ):
                         libbpf.pin(link, path)
                         made.append(path)
         except OSError:
-            # All four or none: a cgroup gated for one family only is a hole that looks shut.
+            # All or none: a cgroup gated for one family only is a hole that looks shut.
             for path in made:
                 path.unlink()
             raise

@@ -128,7 +128,9 @@ class Routes:
             used = {link for _, link in links}
             self._tuns = {link for link in used if _is_tun(requests, link)}
         into_tun = compress((piece, link in self._tuns) for piece, link in links)
-        return SourcesResolved(compress(sources), into_tun if self._tuns else ())
+        if not self._tuns:
+            return SourcesResolved(compress(sources))
+        return SourcesResolved(compress(sources), into_tun, min(self._tuns))
 
     async def _prefixes(self, requests: Requests) -> set[Network]:
         found: set[Prefix] = set()

@@ -57,10 +57,14 @@ class Bed:
         return self.data.counters()[reason] - self.before[reason]
 
     def renew(self) -> None:
-        """Policies protect both networks, nothing covers them, counters are at zero."""
+        """Policies protect both networks, nothing covers them, counters are at zero.
+
+        The way out counts as the IKE daemon's own device: the backstop has nothing to block.
+        """
         for setting in (Setting.AUDIT, Setting.DENY, Setting.IKE, Setting.ERROR):
             self.data.set(setting, 0)
         self.data.set(Setting.NETNS, self.netns)
+        self.data.set(Setting.TUN, self.link)
         self.data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
         self.publish(TableId.POLICY, *protect())
         self.publish(TableId.SPD)

@@ -1,8 +1,8 @@
-"""Every way an application has to speak: gated by the hooks, or known not to be.
+"""Every way an application has to speak: gated by the hooks, or stopped by the backstop.
 
 The shapes of the kernel's own selftests for these hooks (sock_addr), as cases of
 our own. What no hook sees is listed in docs/protected.md, and asserted here to be
-so, for the list to stay true.
+so, for the list to stay true; the backstop sees its packets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import socket
 
 import pytest
 
-from ipsecgate.core.layout import Reason, TableId
+from ipsecgate.core.layout import Reason, Setting, TableId
 from tests.system.bed import ELSEWHERE, HERE, OTHER, PEER, Bed, live, went_out
 
 FAMILIES = (4, 6)
@@ -45,10 +45,23 @@ def test_gated(bed: Bed, call: str, family: int | str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("call", NOT_GATED)
-def test_not_gated(bed: Bed, call: str, family: int) -> None:
+def test_only_the_backstop_sees(bed: Bed, call: str, family: int) -> None:
     before = sum(bed.data.counters().values())
     assert went_out(bed.gated(call, PEER[family]))
     assert sum(bed.data.counters().values()) == before, "no hook saw it"
+    bed.data.set(Setting.TUN, 0)
+    # SCTP tries again by itself, and IPv6's ping sockets do not ask what became of a packet.
+    silent = {("sctp", 4): "EINPROGRESS", ("sctp", 6): "EINPROGRESS", ("ping", 6): ""}
+    assert bed.gated(call, PEER[family]) == silent.get((call, family), "EPERM")
+    assert bed.counted(Reason.BLOCK_CLEAR) == 1
+    assert sum(bed.data.counters().values()) == before + 1
+    assert went_out(bed.gated(call, OTHER[family])), "no policy names it"
+    assert went_out(bed.free(call, PEER[family])), "outside the cgroup nothing is blocked"
+    bed.data.drain()
+    (told_of,) = bed.refusals
+    assert (told_of.reason, told_of.policy, told_of.pid) == (Reason.BLOCK_CLEAR, family, 0)
+    assert told_of.cgroup == bed.cgroup.stat().st_ino
+    assert (str(told_of.flow.daddr), bool(told_of.flow.saddr)) == (PEER[family], True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,6 +70,9 @@ def test_a_connected_socket_is_asked_at_connect_only(bed: Bed, family: int) -> N
     assert bed.gated(f"kept connected {family}", PEER[family]) == ""
     bed.publish(TableId.SPD)
     assert bed.gated(f"kept connected {family}", PEER[family]) == ""
+    bed.data.set(Setting.TUN, 0)  # in clear from now on, and the backstop's
+    assert bed.gated(f"kept connected {family}", PEER[family]) == "EPERM"
+    assert bed.counted(Reason.BLOCK_CLEAR) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
