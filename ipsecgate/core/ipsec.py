@@ -15,6 +15,8 @@ ESP = 50
 AH = 51
 COMP = 108
 
+LATE = 2  # seconds after its hard lifetime by which the kernel has surely let go of a state
+
 
 class Action(IntEnum):
     """What a policy asks for. Source: RFC 4301 section 4.4.1; values are the map's (gate.h)."""
@@ -116,5 +118,8 @@ class Sa:
 
     @property
     def deadline(self) -> int:
-        """When it ends by itself, by the wall clock, seconds since the epoch; 0 = never."""
-        return self.installed_at + self.hard_lifetime if self.hard_lifetime else 0
+        """When it has ended by itself, by the wall clock, seconds since the epoch; 0 = never.
+
+        Source: xfrm_timer_handler(), which looks at whole seconds, and not in each.
+        """
+        return self.installed_at + self.hard_lifetime + LATE if self.hard_lifetime else 0

@@ -3,7 +3,7 @@
     {"call": "tcp", "address": "::1", "port": 80, "bind": null, "options": []}  ->  "" or "EPERM"
 
 TCP does not wait: EINPROGRESS means that a SYN is on its way. A call that begins
-with "kept " is made on one socket every time.
+with "kept " is made on one socket every time. `bind` is an address, or address#port.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class Caller:
         self.process.stdin.flush()
         return self.process.stdout.readline().strip()
 
+    def forget(self) -> None:
+        """Close the sockets that were kept."""
+        self("forget", "")
+
     def close(self) -> None:
         """End the process."""
         self.process.kill()
@@ -90,12 +94,15 @@ UDPLITE = 136
 IPPROTO_MPTCP = 262
 KINDS = {
     "tcp": (socket.SOCK_STREAM, 0),
+    "stream": (socket.SOCK_STREAM, 0),
     "fastopen": (socket.SOCK_STREAM, 0),
     "uring connect": (socket.SOCK_STREAM, 0),
     "mptcp": (socket.SOCK_STREAM, IPPROTO_MPTCP),
     "udplite": (socket.SOCK_DGRAM, UDPLITE),
     "sctp": (socket.SOCK_STREAM, 132),
     "raw": (socket.SOCK_RAW, 253),
+    "solicit": (socket.SOCK_RAW, 58),
+    "packet": (socket.SOCK_RAW, socket.IPPROTO_RAW),
 }
 
 
@@ -103,10 +110,16 @@ def new_socket(call: str, family: int) -> socket.socket:
     if call == "ping":
         icmp = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
         return socket.socket(family, socket.SOCK_DGRAM, icmp)
+    if call.startswith("packet "):
+        call = "packet"
     return socket.socket(family, *KINDS.get(call, (socket.SOCK_DGRAM, 0)))
 
 
 def attempt(call: str, address: str, port: int, bind: str | None, options: list[list[int]]) -> None:
+    if call == "forget":
+        while kept:
+            kept.popitem()[1].close()
+        return
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = kept.get(call) or new_socket(call.removeprefix("kept "), family)
     try:
@@ -115,7 +128,8 @@ def attempt(call: str, address: str, port: int, bind: str | None, options: list[
             sock.setsockopt(level, name, value)
         if bind:
             sock.setsockopt(socket.SOL_IP, IP_FREEBIND, 1)
-            sock.bind((bind, 0))
+            host, _, number = bind.partition("#")
+            sock.bind((host, int(number or 0)))
         make(call.removeprefix("kept "), sock, address, port)
     finally:
         if call.startswith("kept "):
@@ -143,6 +157,16 @@ def make(call: str, sock: socket.socket, address: str, port: int) -> None:  # no
         case "connected 4" | "connected 6":
             if f"kept {call}" not in kept:
                 sock.connect((address, port))
+            sock.send(b"longer than an SPI")
+        case "solicit":  # a neighbour
+            sock.sendto(b"\x87" + bytes(23), (address, 0))
+        case _ if call.startswith("packet "):  # with its header, in hexadecimal
+            sock.sendto(bytes.fromhex(call.split()[1]), (address, 0))
+        case "stream":
+            if "kept stream" not in kept:
+                sock.setblocking(True)
+                sock.connect((address, port))
+                sock.setblocking(False)
             sock.send(b"x")
         case "sendmsg":
             sock.sendmsg([b"x"], [], 0, (address, port))

@@ -105,17 +105,9 @@ class Record:
             begin - margin <= a.began and a.ended <= end + margin for begin, end in self.gaps
         )
 
-    def in_clear(self, within: float) -> list[Packet]:
-        """Return what host a sent in clear, but for the first moments of each gap.
-
-        Host b has no gate.
-        """
-        return [
-            packet
-            for packet in self.seen.clear
-            if packet.sender == "a"
-            and not any(abs(packet.time - begin) <= within for begin, _ in self.inner_gaps)
-        ]
+    def in_clear(self) -> list[Packet]:
+        """Return what host a sent in clear; host b has no gate."""
+        return [packet for packet in self.seen.clear if packet.sender == "a"]
 
     def edge(self) -> float:
         """Return how far from a gap's edge an attempt went the other way."""
@@ -136,16 +128,12 @@ class Record:
             f"{len(self.attempts)} attempts, {refused} refused, gaps [{lengths}] ms, "
             f"wrong: {wrong}, at an edge {self.edge() * 1000:.1f} of "
             f"{self.tolerance * 1000:.0f} ms; "
-            f"ESP {len(self.seen.esp)}, in clear {len(self.in_clear(-1))}"
+            f"ESP {len(self.seen.esp)}, in clear {len(self.in_clear())}"
         )
 
-    def judge(self, gaps: int | None = 0, *, exposed: bool = False) -> None:
-        """Assert that the gate's answers were the kernel's; any number of gaps if None.
-
-        `exposed`: the daemon takes the policy away with the SA or before it, so that for a
-        moment the kernel sends in clear what nobody in user space can know to refuse yet.
-        """
-        assert self.in_clear(self.tolerance if exposed else -1) == []
+    def judge(self, gaps: int | None = 0) -> None:
+        """Assert that the gate's answers were the kernel's; any number of gaps if None."""
+        assert self.in_clear() == []
         assert self.wrongly_refused() == []
         assert self.wrongly_let_go() == []
         assert {a.error for a in self.attempts} <= {"", *REFUSALS}

@@ -277,3 +277,33 @@ def test_a_second_controller_is_refused(gate: Gated) -> None:
     second = gate.cli("run", check=False)
     assert second.returncode == 1
     assert "is running" in second.stderr
+
+
+def test_what_stood_already_is_cut_off_and_goes_on_under_the_next_sa(lab: Lab, gate: Gated) -> None:
+    """No trap is left behind: the kernel would send all of it in clear.
+
+    A blocked packet is a request too: IKE is asked, and TCP's own retransmission finds the SA.
+    """
+    spec = prepared(lab, gate, start_action="none")
+    assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
+    caller = Caller(lab.a.namespace.path, gate.cgroup)
+    calls, to = ("kept stream", "kept connected 4"), str(lab.b.address(spec))
+    try:
+        assert [caller(call, to, PORT) for call in calls] == ["", ""]
+        counted = Counted(gate)
+        with lab.capture() as capture:
+            lab.a.charon.terminate(spec.child_name)
+            deadline = time.monotonic() + 15
+            while negotiation(gate, spec)["state"] != "covered" or not counted["block_clear"]:
+                assert time.monotonic() < deadline, "negotiated again for what was blocked"
+                told = {caller(call, to, PORT) for call in calls}
+                assert told <= {"", "EPERM", "ECONNREFUSED"}
+                time.sleep(0.02)
+            after = time.monotonic()
+            assert caller("kept stream", to, PORT) == "", "the connection still stands"
+            time.sleep(0.5)
+            seen = capture.stop()
+    finally:
+        caller.close()
+    assert [packet for packet in seen.clear if packet.sender == "a"] == []
+    assert [packet for packet in seen.esp if packet.sender == "a" and packet.time > after]

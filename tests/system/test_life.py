@@ -209,7 +209,7 @@ def test_connection_unloaded_and_loaded(lab: Lab, life: Begin) -> None:
         time.sleep(0.3)
         lab.load(SPEC)
         story.wait_sa(lost)
-    story.record.judge(1, exposed=True)
+    story.record.judge(1)
 
 
 def test_what_is_to_start_comes_back_unasked(lab: Lab, cache: Path) -> None:
@@ -228,7 +228,7 @@ def test_deleted_without_a_trap(lab: Lab, life: Begin, side: str) -> None:
     with life(replace(SPEC, start_action="none")) as story:
         ask(host(lab, side), "terminate", child=SPEC.name)
         story.wait_sa(story.wait("DELSA"))
-    story.record.judge(1, exposed=True)
+    story.record.judge(1)
 
 
 # --- the daemon -------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_charon_ends_and_starts(lab: Lab, life: Begin) -> None:
         lab.load(SPEC)
         story.uncovered.append((told, story.wait("DELSA")))
         story.wait_sa(told)
-    story.record.judge(2, exposed=True)
+    story.record.judge(2)
 
 
 def test_charon_killed_leaves_sas_that_nobody_trusts(lab: Lab, life: Begin) -> None:

@@ -94,6 +94,7 @@ class Bed:
         ]
         self.data.set(Setting.ERROR, REFUSAL)
         self.data.set(Setting.NETNS, netns_cookie())
+        self.data.set(Setting.TUN, self.device)  # the hooks alone: no backstop behind them
         await self.data.publish(TableId.POLICY, compile_table(everything))
         await self.settle()
 
