@@ -171,6 +171,7 @@ class Controller:
         if not self._ready and TableId.SPD in self._gate.published.tables:
             self._ready = True
             self._set_modes(tighten=False)
+            loader.switch(self._paths)
             systemd.notify("READY=1\nSTATUS=following the kernel and IKE")
             log.info("ready")
 

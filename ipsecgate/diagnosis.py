@@ -12,7 +12,7 @@ from pathlib import Path
 from ipsecgate.core.policy import SaSource
 from ipsecgate.edges import bytecode, cgroups, libbpf, probe
 from ipsecgate.edges.config import DEFAULT_VICI, Config
-from ipsecgate.edges.pins import HOOKS
+from ipsecgate.edges.objects import HOOKS
 from ipsecgate.errors import GateError, KernelLacksError
 from ipsecgate.loader import pins_of
 from ipsecgate.paths import Paths

@@ -36,13 +36,28 @@ def _writing(paths: Paths, what: str) -> Iterator[Pins]:
 
 
 def load(paths: Paths) -> None:
-    """Pin maps and programs of this version; new pins refuse, old ones are taken over."""
+    """Pin maps and programs of this version; new pins refuse, old ones are taken over.
+
+    Where another version with other maps is in force it stays so until `switch`.
+    """
     code = bytecode.get(paths.cache)
     with _writing(paths, "load") as pins:
         pins.load(code)
-        gated, folders = {a.cgroup_id for a in pins.attachments()}, cgroups.by_id()
-        for cgroup in filter(None, map(folders.get, gated)):
-            pins.attach(cgroup)  # a hook that the version before did not have
+        _complete(pins)
+
+
+def switch(paths: Paths) -> None:
+    """Put a version in force that was loaded beside another one, now that its tables are in."""
+    with _writing(paths, "switch versions") as pins:
+        pins.switch()
+        _complete(pins)
+
+
+def _complete(pins: Pins) -> None:
+    """Attach the hooks that the version before did not have."""
+    gated, folders = {a.cgroup_id for a in pins.attachments()}, cgroups.by_id()
+    for cgroup in filter(None, map(folders.get, gated)):
+        pins.attach(cgroup)
 
 
 def unload(paths: Paths, *, force: bool) -> None:

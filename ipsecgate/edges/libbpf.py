@@ -221,6 +221,14 @@ def update_link(link_fd: int, prog_fd: int) -> None:
     _call("replace the program of a link", "bpf_link_update", link_fd, prog_fd, None)
 
 
+def detach_link(link_fd: int) -> None:
+    """Take a link's program off its cgroup, now: the last reference's end comes later.
+
+    Raises: OSError.
+    """
+    _call("detach a link", "bpf_link_detach", link_fd)
+
+
 def pin(fd: int, path: Path) -> None:
     """Give an object a name in bpffs. Raises: OSError."""
     _call(f"pin {path}", "bpf_obj_pin", fd, os.fsencode(path))

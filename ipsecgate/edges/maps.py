@@ -29,7 +29,7 @@ class Maps:
     """The maps of one loaded instance. Raises: OSError if they are not there."""
 
     def __init__(self, pins: Pins) -> None:
-        self._fds = {name: pins.open_map(name) for name in layout.MAPS}
+        self._fds = {name: pins.objects.open_map(name) for name in layout.MAPS}
         self._cpus = libbpf.possible_cpus()
 
     def close(self) -> None:

@@ -1,45 +1,34 @@
-"""Where the gate's objects live in bpffs, and how they come there.
+"""Where the gate's objects live in bpffs, and how one version follows another.
 
-    <bpffs>/ipsecgate/<instance>/maps/<map>
-                                /progs/<hook>
+    <bpffs>/ipsecgate/<instance>/maps/<map>, progs/<hook>   the version in force (`objects`)
                                 /links/<hook>-<cgroup id>
+                                /next/                      one that is about to be
+                                /old/                       one that is no more
 
 A pinned link keeps refusing when every process is gone, and `bpf_link_update`
 replaces its program with no moment in between; so nothing here ever detaches
 in order to attach.
+
+A version with other maps is pinned aside, as `next`. The one before stays in force with
+its tables until the controller has published in the new maps; then the links are switched,
+and `old` is made, which says that they all are. Whoever finds `old` moves the folders to
+their places: so an end in the middle of it, wherever, leaves nothing that the next load
+does not finish.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from ipsecgate.core.layout import INDEX, LAYOUT, MAPS, SETTING, Setting
 from ipsecgate.edges import libbpf
 from ipsecgate.edges.bytecode import Bytecode
 from ipsecgate.edges.mounts import type_of
+from ipsecgate.edges.objects import HOOKS, KINDS, Objects, opened
 from ipsecgate.errors import GateError, KernelLacksError
-
-
-class Hook(NamedTuple):
-    """A program's type and where it is attached: BPF_PROG_TYPE_*, BPF_CGROUP_* of linux/bpf.h."""
-
-    prog_type: int
-    attach_type: int
-
-
-HOOKS = {
-    "connect4": Hook(libbpf.PROG_TYPE_CGROUP_SOCK_ADDR, 10),
-    "connect6": Hook(libbpf.PROG_TYPE_CGROUP_SOCK_ADDR, 11),
-    "sendmsg4": Hook(libbpf.PROG_TYPE_CGROUP_SOCK_ADDR, 14),
-    "sendmsg6": Hook(libbpf.PROG_TYPE_CGROUP_SOCK_ADDR, 15),
-    "egress": Hook(libbpf.PROG_TYPE_CGROUP_SKB, 1),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +38,6 @@ class Attachment:
     hook: str
     cgroup_id: int
     prog_id: int
-
-
-@contextmanager
-def opened(fd: int) -> Iterator[int]:
-    """Close a descriptor when the block ends."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def ensure_bpffs(path: Path) -> None:
@@ -81,94 +61,91 @@ class Pins:
     def __init__(self, bpffs: Path, instance: str) -> None:
         self.bpffs = bpffs
         self.root = bpffs / "ipsecgate" / instance
+        self.current = Objects(self.root)
+        self.next = Objects(self.root / "next")
+        self._old = Objects(self.root / "old")
 
     @property
     def loaded(self) -> bool:
-        """Tell whether every map is pinned."""
-        return all((self.root / "maps" / name).exists() for name in MAPS)
+        """Tell whether a version is in force, or about to be."""
+        return self.objects.whole
 
-    def open_map(self, name: str) -> int:
-        """Open a pinned map. Raises: OSError."""
-        return libbpf.open_pin(self.root / "maps" / name)
+    @property
+    def objects(self) -> Objects:
+        """The objects of this version: those in force, or the next ones."""
+        return self.next if self.next.any else self.current
 
     def load(self, bytecode: Bytecode) -> None:
-        """Make the pins be this version: create or adopt the maps, replace the programs.
+        """Make the pins be this version; links switch to its programs at once, or after `switch`.
 
-        New pins refuse whatever is not exempt until tables are published. Links
-        that are there switch to the new programs one by one, each at once.
-        Raises: GateError for pins of another version, OSError (ENOSPC, EPERM …).
+        New pins refuse whatever is not exempt until tables are published.
+        Raises: OSError (ENOSPC, EPERM …).
         """
         ensure_bpffs(self.bpffs)
-        for folder in ("maps", "progs", "links"):
-            (self.root / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-        fds = {}
-        try:
-            for name, shape in bytecode.maps.items():
-                fds[name] = self._map(name, shape)
-            self._check_version(fds["settings"])
-            for hook, kind in HOOKS.items():
-                code = bytecode.programs[hook].linked(fds)
-                with opened(libbpf.load_program(hook, code, *kind)) as prog:
-                    self._replace_program(hook, prog)
-        finally:
-            for fd in fds.values():
-                os.close(fd)
+        (self.root / "links").mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._finish()
+        if self.next.any and not self.next.fit(bytecode):
+            self.next.remove()
+        if self.current.fit(bytecode):
+            self.current.make(bytecode)
+            self._point_links(self.current)
+            self.next.remove()
+            return
+        self.next.make(bytecode)
+        if not self._links():
+            self.switch()
 
-    def _map(self, name: str, shape: libbpf.MapShape) -> int:
-        path = self.root / "maps" / name
-        if not path.exists():
-            fd = libbpf.create_map(name, shape)
-            libbpf.pin(fd, path)
-            return fd
-        fd = libbpf.open_pin(path)
-        if (found := libbpf.map_shape(fd)) != shape:
-            os.close(fd)
-            raise GateError(
-                f"{path} has another shape ({found}) than this version's ({shape})",
-                hint="another version loaded it: `ipsecgate unload --force` opens the gate "
-                "and removes its pins",
-            )
-        return fd
+    def switch(self) -> None:
+        """Put the next version in force, if there is one. Raises: OSError."""
+        if self.next.any:
+            self._point_links(self.next)
+            self._old.folder.mkdir(mode=0o700, exist_ok=True)
+            self._finish()
 
-    def _check_version(self, settings: int) -> None:
-        key = INDEX.pack(Setting.VERSION)
-        raw = libbpf.lookup(settings, key, SETTING.size) or SETTING.pack(0)
-        (version,) = SETTING.unpack(raw)
-        if version not in (0, LAYOUT):
-            raise GateError(
-                f"the pins in {self.root} have layout {version}, this version has {LAYOUT}",
-                hint="`ipsecgate unload --force` opens the gate and removes its pins",
-            )
-        libbpf.update(settings, key, SETTING.pack(LAYOUT))
-
-    def _replace_program(self, hook: str, prog: int) -> None:
+    def _point_links(self, objects: Objects) -> None:
+        """Have every link run these programs; a link of a hook that there is not any more goes."""
         for path in self._links():
-            if path.name.split("-")[0] == hook:
-                with opened(libbpf.open_pin(path)) as link:
-                    libbpf.update_link(link, prog)
-        path = self.root / "progs" / hook
-        path.unlink(missing_ok=True)  # the links hold their own reference
-        libbpf.pin(prog, path)
+            hook = path.name.split("-")[0]
+            if hook not in objects.hooks():
+                path.unlink()
+                continue
+            with opened(libbpf.open_pin(path)) as link, opened(objects.open_program(hook)) as prog:
+                libbpf.update_link(link, prog)
+
+    def _finish(self) -> None:
+        """Move the next version to its place, where every link runs it already."""
+        if not self._old.folder.is_dir():
+            return
+        for kind in KINDS:
+            if (self.next.folder / kind).is_dir():
+                if (self.root / kind).is_dir():
+                    (self.root / kind).rename(self._old.folder / kind)
+                (self.next.folder / kind).rename(self.root / kind)
+        self.next.remove()
+        self._old.remove()
 
     def _links(self) -> list[Path]:
         folder = self.root / "links"
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
     def attach(self, cgroup: Path) -> None:
-        """Put every hook on a cgroup; those already there stay. Raises: OSError, GateError."""
+        """Put every hook of the version in force on a cgroup; those already there stay.
+
+        Raises: OSError, GateError.
+        """
         if not self.loaded:
             raise GateError(f"nothing is loaded in {self.root}", hint="ipsecgate load")
         cgroup_id = cgroup.stat().st_ino
         made: list[Path] = []
         try:
             with opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as directory:
-                for hook, kind in HOOKS.items():
+                for hook in sorted(self.current.hooks() & HOOKS.keys()):
                     path = self.root / "links" / f"{hook}-{cgroup_id}"
                     if path.exists():
                         continue
                     with (
-                        opened(libbpf.open_pin(self.root / "progs" / hook)) as prog,
-                        opened(libbpf.create_link(prog, directory, kind.attach_type)) as link,
+                        opened(self.current.open_program(hook)) as prog,
+                        opened(libbpf.create_link(prog, directory, HOOKS[hook][1])) as link,
                     ):
                         libbpf.pin(link, path)
                         made.append(path)
@@ -182,7 +159,7 @@ class Pins:
         """Take every hook off a cgroup, return how many there were."""
         paths = [p for p in self._links() if p.name.endswith(f"-{cgroup_id}")]
         for path in paths:
-            path.unlink()
+            _detach(path)
         return len(paths)
 
     def attachments(self) -> list[Attachment]:
@@ -198,12 +175,17 @@ class Pins:
 
     def unload(self) -> None:
         """Remove every pin: the gate is open afterwards."""
-        for folder in ("links", "progs", "maps"):
-            for path in sorted((self.root / folder).glob("*")):
-                path.unlink()
-            with suppress(FileNotFoundError):
-                (self.root / folder).rmdir()
+        for path in self._links():
+            _detach(path)
         with suppress(FileNotFoundError):
-            self.root.rmdir()
+            (self.root / "links").rmdir()
+        for objects in (self.next, self._old, self.current):
+            objects.remove()
         with suppress(OSError):
             self.root.parent.rmdir()  # the last instance's
+
+
+def _detach(link: Path) -> None:
+    with opened(libbpf.open_pin(link)) as fd:
+        libbpf.detach_link(fd)
+    link.unlink()

@@ -12,7 +12,7 @@ import pytest
 
 from ipsecgate.cli import main
 from ipsecgate.edges import cgroups
-from ipsecgate.edges.pins import HOOKS
+from ipsecgate.edges.objects import HOOKS
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 

@@ -19,7 +19,8 @@ from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.table import EMPTY, Rule, compile_table, ternary
 from ipsecgate.edges import bytecode
 from ipsecgate.edges.maps import Maps
-from ipsecgate.edges.pins import HOOKS, Pins
+from ipsecgate.edges.objects import HOOKS
+from ipsecgate.edges.pins import Pins
 from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect, went_out
 
 CALLS = ("tcp", "udp connect", "sendto", "sendmsg")
