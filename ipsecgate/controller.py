@@ -44,6 +44,7 @@ IKE_PAUSE = 0.05  # at least, however often somebody asks for a look
 IKE_RETRY = 0.5  # seconds until the daemon is tried again
 IKE_CONNECT = 5.0  # seconds it has to answer at first
 QUEUED_REFUSALS = 256
+CHECK = 60.0  # seconds between comparisons of what is known with what is
 
 
 async def run(paths: Paths, config: Config) -> None:
@@ -87,6 +88,8 @@ class Controller:
         self._tasks: set[asyncio.Task[None]] = set()
         self._since = time.time()
         self._ready = False
+        self._kernel: XfrmMonitor | None = None
+        self._mended = 0  # entries of the hooks that somebody else had changed
 
     async def run(self) -> None:
         """Follow everything until told to end."""
@@ -106,6 +109,7 @@ class Controller:
                     tasks.create_task(self._follow_kernel()),
                     tasks.create_task(self._routes.run()),
                     tasks.create_task(self._follow_ike()),
+                    tasks.create_task(self._check()),
                 ]
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.add_signal_handler(number, lambda: [task.cancel() for task in work])
@@ -138,8 +142,16 @@ class Controller:
         if source is SaSource.AUTO and not probe.has_xfrm():
             self._on_kernel(on.KernelSnapshot((), ()))  # nor will there ever be anything
             return
-        async with XfrmMonitor(self._on_kernel, self._on_overrun) as kernel:
-            await kernel.run()
+        async with XfrmMonitor(self._on_kernel, self._on_overrun) as self._kernel:
+            await self._kernel.run()
+
+    async def _check(self) -> None:
+        """Have the mirror compared with the kernel, and the hooks' tables with the mirror."""
+        while True:
+            await asyncio.sleep(CHECK)
+            if self._kernel is not None:
+                await self._kernel.resync(check=True)
+            self._queue.put_nowait(on.CheckDue())
 
     def _on_kernel(self, event: on.XfrmEvent | on.KernelSnapshot) -> None:
         self._queue.put_nowait(event)
@@ -232,6 +244,8 @@ class Controller:
                 self._data.set_entry(command.table, command.index, command.key, command.entry)
             case do.Publish():
                 await self._publish(command)
+            case do.Verify():
+                await self._verify(command)
             case do.SetSources():
                 self._data.set_sources(command.sources)
             case do.SetTun():
@@ -287,6 +301,13 @@ class Controller:
                 command.seconds, self._queue.put_nowait, on.TimerFired(command.timer)
             )
 
+    async def _verify(self, command: do.Verify) -> None:
+        mended = await self._data.verify(command.table, command.content)
+        self._mended += mended
+        if mended:
+            name = command.table.name
+            log.error("%d entries of the %s table were not as published: mended", mended, name)
+
     async def _publish(self, command: do.Publish) -> None:
         try:
             await self._data.publish(command.table, command.content)
@@ -301,4 +322,5 @@ class Controller:
 
     def _status(self) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}
-        return {**known, **report.of_gate(self._gate)}
+        drift = {"kernel": self._gate.drift, "maps": self._mended}
+        return {**known, "drift": drift, **report.of_gate(self._gate)}

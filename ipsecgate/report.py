@@ -126,6 +126,7 @@ def document(paths: Paths, config: Config) -> Document:
         ],
         "policies": told["policies"],
         "counters": totals(counters),
+        "drift": told.get("drift"),
         "negotiations": told.get("negotiations", []),
         "sas": told.get("sas", []),
     }

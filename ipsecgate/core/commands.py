@@ -29,6 +29,14 @@ class SetEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Verify:
+    """Compare a table of the hooks with what was published, and mend it."""
+
+    table: TableId
+    content: Table
+
+
+@dataclass(frozen=True, slots=True)
 class SetSources:
     """Tell the hooks which source an unbound socket gets, by destination network."""
 
@@ -111,6 +119,7 @@ class Log:
 Command = (
     Publish
     | SetEntry
+    | Verify
     | SetSources
     | SetTun
     | ResolveSources

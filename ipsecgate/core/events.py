@@ -53,10 +53,14 @@ XfrmEvent = PolicySet | PolicyGone | PoliciesFlushed | SaSet | SaGone | SasFlush
 
 @dataclass(frozen=True, slots=True)
 class KernelSnapshot:
-    """Everything a dump of SPD (outbound) and SAD showed."""
+    """Everything a dump of SPD (outbound) and SAD showed.
+
+    `check`: nothing was lost before it, so it should tell nothing new.
+    """
 
     policies: tuple[SpdEntry, ...]
     sas: tuple[Sa, ...]
+    check: bool = False
 
 
 # --- kernel: routes --------------------------------------------------------------
@@ -221,12 +225,12 @@ class TimerFired:
     timer: Timer
 
 
-Event = (
-    XfrmEvent
-    | KernelSnapshot
-    | SourcesResolved
-    | FlowRefused
-    | IkeConnected
-    | IkeEvent
-    | TimerFired
+@dataclass(frozen=True, slots=True)
+class CheckDue:
+    """Time to compare what the hooks have with what they were told."""
+
+
+OtherEvent = (
+    KernelSnapshot | SourcesResolved | FlowRefused | IkeConnected | IkeEvent | TimerFired | CheckDue
 )
+Event = XfrmEvent | OtherEvent

@@ -52,6 +52,7 @@ class Gate:
         self._unreadable: list[str] = []  # connections that nobody can protect yet
         self._warned: set[tuple[str, Flow]] = set()
         self._destinations: tuple[Network, ...] = ()
+        self.drift = 0  # policies and SAs that the kernel's events had not told as they are
         self._tun = 0
         self._told_tun: int | None = None  # a predecessor may have told another
         self._orphans: dict[Flow, int] = {}  # refused, and no child known: by policy
@@ -98,28 +99,33 @@ class Gate:
                 commands += self._take(event)
         return commands
 
-    def _take(self, event: on.Event) -> list[do.Command]:
+    def _take(self, event: on.OtherEvent) -> list[do.Command]:
         match event:
             case on.FlowRefused():
                 return self._ask(event.flow, event.policy) + self._refresh()
             case on.KernelSnapshot():
-                self.mirror.replace(event)
-                self._heard.add(on.KernelSnapshot)
+                return self._snapshot(event)
             case on.SourcesResolved():
-                self.sources = dict(event.sources)
-                self.userland.routed(event.into_tun)
-                self._tun = event.tun
-                self._heard.add(on.SourcesResolved)
-                return [do.SetSources(event.sources), *self._follow_kernel()]
+                return self._sources_resolved(event)
             case on.IkeConnected():
                 return self._ike_connected(event)
+            case on.TimerFired():
+                return self._timer(event.timer) + self._refresh()
+            case on.CheckDue():
+                return [do.Verify(*item) for item in self.published.tables.items()]
+        return self._ike_event(event)
+
+    def _ike_event(self, event: on.IkeEvent) -> list[do.Command]:
+        match event:
             case on.IkeGone():
                 return self._ike_gone(event)
             case on.ChildUp():
                 self.mirror.ike_adds(event.sa)
                 self.userland.ike_adds(event.sa)
+                return self._follow_kernel()
             case on.ChildDown():
                 self.userland.ike_drops(event.sa)
+                return self._follow_kernel()
             case on.IkeUp() | on.IkeDown():
                 return []  # its children are told one by one
             case on.NegotiationFailed():
@@ -127,9 +133,23 @@ class Gate:
                 return self.negotiations.failed(name, event.cause) + self._refresh()
             case on.NegotiationDone():
                 return self.negotiations.done((event.ike, event.child))
-            case on.TimerFired():
-                return self._timer(event.timer) + self._refresh()
-        return self._follow_kernel()
+
+    def _snapshot(self, event: on.KernelSnapshot) -> list[do.Command]:
+        news = self.mirror.replace(event)
+        self._heard.add(on.KernelSnapshot)
+        drifted: list[do.Command] = []
+        if event.check and news:
+            self.drift += news
+            text = f"{news} policies or SAs were not as the kernel has them: mended"
+            drifted = [do.Log("error", text)]
+        return [*drifted, *self._follow_kernel()]
+
+    def _sources_resolved(self, event: on.SourcesResolved) -> list[do.Command]:
+        self.sources = dict(event.sources)
+        self.userland.routed(event.into_tun)
+        self._tun = event.tun
+        self._heard.add(on.SourcesResolved)
+        return [do.SetSources(event.sources), *self._follow_kernel()]
 
     # --- tables -------------------------------------------------------------------
 

@@ -63,11 +63,16 @@ class Mirror:
                 self.sas.clear()
                 self._trusted.clear()
 
-    def replace(self, snapshot: KernelSnapshot) -> None:
-        """Take in a whole dump; trust survives for what is still there."""
+    def replace(self, snapshot: KernelSnapshot) -> int:
+        """Take in a whole dump; return how many policies and SAs were not known like that.
+
+        Trust survives for what is still there.
+        """
+        before = {*self.policies.values(), *self.sas.values()}
         self.policies = {entry.key: entry for entry in snapshot.policies}
         self.sas = {sa.id: sa for sa in snapshot.sas}
         self._trusted &= self.sas.keys()
+        return len(before ^ {*snapshot.policies, *snapshot.sas})
 
     def ike_knows(self, established: Iterable[ChildSa]) -> None:
         """The daemon is connected and lists these CHILD_SAs.

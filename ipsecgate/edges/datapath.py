@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable
 from ipsecgate.core import layout
 from ipsecgate.core.events import FlowRefused
 from ipsecgate.core.flow import Address, Network
-from ipsecgate.core.layout import INDEX, SETTING, Entry, Key, Setting, TableId
+from ipsecgate.core.layout import INDEX, SETTING, Entry, Key, LayoutError, Setting, TableId
 from ipsecgate.core.table import Table
 from ipsecgate.edges import libbpf
 from ipsecgate.edges.maps import EPOCH, Maps, boot_time
 from ipsecgate.edges.pins import Pins
+
+BATCH = 256  # entries between two turns of the loop
 
 
 class Datapath(Maps):
@@ -96,6 +98,45 @@ class Datapath(Maps):
         raw = layout.pack_key(key, layout.space(table, self.setting(EPOCH[table])), index)
         libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry, boot_time()))
         self._changed()
+
+    async def verify(self, table: TableId, content: Table) -> int:
+        """Make the published table be this one again; return how many entries were not.
+
+        It takes turns with whatever else there is to do, and is given up when the table
+        changes meanwhile: then somebody has just written it.
+        """
+        epoch, fd = self.setting(EPOCH[table]), self._fds["entries"]
+        generation = self.setting(Setting.GENERATION)
+        space, boot = layout.space(table, epoch), boot_time()
+        masks, mended = layout.pack_masks(content.masks), 0
+        if libbpf.lookup(self._fds["masks"], INDEX.pack(space), len(masks)) != masks:
+            libbpf.update(self._fds["masks"], INDEX.pack(space), masks)
+            mended += 1
+        wanted = {layout.pack_key(k, space, i): entry for (i, k), entry in content.entries.items()}
+        there = [k for k in libbpf.keys(fd, layout.KEY_SIZE) if k[layout.SPACE_OFFSET] == space]
+        for count, raw in enumerate(dict.fromkeys([*wanted, *there])):
+            if count % BATCH == 0:
+                await asyncio.sleep(0)
+                if self.setting(Setting.GENERATION) != generation:
+                    return mended
+            if raw not in wanted:
+                libbpf.delete(fd, raw)
+            elif self._entry(raw, boot) != wanted[raw]:
+                libbpf.update(fd, raw, layout.pack_entry(wanted[raw], boot))
+            else:
+                continue
+            mended += 1
+        self._keys[space] = list(wanted)
+        if mended:
+            self._changed()
+        return mended
+
+    def _entry(self, raw: bytes, boot: int) -> Entry | None:
+        value = libbpf.lookup(self._fds["entries"], raw, layout.ENTRY_SIZE)
+        try:
+            return layout.unpack_entry(value, boot) if value else None
+        except LayoutError:
+            return None
 
     def _changed(self) -> None:
         """Have every socket asked anew: what it is associated with may be gone."""

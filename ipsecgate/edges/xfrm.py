@@ -20,7 +20,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -136,12 +136,15 @@ class XfrmMonitor:
                 raise self._failure
             await self.resync()
 
-    async def resync(self) -> KernelSnapshot:
+    async def resync(self, *, check: bool = False) -> KernelSnapshot:
         """Take a snapshot, deliver it, and go on with the changes since.
 
+        `check`: it should tell nothing new, unless something was lost meanwhile.
         Raises: XfrmError, DecodeError.
         """
         async with self._resyncing:
+            losses = self.overruns
+            whole = not self._wake.is_set() and self._held is None
             while True:
                 self._wake.clear()
                 self._held = []
@@ -154,8 +157,9 @@ class XfrmMonitor:
                 if folded is not None and not self._broken:
                     break
             self._held = None
-            self._deliver(folded)
-            return folded
+            told = replace(folded, check=check and whole and losses == self.overruns)
+            self._deliver(told)
+            return told
 
     async def snapshot(self) -> KernelSnapshot:
         """Dump policies (outbound) and states, on a socket of its own.

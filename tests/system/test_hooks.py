@@ -10,16 +10,18 @@ import asyncio
 import errno
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core import layout
+from ipsecgate.core.layout import INDEX, Entry, Reason, Setting, State, TableId
 from ipsecgate.core.table import EMPTY, Rule, compile_table, ternary
-from ipsecgate.edges import bytecode
+from ipsecgate.edges import bytecode, libbpf
 from ipsecgate.edges.maps import Maps
-from ipsecgate.edges.objects import HOOKS
+from ipsecgate.edges.objects import HOOKS, opened
 from ipsecgate.edges.pins import Pins
 from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect, went_out
 
@@ -267,3 +269,30 @@ def test_detach_opens_and_attach_closes(bed: Bed) -> None:
     bed.pins.attach(bed.cgroup)
     assert len(bed.pins.attachments()) == len(HOOKS)
     assert bed.gated("tcp", PEER[4]) == "EPERM"
+
+
+def test_a_table_that_somebody_changed_is_mended_and_counted(bed: Bed) -> None:
+    """As a check does it every minute: an entry altered, one added, one gone, masks gone."""
+    wanted = compile_table([*protect(), Rule(ternary(THERE[4], proto=6), Entry(State.BYPASS))])
+    bed.publish(TableId.POLICY, *protect(), Rule(ternary(THERE[4], proto=6), Entry(State.BYPASS)))
+
+    def verify() -> int:
+        return asyncio.run(bed.data.verify(TableId.POLICY, wanted))
+
+    assert verify() == 0
+    space = layout.space(TableId.POLICY, bed.data.setting(Setting.POLICY_EPOCH))
+    (at, key), *_ = wanted.entries
+    raw = layout.pack_key(key, space, at)
+    with opened(bed.pins.objects.open_map("entries")) as fd:
+        libbpf.update(fd, raw, layout.pack_entry(Entry(State.BYPASS)))
+        libbpf.update(fd, layout.pack_key(replace(key, proto=9), space, 3), b"\xff" * 24)
+    assert verify() == 2
+    with opened(bed.pins.objects.open_map("entries")) as fd:
+        libbpf.delete(fd, raw)
+    with opened(bed.pins.objects.open_map("masks")) as fd:
+        libbpf.update(fd, INDEX.pack(space), bytes(layout.MASKS_SIZE))
+    assert went_out(bed.gated("tcp", PEER[4])), "opened by whoever may write the maps"
+    assert verify() == 2
+    assert verify() == 0
+    assert bed.gated("tcp", PEER[4]) == "EPERM"
+    assert bed.data.table(TableId.POLICY) == wanted

@@ -390,3 +390,21 @@ def test_policies_that_do_not_fit_protect_their_networks_whole() -> None:
     assert entry is not None
     assert entry.state is State.PROTECT
     assert story.entry(TableId.POLICY, replace(inside, daddr=ip_address("8.8.8.8"))) is None
+
+
+def test_a_check_that_tells_news_is_counted_and_mended(trapped: Transcript) -> None:
+    trapped.after(*UP)
+    assert trapped.is_open()
+    same = on.KernelSnapshot((PINNED,), (SA,), check=True)
+    assert [c for c in trapped.after(same) if isinstance(c, do.Log)] == []
+    assert trapped.gate.drift == 0
+    told = trapped.after(on.KernelSnapshot((PINNED,), (), check=True))
+    assert told[0] == do.Log("error", "1 policies or SAs were not as the kernel has them: mended")
+    assert trapped.gate.drift == 1
+    assert not trapped.is_open()
+
+
+def test_a_check_compares_every_table(trapped: Transcript) -> None:
+    tables = trapped.gate.published.tables
+    assert tables.keys() == set(TableId)
+    assert trapped.after(on.CheckDue()) == [do.Verify(*item) for item in tables.items()]
