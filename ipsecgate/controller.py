@@ -26,7 +26,7 @@ from ipsecgate.core.layout import Setting, TableId
 from ipsecgate.core.policy import SaSource
 from ipsecgate.core.table import EMPTY
 from ipsecgate.core.vici import ViciError
-from ipsecgate.edges import cgroups, control, memory, probe, systemd
+from ipsecgate.edges import cgroups, control, memory, probe
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.ike import IkeClient
@@ -36,6 +36,7 @@ from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.errors import GateError
 from ipsecgate.lock import held
 from ipsecgate.paths import Paths
+from ipsecgate.service import Service
 
 log = logging.getLogger("ipsecgate")
 
@@ -85,6 +86,8 @@ class Controller:
         self._routes = Routes(self._queue.put_nowait)
         self._ike_trouble = ""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._service = Service()
+        self._unkept: do.Remember | None = None
         self._since = time.time()
         self._ready = False
 
@@ -102,18 +105,24 @@ class Controller:
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
+                    tasks.create_task(self._service.watch()),
                     tasks.create_task(self._decide()),
                     tasks.create_task(self._follow_kernel()),
                     tasks.create_task(self._routes.run()),
                     tasks.create_task(self._follow_ike()),
                 ]
                 for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.add_signal_handler(number, lambda: [task.cancel() for task in work])
+                    loop.add_signal_handler(number, self._stop, work)
         except BaseExceptionGroup as group:
             raise _first(group) from None
         finally:
             loop.remove_reader(ring)
             self._data.close()
+
+    def _stop(self, work: list[asyncio.Task[None]]) -> None:
+        self._service.stopping()
+        for task in work:
+            task.cancel()
 
     def _set_modes(self, *, tighten: bool) -> None:
         """Set what can be stricter at once, and what is laxer when the tables are in."""
@@ -153,10 +162,7 @@ class Controller:
         for command in self._gate.start():
             await self._execute(command)
         while True:
-            events = [await self._queue.get()]
-            while not self._queue.empty():
-                events.append(self._queue.get_nowait())
-            for command in self._gate.step(*events):
+            for command in self._gate.step(*await self._events()):
                 try:
                     await self._execute(command)
                 except OSError as error:
@@ -165,13 +171,27 @@ class Controller:
                         hint="uncovered flows stay refused until a controller runs again",
                     ) from error
             self._tell_ready()
+            if self._service.alive():
+                self._retry()
+                self._service.tell(report.line(self._gate))
+
+    async def _events(self) -> list[on.Event]:
+        """Return what happened; nothing if nothing did for a pulse."""
+        events = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._service.pulse):
+                events.append(await self._queue.get())
+        while not self._queue.empty():
+            events.append(self._queue.get_nowait())
+        return events
 
     def _tell_ready(self) -> None:
         # The SPD table comes last: it waits until both the kernel and IKE were heard.
         if not self._ready and TableId.SPD in self._gate.published.tables:
             self._ready = True
             self._set_modes(tighten=False)
-            systemd.notify("READY=1\nSTATUS=following the kernel and IKE")
+            self._service.tell(report.line(self._gate))
+            self._service.ready()
             log.info("ready")
 
     async def _follow_ike(self) -> None:
@@ -267,13 +287,24 @@ class Controller:
         """Do what may take long beside the decisions: closing a flow must not wait for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.result()  # a defect is the loop's, hence the service's
 
     def _remember(self, command: do.Remember) -> None:
+        self._unkept = None
         try:
             memory.keep(self._paths.remembered, command.children)
         except OSError as error:
+            self._unkept = command
             log.error("cannot keep %s: %s", self._paths.remembered, error)
+
+    def _retry(self) -> None:
+        if self._unkept is not None:
+            self._remember(self._unkept)
 
     def _set_timer(self, command: do.StartTimer | do.StopTimer) -> None:
         running = self._timers.pop(command.timer, None)
@@ -298,4 +329,10 @@ class Controller:
 
     def _status(self) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}
-        return {**known, **report.of_gate(self._gate)}
+        told = report.of_gate(self._gate)
+        if self._unkept is not None:
+            told["errors"].append(
+                f"{self._paths.remembered} cannot be written: a restart without IKE would "
+                "protect what it says, not what is loaded"
+            )
+        return {**known, **told}

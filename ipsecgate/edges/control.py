@@ -21,6 +21,7 @@ from ipsecgate.errors import GateError, NoControllerError
 
 REQUEST_LIMIT = 4096
 ANSWER_LIMIT = 16 << 20
+CLIENTS = 16  # at a time: descriptors are needed for the kernel and IKE
 _TIME_LIMIT = 5.0
 
 Handler = Callable[[], Mapping[str, Any]]
@@ -30,7 +31,14 @@ Handler = Callable[[], Mapping[str, Any]]
 async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[None]:
     """Answer the verbs on a socket while the block runs. Raises: OSError."""
 
+    clients = 0
+
     async def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal clients
+        if clients >= CLIENTS:
+            writer.close()
+            return
+        clients += 1
         try:
             async with asyncio.timeout(_TIME_LIMIT):
                 answer = _answer(writer, await reader.readline(), verbs)
@@ -39,6 +47,7 @@ async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[Non
         except (ValueError, OSError, TimeoutError):
             pass  # a peer that does not speak the protocol, or went away
         finally:
+            clients -= 1
             writer.close()
 
     path.unlink(missing_ok=True)  # the lock says that nobody else listens here
@@ -66,7 +75,7 @@ def _answer(
     try:
         request = json.loads(line)
         handler = verbs[request["verb"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {"error": f'expected {{"verb": one of {", ".join(verbs)}}}'}
     try:
         return {"ok": handler()}
