@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ipsecgate.edges import bytecode, cgroups
+from ipsecgate.edges.config import Config
 from ipsecgate.edges.pins import Pins
 from ipsecgate.errors import GateError, KernelLacksError
 from ipsecgate.lock import held
@@ -57,9 +58,23 @@ def unload(paths: Paths, *, force: bool) -> None:
 def attach(paths: Paths, target: str) -> Path:
     """Gate a cgroup, return its path."""
     cgroup = cgroups.resolve(target)
+    attach_path(paths, cgroup)
+    return cgroup
+
+
+def attach_all(paths: Paths, config: Config) -> list[Path]:
+    """Gate what the configuration names and exists, return the cgroups."""
+    targets = [str(cgroups.root())] if config.host else config.cgroups
+    found = [cgroup for target in targets for cgroup in cgroups.find(target)]
+    for cgroup in found:
+        attach_path(paths, cgroup)
+    return found
+
+
+def attach_path(paths: Paths, cgroup: Path) -> None:
+    """Gate one cgroup."""
     with _writing(paths, f"attach {cgroup}") as pins:
         pins.attach(cgroup)
-    return cgroup
 
 
 def detach(paths: Paths, target: str) -> str:
