@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -26,7 +26,7 @@ from ipsecgate.core.layout import Setting, TableId
 from ipsecgate.core.policy import SaSource
 from ipsecgate.core.table import EMPTY
 from ipsecgate.core.vici import ViciError
-from ipsecgate.edges import cgroups, control, memory, probe
+from ipsecgate.edges import control, memory, probe
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.ike import IkeClient
@@ -36,7 +36,9 @@ from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.errors import GateError
 from ipsecgate.lock import held
 from ipsecgate.paths import Paths
+from ipsecgate.reload import Reload, refuse_what_needs_a_restart
 from ipsecgate.service import Service
+from ipsecgate.targets import Targets
 
 log = logging.getLogger("ipsecgate")
 
@@ -47,21 +49,20 @@ IKE_CONNECT = 5.0  # seconds it has to answer at first
 QUEUED_REFUSALS = 256
 
 
-async def run(paths: Paths, config: Config) -> None:
-    """Run one instance's controller until SIGTERM or SIGINT.
+async def run(paths: Paths, read: Callable[[], Config]) -> None:
+    """Run one instance's controller until SIGTERM or SIGINT; `read` reads the configuration.
 
     Raises: GateError for what the operator can mend.
     """
+    config = read()
+    loader.check_targets(paths, config)
     busy = f"a controller of instance {paths.instance!r} is running"
     with held(paths.run_instance / "controller.lock", wait=False, busy=busy):
         loader.load(paths)
-        targets = [str(cgroups.root())] if config.host else config.cgroups
-        for target in targets:
-            log.info("gated: %s", loader.attach(paths, target))
         # From the kernel's word that a policy is gone until it is refused, flows leave in clear.
         with suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, -20)
-        await Controller(paths, config).run()
+        await Controller(paths, config, read).run()
 
 
 def _first(error: BaseException) -> BaseException:
@@ -74,9 +75,11 @@ def _first(error: BaseException) -> BaseException:
 class Controller:
     """One instance's edges, and the gate between them."""
 
-    def __init__(self, paths: Paths, config: Config) -> None:
+    def __init__(self, paths: Paths, config: Config, read: Callable[[], Config]) -> None:
         self._paths = paths
         self._config = config
+        self._reload = Reload(read, self._in_force)
+        self._targets = Targets(paths, loader.check_targets(paths, config))
         self._gate = Gate(config.settings, memory.recall(paths.remembered))
         self._data = Datapath(loader.pins_of(paths))
         self._queue: asyncio.Queue[on.Event] = asyncio.Queue()
@@ -90,6 +93,7 @@ class Controller:
         self._unkept: do.Remember | None = None
         self._since = time.time()
         self._ready = False
+        self._adopted = asyncio.Event()
 
     async def run(self) -> None:
         """Follow everything until told to end."""
@@ -97,11 +101,14 @@ class Controller:
         self._data.set(Setting.NETNS, probe.netns_cookie())
         self._data.set(Setting.ERROR, self._config.settings.errnos.uncovered)
         self._set_modes(tighten=True)
+        await self._targets.look()
         ring = self._data.open_ring(self._on_refusal)
         loop.add_reader(ring, self._data.drain)
         try:
             async with (
-                control.serving(self._paths.control, {"status": self._status}),
+                control.serving(
+                    self._paths.control, {"status": self._status, "reload": self._reload.run}
+                ),
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
@@ -110,7 +117,9 @@ class Controller:
                     tasks.create_task(self._follow_kernel()),
                     tasks.create_task(self._routes.run()),
                     tasks.create_task(self._follow_ike()),
+                    tasks.create_task(self._targets.run()),
                 ]
+                loop.add_signal_handler(signal.SIGHUP, lambda: self._later(self._reload.log()))
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.add_signal_handler(number, self._stop, work)
         except BaseExceptionGroup as group:
@@ -131,6 +140,18 @@ class Controller:
             self._data.set(Setting.AUDIT, int(audit))
         if deny is tighten:
             self._data.set(Setting.DENY, int(deny))
+
+    async def _in_force(self, config: Config) -> None:
+        """Put a configuration in force: policies, then cgroups, and those it lost last."""
+        refuse_what_needs_a_restart(self._paths.config, self._config, config)
+        if not self._ready:
+            raise GateError("the controller is starting", hint="try again in a moment")
+        targets = loader.check_targets(self._paths, config)
+        self._adopted.clear()
+        self._queue.put_nowait(on.Reconfigured(config.settings))
+        await self._adopted.wait()
+        self._config = config
+        await self._targets.follow(targets)
 
     # --- events in ------------------------------------------------------------------
 
@@ -251,6 +272,12 @@ class Controller:
                 self._data.set_entry(command.table, command.index, command.key, command.entry)
             case do.Publish():
                 await self._publish(command)
+            case do.SetModes():
+                self._data.set(Setting.AUDIT, int(command.audit))
+                self._data.set(Setting.DENY, int(command.deny))
+                self._data.set(Setting.ERROR, command.error)
+            case do.Adopted():
+                self._adopted.set()
             case do.SetSources():
                 self._data.set_sources(command.sources)
             case do.ResolveSources():
@@ -327,7 +354,7 @@ class Controller:
                 hint="protected flows are refused until a controller runs again",
             ) from error
 
-    def _status(self) -> dict[str, Any]:
+    async def _status(self) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}
         told = report.of_gate(self._gate)
         if self._unkept is not None:
@@ -335,4 +362,5 @@ class Controller:
                 f"{self._paths.remembered} cannot be written: a restart without IKE would "
                 "protect what it says, not what is loaded"
             )
+        told["errors"] += [*self._targets.errors, *self._reload.errors]
         return {**known, **told}

@@ -43,6 +43,20 @@ class ResolveSources:
 
 
 @dataclass(frozen=True, slots=True)
+class SetModes:
+    """Set what holds beside the tables: audit, the default, the errno of its refusals."""
+
+    audit: bool
+    deny: bool
+    error: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """The new configuration (`Reconfigured`) is in force."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExemptIke:
     """Exempt this process's sockets: the IKE daemon. 0: none."""
 
@@ -106,6 +120,8 @@ Command = (
     | SetEntry
     | SetSources
     | ResolveSources
+    | SetModes
+    | Adopted
     | ExemptIke
     | AskIke
     | Initiate

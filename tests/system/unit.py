@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 
 from ipsecgate.edges import cgroups, control
 from ipsecgate.edges.pins import Pins
+from ipsecgate.errors import NoControllerError
 from ipsecgate.lab.netns import Namespace
 from tests.system.bed import PEER, THERE
 from tests.system.caller import Caller
@@ -88,6 +89,25 @@ class Unit:
 
     def ask(self, verb: str = "status") -> dict[str, Any]:
         return control.ask(self.folder / "run" / self.name / "control.sock", verb)
+
+    def eventually(self, holds: Callable[[], Any], within: float = 30.0) -> bool:
+        """Wait until something holds; a controller that does not answer yet is waited for."""
+        deadline = time.monotonic() + within
+        while time.monotonic() < deadline:
+            with suppress(NoControllerError):
+                if holds():
+                    return True
+            time.sleep(0.02)
+        return False
+
+    def configure(self, text: str) -> None:
+        """Write the configuration whole: keys of [gate], then policies."""
+        self.config.write_text(f'[gate]\nvici = "{self.folder}/vici"\n{text}')
+
+    def cli(self, *words: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "ipsecgate", *self.argv(*words)]
+        with self.namespace.inside():
+            return subprocess.run(argv, capture_output=True, text=True, check=False)
 
     def ended(self, within: float = 15.0) -> int:
         assert self.process is not None

@@ -14,11 +14,11 @@ from ipsecgate.edges.control import CLIENTS, REQUEST_LIMIT, ask, serving
 from ipsecgate.errors import GateError, NoControllerError
 
 
-def status() -> Mapping[str, Any]:
+async def status() -> Mapping[str, Any]:
     return {"pid": 7}
 
 
-def broken() -> Mapping[str, Any]:
+async def broken() -> Mapping[str, Any]:
     raise KeyError("a defect")
 
 
