@@ -7,7 +7,7 @@ LIMIT ?= 900
 # More for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup demo test test-qemu fuzz bench lint clean
+.PHONY: help setup install install-program install-files demo test test-qemu fuzz bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -17,6 +17,31 @@ setup: .venv/.ready ## install what is missing (as root; asks nothing)
 .venv/.ready: packaging/setup.sh pyproject.toml constraints.txt
 	@packaging/setup.sh
 	@touch $@
+
+# DESTDIR is a packager's root. Nothing is enabled or started: systemctl does that.
+DESTDIR ?=
+PREFIX ?= /usr
+LIB = $(DESTDIR)$(PREFIX)/lib/ipsecgate
+SHARE = $(DESTDIR)$(PREFIX)/share
+UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
+
+install: install-program install-files ## the program, units, completions and man page, below DESTDIR
+
+install-program: setup
+	@install -d $(LIB) $(DESTDIR)$(PREFIX)/bin
+	@$(BIN)/pip install --quiet --upgrade --no-warn-conflicts -c constraints.txt --target $(LIB) .
+	@sed 's,@lib@,$(PREFIX)/lib/ipsecgate,' packaging/ipsecgate.in >$(DESTDIR)$(PREFIX)/bin/ipsecgate
+	@chmod 755 $(DESTDIR)$(PREFIX)/bin/ipsecgate
+
+install-files: setup
+	@install -d $(UNITS) $(SHARE)/man/man8 $(SHARE)/bash-completion/completions \
+	    $(SHARE)/zsh/vendor-completions $(SHARE)/fish/vendor_completions.d
+	@for unit in packaging/systemd/*.service; do \
+	    sed 's,@bindir@,$(PREFIX)/bin,' $$unit >$(UNITS)/$${unit##*/}; done
+	@$(BIN)/python -m ipsecgate.cli.manual man >$(SHARE)/man/man8/ipsecgate.8
+	@$(BIN)/python -m ipsecgate.cli.manual bash >$(SHARE)/bash-completion/completions/ipsecgate
+	@$(BIN)/python -m ipsecgate.cli.manual zsh >$(SHARE)/zsh/vendor-completions/_ipsecgate
+	@$(BIN)/python -m ipsecgate.cli.manual fish >$(SHARE)/fish/vendor_completions.d/ipsecgate.fish
 
 demo: setup ## two hosts, real IKE, real ESP: the story with and without the gate
 	@$(BIN)/ipsecgate demo

@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -22,46 +22,42 @@ from ipsecgate import loader, report
 from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
 from ipsecgate.core.gate import Gate
-from ipsecgate.core.layout import Setting, TableId
+from ipsecgate.core.layout import TableId
 from ipsecgate.core.policy import SaSource
-from ipsecgate.core.table import EMPTY
-from ipsecgate.core.vici import ViciError
-from ipsecgate.edges import cgroups, control, memory, probe, systemd
+from ipsecgate.daemon import Daemon
+from ipsecgate.edges import control, memory, probe
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.datapath import Datapath
-from ipsecgate.edges.ike import IkeClient
 from ipsecgate.edges.routes import Routes
-from ipsecgate.edges.vici import IkeError, IkeUnreachableError
 from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.errors import GateError
+from ipsecgate.hooks import Hooks
 from ipsecgate.lock import held
 from ipsecgate.paths import Paths
+from ipsecgate.reload import Reload, refuse_what_needs_a_restart
+from ipsecgate.service import Service
+from ipsecgate.targets import Targets
 
 log = logging.getLogger("ipsecgate")
 
-IKE_POLL = 2.0  # seconds between looks at the loaded connections: VICI has no event for them
-IKE_PAUSE = 0.05  # at least, however often somebody asks for a look
-IKE_RETRY = 0.5  # seconds until the daemon is tried again
-IKE_CONNECT = 5.0  # seconds it has to answer at first
 QUEUED_REFUSALS = 256
 CHECK = 60.0  # seconds between comparisons of what is known with what is
 
 
-async def run(paths: Paths, config: Config) -> None:
-    """Run one instance's controller until SIGTERM or SIGINT.
+async def run(paths: Paths, read: Callable[[], Config]) -> None:
+    """Run one instance's controller until SIGTERM or SIGINT; `read` reads the configuration.
 
     Raises: GateError for what the operator can mend.
     """
+    config = read()
+    loader.check_targets(paths, config)
     busy = f"a controller of instance {paths.instance!r} is running"
     with held(paths.run_instance / "controller.lock", wait=False, busy=busy):
         loader.load(paths)
-        targets = [str(cgroups.root())] if config.host else config.cgroups
-        for target in targets:
-            log.info("gated: %s", loader.attach(paths, target))
         # From the kernel's word that a policy is gone until it is refused, flows leave in clear.
         with suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, -20)
-        await Controller(paths, config).run()
+        await Controller(paths, config, read).run()
 
 
 def _first(error: BaseException) -> BaseException:
@@ -74,58 +70,74 @@ def _first(error: BaseException) -> BaseException:
 class Controller:
     """One instance's edges, and the gate between them."""
 
-    def __init__(self, paths: Paths, config: Config) -> None:
+    def __init__(self, paths: Paths, config: Config, read: Callable[[], Config]) -> None:
         self._paths = paths
         self._config = config
+        self._reload = Reload(read, self._in_force)
+        self._targets = Targets(paths, loader.check_targets(paths, config))
         self._gate = Gate(config.settings, memory.recall(paths.remembered))
         self._data = Datapath(loader.pins_of(paths))
+        self._hooks = Hooks(self._data)
         self._queue: asyncio.Queue[on.Event] = asyncio.Queue()
         self._timers: dict[on.Timer, asyncio.TimerHandle] = {}
-        self._ike: IkeClient | None = None
-        self._ike_news = asyncio.Event()
+        self._daemon = Daemon(config.vici, self._queue.put_nowait)
         self._routes = Routes(self._queue.put_nowait)
-        self._ike_trouble = ""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._service = Service()
+        self._unkept: do.Remember | None = None
         self._since = time.time()
         self._ready = False
         self._kernel: XfrmMonitor | None = None
-        self._mended = 0  # entries of the hooks that somebody else had changed
+        self._adopted = asyncio.Event()
 
     async def run(self) -> None:
         """Follow everything until told to end."""
         loop = asyncio.get_running_loop()
-        self._data.set(Setting.NETNS, probe.netns_cookie())
-        self._data.set(Setting.ERROR, self._config.settings.errnos.uncovered)
-        self._set_modes(tighten=True)
+        self._hooks.begin(self._config.settings, probe.netns_cookie())
+        await self._targets.look()
         ring = self._data.open_ring(self._on_refusal)
         loop.add_reader(ring, self._data.drain)
         try:
             async with (
-                control.serving(self._paths.control, {"status": self._status}),
+                control.serving(
+                    self._paths.control, {"status": self._status, "reload": self._reload.run}
+                ),
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
+                    tasks.create_task(self._service.watch()),
                     tasks.create_task(self._decide()),
                     tasks.create_task(self._follow_kernel()),
                     tasks.create_task(self._routes.run()),
-                    tasks.create_task(self._follow_ike()),
+                    tasks.create_task(self._daemon.run()),
                     tasks.create_task(self._check()),
+                    tasks.create_task(self._targets.run()),
                 ]
+                loop.add_signal_handler(signal.SIGHUP, lambda: self._later(self._reload.log()))
                 for number in (signal.SIGTERM, signal.SIGINT):
-                    loop.add_signal_handler(number, lambda: [task.cancel() for task in work])
+                    loop.add_signal_handler(number, self._stop, work)
         except BaseExceptionGroup as group:
             raise _first(group) from None
         finally:
             loop.remove_reader(ring)
             self._data.close()
 
-    def _set_modes(self, *, tighten: bool) -> None:
-        """Set what can be stricter at once, and what is laxer when the tables are in."""
-        audit, deny = self._config.settings.audit, self._config.settings.deny
-        if audit is not tighten:
-            self._data.set(Setting.AUDIT, int(audit))
-        if deny is tighten:
-            self._data.set(Setting.DENY, int(deny))
+    def _stop(self, work: list[asyncio.Task[None]]) -> None:
+        self._service.stopping()
+        for task in work:
+            task.cancel()
+
+    async def _in_force(self, config: Config) -> None:
+        """Put a configuration in force: policies, then cgroups, and those it lost last."""
+        refuse_what_needs_a_restart(self._paths.config, self._config, config)
+        if not self._ready:
+            raise GateError("the controller is starting", hint="try again in a moment")
+        targets = loader.check_targets(self._paths, config)
+        self._adopted.clear()
+        self._queue.put_nowait(on.Reconfigured(config.settings))
+        await self._adopted.wait()
+        self._config = config
+        await self._targets.follow(targets)
 
     # --- events in ------------------------------------------------------------------
 
@@ -156,7 +168,7 @@ class Controller:
     def _on_kernel(self, event: on.XfrmEvent | on.KernelSnapshot) -> None:
         self._queue.put_nowait(event)
         if isinstance(event, on.KernelSnapshot):
-            self._ike_news.set()  # which of these SAs does the daemon vouch for?
+            self._daemon.look()  # which of these SAs does it vouch for?
 
     def _on_overrun(self, overrun: Any) -> None:
         log.warning("XFRM notifications lost (%s): reading SPD and SAD anew", overrun.cause)
@@ -165,10 +177,7 @@ class Controller:
         for command in self._gate.start():
             await self._execute(command)
         while True:
-            events = [await self._queue.get()]
-            while not self._queue.empty():
-                events.append(self._queue.get_nowait())
-            for command in self._gate.step(*events):
+            for command in self._gate.step(*await self._events()):
                 try:
                     await self._execute(command)
                 except OSError as error:
@@ -177,120 +186,71 @@ class Controller:
                         hint="uncovered flows stay refused until a controller runs again",
                     ) from error
             self._tell_ready()
+            if self._service.alive():
+                self._retry()
+                self._service.tell(report.line(self._gate))
+
+    async def _events(self) -> list[on.Event]:
+        """Return what happened; nothing if nothing did for a pulse."""
+        events = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._service.pulse):
+                events.append(await self._queue.get())
+        while not self._queue.empty():
+            events.append(self._queue.get_nowait())
+        return events
 
     def _tell_ready(self) -> None:
         # The SPD table comes last: it waits until both the kernel and IKE were heard.
         if not self._ready and TableId.SPD in self._gate.published.tables:
             self._ready = True
-            self._set_modes(tighten=False)
+            self._hooks.relax(self._config.settings)
             loader.switch(self._paths)
-            systemd.notify("READY=1\nSTATUS=following the kernel and IKE")
+            self._service.tell(report.line(self._gate))
+            self._service.ready()
             log.info("ready")
-
-    async def _follow_ike(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(IKE_CONNECT):
-                    client = await IkeClient.connect(self._config.vici)
-                await self._with_ike(client)
-            except TimeoutError:
-                self._queue.put_nowait(on.IkeGone(f"no answer within {IKE_CONNECT:.0f} s"))
-            except IkeError as error:
-                self._queue.put_nowait(on.IkeGone(str(error)))
-            await asyncio.sleep(IKE_RETRY)
-
-    async def _with_ike(self, client: IkeClient) -> None:
-        """Follow one connection until it breaks."""
-        async with client, asyncio.TaskGroup() as tasks:
-            poll = tasks.create_task(self._poll_ike(client))
-            self._ike = client
-            async for event in client.events():
-                self._queue.put_nowait(event)
-            self._ike = None
-            poll.cancel()
-
-    async def _poll_ike(self, client: IkeClient) -> None:
-        userland: bool | None = None  # a daemon keeps its plugins as long as it lives
-        while True:
-            self._ike_news.clear()
-            try:
-                if userland is None:
-                    userland = await client.userland()
-                children = await client.children()
-                established = await client.established()
-            except IkeUnreachableError:
-                return  # IkeGone says so
-            except (IkeError, ViciError) as error:
-                # What was known stays in force; a connection that cannot be read is told.
-                if str(error) != self._ike_trouble:
-                    log.error("cannot read strongSwan's connections: %s", error)
-                self._ike_trouble = str(error)
-                await asyncio.sleep(IKE_POLL)
-                continue
-            self._ike_trouble = ""
-            self._queue.put_nowait(
-                on.IkeConnected(children, established, client.daemon_pid, userland)
-            )
-            with suppress(TimeoutError):
-                async with asyncio.timeout(IKE_POLL):
-                    await self._ike_news.wait()
-            await asyncio.sleep(IKE_PAUSE)
 
     # --- commands out -----------------------------------------------------------------
 
     async def _execute(self, command: do.Command) -> None:
         match command:
-            case do.SetEntry():
-                self._data.set_entry(command.table, command.index, command.key, command.entry)
-            case do.Publish():
-                await self._publish(command)
-            case do.Verify():
-                await self._verify(command)
-            case do.SetSources():
-                self._data.set_sources(command.sources)
-            case do.SetTun():
-                self._data.set(Setting.TUN, command.index)
+            case do.Adopted():
+                self._adopted.set()
             case do.ResolveSources():
                 self._routes.follow(command.destinations)
-            case do.ExemptIke():
-                self._data.set(Setting.IKE, command.pid)
             case do.StartTimer() | do.StopTimer():
                 self._set_timer(command)
             case do.AskIke() | do.Initiate() | do.Terminate():
-                await self._tell_ike(command)
+                await self._daemon.execute(command)
             case do.Remember():
                 self._remember(command)
             case do.Log():
                 log.log(logging.getLevelName(command.level.upper()), "%s", command.text)
             case _:
-                raise NotImplementedError(command)
-
-    async def _tell_ike(self, command: do.AskIke | do.Initiate | do.Terminate) -> None:
-        if self._ike is None:
-            return  # IkeGone is in the queue already
-        match command:
-            case do.AskIke():
-                self._ike_news.set()
-            case do.Initiate():
-                await self._ike.initiate(command.ike, command.child, command.limit)
-            case do.Terminate():
-                self._later(self._terminate(self._ike, command))
-
-    async def _terminate(self, ike: IkeClient, command: do.Terminate) -> None:
-        with suppress(IkeError):  # it went by itself meanwhile
-            await ike.terminate(command.ike, command.child)
+                await self._hooks.execute(command)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         """Do what may take long beside the decisions: closing a flow must not wait for it."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.result()  # a defect is the loop's, hence the service's
 
     def _remember(self, command: do.Remember) -> None:
+        self._unkept = None
         try:
             memory.keep(self._paths.remembered, command.children)
         except OSError as error:
+            self._unkept = command
             log.error("cannot keep %s: %s", self._paths.remembered, error)
+
+    def _retry(self) -> None:
+        if self._unkept is not None:
+            self._remember(self._unkept)
 
     def _set_timer(self, command: do.StartTimer | do.StopTimer) -> None:
         running = self._timers.pop(command.timer, None)
@@ -301,26 +261,14 @@ class Controller:
                 command.seconds, self._queue.put_nowait, on.TimerFired(command.timer)
             )
 
-    async def _verify(self, command: do.Verify) -> None:
-        mended = await self._data.verify(command.table, command.content)
-        self._mended += mended
-        if mended:
-            name = command.table.name
-            log.error("%d entries of the %s table were not as published: mended", mended, name)
-
-    async def _publish(self, command: do.Publish) -> None:
-        try:
-            await self._data.publish(command.table, command.content)
-        except OSError as error:
-            # An old SPD table may say "live" of what is gone: nothing is live, and we end.
-            if command.table is TableId.SPD:
-                await self._data.publish(TableId.SPD, EMPTY)
-            raise GateError(
-                f"cannot publish the {command.table.name} table: {error.strerror}",
-                hint="protected flows are refused until a controller runs again",
-            ) from error
-
-    def _status(self) -> dict[str, Any]:
+    async def _status(self) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}
-        drift = {"kernel": self._gate.drift, "maps": self._mended}
-        return {**known, "drift": drift, **report.of_gate(self._gate)}
+        drift = {"kernel": self._gate.drift, "maps": self._hooks.mended}
+        told = report.of_gate(self._gate)
+        if self._unkept is not None:
+            told["errors"].append(
+                f"{self._paths.remembered} cannot be written: a restart without IKE would "
+                "protect what it says, not what is loaded"
+            )
+        told["errors"] += [*self._targets.errors, *self._reload.errors]
+        return {**known, "drift": drift, **told}

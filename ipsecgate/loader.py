@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ipsecgate.edges import bytecode, cgroups
+from ipsecgate.edges import bytecode, cgroups, libbpf
+from ipsecgate.edges.config import Config
+from ipsecgate.edges.objects import opened
 from ipsecgate.edges.pins import Pins
-from ipsecgate.errors import GateError, KernelLacksError
+from ipsecgate.errors import GateError, KernelLacksError, UsageError
 from ipsecgate.lock import held
 from ipsecgate.paths import Paths
 
@@ -75,9 +77,54 @@ def unload(paths: Paths, *, force: bool) -> None:
 def attach(paths: Paths, target: str) -> Path:
     """Gate a cgroup, return its path."""
     cgroup = cgroups.resolve(target)
+    attach_path(paths, cgroup)
+    return cgroup
+
+
+def attach_all(paths: Paths, config: Config) -> list[Path]:
+    """Gate what the configuration names and exists, return the cgroups."""
+    found = [cgroup for target in check_targets(paths, config) for cgroup in cgroups.find(target)]
+    for cgroup in found:
+        attach_path(paths, cgroup)
+    return found
+
+
+def attach_path(paths: Paths, cgroup: Path) -> None:
+    """Gate one cgroup."""
     with _writing(paths, f"attach {cgroup}") as pins:
         pins.attach(cgroup)
-    return cgroup
+
+
+def prune(paths: Paths) -> bool:
+    """Remove the pins of cgroups that are gone for good. True: some are only going.
+
+    A removed cgroup lives on in the sockets that were made in it, wherever they are now; the
+    kernel lets go of its links when the last one is closed.
+    """
+    alive = cgroups.by_id()
+    going = False
+    with _writing(paths, "prune") as pins:
+        for path in sorted((pins.root / "links").glob("*")):
+            if int(path.name.rpartition("-")[2]) in alive:
+                continue
+            with opened(libbpf.open_pin(path)) as link:
+                gone = libbpf.link_info(link).cgroup_id == 0
+            if gone:
+                path.unlink()
+            going = going or not gone
+    return going
+
+
+def check_targets(paths: Paths, config: Config) -> tuple[str, ...]:
+    """Return the targets of a configuration. Raises: UsageError for one that can never be."""
+    root = cgroups.root()
+    for target in config.cgroups:
+        if not cgroups.is_pattern(target) and not Path(target).is_relative_to(root):
+            raise UsageError(
+                f"{paths.config}: gate.cgroups: {target} is not below {root}",
+                hint="a path there, unit:NAME or container:ID",
+            )
+    return (str(root),) if config.host else config.cgroups
 
 
 def detach(paths: Paths, target: str) -> str:

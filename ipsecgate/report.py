@@ -47,6 +47,19 @@ def of_gate(gate: Gate) -> Document:
     }
 
 
+def line(gate: Gate) -> str:
+    """Return how it goes, in one line."""
+    if gate.ike_error:
+        return f"protected flows are refused: IKE: {gate.ike_error}"
+    if gate.errors:
+        return gate.errors[0]
+    negotiations = gate.negotiations.of.values()
+    covered = sum(item.coverage is Coverage.COVERED for item in negotiations)
+    trouble = next((item.last_error for item in negotiations if item.last_error), "")
+    text = f"{len(gate.policies)} policies; {covered} of {len(negotiations)} children asked for up"
+    return f"{text}; {trouble}" if trouble else text
+
+
 def _sas(gate: Gate) -> list[Document]:
     if gate.source is gate.userland:
         return [

@@ -11,11 +11,13 @@ log=$PWD/.cache/setup.log
 export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 # BCC; the IKE daemon, and its plugin that does ESP without the kernel (Debian leaves it switched
-# off); namespaces; the guest's modules; sysctl and ps for the lab.
+# off); namespaces; the guest's modules; sysctl and ps for the lab; for the tests of the units
+# systemd-analyze and the system calls' numbers, for that of the man page man.
 packages=(
     python3-bpfcc python3-venv
     charon-systemd strongswan-swanctl libcharon-extra-plugins
     iproute2 kmod mount procps util-linux
+    linux-libc-dev man-db systemd
 )
 policy=/usr/sbin/policy-rc.d
 own_policy=

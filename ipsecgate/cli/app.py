@@ -55,6 +55,7 @@ class _Lazy(click.Group):
         "attach": "pins",
         "detach": "pins",
         "run": "run",
+        "reload": "run",
         "status": "status",
         "check": "check",
         "demo": "demo",

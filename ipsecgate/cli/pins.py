@@ -9,16 +9,20 @@ from ipsecgate.cli.app import App
 
 
 @click.command()
+@click.option("--attach", "gate", is_flag=True, help="Gate the configured cgroups that exist, too.")
 @click.pass_obj
-def load(app: App) -> None:
+def load(app: App, gate: bool) -> None:
     """Pin the hooks and their maps; load again to take over those that are there.
 
-    New pins refuse whatever is not loopback until a controller publishes.
+    New pins refuse whatever is not loopback until a controller publishes. A configured
+    cgroup that does not exist yet is gated by the controller when it appears.
     """
-    app.config()  # a broken configuration changes nothing
+    config = app.config()  # a broken configuration changes nothing
     loader.load(app.paths)
     root = loader.pins_of(app.paths).root
-    app.done(f"loaded: {root}", loaded=str(root))
+    gated = loader.attach_all(app.paths, config) if gate else []
+    text = "".join(f"\ngated: {path}" for path in gated)
+    app.done(f"loaded: {root}{text}", loaded=str(root), attached=[str(path) for path in gated])
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""run: the controller in the foreground."""
+"""run: the controller in the foreground; reload: have it read its configuration anew."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import click
 
 from ipsecgate import controller
 from ipsecgate.cli.app import App
+from ipsecgate.edges import control
+
+RELOAD_LIMIT = 90.0  # seconds
 
 
 @click.command()
@@ -17,4 +20,16 @@ def run(app: App) -> None:
 
     Ending it, however, opens nothing: the hooks keep refusing what no SA covers.
     """
-    asyncio.run(controller.run(app.paths, app.config()))
+    asyncio.run(controller.run(app.paths, app.config))
+
+
+@click.command()
+@click.pass_obj
+def reload(app: App) -> None:
+    """Have the controller read its configuration anew: whole, or refused whole.
+
+    Policies, errnos, mode, default and cgroups change without a window. A configuration
+    that is refused changes nothing. `vici` and `sa_source` need a restart, which opens nothing.
+    """
+    told = control.ask(app.paths.control, "reload", RELOAD_LIMIT)
+    app.done(f"in force: {app.paths.config}", **told)

@@ -58,6 +58,20 @@ class ResolveSources:
 
 
 @dataclass(frozen=True, slots=True)
+class SetModes:
+    """Set what holds beside the tables: audit, the default, the errno of its refusals."""
+
+    audit: bool
+    deny: bool
+    error: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """The new configuration (`Reconfigured`) is in force."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExemptIke:
     """Exempt this process's sockets: the IKE daemon. 0: none."""
 
@@ -116,19 +130,9 @@ class Log:
     text: str
 
 
+HookCommand = Publish | SetEntry | Verify | SetSources | SetTun | SetModes | ExemptIke
+"""What is written into the hooks' maps."""
+IkeCommand = AskIke | Initiate | Terminate
 Command = (
-    Publish
-    | SetEntry
-    | Verify
-    | SetSources
-    | SetTun
-    | ResolveSources
-    | ExemptIke
-    | AskIke
-    | Initiate
-    | Terminate
-    | StartTimer
-    | StopTimer
-    | Remember
-    | Log
+    HookCommand | IkeCommand | ResolveSources | Adopted | StartTimer | StopTimer | Remember | Log
 )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ipsecgate.core.flow import Address, Flow, Network, TrafficSelector
 from ipsecgate.core.ipsec import Mode, Sa, SaId, SpdEntry, SpdKey
+
+if TYPE_CHECKING:
+    from ipsecgate.core.policy import Settings
 
 # --- kernel: XFRM notifications -------------------------------------------------
 
@@ -206,6 +210,16 @@ class NegotiationDone:
 IkeEvent = ChildUp | ChildDown | IkeUp | IkeDown | IkeGone | NegotiationFailed | NegotiationDone
 
 
+# --- the operator ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reconfigured:
+    """The configuration was read anew, whole. `Adopted` tells when it is in force."""
+
+    settings: Settings
+
+
 # --- time ------------------------------------------------------------------------
 
 
@@ -231,6 +245,13 @@ class CheckDue:
 
 
 OtherEvent = (
-    KernelSnapshot | SourcesResolved | FlowRefused | IkeConnected | IkeEvent | TimerFired | CheckDue
+    KernelSnapshot
+    | SourcesResolved
+    | FlowRefused
+    | IkeConnected
+    | IkeEvent
+    | Reconfigured
+    | TimerFired
+    | CheckDue
 )
 Event = XfrmEvent | OtherEvent

@@ -5,6 +5,7 @@
     ChildUp, -Down   -> the same, where the IKE daemon does ESP itself
     IkeConnected     -> the policy table where none are configured; trust in SAs
     SourcesResolved  -> which source an unbound flow has, hence which policy wins
+    Reconfigured     -> what is stricter first, the policy table, what is laxer last
 
 Rules of this module: nothing is opened but by the kernel's mirror, or by IKE and
 routes where the kernel does no ESP; nothing is decided by time but through timers,
@@ -19,14 +20,18 @@ from dataclasses import dataclass, field, replace
 from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
 from ipsecgate.core.coverage import Coverage
-from ipsecgate.core.flow import Address, Flow, Network
+from ipsecgate.core.flow import ANY_V4, ANY_V6, Address, Flow, Network
 from ipsecgate.core.ipsec import Action, SpdEntry
+from ipsecgate.core.layout import TableId, flow_key
 from ipsecgate.core.mirror import Mirror
-from ipsecgate.core.negotiations import Negotiations, child_for
+from ipsecgate.core.negotiations import Name, Negotiations, child_for
 from ipsecgate.core.policy import Policy, SaSource, Settings, derived
 from ipsecgate.core.published import Published
+from ipsecgate.core.sources import Cover, prefix
+from ipsecgate.core.table import EMPTY
 from ipsecgate.core.userland import Userland
 
+NOT_KNOWN_YET = (Policy("not-known-yet", (ANY_V4, ANY_V6)),)
 ORPHANS = 64  # flows that wait for a connection to be loaded
 WARNINGS = 256  # that are told once each
 
@@ -55,13 +60,20 @@ class Gate:
         self.drift = 0  # policies and SAs that the kernel's events had not told as they are
         self._tun = 0
         self._told_tun: int | None = None  # a predecessor may have told another
-        self._orphans: dict[Flow, int] = {}  # refused, and no child known: by policy
+        self._orphans: set[Flow] = set()  # refused, and no child known
+        self._numbered: tuple[Policy, ...] = ()  # by these the negotiations' places count
+        self._next: Settings | None = None  # waits for the sources that it needs
         self._heard: set[type[on.Event]] = set()  # KernelSnapshot, IkeConnected or IkeGone
 
     @property
     def policies(self) -> tuple[Policy, ...]:
         """Configured policies, else one for every known remote traffic selector."""
-        return self.settings.policies or self._derived
+        return self._policies_of(self.settings)
+
+    def _policies_of(self, settings: Settings) -> tuple[Policy, ...]:
+        # What was published is only ever replaced, so without policies all of it is protected.
+        unknown = NOT_KNOWN_YET if TableId.POLICY in self.published.tables else ()
+        return settings.policies or self._derived or unknown
 
     @property
     def errors(self) -> list[str]:
@@ -95,6 +107,8 @@ class Gate:
                     commands += self._follow_kernel()
                 if isinstance(event, on.PolicySet) and self._is_news(event.entry):
                     commands.append(do.AskIke())
+            elif isinstance(event, on.Reconfigured):
+                commands += self._reconfigure(event.settings)
             else:
                 commands += self._take(event)
         return commands
@@ -102,7 +116,9 @@ class Gate:
     def _take(self, event: on.OtherEvent) -> list[do.Command]:
         match event:
             case on.FlowRefused():
-                return self._ask(event.flow, event.policy) + self._refresh()
+                # Its place is one of the table that refused it, which may be an older one.
+                place = None if event.policy is None else self._place_of(event.flow)
+                return self._ask(event.flow, place) + self._refresh()
             case on.KernelSnapshot():
                 return self._snapshot(event)
             case on.SourcesResolved():
@@ -113,6 +129,8 @@ class Gate:
                 return self._timer(event.timer) + self._refresh()
             case on.CheckDue():
                 return [do.Verify(*item) for item in self.published.tables.items()]
+            case on.Reconfigured():
+                return self._reconfigure(event.settings)
         return self._ike_event(event)
 
     def _ike_event(self, event: on.IkeEvent) -> list[do.Command]:
@@ -149,7 +167,7 @@ class Gate:
         self.userland.routed(event.into_tun)
         self._tun = event.tun
         self._heard.add(on.SourcesResolved)
-        return [do.SetSources(event.sources), *self._follow_kernel()]
+        return [do.SetSources(event.sources), *self._follow_kernel(), *self._adopt()]
 
     # --- tables -------------------------------------------------------------------
 
@@ -184,8 +202,27 @@ class Gate:
         """Bring the policy table up to date: policies, and the errno of their refusals."""
         if not self.policies:
             return []
+        told: list[do.Command] = []
+        uncovered = self.settings.errnos.uncovered
+        if self._numbered != self.policies:
+            self._numbered = self.policies
+            told = self.published.policies(self.policies, {}, uncovered)
+            names = [policy.name for policy in self.policies]
+            told += self.negotiations.renumber(self._place_for, names)
         errnos = {place: self._errno(place) for place in self.negotiations.places()}
-        return self.published.policies(self.policies, errnos, self.settings.errnos.uncovered)
+        return told + self.published.policies(self.policies, errnos, uncovered)
+
+    def _place_of(self, flow: Flow) -> int | None:
+        """Return the place of the policy that has a flow now."""
+        entry = self.published.tables.get(TableId.POLICY, EMPTY).classify(flow_key(flow))
+        return entry.id if entry and entry.id < len(self.policies) else None
+
+    def _place_for(self, name: Name, flow: Flow) -> int | None:
+        """Return the place of the policy for which a child may be negotiated, to protect a flow."""
+        place = self._place_of(flow)
+        if place is None or self.policies[place].action is not Action.PROTECT:
+            return None
+        return place if self.policies[place].child in (None, name[1], "/".join(name)) else None
 
     def _is_news(self, entry: SpdEntry) -> bool:
         """Tell whether a kernel policy may belong to a connection that is not known yet.
@@ -208,9 +245,8 @@ class Gate:
         return errnos.failed if states == {Coverage.BACK_OFF} else errnos.uncovered
 
     def _ask_sources(self) -> list[do.Command]:
-        protect = (p for p in self.policies if p.action is Action.PROTECT)
-        wanted = tuple(dict.fromkeys(n for p in protect for n in p.remote))
-        if wanted == self._destinations:
+        wanted = _protected(self.policies)
+        if wanted == self._destinations or self._next is not None:
             return []
         self._destinations = wanted
         return [do.ResolveSources(wanted)]
@@ -243,7 +279,7 @@ class Gate:
                 return self._warn(f"{config.ike}/{config.child} is up and does not protect", flow)
             return self.negotiations.ask((config.ike, config.child), flow, place, policy.name)
         if len(self._orphans) < ORPHANS:
-            self._orphans[flow] = place
+            self._orphans.add(flow)
         return [do.AskIke()]  # the connection may have been loaded a moment ago
 
     def _is_up(self, config: on.ChildConfig) -> bool:
@@ -282,12 +318,48 @@ class Gate:
 
     def _ask_again(self) -> list[do.Command]:
         """Ask for the flows that had no child when the daemon was last looked at."""
-        orphans, self._orphans = self._orphans, {}
-        asked = [c for flow, place in orphans.items() for c in self._ask(flow, place)]
-        alone, self._orphans = self._orphans, {}
+        orphans, self._orphans = self._orphans, set()
+        asked = [c for flow in orphans for c in self._ask(flow, self._place_of(flow))]
+        alone, self._orphans = self._orphans, set()
         text = "no CHILD_SA that is loaded would protect"
         told = [command for flow in alone for command in self._warn(text, flow)]
         return [c for c in asked if not isinstance(c, do.AskIke)] + told
+
+    # --- the configuration ------------------------------------------------------------
+
+    def _reconfigure(self, settings: Settings) -> list[do.Command]:
+        """Take over a configuration, once the sources are known that its policies need.
+
+        Until then the old one is in force: what an SA covers would be refused for want
+        of its source.
+        """
+        self._next = settings
+        learned = [] if settings.policies else self._learn(self.children)
+        wanted = _protected(self._policies_of(settings))
+        union = tuple(dict.fromkeys((*self._destinations, *wanted)))
+        if union == self._destinations:
+            return [*learned, *self._adopt()]
+        self._destinations = union
+        return [*learned, do.ResolveSources(union)]
+
+    def _adopt(self) -> list[do.Command]:
+        """Put the next configuration in force if its sources are known: the stricter part first."""
+        old, new, known = self.settings, self._next, Cover(self.sources)
+        if new is None or not all(
+            known.touches(prefix(network)) for network in _protected(self._policies_of(new))
+        ):
+            return []
+        self._next, self.settings = None, new
+        self._warned.clear()
+        error = new.errnos.uncovered
+        return [
+            do.SetModes(old.audit and new.audit, old.deny or new.deny, error),
+            *self._refresh(),
+            do.SetModes(new.audit, new.deny, error),
+            *self._ask_sources(),
+            do.AskIke(),  # what is to be initiated at once
+            do.Adopted(),
+        ]
 
     # --- the IKE daemon -------------------------------------------------------------
 
@@ -346,3 +418,9 @@ class Gate:
         follow = self._follow_kernel()
         gone = do.Log("error", f"IKE daemon gone ({event.reason}): protected flows are refused")
         return [*follow, do.ExemptIke(0), gone, *self.negotiations.ike_gone(), *self._refresh()]
+
+
+def _protected(policies: Iterable[Policy]) -> tuple[Network, ...]:
+    """Return the networks whose sources must be known."""
+    protect = (policy for policy in policies if policy.action is Action.PROTECT)
+    return tuple(dict.fromkeys(network for policy in protect for network in policy.remote))

@@ -6,7 +6,7 @@ with the parameters of the policy that covers the flow).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -123,6 +123,23 @@ class Negotiations:
     def ike_gone(self) -> list[do.Command]:
         """Nothing is being negotiated any more."""
         return [command for name in self.of for command in self._move(name, Input.IKE_GONE)]
+
+    def renumber(
+        self, place_of: Callable[[Name, Flow], int | None], names: Sequence[str]
+    ) -> list[do.Command]:
+        """The policies are others now: find each negotiation's, forget those that have none."""
+        forgotten: list[do.Command] = []
+        for name, item in list(self.of.items()):
+            place = place_of(name, item.flow)
+            if place is None:
+                del self.of[name]
+                forgotten += [
+                    do.StopTimer(Timer("limit", *name)),
+                    do.StopTimer(Timer("retry", *name)),
+                ]
+            else:
+                item.place, item.policy = place, names[place]
+        return forgotten
 
     def places(self) -> set[int]:
         """Return the places of the policies that ever asked."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import struct
@@ -16,11 +17,14 @@ import subprocess
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ipsecgate.edges.libbpf import INSN_SIZE, MapShape
 from ipsecgate.errors import GateError, KernelLacksError
+
+log = logging.getLogger("ipsecgate")
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBBCC = "libbcc.so.0"
@@ -112,7 +116,6 @@ def _compile(path: Path) -> Bytecode:
             "the hooks are not compiled yet and BCC is not installed",
             hint="apt install python3-bpfcc",
         )
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     run = subprocess.run(
         [sys.executable, "-m", "ipsecgate.edges.compiler", str(source_dir())],
         capture_output=True,
@@ -132,6 +135,12 @@ def _compile(path: Path) -> Bytecode:
         )
     bytecode = Bytecode.from_json(run.stdout)
     aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(run.stdout)
-    aside.replace(path)
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        aside.write_text(run.stdout)
+        aside.replace(path)
+    except OSError as error:  # a full disk, say: the next start compiles again
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        log.warning("cannot keep the compiled hooks in %s: %s", path.parent, error.strerror)
     return bytecode

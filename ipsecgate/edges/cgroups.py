@@ -21,31 +21,47 @@ def root() -> Path:
     )
 
 
-def resolve(target: str) -> Path:
-    """Return the cgroup that a target names: a path, unit:NAME, container:ID.
+def find(target: str) -> list[Path]:
+    """Return the cgroups that a target names now: a path, unit:NAME, container:ID.
 
-    Raises: UsageError if there is none, or more than one.
+    Runtimes nest a cgroup of the same name in a container's: the outermost holds all.
     """
+    if not is_pattern(target):
+        return [Path(target)] if (Path(target) / "cgroup.procs").is_file() else []
+    found = [path for path in walk() if names(target, path)]
+    return [p for p in found if not any(o != p and p.is_relative_to(o) for o in found)]
+
+
+def is_pattern(target: str) -> bool:
+    """Tell whether a target names cgroups by their last name, wherever they are."""
+    return target.startswith(("unit:", "container:"))
+
+
+def names(target: str, path: Path) -> bool:
+    """Tell whether a target names this cgroup, whether there is one or not."""
     kind, _, name = target.partition(":")
     match kind:
         case "unit":
-            full = name if "." in name else f"{name}.service"
-            found = [p for p in walk() if p.name == full]
+            return path.name == (name if "." in name else f"{name}.service")
         case "container":
-            found = [p for p in walk() if len(name) >= 6 and name in p.name]
-            # runtimes nest a cgroup of the same name: the outermost holds all
-            found = [p for p in found if not any(o != p and p.is_relative_to(o) for o in found)]
-        case _:
-            path = Path(target)
-            if not (path / "cgroup.procs").is_file():
-                raise UsageError(
-                    f"{target} is not a cgroup2 folder",
-                    hint=f"a path below {root()}, unit:NAME or container:ID",
-                )
-            return path
+            return len(name) >= 6 and name in path.name
+    return path == Path(target)
+
+
+def resolve(target: str) -> Path:
+    """Return the one cgroup that a target names.
+
+    Raises: UsageError if there is none, or more than one.
+    """
+    found = find(target)
+    if not found and not is_pattern(target):
+        raise UsageError(
+            f"{target} is not a cgroup2 folder",
+            hint=f"a path below {root()}, unit:NAME or container:ID",
+        )
     if len(found) != 1:
-        names = ", ".join(str(p) for p in found[:4])
-        raise UsageError(f"{target} names {len(found)} cgroups{': ' + names if names else ''}")
+        several = ", ".join(str(p) for p in found[:4])
+        raise UsageError(f"{target} names {len(found)} cgroups{': ' + several if several else ''}")
     return found[0]
 
 

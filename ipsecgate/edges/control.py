@@ -1,6 +1,7 @@
 """The controller's socket: one line of JSON asked, one line of JSON answered.
 
-    {"verb": "status"}  ->  {"ok": {...}}  or  {"error": "..."}
+    {"verb": "status"}  ->  {"ok": {...}}
+                        or  {"error": "...", "hint": "what to do", "code": exit code}
 
 Root only: the socket's mode says so, and each peer's credentials are checked.
 """
@@ -12,33 +13,45 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from ipsecgate.errors import GateError, NoControllerError
+from ipsecgate.errors import GateError, NoControllerError, UsageError
 
 REQUEST_LIMIT = 4096
 ANSWER_LIMIT = 16 << 20
+CLIENTS = 16  # at a time: descriptors are needed for the kernel and IKE
 _TIME_LIMIT = 5.0
+_WORK_LIMIT = 60.0  # for a verb that changes something
 
-Handler = Callable[[], Mapping[str, Any]]
+Handler = Callable[[], Awaitable[Mapping[str, Any]]]
 
 
 @asynccontextmanager
 async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[None]:
     """Answer the verbs on a socket while the block runs. Raises: OSError."""
 
+    clients = 0
+
     async def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal clients
+        if clients >= CLIENTS:
+            writer.close()
+            return
+        clients += 1
         try:
             async with asyncio.timeout(_TIME_LIMIT):
-                answer = _answer(writer, await reader.readline(), verbs)
+                line = await reader.readline()
+            answer = await _answer(writer, line, verbs)
+            async with asyncio.timeout(_TIME_LIMIT):
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
         except (ValueError, OSError, TimeoutError):
             pass  # a peer that does not speak the protocol, or went away
         finally:
+            clients -= 1
             writer.close()
 
     path.unlink(missing_ok=True)  # the lock says that nobody else listens here
@@ -54,7 +67,7 @@ async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[Non
         path.unlink(missing_ok=True)
 
 
-def _answer(
+async def _answer(
     writer: asyncio.StreamWriter, line: bytes, verbs: Mapping[str, Handler]
 ) -> dict[str, Any]:
     credentials = writer.get_extra_info("socket").getsockopt(
@@ -66,18 +79,21 @@ def _answer(
     try:
         request = json.loads(line)
         handler = verbs[request["verb"]]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {"error": f'expected {{"verb": one of {", ".join(verbs)}}}'}
     try:
-        return {"ok": handler()}
+        async with asyncio.timeout(_WORK_LIMIT):
+            return {"ok": await handler()}
+    except GateError as error:
+        return {"error": str(error), "hint": error.hint, "code": error.exit_code}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def ask(path: Path, verb: str) -> dict[str, Any]:
-    """Ask the controller, return its answer. Raises: NoControllerError, GateError."""
+def ask(path: Path, verb: str, limit: float = _TIME_LIMIT) -> dict[str, Any]:
+    """Ask the controller, return its answer. Raises: NoControllerError, UsageError, GateError."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(_TIME_LIMIT)
+        sock.settimeout(limit)
         try:
             sock.connect(os.fspath(path))
             sock.sendall(json.dumps({"verb": verb}).encode() + b"\n")
@@ -92,7 +108,11 @@ def ask(path: Path, verb: str) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(line)
     except ValueError as error:
         raise NoControllerError(f"the controller on {path} hung up") from error
+    if answer.get("code") == UsageError.exit_code:
+        raise UsageError(answer["error"], hint=answer["hint"])
     if "ok" not in answer:
-        raise GateError(f"the controller refused {verb}: {answer.get('error')}")
+        raise GateError(
+            f"the controller refused {verb}: {answer.get('error')}", hint=answer.get("hint", "")
+        )
     result: dict[str, Any] = answer["ok"]
     return result

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -162,6 +163,14 @@ class IkeClient:
         what = {"ike": ike} if child is None else {"ike": ike, "child": child}
         await self._command("terminate", {**what, "timeout": "-1"})
 
+    def terminate_soon(self, ike: str, child: str) -> None:
+        """Have a child deleted; this does not wait for it, nor mind if it went by itself."""
+        self._spawn(self._terminate_quietly(ike, child))
+
+    async def _terminate_quietly(self, ike: str, child: str) -> None:
+        with suppress(IkeError):
+            await self.terminate(ike, child)
+
     async def _initiate(self, ike: str, child: str, limit: float) -> None:
         try:
             cause = await self._negotiator.negotiate((ike, child), limit)
@@ -216,7 +225,12 @@ class IkeClient:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.result()  # what it did not expect is for the loop's exception handler
 
 
 def _events(answer: Answer) -> Iterator[IkeEvent]:

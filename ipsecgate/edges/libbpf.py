@@ -308,8 +308,14 @@ class Ring:
     """A BPF ring buffer's consumer; `fd` becomes readable when records are there."""
 
     def __init__(self, map_fd: int, on_record: Callable[[bytes], None]) -> None:
+        self._failure: Exception | None = None
+
         def callback(_ctx: int, data: int, size: int) -> int:
-            on_record(ct.string_at(data, size))
+            try:
+                on_record(ct.string_at(data, size))
+            except Exception as error:  # consume() raises it: ctypes would print it and go on
+                self._failure = error
+                return -1
             return 0
 
         self._callback = _RingCallback(callback)  # C holds it: keep it alive
@@ -319,8 +325,16 @@ class Ring:
         self.fd = _call("ring buffer", "ring_buffer__epoll_fd", self._ring)
 
     def consume(self) -> int:
-        """Hand every waiting record to the callback, return how many. Raises: OSError."""
-        return _call("read ring buffer", "ring_buffer__consume", self._ring)
+        """Hand every waiting record to the callback, return how many.
+
+        Raises: OSError; whatever the callback raised, with the record that it was given gone.
+        """
+        try:
+            return _call("read ring buffer", "ring_buffer__consume", self._ring)
+        finally:
+            failure, self._failure = self._failure, None
+            if failure is not None:
+                raise failure
 
     def close(self) -> None:
         """Release the ring; the map itself stays."""

@@ -37,11 +37,15 @@ def keep(path: Path, children: tuple[ChildConfig, ...]) -> None:
     """Replace what is kept, whole or not at all. Raises: OSError."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     aside = path.with_suffix(".new")
-    with aside.open("w") as file:
-        json.dump([_plain(child) for child in children], file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("w") as file:
+            json.dump([_plain(child) for child in children], file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # a full disk needs the room
+        raise
 
 
 def _plain(child: ChildConfig) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.edges.control import REQUEST_LIMIT, ask, serving
+from ipsecgate.edges.control import CLIENTS, REQUEST_LIMIT, ask, serving
 from ipsecgate.errors import GateError, NoControllerError
 
 
-def status() -> Mapping[str, Any]:
+async def status() -> Mapping[str, Any]:
     return {"pid": 7}
 
 
-def broken() -> Mapping[str, Any]:
+async def broken() -> Mapping[str, Any]:
     raise KeyError("a defect")
 
 
@@ -39,7 +39,16 @@ async def test_it_answers_its_verbs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"\n", b"{}\n", b"[]\n", b"\xff\xfe\n", b'{"verb": []}\n', b"x" * 2 * REQUEST_LIMIT]
+    "line",
+    [
+        b"\n",
+        b"{}\n",
+        b"[]\n",
+        b"\xff\xfe\n",
+        b'{"verb": []}\n',
+        b"x" * 2 * REQUEST_LIMIT,
+        b"[" * 4000 + b"\n",
+    ],
 )
 async def test_nonsense_gets_an_error_or_nothing(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "control.sock"
@@ -59,3 +68,16 @@ def test_nobody_there(tmp_path: Path) -> None:
         ask(tmp_path / "none.sock", "status")
     assert caught.value.exit_code == 3
     assert "ipsecgate run" in caught.value.hint
+
+
+async def test_many_silent_clients_take_no_more_than_their_share(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    async with serving(path, VERBS):
+        silent = [await asyncio.open_unix_connection(path) for _ in range(CLIENTS)]
+        reader, writer = await asyncio.open_unix_connection(path)
+        assert await reader.read() == b"", "hung up on"
+        writer.close()
+        for _, each in silent:
+            each.close()
+        await asyncio.sleep(0.05)
+        assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}

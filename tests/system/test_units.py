@@ -1,0 +1,196 @@
+"""The units: valid, narrow, and enough: the controller runs inside what they allow."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.edges.objects import HOOKS
+from ipsecgate.edges.pins import Pins
+from tests.system.bed import PEER
+from tests.system.caller import Caller
+from tests.system.unit import PORT, Unit, caller, refused, unit
+
+__all__ = ["caller", "unit"]
+
+ROOT = Path(__file__).parents[2]
+UNITS = ROOT / "packaging/systemd"
+EXPOSURE = {"ipsecgate.service": 2.5, "ipsecgate-load.service": 2.0}  # of 10, and not more
+NEEDED = ("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make install-files` makes, beside this system's own units."""
+    root = tmp_path_factory.mktemp("root")
+    subprocess.run(
+        ["make", "-s", "-o", "setup", "install-files", f"DESTDIR={root}"], cwd=ROOT, check=True
+    )
+    shutil.copytree(
+        "/usr/lib/systemd/system", root / "usr/lib/systemd/system", symlinks=True,
+        dirs_exist_ok=True,
+    )  # fmt: skip
+    program = root / "usr/bin/ipsecgate"
+    program.parent.mkdir(exist_ok=True)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    return root
+
+
+def analyze(*words: str) -> str:
+    done = subprocess.run(
+        ["systemd-analyze", *words], capture_output=True, text=True, check=False,
+        env={**os.environ, "SYSTEMD_COLORS": "0"},
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", EXPOSURE)
+def test_systemd_has_nothing_to_say(root: Path, name: str) -> None:
+    told = analyze("verify", f"--root={root}", "--man=no", name)
+    assert not [line for line in told.splitlines() if "ipsecgate" in line]
+    spoilt = root / "usr/lib/systemd/system/ipsecgate-spoilt.service"
+    spoilt.write_text((root / f"usr/lib/systemd/system/{name}").read_text() + "Colour=red\n")
+    assert "Colour" in analyze("verify", f"--root={root}", "--man=no", spoilt.name)
+
+
+@pytest.mark.parametrize(("name", "limit"), EXPOSURE.items())
+def test_exposure(root: Path, name: str, limit: float) -> None:
+    told = analyze("security", "--offline=true", "--no-pager", f"--root={root}", name)
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", told)
+    assert found, told
+    assert float(found[1]) <= limit
+
+
+def setting(name: str, key: str) -> list[str]:
+    lines = (UNITS / name).read_text().splitlines()
+    return [line.partition("=")[2] for line in lines if line.startswith(f"{key}=")]
+
+
+def test_stopping_opens_nothing() -> None:
+    for name in EXPOSURE:
+        assert not setting(name, "ExecStop")
+        assert not setting(name, "ExecStopPost")
+        assert setting(name, "RuntimeDirectoryPreserve") == ["yes"]
+    assert setting("ipsecgate.service", "Restart") == ["always"]
+    assert setting("ipsecgate-load.service", "Before") == ["network-pre.target", "shutdown.target"]
+
+
+# --- what the unit allows is enough ------------------------------------------------------
+
+
+def expand(group: str) -> set[str]:
+    """Return a group's system calls, of the groups in it as well."""
+    calls: set[str] = set()
+    for line in analyze("syscall-filter", group).splitlines()[1:]:
+        word = line.strip()
+        if word.startswith("@"):
+            calls |= expand(word)
+        elif word and not word.startswith("#"):
+            calls.add(word)
+    return calls
+
+
+def allowed_calls(name: str) -> list[int]:
+    """Return the numbers of what a unit's SystemCallFilter= lets through."""
+    calls: set[str] = set()
+    for line in setting(name, "SystemCallFilter"):
+        minus = line.startswith("~")
+        for word in line.removeprefix("~").split():
+            named = expand(word) if word.startswith("@") else {word}
+            calls = calls - named if minus else calls | named
+    header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h").read_text()
+    numbers = {n: int(v) for n, v in re.findall(r"#define __NR_(\w+) (\d+)", header)}
+    return sorted(numbers[call] for call in calls if call in numbers)
+
+
+# As systemd does it: no new privileges, then a filter that answers EPERM; W^X by the kernel
+# where it has that (6.3).
+CONFINE = """
+import ctypes, struct
+def confine(calls, error):
+    bpf = lambda code, k, jt=0, jf=0: struct.pack("=HBBI", code, jt, jf, k)
+    program = [bpf(0x20, 4), bpf(0x15, 0xC000003E, 1), bpf(0x06, 0x80000000), bpf(0x20, 0)]
+    for call in calls:
+        program += [bpf(0x15, call, 0, 1), bpf(0x06, 0x7FFF0000)]
+    code = b"".join([*program, bpf(0x06, 0x00050000 | error)])
+    text = ctypes.create_string_buffer(code, len(code))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(65, 1, 0, 0, 0)  # PR_SET_MDWE
+    assert not libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    class Fprog(ctypes.Structure):
+        _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+    fprog = Fprog(len(code) // 8, ctypes.addressof(text))
+    assert not libc.prctl(22, 2, ctypes.byref(fprog), 0, 0), ctypes.get_errno()
+"""
+
+
+def confined(name: str) -> str:
+    return f"{CONFINE}\nconfine({allowed_calls(name)}, {errno.EPERM})\n"
+
+
+def only(capabilities: tuple[str, ...] | list[str]) -> list[str]:
+    names = "".join(f",+{name.removeprefix('CAP_').lower()}" for name in capabilities)
+    return ["setpriv", "--bounding-set", f"-all{names}", "--inh-caps=-all", "--no-new-privs"]
+
+
+def in_unit(unit: Unit, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb with a unit's capabilities and system calls."""
+    program = f"{confined(name)}\nfrom ipsecgate.cli import main\nmain({unit.argv(*words)!r})\n"
+    (capabilities,) = setting(name, "CapabilityBoundingSet")
+    argv = [*only(capabilities.split()), sys.executable, "-c", program]
+    with unit.namespace.inside():
+        return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+
+def test_early_boot_needs_no_more_than_its_unit_has(unit: Unit, caller: Caller) -> None:
+    assert caller("tcp", PEER[4], PORT) == "EINPROGRESS", "nothing is loaded yet"
+    told = in_unit(unit, "ipsecgate-load.service", "load", "--attach")
+    assert told.returncode == 0, told.stderr
+    assert f"gated: {unit.cgroup}" in " ".join(told.stdout.split())
+    assert {a.hook for a in Pins(Path("/sys/fs/bpf"), unit.name).attachments()} == set(HOOKS)
+    assert refused(caller)
+    assert refused_at(caller, "192.0.2.99"), "what no policy names, too: nothing is published"
+
+
+def refused_at(caller: Caller, address: str) -> bool:
+    return caller("tcp", address, PORT) == "EPERM"
+
+
+def test_the_controller_needs_no_more_than_its_unit_has(unit: Unit, caller: Caller) -> None:
+    (capabilities,) = setting("ipsecgate.service", "CapabilityBoundingSet")
+    unit.start(code=confined("ipsecgate.service"), wrap=only(capabilities.split()))
+    assert unit.hears("READY=1"), unit.log
+    assert refused(caller)
+    assert not refused_at(caller, "192.0.2.99")
+    assert "Operation not permitted" not in unit.log
+    assert "Traceback" not in unit.log
+    told = in_unit(unit, "ipsecgate.service", "--json", "status")
+    assert told.returncode == 1, told.stderr
+    assert '"alive": true' in told.stdout
+
+
+@pytest.mark.parametrize("missing", NEEDED)
+def test_each_capability_is_needed(unit: Unit, missing: str) -> None:
+    rest = [capability for capability in NEEDED if capability != missing]
+    with unit.namespace.inside():
+        done = subprocess.run(
+            [*only(rest), sys.executable, "-m", "ipsecgate", *unit.argv("load")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode != 0
+    assert "load" in done.stderr
+
+
+def test_a_system_call_that_is_not_allowed_fails(unit: Unit) -> None:
+    """The filter of these tests does filter."""
+    code = f"{confined('ipsecgate.service')}\nimport os\nos.chown('/tmp', 0, 0)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "PermissionError" in done.stderr

@@ -1,0 +1,216 @@
+"""A new configuration under a running gate: transcripts, and what is refused whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from errno import EACCES, EHOSTUNREACH, EPERM
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core.coverage import Coverage
+from ipsecgate.core.flow import Flow
+from ipsecgate.core.ipsec import Action
+from ipsecgate.core.layout import State, TableId
+from ipsecgate.core.policy import Errnos, Policy, SaSource, Settings
+from ipsecgate.edges.config import Config
+from ipsecgate.errors import UsageError
+from ipsecgate.reload import Reload, refuse_what_needs_a_restart
+from tests.unit.test_gate import (
+    FLOW,
+    NAME,
+    NET,
+    REFUSED,
+    ROUTED,
+    SOURCES,
+    THERE,
+    TRAP,
+    UP,
+    Transcript,
+    connected,
+    initiated,
+)  # fmt: skip
+
+PROTECT = Policy("db", (THERE,))
+ELSEWHERE = ip_network("10.3.0.0/16")
+FIRST = Policy("first", (ELSEWHERE,), action=Action.BYPASS)
+BOTH = on.SourcesResolved((*SOURCES.sources, (ELSEWHERE, ip_address("10.1.0.1"))))
+
+
+def running(*policies: Policy, **settings: object) -> Transcript:
+    story = Transcript(Settings(policies, **settings))  # type: ignore[arg-type]
+    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    return story
+
+
+def reload(story: Transcript, *policies: Policy, **settings: object) -> list[do.Command]:
+    return story.after(on.Reconfigured(Settings(policies, **settings)))  # type: ignore[arg-type]
+
+
+def kinds(commands: Iterable[do.Command]) -> list[type[do.Command]]:
+    return [type(command) for command in commands]
+
+
+def test_a_covered_flow_stays_live_and_is_published_once() -> None:
+    story = running(PROTECT)
+    story.after(REFUSED, *UP)
+    assert story.is_open()
+    commands = reload(story, FIRST, replace(PROTECT, name="renamed"))
+    published = [c for c in commands if isinstance(c, do.Publish)]
+    assert [c.table for c in published] == [TableId.POLICY], "the SPD table stays as it is"
+    assert story.is_open()
+    assert kinds(commands)[-1] is do.Adopted
+    item = story.gate.negotiations.of[NAME]
+    assert (item.place, item.policy, item.coverage) == (1, "renamed", Coverage.COVERED)
+
+
+def test_what_is_stricter_comes_first_and_what_is_laxer_last() -> None:
+    story = running(PROTECT, audit=True, deny=False)
+    commands = reload(story, PROTECT, FIRST, audit=False, deny=True)
+    modes = [c for c in commands if isinstance(c, do.SetModes)]
+    assert [(m.audit, m.deny) for m in modes] == [(False, True), (False, True)]
+    assert kinds(commands).index(do.SetModes) < kinds(commands).index(do.Publish)
+
+    commands = reload(story, PROTECT, audit=True, deny=False)
+    modes = [c for c in commands if isinstance(c, do.SetModes)]
+    assert [(m.audit, m.deny) for m in modes] == [(False, True), (True, False)]
+    last = len(commands) - 1 - kinds(commands)[::-1].index(do.SetModes)
+    assert last > kinds(commands).index(do.Publish)
+
+
+def test_a_newly_protected_network_waits_for_its_source() -> None:
+    """Until then what its SA covers would be refused: the old configuration is in force."""
+    story = running(PROTECT)
+    new = (PROTECT, Policy("more", (ELSEWHERE,)))
+    commands = reload(story, *new)
+    assert commands == [do.ResolveSources((THERE, ELSEWHERE))]
+    assert [policy.name for policy in story.gate.policies] == ["db"]
+    flow = Flow(ip_address("10.3.0.1"), 6, 80, ip_address("10.1.0.1"))
+    assert story.entry(TableId.POLICY, flow) is None
+
+    assert do.Adopted() not in story.after(SOURCES), "an answer to what was asked before"
+    assert do.Adopted() not in story.after(connected())
+    commands = story.after(BOTH)
+    assert kinds(commands).index(do.SetSources) < kinds(commands).index(do.Publish)
+    assert kinds(commands)[-1] is do.Adopted
+    assert [policy.name for policy in story.gate.policies] == ["db", "more"]
+    entry = story.entry(TableId.POLICY, flow)
+    assert entry is not None
+    assert entry.state is State.PROTECT
+
+
+def test_a_network_that_is_protected_no_more_is_not_followed_any_more() -> None:
+    story = running(PROTECT, Policy("more", (ELSEWHERE,)))
+    story.after(BOTH)
+    assert do.ResolveSources((THERE,)) in reload(story, PROTECT)
+
+
+def test_a_negotiation_keeps_its_flow_not_its_place() -> None:
+    story = running(PROTECT)
+    story.after(REFUSED)
+    reload(story, FIRST, PROTECT, errnos=Errnos(negotiating=EACCES))
+    entry = story.entry(TableId.POLICY, ROUTED)
+    assert entry is not None
+    assert entry.error == EACCES, "it is being negotiated, by whatever place"
+    bypassed = story.entry(TableId.POLICY, replace(ROUTED, daddr=ip_address("10.3.0.9")))
+    assert bypassed is not None
+    assert bypassed.error == EPERM
+    story.after(on.NegotiationFailed(*NAME, "no"))
+    entry = story.entry(TableId.POLICY, ROUTED)
+    assert entry is not None
+    assert entry.error == EHOSTUNREACH
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        (replace(PROTECT, action=Action.DISCARD),),
+        (replace(PROTECT, child="other"),),
+        (Policy("more", (ELSEWHERE,)),),
+    ],
+    ids=["discarded", "other-child", "no-policy"],
+)
+def test_a_negotiation_that_no_policy_asks_for_is_forgotten(policies: tuple[Policy, ...]) -> None:
+    story = running(PROTECT)
+    story.after(REFUSED, on.NegotiationFailed(*NAME, "no"))
+    reload(story, *policies)
+    commands = story.after(BOTH)
+    assert not story.gate.negotiations.of
+    timer = on.Timer("retry", *NAME)
+    assert initiated(story.after(on.TimerFired(timer), on.NegotiationFailed(*NAME, "late"))) == []
+    del commands
+
+
+def test_a_refusal_told_before_the_reload_is_judged_by_the_policies_of_now() -> None:
+    story = running(PROTECT)
+    reload(story, FIRST, PROTECT)
+    assert initiated(story.after(REFUSED)) == [NAME], "its place was 0, which is a bypass now"
+    assert story.gate.negotiations.of[NAME].policy == "db"
+
+
+def test_from_policies_to_what_ike_has_loaded() -> None:
+    story = running(FIRST)
+    commands = reload(story)
+    assert do.ResolveSources((THERE,)) in commands
+    commands = story.after(SOURCES)
+    assert [p.remote for p in story.gate.policies] == [NET.remote[0].network and (THERE,)]
+    assert kinds(commands)[-1] is do.Adopted
+
+
+def test_from_policies_to_nobody_knows_what_protects_everything() -> None:
+    story = Transcript(Settings((FIRST,)))
+    story.after(on.KernelSnapshot((), ()), on.IkeGone("no"))
+    reload(story)
+    story.after(on.SourcesResolved(((ip_network("0.0.0.0/0"), None), (ip_network("::/0"), None))))
+    for address in ("10.2.0.9", "10.3.0.9", "2001:db8::1"):
+        entry = story.entry(TableId.POLICY, Flow(ip_address(address), 6, 80))
+        assert entry is not None
+        assert entry.state is State.PROTECT
+    story.after(connected())
+    assert story.entry(TableId.POLICY, FLOW) is not None
+    assert story.entry(TableId.POLICY, Flow(ip_address("10.3.0.9"), 6, 80)) is None
+
+
+# --- the shell's part -------------------------------------------------------------------
+
+
+async def test_what_cannot_be_read_is_not_adopted() -> None:
+    adopted: list[Config] = []
+    texts: Iterator[Config | UsageError] = iter(
+        [UsageError("x.toml: policy[1].remote: names no network"), Config()]
+    )
+
+    def read() -> Config:
+        told = next(texts)
+        if isinstance(told, UsageError):
+            raise told
+        return told
+
+    async def adopt(config: Config) -> None:
+        adopted.append(config)
+
+    reload = Reload(read, adopt)
+    with pytest.raises(UsageError, match="names no network"):
+        await reload.run()
+    assert not adopted
+    assert "names no network" in reload.errors[0]
+    await reload.run()
+    assert adopted == [Config()]
+    assert reload.errors == []
+
+
+@pytest.mark.parametrize(
+    ("new", "key"),
+    [
+        (Config(vici=Path("/elsewhere")), "gate.vici"),
+        (Config(settings=Settings(sa_source=SaSource.VICI)), "gate.sa_source"),
+    ],
+)
+def test_what_needs_a_restart_is_refused(new: Config, key: str) -> None:
+    refuse_what_needs_a_restart(Path("f.toml"), Config(), Config(cgroups=("unit:x",)))
+    with pytest.raises(UsageError, match=f"f.toml: {key}"):
+        refuse_what_needs_a_restart(Path("f.toml"), Config(), new)
