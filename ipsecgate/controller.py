@@ -1,6 +1,7 @@
 """The shell around the core: descriptors become events, commands are carried out.
 
-    ring, XFRM, VICI, routes, timers --events--> Gate.step --commands--> maps, VICI, timers
+    ring, held calls, XFRM, VICI, routes, timers
+        --events--> Gate.step --commands--> maps, VICI, timers, answers to the held calls
 
 Rules of this module: no decisions. One queue, one consumer, so events are taken
 in one after the other. Whatever it cannot do ends the process; the hooks stay
@@ -30,6 +31,7 @@ from ipsecgate.edges import cgroups, control, memory, probe, systemd
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.ike import IkeClient
+from ipsecgate.edges.listeners import Listeners
 from ipsecgate.edges.routes import Routes
 from ipsecgate.edges.vici import IkeError, IkeUnreachableError
 from ipsecgate.edges.xfrm import XfrmMonitor
@@ -83,6 +85,7 @@ class Controller:
         self._ike: IkeClient | None = None
         self._ike_news = asyncio.Event()
         self._routes = Routes(self._queue.put_nowait)
+        self._listeners = Listeners(self._queue.put_nowait, paths.holds)
         self._ike_trouble = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._since = time.time()
@@ -96,9 +99,11 @@ class Controller:
         self._set_modes(tighten=True)
         ring = self._data.open_ring(self._on_refusal)
         loop.add_reader(ring, self._data.drain)
+        self._listeners.adopt(systemd.kept())
+        verbs = {"status": self._status, "hold": self._take_listener}
         try:
             async with (
-                control.serving(self._paths.control, {"status": self._status}),
+                control.serving(self._paths.control, verbs),
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
@@ -113,6 +118,7 @@ class Controller:
             raise _first(group) from None
         finally:
             loop.remove_reader(ring)
+            self._listeners.close()
             self._data.close()
 
     def _set_modes(self, *, tighten: bool) -> None:
@@ -241,6 +247,10 @@ class Controller:
                 self._set_timer(command)
             case do.AskIke() | do.Initiate() | do.Terminate():
                 await self._tell_ike(command)
+            case do.Hold():
+                self._listeners.hold(command.made)
+            case do.Answer():
+                self._listeners.answer(command.call, command.error)
             case do.Remember():
                 self._remember(command)
             case do.Log():
@@ -296,6 +306,10 @@ class Controller:
                 hint="protected flows are refused until a controller runs again",
             ) from error
 
-    def _status(self) -> dict[str, Any]:
+    def _take_listener(self, request: control.Request) -> dict[str, Any]:
+        self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))
+        return {}
+
+    def _status(self, _request: control.Request) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}
         return {**known, **report.of_gate(self._gate)}

@@ -44,6 +44,11 @@ def of_gate(gate: Gate) -> Document:
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": list(negotiations.values()),
         "sas": _sas(gate),
+        "held": gate.holds.total,
+        "holds": [
+            {"pid": made.pid, "flow": str(made.flow), "limit": made.limit}
+            for made in gate.holds.of.values()
+        ],
     }
 
 
@@ -125,9 +130,10 @@ def document(paths: Paths, config: Config) -> Document:
             for a in pins.attachments()
         ],
         "policies": told["policies"],
-        "counters": totals(counters),
+        "counters": totals(counters) | {"held": told.get("held", 0)},
         "negotiations": told.get("negotiations", []),
         "sas": told.get("sas", []),
+        "holds": told.get("holds", []),
     }
 
 
@@ -171,8 +177,7 @@ def totals(counters: Mapping[Reason, int]) -> Document:
         "allowed": of("ALLOW") + counters[Reason.AUDITED],
         "refused": of("REFUSE") - counters[Reason.AUDITED],
         "audited": counters[Reason.AUDITED],
-        # Neither holding calls nor the egress backstop exists yet: nothing can have been.
-        "held": 0,
+        # The egress backstop does not exist yet: nothing can have been.
         "leaked_blocked": 0,
         "events_lost": counters[Reason.EVENTS_LOST],
         "reasons": {r.name.lower(): counters[r] for r in Reason if r < Reason.AUDITED},

@@ -55,6 +55,7 @@ class _Lazy(click.Group):
         "attach": "pins",
         "detach": "pins",
         "run": "run",
+        "exec": "exec",
         "status": "status",
         "check": "check",
         "demo": "demo",
@@ -68,7 +69,8 @@ class _Lazy(click.Group):
         if module is None:
             return None
         loaded = __import__(f"ipsecgate.cli.{module}", fromlist=[cmd_name])
-        command: click.Command = getattr(loaded, cmd_name)
+        # A verb that is a word of Python's has a name with an underscore.
+        command: click.Command = getattr(loaded, cmd_name, None) or getattr(loaded, f"{cmd_name}_")
         return command
 
 

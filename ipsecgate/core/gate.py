@@ -5,6 +5,7 @@
     ChildUp, -Down   -> the same, where the IKE daemon does ESP itself
     IkeConnected     -> the policy table where none are configured; trust in SAs
     SourcesResolved  -> which source an unbound flow has, hence which policy wins
+    CallMade         -> held while an SA may come (Hold), then answered (Answer)
 
 Rules of this module: nothing is opened but by the kernel's mirror, or by IKE and
 routes where the kernel does no ESP; nothing is decided by time but through timers,
@@ -19,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
 from ipsecgate.core.coverage import Coverage
-from ipsecgate.core.flow import Address, Flow, Network
+from ipsecgate.core.flow import Address, Flow, Network, is_exempt
+from ipsecgate.core.holds import Holds, Outlook
 from ipsecgate.core.ipsec import Action, SpdEntry
 from ipsecgate.core.mirror import Mirror
 from ipsecgate.core.negotiations import Negotiations, child_for
@@ -47,6 +49,7 @@ class Gate:
         self.ike_error = "not connected yet"
         self.sources: dict[Network, Address | None] = {}
         self.published = Published()
+        self.holds = Holds(self.settings.errnos)
         self._known = {(c.ike, c.child): c for c in self.remembered}
         self._derived = derived(self._known.values())
         self._unreadable: list[str] = []  # connections that nobody can protect yet
@@ -80,10 +83,10 @@ class Gate:
         """Take in events, return what to do about them, in order.
 
         What the kernel told at one go is answered once: an SA comes in several
-        notifications, and only their sum says whether it protects. Refusals come
-        last: a process that makes many must not hold up what closes a flow.
+        notifications, and only their sum says whether it protects. What applications
+        ask for comes last: a process that asks much must not hold up what closes a flow.
         """
-        events = tuple(sorted(events, key=lambda event: isinstance(event, on.FlowRefused)))
+        events = tuple(sorted(events, key=_is_asked))
         commands: list[do.Command] = []
         for at, event in enumerate(events, 1):
             if isinstance(event, on.XfrmEvent):
@@ -92,8 +95,12 @@ class Gate:
                     commands += self._follow_kernel()
                 if isinstance(event, on.PolicySet) and self._is_news(event.entry):
                     commands.append(do.AskIke())
+            elif isinstance(event, on.CallEvent):
+                commands += self._call(event)
             else:
                 commands += self._take(event)
+        if self.holds.of and not all(isinstance(event, on.CallEvent) for event in events):
+            commands += self._settle()
         return commands
 
     def _take(self, event: on.Event) -> list[do.Command]:
@@ -196,10 +203,7 @@ class Gate:
     def is_live(self, flow: Flow) -> bool:
         """Tell whether the hooks would let a protected flow go now."""
         saddr = self.source_of(flow)
-        if saddr is None:
-            return False
-        routed = Flow(flow.daddr, flow.proto, flow.dport, saddr, flow.sport)
-        return self.published.is_live(routed)
+        return saddr is not None and self.published.is_live(replace(flow, saddr=saddr))
 
     def _ask(self, flow: Flow, place: int | None) -> list[do.Command]:
         """Have the child negotiated that would protect a refused flow."""
@@ -208,7 +212,7 @@ class Gate:
         policy = self.policies[place]
         if policy.action is not Action.PROTECT or self.ike_error or self.is_live(flow):
             return []
-        config = child_for(flow, self.source_of(flow), policy, self.children)
+        config = self._child(flow, policy)
         if config is not None:
             if self._is_up(config):
                 return self._warn(f"{config.ike}/{config.child} is up and does not protect", flow)
@@ -216,6 +220,9 @@ class Gate:
         if len(self._orphans) < ORPHANS:
             self._orphans[flow] = place
         return [do.AskIke()]  # the connection may have been loaded a moment ago
+
+    def _child(self, flow: Flow, policy: Policy) -> on.ChildConfig | None:
+        return child_for(flow, self.source_of(flow), policy, self.children)
 
     def _is_up(self, config: on.ChildConfig) -> bool:
         """Tell whether the kernel has all that IKE says of a child: asking changes nothing."""
@@ -228,6 +235,43 @@ class Gate:
             return []
         self._warned.add((text, flow))
         return [do.Log("warning", f"{text} {flow}")]
+
+    # --- held calls -----------------------------------------------------------------
+
+    def _call(self, event: on.CallEvent) -> list[do.Command]:
+        if not isinstance(event, on.CallMade):
+            return self.holds.ended(event)
+        asked, outlook = self._outlook(event.flow)
+        return [*asked, *self.holds.take(event, outlook), *(self._refresh() if asked else [])]
+
+    def _outlook(self, flow: Flow) -> tuple[list[do.Command], Outlook]:
+        """Return what a flow can expect, and have the SA negotiated that it needs."""
+        if self.settings.audit:
+            return [], Outlook.FREE
+        if not self.published.policies_known:
+            return [], Outlook.PENDING
+        place = self.published.protected_by(flow)
+        exempt = is_exempt(flow) or self.source_of(flow) == flow.daddr
+        if place is None or exempt or self.is_live(flow):
+            return [], Outlook.FREE
+        asked = self._ask(flow, place)
+        config = self._child(flow, self.policies[place]) if place < len(self.policies) else None
+        item = self.negotiations.of.get((config.ike, config.child)) if config else None
+        failed = item is not None and item.coverage is Coverage.BACK_OFF
+        return asked, Outlook.FAILED if failed else Outlook.PENDING
+
+    def _settle(self) -> list[do.Command]:
+        """Look at every held call again, after what happened."""
+        asked: list[do.Command] = []
+
+        def outlook(flow: Flow) -> Outlook:
+            commands, outlook = self._outlook(flow)
+            # The daemon is looked at every so often: what it has loaded now, it told.
+            asked.extend(c for c in commands if not isinstance(c, do.AskIke))
+            return outlook
+
+        answers = self.holds.settle(outlook)
+        return [*asked, *answers, *(self._refresh() if asked else [])]
 
     def _timer(self, timer: on.Timer) -> list[do.Command]:
         """Let the negotiation go on; delete what IKE believes in and no flow can use.
@@ -317,3 +361,7 @@ class Gate:
         follow = self._follow_kernel()
         gone = do.Log("error", f"IKE daemon gone ({event.reason}): protected flows are refused")
         return [*follow, do.ExemptIke(0), gone, *self.negotiations.ike_gone(), *self._refresh()]
+
+
+def _is_asked(event: on.Event) -> bool:
+    return isinstance(event, on.FlowRefused | on.CallMade)

@@ -2,7 +2,9 @@
 
     {"verb": "status"}  ->  {"ok": {...}}  or  {"error": "..."}
 
-Root only: the socket's mode says so, and each peer's credentials are checked.
+Root only: the socket's mode says so, and each peer's credentials are checked. A verb
+may name a descriptor of the peer's by number: sending it along (SCM_RIGHTS) takes a
+sendmsg(), which may be what the peer has just given up to us.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,17 @@ REQUEST_LIMIT = 4096
 ANSWER_LIMIT = 16 << 20
 _TIME_LIMIT = 5.0
 
-Handler = Callable[[], Mapping[str, Any]]
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked besides the verb, and by which process."""
+
+    words: Mapping[str, Any]
+    pid: int
+
+
+Handler = Callable[[Request], Mapping[str, Any]]
+Ask = Callable[..., dict[str, Any]]
 
 
 @asynccontextmanager
@@ -60,7 +73,7 @@ def _answer(
     credentials = writer.get_extra_info("socket").getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, 12
     )
-    _pid, uid, _gid = struct.unpack("=iII", credentials)
+    pid, uid, _gid = struct.unpack("=iII", credentials)
     if uid not in (0, os.geteuid()):
         return {"error": "root only"}
     try:
@@ -69,25 +82,51 @@ def _answer(
     except (ValueError, KeyError, TypeError):
         return {"error": f'expected {{"verb": one of {", ".join(verbs)}}}'}
     try:
-        return {"ok": handler()}
+        return {"ok": handler(Request(request, pid))}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 def ask(path: Path, verb: str) -> dict[str, Any]:
     """Ask the controller, return its answer. Raises: NoControllerError, GateError."""
+    with connected(path) as asking:
+        return asking(verb)
+
+
+@contextmanager
+def connected(path: Path) -> Iterator[Ask]:
+    """Connect to the controller, to ask it one thing: the verb, and words by name.
+
+    What asks makes no connect(), and no sendto() with an address.
+    Raises: NoControllerError, here and when it is asked; GateError if it refuses.
+    """
+
+    def asking(verb: str, **words: Any) -> dict[str, Any]:
+        try:
+            sock.sendall(json.dumps({"verb": verb, **words}).encode() + b"\n")
+            with sock.makefile("rb") as stream:
+                line = stream.readline(ANSWER_LIMIT)
+        except OSError as error:
+            raise _nobody(path, error) from error
+        return _understood(path, verb, line)
+
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(_TIME_LIMIT)
         try:
             sock.connect(os.fspath(path))
-            sock.sendall(json.dumps({"verb": verb}).encode() + b"\n")
-            with sock.makefile("rb") as stream:
-                line = stream.readline(ANSWER_LIMIT)
         except OSError as error:
-            raise NoControllerError(
-                f"no controller answers on {path}: {error.strerror or error}",
-                hint="start it: `ipsecgate run`, or the service `ipsecgate`",
-            ) from error
+            raise _nobody(path, error) from error
+        yield asking
+
+
+def _nobody(path: Path, error: OSError) -> NoControllerError:
+    return NoControllerError(
+        f"no controller answers on {path}: {error.strerror or error}",
+        hint="start it: `ipsecgate run`, or the service `ipsecgate`",
+    )
+
+
+def _understood(path: Path, verb: str, line: bytes) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(line)
     except ValueError as error:

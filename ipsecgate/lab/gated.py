@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -95,6 +96,10 @@ class Gated:
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a verb of the command line in host a. Raises: CalledProcessError if `check`."""
         return self.lab.a.run(self._argv(*arguments), check=check)
+
+    def holding(self, *command: str, options: Sequence[str] = ()) -> list[str]:
+        """Return the words that run a command by `ipsecgate exec`, for `Host.run` and `popen`."""
+        return self._argv("exec", *options, "--", *command)
 
     def status(self) -> dict[str, Any]:
         """Return `status --json`, whatever its exit code."""

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.edges.control import REQUEST_LIMIT, ask, serving
+from ipsecgate.edges.control import REQUEST_LIMIT, Request, ask, serving
 from ipsecgate.errors import GateError, NoControllerError
 
 
-def status() -> Mapping[str, Any]:
+def status(request: Request) -> Mapping[str, Any]:
     return {"pid": 7}
 
 
-def broken() -> Mapping[str, Any]:
+def broken(request: Request) -> Mapping[str, Any]:
     raise KeyError("a defect")
 
 
