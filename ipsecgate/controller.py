@@ -85,11 +85,12 @@ class Controller:
         self._ike: IkeClient | None = None
         self._ike_news = asyncio.Event()
         self._routes = Routes(self._queue.put_nowait)
-        self._listeners = Listeners(self._queue.put_nowait, paths.holds)
+        self._listeners = Listeners(self._on_call, paths.holds)
         self._ike_trouble = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._since = time.time()
         self._ready = False
+        self._waiting = False  # for an event
 
     async def run(self) -> None:
         """Follow everything until told to end."""
@@ -137,6 +138,18 @@ class Controller:
         if self._queue.qsize() < QUEUED_REFUSALS:
             self._queue.put_nowait(refusal)
 
+    def _on_call(self, event: on.CallEvent) -> None:
+        # Most calls are for flows that are covered: these need not wait for their turn.
+        if isinstance(event, on.CallMade) and self._idle and self._gate.is_free(event.flow):
+            self._listeners.answer(event.call, None)
+        else:
+            self._queue.put_nowait(event)
+
+    @property
+    def _idle(self) -> bool:
+        """Tell whether all that happened was decided, and all commands carried out."""
+        return self._waiting and self._queue.empty()
+
     async def _follow_kernel(self) -> None:
         source = self._config.settings.sa_source
         if source is SaSource.VICI:
@@ -159,7 +172,9 @@ class Controller:
         for command in self._gate.start():
             await self._execute(command)
         while True:
+            self._waiting = True
             events = [await self._queue.get()]
+            self._waiting = False
             while not self._queue.empty():
                 events.append(self._queue.get_nowait())
             for command in self._gate.step(*events):

@@ -31,6 +31,7 @@ from ipsecgate.core.userland import Userland
 
 ORPHANS = 64  # flows that wait for a connection to be loaded
 WARNINGS = 256  # that are told once each
+FREE_FLOWS = 4096  # that are remembered
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Gate:
         self.sources: dict[Network, Address | None] = {}
         self.published = Published()
         self.holds = Holds(self.settings.errnos)
+        self._free: set[Flow] = set()  # flows that were seen to be, until anything happens
         self._known = {(c.ike, c.child): c for c in self.remembered}
         self._derived = derived(self._known.values())
         self._unreadable: list[str] = []  # connections that nobody can protect yet
@@ -87,6 +89,9 @@ class Gate:
         ask for comes last: a process that asks much must not hold up what closes a flow.
         """
         events = tuple(sorted(events, key=_is_asked))
+        only_calls = all(isinstance(event, on.CallEvent) for event in events)
+        if not only_calls:
+            self._free.clear()
         commands: list[do.Command] = []
         for at, event in enumerate(events, 1):
             if isinstance(event, on.XfrmEvent):
@@ -99,7 +104,7 @@ class Gate:
                 commands += self._call(event)
             else:
                 commands += self._take(event)
-        if self.holds.of and not all(isinstance(event, on.CallEvent) for event in events):
+        if self.holds.of and not only_calls:
             commands += self._settle()
         return commands
 
@@ -238,6 +243,13 @@ class Gate:
 
     # --- held calls -----------------------------------------------------------------
 
+    def is_free(self, flow: Flow) -> bool:
+        """Tell whether `step` would let a call for this flow go on, where that is known already.
+
+        True only if the commands of every step were carried out.
+        """
+        return flow in self._free
+
     def _call(self, event: on.CallEvent) -> list[do.Command]:
         if not isinstance(event, on.CallMade):
             return self.holds.ended(event)
@@ -246,13 +258,13 @@ class Gate:
 
     def _outlook(self, flow: Flow) -> tuple[list[do.Command], Outlook]:
         """Return what a flow can expect, and have the SA negotiated that it needs."""
-        if self.settings.audit:
-            return [], Outlook.FREE
-        if not self.published.policies_known:
+        if not self.published.policies_known and not self.settings.audit:
             return [], Outlook.PENDING
         place = self.published.protected_by(flow)
         exempt = is_exempt(flow) or self.source_of(flow) == flow.daddr
-        if place is None or exempt or self.is_live(flow):
+        if self.settings.audit or place is None or exempt or self.is_live(flow):
+            if len(self._free) < FREE_FLOWS:
+                self._free.add(flow)
             return [], Outlook.FREE
         asked = self._ask(flow, place)
         config = self._child(flow, self.policies[place]) if place < len(self.policies) else None

@@ -14,6 +14,7 @@ import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ipsecgate.core.flow import Address, parse_address
@@ -186,6 +187,12 @@ def _status(pid: int) -> str:
     return Path(f"/proc/{pid}/status").read_text(errors="replace")
 
 
+@lru_cache(maxsize=256)
+def _bound(host: str) -> Address | None:
+    address = parse_address(host.partition("%")[0])
+    return None if address.is_unspecified else address
+
+
 @dataclass(frozen=True, slots=True)
 class Socket:
     """What of a socket decides about its flows: `saddr` None and `sport` 0: not bound."""
@@ -207,10 +214,9 @@ def look(fd: int) -> Socket:
         netns = sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
         blocking = not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
         host, port, *_ = sock.getsockname()
-    address = parse_address(host.partition("%")[0])
     return Socket(
         socket.IPPROTO_TCP if proto == IPPROTO_MPTCP else proto,
-        None if address.is_unspecified else address,
+        _bound(host),
         port,
         mark,
         blocking,
