@@ -203,7 +203,6 @@ class Listeners:
 
     def _follow(self, one: _Listener) -> None:
         self._of[one.number] = one
-        seccomp.wake_at_once(one.fd)
         asyncio.get_running_loop().add_reader(one.fd, self._on_readable, one)
 
     def _on_readable(self, one: _Listener) -> None:

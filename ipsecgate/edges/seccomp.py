@@ -24,8 +24,7 @@ from ipsecgate.errors import GateError, KernelLacksError
 # linux/seccomp.h
 SET_MODE_FILTER = 1
 NEW_LISTENER, WAIT_KILLABLE_RECV = 1 << 3, 1 << 5
-RECEIVE, SEND, ID_VALID, SET_FLAGS = 0xC0502100, 0xC0182101, 0x40082102, 0x40082104
-SYNC_WAKE_UP = 1
+RECEIVE, SEND, ID_VALID = 0xC0502100, 0xC0182101, 0x40082102  # the ioctls
 # The same on every machine since Linux 5.1.
 PIDFD_GETFD = 438
 PIDFD_THREAD = os.O_EXCL  # Linux 6.9: any thread's, not only the first one's
@@ -97,12 +96,6 @@ def install(program: bytes) -> int:
                     hint="Linux 5.19 or newer with CONFIG_SECCOMP_FILTER",
                 ) from error
         raise GateError(f"cannot install the filter: {error.strerror}") from error
-
-
-def wake_at_once(listener: int) -> None:
-    """Have caller and listener wake each other on one processor, where the kernel can (6.6)."""
-    with suppress(OSError):
-        fcntl.ioctl(listener, SET_FLAGS, SYNC_WAKE_UP)
 
 
 def is_listener(fd: int) -> bool:
