@@ -252,6 +252,10 @@ class Controller:
                 self._data.set_entry(command.table, command.index, command.key, command.entry)
             case do.Publish():
                 await self._publish(command)
+            case do.Answer():
+                self._listeners.answer(command.call, command.error)
+            case do.Hold():
+                self._listeners.hold(command.made)
             case do.SetSources():
                 self._data.set_sources(command.sources)
             case do.ResolveSources():
@@ -262,10 +266,6 @@ class Controller:
                 self._set_timer(command)
             case do.AskIke() | do.Initiate() | do.Terminate():
                 await self._tell_ike(command)
-            case do.Hold():
-                self._listeners.hold(command.made)
-            case do.Answer():
-                self._listeners.answer(command.call, command.error)
             case do.Remember():
                 self._remember(command)
             case do.Log():

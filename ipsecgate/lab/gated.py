@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -70,10 +70,19 @@ class Gated:
         options = [word for name, path in places.items() for word in (f"--{name}", str(path))]
         return [sys.executable, "-m", "ipsecgate", *options, "-i", self.instance, *arguments]
 
-    def start(self) -> None:
-        """Run the controller and wait until it has published. Raises: LabError."""
+    def start(
+        self,
+        launcher: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        fds: Sequence[int] = (),
+    ) -> None:
+        """Run the controller and wait until it has published. Raises: LabError.
+
+        `launcher` is a program that becomes it, given `env` and these descriptors.
+        """
+        argv = [*launcher, *self._argv("run")]
         with self.log.open("a") as log:
-            self.process = self.lab.a.popen(self._argv("run"), stdout=log, stderr=log)
+            self.process = self.lab.a.popen(argv, stdout=log, stderr=log, env=env, fds=fds)
         deadline = time.monotonic() + READY_TIMEOUT
         while True:
             try:
