@@ -1,6 +1,7 @@
 """The shell around the core: descriptors become events, commands are carried out.
 
-    ring, XFRM, VICI, routes, timers --events--> Gate.step --commands--> maps, VICI, timers
+    ring, held calls, XFRM, VICI, routes, timers
+        --events--> Gate.step --commands--> maps, VICI, timers, answers to the held calls
 
 Rules of this module: no decisions. One queue, one consumer, so events are taken
 in one after the other. Whatever it cannot do ends the process; the hooks stay
@@ -25,9 +26,10 @@ from ipsecgate.core.gate import Gate
 from ipsecgate.core.layout import TableId
 from ipsecgate.core.policy import SaSource
 from ipsecgate.daemon import Daemon
-from ipsecgate.edges import control, memory, probe
+from ipsecgate.edges import control, memory, probe, systemd
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.datapath import Datapath
+from ipsecgate.edges.listeners import Listeners
 from ipsecgate.edges.routes import Routes
 from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.errors import GateError
@@ -82,6 +84,7 @@ class Controller:
         self._timers: dict[on.Timer, asyncio.TimerHandle] = {}
         self._daemon = Daemon(config.vici, self._queue.put_nowait)
         self._routes = Routes(self._queue.put_nowait)
+        self._listeners = Listeners(self._on_call, paths.holds)
         self._tasks: set[asyncio.Task[None]] = set()
         self._service = Service()
         self._unkept: do.Remember | None = None
@@ -89,6 +92,7 @@ class Controller:
         self._ready = False
         self._kernel: XfrmMonitor | None = None
         self._adopted = asyncio.Event()
+        self._waiting = False  # for an event
 
     async def run(self) -> None:
         """Follow everything until told to end."""
@@ -97,11 +101,15 @@ class Controller:
         await self._targets.look()
         ring = self._data.open_ring(self._on_refusal)
         loop.add_reader(ring, self._data.drain)
+        self._listeners.adopt(systemd.kept())
+        verbs = {
+            "status": self._status,
+            "hold": self._take_listener,
+            "reload": lambda _request: self._reload.run(),
+        }
         try:
             async with (
-                control.serving(
-                    self._paths.control, {"status": self._status, "reload": self._reload.run}
-                ),
+                control.serving(self._paths.control, verbs),
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
@@ -120,6 +128,7 @@ class Controller:
             raise _first(group) from None
         finally:
             loop.remove_reader(ring)
+            self._listeners.close()
             self._data.close()
 
     def _stop(self, work: list[asyncio.Task[None]]) -> None:
@@ -146,6 +155,18 @@ class Controller:
         # dropped here the hook tells again.
         if self._queue.qsize() < QUEUED_REFUSALS:
             self._queue.put_nowait(refusal)
+
+    def _on_call(self, event: on.CallEvent) -> None:
+        # Most calls are for flows that are covered: these need not wait for their turn.
+        if isinstance(event, on.CallMade) and self._idle and self._gate.is_free(event.flow):
+            self._listeners.answer(event.call, None)
+        else:
+            self._queue.put_nowait(event)
+
+    @property
+    def _idle(self) -> bool:
+        """Tell whether all that happened was decided, and all commands carried out."""
+        return self._waiting and self._queue.empty()
 
     async def _follow_kernel(self) -> None:
         source = self._config.settings.sa_source
@@ -177,7 +198,10 @@ class Controller:
         for command in self._gate.start():
             await self._execute(command)
         while True:
-            for command in self._gate.step(*await self._events()):
+            self._waiting = True
+            events = await self._events()
+            self._waiting = False
+            for command in self._gate.step(*events):
                 try:
                     await self._execute(command)
                 except OSError as error:
@@ -214,6 +238,10 @@ class Controller:
 
     async def _execute(self, command: do.Command) -> None:
         match command:
+            case do.Answer():
+                self._listeners.answer(command.call, command.error)
+            case do.Hold():
+                self._listeners.hold(command.made)
             case do.Adopted():
                 self._adopted.set()
             case do.ResolveSources():
@@ -261,7 +289,11 @@ class Controller:
                 command.seconds, self._queue.put_nowait, on.TimerFired(command.timer)
             )
 
-    async def _status(self) -> dict[str, Any]:
+    async def _take_listener(self, request: control.Request) -> dict[str, Any]:
+        self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))
+        return {}
+
+    async def _status(self, _request: control.Request) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}
         drift = {"kernel": self._gate.drift, "maps": self._hooks.mended}
         told = report.of_gate(self._gate)

@@ -37,6 +37,11 @@ class Paths:
         return self.run_instance / "control.sock"
 
     @property
+    def holds(self) -> Path:
+        """The system calls that wait, for a successor of the controller."""
+        return self.run_instance / "holds"
+
+    @property
     def lock(self) -> Path:
         """Held by whoever changes pins, for as long as it does."""
         return self.run_instance / "lock"

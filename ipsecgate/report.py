@@ -44,6 +44,11 @@ def of_gate(gate: Gate) -> Document:
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": list(negotiations.values()),
         "sas": _sas(gate),
+        "held": gate.holds.total,
+        "holds": [
+            {"pid": made.pid, "flow": str(made.flow), "limit": made.limit}
+            for made in gate.holds.of.values()
+        ],
     }
 
 
@@ -138,10 +143,11 @@ def document(paths: Paths, config: Config) -> Document:
             for a in pins.attachments()
         ],
         "policies": told["policies"],
-        "counters": totals(counters),
+        "counters": totals(counters) | {"held": told.get("held", 0)},
         "drift": told.get("drift"),
         "negotiations": told.get("negotiations", []),
         "sas": told.get("sas", []),
+        "holds": told.get("holds", []),
     }
 
 
@@ -185,7 +191,6 @@ def totals(counters: Mapping[Reason, int]) -> Document:
         "allowed": of("ALLOW") + counters[Reason.AUDITED],
         "refused": of("REFUSE") - counters[Reason.AUDITED],
         "audited": counters[Reason.AUDITED],
-        "held": 0,  # calls are not held yet: none can have been
         "leaked_blocked": of("BLOCK") - counters[Reason.AUDITED_PACKETS],
         "leaked_audited": counters[Reason.AUDITED_PACKETS],
         "events_lost": counters[Reason.EVENTS_LOST],

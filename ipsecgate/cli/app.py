@@ -6,29 +6,36 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import click
-from rich.console import Console
 
 from ipsecgate.edges import config as configuration
 from ipsecgate.edges.config import Config
 from ipsecgate.errors import GateError
 from ipsecgate.paths import DEFAULT_CONFIG, DEFAULT_INSTANCE, Paths
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 @dataclass
 class App:
-    """What the global options said; `out` is where screens go."""
+    """What the global options said."""
 
     paths: Paths
     config_required: bool
     json: bool
     verbose: bool
-    out: Console = field(default_factory=lambda: Console(highlight=False))
+
+    @cached_property
+    def out(self) -> Console:
+        """Where screens go."""
+        return _console()
 
     def config(self) -> Config:
         """Read the configuration. Raises: UsageError."""
@@ -56,6 +63,7 @@ class _Lazy(click.Group):
         "detach": "pins",
         "run": "run",
         "reload": "run",
+        "exec": "exec",
         "status": "status",
         "check": "check",
         "demo": "demo",
@@ -69,7 +77,8 @@ class _Lazy(click.Group):
         if module is None:
             return None
         loaded = __import__(f"ipsecgate.cli.{module}", fromlist=[cmd_name])
-        command: click.Command = getattr(loaded, cmd_name)
+        # A verb that is a word of Python's has a name with an underscore.
+        command: click.Command = getattr(loaded, cmd_name, None) or getattr(loaded, f"{cmd_name}_")
         return command
 
 
@@ -152,11 +161,18 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(1)
 
 
+def _console(*, stderr: bool = False) -> Console:
+    # Who has no screen does without: `run` lives long, and `exec` is in a hurry.
+    from rich.console import Console  # noqa: PLC0415
+
+    return Console(stderr=stderr, highlight=False)
+
+
 def _explain(error: GateError, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"error": str(error), "hint": error.hint}), err=True)
         return
-    console = Console(stderr=True, highlight=False)
+    console = _console(stderr=True)
     console.print("ipsecgate: ", style="bold red", end="")
     console.print(str(error), markup=False, soft_wrap=True)
     if error.hint:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from importlib.util import find_spec, module_from_spec
 
 import click
 
-from ipsecgate import controller
 from ipsecgate.cli.app import App
 from ipsecgate.edges import control
 
@@ -20,6 +21,9 @@ def run(app: App) -> None:
 
     Ending it, however, opens nothing: the hooks keep refusing what no SA covers.
     """
+    _import_only_parts_of("pyroute2")
+    from ipsecgate import controller  # noqa: PLC0415
+
     asyncio.run(controller.run(app.paths, app.config))
 
 
@@ -33,3 +37,13 @@ def reload(app: App) -> None:
     """
     told = control.ask(app.paths.control, "reload", RELOAD_LIMIT)
     app.done(f"in force: {app.paths.config}", **told)
+
+
+def _import_only_parts_of(package: str) -> None:
+    """Have the parts of a package imported without the package itself, which imports them all.
+
+    Of pyroute2 we need the transport; the whole is 9 of 40 MiB, for as long as we run.
+    """
+    spec = find_spec(package)
+    if spec is not None and package not in sys.modules:
+        sys.modules[package] = module_from_spec(spec)

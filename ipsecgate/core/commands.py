@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ipsecgate.core.events import ChildConfig, Timer
+from ipsecgate.core.events import Call, CallMade, ChildConfig, Timer
 from ipsecgate.core.flow import Address, Network
 from ipsecgate.core.layout import Entry, Key, TableId
 from ipsecgate.core.table import Table
@@ -116,6 +116,21 @@ class StopTimer:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """Let a system call wait, and answer with `CallExpired` at its limit."""
+
+    made: CallMade
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Have a system call fail with an errno; None: let it go on, to be asked by the hooks."""
+
+    call: Call
+    error: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Remember:
     """Keep on disk what must be protected though no configuration file says so."""
 
@@ -134,5 +149,14 @@ HookCommand = Publish | SetEntry | Verify | SetSources | SetTun | SetModes | Exe
 """What is written into the hooks' maps."""
 IkeCommand = AskIke | Initiate | Terminate
 Command = (
-    HookCommand | IkeCommand | ResolveSources | Adopted | StartTimer | StopTimer | Remember | Log
+    HookCommand
+    | IkeCommand
+    | ResolveSources
+    | Adopted
+    | StartTimer
+    | StopTimer
+    | Hold
+    | Answer
+    | Remember
+    | Log
 )

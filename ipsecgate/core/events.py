@@ -220,6 +220,51 @@ class Reconfigured:
     settings: Settings
 
 
+# --- held system calls -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A system call that waits: the listener that reported it, and its id there."""
+
+    listener: int
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CallMade:
+    """A thread asks for a flow, and waits to be let go; for at most `limit` seconds."""
+
+    call: Call
+    flow: Flow
+    pid: int
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
+class CallExpired:
+    """A held call has reached its limit."""
+
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class CallInterrupted:
+    """A held call's thread has a signal handler to run, and will call again after it."""
+
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class CallGone:
+    """A held call's thread does not wait any more: it was killed."""
+
+    call: Call
+
+
+CallEvent = CallMade | CallExpired | CallInterrupted | CallGone
+
+
 # --- time ------------------------------------------------------------------------
 
 
@@ -254,4 +299,4 @@ OtherEvent = (
     | TimerFired
     | CheckDue
 )
-Event = XfrmEvent | OtherEvent
+Event = XfrmEvent | CallEvent | OtherEvent

@@ -19,6 +19,7 @@ PROTOCOLS = {"any": 0, "icmp": 1, "tcp": TCP, "udp": UDP, "ipv6-icmp": 58, "sctp
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 
 PORT_MASK = 0xFFFF
+DHCP = (("255.255.255.255", 67), ("ff02::1:2", 547))
 ANY_V4 = IPv4Network("0.0.0.0/0")
 ANY_V6 = IPv6Network("::/0")
 
@@ -57,6 +58,17 @@ class Flow:
     def __str__(self) -> str:
         host = f"[{self.daddr}]" if self.daddr.version == 6 else str(self.daddr)
         return f"{PROTOCOL_NAMES.get(self.proto, self.proto)} {host}:{self.dport}"
+
+
+def is_exempt(flow: Flow) -> bool:
+    """Tell whether a flow never leaves the link, as the hooks do: loopback, and DHCP.
+
+    The unspecified address connects to loopback.
+    Source: is_loopback() and is_dhcp() in gate.bpf.c.
+    """
+    if flow.daddr.is_loopback or flow.daddr.is_unspecified:
+        return True
+    return flow.proto == UDP and (str(flow.daddr), flow.dport) in DHCP
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@
     IkeConnected     -> the policy table where none are configured; trust in SAs
     SourcesResolved  -> which source an unbound flow has, hence which policy wins
     Reconfigured     -> what is stricter first, the policy table, what is laxer last
+    CallMade         -> held while an SA may come (Hold), then answered (Answer)
 
 Rules of this module: nothing is opened but by the kernel's mirror, or by IKE and
 routes where the kernel does no ESP; nothing is decided by time but through timers,
@@ -20,7 +21,8 @@ from dataclasses import dataclass, field, replace
 from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
 from ipsecgate.core.coverage import Coverage
-from ipsecgate.core.flow import ANY_V4, ANY_V6, Address, Flow, Network
+from ipsecgate.core.flow import ANY_V4, ANY_V6, Address, Flow, Network, is_exempt
+from ipsecgate.core.holds import Holds, Outlook
 from ipsecgate.core.ipsec import Action, SpdEntry
 from ipsecgate.core.layout import TableId, flow_key
 from ipsecgate.core.mirror import Mirror
@@ -34,6 +36,7 @@ from ipsecgate.core.userland import Userland
 NOT_KNOWN_YET = (Policy("not-known-yet", (ANY_V4, ANY_V6)),)
 ORPHANS = 64  # flows that wait for a connection to be loaded
 WARNINGS = 256  # that are told once each
+FREE_FLOWS = 4096  # that are remembered
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Gate:
         self.ike_error = "not connected yet"
         self.sources: dict[Network, Address | None] = {}
         self.published = Published()
+        self.holds = Holds(self.settings.errnos)
+        self._free: set[Flow] = set()  # flows that were seen to be, until anything happens
         self._known = {(c.ike, c.child): c for c in self.remembered}
         self._derived = derived(self._known.values())
         self._unreadable: list[str] = []  # connections that nobody can protect yet
@@ -95,10 +100,13 @@ class Gate:
         """Take in events, return what to do about them, in order.
 
         What the kernel told at one go is answered once: an SA comes in several
-        notifications, and only their sum says whether it protects. Refusals come
-        last: a process that makes many must not hold up what closes a flow.
+        notifications, and only their sum says whether it protects. What applications
+        ask for comes last: a process that asks much must not hold up what closes a flow.
         """
-        events = tuple(sorted(events, key=lambda event: isinstance(event, on.FlowRefused)))
+        events = tuple(sorted(events, key=_is_asked))
+        only_calls = all(isinstance(event, on.CallEvent) for event in events)
+        if not only_calls:
+            self._free.clear()
         commands: list[do.Command] = []
         for at, event in enumerate(events, 1):
             if isinstance(event, on.XfrmEvent):
@@ -107,10 +115,12 @@ class Gate:
                     commands += self._follow_kernel()
                 if isinstance(event, on.PolicySet) and self._is_news(event.entry):
                     commands.append(do.AskIke())
-            elif isinstance(event, on.Reconfigured):
-                commands += self._reconfigure(event.settings)
+            elif isinstance(event, on.CallEvent):
+                commands += self._call(event)
             else:
                 commands += self._take(event)
+        if self.holds.of and not only_calls:
+            commands += self._settle()
         return commands
 
     def _take(self, event: on.OtherEvent) -> list[do.Command]:
@@ -261,10 +271,7 @@ class Gate:
     def is_live(self, flow: Flow) -> bool:
         """Tell whether the hooks would let a protected flow go now."""
         saddr = self.source_of(flow)
-        if saddr is None:
-            return False
-        routed = Flow(flow.daddr, flow.proto, flow.dport, saddr, flow.sport)
-        return self.published.is_live(routed)
+        return saddr is not None and self.published.is_live(replace(flow, saddr=saddr))
 
     def _ask(self, flow: Flow, place: int | None) -> list[do.Command]:
         """Have the child negotiated that would protect a refused flow."""
@@ -273,7 +280,7 @@ class Gate:
         policy = self.policies[place]
         if policy.action is not Action.PROTECT or self.ike_error or self.is_live(flow):
             return []
-        config = child_for(flow, self.source_of(flow), policy, self.children)
+        config = self._child(flow, policy)
         if config is not None:
             if self._is_up(config):
                 return self._warn(f"{config.ike}/{config.child} is up and does not protect", flow)
@@ -281,6 +288,9 @@ class Gate:
         if len(self._orphans) < ORPHANS:
             self._orphans.add(flow)
         return [do.AskIke()]  # the connection may have been loaded a moment ago
+
+    def _child(self, flow: Flow, policy: Policy) -> on.ChildConfig | None:
+        return child_for(flow, self.source_of(flow), policy, self.children)
 
     def _is_up(self, config: on.ChildConfig) -> bool:
         """Tell whether the kernel has all that IKE says of a child: asking changes nothing."""
@@ -293,6 +303,50 @@ class Gate:
             return []
         self._warned.add((text, flow))
         return [do.Log("warning", f"{text} {flow}")]
+
+    # --- held calls -----------------------------------------------------------------
+
+    def is_free(self, flow: Flow) -> bool:
+        """Tell whether `step` would let a call for this flow go on, where that is known already.
+
+        True only if the commands of every step were carried out.
+        """
+        return flow in self._free
+
+    def _call(self, event: on.CallEvent) -> list[do.Command]:
+        if not isinstance(event, on.CallMade):
+            return self.holds.ended(event)
+        asked, outlook = self._outlook(event.flow)
+        return [*asked, *self.holds.take(event, outlook), *(self._refresh() if asked else [])]
+
+    def _outlook(self, flow: Flow) -> tuple[list[do.Command], Outlook]:
+        """Return what a flow can expect, and have the SA negotiated that it needs."""
+        if not self.published.policies_known and not self.settings.audit:
+            return [], Outlook.PENDING
+        place = self.published.protected_by(flow)
+        exempt = is_exempt(flow) or self.source_of(flow) == flow.daddr
+        if self.settings.audit or place is None or exempt or self.is_live(flow):
+            if len(self._free) < FREE_FLOWS:
+                self._free.add(flow)
+            return [], Outlook.FREE
+        asked = self._ask(flow, place)
+        config = self._child(flow, self.policies[place]) if place < len(self.policies) else None
+        item = self.negotiations.of.get((config.ike, config.child)) if config else None
+        failed = item is not None and item.coverage is Coverage.BACK_OFF
+        return asked, Outlook.FAILED if failed else Outlook.PENDING
+
+    def _settle(self) -> list[do.Command]:
+        """Look at every held call again, after what happened."""
+        asked: list[do.Command] = []
+
+        def outlook(flow: Flow) -> Outlook:
+            commands, outlook = self._outlook(flow)
+            # The daemon is looked at every so often: what it has loaded now, it told.
+            asked.extend(c for c in commands if not isinstance(c, do.AskIke))
+            return outlook
+
+        answers = self.holds.settle(outlook)
+        return [*asked, *answers, *(self._refresh() if asked else [])]
 
     def _timer(self, timer: on.Timer) -> list[do.Command]:
         """Let the negotiation go on; delete what IKE believes in and no flow can use.
@@ -350,6 +404,7 @@ class Gate:
         ):
             return []
         self._next, self.settings = None, new
+        self.holds.errnos = new.errnos
         self._warned.clear()
         error = new.errnos.uncovered
         return [
@@ -424,3 +479,7 @@ def _protected(policies: Iterable[Policy]) -> tuple[Network, ...]:
     """Return the networks whose sources must be known."""
     protect = (policy for policy in policies if policy.action is Action.PROTECT)
     return tuple(dict.fromkeys(network for policy in protect for network in policy.remote))
+
+
+def _is_asked(event: on.Event) -> bool:
+    return isinstance(event, on.FlowRefused | on.CallMade)

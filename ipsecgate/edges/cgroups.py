@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ipsecgate.edges.mounts import mounted
-from ipsecgate.errors import KernelLacksError, UsageError
+from ipsecgate.errors import GateError, KernelLacksError, UsageError
 
 
 def root() -> Path:
@@ -63,6 +64,31 @@ def resolve(target: str) -> Path:
         several = ", ".join(str(p) for p in found[:4])
         raise UsageError(f"{target} names {len(found)} cgroups{': ' + several if several else ''}")
     return found[0]
+
+
+def own() -> Path:
+    """Return the cgroup of this process."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, _, path = line.split(":", 2)
+        if number == "0":
+            return root() / path.strip("/")
+    raise KernelLacksError("this process is in no cgroup of the unified hierarchy")
+
+
+def join(cgroup: Path) -> None:
+    """Move this process into a cgroup. Raises: GateError."""
+    try:
+        # One write(2): a buffered one would tell what went wrong when it is too late.
+        fd = os.open(cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"0")
+        finally:
+            os.close(fd)
+    except OSError as error:
+        hint = "run it as root"
+        if error.errno == errno.EBUSY:
+            hint = "it has cgroups with resource controllers below it: name one of those"
+        raise GateError(f"cannot join {cgroup}: {error.strerror}", hint=hint) from error
 
 
 def walk() -> Iterator[Path]:

@@ -3,7 +3,9 @@
     {"verb": "status"}  ->  {"ok": {...}}
                         or  {"error": "...", "hint": "what to do", "code": exit code}
 
-Root only: the socket's mode says so, and each peer's credentials are checked.
+Root only: the socket's mode says so, and each peer's credentials are checked. A verb
+may name a descriptor of the peer's by number: sending it along (SCM_RIGHTS) takes a
+sendmsg(), which may be what the peer has just given up to us.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import json
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,17 @@ CLIENTS = 16  # at a time: descriptors are needed for the kernel and IKE
 _TIME_LIMIT = 5.0
 _WORK_LIMIT = 60.0  # for a verb that changes something
 
-Handler = Callable[[], Awaitable[Mapping[str, Any]]]
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked besides the verb, and by which process."""
+
+    words: Mapping[str, Any]
+    pid: int
+
+
+Handler = Callable[[Request], Awaitable[Mapping[str, Any]]]
+Ask = Callable[..., dict[str, Any]]
 
 
 @asynccontextmanager
@@ -73,7 +86,7 @@ async def _answer(
     credentials = writer.get_extra_info("socket").getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, 12
     )
-    _pid, uid, _gid = struct.unpack("=iII", credentials)
+    pid, uid, _gid = struct.unpack("=iII", credentials)
     if uid not in (0, os.geteuid()):
         return {"error": "root only"}
     try:
@@ -83,7 +96,7 @@ async def _answer(
         return {"error": f'expected {{"verb": one of {", ".join(verbs)}}}'}
     try:
         async with asyncio.timeout(_WORK_LIMIT):
-            return {"ok": await handler()}
+            return {"ok": await handler(Request(request, pid))}
     except GateError as error:
         return {"error": str(error), "hint": error.hint, "code": error.exit_code}
     except Exception as error:
@@ -92,18 +105,44 @@ async def _answer(
 
 def ask(path: Path, verb: str, limit: float = _TIME_LIMIT) -> dict[str, Any]:
     """Ask the controller, return its answer. Raises: NoControllerError, UsageError, GateError."""
+    with connected(path, limit) as asking:
+        return asking(verb)
+
+
+@contextmanager
+def connected(path: Path, limit: float = _TIME_LIMIT) -> Iterator[Ask]:
+    """Connect to the controller, to ask it one thing: the verb, and words by name.
+
+    What asks makes no connect(), and no sendto() with an address. `limit`: seconds.
+    Raises: NoControllerError, here and when it is asked; GateError if it refuses.
+    """
+
+    def asking(verb: str, **words: Any) -> dict[str, Any]:
+        try:
+            sock.sendall(json.dumps({"verb": verb, **words}).encode() + b"\n")
+            with sock.makefile("rb") as stream:
+                line = stream.readline(ANSWER_LIMIT)
+        except OSError as error:
+            raise _nobody(path, error) from error
+        return _understood(path, verb, line)
+
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(limit)
         try:
             sock.connect(os.fspath(path))
-            sock.sendall(json.dumps({"verb": verb}).encode() + b"\n")
-            with sock.makefile("rb") as stream:
-                line = stream.readline(ANSWER_LIMIT)
         except OSError as error:
-            raise NoControllerError(
-                f"no controller answers on {path}: {error.strerror or error}",
-                hint="start it: `ipsecgate run`, or the service `ipsecgate`",
-            ) from error
+            raise _nobody(path, error) from error
+        yield asking
+
+
+def _nobody(path: Path, error: OSError) -> NoControllerError:
+    return NoControllerError(
+        f"no controller answers on {path}: {error.strerror or error}",
+        hint="start it: `ipsecgate run`, or the service `ipsecgate`",
+    )
+
+
+def _understood(path: Path, verb: str, line: bytes) -> dict[str, Any]:
     try:
         answer: dict[str, Any] = json.loads(line)
     except ValueError as error:

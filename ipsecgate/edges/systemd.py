@@ -1,4 +1,8 @@
-"""Tell systemd how the service is: sd_notify(3), sd_watchdog_enabled(3)."""
+"""Tell systemd how the service is, and have it keep descriptors: sd_notify(3).
+
+Whoever else listens on NOTIFY_SOCKET and starts the successor with LISTEN_FDS will do.
+Source: sd_watchdog_enabled(3), sd_pid_notify_with_fds(3), sd_listen_fds_with_names(3).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,17 @@ import socket
 import time
 from contextlib import suppress
 
+FIRST_FD = 3  # SD_LISTEN_FDS_START
 
-def notify(**fields: object) -> None:
-    """Send READY=1, STATUS=… and the like; without a service manager, nothing happens.
+
+def notify(*fds: int, **fields: object) -> bool:
+    """Send READY=1, STATUS=… and the like; False: it went nowhere.
 
     A manager that cannot be reached is none of our trouble: it has a watchdog.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
-        return
+        return False
     if address.startswith("@"):  # an abstract socket
         address = "\0" + address[1:]
     message = "\n".join(f"{name}={value}" for name, value in fields.items())
@@ -25,7 +31,9 @@ def notify(**fields: object) -> None:
     ):
         sock.setblocking(False)  # a manager that does not read must not hold up a decision
         sock.connect(address)
-        sock.sendall(message.encode())
+        socket.send_fds(sock, [message.encode()], fds)
+        return True
+    return False
 
 
 def reloading() -> None:
@@ -43,3 +51,19 @@ def watchdog() -> float | None:
     except ValueError:
         return None
     return limit if limit > 0 else None
+
+
+def keep(fd: int, name: str) -> bool:
+    """Have a descriptor kept for a successor, under a name. False: nobody keeps it."""
+    return notify(fd, FDSTORE=1, FDNAME=name)
+
+
+def kept() -> dict[int, str]:
+    """Return, once, the descriptors that were kept for us, close-on-exec, and their names."""
+    words = {name: os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES")}
+    if words["PID"] != str(os.getpid()) or not words["FDS"].isdigit():
+        return {}
+    fds = range(FIRST_FD, FIRST_FD + int(words["FDS"]))
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    return dict(zip(fds, words["FDNAMES"].split(":"), strict=False))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -69,10 +70,19 @@ class Gated:
         options = [word for name, path in places.items() for word in (f"--{name}", str(path))]
         return [sys.executable, "-m", "ipsecgate", *options, "-i", self.instance, *arguments]
 
-    def start(self) -> None:
-        """Run the controller and wait until it has published. Raises: LabError."""
+    def start(
+        self,
+        launcher: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        fds: Sequence[int] = (),
+    ) -> None:
+        """Run the controller and wait until it has published. Raises: LabError.
+
+        `launcher` is a program that becomes it, given `env` and these descriptors.
+        """
+        argv = [*launcher, *self._argv("run")]
         with self.log.open("a") as log:
-            self.process = self.lab.a.popen(self._argv("run"), stdout=log, stderr=log)
+            self.process = self.lab.a.popen(argv, stdout=log, stderr=log, env=env, fds=fds)
         deadline = time.monotonic() + READY_TIMEOUT
         while True:
             try:
@@ -95,6 +105,10 @@ class Gated:
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a verb of the command line in host a. Raises: CalledProcessError if `check`."""
         return self.lab.a.run(self._argv(*arguments), check=check)
+
+    def holding(self, *command: str, options: Sequence[str] = ()) -> list[str]:
+        """Return the words that run a command by `ipsecgate exec`, for `Host.run` and `popen`."""
+        return self._argv("exec", *options, "--", *command)
 
     def status(self) -> dict[str, Any]:
         """Return `status --json`, whatever its exit code."""

@@ -71,8 +71,11 @@ class Host:
         stdin: Stream = subprocess.DEVNULL,
         stdout: Stream = None,
         stderr: Stream = None,
+        fds: Sequence[int] = (),
     ) -> subprocess.Popen[str]:
         """Start a program in this host; its pid is the Popen's. `env` adds to our own.
+
+        `fds` are descriptors that it inherits.
 
         The lab kills it at the end if it still runs.
         """
@@ -83,6 +86,7 @@ class Host:
             stdout=stdout,
             stderr=stderr,
             text=True,
+            pass_fds=fds,
         )
         self._processes = [p for p in self._processes if p.poll() is None] + [process]
         return process

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.edges.control import CLIENTS, REQUEST_LIMIT, ask, serving
+from ipsecgate.edges.control import CLIENTS, REQUEST_LIMIT, Request, ask, serving
 from ipsecgate.errors import GateError, NoControllerError
 
 
-async def status() -> Mapping[str, Any]:
+async def status(request: Request) -> Mapping[str, Any]:
     return {"pid": 7}
 
 
-async def broken() -> Mapping[str, Any]:
+async def broken(request: Request) -> Mapping[str, Any]:
     raise KeyError("a defect")
 
 

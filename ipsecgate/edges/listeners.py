@@ -1,0 +1,275 @@
+"""The seccomp listeners: system calls that wait become events, answers are carried out.
+
+    a listener is readable -> the call, its address and its socket -> CallMade
+    Hold -> CallExpired at its limit; CallInterrupted, CallGone as they are noticed
+    Answer -> the call goes on, or fails
+
+Rules of this module: no decisions; a call that names no flow of this network namespace
+goes on at once, as does one that cannot be looked at: the hooks, or the kernel, say what
+is to be said. Every call that was received is in a file as long as it waits, written by
+the kernel itself, so that a successor who is handed the listener answers those, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import mmap
+import os
+import select
+import struct
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ipsecgate.core import holds
+from ipsecgate.core.events import Call, CallEvent, CallExpired, CallGone, CallInterrupted, CallMade
+from ipsecgate.core.flow import UDP, Flow
+from ipsecgate.core.seccomp import (
+    NOTIFICATION,
+    Notification,
+    destination,
+    notification,
+)
+from ipsecgate.edges import probe, seccomp, systemd
+
+SLOTS = 4096  # calls of one listener that can be received at once; more wait until they are
+DEADLINE = struct.Struct("=d")  # follows each notification; on CLOCK_MONOTONIC, 0: not held
+SLOT = NOTIFICATION.size + DEADLINE.size
+AT_ONCE = 64  # calls taken in before the loop sees to others
+WATCH = 0.1  # seconds between looks at what became of the held ones' threads
+WATCH_EACH = 0.001  # and as long again for each of them
+NAME = "hold"
+
+
+class _Listener:
+    """One listener, and the calls received from it that wait for their answers."""
+
+    def __init__(self, number: int, fd: int, limit: float, file: Path | None) -> None:
+        self.number = number
+        self.fd = fd
+        self.limit = limit
+        self.file = file
+        self.slots: dict[int, int] = {}  # by id, where each call is
+        self.held: dict[int, tuple[CallMade, asyncio.TimerHandle]] = {}  # by id
+        self._map = _mapped(file)
+        self._base = ctypes.c_char.from_buffer(self._map)
+        self._free = list(range((SLOTS - 1) * SLOT, -SLOT, -SLOT))
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+
+    def recall(self) -> list[tuple[Notification, float]]:
+        """Return the calls that a predecessor received and did not answer, and their deadlines."""
+        found = []
+        for slot in list(self._free):
+            call, deadline = self._at(slot)
+            if call.pid and seccomp.is_waiting(self.fd, call.id):
+                self._free.remove(slot)
+                self.slots[call.id] = slot
+                found.append((call, deadline))
+            else:
+                self._clear(slot)
+        return found
+
+    def ready(self) -> int:
+        """Return what poll(2) says of it."""
+        events = self._poll.poll(0)
+        return events[0][1] if events else 0
+
+    def receive(self) -> Notification | None:
+        """Receive a call; None if it went away, or has no place yet."""
+        if not self._free:
+            return None
+        slot = self._free[-1]
+        if not seccomp.receive(self.fd, ctypes.addressof(self._base) + slot):
+            return None
+        self._free.pop()
+        call, _ = self._at(slot)
+        self.slots[call.id] = slot
+        return call
+
+    def hold(self, made: CallMade, timer: asyncio.TimerHandle) -> None:
+        """Write down until when a call is held."""
+        slot = self.slots[made.call.id]
+        DEADLINE.pack_into(self._map, slot + NOTIFICATION.size, timer.when())
+        self.held[made.call.id] = made, timer
+
+    def answer(self, ident: int, error: int | None) -> None:
+        """Answer a call and forget it."""
+        seccomp.answer(self.fd, ident, error)
+        self.forget(ident)
+
+    def forget(self, ident: int) -> None:
+        """Forget a call, and that it was held."""
+        slot = self.slots.pop(ident, None)
+        if slot is not None:
+            self._clear(slot)
+            self._free.append(slot)
+        held = self.held.pop(ident, None)
+        if held is not None:
+            held[1].cancel()
+
+    def close(self) -> None:
+        """Close it: where nobody else has it, its callers' calls fail from now on (ENOSYS)."""
+        for _, timer in self.held.values():
+            timer.cancel()
+        os.close(self.fd)
+        del self._base
+        self._map.close()
+
+    def _at(self, slot: int) -> tuple[Notification, float]:
+        raw = self._map[slot : slot + NOTIFICATION.size]
+        (deadline,) = DEADLINE.unpack_from(self._map, slot + NOTIFICATION.size)
+        return notification(raw), deadline
+
+    def _clear(self, slot: int) -> None:
+        self._map[slot : slot + SLOT] = bytes(SLOT)
+
+
+def _mapped(file: Path | None) -> mmap.mmap:
+    if file is None:
+        return mmap.mmap(-1, SLOTS * SLOT)
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, SLOTS * SLOT)
+        return mmap.mmap(fd, SLOTS * SLOT)
+    finally:
+        os.close(fd)
+
+
+class Listeners:
+    """Every listener of an instance; `folder` keeps the calls that wait, for a successor."""
+
+    def __init__(self, tell: Callable[[CallEvent], None], folder: Path) -> None:
+        self._tell = tell
+        self._folder = folder
+        self._abi = seccomp.abi()
+        self._netns = probe.netns_cookie()
+        self._of: dict[int, _Listener] = {}
+        self._again: dict[tuple[int, Flow], float] = {}  # deadlines of who will call again
+        self._watch: asyncio.TimerHandle | None = None
+
+    def take(self, pid: int, fd: int, limit: float) -> None:
+        """Take over a process's listener. Raises: OSError, ValueError if it is none."""
+        ours = seccomp.take(pid, fd)
+        if not seccomp.is_listener(ours):
+            os.close(ours)
+            raise ValueError(f"descriptor {fd} of process {pid} is no seccomp listener")
+        number = max(self._of, default=0) + 1
+        kept = systemd.keep(ours, f"{NAME}-{number}-{limit:g}")
+        file = self._folder / str(number) if kept else None
+        if file is not None:
+            file.unlink(missing_ok=True)
+        self._follow(_Listener(number, ours, limit, file))
+
+    def adopt(self, kept: Mapping[int, str]) -> None:
+        """Go on with the listeners that the service manager kept, and with who waits there."""
+        for fd, name in kept.items():
+            kind, number, limit = (*name.split("-"), "", "")[:3]
+            if kind != NAME or not seccomp.is_listener(fd):
+                continue
+            one = _Listener(int(number), fd, float(limit), self._folder / number)
+            for call, deadline in one.recall():
+                self._look_at(one, call, deadline)
+            self._follow(one)
+
+    def hold(self, made: CallMade) -> None:
+        """Tell when a call has waited for as long as it may."""
+        one = self._of.get(made.call.listener)
+        if one is None or made.call.id not in one.slots:
+            return
+        loop = asyncio.get_running_loop()
+        one.hold(made, loop.call_later(made.limit, self._tell, CallExpired(made.call)))
+        if self._watch is None:
+            self._watch = loop.call_later(WATCH, self._look_after)
+
+    def answer(self, call: Call, error: int | None) -> None:
+        """Answer a call, unless nobody waits any more."""
+        one = self._of.get(call.listener)
+        if one is not None and call.id in one.slots:
+            one.answer(call.id, error)
+
+    def close(self) -> None:
+        """Close every listener."""
+        if self._watch is not None:
+            self._watch.cancel()
+        for one in self._of.values():
+            asyncio.get_running_loop().remove_reader(one.fd)
+            one.close()
+        self._of.clear()
+
+    # --- calls in -------------------------------------------------------------------
+
+    def _follow(self, one: _Listener) -> None:
+        self._of[one.number] = one
+        asyncio.get_running_loop().add_reader(one.fd, self._on_readable, one)
+
+    def _on_readable(self, one: _Listener) -> None:
+        for _ in range(AT_ONCE):
+            ready = one.ready()
+            if ready & select.POLLIN:
+                call = one.receive()
+                if call is not None:
+                    self._look_at(one, call)
+                continue
+            if ready:
+                self._drop(one)  # nobody is left who could call
+            return
+
+    def _drop(self, one: _Listener) -> None:
+        asyncio.get_running_loop().remove_reader(one.fd)
+        del self._of[one.number]
+        for ident in one.slots:
+            self._tell(CallGone(Call(one.number, ident)))
+        one.close()
+        if one.file is not None:
+            one.file.unlink(missing_ok=True)
+
+    def _look_at(self, one: _Listener, call: Notification, deadline: float = 0.0) -> None:
+        try:
+            found = self._flow(call)
+        except (OSError, ValueError):
+            found = None
+        if found is None or not seccomp.is_waiting(one.fd, call.id):
+            one.answer(call.id, None)
+            return
+        flow, patient = found
+        limit = one.limit if patient else min(one.limit, holds.HOLD_IMPATIENT)
+        deadline = self._again.pop((call.pid, flow), deadline)
+        if deadline:
+            limit = max(0.0, deadline - time.monotonic())
+        self._tell(CallMade(Call(one.number, call.id), flow, call.pid, limit))
+
+    def _flow(self, call: Notification) -> tuple[Flow, bool] | None:
+        """Return what flow a call asks for, and whether its caller is prepared to wait."""
+        to = destination(
+            call, self._abi, lambda where, length: seccomp.read(call.pid, where, length)
+        )
+        if to is None:
+            return None
+        sock = seccomp.look(seccomp.take(call.pid, call.fd))
+        if sock.netns != self._netns:
+            return None
+        daddr, dport = to
+        saddr = sock.saddr if sock.saddr and sock.saddr.version == daddr.version else None
+        flow = Flow(daddr, sock.proto, dport, saddr, sock.sport, sock.mark)
+        connects_udp = call.nr == self._abi.connect and sock.proto == UDP
+        return flow, sock.blocking and not connects_udp
+
+    # --- what becomes of those that wait ----------------------------------------------
+
+    def _look_after(self) -> None:
+        """Look for held calls whose threads were killed, or have a signal to handle."""
+        self._again.clear()  # who was to call again has done so
+        held = [(one, made) for one in self._of.values() for made, _ in one.held.values()]
+        for one, made in held:
+            if not seccomp.is_waiting(one.fd, made.call.id):
+                one.forget(made.call.id)
+                self._tell(CallGone(made.call))
+            elif seccomp.is_interrupted(made.pid):
+                self._again[made.pid, made.flow] = one.held[made.call.id][1].when()
+                self._tell(CallInterrupted(made.call))
+        pause = WATCH + len(held) * WATCH_EACH
+        loop = asyncio.get_running_loop()
+        self._watch = loop.call_later(pause, self._look_after) if held else None

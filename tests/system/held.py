@@ -1,0 +1,184 @@
+"""Clients whose calls are held: one call as a word, what came of it as a line of JSON.
+
+    python held.py CALL ADDRESS PORT [ARGUMENT]  ->  {"error": "" or an errno, "seconds": 0.1, …}
+
+Calls are made by libc itself where it matters: Python's own connect() hides EINTR.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.system import uring
+
+Result = dict[str, Any]
+SMALL_STACK = 128 << 10
+
+
+def named(number: int | None) -> str:
+    return errno.errorcode.get(number, str(number)) if number else ""
+
+
+def tried(call: Callable[[], object]) -> Result:
+    began = time.monotonic()
+    try:
+        call()
+        error = ""
+    except OSError as raised:
+        error = named(raised.errno)
+    return {"error": error, "seconds": time.monotonic() - began, "ended": time.monotonic()}
+
+
+def raw_connect(sock: socket.socket, name: ctypes.Array[ctypes.c_char]) -> None:
+    if uring.libc.connect(sock.fileno(), name, len(name) - 1):
+        raise OSError(ctypes.get_errno(), "connect")
+
+
+def new(kind: socket.SocketKind, address: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind)
+
+
+def tcp(address: str, port: int, _argument: str) -> Result:
+    return tried(lambda: new(socket.SOCK_STREAM, address).connect((address, port)))
+
+
+def non_blocking(address: str, port: int, _argument: str) -> Result:
+    sock = new(socket.SOCK_STREAM, address)
+    sock.setblocking(False)
+    return tried(lambda: sock.connect((address, port)))
+
+
+def udp_connect(address: str, port: int, _argument: str) -> Result:
+    return tried(lambda: new(socket.SOCK_DGRAM, address).connect((address, port)))
+
+
+def bound(address: str, port: int, source: str) -> Result:
+    sock = new(socket.SOCK_STREAM, address)
+    sock.bind((source, 0))
+    return tried(lambda: sock.connect((address, port)))
+
+
+def sendmsg(address: str, port: int, _argument: str) -> Result:
+    sock = new(socket.SOCK_DGRAM, address)
+    return tried(lambda: sock.sendmsg([b"x"], [], 0, (address, port)))
+
+
+def sendmmsg(address: str, port: int, _argument: str) -> Result:
+    sock = new(socket.SOCK_DGRAM, address)
+    return tried(lambda: uring.sendmmsg(sock, address, port))
+
+
+def uring_connect(address: str, port: int, _argument: str) -> Result:
+    return tried(lambda: uring.connect(new(socket.SOCK_STREAM, address), address, port))
+
+
+def twice(address: str, port: int, _argument: str) -> Result:
+    """Connect, and again after whatever came of that."""
+    return {"first": tcp(address, port, ""), **tcp(address, port, "")}
+
+
+def threads(address: str, port: int, argument: str) -> Result:
+    """Have many threads connect by UDP, all at one time."""
+    threading.stack_size(SMALL_STACK)
+    name = ctypes.create_string_buffer(uring.sockaddr(address, port))
+    socks = [new(socket.SOCK_DGRAM, address) for _ in range(int(argument))]
+    results: list[Result] = []
+    go = threading.Event()
+
+    def one(sock: socket.socket) -> None:
+        go.wait()
+        results.append(tried(lambda: raw_connect(sock, name)))
+
+    workers = [threading.Thread(target=one, args=(sock,)) for sock in socks]
+    for worker in workers:
+        worker.start()
+    go.set()
+    for worker in workers:
+        worker.join()
+    ends = sorted(result["ended"] for result in results)
+    errors = sorted({result["error"] for result in results})
+    return {"errors": errors, "spread": ends[-1] - ends[0]}
+
+
+def storm(address: str, port: int, argument: str) -> Result:
+    """Connect by UDP while a handled signal comes every so often; tell how many were handled.
+
+    Python's own handlers run when the call is over, so its C handler is counted.
+    """
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.siginterrupt(signal.SIGALRM, True)
+    sock = new(socket.SOCK_DGRAM, address)
+    name = ctypes.create_string_buffer(uring.sockaddr(address, port))
+    signal.setitimer(signal.ITIMER_REAL, float(argument), float(argument))
+    result = tried(lambda: raw_connect(sock, name))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return {**result, "handled": len(os.read(told, 1 << 16))}
+
+
+def flip(address: str, port: int, other: str) -> Result:
+    """Connect to one address, and have another written over it while the call is held."""
+    name = ctypes.create_string_buffer(uring.sockaddr(address, port))
+    sock = new(socket.SOCK_STREAM, address)
+    changed = uring.sockaddr(other, port)
+    threading.Timer(0.05, lambda: ctypes.memmove(name, changed, len(changed))).start()
+    return tried(lambda: raw_connect(sock, name))
+
+
+def flip_all_the_time(address: str, port: int, other: str) -> Result:
+    """Connect many times while another thread writes one address over the other."""
+    one, two = uring.sockaddr(address, port), uring.sockaddr(other, port)
+    name = ctypes.create_string_buffer(one)
+    ended = threading.Event()
+    errors: dict[str, int] = {}
+
+    def flipping() -> None:
+        while not ended.is_set():
+            ctypes.memmove(name, two, len(two))
+            ctypes.memmove(name, one, len(one))
+
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=flipping)
+    thread.start()
+    for _ in range(300):
+        with new(socket.SOCK_DGRAM, address) as sock:
+            error = tried(lambda s=sock: raw_connect(s, name))["error"]  # type: ignore[misc]
+            reached = error or sock.getpeername()[0]
+            errors[reached] = errors.get(reached, 0) + 1
+    ended.set()
+    thread.join()
+    return {"reached": errors}
+
+
+CALLS: dict[str, Callable[[str, int, str], Result]] = {
+    call.__name__: call
+    for call in (
+        tcp, non_blocking, udp_connect, bound, sendmsg, sendmmsg, uring_connect, twice, threads,
+        storm, flip, flip_all_the_time,
+    )
+}  # fmt: skip
+
+
+def command(call: str, address: object, port: int, argument: object = "") -> list[str]:
+    """Return the words that run a call."""
+    return [sys.executable, "-m", "tests.system.held", call, str(address), str(port), str(argument)]
+
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).parents[2])
+    print(  # noqa: T201
+        json.dumps(CALLS[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4]))
+    )

@@ -1,0 +1,397 @@
+"""Calls held by `ipsecgate exec` across real negotiations, on real ESP.
+
+Packets are judged by a capture between the hosts, retransmissions by the kernel's
+counter, errors by the application's own word: never by the gate's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipsecgate.core.holds import HOLD_IMPATIENT
+from ipsecgate.core.layout import Reason
+from ipsecgate.edges.maps import Maps
+from ipsecgate.edges.pins import Pins
+from ipsecgate.lab import traffic
+from ipsecgate.lab.capture import Captured
+from ipsecgate.lab.endpoints import Client, Report
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
+from tests.system import held
+
+PORT = 7200
+DATAGRAMS = 5
+THREADS = 500
+MEMORY = 40 << 10
+BPFFS = Path("/sys/fs/bpf")
+PIPE = subprocess.PIPE
+
+
+@pytest.fixture(scope="module")
+def module_lab() -> Iterator[Lab]:
+    with Lab("ipsecgate-test-hold") as lab:
+        lab.warm_up()
+        lab.b.serve("tcp-server", PORT)
+        yield lab
+
+
+@pytest.fixture
+def lab(module_lab: Lab) -> Lab:
+    module_lab.set_delay(0)
+    module_lab.reset()
+    return module_lab
+
+
+@pytest.fixture(scope="module")
+def module_gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
+    with Gated(module_lab, cache=cache) as gate:
+        yield gate
+
+
+@pytest.fixture
+def gate(lab: Lab, module_gate: Gated) -> Gated:
+    """A gate that runs, covers nothing and holds nothing: the lab was reset."""
+    if module_gate.process is None:
+        module_gate.start()
+    while any(n["state"] == "back-off" for n in module_gate.ask()["negotiations"]):
+        time.sleep(0.1)
+    return module_gate
+
+
+def prepared(lab: Lab, gate: Gated, mode: str = "tunnel", family: int = 4,
+             start_action: str = "trap") -> ConnSpec:  # fmt: skip
+    spec = ConnSpec(f"{mode}-{family}", mode, family, start_action=start_action)
+    lab.load(spec)
+    gate.wait_policy(spec.name)
+    return spec
+
+
+def start(lab: Lab, gate: Gated, command: Sequence[str], *options: str) -> subprocess.Popen[str]:
+    return lab.a.popen(gate.holding(*command, options=options), stdout=PIPE, stderr=PIPE)
+
+
+def ended(process: subprocess.Popen[str], timeout: float = 60.0) -> dict[str, Any]:
+    said, told = process.communicate(timeout=timeout)
+    assert said, f"it ended with {process.returncode}: {told}"
+    result: dict[str, Any] = json.loads(said)
+    return result
+
+
+def run(lab: Lab, gate: Gated, command: Sequence[str], *options: str) -> dict[str, Any]:
+    return ended(start(lab, gate, command, *options))
+
+
+def client(lab: Lab, gate: Gated, role: str, spec: ConnSpec, *options: str) -> Report:
+    command = traffic.command(role, "--to", str(lab.b.address(spec)), "--port", str(PORT), *options)
+    return Client(start(lab, gate, command)).result()
+
+
+def wait_held(gate: Gated, count: int = 1, timeout: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout
+    while len(gate.ask()["holds"]) != count:
+        assert time.monotonic() < deadline, gate.ask()["holds"]
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def nothing_in_clear(lab: Lab, *, esp: bool) -> Iterator[None]:
+    """Capture during the block: nothing in clear, no segment sent again, and ESP or none."""
+    before = lab.a.counters()["TcpRetransSegs"]
+    with lab.capture() as capture:
+        yield
+        seen: Captured = capture.stop()
+    assert not seen.clear
+    assert bool(seen.esp) is esp
+    assert lab.a.counters()["TcpRetransSegs"] == before
+
+
+@contextlib.contextmanager
+def stopped(lab: Lab) -> Iterator[None]:
+    """Stop strongSwan during the block: a negotiation neither succeeds nor fails."""
+    os.kill(lab.a.charon.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(lab.a.charon.pid, signal.SIGCONT)
+
+
+# --- held, and let go -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_connect_is_held_until_it_is_covered(
+    lab: Lab, gate: Gated, mode: str, family: int
+) -> None:
+    spec = prepared(lab, gate, mode, family)
+    lab.set_delay(25)
+    before = gate.ask()["held"]
+    reasons = gate.reasons()
+    with nothing_in_clear(lab, esp=True):
+        report = client(lab, gate, "tcp-client", spec)
+    assert report["error"] is None
+    assert report["echoed"]
+    assert report["attempts"] == 1
+    assert gate.ask()["held"] == before + 1 == gate.status()["counters"]["held"]
+    after = gate.reasons()
+    assert after["refuse_uncovered"] == reasons["refuse_uncovered"], "the hook never said no"
+    assert after["allow_covered"] == reasons["allow_covered"] + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sendto_is_held_and_no_datagram_lost(lab: Lab, gate: Gated, family: int) -> None:
+    spec = prepared(lab, gate, family=family)
+    lab.set_delay(25)
+    with lab.b.serve("udp-server", PORT) as server, nothing_in_clear(lab, esp=True):
+        report = client(lab, gate, "udp-client", spec, "--count", str(DATAGRAMS))
+        told = server.report(DATAGRAMS, 1.0)
+    assert report["errnos"] == {}
+    assert report["attempts"] == DATAGRAMS
+    assert told["distinct"] == DATAGRAMS
+
+
+def test_without_a_trap(lab: Lab, gate: Gated) -> None:
+    """Nothing of strongSwan's is in the kernel, so an open gate would mean clear packets."""
+    spec = prepared(lab, gate, start_action="none")
+    with nothing_in_clear(lab, esp=True):
+        assert client(lab, gate, "tcp-client", spec)["attempts"] == 1
+
+
+@pytest.mark.parametrize("call", ["udp_connect", "sendmsg", "sendmmsg", "tcp"])
+def test_every_call_to_a_mapped_address(lab: Lab, gate: Gated, call: str) -> None:
+    spec = prepared(lab, gate)
+    lab.set_delay(25)
+    before = gate.ask()["held"]
+    to = f"::ffff:{lab.b.address(spec)}"
+    with nothing_in_clear(lab, esp=call != "udp_connect"):
+        result = run(lab, gate, held.command(call, to, PORT), "--udp")
+    assert result["error"] == ""
+    assert result["seconds"] > 0.1
+    assert gate.ask()["held"] == before + 1
+
+
+def test_sendmsg_is_refused_where_it_is_not_asked_for(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    with nothing_in_clear(lab, esp=False):
+        result = run(lab, gate, held.command("sendmsg", lab.b.address(spec), PORT))
+    assert result["error"] == "EPERM"
+
+
+def test_a_non_blocking_connect_is_under_way_when_it_is_covered(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    lab.set_delay(25)
+    with nothing_in_clear(lab, esp=True):
+        result = run(lab, gate, held.command("non_blocking", lab.b.address(spec), PORT))
+    assert result["error"] == "EINPROGRESS"
+    assert result["seconds"] > 0.1
+
+
+def test_the_source_a_socket_is_bound_to_counts(lab: Lab, gate: Gated) -> None:
+    """From an address outside the child's selector nothing will ever be covered."""
+    spec = prepared(lab, gate)
+    inside = held.command("bound", lab.b.address(spec), PORT, lab.a.address(spec))
+    outside = held.command("bound", lab.b.address(spec), PORT, lab.a.bare[4])
+    assert run(lab, gate, inside)["error"] == ""
+    with nothing_in_clear(lab, esp=False):
+        assert run(lab, gate, outside, "--hold", "500ms")["error"] == "ETIMEDOUT"
+
+
+def test_what_is_covered_or_not_ours_is_not_held(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    assert run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))["error"] == ""
+    before = gate.ask()["held"]
+    for address in (lab.b.address(spec), lab.b.bare[4], lab.b.bare[6]):
+        assert run(lab, gate, held.command("tcp", address, PORT))["error"] == ""
+    for here in ("127.0.0.1", "::1", "0.0.0.0"):
+        assert run(lab, gate, held.command("tcp", here, PORT))["error"] == "ECONNREFUSED"
+    assert gate.ask()["held"] == before
+
+
+def test_many_threads_wait_for_one_negotiation(
+    lab: Lab, gate: Gated, record_property: Callable[[str, object], None]
+) -> None:
+    spec = prepared(lab, gate)
+    before = gate.ask()["held"]
+    attempts = sum(n["attempts"] for n in gate.ask()["negotiations"])
+    os.kill(lab.a.charon.pid, signal.SIGSTOP)  # until all of them wait
+    with nothing_in_clear(lab, esp=False):
+        process = start(lab, gate, held.command("threads", lab.b.address(spec), PORT, THREADS))
+        wait_held(gate, THREADS)
+        spread = release_spread(lab, gate)
+        result = ended(process)
+    assert result["errors"] == [""]
+    assert gate.ask()["held"] == before + THREADS
+    assert len(lab.a.established()) == 1
+    assert sum(n["attempts"] for n in gate.ask()["negotiations"]) == attempts + 1
+    assert resident(gate) < MEMORY
+    record_property("release_spread_ms", round(spread * 1000, 1))
+    assert spread < 0.1
+
+
+def release_spread(lab: Lab, gate: Gated) -> float:
+    """Let strongSwan go on; return how long the hook took to see all calls come through."""
+    with Maps(Pins(BPFFS, gate.instance)) as maps:
+        before = maps.counters()[Reason.ALLOW_COVERED]
+        os.kill(lab.a.charon.pid, signal.SIGCONT)
+        first = 0.0
+        while (seen := maps.counters()[Reason.ALLOW_COVERED] - before) < THREADS:
+            if seen and not first:
+                first = time.monotonic()
+            time.sleep(0.0005)
+        return time.monotonic() - (first or time.monotonic())
+
+
+def resident(gate: Gated) -> int:
+    """Return the most memory that the controller had in use, in KiB."""
+    assert gate.process
+    status = Path(f"/proc/{gate.process.pid}/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+# --- held, and not let go ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["tcp", "sendmsg"])
+def test_a_hold_has_a_limit(lab: Lab, gate: Gated, call: str) -> None:
+    spec = prepared(lab, gate)
+    lab.drop_ike()
+    command = held.command(call, lab.b.address(spec), PORT)
+    with nothing_in_clear(lab, esp=False):
+        result = run(lab, gate, command, "--udp", "--hold", "1s")
+    assert result["error"] == "ETIMEDOUT"
+    assert 1.0 <= result["seconds"] < 2.0
+    assert "was held for 1.0 s" in gate.log.read_text()
+
+
+@pytest.mark.parametrize("call", ["non_blocking", "udp_connect"])
+def test_who_cannot_wait_has_a_shorter_limit(lab: Lab, gate: Gated, call: str) -> None:
+    spec = prepared(lab, gate)
+    with nothing_in_clear(lab, esp=False), stopped(lab):
+        result = run(lab, gate, held.command(call, lab.b.address(spec), PORT))
+    assert result["error"] == "ETIMEDOUT"
+    assert HOLD_IMPATIENT <= result["seconds"] < HOLD_IMPATIENT + 2
+
+
+def test_a_negotiation_that_fails_is_told_at_once(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    lab.break_psk()
+    with nothing_in_clear(lab, esp=False):
+        result = run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))
+    assert result["error"] == "EHOSTUNREACH"
+    assert result["seconds"] < 5
+    (told,) = (n for n in gate.ask()["negotiations"] if n["child"].startswith(spec.name))
+    assert "AUTH" in told["last_error"].upper()
+    assert told["last_error"] in gate.log.read_text()
+
+
+# --- who would get round it -----------------------------------------------------------------
+
+
+def test_an_address_changed_while_the_call_is_held_gains_nothing(lab: Lab, gate: Gated) -> None:
+    covered = prepared(lab, gate, "tunnel")
+    uncovered = prepared(lab, gate, "transport")
+    to, other = lab.b.address(covered), lab.b.address(uncovered)
+    lab.set_delay(50)
+    with nothing_in_clear(lab, esp=False):
+        assert run(lab, gate, held.command("flip", to, PORT, other))["error"] == "EPERM"
+
+
+def test_an_address_changed_all_the_time_gains_nothing(lab: Lab, gate: Gated) -> None:
+    covered = prepared(lab, gate, "tunnel")
+    to = lab.b.address(covered)
+    assert run(lab, gate, held.command("tcp", to, PORT))["error"] == ""
+    uncovered = prepared(lab, gate, "transport")
+    lab.break_psk()
+    other = lab.b.address(uncovered)
+    with nothing_in_clear(lab, esp=False):
+        command = held.command("flip_all_the_time", to, PORT, other)
+        reached = run(lab, gate, command, "--hold", "10ms")["reached"]
+    assert set(reached) <= {str(to), "EPERM", "EHOSTUNREACH", "ETIMEDOUT"}
+    assert len(reached) > 1
+    assert str(to) in reached
+
+
+def test_io_uring_is_not_held_but_refused(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    lab.drop_ike()
+    with nothing_in_clear(lab, esp=False):
+        result = run(lab, gate, held.command("uring_connect", lab.b.address(spec), PORT))
+    assert result["error"] in ("EPERM", "EHOSTUNREACH")
+
+
+# --- signals, users, and the command line --------------------------------------------------
+
+
+def test_handled_signals_are_handled_and_disturb_nothing(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    lab.set_delay(100)
+    with nothing_in_clear(lab, esp=False):
+        result = run(lab, gate, held.command("storm", lab.b.address(spec), PORT, 0.02))
+    assert result["error"] == ""
+    assert result["handled"] >= 2, "while it was held, not only after"
+
+
+def test_signals_do_not_make_a_hold_longer(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    lab.drop_ike()
+    with nothing_in_clear(lab, esp=False):
+        command = held.command("storm", lab.b.address(spec), PORT, 0.02)
+        result = run(lab, gate, command, "--hold", "1s")
+    assert result["error"] == "ETIMEDOUT"
+    assert 1.0 <= result["seconds"] < 2.0
+    assert result["handled"] >= 5
+
+
+def test_a_user_and_a_setuid_program(lab: Lab, gate: Gated, tmp_path: Path) -> None:
+    for folder in (tmp_path, *list(tmp_path.parents)[:-2]):
+        folder.chmod(0o755)
+    program = tmp_path / "id"
+    shutil.copy("/usr/bin/id", program)
+    program.chmod(0o4755)
+    command = gate.holding("sh", "-c", f"id -u; {program} -u", options=["--user", "nobody"])
+    assert lab.a.run(command).stdout.split() == ["65534", "0"]
+
+
+def test_a_second_listener_is_refused(lab: Lab, gate: Gated) -> None:
+    command = gate.holding(*gate.holding("true"))
+    done = lab.a.run(command, check=False)
+    assert done.returncode == 1
+    assert "held by somebody already" in done.stderr
+
+
+def test_an_inherited_internet_socket_is_refused(lab: Lab, gate: Gated) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        command = [*lab.a.launcher(), *gate.holding("echo", "ran")]
+        done = subprocess.run(
+            command, pass_fds=[sock.fileno()], capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert f"descriptor {sock.fileno()}" in done.stderr or "Internet socket" in done.stderr
+    assert "ran" not in done.stdout
+
+
+def test_exit_codes(lab: Lab, gate: Gated, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no program")
+    told = {
+        ("sh", "-c", "exit 7"): 7,
+        ("/nonexistent",): 127,
+        (str(tmp_path / "text"),): 126,
+    }
+    for command, code in told.items():
+        assert lab.a.run(gate.holding(*command), check=False).returncode == code
+    elsewhere = gate.holding("true", options=["--cgroup", str(lab.cgroup("elsewhere"))])
+    done = lab.a.run(elsewhere, check=False)
+    assert done.returncode == 2
+    assert "is not gated" in done.stderr

@@ -1,0 +1,189 @@
+"""Held calls as transcripts: map first, answer after, and never an answer that misleads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from errno import EAGAIN, EHOSTUNREACH, EINPROGRESS, EINTR, ETIMEDOUT
+from ipaddress import ip_address
+
+import pytest
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core.flow import UDP, Flow, is_exempt
+from ipsecgate.core.ipsec import Action
+from ipsecgate.core.policy import Policy, Settings
+from ipsecgate.core.seccomp import ERESTARTNOINTR
+from tests.unit.test_gate import (
+    FLOW,
+    NAME,
+    NET,
+    SOURCES,
+    THERE,
+    TRAP,
+    UP,
+    Transcript,
+    connected,
+    initiated,
+)
+
+CALL = on.Call(1, 77)
+MADE = on.CallMade(CALL, FLOW, pid=9, limit=30.0)
+ELSEWHERE = Flow(ip_address("198.51.100.1"), 6, 80)
+
+
+def made(number: int, flow: Flow = FLOW) -> on.CallMade:
+    return on.CallMade(on.Call(1, number), flow, pid=number, limit=30.0)
+
+
+def answers(commands: list[do.Command]) -> dict[on.Call, int | None]:
+    told = {c.call: c.error for c in commands if isinstance(c, do.Answer)}
+    assert not {EAGAIN, EINTR, EINPROGRESS} & set(told.values())
+    return told
+
+
+@pytest.fixture
+def trapped() -> Transcript:
+    story = Transcript()
+    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    return story
+
+
+def test_held_until_covered_and_answered_after_the_map(trapped: Transcript) -> None:
+    asked = trapped.after(MADE)
+    assert initiated(asked) == [NAME]
+    assert asked[-1] == do.Hold(MADE) or do.Hold(MADE) in asked
+    assert not answers(asked)
+    opened = trapped.take(trapped.gate.step(*UP))
+    assert answers(opened) == {CALL: None}
+    wrote = next(n for n, c in enumerate(opened) if isinstance(c, do.SetEntry | do.Publish))
+    assert opened.index(do.Answer(CALL, None)) > wrote
+    assert trapped.is_open()
+    assert not trapped.gate.holds.of
+    assert trapped.gate.holds.total == 1
+
+
+def test_many_calls_are_one_negotiation(trapped: Transcript) -> None:
+    asked = trapped.after(*(made(n) for n in range(500)))
+    assert initiated(asked) == [NAME]
+    told = answers(trapped.take(trapped.gate.step(*UP)))
+    assert len(told) == 500
+    assert set(told.values()) == {None}
+
+
+def test_a_covered_flow_goes_on_at_once_and_is_known_to_be_free(trapped: Transcript) -> None:
+    trapped.take(trapped.gate.step(*UP))
+    assert not trapped.gate.is_free(FLOW), "nobody asked yet"
+    assert trapped.after(MADE) == [do.Answer(CALL, None)]
+    assert trapped.gate.is_free(FLOW)
+    trapped.after(on.SaGone(UP[0].sa.id))
+    assert not trapped.gate.is_free(FLOW)
+    assert not answers(trapped.after(MADE))
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        ELSEWHERE,
+        Flow(ip_address("127.0.0.1"), 6, 80),
+        Flow(ip_address("::1"), 6, 80),
+        Flow(ip_address("0.0.0.0"), 6, 80),
+    ],
+)
+def test_what_needs_no_sa_goes_on(trapped: Transcript, flow: Flow) -> None:
+    assert trapped.after(replace(MADE, flow=flow)) == [do.Answer(CALL, None)]
+
+
+@pytest.mark.parametrize("action", [Action.BYPASS, Action.DISCARD])
+def test_what_the_hook_decides_alone_goes_on(action: Action) -> None:
+    story = Transcript(Settings(policies=(Policy("p", (THERE,), action),)))
+    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    assert story.after(MADE) == [do.Answer(CALL, None)]
+
+
+def test_audit_mode_holds_nothing() -> None:
+    story = Transcript(Settings(audit=True))
+    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    assert story.after(MADE) == [do.Answer(CALL, None)]
+
+
+def test_own_addresses_need_no_sa(trapped: Transcript) -> None:
+    own = ip_address("10.2.0.1")
+    trapped.after(on.SourcesResolved(((THERE, own),)))
+    assert trapped.after(replace(MADE, flow=replace(FLOW, daddr=own))) == [do.Answer(CALL, None)]
+
+
+def test_a_failure_is_told_to_all_at_once(trapped: Transcript) -> None:
+    trapped.after(made(1), made(2))
+    told = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
+    assert answers(told) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
+    assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in told)
+    assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "in back-off, too"
+
+
+def test_a_hold_ends_at_its_limit(trapped: Transcript) -> None:
+    trapped.after(MADE)
+    assert answers(trapped.after(on.CallExpired(CALL))) == {CALL: ETIMEDOUT}
+    assert trapped.after(on.CallExpired(CALL)) == []
+    assert not answers(trapped.take(trapped.gate.step(*UP)))
+
+
+def test_an_interrupted_call_comes_again(trapped: Transcript) -> None:
+    trapped.after(MADE)
+    assert answers(trapped.after(on.CallInterrupted(CALL))) == {CALL: ERESTARTNOINTR}
+    assert trapped.after(on.CallInterrupted(CALL)) == [], "without a signal 513 would leak"
+
+
+def test_who_is_gone_is_forgotten(trapped: Transcript) -> None:
+    trapped.after(MADE)
+    assert trapped.after(on.CallGone(CALL)) == []
+    assert not trapped.gate.holds.of
+
+
+def test_held_before_anything_is_known() -> None:
+    story = Transcript()
+    assert story.after(MADE) == [do.Hold(MADE)]
+    learned = story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    assert initiated(learned) == [NAME]
+    assert answers(story.take(story.gate.step(*UP))) == {CALL: None}
+
+
+def test_held_while_the_daemon_is_gone_and_asked_for_when_it_is_back(trapped: Transcript) -> None:
+    trapped.after(on.IkeGone("crashed"))
+    assert not initiated(trapped.after(MADE))
+    assert initiated(trapped.after(connected())) == [NAME]
+
+
+def test_held_until_a_connection_is_loaded() -> None:
+    story = Transcript(Settings(policies=(Policy("p", (THERE,)),)))
+    story.after(on.KernelSnapshot((), ()), on.IkeConnected((), (), 42), SOURCES)
+    asked = story.after(MADE)
+    assert do.AskIke() in asked
+    idle = story.after(on.IkeConnected((), (), 42))
+    assert do.AskIke() not in idle, "or it would be asked all the time"
+    assert initiated(story.after(on.IkeConnected((NET,), (), 42))) == [NAME]
+
+
+def test_a_call_does_not_go_before_what_closes(trapped: Transcript) -> None:
+    trapped.take(trapped.gate.step(*UP))
+    told = trapped.take(trapped.gate.step(MADE, on.SaGone(UP[0].sa.id)))
+    assert not answers(told)
+
+
+@pytest.mark.parametrize(
+    ("address", "proto", "port", "exempt"),
+    [
+        ("127.255.255.255", 6, 1, True),
+        ("128.0.0.0", 6, 1, False),
+        ("126.255.255.255", 6, 1, False),
+        ("::", 6, 1, True),
+        ("::2", 6, 1, False),
+        ("255.255.255.255", UDP, 67, True),
+        ("255.255.255.255", UDP, 68, False),
+        ("255.255.255.255", 6, 67, False),
+        ("ff02::1:2", UDP, 547, True),
+        ("ff02::1:3", UDP, 547, False),
+    ],
+)
+def test_exempt_as_the_hooks_have_it(address: str, proto: int, port: int, exempt: bool) -> None:
+    assert is_exempt(Flow(ip_address(address), proto, port)) is exempt
