@@ -34,6 +34,7 @@ from ipsecgate.edges.routes import Routes
 from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.errors import GateError
 from ipsecgate.hooks import Hooks
+from ipsecgate.journal import Journal
 from ipsecgate.lock import held
 from ipsecgate.paths import Paths
 from ipsecgate.reload import Reload, refuse_what_needs_a_restart
@@ -85,6 +86,7 @@ class Controller:
         self._daemon = Daemon(config.vici, self._queue.put_nowait)
         self._routes = Routes(self._queue.put_nowait)
         self._listeners = Listeners(self._on_call, paths.holds)
+        self._journal = Journal()
         self._tasks: set[asyncio.Task[None]] = set()
         self._service = Service()
         self._unkept: do.Remember | None = None
@@ -102,8 +104,10 @@ class Controller:
         ring = self._data.open_ring(self._on_refusal)
         loop.add_reader(ring, self._data.drain)
         self._listeners.adopt(systemd.kept())
+        log.addHandler(self._journal)
         verbs = {
             "status": self._status,
+            "events": self._tell_events,
             "hold": self._take_listener,
             "reload": lambda _request: self._reload.run(),
         }
@@ -130,6 +134,7 @@ class Controller:
             loop.remove_reader(ring)
             self._listeners.close()
             self._data.close()
+            log.removeHandler(self._journal)
 
     def _stop(self, work: list[asyncio.Task[None]]) -> None:
         self._service.stopping()
@@ -155,6 +160,8 @@ class Controller:
         # dropped here the hook tells again.
         if self._queue.qsize() < QUEUED_REFUSALS:
             self._queue.put_nowait(refusal)
+        audit = self._gate.settings.audit
+        self._journal.refusal(refusal, self._gate.policies, audit=audit)
 
     def _on_call(self, event: on.CallEvent) -> None:
         # Most calls are for flows that are covered: these need not wait for their turn.
@@ -292,6 +299,9 @@ class Controller:
     async def _take_listener(self, request: control.Request) -> dict[str, Any]:
         self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))
         return {}
+
+    async def _tell_events(self, request: control.Request) -> dict[str, Any]:
+        return {"events": self._journal.since(int(request.words["since"]))}
 
     async def _status(self, _request: control.Request) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}

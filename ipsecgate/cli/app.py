@@ -65,6 +65,7 @@ class _Lazy(click.Group):
         "reload": "run",
         "exec": "exec",
         "status": "status",
+        "events": "events",
         "check": "check",
         "demo": "demo",
     }

@@ -16,6 +16,7 @@ Network = IPv4Network | IPv6Network
 TCP = 6
 UDP = 17
 PROTOCOLS = {"any": 0, "icmp": 1, "tcp": TCP, "udp": UDP, "ipv6-icmp": 58, "sctp": 132}
+ICMP = (1, 58)
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 
 PORT_MASK = 0xFFFF
@@ -44,7 +45,7 @@ class Flow:
     """A request of an application: connect() or a datagram's sendto().
 
     `saddr` None and `sport` 0: the socket is not bound, the kernel will choose.
-    `mark` is the socket's SO_MARK.
+    `mark` is the socket's SO_MARK. Of ICMP `dport` is type and code, 8 bits each.
     Source: US 7,028,332 claim 1 (source and destination address, protocol, ports).
     """
 
@@ -57,7 +58,10 @@ class Flow:
 
     def __str__(self) -> str:
         host = f"[{self.daddr}]" if self.daddr.version == 6 else str(self.daddr)
-        return f"{PROTOCOL_NAMES.get(self.proto, self.proto)} {host}:{self.dport}"
+        name = PROTOCOL_NAMES.get(self.proto, self.proto)
+        if self.proto in ICMP:
+            return f"{name} {self.daddr} type {self.dport >> 8}"
+        return f"{name} {host}:{self.dport}" if self.dport else f"{name} {self.daddr}"
 
 
 def is_exempt(flow: Flow) -> bool:

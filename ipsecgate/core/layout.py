@@ -84,6 +84,21 @@ class Reason(IntEnum):
     EVENTS_LOST = 18
 
 
+EXPLAINED = {
+    Reason.REFUSE_UNCOVERED: "no live SA protects it",
+    Reason.REFUSE_DISCARD: "its policy discards it",
+    Reason.REFUSE_DEFAULT: "no policy names it, and the default is deny",
+    Reason.REFUSE_NO_SOURCE: "no route, or routing may choose another source",
+    Reason.REFUSE_NOT_READY: "what must be protected is not known yet",
+    Reason.REFUSE_NETNS: "from another network namespace, whose SPD is not known",
+    Reason.BLOCK_CLEAR: "a packet was about to leave in clear",
+    Reason.BLOCK_DISCARD: "a packet whose policy discards it",
+    Reason.BLOCK_DEFAULT: "a packet that no policy names, and the default is deny",
+    Reason.BLOCK_NOT_READY: "a packet, and what must be protected is not known yet",
+    Reason.BLOCK_UNREADABLE: "a packet that cannot be read: a later fragment, too many headers",
+}
+"""What an event's reason means, to the operator."""
+
 COUNTERS = len(Reason)
 NO_POLICY = 0xFFFFFFFF
 
@@ -244,7 +259,7 @@ def unpack_event(record: bytes) -> FlowRefused:
     _, key = unpack_key(raw)
     if key.family not in (4, 6):
         raise LayoutError(f"event with address family {key.family}")
-    if reason not in Reason.__members__.values():
+    if reason not in EXPLAINED:
         raise LayoutError(f"event with reason {reason}")
     unbound = key.saddr == address_bits(None, key.family)
     flow = Flow(

@@ -27,7 +27,7 @@ from functools import lru_cache
 from ipaddress import ip_network
 from itertools import combinations_with_replacement, groupby
 
-from ipsecgate.core.flow import PORT_MASK, Address, TrafficSelector
+from ipsecgate.core.flow import ICMP, PORT_MASK, Address, TrafficSelector
 from ipsecgate.core.ipsec import AH, ESP, Action, Mode, Sa, SpdEntry, Template
 from ipsecgate.core.layout import Entry, Key, State
 from ipsecgate.core.table import Rule, Ternary, common_mask, from_selector, port_masks, ternary
@@ -38,7 +38,6 @@ NEVER = float("inf")
 
 EVERYTHING = Ternary(Key(), Key())
 PORT_BLOCKS = 8  # a range that takes more is left as wide as the kernel has it
-ICMP = (1, 58)
 # What the kernel chooses from: net.ipv4.ip_local_port_range as it is where nobody changed it.
 EPHEMERAL = range(32768, 61000)
 _ENDPOINTS_FROM_TEMPLATE = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)

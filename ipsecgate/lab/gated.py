@@ -65,7 +65,8 @@ class Gated:
     ) -> None:
         self.close()
 
-    def _argv(self, *arguments: str) -> list[str]:
+    def argv(self, *arguments: str) -> list[str]:
+        """Return the command that runs a verb of this gate."""
         places = {"config": self.config, "run-dir": self._run, "cache-dir": self.cache}
         options = [word for name, path in places.items() for word in (f"--{name}", str(path))]
         return [sys.executable, "-m", "ipsecgate", *options, "-i", self.instance, *arguments]
@@ -80,7 +81,7 @@ class Gated:
 
         `launcher` is a program that becomes it, given `env` and these descriptors.
         """
-        argv = [*launcher, *self._argv("run")]
+        argv = [*launcher, *self.argv("run")]
         with self.log.open("a") as log:
             self.process = self.lab.a.popen(argv, stdout=log, stderr=log, env=env, fds=fds)
         deadline = time.monotonic() + READY_TIMEOUT
@@ -104,11 +105,11 @@ class Gated:
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a verb of the command line in host a. Raises: CalledProcessError if `check`."""
-        return self.lab.a.run(self._argv(*arguments), check=check)
+        return self.lab.a.run(self.argv(*arguments), check=check)
 
     def holding(self, *command: str, options: Sequence[str] = ()) -> list[str]:
         """Return the words that run a command by `ipsecgate exec`, for `Host.run` and `popen`."""
-        return self._argv("exec", *options, "--", *command)
+        return self.argv("exec", *options, "--", *command)
 
     def status(self) -> dict[str, Any]:
         """Return `status --json`, whatever its exit code."""

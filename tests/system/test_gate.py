@@ -6,6 +6,8 @@ kernel's counter, datagrams by the receiver: never by the gate's own word.
 
 from __future__ import annotations
 
+import json
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -307,3 +309,39 @@ def test_what_stood_already_is_cut_off_and_goes_on_under_the_next_sa(lab: Lab, g
         caller.close()
     assert [packet for packet in seen.clear if packet.sender == "a"] == []
     assert [packet for packet in seen.esp if packet.sender == "a" and packet.time > after]
+
+
+def test_events_tell_what_was_refused_by_which_rule_and_what_became_of_it(
+    lab: Lab, gate: Gated
+) -> None:
+    spec = prepared(lab, gate, start_action="none")
+    to = str(lab.b.address(spec))
+    follower = lab.a.popen(gate.argv("--json", "events", "--follow"), stdout=subprocess.PIPE)
+    try:
+        caller = Caller(lab.a.namespace.path, gate.cgroup)
+        assert caller("ping", to) in ("", "EPERM")  # a ping socket is blocked, not refused
+        caller.close()
+        assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
+        told = json.loads(gate.cli("--json", "events").stdout)
+        denied = json.loads(gate.cli("--json", "events", "--denied", "--last", "2").stdout)
+        assert follower.stdout is not None
+        followed = [json.loads(follower.stdout.readline()) for _ in told]
+    finally:
+        follower.kill()
+        follower.wait()
+    assert followed == told
+    ours = [event for event in told if to in event.get("flow", "")]
+    blocked = next(event for event in ours if event["kind"] == "blocked")
+    assert (blocked["flow"], blocked["reason"]) == (f"icmp {to} type 8", "block_clear")
+    refused = next(event for event in ours if event["kind"] == "refused")
+    assert refused["flow"] == f"tcp {to}:{PORT}"
+    assert refused["reason"] in ("refuse_uncovered", "refuse_no_source")
+    assert refused["policy"] == f"{spec.name}/{spec.child_name}"
+    assert refused["comm"].startswith("python")
+    logged = [event["text"] for event in told if event["kind"] == "log"]
+    assert any(text.startswith(f"{spec.name}/{spec.child_name}: negotiating") for text in logged)
+    assert len(denied) == 2
+    assert {event["kind"] for event in denied} <= {"refused", "blocked"}
+    screen = gate.cli("events").stdout
+    assert f"tcp {to}:{PORT}" in screen
+    assert "a packet was about to leave in clear" in screen

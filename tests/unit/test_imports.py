@@ -46,9 +46,10 @@ LAYERS = {
     "targets": {"edges", "errors", "loader", "paths"},
     "hooks": {"core", "edges", "errors"},
     "daemon": {"core", "edges"},
+    "journal": {"core"},
     "controller": {
-        "core", "daemon", "edges", "errors", "hooks", "loader", "lock", "paths", "reload",
-        "report", "service", "targets",
+        "core", "daemon", "edges", "errors", "hooks", "journal", "loader", "lock", "paths",
+        "reload", "report", "service", "targets",
     },
     "lab": {"lab", "edges", "core", "errors"},
     "__main__": {"cli"},

@@ -1,0 +1,46 @@
+"""What `events` can tell: numbered, bounded, refusals in words."""
+
+from __future__ import annotations
+
+import logging
+from ipaddress import ip_address
+
+from ipsecgate.core.events import FlowRefused
+from ipsecgate.core.flow import TCP, Flow
+from ipsecgate.core.layout import EXPLAINED, Reason
+from ipsecgate.core.policy import Policy
+from ipsecgate.journal import SIZE, Journal
+
+FLOW = Flow(ip_address("10.2.0.9"), TCP, 5432)
+POLICIES = (Policy("db", ()),)
+
+
+def log(journal: Journal, text: str) -> None:
+    journal.handle(logging.LogRecord("ipsecgate", logging.WARNING, "", 0, text, (), None))
+
+
+def test_a_reader_asks_for_what_it_has_not_seen_and_sees_that_it_missed_some() -> None:
+    journal = Journal()
+    assert journal.since(0) == []
+    for number in range(SIZE + 10):
+        log(journal, str(number))
+    assert [record["text"] for record in journal.since(SIZE + 8)] == [str(SIZE + 8), str(SIZE + 9)]
+    assert len(journal.since(0)) == SIZE
+    assert journal.since(0)[0]["seq"] == 11
+    assert journal.since(0)[0]["level"] == "warning"
+
+
+def test_a_refusal_names_flow_process_policy_and_reason() -> None:
+    journal = Journal()
+    for reason, policy, pid in ((Reason.REFUSE_UNCOVERED, 0, 7), (Reason.BLOCK_CLEAR, 9, 0)):
+        journal.refusal(FlowRefused(FLOW, reason, policy, pid, "curl", 1), POLICIES, audit=False)
+    refused, blocked = journal.since(0)
+    assert (refused["kind"], refused["policy"], refused["pid"]) == ("refused", "db", 7)
+    assert (refused["flow"], refused["text"]) == ("tcp 10.2.0.9:5432", "no live SA protects it")
+    assert (blocked["kind"], blocked["policy"], blocked["pid"]) == ("blocked", None, None)
+
+
+def test_every_reason_that_an_event_can_have_is_explained() -> None:
+    assert EXPLAINED.keys() == {
+        reason for reason in Reason if reason.name.startswith(("REFUSE", "BLOCK"))
+    }
