@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import chain
 from typing import Any
 
 import click
@@ -28,8 +29,9 @@ def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
 
     One event for a flow in a tenth of a second, however often it is refused: `status` counts.
     """
-    past = [r for r in _since(app, 0) if not denied or r["kind"] != "log"]
-    shown = past[-last:] if last else past
+    past = _since(app, 0)
+    shown = [r for r in past if not denied or r["kind"] != "log"]
+    shown = shown[-last:] if last else shown
     if not follow:
         if app.json:
             app.document(shown)
@@ -37,7 +39,7 @@ def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
             for record in shown:
                 app.out.print(line(record))
         return
-    for record in (*shown, *_to_come(app, past[-1]["seq"] if past else 0)):
+    for record in chain(shown, _to_come(app, past[-1]["seq"] if past else 0)):
         if denied and record["kind"] == "log":
             continue
         if app.json:
