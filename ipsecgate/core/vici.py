@@ -53,8 +53,10 @@ OPAQUE = (PORT_MASK, 0)
 ICMP = frozenset({1, 58})
 
 _SELECTOR = re.compile(r"([^\[\]]+)(?:\[([^/\]]+)(?:/([^\]]+))?\])?")
-_PORT_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
-_ICMP_RANGE = re.compile(r"(\d+)(?:\((\d+)\))?(?:-(\d+)(?:\((\d+)\))?)?")
+_PORT_RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
+_BYTE = r"([0-9]{1,3})"
+_ICMP_RANGE = re.compile(rf"{_BYTE}(?:\({_BYTE}\))?(?:-{_BYTE}(?:\({_BYTE}\))?)?")
+_NUMBER = {10: re.compile(r"[0-9]{1,10}"), 16: re.compile(r"[0-9a-fA-F]{1,8}")}
 
 
 class ViciError(GateError):
@@ -87,8 +89,28 @@ def text(section: Section, key: str) -> str:
 
 
 def texts(section: Section, key: str) -> list[str]:
-    """Return a list of values as text, empty if there is none."""
-    return [item.decode(errors="replace") for item in section.get(key, ())]
+    """Return a list of values as text, empty if there is none. Raises: ViciError."""
+    values = section.get(key, [])
+    if not isinstance(values, list):
+        raise ViciError(f"{key!r} is no list")
+    return [item.decode(errors="replace") for item in values]
+
+
+def number(section: Section, key: str, base: int = 10) -> int:
+    """Return a value of 32 bits, as strongSwan writes it. Raises: ViciError."""
+    written = text(section, key)
+    found = int(written, base) if _NUMBER[base].fullmatch(written) else -1
+    if not 0 <= found < 1 << 32:
+        raise ViciError(f"{key!r} is {written[:40]!r}")
+    return found
+
+
+def part(section: Section, key: str) -> Section:
+    """Return a section inside another, empty if there is none. Raises: ViciError."""
+    found = section.get(key, {})
+    if not isinstance(found, Mapping):
+        raise ViciError(f"{key!r} is no section")
+    return found
 
 
 def sections(section: Section) -> Iterator[tuple[str, Section]]:
@@ -109,7 +131,7 @@ def child_configs(conn: Section, names: Names) -> Iterator[ChildConfig]:
     for ike, body in sections(conn):
         local_addresses = concrete(texts(body, "local_addrs"))
         remote_addresses = concrete(texts(body, "remote_addrs"))
-        for child, config in sections(body.get("children", {})):
+        for child, config in sections(part(body, "children")):
             mode = text(config, "mode")
             if mode in SHUNTS:
                 continue
@@ -145,19 +167,21 @@ def selectors(
 def _selector(written: str, dynamic: Sequence[Network], names: Names) -> Iterator[TrafficSelector]:
     match = _SELECTOR.fullmatch(written)
     if match is None:
-        raise ViciError(f"traffic selector {written!r} is not understood")
+        raise ViciError(f"traffic selector {written[:80]!r} is not understood")
     where, protocol, ports = match.groups()
     try:
         proto = _protocol(protocol, names)
         port_range = _ports(ports, proto, protocol, names)
         networks = dynamic if where == "dynamic" else tuple(_networks(where))
     except (ValueError, TypeError, OSError) as error:
-        raise ViciError(f"traffic selector {written!r}: {error}") from error
+        raise ViciError(f"traffic selector {written[:80]!r}: {str(error)[:80]}") from error
     for network in networks:
         yield TrafficSelector(network, proto, port_range)
 
 
 def _networks(where: str) -> Iterator[Network]:
+    if "%" in where:
+        raise ValueError("an interface")
     first, dots, last = where.partition("..")
     if dots:
         yield from summarize_address_range(parse_address(first), parse_address(last))
@@ -168,7 +192,10 @@ def _networks(where: str) -> Iterator[Network]:
 def _protocol(written: str | None, names: Names) -> int:
     if written is None:
         return 0
-    return int(written) if written.isdigit() else names.protocol(written)
+    proto = int(written) if _NUMBER[10].fullmatch(written) else names.protocol(written)
+    if not 0 <= proto <= 0xFF:
+        raise ValueError(f"protocol {proto}")
+    return proto
 
 
 def _ports(written: str | None, proto: int, protocol: str | None, names: Names) -> tuple[int, int]:
@@ -178,12 +205,17 @@ def _ports(written: str | None, proto: int, protocol: str | None, names: Names) 
         return OPAQUE
     if proto in ICMP and (match := _ICMP_RANGE.fullmatch(written)):
         kind, code, last_kind, last_code = (int(part) if part else 0 for part in match.groups())
+        if max(kind, code, last_kind, last_code) > 0xFF:
+            raise ValueError(f"ICMP {written}")
         low = kind << 8 | code
-        return (low, last_kind << 8 | last_code) if match[3] else (low, low)
-    if match := _PORT_RANGE.fullmatch(written):
-        return int(match[1]), int(match[2] or match[1])
-    port = names.service(written, protocol if proto else None)
-    return port, port
+        high = last_kind << 8 | last_code if match[3] else low
+    elif match := _PORT_RANGE.fullmatch(written):
+        low, high = int(match[1]), int(match[2] or match[1])
+    else:
+        low = high = names.service(written, protocol if proto else None)
+    if not 0 <= low <= high <= PORT_MASK:
+        raise ValueError(f"ports {low}-{high}")
+    return low, high
 
 
 # --- the daemon ---------------------------------------------------------------------
@@ -194,6 +226,7 @@ def is_userland(stats: Section) -> bool:
 
     It has one IPsec backend, of the first plugin that offers one, and lists its plugins in that
     order. kernel-libipsec behind kernel-netlink is loaded, has its TUN device, and does nothing.
+    Raises: ViciError.
     Source: "Plugin Load Options" in strongSwan's documentation; tried both ways with 5.9.8.
     """
     backends = (name for name in texts(stats, "plugins") if name.startswith("kernel-"))
@@ -213,25 +246,26 @@ def child_sas(message: Section, names: Names) -> Iterator[ChildSa]:
 def _children(message: Section, names: Names) -> Iterator[tuple[ChildSa, str]]:
     """Yield every CHILD_SA that has SPIs, with its state."""
     for ike, body in sections(message):
-        for _, child in sections(body.get("child-sas", {})):
+        for _, child in sections(part(body, "child-sas")):
             if "spi-out" in child:
                 yield _child_sa(ike, text(body, "remote-host"), child, names), text(child, "state")
 
 
 def _child_sa(ike: str, remote_host: str, child: Section, names: Names) -> ChildSa:
     try:
-        return ChildSa(
-            ike=ike,
-            child=text(child, "name"),
-            reqid=int(text(child, "reqid")),
-            spi_in=int(text(child, "spi-in"), 16),
-            spi_out=int(text(child, "spi-out"), 16),
-            remote_host=parse_address(remote_host),
-            local=selectors(texts(child, "local-ts"), (), names),
-            remote=selectors(texts(child, "remote-ts"), (), names),
-        )
+        peer = parse_address(remote_host)
     except ValueError as error:
-        raise ViciError(f"CHILD_SA of {ike}: {error}") from error
+        raise ViciError(f"CHILD_SA of {ike}: {str(error)[:80]}") from error
+    return ChildSa(
+        ike=ike,
+        child=text(child, "name"),
+        reqid=number(child, "reqid"),
+        spi_in=number(child, "spi-in", 16),
+        spi_out=number(child, "spi-out", 16),
+        remote_host=peer,
+        local=selectors(texts(child, "local-ts"), (), names),
+        remote=selectors(texts(child, "remote-ts"), (), names),
+    )
 
 
 def child_updown(message: Section, names: Names) -> Iterator[ChildUp | ChildDown]:
@@ -245,14 +279,14 @@ def child_rekey(message: Section, names: Names) -> Iterator[ChildUp | ChildDown]
     """Yield what a child-rekey event says: the new one, then the old. Raises: ViciError."""
     for ike, body in sections(message):
         remote_host = text(body, "remote-host")
-        for _, pair in sections(body.get("child-sas", {})):
-            yield ChildUp(_child_sa(ike, remote_host, pair["new"], names))
-            yield ChildDown(_child_sa(ike, remote_host, pair["old"], names))
+        for _, pair in sections(part(body, "child-sas")):
+            yield ChildUp(_child_sa(ike, remote_host, part(pair, "new"), names))
+            yield ChildDown(_child_sa(ike, remote_host, part(pair, "old"), names))
 
 
 def ike_updown(message: Section) -> Iterator[IkeUp | IkeDown]:
     """Yield what an ike-updown event says. Raises: ViciError."""
     up = message.get("up") == b"yes"
     for ike, body in sections(message):
-        unique = int(text(body, "uniqueid"))
+        unique = number(body, "uniqueid")
         yield IkeUp(ike, unique) if up else IkeDown(ike, unique)

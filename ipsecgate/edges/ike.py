@@ -37,9 +37,9 @@ from ipsecgate.core.vici import (
     sections,
     text,
 )
+from ipsecgate.core.vici_wire import Answer
 from ipsecgate.edges.negotiation import Negotiator
 from ipsecgate.edges.vici import (
-    Answer,
     IkeError,
     IkeRefusedError,
     Message,

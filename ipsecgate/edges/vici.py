@@ -1,9 +1,9 @@
 """One VICI connection over asyncio: packets of strongSwan's control protocol, nothing more.
 
-Rules of this module: PyPI's `vici` is the codec for packets and messages; its blocking session
-is not used. On one connection a command's answer comes before the next command is read, and
-events come in between. A packet longer than VICI allows, or one that can't be parsed, ends the
-connection: what follows it means nothing.
+Rules of this module: PyPI's `vici` writes packets and messages; its reader, which skips what it
+does not know, and its blocking session are not used. On one connection a command's answer comes
+before the next command is read, and events come in between. A packet longer than VICI allows, or
+one that can't be parsed, ends the connection: what follows it means nothing.
 
 Source: README.md of strongSwan's vici plugin, "Protocol description".
 """
@@ -15,13 +15,13 @@ import os
 import socket
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vici import protocol
-from vici.exception import DeserializationException
 
+from ipsecgate.core.vici import ViciError
+from ipsecgate.core.vici_wire import CMD_RESPONSE, EVENT_CONFIRM, Answer, parse
 from ipsecgate.errors import GateError
 
 MAX_PACKET: int = protocol.Transport.MAX_SEGMENT  # 512 KiB
@@ -43,15 +43,6 @@ class IkeUnreachableError(IkeError):
 
 class IkeRefusedError(IkeError):
     """The IKE daemon answered "no" to a command."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One packet from the daemon: `event` is its name, None for the answer to a command."""
-
-    kind: int
-    event: str | None
-    message: Message
 
 
 class ViciConnection:
@@ -96,15 +87,15 @@ class ViciConnection:
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if not 0 < length <= MAX_PACKET:
-                raise ValueError(f"a packet of {length} bytes")
-            return _parse(await self._reader.readexactly(length))
+                raise ViciError(f"a packet of {length} bytes")
+            return parse(await self._reader.readexactly(length))
         except asyncio.IncompleteReadError:
             raise _unreachable(self.path, "the daemon closed the connection") from None
         except OSError as error:
             raise _unreachable(self.path, os.strerror(error.errno or 0)) from error
-        except (ValueError, struct.error, DeserializationException) as error:
+        except ViciError as error:
             self.close()
-            raise _unreachable(self.path, f"not VICI: {error}") from error
+            raise _unreachable(self.path, f"not understood: {error}") from error
 
     async def register(self, event: str) -> None:
         """Ask for an event.
@@ -113,7 +104,7 @@ class ViciConnection:
         """
         self.send(protocol.Packet.register_event(event))
         answer = await self._answer([])
-        if answer.kind != protocol.Packet.EVENT_CONFIRM:
+        if answer.kind != EVENT_CONFIRM:
             raise IkeRefusedError(f"strongSwan has no event {event!r}", hint=OLD)
 
     async def exchange(
@@ -131,7 +122,7 @@ class ViciConnection:
         if stream is not None:
             self.send(protocol.Packet.unregister_event(stream))
             await self._answer([])
-        if answer.kind != protocol.Packet.CMD_RESPONSE:
+        if answer.kind != CMD_RESPONSE:
             raise IkeRefusedError(f"strongSwan has no command {command!r}", hint=OLD)
         return answer.message, events
 
@@ -157,27 +148,8 @@ def refusal(answer: Message) -> str | None:
     """Return why the daemon says no in an answer, None if it does not."""
     if answer.get("success", b"yes") == b"yes":
         return None
-    return str(answer.get("errmsg", b"no reason given"), errors="replace")
-
-
-class _Exact(protocol.FiniteStream):  # type: ignore[misc]  # vici has no types
-    """A packet's bytes; where the codec would take fewer than it asked for, an error."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        data: bytes = super().read(size)
-        if size is not None and len(data) < size:
-            raise ValueError("it ends too early")
-        return data
-
-
-def _parse(packet: bytes) -> Answer:
-    """Parse a packet. Raises: ValueError, struct.error, DeserializationException."""
-    stream = _Exact(packet)
-    kind = stream.read(1)[0]
-    event = None
-    if kind == protocol.Packet.EVENT:
-        event = stream.read(stream.read(1)[0]).decode()
-    return Answer(kind, event, protocol.Message.deserialize(stream))
+    reason = answer.get("errmsg")
+    return reason.decode(errors="replace") if isinstance(reason, bytes) else "no reason given"
 
 
 def _unreachable(path: Path, reason: str) -> IkeUnreachableError:

@@ -81,6 +81,9 @@ def test_selector(written: str, expected: list[TrafficSelector]) -> None:
     [
         *("", "10.2.0.0/33", "everything", "10.0.0.2..10.0.0.1", "10.0.0.1..::1"),
         *("10.0.0.0/8[nosuch]", "10.0.0.0/8[tcp/nosuch]", "10.0.0.0/8[tcp", "10.0.0.0/8[]"),
+        *("10.0.0.0/8[256]", "10.0.0.0/8[tcp/65536]", "10.0.0.0/8[tcp/90-80]", "::1%eth0"),
+        *("10.0.0.0/8[icmp/256]", "10.0.0.0/8[icmp/4-3]", f"10.0.0.0/8[{'9' * 5000}]"),
+        *("10.0.0.0/8[tcp/\u0663]", "10.0.0.0/8[\u0663]"),
     ],
 )
 def test_a_selector_that_is_not_understood_is_an_error(written: str) -> None:
@@ -194,10 +197,37 @@ def test_a_child_without_spis_yet_is_left_out() -> None:
     assert list(child_sas({"gw": {"remote-host": b"192.0.2.2", "child-sas": {}}}, NAMES)) == []
 
 
-@pytest.mark.parametrize("broken", [{"spi-in": b"xyz"}, {"reqid": b""}, {"name": [b"net"]}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *({"spi-in": spi} for spi in (b"xyz", b"-1", b"1_0", b"0x1", b" 1", b"123456789")),
+        *({"reqid": reqid} for reqid in (b"", b"4294967296", b"-1", b"9" * 5000)),
+        *({"remote-ts": ts} for ts in (b"10.0.0.0/8", {"x": b""})),
+        {"name": [b"net"]},
+    ],
+)
 def test_a_broken_child_is_an_error(broken: dict[str, Any]) -> None:
     with pytest.raises(ViciError):
         list(child_sas(ike_sa(**broken), NAMES))
+
+
+@pytest.mark.parametrize("odd", [b"", [b"x"]])
+def test_a_value_where_a_section_should_be_is_an_error(odd: Any) -> None:
+    """Each raised something else, which ended the following of events and nothing more."""
+    sa = {"remote-host": b"192.0.2.2", "uniqueid": b"7"}
+    for message in (
+        {"gw": {**sa, "child-sas": odd}},
+        {"gw": {**sa, "child-sas": {"net": {"new": odd, "old": CHILD}}}},
+        {"gw": {**sa, "child-sas": {"net": {"new": CHILD}}}},
+    ):
+        with pytest.raises(ViciError):
+            list(child_rekey(message, NAMES))
+    with pytest.raises(ViciError):
+        list(child_configs(conn(children=odd), NAMES))
+    with pytest.raises(ViciError):
+        list(ike_updown({"gw": {**sa, "uniqueid": b"yes"}}))
+    with pytest.raises(ViciError):
+        is_userland({"plugins": b"kernel-libipsec"})
 
 
 def test_events() -> None:

@@ -1,0 +1,74 @@
+"""VICI packets: PyPI's `vici` writes them, ours reads them, whole or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vici.protocol import Message
+
+from ipsecgate.core.vici import ViciError
+from ipsecgate.core.vici_wire import DEPTH, Answer, parse
+from ipsecgate.edges.vici import refusal
+
+TREE: dict[str, Any] = {
+    "gw": {"local_addrs": ["192.0.2.1", ""], "children": {"net": {"mode": "TUNNEL"}, "x": {}}},
+    "Ω": "Ω",
+    "none": [],
+}
+READ = {
+    "gw": {"local_addrs": [b"192.0.2.1", b""], "children": {"net": {"mode": b"TUNNEL"}, "x": {}}},
+    "Ω": "Ω".encode(),
+    "none": [],
+}
+BODY: bytes = Message.serialize(TREE)
+VALUE = b"\3\1a\0\1x"
+
+
+def test_what_is_written_is_read() -> None:
+    assert parse(b"\1" + BODY) == Answer(1, None, READ)
+    assert parse(b"\7\7list-sa" + BODY) == Answer(7, "list-sa", READ)
+    assert parse(b"\5") == Answer(5, None, {})
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"",
+        b"\0",  # a request: no daemon asks
+        b"\x08",
+        b"\7\7list",
+        b"\1\0",
+        b"\1\7" + VALUE[1:],
+        b"\1\2",  # an end of nothing
+        b"\1\1\1a",
+        b"\1\4\1a\5\0\1x",
+        b"\1\4\1a\3\6",
+        b"\1" + VALUE + VALUE,
+        b"\1\1\1a\2\1\1a\2",
+        b"\1\3\1\xff\0\0",
+        b"\1" + b"\1\1a" * (DEPTH + 1) + b"\2" * (DEPTH + 1),
+    ],
+    ids=repr,
+)
+def test_anything_else_is_an_error(packet: bytes) -> None:
+    """A reader that skips an unknown element, or keeps one of two, loses what it was about."""
+    with pytest.raises(ViciError, match="before byte"):
+        parse(packet)
+
+
+def test_a_cut_packet_is_an_error() -> None:
+    whole = b"\7\7list-sa" + BODY
+    ends = {len(whole) - len(Message.serialize({key: TREE[key]})) for key in ("none",)}
+    ends |= {9, ends.copy().pop() - len(Message.serialize({"Ω": "Ω"}))}  # between two elements
+    for length in range(len(whole)):
+        if length not in ends:
+            with pytest.raises(ViciError):
+                parse(whole[:length])
+
+
+@pytest.mark.parametrize("reason", [[b"x"], {"x": b""}, None])
+def test_a_refusal_without_words_is_a_refusal(reason: Any) -> None:
+    assert refusal({"success": b"no", "errmsg": reason}) == "no reason given"
+    assert refusal({"success": [b"yes"]}) == "no reason given"
+    assert refusal({"success": b"no", "errmsg": b"why"}) == "why"
