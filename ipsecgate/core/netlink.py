@@ -23,6 +23,7 @@ NLA_TYPE_MASK = 0x3FFF
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, sender's port
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _ERRNO = struct.Struct("=i")
+_MAX_ERRNO = 4095  # Source: linux/err.h
 
 
 class DecodeError(GateError):
@@ -139,7 +140,10 @@ def dump_end(datagram: bytes, sequence: int) -> DumpEnd | None:
         interrupted = interrupted or bool(message.flags & NLM_F_DUMP_INTR)
         if message.type in (NLMSG_DONE, NLMSG_ERROR):
             at = message.structure(_ERRNO.size, "errno")
-            return DumpEnd(-_ERRNO.unpack_from(datagram, at)[0], interrupted)
+            error = -_ERRNO.unpack_from(datagram, at)[0]
+            if not 0 <= error <= _MAX_ERRNO:
+                raise message.bad("errno", at)
+            return DumpEnd(error, interrupted)
     return None
 
 

@@ -33,6 +33,13 @@ def test_dump_end(data: bytes, end: DumpEnd | None) -> None:
     assert dump_end(data, 7) == end
 
 
+@pytest.mark.parametrize("errno", [1, 4096, -4096, -(2**31), 2**31 - 1])
+def test_an_errno_that_is_none_is_an_error(errno: int) -> None:
+    """-2^31 was taken for the errno 2^31, which os.strerror() answers with OverflowError."""
+    with pytest.raises(DecodeError, match="errno"):
+        dump_end(message(3, struct.pack("=i", errno)), 7)
+
+
 @given(st.binary(max_size=64))
 def test_garbage_raises_nothing_else(data: bytes) -> None:
     with suppress(DecodeError):
