@@ -15,6 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 from ipsecgate.core.events import FlowRefused
 from ipsecgate.core.flow import Address, Flow, Network, unmap
+from ipsecgate.errors import GateError
 
 LAYOUT = 2
 BUFFERS = 4
@@ -103,8 +104,15 @@ COUNTERS = len(Reason)
 NO_POLICY = 0xFFFFFFFF
 
 
-class LayoutError(ValueError):
+class LayoutError(GateError):
     """Bytes that no hook of this layout can have written."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            f"the hooks' maps: {message}",
+            hint="the hooks are of another version, and go on refusing what no SA covers; "
+            "`ipsecgate run` of the version that is installed replaces them",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +151,7 @@ _MARK = struct.Struct("=I")
 _ENTRY = struct.Struct("=III4xQ")
 _ROUTE = struct.Struct("=I16s")
 _EVENT = struct.Struct("=QQ44sIIII16s")
+_LAST = 2**64 - 1  # a lifetime of centuries, which the kernel takes, ends here
 SETTING = struct.Struct("=Q")
 INDEX = struct.Struct("=I")
 KEY_SIZE = _KEY.size + _MARK.size
@@ -195,7 +204,9 @@ def pack_key(key: Key, space: int = 0, tuple_: int = 0) -> bytes:
 
 
 def unpack_key(raw: bytes) -> tuple[int, Key]:
-    """Return a map key's tuple and masked flow."""
+    """Return a map key's tuple and masked flow. Raises: LayoutError."""
+    if len(raw) != KEY_SIZE:
+        raise LayoutError(f"key of {len(raw)} bytes, expected {KEY_SIZE}")
     saddr, daddr, sport, dport, proto, family, _space, tuple_ = _KEY.unpack_from(raw)
     (mark,) = _MARK.unpack_from(raw, _KEY.size)
     source, destination = int.from_bytes(saddr), int.from_bytes(daddr)
@@ -203,7 +214,9 @@ def unpack_key(raw: bytes) -> tuple[int, Key]:
 
 
 def unpack_masks(raw: bytes) -> tuple[Key, ...]:
-    """Return the masks in use, in order."""
+    """Return the masks in use, in order. Raises: LayoutError."""
+    if len(raw) not in (0, MASKS_SIZE):
+        raise LayoutError(f"masks of {len(raw)} bytes, expected {MASKS_SIZE}")
     masks = []
     for (chunk,) in struct.iter_unpack(f"{KEY_SIZE}s", raw):
         used, mask = unpack_key(chunk)
@@ -215,6 +228,8 @@ def unpack_masks(raw: bytes) -> tuple[Key, ...]:
 
 def unpack_entry(raw: bytes, boot: int = 0) -> Entry:
     """Read struct gate_entry; `boot` as for `pack_entry`. Raises: LayoutError."""
+    if len(raw) != ENTRY_SIZE:
+        raise LayoutError(f"entry of {len(raw)} bytes, expected {ENTRY_SIZE}")
     state, error, policy, deadline = _ENTRY.unpack(raw)
     if state not in State.__members__.values():
         raise LayoutError(f"entry with state {state}")
@@ -230,7 +245,7 @@ def pack_masks(masks: tuple[Key, ...]) -> bytes:
 
 def pack_entry(entry: Entry, boot: int = 0) -> bytes:
     """Return struct gate_entry, 24 bytes; `boot`: when CLOCK_BOOTTIME was 0, wall clock ns."""
-    deadline = max(1, entry.deadline * NS - boot) if entry.deadline else 0
+    deadline = min(max(1, entry.deadline * NS - boot), _LAST) if entry.deadline else 0
     return _ENTRY.pack(entry.state, entry.error, entry.id, deadline)
 
 

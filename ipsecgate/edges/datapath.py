@@ -194,6 +194,9 @@ class Datapath(Maps):
         return self._ring.fd
 
     def drain(self) -> None:
-        """Hand every waiting refusal to the callback given to `open_ring`."""
+        """Hand every waiting refusal to the callback given to `open_ring`.
+
+        Raises: OSError, LayoutError.
+        """
         if self._ring is not None:
             self._ring.consume()

@@ -1,0 +1,88 @@
+"""A record that no hook can have written ends the controller: refuse, never carry on wrong.
+
+That what is raised ends it is in test_service.
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ipsecgate.core import layout
+from ipsecgate.core.events import FlowRefused
+from ipsecgate.core.layout import LayoutError, unpack_event
+from ipsecgate.edges import libbpf
+from ipsecgate.errors import GateError
+
+GOOD = layout._EVENT.pack(
+    1, 2, layout.pack_key(layout.Key(family=4)), layout.Reason.REFUSE_UNCOVERED, 0, 7, 1, b"curl"
+)
+BAD = GOOD[:-1]
+
+
+@pytest.mark.parametrize(
+    "unpack",
+    [
+        layout.unpack_entry,
+        layout.unpack_key,
+        lambda raw: layout.unpack_masks(raw or b"x"),
+        layout.unpack_event,
+    ],
+)
+@pytest.mark.parametrize("size", [0, 1, 43, 45, 88])
+def test_a_value_of_another_size_is_an_error(unpack: Callable[[bytes], object], size: int) -> None:
+    """A struct.error says neither what was read nor what to do."""
+    with pytest.raises(LayoutError, match="bytes, expected") as caught:
+        unpack(bytes(size))
+    assert isinstance(caught.value, GateError)
+    assert "ipsecgate run" in caught.value.hint
+
+
+class Library:
+    """libbpf, as far as a ring asks it: it calls back from C with what is waiting."""
+
+    def __init__(self) -> None:
+        self.waiting: list[bytes] = []
+
+    def ring_buffer__new(self, _fd: int, callback: Any, *_: object) -> int:
+        self._call = ct.cast(callback, libbpf._RingCallback)  # as C has it: by address
+        return 1
+
+    def ring_buffer__epoll_fd(self, _ring: int) -> int:
+        return 0
+
+    def ring_buffer__consume(self, _ring: int) -> int:
+        taken, self.waiting = self.waiting, []
+        for record in taken:
+            if self._call(None, ct.cast(ct.c_char_p(record), ct.c_void_p), len(record)) < 0:
+                return -1
+        return len(taken)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    made = Library()
+    monkeypatch.setattr(libbpf, "_library", lambda: made)
+    return made
+
+
+def test_a_bad_record_is_told(library: Library) -> None:
+    found: list[FlowRefused] = []
+    ring = libbpf.Ring(0, lambda record: found.append(unpack_event(record)))
+    library.waiting = [GOOD, BAD]
+    with pytest.raises(LayoutError, match=f"event of {len(BAD)} bytes"):
+        ring.consume()
+    assert [event.comm for event in found] == ["curl"]
+    library.waiting = [GOOD]
+    assert ring.consume() == 1, "told once"
+
+
+def test_a_lifetime_of_centuries_fits_the_map() -> None:
+    """It was a struct.error, and one SA with it ended the controller at every start."""
+    entry = layout.Entry(layout.State.LIVE, deadline=2**64)
+    assert len(layout.pack_entry(entry, boot=10**18)) == layout.ENTRY_SIZE
+    ends = layout.Entry(layout.State.LIVE, deadline=2_000_000_000)
+    assert layout.unpack_entry(layout.pack_entry(ends, 10**18), 10**18) == ends
