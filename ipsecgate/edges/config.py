@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, TypeVar
 
 from ipsecgate.core.flow import PORT_MASK, PROTOCOLS, Network
@@ -65,20 +66,22 @@ class _Table:
     def take(self, key: str, kind: type[T], default: T) -> T:
         value = self.data.pop(key, default)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"must be {_KINDS[kind]}, not {value!r}")
+            raise self.error(key, f"must be {_KINDS[kind]}, not {short(value)}")
+        if kind is str and "\0" in str(value):
+            raise self.error(key, "holds a NUL")
         return value
 
     def choice(self, key: str, options: tuple[str, ...], default: str) -> str:
         value = self.take(key, str, default)
         if value not in options:
-            raise self.error(key, f"{value!r} is not one of {', '.join(options)}")
+            raise self.error(key, f"{short(value)} is not one of {', '.join(options)}")
         return value
 
     def strings(self, key: str) -> list[str]:
         values = self.take(key, list, [])
         for value in values:
-            if not isinstance(value, str):
-                raise self.error(key, f"must be a list of strings, not of {value!r}")
+            if not isinstance(value, str) or "\0" in value:
+                raise self.error(key, f"must be a list of strings, not of {short(value)}")
         return values
 
     def parsed(self, key: str, text: str, parse: Callable[[str], T]) -> T:
@@ -140,10 +143,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path}: nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, and what int() says of a number too long
+        raise UsageError(f"{path}: {error}") from error
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
 
@@ -170,7 +175,7 @@ def _policies(document: _Table, file: Path) -> list[tuple[Policy, Path]]:
 def _policy(table: _Table) -> Policy:
     name = table.take("name", str, "")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_./@-]*", name):
-        raise table.error("name", f"{name!r} is not a name (letters, digits, _ . / @ -)")
+        raise table.error("name", f"{short(name)} is not a name (letters, digits, _ . / @ -)")
     remote = tuple(table.parsed("remote", text, _network) for text in table.strings("remote"))
     if not remote:
         raise table.error("remote", "names no network")
@@ -196,6 +201,8 @@ def _policy(table: _Table) -> Policy:
 
 
 def _network(text: str) -> Network:
+    if "%" in text:
+        raise ValueError(f"{short(text)}: an interface is no part of a network")
     try:
         network = ip_network(text)
         mapped = IPv6Network("::ffff:0:0/96")
@@ -204,15 +211,15 @@ def _network(text: str) -> Network:
             return IPv4Network((int(network[0]) & 0xFFFFFFFF, network.prefixlen - 96))
         return network
     except ValueError as error:
-        raise ValueError(f"{text!r}: {error}") from error
+        raise ValueError(f"{short(text)}: {str(error)[:80]}") from error
 
 
 def _ports(text: str) -> tuple[int, int]:
     if text == "any":
         return 0, PORT_MASK
-    found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", text)
+    found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
     if found is None:
-        raise ValueError(f"{text!r} is not a port, a range such as 5300-5307, or any")
+        raise ValueError(f"{short(text)} is not a port, a range such as 5300-5307, or any")
     low = int(found[1])
     high = int(found[2] or low)
     if not 0 < low <= high <= PORT_MASK:

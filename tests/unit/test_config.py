@@ -74,6 +74,33 @@ def test_no_file_is_the_defaults_unless_asked_for(tmp_path: Path) -> None:
         load(missing)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"a = {'[' * 3000}",
+        f"a = {'9' * 5000}",
+        f"gate{'.a' * 3000} = 1",
+        f"[[policy]]\nname{'.a' * 3000} = 1",
+        "a = \ud800",
+    ],
+    ids=["nested", "long number", "deep table", "deep value", "no character"],
+)
+def test_what_a_parser_chokes_on_is_an_error_of_the_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "ipsecgate.toml"
+    file.write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(UsageError, match=r"ipsecgate\.toml: "):
+        load(file)
+
+
+@pytest.mark.parametrize("key", ["vici = ", "cgroups = "])
+def test_a_path_holds_no_nul(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "ipsecgate.toml"
+    value = '"/run/a\\u0000b"'
+    file.write_text(f"[gate]\n{key}{value if 'vici' in key else f'[{value}]'}\n")
+    with pytest.raises(UsageError, match=key.split(maxsplit=1)[0]):
+        load(file)
+
+
 def policy(lines: str) -> str:
     return f'[[policy]]\nname = "x"\nremote = ["10.0.0.0/8"]\n{lines}'
 
