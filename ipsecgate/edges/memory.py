@@ -10,22 +10,26 @@ import json
 import os
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short
+from typing import Any, TypeVar
 
 from ipsecgate.core.events import ChildConfig
-from ipsecgate.core.flow import TrafficSelector
+from ipsecgate.core.flow import PORT_MASK, TrafficSelector
 from ipsecgate.core.ipsec import Mode
+from ipsecgate.core.vici import OPAQUE
 from ipsecgate.errors import GateError
+
+T = TypeVar("T")
 
 
 def recall(path: Path) -> tuple[ChildConfig, ...]:
     """Return what was kept, nothing if nothing ever was. Raises: GateError."""
     try:
-        items = json.loads(path.read_text())
-        return tuple(_child(item) for item in items)
+        items = _the(list, json.loads(path.read_text()))
+        return tuple(_child(_the(dict, item)) for item in items)
     except FileNotFoundError:
         return ()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise GateError(
             f"{path}: cannot read which flows must be protected: {error}",
             hint="name them as [[policy]] in the configuration, or remove the file "
@@ -62,16 +66,34 @@ def _plain(child: ChildConfig) -> dict[str, Any]:
 
 
 def _child(item: dict[str, Any]) -> ChildConfig:
-    def side(selectors: list[Any]) -> tuple[TrafficSelector, ...]:
-        return tuple(
-            TrafficSelector(ip_network(network), int(proto), (int(low), int(high)))
-            for network, proto, low, high in selectors
-        )
-
     return ChildConfig(
-        ike=str(item["ike"]),
-        child=str(item["child"]),
-        mode=Mode[item["mode"]],
-        local=side(item["local"]),
-        remote=side(item["remote"]),
+        ike=_name(item["ike"]),
+        child=_name(item["child"]),
+        mode=Mode[_the(str, item["mode"])],
+        local=tuple(_selector(_the(list, one)) for one in _the(list, item["local"])),
+        remote=tuple(_selector(_the(list, one)) for one in _the(list, item["remote"])),
     )
+
+
+def _selector(item: list[Any]) -> TrafficSelector:
+    network, *numbers = item
+    proto, low, high = (_the(int, number) for number in numbers)
+    if not 0 <= proto <= 0xFF:
+        raise ValueError(f"protocol {short(proto)}")
+    # A range that is empty would be taken for "no flow has this", and left out.
+    if (low, high) != OPAQUE and not 0 <= low <= high <= PORT_MASK:
+        raise ValueError(f"ports {short(low)}-{short(high)}")
+    return TrafficSelector(ip_network(_the(str, network)), proto, (low, high))
+
+
+def _name(value: object) -> str:
+    name = _the(str, value)
+    name.encode()  # refuses half of a surrogate pair, which JSON can hold
+    return name
+
+
+def _the(kind: type[T], value: object) -> T:
+    """Return a value that is of this kind and no other: 0 is not False, {} is not []."""
+    if type(value) is not kind:
+        raise ValueError(f"{short(value)} is no {kind.__name__}")
+    return value

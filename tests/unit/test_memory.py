@@ -40,7 +40,7 @@ def test_what_is_kept_is_recalled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[{}]", '[{"ike": 1}]', "[1]", "null", '"x"'],
+    ["", "{", "[{}]", '[{"ike": 1}]', "[1]", "null", '"x"', "{}", '""', "[" * 3000],
 )
 def test_a_broken_file_is_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "children.json"
@@ -48,6 +48,38 @@ def test_a_broken_file_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(GateError, match=r"children\.json: cannot read") as caught:
         recall(file)
     assert "[[policy]]" in caught.value.hint
+
+
+NET = '["10.2.0.0/16", 6, 80, 90]'
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *('""', "{}", "null", "[[]]", '["10.2.0.0/16"]', '[["10.2.0.0/16", 6, 80]]'),
+        *(NET.replace("6", number) for number in ("256", "-1", "6.0", "Infinity", "NaN", "true")),
+        *(NET.replace("80, 90", ports) for ports in ("90, 80", "0, 65536", "-1, 9", "1, 1e999")),
+        NET.replace('"10.2.0.0/16"', "5"),
+    ],
+)
+def test_a_broken_selector_is_an_error(tmp_path: Path, broken: str) -> None:
+    """Some were taken for "protects nothing", and what they named was open at the next start."""
+    file = tmp_path / "children.json"
+    item = '[{"ike": "gw", "child": "net", "mode": "TUNNEL", "local": [], "remote": %s}]'
+    file.write_text(item % f"[{NET}]")
+    assert len(recall(file)[0].remote) == 1
+    file.write_text(item % (f"[{broken}]" if broken.startswith("[") else broken))
+    with pytest.raises(GateError, match="cannot read"):
+        recall(file)
+
+
+def test_half_of_a_character_is_no_name(tmp_path: Path) -> None:
+    file = tmp_path / "children.json"
+    file.write_text(
+        r'[{"ike": "\ud800", "child": "net", "mode": "TUNNEL", "local": [], "remote": []}]'
+    )
+    with pytest.raises(GateError, match="cannot read"):
+        recall(file)
 
 
 def test_a_cut_file_is_an_error(tmp_path: Path) -> None:
