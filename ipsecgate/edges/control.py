@@ -60,12 +60,13 @@ async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[Non
             answer = await _answer(writer, line, verbs)
             async with asyncio.timeout(_TIME_LIMIT):
                 writer.write(json.dumps(answer).encode() + b"\n")
-                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
         except (ValueError, OSError, TimeoutError):
             pass  # a peer that does not speak the protocol, or went away
         finally:
             clients -= 1
-            writer.close()
+            writer.transport.abort()  # close() alone waits for a peer that does not read
 
     path.unlink(missing_ok=True)  # the lock says that nobody else listens here
     old_mask = os.umask(0o177)
@@ -124,7 +125,7 @@ def connected(path: Path, limit: float = _TIME_LIMIT) -> Iterator[Ask]:
                 line = stream.readline(ANSWER_LIMIT)
         except OSError as error:
             raise _nobody(path, error) from error
-        return _understood(path, verb, line)
+        return understood(path, verb, line)
 
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(limit)
@@ -142,16 +143,25 @@ def _nobody(path: Path, error: OSError) -> NoControllerError:
     )
 
 
-def _understood(path: Path, verb: str, line: bytes) -> dict[str, Any]:
+def understood(path: Path, verb: str, line: bytes) -> dict[str, Any]:
+    """Return what the controller's answer holds.
+
+    Raises: NoControllerError, UsageError, GateError.
+    """
     try:
-        answer: dict[str, Any] = json.loads(line)
-    except ValueError as error:
+        answer = json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise NoControllerError(f"the controller on {path} hung up") from error
-    if answer.get("code") == UsageError.exit_code:
-        raise UsageError(answer["error"], hint=answer["hint"])
-    if "ok" not in answer:
-        raise GateError(
-            f"the controller refused {verb}: {answer.get('error')}", hint=answer.get("hint", "")
-        )
-    result: dict[str, Any] = answer["ok"]
-    return result
+    match answer:
+        case {"ok": dict(result)}:
+            return result
+        case {"error": str(reason), "hint": str(hint), "code": UsageError.exit_code}:
+            raise UsageError(reason, hint=hint)
+        case {"error": str(reason)}:
+            raise GateError(
+                f"the controller refused {verb}: {reason}", hint=str(answer.get("hint", ""))[:500]
+            )
+    raise GateError(
+        f"the controller on {path} gave an answer that is none",
+        hint="is it of another version? start it again: the hooks refuse meanwhile",
+    )

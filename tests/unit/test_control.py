@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.edges.control import CLIENTS, REQUEST_LIMIT, Request, ask, serving
+from ipsecgate.edges import control
+from ipsecgate.edges.control import (
+    CLIENTS,
+    REQUEST_LIMIT,
+    Request,
+    ask,
+    serving,
+    understood,
+)
 from ipsecgate.errors import GateError, NoControllerError
 
 
@@ -48,6 +57,9 @@ async def test_it_answers_its_verbs(tmp_path: Path) -> None:
         b'{"verb": []}\n',
         b"x" * 2 * REQUEST_LIMIT,
         b"[" * 4000 + b"\n",
+        b'{"verb":' * 500 + b"\n",
+        b"9" * 4000 + b"\n",
+        b"NaN\n",
     ],
 )
 async def test_nonsense_gets_an_error_or_nothing(tmp_path: Path, line: bytes) -> None:
@@ -81,3 +93,55 @@ async def test_many_silent_clients_take_no_more_than_their_share(tmp_path: Path)
             each.close()
         await asyncio.sleep(0.05)
         assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+async def peer(path: Path) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    made.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(made, str(path))
+    return made
+
+
+async def test_a_peer_that_does_not_read_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """close() waits for what was written to be read: the descriptor was never given back."""
+    monkeypatch.setattr(control, "_TIME_LIMIT", 0.2)
+
+    async def much(request: Request) -> Mapping[str, Any]:
+        return {"text": "x" * 4_000_000}
+
+    path = tmp_path / "control.sock"
+    async with serving(path, {"status": much}):
+        before = descriptors()
+        stuck = [await peer(path) for _ in range(5)]
+        for each in stuck:
+            each.sendall(b'{"verb": "status"}\n')
+        await asyncio.sleep(1)
+        assert descriptors() == before + 5, "only the peers' own ends"
+        for each in stuck:
+            each.close()
+
+
+async def test_ten_megabytes_without_an_end_are_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    async with serving(path, VERBS):
+        flood = await peer(path)
+        with pytest.raises(ConnectionError):
+            await asyncio.get_running_loop().sock_sendall(flood, b"x" * 10_000_000)
+        flood.close()
+        assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"1", b"[]", b'"ok"', b"null", b'{"ok": 1}', b'{"error": {}}', b"{}", b"[" * 3000, b"\xff"],
+)
+def test_an_answer_that_is_none_is_an_error(answer: bytes) -> None:
+    with pytest.raises(GateError) as caught:
+        understood(Path("control.sock"), "status", answer)
+    assert len(str(caught.value)) < 200
