@@ -1,0 +1,89 @@
+"""A gate in the middle of its work, to be given what decoders make of noise.
+
+What it then commands is packed as the data path would write it: a value that no map can hold is
+a finding, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import ip_address, ip_network
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core import layout
+from ipsecgate.core.flow import Flow, TrafficSelector
+from ipsecgate.core.gate import Gate
+from ipsecgate.core.ipsec import Mode
+from ipsecgate.core.policy import Policy, Settings
+from tests.unit.xfrm_bytes import NET, OUT
+
+CHILD = on.ChildConfig(
+    "gw", "net", Mode.TUNNEL, (TrafficSelector(ip_network("10.1.0.0/16")),),
+    (TrafficSelector(ip_network("10.2.0.0/16")),),
+)  # fmt: skip
+UP = on.ChildSa(
+    "gw", "net", 1, 0xC0FFEE00, 0xC0FFEE01, ip_address("192.0.2.2"), CHILD.local, CHILD.remote
+)
+KERNEL = on.KernelSnapshot((NET,), (OUT,))
+SOURCES = on.SourcesResolved(((ip_network("10.2.0.0/16"), ip_address("10.1.0.1")),))
+FLOW = Flow(ip_address("10.2.0.1"), 6, 80)
+POLICY = Policy("net", (ip_network("10.2.0.0/16"),))
+
+
+def settled(*, configured: bool = True) -> Gate:
+    """Return a gate that covers 10.1/16 to 10.2/16, by configuration or by what IKE has."""
+    gate = Gate(Settings((POLICY,) if configured else ()))
+    for command in gate.start():
+        write(command)
+    step(gate, on.IkeConnected((CHILD,), (UP,), 7), KERNEL, SOURCES)
+    assert gate.is_live(FLOW)
+    return gate
+
+
+def step(gate: Gate, *events: on.Event) -> None:
+    """Have the gate take in events, and write what it commands."""
+    for command in gate.step(*events):
+        write(command)
+
+
+def write(command: do.Command) -> None:
+    """Make the bytes that the command would put into the maps."""
+    match command:
+        case do.Publish():
+            layout.pack_masks(command.content.masks)
+            for (index, key), entry in command.content.entries.items():
+                layout.pack_key(key, 0, index)
+                layout.pack_entry(entry)
+        case do.SetEntry():
+            layout.pack_key(command.key, 0, command.index)
+            layout.pack_entry(command.entry)
+        case do.SetSources():
+            for network, source in command.sources:
+                layout.pack_route(network)
+                layout.pack_source(source)
+
+
+def fingerprint(gate: Gate) -> object:
+    """Return all that decisions are made of."""
+    return (
+        dict(gate.mirror.policies),
+        dict(gate.mirror.sas),
+        {sa.id for sa in gate.mirror.trusted_sas()},
+        {table: (content.masks, dict(content.entries))
+         for table, content in gate.published.tables.items()},
+        dict(gate.published.errors),
+        gate.policies,
+        gate.children,
+        gate.ike_error,
+        gate.sa_source,
+        gate.settings,
+        dict(gate.sources),
+        sorted(gate.negotiations.of),
+    )  # fmt: skip
+
+
+def kernel_tells(gate: Gate, events: Iterable[on.XfrmEvent]) -> None:
+    """Have the gate take in one datagram's events, then the truth again, as a resync does."""
+    step(gate, *events)
+    step(gate, KERNEL)

@@ -1,0 +1,19 @@
+"""Every decoder that takes bytes from outside; a new one is a line here."""
+
+from __future__ import annotations
+
+from tests.fuzz import control, files, ike, kernel
+from tests.fuzz.engine import Target
+
+TARGETS: tuple[type[Target], ...] = (
+    files.Config,
+    files.Memory,
+    kernel.Xfrm,
+    kernel.Framing,
+    kernel.Routes,
+    kernel.Ring,
+    kernel.Maps,
+    ike.Vici,
+    control.Control,
+    control.Answer,
+)
