@@ -170,11 +170,11 @@ def has_signal(status: str) -> bool:
 
 def thread_group(status: str) -> int:
     """Return from /proc/TID/status the pid of the process's first thread."""
-    return int(_word(status, "Tgid"))
+    return int(_word(status, "Tgid", "[0-9]{1,10}"))
 
 
-def _word(status: str, name: str) -> str:
-    found = re.search(rf"^{name}:\s*([0-9a-f]+)$", status, re.MULTILINE)
+def _word(status: str, name: str, digits: str = "[0-9a-f]{1,16}") -> str:
+    found = re.search(rf"^{name}:\s*({digits})$", status, re.MULTILINE)
     if found is None:
         raise NotificationError(f"no {name} in a thread's status")
     return found[1]

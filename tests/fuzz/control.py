@@ -54,7 +54,7 @@ class Control(Target):
     async def _open(self) -> None:
         await self._stack.enter_async_context(control.serving(self._path, {"status": self._status}))
 
-    def _status(self) -> Mapping[str, Any]:
+    async def _status(self, _request: control.Request) -> Mapping[str, Any]:
         self._asked += 1
         return {"pid": 7}
 
@@ -109,6 +109,6 @@ class Answer(Target):
         return json.dumps({"ok": told}).encode() + b"\n", told
 
     def feed(self, data: bytes) -> Any:
-        result = control.read_answer(data, Path("/x"), "status")
+        result = control.understood(Path("/x"), "status", data)
         assert isinstance(result, dict)
         return result

@@ -218,7 +218,7 @@ class Ring(Target):
         key = layout.Key(layout.address_bits(flow.saddr, version),
                          layout.address_bits(daddr, version), flow.sport, flow.dport, flow.proto,
                          version, flow.mark)  # fmt: skip
-        reason, policy = random.choice(list(layout.Reason)), random.choice((None, 0, 1, 5))
+        reason, policy = random.choice(list(layout.EXPLAINED)), random.choice((None, 0, 1, 5))
         number = layout.NO_POLICY if policy is None else policy
         pid, cgroup = random.getrandbits(32), random.getrandbits(64)
         comm = random.choice(("curl", "", "Ω", "fifteen letters"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz import control, files, ike, kernel
+from tests.fuzz import calls, control, files, ike, kernel
 from tests.fuzz.engine import Target
 
 TARGETS: tuple[type[Target], ...] = (
@@ -14,6 +14,7 @@ TARGETS: tuple[type[Target], ...] = (
     kernel.Ring,
     kernel.Maps,
     ike.Vici,
+    calls.Calls,
     control.Control,
     control.Answer,
 )

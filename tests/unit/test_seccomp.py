@@ -202,3 +202,5 @@ def test_a_thread_names_its_process() -> None:
     assert thread_group(status()) == 812
     with pytest.raises(NotificationError, match="Tgid"):
         thread_group("")
+    with pytest.raises(NotificationError):
+        thread_group("Tgid:\tff\n")
