@@ -50,7 +50,7 @@ demo: setup ## two hosts, real IKE, real ESP: the story with and without the gat
 # Two at a time, because a guest has one CPU: the edges and the life of an SA beside all the rest.
 GUEST = $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- $(BIN)/pytest
 BESIDE := $(addprefix tests/system/test_,life.py sources.py libipsec.py lab.py lab_end.py edges.py \
-    routes.py charon.py traffic.py)
+    routes.py charon.py traffic.py hold_end.py)
 
 test: setup ## the whole suite
 	$(BIN)/pytest tests/unit tests/fuzz tests/guest --junitxml=$(RESULTS)/unit.xml $(ARGS)
@@ -94,6 +94,7 @@ fuzz: setup ## damaged input for every decoder; random SPDs, SADs and flows agai
 
 bench: setup ## measurements: ratios and medians, on this machine
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection
+	$(BIN)/python -m bench.hold
 
 lint: setup ## style and types only (they are part of the tests, too)
 	$(BIN)/ruff check

@@ -1,30 +1,33 @@
-"""Make each kind of call many times; print the median microseconds of each, as JSON."""
+"""Make each kind of call many times and print its median, microseconds, as JSON; or one
+UDP connect() from each of many threads.
+
+    hold_client.py ADDRESS PORT COUNT [threads]
+"""
 
 from __future__ import annotations
 
 import json
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from statistics import median
 
-
-def timed(count: int, call: Callable[[], float]) -> float:
-    """Return the median of what a call says that it took, in microseconds."""
-    return median(call() for _ in range(count)) / 1000
+STACK = 128 << 10
 
 
-def main() -> None:
-    """Measure and print."""
-    to, count = (sys.argv[1], int(sys.argv[2])), int(sys.argv[3])
+def took(operation: Callable[[], object]) -> float:
+    """Return how many microseconds it took."""
+    began = time.perf_counter_ns()
+    operation()
+    return (time.perf_counter_ns() - began) / 1000
+
+
+def costs(to: tuple[str, int], count: int) -> dict[str, float]:
+    """Return the median of each call."""
     datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     connected = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-
-    def took(operation: Callable[[], object]) -> float:
-        began = time.perf_counter_ns()
-        operation()
-        return time.perf_counter_ns() - began
 
     def tcp_connect() -> float:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
@@ -34,17 +37,39 @@ def main() -> None:
         with socket.socket(socket.AF_UNIX) as sock:
             return took(lambda: sock.connect_ex("/nonexistent"))
 
-    print(  # noqa: T201
-        json.dumps(
-            {
-                "tcp connect": timed(max(1, count // 10), tcp_connect),
-                "udp connect": timed(count, lambda: took(lambda: connected.connect(to))),
-                "sendto": timed(count, lambda: took(lambda: datagrams.sendto(b"x", to))),
-                "unix connect": timed(count, unix_connect),
-            }
-        )
-    )
+    calls: dict[str, Callable[[], float]] = {
+        "tcp connect": tcp_connect,
+        "udp connect": lambda: took(lambda: connected.connect(to)),
+        "sendto": lambda: took(lambda: datagrams.sendto(b"x", to)),
+        "unix connect": unix_connect,
+    }
+    rounds = {"tcp connect": max(1, count // 10)}
+    return {
+        name: median(call() for _ in range(rounds.get(name, count))) for name, call in calls.items()
+    }
+
+
+def connect_at_once(to: tuple[str, int], count: int) -> None:
+    """Connect from many threads."""
+    threading.stack_size(STACK)
+    go = threading.Event()
+
+    def one(sock: socket.socket) -> None:
+        go.wait()
+        sock.connect(to)
+
+    socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(count)]
+    threads = [threading.Thread(target=one, args=(sock,)) for sock in socks]
+    for thread in threads:
+        thread.start()
+    go.set()
+    for thread in threads:
+        thread.join()
 
 
 if __name__ == "__main__":
-    main()
+    where, number = (sys.argv[1], int(sys.argv[2])), int(sys.argv[3])
+    if sys.argv[4:] == ["threads"]:
+        connect_at_once(where, number)
+    else:
+        print(json.dumps(costs(where, number)))  # noqa: T201

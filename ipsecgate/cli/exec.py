@@ -63,8 +63,9 @@ def exec_(
     """
     who = _user(user) if user is not None else None
     refuse_internet_sockets()
+    gated = _gated_cgroups(app)
+    join(cgroup or _default(gated), gated)
     with control.connected(app.paths.control) as ask:
-        join(cgroup or _gated(app), _gated_cgroups(app))
         listener = seccomp.install(abi.program(seccomp.abi(), datagrams=udp))
         ask("hold", fd=listener, limit=hold)
         os.close(listener)
@@ -107,9 +108,8 @@ def _gated_cgroups(app: App) -> list[Path]:
     return [paths[one] for one in sorted(ids) if one in paths]
 
 
-def _gated(app: App) -> Path:
+def _default(gated: Sequence[Path]) -> Path:
     """Return the cgroup to run in: our own if it is gated, else the only one that is."""
-    gated = _gated_cgroups(app)
     own = cgroups.own()
     if any(own.is_relative_to(one) for one in gated):
         return own

@@ -58,6 +58,8 @@ def screen(document: dict[str, Any]) -> RenderableType:
         parts.append(_negotiations(document))
     if document["sas"]:
         parts.append(_sas(document))
+    if document["holds"]:
+        parts.append(_holds(document))
     parts.append(_counters(document))
     return Group(*parts)
 
@@ -133,6 +135,13 @@ def _sas(document: dict[str, Any]) -> Table:
     return table
 
 
+def _holds(document: dict[str, Any]) -> Table:
+    table = _table("\nheld calls", "thread", "flow", "at most")
+    for hold in document["holds"]:
+        table.add_row(str(hold["pid"]), hold["flow"], f"{hold['limit']:.1f} s")
+    return table
+
+
 def _time(seconds: float | None) -> str:
     """Write a time by the operator's clock; None: VICI does not tell since when an SA is."""
     if seconds is None:
@@ -142,13 +151,12 @@ def _time(seconds: float | None) -> str:
 
 def _counters(document: dict[str, Any]) -> Table:
     counters = document["counters"]
-    table = _table("\nrequests", "allowed", "refused", "audited", "why")
+    table = _table("\nrequests", "allowed", "held", "refused", "audited", "why")
     why = ", ".join(
         f"{count} {name.split('_', 1)[1].replace('_', ' ')}"
         for name, count in counters["reasons"].items()
         if count
     )
-    table.add_row(
-        str(counters["allowed"]), str(counters["refused"]), str(counters["audited"]), why or "none"
-    )
+    counts = (str(counters[name]) for name in ("allowed", "held", "refused", "audited"))
+    table.add_row(*counts, why or "none")
     return table

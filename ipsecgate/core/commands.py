@@ -148,15 +148,15 @@ class Log:
 HookCommand = Publish | SetEntry | Verify | SetSources | SetTun | SetModes | ExemptIke
 """What is written into the hooks' maps."""
 IkeCommand = AskIke | Initiate | Terminate
+CallCommand = Hold | Answer
 Command = (
     HookCommand
     | IkeCommand
+    | CallCommand
     | ResolveSources
     | Adopted
     | StartTimer
     | StopTimer
-    | Hold
-    | Answer
     | Remember
     | Log
 )

@@ -321,19 +321,24 @@ class Gate:
 
     def _outlook(self, flow: Flow) -> tuple[list[do.Command], Outlook]:
         """Return what a flow can expect, and have the SA negotiated that it needs."""
-        if not self.published.policies_known and not self.settings.audit:
-            return [], Outlook.PENDING
-        place = self.published.protected_by(flow)
-        exempt = is_exempt(flow) or self.source_of(flow) == flow.daddr
-        if self.settings.audit or place is None or exempt or self.is_live(flow):
+        if TableId.POLICY not in self.published.tables and not self.settings.audit:
+            return [], Outlook.PENDING  # the hooks refuse everything until the policies are known
+        place = self._place_of(flow)
+        if place is None or not self._must_wait(flow, self.policies[place]):
             if len(self._free) < FREE_FLOWS:
                 self._free.add(flow)
             return [], Outlook.FREE
         asked = self._ask(flow, place)
-        config = self._child(flow, self.policies[place]) if place < len(self.policies) else None
+        config = self._child(flow, self.policies[place])
         item = self.negotiations.of.get((config.ike, config.child)) if config else None
         failed = item is not None and item.coverage is Coverage.BACK_OFF
         return asked, Outlook.FAILED if failed else Outlook.PENDING
+
+    def _must_wait(self, flow: Flow, policy: Policy) -> bool:
+        """Tell whether the hooks would refuse a flow, for want of an SA alone."""
+        if self.settings.audit or policy.action is not Action.PROTECT or is_exempt(flow):
+            return False
+        return self.source_of(flow) != flow.daddr and not self.is_live(flow)
 
     def _settle(self) -> list[do.Command]:
         """Look at every held call again, after what happened."""

@@ -47,16 +47,6 @@ class Published:
         }
         return [*self._publish(TableId.POLICY, replace(self._compiled, entries=entries)), *told]
 
-    @property
-    def policies_known(self) -> bool:
-        """Tell whether the hooks know what must be protected; until then they refuse all."""
-        return TableId.POLICY in self.tables
-
-    def protected_by(self, flow: Flow) -> int | None:
-        """Return the place of the policy that must protect a flow; None: no such policy."""
-        entry = self.tables.get(TableId.POLICY, EMPTY).classify(flow_key(flow))
-        return entry.id if entry is not None and entry.state is State.PROTECT else None
-
     def is_live(self, flow: Flow) -> bool:
         """Tell whether a live SA protects a flow whose source is known."""
         entry = self.tables.get(TableId.SPD, EMPTY).classify(flow_key(flow))

@@ -32,7 +32,7 @@ _WORK_LIMIT = 60.0  # for a verb that changes something
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked besides the verb, and by which process."""
+    """What was asked, verb and all, and by which process."""
 
     words: Mapping[str, Any]
     pid: int

@@ -16,6 +16,7 @@ import asyncio
 import ctypes
 import mmap
 import os
+import re
 import select
 import struct
 import time
@@ -33,13 +34,13 @@ from ipsecgate.core.seccomp import (
 )
 from ipsecgate.edges import probe, seccomp, systemd
 
-SLOTS = 4096  # calls of one listener that can be received at once; more wait until they are
+SLOTS = 2048  # calls of one listener that can wait; one more is left to the hooks
 DEADLINE = struct.Struct("=d")  # follows each notification; on CLOCK_MONOTONIC, 0: not held
 SLOT = NOTIFICATION.size + DEADLINE.size
 AT_ONCE = 64  # calls taken in before the loop sees to others
 WATCH = 0.1  # seconds between looks at what became of the held ones' threads
 WATCH_EACH = 0.001  # and as long again for each of them
-NAME = "hold"
+NAME = re.compile(r"hold-(\d+)-([\d.]+)")  # of a listener that is kept: its number, its limit
 
 
 class _Listener:
@@ -54,21 +55,23 @@ class _Listener:
         self.held: dict[int, tuple[CallMade, asyncio.TimerHandle]] = {}  # by id
         self._map = _mapped(file)
         self._base = ctypes.c_char.from_buffer(self._map)
-        self._free = list(range((SLOTS - 1) * SLOT, -SLOT, -SLOT))
+        self._spare, *self._free = range((SLOTS - 1) * SLOT, -SLOT, -SLOT)
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
 
     def recall(self) -> list[tuple[Notification, float]]:
         """Return the calls that a predecessor received and did not answer, and their deadlines."""
-        found = []
-        for slot in list(self._free):
+        found, free = [], []
+        self._let_go_spare()
+        for slot in self._free:
             call, deadline = self._at(slot)
             if call.pid and seccomp.is_waiting(self.fd, call.id):
-                self._free.remove(slot)
                 self.slots[call.id] = slot
                 found.append((call, deadline))
             else:
                 self._clear(slot)
+                free.append(slot)
+        self._free = free
         return found
 
     def ready(self) -> int:
@@ -77,16 +80,23 @@ class _Listener:
         return events[0][1] if events else 0
 
     def receive(self) -> Notification | None:
-        """Receive a call; None if it went away, or has no place yet."""
-        if not self._free:
-            return None
-        slot = self._free[-1]
+        """Receive a call; None if it went away, or there is no place for it to wait."""
+        slot = self._free[-1] if self._free else self._spare
         if not seccomp.receive(self.fd, ctypes.addressof(self._base) + slot):
+            return None
+        if slot == self._spare:
+            self._let_go_spare()
             return None
         self._free.pop()
         call, _ = self._at(slot)
         self.slots[call.id] = slot
         return call
+
+    def _let_go_spare(self) -> None:
+        call, _ = self._at(self._spare)
+        if call.pid:
+            seccomp.answer(self.fd, call.id, None)
+            self._clear(self._spare)
 
     def hold(self, made: CallMade, timer: asyncio.TimerHandle) -> None:
         """Write down until when a call is held."""
@@ -132,7 +142,7 @@ def _mapped(file: Path | None) -> mmap.mmap:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.ftruncate(fd, SLOTS * SLOT)
+        os.posix_fallocate(fd, 0, SLOTS * SLOT)  # what is sparse can be missing when it is needed
         return mmap.mmap(fd, SLOTS * SLOT)
     finally:
         os.close(fd)
@@ -144,7 +154,6 @@ class Listeners:
     def __init__(self, tell: Callable[[CallEvent], None], folder: Path) -> None:
         self._tell = tell
         self._folder = folder
-        self._abi = seccomp.abi()
         self._netns = probe.netns_cookie()
         self._of: dict[int, _Listener] = {}
         self._again: dict[tuple[int, Flow], float] = {}  # deadlines of who will call again
@@ -156,19 +165,18 @@ class Listeners:
         if not seccomp.is_listener(ours):
             os.close(ours)
             raise ValueError(f"descriptor {fd} of process {pid} is no seccomp listener")
-        number = max(self._of, default=0) + 1
-        kept = systemd.keep(ours, f"{NAME}-{number}-{limit:g}")
+        number = time.monotonic_ns()  # no predecessor's, and none of one that was kept too long
+        kept = systemd.keep(ours, f"hold-{number}-{limit:.3f}")
         file = self._folder / str(number) if kept else None
-        if file is not None:
-            file.unlink(missing_ok=True)
         self._follow(_Listener(number, ours, limit, file))
 
     def adopt(self, kept: Mapping[int, str]) -> None:
         """Go on with the listeners that the service manager kept, and with who waits there."""
         for fd, name in kept.items():
-            kind, number, limit = (*name.split("-"), "", "")[:3]
-            if kind != NAME or not seccomp.is_listener(fd):
+            found = NAME.fullmatch(name)
+            if found is None or not seccomp.is_listener(fd):
                 continue
+            number, limit = found.groups()
             one = _Listener(int(number), fd, float(limit), self._folder / number)
             for call, deadline in one.recall():
                 self._look_at(one, call, deadline)
@@ -244,7 +252,7 @@ class Listeners:
     def _flow(self, call: Notification) -> tuple[Flow, bool] | None:
         """Return what flow a call asks for, and whether its caller is prepared to wait."""
         to = destination(
-            call, self._abi, lambda where, length: seccomp.read(call.pid, where, length)
+            call, seccomp.abi(), lambda where, length: seccomp.read(call.pid, where, length)
         )
         if to is None:
             return None
@@ -254,7 +262,7 @@ class Listeners:
         daddr, dport = to
         saddr = sock.saddr if sock.saddr and sock.saddr.version == daddr.version else None
         flow = Flow(daddr, sock.proto, dport, saddr, sock.sport, sock.mark)
-        connects_udp = call.nr == self._abi.connect and sock.proto == UDP
+        connects_udp = call.nr == seccomp.abi().connect and sock.proto == UDP
         return flow, sock.blocking and not connects_udp
 
     # --- what becomes of those that wait ----------------------------------------------

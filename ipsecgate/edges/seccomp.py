@@ -14,7 +14,7 @@ import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from ipsecgate.core.flow import Address, parse_address
@@ -29,7 +29,7 @@ RECEIVE, SEND, ID_VALID = 0xC0502100, 0xC0182101, 0x40082102  # the ioctls
 PIDFD_GETFD = 438
 PIDFD_THREAD = os.O_EXCL  # Linux 6.9: any thread's, not only the first one's
 
-SO_MARK, SO_NETNS_COOKIE = 36, 71  # asm-generic/socket.h
+SO_MARK, SO_DOMAIN, SO_NETNS_COOKIE = 36, 39, 71  # asm-generic/socket.h
 IPPROTO_MPTCP = 262
 LISTENER_NAME = "anon_inode:seccomp notify"
 
@@ -48,6 +48,7 @@ class _Vector(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
+@cache
 def abi() -> Abi:
     """Return this machine's numbers. Raises: KernelLacksError."""
     machine = platform.machine()
@@ -199,9 +200,14 @@ class Socket:
 
 
 def look(fd: int) -> Socket:
-    """Look at an Internet socket, and close this descriptor of it. Raises: OSError, ValueError."""
-    # Family and type are given, not asked for: getsockname() fits any with the longest name.
+    """Look at an Internet socket, and close this descriptor of it.
+
+    Raises: OSError; ValueError if it is none: any socket can be given an Internet address.
+    """
+    # Family and type are given, not found out: getsockname() fits any with the longest name.
     with socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, fileno=fd) as sock:
+        if sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN) not in (socket.AF_INET, socket.AF_INET6):
+            raise ValueError("no Internet socket")
         proto = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
         mark = sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
         netns = sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)

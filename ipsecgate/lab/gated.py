@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from ipsecgate.core.layout import Reason
 from ipsecgate.edges import control
 from ipsecgate.edges.maps import Maps
 from ipsecgate.edges.pins import Pins
@@ -124,6 +126,28 @@ class Gated:
         """Return the hooks' counters by reason, read from the pinned map."""
         with Maps(Pins(BPFFS, self.instance)) as maps:
             return {reason.name.lower(): count for reason, count in maps.counters().items()}
+
+    def spread(self, count: int, begin: Callable[[], None]) -> float:
+        """Begin something; return the seconds from the first to the last of `count` covered calls.
+
+        As the hooks see them, whatever the caller needs until it notices.
+        """
+        with Maps(Pins(BPFFS, self.instance)) as maps:
+            before = maps.counters()[Reason.ALLOW_COVERED]
+            begin()
+            first = 0.0
+            while (seen := maps.counters()[Reason.ALLOW_COVERED] - before) < count:
+                if seen and not first:
+                    first = time.monotonic()
+                time.sleep(0.0005)
+            return time.monotonic() - first if first else 0.0
+
+    def memory(self) -> float:
+        """Return the most that the controller ever had resident, in MiB."""
+        if self.process is None:
+            raise LabError("no controller runs")
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 1024  # type: ignore[index]
 
     def wait_policy(self, name: str, timeout: float = 15.0) -> None:
         """Wait until the gate has noticed a connection. Raises: LabError."""

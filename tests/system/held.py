@@ -111,6 +111,44 @@ def threads(address: str, port: int, argument: str) -> Result:
     return {"errors": errors, "spread": ends[-1] - ends[0]}
 
 
+def odd(address: str, port: int, _argument: str) -> Result:
+    """Give an Internet address to what is no Internet socket, in all ways that come to mind."""
+    name = ctypes.create_string_buffer(uring.sockaddr(address, port))
+    errors = []
+    for family, kind in (
+        (socket.AF_NETLINK, socket.SOCK_RAW),
+        (socket.AF_UNIX, socket.SOCK_STREAM),
+        (socket.AF_PACKET, socket.SOCK_RAW),
+    ):
+        with socket.socket(family, kind) as sock:
+            errors.append(tried(lambda s=sock: raw_connect(s, name))["error"])  # type: ignore[misc]
+    for fd in (-1, 1 << 20, 0):
+        uring.libc.connect(fd, name, 16)
+    for where in (0, 1, 1 << 47):
+        uring.libc.connect(socket.socket().fileno(), ctypes.c_void_p(where), 16)
+    return {"errors": errors, **tcp(address, port, "")}
+
+
+def hammer(address: str, port: int, argument: str) -> Result:
+    """Connect by UDP from a few threads for so many seconds; tell the errors and the longest."""
+    deadline = time.monotonic() + float(argument)
+    results: list[Result] = []
+
+    def one() -> None:
+        with new(socket.SOCK_DGRAM, address) as sock:
+            while time.monotonic() < deadline:
+                results.append(tried(lambda: sock.connect((address, port))))
+
+    workers = [threading.Thread(target=one) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    errors = sorted({result["error"] for result in results})
+    longest = max(result["seconds"] for result in results)
+    return {"errors": errors, "calls": len(results), "longest": longest}
+
+
 def storm(address: str, port: int, argument: str) -> Result:
     """Connect by UDP while a handled signal comes every so often; tell how many were handled.
 
@@ -167,7 +205,7 @@ CALLS: dict[str, Callable[[str, int, str], Result]] = {
     call.__name__: call
     for call in (
         tcp, non_blocking, udp_connect, bound, sendmsg, sendmmsg, uring_connect, twice, threads,
-        storm, flip, flip_all_the_time,
+        storm, flip, flip_all_the_time, odd, hammer,
     )
 }  # fmt: skip
 

@@ -112,6 +112,9 @@ def test_a_controller_that_dies_ends_the_calls_that_it_held(lab: Lab, gate: Gate
     assert result["first"]["error"] == "ENOSYS"
     assert result["error"] == "ENOSYS"
     assert result["seconds"] < 1
+    done = lab.a.run(gate.holding("echo", "ran"), check=False)
+    assert done.returncode == 3
+    assert "ran" not in done.stdout
     gate.start()
     assert run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))["error"] == ""
 
@@ -163,6 +166,25 @@ def test_a_successor_answers_what_is_held(lab: Lab, gate: Gated, covered: bool) 
         assert result["first"]["error"] == ""
         assert result["error"] == ""
         assert keeper.kept
+
+
+def test_calls_under_way_when_a_controller_is_killed_are_answered(lab: Lab, gate: Gated) -> None:
+    """Covered calls, received and not answered yet: it is killed a few times to meet one."""
+    gate.kill()
+    with Keeper() as keeper:
+        keeper.start(gate)
+        spec = prepared(lab, gate)
+        to = lab.b.address(spec)
+        assert run(lab, gate, held.command("tcp", to, PORT))["error"] == ""
+        process = start(lab, gate, held.command("hammer", to, PORT, 12))
+        for _ in range(3):
+            time.sleep(1.5)
+            gate.kill()
+            keeper.start(gate)
+        result = ended(process, timeout=60)
+    assert result["errors"] == [""]
+    assert result["calls"] > 1000
+    assert result["longest"] < 10
 
 
 def test_a_hold_does_not_become_longer_by_a_successor(lab: Lab, gate: Gated) -> None:
