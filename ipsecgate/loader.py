@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ipsecgate.edges import bytecode, cgroups, libbpf
+from ipsecgate.core.floor import tag_of
+from ipsecgate.edges import bytecode, cgroups, floor, libbpf
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.objects import opened
 from ipsecgate.edges.pins import Pins
@@ -72,6 +74,7 @@ def unload(paths: Paths, *, force: bool) -> None:
                 hint="`ipsecgate detach` them first, or `ipsecgate unload --force`",
             )
         pins.unload()
+    asyncio.run(floor.keep(tag_of(paths.instance), ()))
 
 
 def attach(paths: Paths, target: str) -> Path:
