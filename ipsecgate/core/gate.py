@@ -232,11 +232,14 @@ class Gate:
         return told + self._keep_floor()
 
     def _keep_floor(self) -> list[do.Command]:
-        """Have the floor follow the policies. Where IKE does ESP itself it would block that."""
+        """Have the floor follow the policies.
+
+        There is none in audit mode, and none where IKE does ESP itself: it would block that.
+        """
         if self.policies is NOT_KNOWN_YET:
             return []
-        wanted = self.settings.floor and self.source is self.mirror
-        under = self.policies if wanted else ()
+        enforced = self.settings.floor and not self.settings.audit
+        under = self.policies if enforced and self.source is self.mirror else ()
         if under == self._floor:
             return []
         self._floor = under

@@ -123,6 +123,9 @@ def test_it_follows_the_policies_and_what_others_do_to_it() -> None:
     there = on.SourcesResolved((*SOURCES.sources, (SIX, None)))
     assert len(floors(story.after(on.Reconfigured(more), there))[-1].policies) == 5
     assert floors(story.after(on.Reconfigured(Settings((PROTECT,)))))[-1].policies == ()
+    assert floors(story.after(on.Reconfigured(Settings((PROTECT,), floor=True))))
+    audit = Settings((PROTECT,), floor=True, audit=True)
+    assert floors(story.after(on.Reconfigured(audit)))[-1].policies == (), "nothing is refused"
 
 
 def test_where_ike_does_esp_itself_there_is_none() -> None:
