@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 RESULTS := .cache/results
 # Seconds for everything that runs in the guest.
-LIMIT ?= 900
+LIMIT ?= 1200
 # More for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
@@ -49,8 +49,8 @@ demo: setup ## two hosts, real IKE, real ESP: the story with and without the gat
 # What needs ESP in the kernel runs in a guest (user-mode-linux) if this machine's kernel has none.
 # Two at a time, because a guest has one CPU: the edges and the life of an SA beside all the rest.
 GUEST = $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- $(BIN)/pytest
-BESIDE := $(addprefix tests/system/test_,life.py sources.py libipsec.py lab.py lab_end.py edges.py \
-    routes.py charon.py traffic.py)
+BESIDE := $(addprefix tests/system/test_,life.py sources.py libipsec.py lab.py lab_end.py edges.py floor.py \
+    routes.py charon.py traffic.py units.py service.py)
 
 test: setup ## the whole suite
 	$(BIN)/pytest tests/unit tests/guest --junitxml=$(RESULTS)/unit.xml $(ARGS)
