@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 RESULTS := .cache/results
 # Seconds for everything that runs in the guest.
-LIMIT ?= 900
+LIMIT ?= 1200
 # More for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
@@ -50,7 +50,7 @@ demo: setup ## two hosts, real IKE, real ESP: the story with and without the gat
 # Two at a time, because a guest has one CPU: the edges and the life of an SA beside all the rest.
 GUEST = $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- $(BIN)/pytest
 BESIDE := $(addprefix tests/system/test_,life.py sources.py libipsec.py lab.py lab_end.py edges.py \
-    routes.py charon.py traffic.py hold_end.py)
+    routes.py charon.py traffic.py hold_end.py floor.py units.py service.py)
 
 test: setup ## the whole suite
 	$(BIN)/pytest tests/unit tests/fuzz tests/guest --junitxml=$(RESULTS)/unit.xml $(ARGS)

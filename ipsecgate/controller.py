@@ -22,6 +22,7 @@ from typing import Any
 from ipsecgate import loader, report
 from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
+from ipsecgate.core.floor import tag_of
 from ipsecgate.core.gate import Gate
 from ipsecgate.core.layout import TableId
 from ipsecgate.core.policy import SaSource
@@ -29,6 +30,7 @@ from ipsecgate.daemon import Daemon
 from ipsecgate.edges import control, memory, probe, systemd
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.datapath import Datapath
+from ipsecgate.edges.floor import Floor
 from ipsecgate.edges.listeners import Listeners
 from ipsecgate.edges.routes import Routes
 from ipsecgate.edges.xfrm import XfrmMonitor
@@ -94,6 +96,7 @@ class Controller:
         self._ready = False
         self._kernel: XfrmMonitor | None = None
         self._adopted = asyncio.Event()
+        self._floor = Floor(tag_of(paths.instance))
         self._waiting = False  # for an event
 
     async def run(self) -> None:
@@ -124,6 +127,7 @@ class Controller:
                     tasks.create_task(self._daemon.run()),
                     tasks.create_task(self._check()),
                     tasks.create_task(self._targets.run()),
+                    tasks.create_task(self._floor.run()),
                 ]
                 loop.add_signal_handler(signal.SIGHUP, lambda: self._later(self._reload.log()))
                 for number in (signal.SIGTERM, signal.SIGINT):
@@ -249,6 +253,8 @@ class Controller:
                 self._listeners.answer(command.call, command.error)
             case do.Hold():
                 self._listeners.hold(command.made)
+            case do.SetFloor():
+                self._floor.set(command.policies)
             case do.Adopted():
                 self._adopted.set()
             case do.ResolveSources():
@@ -312,5 +318,5 @@ class Controller:
                 f"{self._paths.remembered} cannot be written: a restart without IKE would "
                 "protect what it says, not what is loaded"
             )
-        told["errors"] += [*self._targets.errors, *self._reload.errors]
+        told["errors"] += [*self._targets.errors, *self._reload.errors, *self._floor.errors]
         return {**known, "drift": drift, **told}

@@ -14,7 +14,7 @@ from ipsecgate.edges import bytecode, cgroups, libbpf, probe
 from ipsecgate.edges.config import DEFAULT_VICI, Config
 from ipsecgate.edges.objects import HOOKS
 from ipsecgate.errors import GateError, KernelLacksError
-from ipsecgate.loader import pins_of
+from ipsecgate.loader import check_targets, pins_of
 from ipsecgate.paths import Paths
 
 OLDEST_KERNEL = (6, 1)
@@ -44,8 +44,7 @@ def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
     def configuration() -> str:
         nonlocal config
         config = read_config()
-        for target in config.cgroups:
-            cgroups.resolve(target)
+        check_targets(paths, config)
         policies = len(config.settings.policies)
         where = paths.config if paths.config.exists() else f"none at {paths.config}, defaults"
         return f"{where}: {f'{policies} policies' if policies else 'policies from connections'}"

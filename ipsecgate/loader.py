@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ipsecgate.edges import bytecode, cgroups, libbpf
+from ipsecgate.core.floor import tag_of
+from ipsecgate.edges import bytecode, cgroups, floor, libbpf
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.objects import opened
 from ipsecgate.edges.pins import Pins
@@ -72,6 +74,7 @@ def unload(paths: Paths, *, force: bool) -> None:
                 hint="`ipsecgate detach` them first, or `ipsecgate unload --force`",
             )
         pins.unload()
+    asyncio.run(floor.keep(tag_of(paths.instance), ()))
 
 
 def attach(paths: Paths, target: str) -> Path:
@@ -95,24 +98,22 @@ def attach_path(paths: Paths, cgroup: Path) -> None:
         pins.attach(cgroup)
 
 
-def prune(paths: Paths) -> bool:
-    """Remove the pins of cgroups that are gone for good. True: some are only going.
+def prune(paths: Paths) -> set[int]:
+    """Remove the pins of cgroups that are gone for good, return the ids of all others.
 
     A removed cgroup lives on in the sockets that were made in it, wherever they are now; the
     kernel lets go of its links when the last one is closed.
     """
-    alive = cgroups.by_id()
-    going = False
+    left = set()
     with _writing(paths, "prune") as pins:
         for path in sorted((pins.root / "links").glob("*")):
-            if int(path.name.rpartition("-")[2]) in alive:
-                continue
             with opened(libbpf.open_pin(path)) as link:
                 gone = libbpf.link_info(link).cgroup_id == 0
             if gone:
                 path.unlink()
-            going = going or not gone
-    return going
+            else:
+                left.add(int(path.name.rpartition("-")[2]))
+    return left
 
 
 def check_targets(paths: Paths, config: Config) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class Targets:
         self._wanted = tuple(wanted)
         self._gated: dict[Path, int] = {}  # because a target names them; their ids
         self._errors: dict[Path, str] = {}
-        self._removed = False  # pins of a removed cgroup are left
+        self._going: set[int] = set()  # removed cgroups whose pins are left
         self._again = asyncio.Event()
         self._turn = asyncio.Lock()
 
@@ -66,8 +66,6 @@ class Targets:
         while True:
             self._again.clear()
             folders = await self._open()
-            if folders is not None:
-                loop.add_reader(folders.fd, self._again.set)
             try:
                 await self.look()  # what came before it was watched
                 await self._watch(folders)
@@ -87,15 +85,24 @@ class Targets:
         """Take what is told; return when all is to be looked at anew."""
         wanted = self._wanted
         while self._wanted is wanted:
-            again = folders is None or self._removed or bool(self._errors)
+            if folders is not None:
+                asyncio.get_running_loop().add_reader(folders.fd, self._on_news, folders.fd)
+            look = folders is None or bool(self._errors)
             with suppress(TimeoutError):
-                async with asyncio.timeout(POLL if again else None):
+                async with asyncio.timeout(POLL if look or self._going else None):
                     await self._again.wait()
             self._again.clear()
-            if again:
+            if look:
                 await self.look()
+            elif self._going:
+                async with self._turn:
+                    await asyncio.to_thread(self._prune)
             if folders is not None and not await self._take(folders):
                 return
+
+    def _on_news(self, fd: int) -> None:
+        asyncio.get_running_loop().remove_reader(fd)  # until it was read
+        self._again.set()
 
     async def _take(self, folders: Folders) -> bool:
         """Act on what happened; False: nobody knows all that did."""
@@ -129,12 +136,16 @@ class Targets:
         for path, number in list(self._gated.items()):
             if _id(path) != number:
                 del self._gated[path]
+                self._going.add(number)
                 log.info("not there any more: %s", path)
         self._errors = {}
         for target in self._wanted:
             for path in cgroups.find(target):
                 self._gate(path)
-        self._removed = loader.prune(self._paths)
+        self._prune()
+
+    def _prune(self) -> None:
+        self._going &= loader.prune(self._paths)
 
     def _gate(self, path: Path) -> None:
         number = _id(path)

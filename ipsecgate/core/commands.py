@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ipsecgate.core.events import Call, CallMade, ChildConfig, Timer
+from ipsecgate.core.floor import FloorPolicy
 from ipsecgate.core.flow import Address, Network
 from ipsecgate.core.layout import Entry, Key, TableId
 from ipsecgate.core.table import Table
@@ -64,6 +65,13 @@ class SetModes:
     audit: bool
     deny: bool
     error: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetFloor:
+    """Have the kernel block what leaves outside gated cgroups; none: no floor."""
+
+    policies: tuple[FloorPolicy, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +162,7 @@ Command = (
     | IkeCommand
     | CallCommand
     | ResolveSources
+    | SetFloor
     | Adopted
     | StartTimer
     | StopTimer

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
 from ipsecgate.core.coverage import Coverage
+from ipsecgate.core.floor import floor_of, is_floor
 from ipsecgate.core.flow import ANY_V4, ANY_V6, Address, Flow, Network, is_exempt
 from ipsecgate.core.holds import Holds, Outlook
 from ipsecgate.core.ipsec import Action, SpdEntry
@@ -67,6 +68,7 @@ class Gate:
         self._told_tun: int | None = None  # a predecessor may have told another
         self._orphans: set[Flow] = set()  # refused, and no child known
         self._numbered: tuple[Policy, ...] = ()  # by these the negotiations' places count
+        self._floor: tuple[Policy, ...] | None = None  # the policies it is under, None: to be told
         self._next: Settings | None = None  # waits for the sources that it needs
         self._heard: set[type[on.Event]] = set()  # KernelSnapshot, IkeConnected or IkeGone
 
@@ -83,7 +85,9 @@ class Gate:
     @property
     def errors(self) -> list[str]:
         """What the operator should mend."""
-        return [*self.published.errors.values(), *self._unreadable]
+        userland = self.settings.floor and self.source is self.userland
+        useless = ["gate.floor: has no effect where IKE does ESP itself"] if userland else []
+        return [*self.published.errors.values(), *self._unreadable, *useless]
 
     @property
     def source(self) -> Mirror | Userland:
@@ -165,6 +169,10 @@ class Gate:
     def _snapshot(self, event: on.KernelSnapshot) -> list[do.Command]:
         news = self.mirror.replace(event)
         self._heard.add(on.KernelSnapshot)
+        if self._floor is not None:
+            there = sum(is_floor(entry) for entry in self.mirror.policies.values())
+            if there < len(floor_of(self._floor)):
+                self._floor = None  # somebody emptied the kernel's databases
         drifted: list[do.Command] = []
         if event.check and news:
             self.drift += news
@@ -220,7 +228,22 @@ class Gate:
             names = [policy.name for policy in self.policies]
             told += self.negotiations.renumber(self._place_for, names)
         errnos = {place: self._errno(place) for place in self.negotiations.places()}
-        return told + self.published.policies(self.policies, errnos, uncovered)
+        told += self.published.policies(self.policies, errnos, uncovered)
+        return told + self._keep_floor()
+
+    def _keep_floor(self) -> list[do.Command]:
+        """Have the floor follow the policies.
+
+        There is none in audit mode, and none where IKE does ESP itself: it would block that.
+        """
+        if self.policies is NOT_KNOWN_YET:
+            return []
+        enforced = self.settings.floor and not self.settings.audit
+        under = self.policies if enforced and self.source is self.mirror else ()
+        if under == self._floor:
+            return []
+        self._floor = under
+        return [do.SetFloor(floor_of(under))]
 
     def _place_of(self, flow: Flow) -> int | None:
         """Return the place of the policy that has a flow now."""

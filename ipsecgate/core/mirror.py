@@ -28,6 +28,7 @@ from ipsecgate.core.events import (
     SasFlushed,
     XfrmEvent,
 )
+from ipsecgate.core.floor import PRIORITY, is_floor
 from ipsecgate.core.ipsec import Sa, SaId, SpdEntry, SpdKey, Template
 from ipsecgate.core.spd import EVERYTHING, Negotiated, agreed_on, region_of, spd_rules
 from ipsecgate.core.table import Rule, Ternary
@@ -128,7 +129,17 @@ class Mirror:
 
     def agreed_rules(self) -> list[Rule]:
         """Return the hook's SPD table as rules: the kernel's answers within what was agreed."""
-        return spd_rules(self.policies.values(), self.trusted_sas(), self._agreed())
+        return spd_rules(self._before_the_floor(), self.trusted_sas(), self._agreed())
+
+    def _before_the_floor(self) -> list[SpdEntry]:
+        """Return the policies without a floor that is the last of them.
+
+        What only it matches is not protected, with or without it.
+        """
+        others = [entry for entry in self.policies.values() if not is_floor(entry)]
+        if any(entry.priority >= PRIORITY for entry in others):
+            return list(self.policies.values())
+        return others
 
     def _agreed(self) -> Negotiated:
         by_spi = cache(self._policies_by_spi)

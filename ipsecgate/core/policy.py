@@ -83,6 +83,7 @@ class Settings:
     deny: bool = False
     errnos: Errnos = field(default_factory=Errnos)
     sa_source: SaSource = SaSource.AUTO
+    floor: bool = False  # block what leaves outside gated cgroups, too
 
 
 def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:

@@ -121,6 +121,7 @@ def load(path: Path, *, required: bool = True) -> Config:
     mode = gate.choice("mode", ("enforce", "audit"), "enforce")
     default = gate.choice("default", ("allow", "deny"), "allow")
     source = gate.choice("sa_source", tuple(one.value for one in SaSource), SaSource.AUTO.value)
+    floor = gate.choice("floor", ("none", "xfrm-block"), "none")
     config = Config(
         settings=Settings(
             policies=tuple(policy for policy, _ in policies),
@@ -128,12 +129,13 @@ def load(path: Path, *, required: bool = True) -> Config:
             deny=default == "deny",
             errnos=errnos,
             sa_source=SaSource(source),
+            floor=floor == "xfrm-block",
         ),
         cgroups=tuple(gate.strings("cgroups")),
         host=gate.take("host", bool, False),
         vici=Path(gate.take("vici", str, str(DEFAULT_VICI))),
     )
-    gate.finish(("mode", "default", "cgroups", "host", "vici", "sa_source"))
+    gate.finish(("mode", "default", "cgroups", "host", "vici", "sa_source", "floor"))
     if config.host and config.cgroups:
         raise gate.error("cgroups", "and gate.host = true exclude each other")
     return config

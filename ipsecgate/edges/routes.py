@@ -22,6 +22,7 @@ pyroute2 is the transport only; why, is said in `ipsecgate.edges.netlink`.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -136,7 +137,12 @@ class Routes:
         found: set[Prefix] = set()
         for family in (AF_INET, AF_INET6):
             for encode in (encode_route_dump, encode_rule_dump):
-                found.update(await requests.dump(partial(encode, family), self._inside))
+                try:
+                    found.update(await requests.dump(partial(encode, family), self._inside))
+                except OSError as error:
+                    if error.errno != errno.EAFNOSUPPORT:
+                        raise
+                    # A kernel without IPv6, or whose module is not loaded: nothing routes it.
         return {network(one) for one in found}
 
     def _inside(self, datagram: bytes) -> list[Prefix]:

@@ -118,9 +118,9 @@ class Gated:
         document: dict[str, Any] = json.loads(self.cli("--json", "status", check=False).stdout)
         return document
 
-    def ask(self) -> dict[str, Any]:
-        """Return the controller's own word. Raises: NoControllerError."""
-        return control.ask(self._run / self.instance / "control.sock", "status")
+    def ask(self, verb: str = "status") -> dict[str, Any]:
+        """Return the controller's own word. Raises: NoControllerError, GateError."""
+        return control.ask(self._run / self.instance / "control.sock", verb, 60.0)
 
     def reasons(self) -> dict[str, int]:
         """Return the hooks' counters by reason, read from the pinned map."""

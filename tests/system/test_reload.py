@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ipsecgate.errors import UsageError
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from tests.system.caller import Caller
@@ -56,6 +57,8 @@ def test_under_a_hammer_nothing_covered_is_refused_and_nothing_leaves_in_clear(
         client = lab.a.client("tcp-client", there, PORT, cgroup=gate.cgroup).result()
         assert client["error"] is None
         callers = [Caller(lab.a.namespace.path, gate.cgroup) for _ in range(3)]
+        for caller in callers:
+            caller("tcp", str(there), PORT)  # it takes a while to start
         told: list[Counter[str]] = [Counter() for _ in callers]
         ended = threading.Event()
         threads = [
@@ -69,17 +72,19 @@ def test_under_a_hammer_nothing_covered_is_refused_and_nothing_leaves_in_clear(
                 default = "deny" if number % 4 == 3 else "allow"
                 text = head.replace("[gate]\n", f'[gate]\ndefault = "{default}"\n')
                 gate.config.write_text(text + variants[number % len(variants)])
-                gate.cli("reload")
+                gate.ask("reload")
+                time.sleep(0.1)
                 if number % 10 == 9:
                     gate.config.write_text(f"{text}{db}colour = 1\n")
-                    assert gate.cli("reload", check=False).returncode == 2
+                    with pytest.raises(UsageError, match="colour"):
+                        gate.ask("reload")
             ended.set()
             for thread in threads:
                 thread.join()
             seen = capture.stop()
         for caller in callers:
             caller.close()
-        assert sum(told[0].values()) > 500
+        assert min(sum(counts.values()) for counts in told) > 200, told
         assert set(told[0]) | set(told[1]) == {"EINPROGRESS"}, "covered all the time"
         assert set(told[2]) <= {"EPERM", "EHOSTUNREACH"}, "uncovered all the time"
         assert not seen.clear
@@ -92,6 +97,7 @@ def test_the_clock_jumps(lab: Lab, cache: Path) -> None:
     with Gated(lab, cache=cache) as gate:
         lab.load(spec)
         gate.wait_policy(spec.name)
+        began, clock = time.monotonic(), time.time()
         try:
             with lab.capture() as capture:
                 for jump in (0, 86400, -2 * 86400, 86400):
@@ -105,6 +111,6 @@ def test_the_clock_jumps(lab: Lab, cache: Path) -> None:
                         assert report["error"] is None, (jump, gate.log.read_text())
                 seen = capture.stop()
         finally:
-            lab.a.run(["hwclock", "--hctosys"], check=False)
+            time.clock_settime(time.CLOCK_REALTIME, clock + time.monotonic() - began)
         assert not seen.clear
         assert seen.esp

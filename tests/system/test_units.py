@@ -194,3 +194,22 @@ def test_a_system_call_that_is_not_allowed_fails(unit: Unit) -> None:
     code = f"{confined('ipsecgate.service')}\nimport os\nos.chown('/tmp', 0, 0)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "PermissionError" in done.stderr
+
+
+CONNECT = f"import socket; socket.create_connection(({PEER[4]!r}, {PORT}), 20)"
+
+
+@pytest.mark.parametrize("without", ["", "CAP_SYS_PTRACE"])
+def test_calls_are_held_by_a_controller_that_may_take_their_listener(
+    unit: Unit, without: str
+) -> None:
+    (capabilities,) = setting("ipsecgate.service", "CapabilityBoundingSet")
+    allowed = [name for name in capabilities.split() if name != without]
+    unit.start(code=confined("ipsecgate.service"), wrap=only(allowed))
+    assert unit.hears("READY=1"), unit.log
+    words = ("exec", "--hold", "1s", "--cgroup", str(unit.cgroup), "--", sys.executable, "-c")
+    told = unit.cli(*words, CONNECT)
+    assert told.returncode != 0, "there is no IKE daemon to end the wait"
+    assert ("TimeoutError" in told.stderr) is (not without), "held to its limit"
+    assert ("was held for" in unit.log) is (not without), unit.log
+    assert ("pidfd_getfd: Operation not permitted" in told.stderr) is bool(without)

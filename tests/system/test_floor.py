@@ -1,0 +1,100 @@
+"""The host's floor on two hosts with real IKE and real ESP: for what is not gated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.core.floor import PRIORITY
+from ipsecgate.lab.endpoints import Report
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
+
+PORT = 7150
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab("ipsecgate-test-floor") as lab:
+        lab.warm_up()
+        lab.b.serve("tcp-server", PORT)
+        yield lab
+
+
+def connect(lab: Lab, spec: ConnSpec, gate: Gated | None, *options: str) -> Report:
+    """Connect, from the gated cgroup or from outside any."""
+    cgroup = gate.cgroup if gate else None
+    return lab.a.client("tcp-client", lab.b.address(spec), PORT, *options, cgroup=cgroup).result()
+
+
+def connected(report: Report) -> bool:
+    return report["error"] is None and report["echoed"]
+
+
+def floor_of(lab: Lab) -> list[str]:
+    """Return the priorities of the floor's policies, as iproute2 shows them."""
+    shown = lab.a.run(["ip", "xfrm", "policy", "list", "dir", "out"]).stdout
+    words = shown.split()
+    told = [words[at + 1] for at, word in enumerate(words) if word == "priority"]
+    return [priority for priority in told if int(priority) >= PRIORITY]
+
+
+def wait_for(lab: Lab, *, floor: bool) -> None:
+    deadline = time.monotonic() + 10
+    while bool(floor_of(lab)) is not floor:
+        assert time.monotonic() < deadline, floor_of(lab)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_not_gated_leaves_protected_or_not_at_all(
+    lab: Lab, cache: Path, mode: str, family: int
+) -> None:
+    """Without a trap, so that nothing of strongSwan's is in the kernel."""
+    lab.reset()
+    spec = ConnSpec(f"floor-{mode}-{family}", mode, family, start_action="none")
+    with Gated(lab, policies='floor = "xfrm-block"\n', cache=cache) as gate:
+        lab.load(spec)
+        gate.wait_policy(spec.name)
+        wait_for(lab, floor=True)
+        with lab.capture() as capture:
+            blocked = connect(lab, spec, None, "--limit", "0.5")
+            assert not connected(blocked)
+            assert not capture.stop().syns
+        elsewhere = lab.a.client("tcp-client", lab.b.bare[family], PORT)
+        assert connected(elsewhere.result()), "no policy names it"
+
+        with lab.capture() as capture:
+            assert connected(connect(lab, spec, gate)), gate.log.read_text()
+            assert connected(connect(lab, spec, None)), "an SA protects it now"
+            seen = capture.stop()
+        assert seen.esp
+        assert not seen.clear
+
+        lab.a.run(["ip", "xfrm", "policy", "flush"])
+        wait_for(lab, floor=True)
+        gate.kill()
+        assert floor_of(lab), "a dead controller opens nothing"
+        lab.a.run(["ip", "xfrm", "state", "flush"])
+        assert not connected(connect(lab, spec, None, "--limit", "0.5"))
+        gate.cli("unload", "--force")
+        assert floor_of(lab) == []
+    lab.reset()  # the peer protects its side still
+    assert connected(connect(lab, spec, None)), "in clear, as before there was a gate"
+
+
+def test_it_goes_with_its_configuration(lab: Lab, cache: Path) -> None:
+    lab.reset()
+    floor = 'floor = "xfrm-block"\n'
+    policy = '[[policy]]\nname = "x"\nremote = ["10.99.0.0/16"]\n'
+    with Gated(lab, policies=floor + policy, cache=cache) as gate:
+        wait_for(lab, floor=True)
+        text = gate.config.read_text()
+        for there in (False, True, False):
+            gate.config.write_text(text if there else text.replace(floor, ""))
+            gate.ask("reload")
+            wait_for(lab, floor=there)

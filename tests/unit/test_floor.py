@@ -1,0 +1,136 @@
+"""The host's floor: which policies it is made of, as bytes, and what the mirror makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_network
+
+import pytest
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core.floor import (
+    PRIORITY,
+    FloorPolicy,
+    encode_delete,
+    encode_set,
+    floor_of,
+    is_floor,
+    ours,
+    tag_of,
+)  # fmt: skip
+from ipsecgate.core.flow import TCP
+from ipsecgate.core.ipsec import Action, SpdEntry
+from ipsecgate.core.layout import TableId
+from ipsecgate.core.policy import Policy, Settings
+from ipsecgate.core.xfrm import NEWPOLICY, decode
+from tests.unit import xfrm_bytes
+from tests.unit.test_gate import REFUSED, SOURCES, THERE, TRAP, UP, Transcript, connected
+
+TAG = tag_of("default")
+PROTECT = Policy("db", (THERE,))
+SIX = ip_network("2001:db8:2::/48")
+BLOCK = FloorPolicy(1, True, THERE)
+
+
+def test_it_blocks_what_must_be_protected_and_allows_what_is_exempt_before() -> None:
+    away = Policy("away", (ip_network("10.2.9.0/24"),), action=Action.BYPASS)
+    never = Policy("never", (ip_network("10.4.0.0/16"),), action=Action.DISCARD)
+    web = Policy("web", (ip_network("10.5.0.0/16"),), proto=TCP, ports=(80, 81))
+    assert floor_of((away, never, PROTECT, web)) == (
+        FloorPolicy(1, False, ip_network("10.2.9.0/24")),
+        FloorPolicy(3, True, THERE),
+        FloorPolicy(4, True, ip_network("10.5.0.0/16"), TCP, dport=(80, 0xFFFE)),
+    )
+    assert floor_of((away, never)) == ()
+
+
+def test_under_ipv6_neighbours_are_still_discovered() -> None:
+    first, *types, block = floor_of((Policy("six", (SIX,)),))
+    assert first == FloorPolicy(0, False, ip_network("::1/128"))
+    assert block == FloorPolicy(1, True, SIX)
+    covered = {n for n in range(256) for t in types if n & t.sport[1] == t.sport[0]}
+    assert covered == {132, 133, 134, 135, 136}
+    assert all(t.proto == 58 and not t.block for t in types)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        BLOCK,
+        FloorPolicy(0xFFFF, False, SIX, 58, sport=(136, 0xFFFF)),
+        FloorPolicy(7, True, SIX, TCP, dport=(5432, 0xFFF0 | 0xF)),
+    ],
+)
+def test_what_is_encoded_is_what_the_kernel_would_tell(one: FloorPolicy) -> None:
+    request = encode_set(one, TAG, 3)
+    (event,) = decode(request[:4] + NEWPOLICY.to_bytes(2, "little") + request[6:])
+    assert isinstance(event, on.PolicySet)
+    assert event.entry.priority == PRIORITY + one.place
+    assert event.entry.action is (Action.DISCARD if one.block else Action.BYPASS)
+    assert event.entry.key.selector.dst == one.dst
+    assert event.entry.key.selector.src.prefixlen == 0
+    assert is_floor(event.entry)
+    assert ours(event.entry, TAG) == one
+    assert ours(event.entry, tag_of("another")) is None
+
+
+def test_the_bytes_are_those_of_linux() -> None:
+    source = ".".join(str(byte) for byte in TAG.to_bytes(4))
+    selector = xfrm_bytes.selector(f"{source}/0", "10.2.0.0/16")
+    lifetime = xfrm_bytes.LIFETIME.pack(*([xfrm_bytes.FOREVER] * 4), 0, 0, 0, 0)
+    body = xfrm_bytes.policy(selector, priority=PRIORITY + 1, index=0, action=1)
+    body = body[:56] + lifetime + body[120:]
+    assert encode_set(BLOCK, TAG, 7) == xfrm_bytes.message(0x19, body, flags=5)
+    identity = selector + (0).to_bytes(4) + b"\1\0\0\0"
+    assert encode_delete(BLOCK, TAG, 7) == xfrm_bytes.message(0x14, identity, flags=5)
+
+
+def entry_of(one: FloorPolicy) -> SpdEntry:
+    request = encode_set(one, TAG, 3)
+    (event,) = decode(request)
+    assert isinstance(event, on.PolicySet)
+    return event.entry
+
+
+def floors(commands: list[do.Command]) -> list[do.SetFloor]:
+    return [command for command in commands if isinstance(command, do.SetFloor)]
+
+
+def test_it_changes_no_verdict_and_no_table() -> None:
+    story = Transcript(Settings((PROTECT,), floor=True))
+    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    before = story.gate.published.tables[TableId.SPD]
+    assert not story.after(on.PolicySet(entry_of(BLOCK)))
+    assert story.gate.published.tables[TableId.SPD] == before
+    story.after(REFUSED, *UP)
+    assert story.is_open()
+    # A policy that is even further back is hidden by it.
+    story.after(on.PolicyGone(TRAP.key))
+    assert not story.is_open()
+    story.after(on.PolicySet(replace(UP[1].entry, priority=2**32 - 1)))
+    assert not story.is_open()
+
+
+def test_it_follows_the_policies_and_what_others_do_to_it() -> None:
+    story = Transcript(Settings((PROTECT,), floor=True))
+    told = floors(story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES))
+    assert told
+    assert {one.policies for one in told} == {(BLOCK,)}
+    assert not floors(story.after(connected(), SOURCES)), "it is known"
+    assert floors(story.after(on.KernelSnapshot((), ()))), "after a flush"
+    more = Settings((PROTECT, Policy("six", (SIX,))), floor=True)
+    there = on.SourcesResolved((*SOURCES.sources, (SIX, None)))
+    assert len(floors(story.after(on.Reconfigured(more), there))[-1].policies) == 5
+    assert floors(story.after(on.Reconfigured(Settings((PROTECT,)))))[-1].policies == ()
+    assert floors(story.after(on.Reconfigured(Settings((PROTECT,), floor=True))))
+    audit = Settings((PROTECT,), floor=True, audit=True)
+    assert floors(story.after(on.Reconfigured(audit)))[-1].policies == (), "nothing is refused"
+
+
+def test_where_ike_does_esp_itself_there_is_none() -> None:
+    story = Transcript(Settings((PROTECT,), floor=True))
+    story.after(on.KernelSnapshot((), ()), SOURCES)
+    told = floors(story.after(on.IkeConnected((), (), pid=42, userland=True)))
+    assert told[-1].policies == ()
+    assert any("gate.floor" in error for error in story.gate.errors)
