@@ -318,10 +318,11 @@ def test_events_tell_what_was_refused_by_which_rule_and_what_became_of_it(
     to = str(lab.b.address(spec))
     follower = lab.a.popen(gate.argv("--json", "events", "--follow"), stdout=subprocess.PIPE)
     try:
+        assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
+        lab.a.charon.terminate(spec.child_name)
         caller = Caller(lab.a.namespace.path, gate.cgroup)
         assert caller("raw", to) == "EPERM"  # a raw socket is blocked, not refused
         caller.close()
-        assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
         told = json.loads(gate.cli("--json", "events").stdout)
         denied = json.loads(gate.cli("--json", "events", "--denied", "--last", "2").stdout)
         assert follower.stdout is not None
