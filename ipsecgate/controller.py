@@ -27,7 +27,7 @@ from ipsecgate.core.gate import Gate
 from ipsecgate.core.layout import TableId
 from ipsecgate.core.policy import SaSource
 from ipsecgate.daemon import Daemon
-from ipsecgate.edges import control, memory, probe, systemd
+from ipsecgate.edges import control, memory, probe, sockets, systemd
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.floor import Floor
@@ -255,6 +255,8 @@ class Controller:
                 self._listeners.hold(command.made)
             case do.SetFloor():
                 self._floor.set(command.policies)
+            case do.CutOff():
+                self._later(self._cut_off())
             case do.Adopted():
                 self._adopted.set()
             case do.ResolveSources():
@@ -269,6 +271,18 @@ class Controller:
                 log.log(logging.getLevelName(command.level.upper()), "%s", command.text)
             case _:
                 await self._hooks.execute(command)
+
+    async def _cut_off(self) -> None:
+        """End the sockets that stand without an SA; what cannot be ended is blocked."""
+        lost = [one for one in await sockets.standing() if self._gate.is_cut_off(one.flow)]
+        if lost:
+            gated = await asyncio.to_thread(loader.gated_ids, self._paths)
+            try:
+                ended = await sockets.destroy([one for one in lost if one.cgroup in gated])
+            except OSError as error:
+                log.warning("cannot end sockets, their packets are blocked: %s", error.strerror)
+            else:
+                log.info("%d sockets ended: no SA protects them any more", ended)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         """Do what may take long beside the decisions: closing a flow must not wait for it."""

@@ -128,6 +128,14 @@ def check_targets(paths: Paths, config: Config) -> tuple[str, ...]:
     return (str(root),) if config.host else config.cgroups
 
 
+def gated_ids(paths: Paths) -> set[int]:
+    """Return the ids of the gated cgroups and of all below them."""
+    attached = {a.cgroup_id for a in pins_of(paths).attachments()}
+    by_id = cgroups.by_id()
+    tops = [by_id[one] for one in attached if one in by_id]
+    return {one for one, path in by_id.items() if any(path.is_relative_to(top) for top in tops)}
+
+
 def detach(paths: Paths, target: str) -> str:
     """Ungate a cgroup: a target as for attach, or the id of one that was removed."""
     cgroup_id = int(target) if target.isdigit() else cgroups.resolve(target).stat().st_ino

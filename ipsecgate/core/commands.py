@@ -52,6 +52,11 @@ class SetTun:
 
 
 @dataclass(frozen=True, slots=True)
+class CutOff:
+    """End the sockets of gated cgroups whose flows are uncovered now (`Gate.is_cut_off`)."""
+
+
+@dataclass(frozen=True, slots=True)
 class ResolveSources:
     """Keep resolving the unbound source for these destinations (`SourcesResolved`)."""
 
@@ -162,6 +167,7 @@ Command = (
     | IkeCommand
     | CallCommand
     | ResolveSources
+    | CutOff
     | SetFloor
     | Adopted
     | StartTimer

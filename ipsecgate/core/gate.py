@@ -197,13 +197,15 @@ class Gate:
         """
         if not self._heard >= self._witnesses():
             return []
+        before = self.published.live() if self.settings.destroy else set()
         opened = self.published.spd(self.source.agreed_rules())
+        lost = [do.CutOff()] if before - self.published.live() else []
         moved = [
             command
             for name, item in self.negotiations.of.items()
             for command in self.negotiations.sa_is(name, live=self.is_live(item.flow))
         ]
-        return [*self._tell_tun(), *opened, *moved, *self._refresh()]
+        return [*self._tell_tun(), *opened, *lost, *moved, *self._refresh()]
 
     def _tell_tun(self) -> list[do.Command]:
         """What goes into the daemon's own device is not in clear, if it is the daemon's."""
@@ -295,6 +297,18 @@ class Gate:
         """Tell whether the hooks would let a protected flow go now."""
         saddr = self.source_of(flow)
         return saddr is not None and self.published.is_live(replace(flow, saddr=saddr))
+
+    def is_cut_off(self, flow: Flow) -> bool:
+        """Tell whether a flow that stands must be protected, and is not."""
+        place = self._place_of(flow)
+        return (
+            place is not None
+            and self.policies[place].action is Action.PROTECT
+            and not self.settings.audit
+            and not is_exempt(flow)
+            and flow.saddr != flow.daddr
+            and not self.is_live(flow)
+        )
 
     def _ask(self, flow: Flow, place: int | None) -> list[do.Command]:
         """Have the child negotiated that would protect a refused flow."""

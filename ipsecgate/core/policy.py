@@ -84,6 +84,7 @@ class Settings:
     errnos: Errnos = field(default_factory=Errnos)
     sa_source: SaSource = SaSource.AUTO
     floor: bool = False  # block what leaves outside gated cgroups, too
+    destroy: bool = False  # end the sockets whose SA went, instead of blocking their packets
 
 
 def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ipsecgate.core import commands as do
 from ipsecgate.core.flow import Flow
-from ipsecgate.core.layout import State, TableId, flow_key
+from ipsecgate.core.layout import Key, State, TableId, flow_key
 from ipsecgate.core.policy import Policy, policy_rules, protect_networks
 from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, compile_table
 
@@ -46,6 +46,11 @@ class Published:
             for at, entry in self._compiled.entries.items()
         }
         return [*self._publish(TableId.POLICY, replace(self._compiled, entries=entries)), *told]
+
+    def live(self) -> set[tuple[int, Key]]:
+        """Return where in the SPD table a live SA protects."""
+        entries = self.tables.get(TableId.SPD, EMPTY).entries
+        return {at for at, entry in entries.items() if entry.state is State.LIVE}
 
     def is_live(self, flow: Flow) -> bool:
         """Tell whether a live SA protects a flow whose source is known."""

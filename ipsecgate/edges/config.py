@@ -121,6 +121,7 @@ def load(path: Path, *, required: bool = True) -> Config:
     mode = gate.choice("mode", ("enforce", "audit"), "enforce")
     default = gate.choice("default", ("allow", "deny"), "allow")
     source = gate.choice("sa_source", tuple(one.value for one in SaSource), SaSource.AUTO.value)
+    live_flows = gate.choice("live_flows", ("block", "destroy"), "block")
     floor = gate.choice("floor", ("none", "xfrm-block"), "none")
     config = Config(
         settings=Settings(
@@ -130,12 +131,13 @@ def load(path: Path, *, required: bool = True) -> Config:
             errnos=errnos,
             sa_source=SaSource(source),
             floor=floor == "xfrm-block",
+            destroy=live_flows == "destroy",
         ),
         cgroups=tuple(gate.strings("cgroups")),
         host=gate.take("host", bool, False),
         vici=Path(gate.take("vici", str, str(DEFAULT_VICI))),
     )
-    gate.finish(("mode", "default", "cgroups", "host", "vici", "sa_source", "floor"))
+    gate.finish(("mode", "default", "cgroups", "host", "vici", "sa_source", "live_flows", "floor"))
     if config.host and config.cgroups:
         raise gate.error("cgroups", "and gate.host = true exclude each other")
     return config

@@ -40,7 +40,7 @@ class Bed:
     data: Datapath
     gated: Caller
     free: Caller
-    gated_space: Path
+    namespace: Namespace
     link: int
     netns: int
     refusals: list[FlowRefused] = field(default_factory=list)
@@ -111,7 +111,7 @@ def bed(name: str, cache: Path, bpffs: Path = Path("/sys/fs/bpf")) -> Iterator[B
         stack.callback(gated.close)
         with namespace.inside():
             netns = netns_cookie()
-        made = Bed(cgroup, pins, data, gated, free, namespace.path, link, netns)
+        made = Bed(cgroup, pins, data, gated, free, namespace, link, netns)
         data.open_ring(made.refusals.append)
         yield made
 

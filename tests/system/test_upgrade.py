@@ -91,7 +91,7 @@ def is_the_new_one(bed: Bed, data: Datapath) -> None:
 
 def test_a_version_with_other_maps_takes_over_without_a_gap(old: Bed, cache: Path) -> None:
     code = bytecode.get(cache)
-    space = old.gated_space
+    space = old.namespace.path
     with (
         hammering(space, old.cgroup, "tcp", PEER[4], 80) as covered,
         hammering(space, old.cgroup, "sendto", str(THERE[6][99]), 80) as also,
@@ -110,7 +110,7 @@ def test_a_version_with_other_maps_takes_over_without_a_gap(old: Bed, cache: Pat
 
 def test_uncovered_flows_stay_refused_all_the_time(old: Bed, cache: Path) -> None:
     old.publish(TableId.SPD)
-    with hammering(old.gated_space, old.cgroup, "tcp", PEER[4], 80) as told:
+    with hammering(old.namespace.path, old.cgroup, "tcp", PEER[4], 80) as told:
         old.pins.load(bytecode.get(cache))
         old.pins.switch()  # published or not
     assert len(told) > 20

@@ -408,3 +408,22 @@ def test_a_check_compares_every_table(trapped: Transcript) -> None:
     tables = trapped.gate.published.tables
     assert tables.keys() == set(TableId)
     assert trapped.after(on.CheckDue()) == [do.Verify(*item) for item in tables.items()]
+
+
+def test_where_sockets_are_to_be_ended_a_lost_sa_says_so_and_whose() -> None:
+    story = Transcript(Settings(destroy=True))
+    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES, *UP)
+    assert story.is_open()
+    assert not story.gate.is_cut_off(ROUTED)
+    renewed = replace(SA, id=replace(SA.id, spi=0xC0FFEE02))
+    pinned = replace(TRAP, templates=(replace(TRAP.templates[0], spi=0xC0FFEE02),))
+    rekeyed = story.after(on.SaSet(renewed), on.PolicySet(pinned), on.SaGone(SA.id))
+    assert do.CutOff() not in rekeyed, "make before break"
+    assert do.CutOff() in story.after(on.PolicySet(TRAP), on.SaGone(renewed.id))
+    assert story.gate.is_cut_off(ROUTED)
+    assert not story.gate.is_cut_off(replace(ROUTED, daddr=ip_address("192.0.2.77")))
+
+
+def test_where_they_are_only_blocked_nothing_is_ended(trapped: Transcript) -> None:
+    trapped.after(*UP)
+    assert do.CutOff() not in trapped.after(on.PolicySet(TRAP), on.SaGone(SA.id))

@@ -1,0 +1,53 @@
+"""Sockets that stand, listed and ended: the test kernel cannot end one (INET_DIAG_DESTROY)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import pytest
+
+from ipsecgate.core.flow import TCP, UDP
+from ipsecgate.core.sockdiag import Standing
+from ipsecgate.edges import sockets
+from tests.system.bed import OTHER, PEER, Bed
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
+
+
+@pytest.fixture(autouse=True)
+def inside(bed: Bed) -> object:
+    with bed.namespace.inside():
+        yield
+
+
+def listed(wanted: Callable[[Standing], bool]) -> list[Standing]:
+    return [one for one in asyncio.run(sockets.standing()) if wanted(one)]
+
+
+@pytest.mark.parametrize(("call", "proto"), [("kept connected 4", UDP), ("kept tcp", TCP)])
+def test_a_socket_that_stands_is_told_of_its_end(bed: Bed, call: str, proto: int) -> None:
+    """And no other one is."""
+    assert bed.gated(call, OTHER[4]) in ("", "EINPROGRESS")
+    assert bed.free(call, OTHER[4]) in ("", "EINPROGRESS")
+    both = listed(lambda one: (str(one.flow.daddr), one.flow.proto) == (OTHER[4], proto))
+    ours = [one for one in both if one.cgroup == bed.cgroup.stat().st_ino]
+    assert (len(both), len(ours)) == (2, 1)
+    assert ours[0].flow.dport == 80
+    assert ours[0].flow.saddr is not None
+    assert asyncio.run(sockets.destroy(ours)) == 1
+    # A UDP socket has no peer any more; whoever waits in it hears ECONNABORTED, too.
+    assert bed.gated(call, OTHER[4]) == ("ECONNABORTED" if proto == TCP else "EDESTADDRREQ")
+    assert bed.free(call, OTHER[4]) in ("", "EALREADY")
+    assert asyncio.run(sockets.destroy(ours)) == 0, "it is gone"
+    bed.gated.forget()
+    bed.free.forget()
+
+
+def test_a_mapped_socket_is_listed_as_what_it_speaks(bed: Bed) -> None:
+    assert bed.free("kept connected 6", f"::ffff:{PEER[4]}") == ""
+    (one,) = listed(lambda one: str(one.flow.daddr) == PEER[4])
+    assert asyncio.run(sockets.destroy([one])) == 1
+    assert bed.free("kept connected 6", f"::ffff:{PEER[4]}") == "EDESTADDRREQ"
+    bed.free.forget()
