@@ -166,8 +166,11 @@ class Pins:
         """Return what is attached, by the pins' names; the kernel forgets a removed cgroup's id."""
         found = []
         for path in self._links():
-            with opened(libbpf.open_pin(path)) as link:
-                info = libbpf.link_info(link)
+            try:
+                with opened(libbpf.open_pin(path)) as link:
+                    info = libbpf.link_info(link)
+            except FileNotFoundError:
+                continue  # its cgroup is gone, and the controller has just removed it
             found.append(
                 Attachment(path.name.split("-")[0], int(path.name.split("-")[1]), info.prog_id)
             )
