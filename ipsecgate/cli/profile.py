@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 
@@ -45,9 +44,9 @@ def seccomp_profile(app: App, *, hold: float, udp: bool, runtime: str, base: Pat
             platform.machine(),
             datagrams=udp,
             flags=runtime == "crun",
-            base=json.loads(base.read_text()) if base else None,
+            base=oci.base(base.read_bytes()) if base else None,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except oci.UNFIT as error:
         raise UsageError(
             f"{base}: {error}",
             hint="a profile such as /usr/share/containers/seccomp.json, with no listener and no "

@@ -42,6 +42,20 @@ class OciError(ValueError):
 
 # --- the profile ------------------------------------------------------------------------
 
+UNFIT = (OciError, KeyError, TypeError, AttributeError)
+"""What `profile` raises of a base that is none."""
+
+
+def base(raw: bytes) -> Json:
+    """Read a profile that is to be extended. Raises: OciError."""
+    try:
+        read = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise OciError(f"no JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise OciError("no profile")
+    return read
+
 
 def profile(
     listener: str,
@@ -56,7 +70,7 @@ def profile(
 
     `datagrams`: sendmsg() and sendmmsg(), too. `flags`: have a call that is held not be
     ended by a signal's handler. `base` is a profile that stays in force for all other calls;
-    None: all others are allowed. Raises: OciError, KeyError for another machine.
+    None: all others are allowed. Raises: `UNFIT`.
     """
     if base is None:
         base = {"defaultAction": ALLOW, "architectures": list(ARCHITECTURES[machine])}
