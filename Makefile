@@ -7,7 +7,7 @@ LIMIT ?= 1200
 # More for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-files demo test test-qemu fuzz bench lint clean
+.PHONY: help setup install install-program install-files demo test test-qemu fuzz clients bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -16,6 +16,11 @@ setup: .venv/.ready ## install what is missing (as root; asks nothing)
 
 .venv/.ready: packaging/setup.sh pyproject.toml constraints.txt
 	@packaging/setup.sh
+	@touch $@
+
+# Real clients, their servers and container runtimes: for the tests only.
+.venv/.ready-tests: .venv/.ready packaging/setup.sh $(wildcard tests/clients/*.go tests/clients/*.java)
+	@packaging/setup.sh tests
 	@touch $@
 
 # DESTDIR is a packager's root. Nothing is enabled or started: systemctl does that.
@@ -50,9 +55,9 @@ demo: setup ## two hosts, real IKE, real ESP: the story with and without the gat
 # Two at a time, because a guest has one CPU: the edges and the life of an SA beside all the rest.
 GUEST = $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- $(BIN)/pytest
 BESIDE := $(addprefix tests/system/test_,life.py sources.py libipsec.py lab.py lab_end.py edges.py \
-    routes.py charon.py traffic.py hold_end.py floor.py units.py service.py)
+    routes.py charon.py traffic.py hold_end.py floor.py units.py service.py containers.py)
 
-test: setup ## the whole suite
+test: setup .venv/.ready-tests ## the whole suite
 	$(BIN)/pytest tests/unit tests/fuzz tests/guest --junitxml=$(RESULTS)/unit.xml $(ARGS)
 	@mkdir -p $(RESULTS); \
 	$(GUEST) $(BESIDE) --junitxml=$(RESULTS)/beside.xml $(ARGS) >$(RESULTS)/beside.log 2>&1 & beside=$$!; \
@@ -91,6 +96,11 @@ fuzz: setup ## damaged input for every decoder; random SPDs, SADs and flows agai
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 	ORACLE_CASES=$(if $(filter file,$(origin ORACLE_CASES)),100000,$(ORACLE_CASES)) \
 	    $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m tests.system.oracle
+
+clients: setup .venv/.ready-tests ## docs/clients.md's table, measured anew
+	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- \
+	    $(BIN)/python -m tests.clients.table $(CURDIR)/$(RESULTS)/clients.md
+	$(BIN)/python -m tests.clients.table --into docs/clients.md $(RESULTS)/clients.md
 
 bench: setup ## measurements: ratios and medians, on this machine
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection

@@ -25,9 +25,10 @@ from ipsecgate.core import events as on
 from ipsecgate.core.floor import tag_of
 from ipsecgate.core.gate import Gate
 from ipsecgate.core.layout import TableId
+from ipsecgate.core.oci import Container
 from ipsecgate.core.policy import SaSource
 from ipsecgate.daemon import Daemon
-from ipsecgate.edges import control, memory, probe, sockets, systemd
+from ipsecgate.edges import control, memory, oci, probe, sockets, systemd
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.floor import Floor
@@ -128,6 +129,7 @@ class Controller:
                     tasks.create_task(self._check()),
                     tasks.create_task(self._targets.run()),
                     tasks.create_task(self._floor.run()),
+                    tasks.create_task(oci.run(self._paths.seccomp, self._on_container, log.error)),
                 ]
                 loop.add_signal_handler(signal.SIGHUP, lambda: self._later(self._reload.log()))
                 for number in (signal.SIGTERM, signal.SIGINT):
@@ -315,6 +317,16 @@ class Controller:
             self._timers[command.timer] = asyncio.get_running_loop().call_later(
                 command.seconds, self._queue.put_nowait, on.TimerFired(command.timer)
             )
+
+    def _on_container(self, container: Container, listener: int) -> None:
+        self._listeners.add(listener, container.hold)
+        log.info("container %s: its calls are held", container.name)
+        self._later(self._warn_if_ungated(container))
+
+    async def _warn_if_ungated(self, container: Container) -> None:
+        with suppress(ProcessLookupError, FileNotFoundError):  # it has ended already
+            if not await asyncio.to_thread(loader.is_gated, self._paths, container.pid):
+                log.warning("container %s is not in a gated cgroup: only held", container.name)
 
     async def _take_listener(self, request: control.Request) -> dict[str, Any]:
         self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))

@@ -23,6 +23,18 @@ def pins_of(paths: Paths) -> Pins:
     return Pins(paths.bpffs, paths.instance)
 
 
+def gated(paths: Paths) -> list[Path]:
+    """Return the gated cgroups that there still are."""
+    found = cgroups.by_id()
+    ids = {attachment.cgroup_id for attachment in pins_of(paths).attachments()}
+    return [found[one] for one in sorted(ids) if one in found]
+
+
+def is_gated(paths: Paths, pid: int) -> bool:
+    """Tell whether a process is in a gated cgroup, or one below. Raises: OSError."""
+    return any(map(cgroups.of(pid).is_relative_to, gated(paths)))
+
+
 @contextmanager
 def _writing(paths: Paths, what: str) -> Iterator[Pins]:
     """Lock the instance; turn what the kernel refuses into what to do about it."""

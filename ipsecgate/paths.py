@@ -37,6 +37,11 @@ class Paths:
         return self.run_instance / "control.sock"
 
     @property
+    def seccomp(self) -> Path:
+        """The socket at which container runtimes leave their listeners, root only."""
+        return self.run_instance / "seccomp.sock"
+
+    @property
     def holds(self) -> Path:
         """The system calls that wait, for a successor of the controller."""
         return self.run_instance / "holds"

@@ -1,6 +1,9 @@
 #!/bin/bash
 # Make this checkout runnable: Debian's packages, a virtual environment in .venv, a test kernel.
 #
+# setup.sh         what the gate, its lab and the demo need
+# setup.sh tests   what the tests need beside it: real clients, their servers, container runtimes
+#
 # Made for Debian 12 and newer with git and make. Only what is missing is installed. Everything
 # that a tool says goes to .cache/setup.log, and is shown when the tool fails.
 set -euo pipefail
@@ -11,14 +14,36 @@ log=$PWD/.cache/setup.log
 export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 # BCC; the IKE daemon, and its plugin that does ESP without the kernel (Debian leaves it switched
-# off); namespaces; the guest's modules; sysctl and ps for the lab; for the tests of the units
-# systemd-analyze and the system calls' numbers, for that of the man page man.
+# off); namespaces; the guest's modules; sysctl and ps for the lab.
 packages=(
     python3-bpfcc python3-venv
     charon-systemd strongswan-swanctl libcharon-extra-plugins
     iproute2 kmod mount procps util-linux
+)
+# Clients as people use them, with the servers that they talk to. ecj compiles the Java client,
+# where javac would be 70 MB. For the units systemd-analyze and the system calls' numbers, for
+# the man page man.
+test_packages=(
+    busybox-static curl default-jre-headless ecj git golang-go ncat netcat-openbsd nodejs
+    openssh-client openssh-server perl postgresql-15 postgresql-client-15 redis-server redis-tools
+    wget
+    crun podman runc
     linux-libc-dev man-db systemd
 )
+# The services that come with those packages.
+declare -A services=(
+    [charon-systemd]=strongswan.service
+    [openssh-server]=ssh.service
+    [podman]="podman.socket podman.service podman-restart.service
+        podman-auto-update.timer podman-auto-update.service"
+    [postgresql-15]=postgresql.service
+    [redis-server]=redis-server.service
+)
+case "${1-}" in
+    "") wanted=("${packages[@]}") ;;
+    tests) wanted=("${test_packages[@]}") ;;
+    *) echo "usage: $0 [tests]" >&2; exit 2 ;;
+esac
 policy=/usr/sbin/policy-rc.d
 own_policy=
 
@@ -48,8 +73,8 @@ installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
 }
 
-# A package's service starts when it is installed, and at every boot after. strongSwan's is here
-# for its programs only, so neither may happen on a machine that did not have it.
+# A package's service starts when it is installed, and at every boot after. They are here for
+# their programs only, so neither may happen on a machine that did not have them.
 install_packages() {
     if [ ! -e "$policy" ]; then
         own_policy=yes
@@ -57,9 +82,12 @@ install_packages() {
         chmod +x "$policy"
     fi
     apt-get install --yes --quiet --no-install-recommends "$@"
-    if [[ " $* " == *" charon-systemd "* ]] && command -v systemctl >/dev/null; then
-        systemctl disable strongswan.service
-    fi
+    command -v systemctl >/dev/null || return 0
+    local package
+    for package in "$@"; do
+        # shellcheck disable=SC2086
+        [ -z "${services[$package]-}" ] || systemctl disable ${services[$package]}
+    done
 }
 
 make_venv() {
@@ -68,17 +96,23 @@ make_venv() {
     .venv/bin/pip install -c constraints.txt -e '.[dev]'
 }
 
+make_clients() {
+    mkdir -p .cache/clients
+    CGO_ENABLED=0 go build -trimpath -o .cache/clients/dial tests/clients/dial.go
+    ecj -17 -proc:none -d .cache/clients tests/clients/Dial.java
+}
+
 missing=()
 if ! command -v dpkg-query >/dev/null; then
-    echo "setup: this is not Debian: install what gives ${packages[*]}, then run it there" >&2
+    echo "setup: this is not Debian: install what gives ${wanted[*]}, then run it there" >&2
     exit 1
 fi
-for package in "${packages[@]}"; do
+for package in "${wanted[@]}"; do
     installed "$package" || missing+=("$package")
 done
 if [ "${#missing[@]}" -gt 0 ]; then
     if [ "$(id -u)" -ne 0 ]; then
-        echo "setup: not root, and these packages are missing. Either run make setup as root, or:" >&2
+        echo "setup: not root, and these packages are missing. Either run it as root, or:" >&2
         echo "    apt-get install --no-install-recommends ${missing[*]}" >&2
         exit 1
     fi
@@ -86,6 +120,10 @@ if [ "${#missing[@]}" -gt 0 ]; then
     step "installing ${missing[*]}" install_packages "${missing[@]}"
 fi
 
+if [ "${1-}" = tests ]; then
+    step "clients in Go and Java" make_clients
+    exit
+fi
 step "Python packages into .venv" make_venv
 if [ "$(id -u)" -eq 0 ] && [[ "$(apt-cache policy user-mode-linux 2>>"$log")" != *Candidate* ]]; then
     step "package lists" apt-get update --quiet

@@ -64,6 +64,7 @@ class _Lazy(click.Group):
         "run": "run",
         "reload": "run",
         "exec": "exec",
+        "seccomp-profile": "profile",
         "status": "status",
         "events": "events",
         "check": "check",
@@ -79,7 +80,8 @@ class _Lazy(click.Group):
             return None
         loaded = __import__(f"ipsecgate.cli.{module}", fromlist=[cmd_name])
         # A verb that is a word of Python's has a name with an underscore.
-        command: click.Command = getattr(loaded, cmd_name, None) or getattr(loaded, f"{cmd_name}_")
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(loaded, name, None) or getattr(loaded, f"{name}_")
         return command
 
 

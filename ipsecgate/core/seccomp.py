@@ -99,6 +99,7 @@ class Notification:
     id: int
     pid: int
     nr: int
+    arch: int
     args: tuple[int, ...]
 
     @property
@@ -111,8 +112,8 @@ def notification(raw: bytes) -> Notification:
     """Read struct seccomp_notif. Raises: NotificationError."""
     if len(raw) != NOTIFICATION.size:
         raise NotificationError(f"notification of {len(raw)} bytes, not {NOTIFICATION.size}")
-    ident, pid, _flags, nr, _arch, _ip, *args = NOTIFICATION.unpack(raw)
-    return Notification(ident, pid, nr, tuple(args))
+    ident, pid, _flags, nr, arch, _ip, *args = NOTIFICATION.unpack(raw)
+    return Notification(ident, pid, nr, arch, tuple(args))
 
 
 def response(ident: int, error: int | None) -> bytes:
@@ -126,10 +127,14 @@ def destination(call: Notification, abi: Abi, read: Read) -> tuple[Address, int]
     Of sendmmsg()'s messages the first: it returns how many went, and the caller makes
     another call for the one that was refused.
     """
+    if call.arch != abi.arch:
+        return None  # a container's filter may report those, too
     if call.nr == abi.connect:
         where, length = call.args[1:3]
     elif call.nr == abi.sendto:
         where, length = call.args[4:6]
+    elif call.nr not in (abi.sendmsg, abi.sendmmsg):
+        return None
     else:
         header = read(call.args[1], _NAME.size)
         if len(header) < _NAME.size:

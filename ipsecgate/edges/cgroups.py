@@ -68,11 +68,16 @@ def resolve(target: str) -> Path:
 
 def own() -> Path:
     """Return the cgroup of this process."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    return of(os.getpid())
+
+
+def of(pid: int) -> Path:
+    """Return the cgroup of a process. Raises: KernelLacksError, OSError."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         number, _, path = line.split(":", 2)
         if number == "0":
             return root() / path.strip("/")
-    raise KernelLacksError("this process is in no cgroup of the unified hierarchy")
+    raise KernelLacksError(f"process {pid} is in no cgroup of the unified hierarchy")
 
 
 def join(cgroup: Path) -> None:

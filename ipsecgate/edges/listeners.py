@@ -46,7 +46,7 @@ NAME = re.compile(r"hold-(\d+)-([\d.]+)")  # of a listener that is kept: its num
 class _Listener:
     """One listener, and the calls received from it that wait for their answers."""
 
-    def __init__(self, number: int, fd: int, limit: float, file: Path) -> None:
+    def __init__(self, number: int, fd: int, limit: float, file: Path | None) -> None:
         self.number = number
         self.fd = fd
         self.limit = limit
@@ -136,7 +136,9 @@ class _Listener:
         self._map[slot : slot + SLOT] = bytes(SLOT)
 
 
-def _mapped(file: Path) -> mmap.mmap:
+def _mapped(file: Path | None) -> mmap.mmap:
+    if file is None:
+        return mmap.mmap(-1, SLOTS * SLOT)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -159,17 +161,17 @@ class Listeners:
 
     def take(self, pid: int, fd: int, limit: float) -> None:
         """Take over a process's listener. Raises: OSError, ValueError if it is none."""
-        ours = seccomp.take(pid, fd)
+        self.add(seccomp.take(pid, fd), limit)
+
+    def add(self, fd: int, limit: float) -> None:
+        """Follow a listener that is ours from now on. Raises: ValueError if it is none."""
+        if not seccomp.is_listener(fd):
+            os.close(fd)
+            raise ValueError("that descriptor is no seccomp listener")
         number = time.monotonic_ns()  # no predecessor's, and none of one that was kept too long
-        try:
-            if not seccomp.is_listener(ours):
-                raise ValueError(f"descriptor {fd} of process {pid} is no seccomp listener")
-            one = _Listener(number, ours, limit, self._folder / str(number))
-        except BaseException:
-            os.close(ours)
-            raise
-        systemd.keep(ours, f"hold-{number}-{limit:.3f}")
-        self._follow(one)
+        kept = systemd.keep(fd, f"hold-{number}-{limit:.3f}")
+        file = self._folder / str(number) if kept else None
+        self._follow(_Listener(number, fd, limit, file))
 
     def adopt(self, kept: Mapping[int, str]) -> None:
         """Go on with the listeners that the service manager kept, and with who waits there."""
@@ -182,9 +184,6 @@ class Listeners:
             for call, deadline in one.recall():
                 self._look_at(one, call, deadline)
             self._follow(one)
-        for file in self._folder.glob("*"):
-            if int(file.name) not in self._of:
-                file.unlink()  # nobody kept that listener
 
     def hold(self, made: CallMade) -> None:
         """Tell when a call has waited for as long as it may."""
@@ -235,7 +234,8 @@ class Listeners:
         for ident in one.slots:
             self._tell(CallGone(Call(one.number, ident)))
         one.close()
-        one.file.unlink(missing_ok=True)
+        if one.file is not None:
+            one.file.unlink(missing_ok=True)
 
     def _look_at(self, one: _Listener, call: Notification, deadline: float = 0.0) -> None:
         try:

@@ -48,7 +48,7 @@ class Calls(Target):
         else:
             nr, args = ABI.sendto, (fd, 1, 1, 0, WHERE, len(raw))
         call = seccomp.NOTIFICATION.pack(ident, pid, 0, nr, ABI.arch, 0, *args)
-        meant = seccomp.Notification(ident, pid, nr, args)
+        meant = seccomp.Notification(ident, pid, nr, ABI.arch, args)
         return b"\1" + call + raw, (meant, fd, (unmap(where), port))
 
     def _thread(self, random: Random) -> tuple[bytes, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz import calls, control, files, ike, kernel
+from tests.fuzz import calls, control, files, ike, kernel, oci
 from tests.fuzz.engine import Target
 
 TARGETS: tuple[type[Target], ...] = (
@@ -17,4 +17,6 @@ TARGETS: tuple[type[Target], ...] = (
     calls.Calls,
     control.Control,
     control.Answer,
+    oci.State,
+    oci.Profile,
 )

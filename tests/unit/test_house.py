@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients import table
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -26,3 +28,9 @@ def test_script_parses_and_may_be_run(script: str) -> None:
     path = ROOT / script
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert path.stat().st_mode & 0o111
+
+
+def test_every_client_is_in_the_table_of_the_docs() -> None:
+    rows = table.rows_in((ROOT / "docs/clients.md").read_text())
+    assert [*rows] == table.NAMES
+    assert not [row for row in rows.values() if "**" in row], "how no client should end"

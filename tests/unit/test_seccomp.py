@@ -91,7 +91,7 @@ def test_a_notification_is_read_whole_or_not_at_all(raw: bytes) -> None:
 
 def test_a_notification_is_what_the_kernel_writes() -> None:
     raw = struct.pack("=QII", 77, 1234, 0) + DATA.pack(42, X86.arch, 5, 3, 4096, 16, 0, 0, 0)
-    assert notification(raw) == Notification(77, 1234, 42, (3, 4096, 16, 0, 0, 0))
+    assert notification(raw) == Notification(77, 1234, 42, X86.arch, (3, 4096, 16, 0, 0, 0))
 
 
 def test_an_answer_either_goes_on_or_fails() -> None:
@@ -148,7 +148,10 @@ def read(where: int, length: int) -> bytes:
      (X86.sendmsg, (3, 0x2000, 0, 0, 0, 0)), (X86.sendmmsg, (3, 0x2000, 2, 0, 0, 0))],
 )  # fmt: skip
 def test_where_each_call_has_its_address(nr: int, args: tuple[int, ...]) -> None:
-    assert destination(Notification(1, 2, nr, args), X86, read) == (ip_address("10.2.0.9"), 5432)
+    assert destination(Notification(1, 2, nr, X86.arch, args), X86, read) == (
+        ip_address("10.2.0.9"),
+        5432,
+    )
 
 
 @given(nr=st.sampled_from([X86.connect, X86.sendto, X86.sendmsg, X86.sendmmsg]),
@@ -160,7 +163,7 @@ def test_any_arguments_name_an_address_or_none(nr: int, args: tuple[int, ...]) -
         asked.append(length)
         return read(where, length)
 
-    destination(Notification(1, 2, nr, args), X86, careful)
+    destination(Notification(1, 2, nr, X86.arch, args), X86, careful)
     assert all(length <= 128 for length in asked), "whatever length a caller claims"
 
 

@@ -1,0 +1,62 @@
+"""Real clients, unmodified, held across a real negotiation on real ESP; and refused ones.
+
+The servers are real daemons on the other host. Served is a client that ends with 0 and printed
+what only its server knows; packets are judged by a capture between the hosts, retransmissions
+by the kernel's counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.clients.bed import ClientBed, End, bed
+from tests.clients.catalogue import catalogue
+
+NAMES = [client.name for client in catalogue("", Path())]
+SOME = ["psql", "Python asyncio", "node", "Java", "Go, static"]
+SAYS_SO = (End.TOLD, End.VAGUE)
+
+
+@pytest.fixture(scope="module")
+def clients(cache: Path) -> Iterator[ClientBed]:
+    with bed("ipsecgate-test-clients", cache) as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refused_it_ends_and_says_so(clients: ClientBed, name: str) -> None:
+    """Without a hold the same client is refused at once."""
+    outcome = clients.run(clients.forbidden[name])
+    assert outcome.end("EPERM") in SAYS_SO, outcome
+    assert outcome.refused
+    assert not outcome.seen.clear
+    assert not outcome.seen.esp
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_held_it_is_served(clients: ClientBed, name: str) -> None:
+    """It asks before there is any SA, and knows nothing of it: one call, no SYN again."""
+    clients.without_sa()
+    attempts = clients.attempts()
+    outcome = clients.run(clients.to_net[name], hold="30s")
+    assert outcome.served, outcome
+    assert outcome.seen.ike, "a real negotiation"
+    assert outcome.seen.esp
+    assert not outcome.seen.clear
+    assert outcome.retransmitted == 0
+    assert outcome.held
+    assert not outcome.refused, "by the hooks: its own call went on, not another one"
+    assert clients.attempts() == attempts + 1
+
+
+@pytest.mark.parametrize("error", ["EHOSTUNREACH", "ETIMEDOUT"])
+def test_held_in_vain_it_ends_and_says_so(clients: ClientBed, error: str) -> None:
+    """Five of them; all are in docs/clients.md (`make clients`)."""
+    for outcome in clients.unserved(error, SOME):
+        assert outcome.end(error) in SAYS_SO, outcome
+        assert not outcome.refused
+        assert not outcome.seen.clear
+        assert not outcome.seen.esp

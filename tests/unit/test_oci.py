@@ -1,0 +1,275 @@
+"""Containers: the profile, the runtime's message, and the socket that it comes to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipsecgate.core import oci
+from ipsecgate.core.oci import ALLOW, NOTIFY, Container, OciError, container, profile
+from ipsecgate.core.seccomp import ABIS, INET_LENGTHS, Notification, destination
+from ipsecgate.edges import oci as edge
+
+STATE: dict[str, Any] = {
+    "ociVersion": "1.0.2",
+    "fds": ["seccompFd"],
+    "pid": 4422,
+    "metadata": "ipsecgate hold=2.5",
+    "state": {"id": "db", "status": "creating", "pid": 4422, "bundle": "/b"},
+}
+STRICT: dict[str, Any] = {
+    "defaultAction": "SCMP_ACT_ERRNO",
+    "architectures": ["SCMP_ARCH_X86_64"],
+    "syscalls": [{"names": ["read", "connect", "sendto", "sendmsg", "sendmmsg"], "action": ALLOW}],
+}
+
+
+# --- the profile ------------------------------------------------------------------------
+
+
+def met(condition: dict[str, Any], value: int) -> bool:
+    """Say what libseccomp would. Source: seccomp_rule_add(3)."""
+    match condition["op"]:
+        case "SCMP_CMP_MASKED_EQ":
+            return bool(value & condition["value"] == condition["valueTwo"])
+        case "SCMP_CMP_GT":
+            return bool(value > condition["value"])
+    raise AssertionError(condition)
+
+
+def actions(made: dict[str, Any], name: str, value: int) -> set[str]:
+    """Return the actions of all rules that a call meets, or the default."""
+    found = {
+        rule["action"]
+        for rule in made["syscalls"]
+        if name in rule["names"] and all(met(c, value) for c in rule.get("args", ()))
+    }
+    return found or {made["defaultAction"]}
+
+
+@pytest.mark.parametrize("base", [None, STRICT], ids=["no base", "strict base"])
+@pytest.mark.parametrize("name", ["connect", "sendto"])
+def test_a_call_is_held_by_the_length_of_its_address(base: oci.Json | None, name: str) -> None:
+    made = profile("/s", 30, "x86_64", base=base)
+    for length in (*range(1024), 1 << 16, (1 << 31) - 1, (1 << 32) - 1):
+        wanted = NOTIFY if length in INET_LENGTHS else ALLOW
+        assert actions(made, name, length) == {wanted}, length
+
+
+@pytest.mark.parametrize("base", [None, STRICT], ids=["no base", "strict base"])
+def test_datagrams_are_held_where_asked_for(base: oci.Json | None) -> None:
+    for datagrams, wanted in ((False, ALLOW), (True, NOTIFY)):
+        made = profile("/s", 30, "x86_64", base=base, datagrams=datagrams)
+        for name in ("sendmsg", "sendmmsg"):
+            assert actions(made, name, 0) == {wanted}
+
+
+def test_what_the_base_says_of_others_stays() -> None:
+    made = profile("/s", 30, "x86_64", base=STRICT)
+    assert actions(made, "read", 0) == {ALLOW}
+    assert actions(made, "mount", 0) == {"SCMP_ACT_ERRNO"}
+    assert made["architectures"] == STRICT["architectures"]
+
+
+def test_the_listener_is_told_for_how_long() -> None:
+    made = profile("/run/s", 2.5, "aarch64", flags=False)
+    assert (made["listenerPath"], made["listenerMetadata"]) == ("/run/s", "ipsecgate hold=2.5")
+    assert "flags" not in made
+    assert profile("/run/s", 2.5, "aarch64")["flags"] == [*oci.FLAGS]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"names": ["connect"], "action": "SCMP_ACT_ERRNO"},
+        {"names": ["connect"], "action": ALLOW, "args": [{"index": 0, "value": 1}]},
+        {"names": ["sendto"], "action": ALLOW, "includes": {"caps": ["CAP_NET_RAW"]}},
+    ],
+)
+def test_a_base_that_treats_such_a_call_by_itself_is_refused(rule: dict[str, Any]) -> None:
+    with pytest.raises(OciError):
+        profile("/s", 30, "x86_64", base={**STRICT, "syscalls": [*STRICT["syscalls"], rule]})
+
+
+def test_a_base_without_such_a_call_or_with_a_listener_is_refused() -> None:
+    for base in ({**STRICT, "syscalls": []}, {**STRICT, "listenerPath": "/other"}):
+        with pytest.raises(OciError):
+            profile("/s", 30, "x86_64", base=base)
+
+
+def test_a_call_of_another_architecture_is_none_of_ours() -> None:
+    abi = ABIS["x86_64"]
+
+    def read(_where: int, _length: int) -> bytes:
+        raise AssertionError("its memory was read")
+
+    i386, x32 = (362, 0x40000003), (0x40000000 | abi.connect, abi.arch)
+    for nr, arch in (i386, x32):
+        assert destination(Notification(1, 2, nr, arch, (3, 4, 16, 0, 0, 0)), abi, read) is None
+
+
+# --- the message ------------------------------------------------------------------------
+
+
+def test_a_message_is_read() -> None:
+    assert container(json.dumps(STATE).encode()) == Container("db", 4422, 2.5, 0)
+    executed = {**STATE, "pid": 0}  # by crun
+    assert container(json.dumps(executed).encode()) == Container("db", 0, 2.5, 0)
+    plain = {**STATE, "fds": ["other", "seccompFd"], "metadata": ""}
+    assert container(json.dumps(plain).encode()) == Container("db", 4422, 30.0, 1)
+
+
+def test_a_part_of_a_message_is_none_yet() -> None:
+    raw = json.dumps(STATE).encode()
+    assert all(container(raw[:end]) is None for end in range(1, len(raw)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pid": -1},
+        {"pid": True},
+        {"pid": "1"},
+        {"state": None},
+        {"state": {"id": "a\nb"}},
+        {"fds": []},
+        {"fds": ["seccompFd", "seccompFd"]},
+        {"fds": "seccompFd"},
+        {"metadata": "somebody else's"},
+        {"metadata": "ipsecgate hold=-1"},
+        {"metadata": "ipsecgate hold=1e9"},
+        {"metadata": 1},
+    ],
+    ids=str,
+)
+def test_a_message_that_no_runtime_sends_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(OciError):
+        container(json.dumps({**STATE, **change}).encode())
+
+
+@pytest.mark.parametrize("raw", [b"[]", b"1", b"[" * oci.MESSAGE_LIMIT, b" " * 70_000])
+def test_what_is_no_message_is_refused(raw: bytes) -> None:
+    with pytest.raises(OciError):
+        container(raw)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+        | st.sampled_from(["seccompFd", "ipsecgate hold=3"]),
+        lambda inner: st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*STATE, "id"]), inner, max_size=6),
+        max_leaves=20,
+    )
+)  # fmt: skip
+def test_any_json_is_a_container_or_refused(value: object) -> None:
+    raw = json.dumps(value).encode()
+    try:
+        made = container(raw)
+    except OciError:
+        return
+    assert made is None or (made.pid >= 0 and made.hold >= 0)
+
+
+# --- the socket -------------------------------------------------------------------------
+
+
+class Agent:
+    """The socket's other side: what was taken, what was told."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.taken: list[tuple[Container, int]] = []
+        self.told: list[str] = []
+
+    def take(self, made: Container, listener: int) -> None:
+        self.taken.append((made, listener))
+
+    async def send(self, *parts: bytes, fds: tuple[int, ...] = (), end: bool = True) -> None:
+        """Send as a runtime does; `end`: hang up after. Returns when it was dealt with."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self.path))
+            for part in parts:
+                socket.send_fds(sock, [part], fds if part is parts[0] else ())
+                await asyncio.sleep(0.01)
+            if end:
+                sock.shutdown(socket.SHUT_WR)
+            sock.setblocking(False)
+            async with asyncio.timeout(5):
+                assert not await asyncio.get_running_loop().sock_recv(sock, 1)
+
+
+@asynccontextmanager
+async def agent(path: Path) -> AsyncIterator[Agent]:
+    made = Agent(path)
+    running = asyncio.create_task(edge.run(path, made.take, made.told.append))
+    while not path.exists():
+        await asyncio.sleep(0.001)
+    yield made
+    assert not running.done(), "no message ends it"
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not path.exists()
+
+
+def open_fds() -> list[str]:
+    return os.listdir("/proc/self/fd")  # noqa: PTH208
+
+
+async def test_a_listener_comes_in(tmp_path: Path) -> None:
+    with Path(os.devnull).open() as some:
+        async with agent(tmp_path / "s") as here:
+            assert here.path.stat().st_mode & 0o777 == 0o600
+            raw = json.dumps(STATE).encode()
+            await here.send(raw[:9], raw[9:], fds=(some.fileno(),), end=False)
+            [(made, fd)] = here.taken
+    assert (made.name, here.told) == ("db", [])
+    assert os.path.sameopenfile(fd, os.open(os.devnull, os.O_RDONLY))
+    assert not os.get_inheritable(fd)
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda here, fd: here.send(json.dumps(STATE).encode()),
+        lambda here, fd: here.send(b'{"pid": 1', fds=(fd,)),
+        lambda here, fd: here.send(b"no json", fds=(fd,)),
+        lambda here, fd: here.send(b"{}", fds=(fd,), end=False),
+        lambda here, fd: here.send(json.dumps(STATE).encode(), fds=(fd,) * 9, end=False),
+    ],
+    ids=["no descriptor", "half", "no json", "empty", "too many descriptors"],
+)
+async def test_what_is_not_understood_is_told_and_closed(
+    tmp_path: Path, send: Callable[[Agent, int], Any]
+) -> None:
+    before = open_fds()
+    async with agent(tmp_path / "s") as here:
+        with Path(os.devnull).open() as some:
+            await send(here, some.fileno())
+        assert here.taken == []
+        assert len(here.told) == 1
+    assert len(open_fds()) == len(before)
+
+
+async def test_a_runtime_that_only_connects_disturbs_nobody(tmp_path: Path) -> None:
+    async with agent(tmp_path / "s") as here:
+        with socket.socket(socket.AF_UNIX) as idle:
+            idle.connect(str(here.path))
+            await here.send()
+            with Path(os.devnull).open() as some:
+                await here.send(json.dumps(STATE).encode(), fds=(some.fileno(),), end=False)
+        assert here.told == []
+        [(_, fd)] = here.taken
+        os.close(fd)
