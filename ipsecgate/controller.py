@@ -337,7 +337,7 @@ class Controller:
 
     async def _status(self, _request: control.Request) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}
-        drift = {"kernel": self._gate.drift, "maps": self._hooks.mended}
+        drift = {"kernel": self._gate.protection.drift, "maps": self._hooks.mended}
         told = report.of_gate(self._gate)
         if self._unkept is not None:
             told["errors"].append(

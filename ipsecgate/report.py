@@ -39,7 +39,7 @@ def of_gate(gate: Gate) -> Document:
     }
     return {
         "errors": [*gate.errors, *([f"IKE: {gate.ike_error}"] if gate.ike_error else [])],
-        "sa_source": _told(gate.sa_source),
+        "sa_source": _told(gate.protection.sa_source),
         "children": [f"{c.ike}/{c.child}" for c in gate.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": list(negotiations.values()),
@@ -66,7 +66,7 @@ def line(gate: Gate) -> str:
 
 
 def _sas(gate: Gate) -> list[Document]:
-    if gate.source is gate.userland:
+    if gate.protection.in_userland:
         return [
             {
                 "spi": f"{sa.spi_out:08x}",
@@ -75,17 +75,17 @@ def _sas(gate: Gate) -> list[Document]:
                 "child": f"{sa.ike}/{sa.child}",
                 "since": None,
             }
-            for sa in gate.userland.sas()
+            for sa in gate.protection.userland.sas()
         ]
     return [
         {
             "spi": f"{sa.id.spi:08x}",
             "reqid": sa.reqid,
             "peer": str(sa.id.daddr),
-            "child": gate.mirror.child_of(sa),
+            "child": gate.protection.mirror.child_of(sa),
             "since": sa.installed_at,
         }
-        for sa in gate.mirror.outbound_sas()
+        for sa in gate.protection.mirror.outbound_sas()
     ]
 
 

@@ -16,23 +16,23 @@ and what cannot be represented is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
 from ipsecgate.core.coverage import Coverage
 from ipsecgate.core.floor import floor_of, is_floor
-from ipsecgate.core.flow import ANY_V4, ANY_V6, Address, Flow, Network, is_exempt
+from ipsecgate.core.flow import ANY_V4, ANY_V6, Flow, Network, is_exempt
 from ipsecgate.core.holds import Holds, Outlook
 from ipsecgate.core.ipsec import Action, SpdEntry
 from ipsecgate.core.layout import TableId, flow_key
-from ipsecgate.core.mirror import Mirror
+from ipsecgate.core.learned import Learned
 from ipsecgate.core.negotiations import Name, Negotiations, child_for
-from ipsecgate.core.policy import Policy, SaSource, Settings, derived
+from ipsecgate.core.policy import Policy, SaSource, Settings
+from ipsecgate.core.protection import Protection
 from ipsecgate.core.published import Published
 from ipsecgate.core.sources import Cover, prefix
 from ipsecgate.core.table import EMPTY
-from ipsecgate.core.userland import Userland
 
 NOT_KNOWN_YET = (Policy("not-known-yet", (ANY_V4, ANY_V6)),)
 ORPHANS = 64  # flows that wait for a connection to be loaded
@@ -49,28 +49,20 @@ class Gate:
     negotiations: Negotiations = field(default_factory=Negotiations)
 
     def __post_init__(self) -> None:
-        self.mirror = Mirror()
-        self.userland = Userland()
-        self.sa_source = self.settings.sa_source  # AUTO until the IKE daemon told
+        self.published = Published()
+        self.protection = Protection(self.settings.sa_source, self.published)
+        self.learned = Learned(self.remembered)
         self.children: tuple[on.ChildConfig, ...] = ()
         self.ike_error = "not connected yet"
-        self.sources: dict[Network, Address | None] = {}
-        self.published = Published()
         self.holds = Holds(self.settings.errnos)
         self._free: set[Flow] = set()  # flows that were seen to be, until anything happens
-        self._known = {(c.ike, c.child): c for c in self.remembered}
-        self._derived = derived(self._known.values())
-        self._unreadable: list[str] = []  # connections that nobody can protect yet
         self._warned: set[tuple[str, Flow]] = set()
         self._destinations: tuple[Network, ...] = ()
-        self.drift = 0  # policies and SAs that the kernel's events had not told as they are
-        self._tun = 0
         self._told_tun: int | None = None  # a predecessor may have told another
         self._orphans: set[Flow] = set()  # refused, and no child known
         self._numbered: tuple[Policy, ...] = ()  # by these the negotiations' places count
         self._floor: tuple[Policy, ...] | None = None  # the policies it is under, None: to be told
         self._next: Settings | None = None  # waits for the sources that it needs
-        self._heard: set[type[on.Event]] = set()  # KernelSnapshot, IkeConnected or IkeGone
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -80,19 +72,14 @@ class Gate:
     def _policies_of(self, settings: Settings) -> tuple[Policy, ...]:
         # What was published is only ever replaced, so without policies all of it is protected.
         unknown = NOT_KNOWN_YET if TableId.POLICY in self.published.tables else ()
-        return settings.policies or self._derived or unknown
+        return settings.policies or self.learned.policies or unknown
 
     @property
     def errors(self) -> list[str]:
         """What the operator should mend."""
-        userland = self.settings.floor and self.source is self.userland
+        userland = self.settings.floor and self.protection.in_userland
         useless = ["gate.floor: has no effect where IKE does ESP itself"] if userland else []
-        return [*self.published.errors.values(), *self._unreadable, *useless]
-
-    @property
-    def source(self) -> Mirror | Userland:
-        """Who says which SAs are live: both are kept up to date, one is asked."""
-        return self.userland if self.sa_source is SaSource.VICI else self.mirror
+        return [*self.published.errors.values(), *self.learned.errors, *useless]
 
     def start(self) -> list[do.Command]:
         """Return what makes the hooks refuse what must be protected, from the first moment."""
@@ -114,7 +101,7 @@ class Gate:
         commands: list[do.Command] = []
         for at, event in enumerate(events, 1):
             if isinstance(event, on.XfrmEvent):
-                self.mirror.apply(event)
+                self.protection.mirror.apply(event)
                 if not isinstance(events[at] if at < len(events) else None, on.XfrmEvent):
                     commands += self._follow_kernel()
                 if isinstance(event, on.PolicySet) and self._is_news(event.entry):
@@ -152,11 +139,10 @@ class Gate:
             case on.IkeGone():
                 return self._ike_gone(event)
             case on.ChildUp():
-                self.mirror.ike_adds(event.sa)
-                self.userland.ike_adds(event.sa)
+                self.protection.child_up(event.sa)
                 return self._follow_kernel()
             case on.ChildDown():
-                self.userland.ike_drops(event.sa)
+                self.protection.userland.ike_drops(event.sa)
                 return self._follow_kernel()
             case on.IkeUp() | on.IkeDown():
                 return []  # its children are told one by one
@@ -167,24 +153,16 @@ class Gate:
                 return self.negotiations.done((event.ike, event.child))
 
     def _snapshot(self, event: on.KernelSnapshot) -> list[do.Command]:
-        news = self.mirror.replace(event)
-        self._heard.add(on.KernelSnapshot)
+        drift = self.protection.snapshot(event)
         if self._floor is not None:
-            there = sum(is_floor(entry) for entry in self.mirror.policies.values())
+            there = sum(is_floor(entry) for entry in self.protection.mirror.policies.values())
             if there < len(floor_of(self._floor)):
                 self._floor = None  # somebody emptied the kernel's databases
-        drifted: list[do.Command] = []
-        if event.check and news:
-            self.drift += news
-            text = f"{news} policies or SAs were not as the kernel has them: mended"
-            drifted = [do.Log("error", text)]
-        return [*drifted, *self._follow_kernel()]
+        text = f"{drift} policies or SAs were not as the kernel has them: mended"
+        return [*([do.Log("error", text)] if drift else []), *self._follow_kernel()]
 
     def _sources_resolved(self, event: on.SourcesResolved) -> list[do.Command]:
-        self.sources = dict(event.sources)
-        self.userland.routed(event.into_tun)
-        self._tun = event.tun
-        self._heard.add(on.SourcesResolved)
+        self.protection.resolved(event)
         return [do.SetSources(event.sources), *self._follow_kernel(), *self._adopt()]
 
     # --- tables -------------------------------------------------------------------
@@ -195,28 +173,23 @@ class Gate:
         Until both the kernel and IKE were heard, a predecessor's table stays in
         force: half the truth would refuse what is covered.
         """
-        if not self._heard >= self._witnesses():
+        if not self.protection.is_known(routed=bool(self._destinations)):
             return []
         before = self.published.live() if self.settings.destroy else set()
-        opened = self.published.spd(self.source.agreed_rules())
+        opened = self.published.spd(self.protection.source.agreed_rules())
         lost = [do.CutOff()] if before - self.published.live() else []
         moved = [
             command
             for name, item in self.negotiations.of.items()
-            for command in self.negotiations.sa_is(name, live=self.is_live(item.flow))
+            for command in self.negotiations.sa_is(name, live=self.protection.is_live(item.flow))
         ]
         return [*self._tell_tun(), *opened, *lost, *moved, *self._refresh()]
 
     def _tell_tun(self) -> list[do.Command]:
         """What goes into the daemon's own device is not in clear, if it is the daemon's."""
-        tun = self._tun if self.source is self.userland else 0
+        tun = self.protection.tun
         before, self._told_tun = self._told_tun, tun
         return [do.SetTun(tun)] if tun != before else []
-
-    def _witnesses(self) -> set[type[on.Event]]:
-        if self.sa_source is not SaSource.VICI:
-            return {on.KernelSnapshot, on.IkeConnected}
-        return {on.IkeConnected, on.SourcesResolved} if self._destinations else {on.IkeConnected}
 
     def _refresh(self) -> list[do.Command]:
         """Bring the policy table up to date: policies, and the errno of their refusals."""
@@ -241,7 +214,7 @@ class Gate:
         if self.policies is NOT_KNOWN_YET:
             return []
         enforced = self.settings.floor and not self.settings.audit
-        under = self.policies if enforced and self.source is self.mirror else ()
+        under = self.policies if enforced and not self.protection.in_userland else ()
         if under == self._floor:
             return []
         self._floor = under
@@ -286,18 +259,6 @@ class Gate:
         self._destinations = wanted
         return [do.ResolveSources(wanted)]
 
-    def source_of(self, flow: Flow) -> Address | None:
-        """Return the flow's source: its own, else the one routing would choose."""
-        if flow.saddr is not None:
-            return flow.saddr
-        nets = [n for n in self.sources if flow.daddr in n]
-        return self.sources[max(nets, key=lambda n: n.prefixlen)] if nets else None
-
-    def is_live(self, flow: Flow) -> bool:
-        """Tell whether the hooks would let a protected flow go now."""
-        saddr = self.source_of(flow)
-        return saddr is not None and self.published.is_live(replace(flow, saddr=saddr))
-
     def is_cut_off(self, flow: Flow) -> bool:
         """Tell whether a flow that stands must be protected, and is not."""
         place = self._place_of(flow)
@@ -307,7 +268,7 @@ class Gate:
             and not self.settings.audit
             and not is_exempt(flow)
             and flow.saddr != flow.daddr
-            and not self.is_live(flow)
+            and not self.protection.is_live(flow)
         )
 
     def _ask(self, flow: Flow, place: int | None) -> list[do.Command]:
@@ -315,11 +276,11 @@ class Gate:
         if place is None or place >= len(self.policies):
             return []
         policy = self.policies[place]
-        if policy.action is not Action.PROTECT or self.ike_error or self.is_live(flow):
+        if policy.action is not Action.PROTECT or self.ike_error or self.protection.is_live(flow):
             return []
         config = self._child(flow, policy)
         if config is not None:
-            if self._is_up(config):
+            if self.protection.is_up(config):
                 return self._warn(f"{config.ike}/{config.child} is up and does not protect", flow)
             return self.negotiations.ask((config.ike, config.child), flow, place, policy.name)
         if len(self._orphans) < ORPHANS:
@@ -327,12 +288,7 @@ class Gate:
         return [do.AskIke()]  # the connection may have been loaded a moment ago
 
     def _child(self, flow: Flow, policy: Policy) -> on.ChildConfig | None:
-        return child_for(flow, self.source_of(flow), policy, self.children)
-
-    def _is_up(self, config: on.ChildConfig) -> bool:
-        """Tell whether the kernel has all that IKE says of a child: asking changes nothing."""
-        established = self.mirror.established(config.ike, config.child)
-        return self.source is self.mirror and any(not self.mirror.lacks(sa) for sa in established)
+        return child_for(flow, self.protection.source_of(flow), policy, self.children)
 
     def _warn(self, text: str, flow: Flow) -> list[do.Command]:
         """Tell something of a flow once."""
@@ -375,7 +331,7 @@ class Gate:
         """Tell whether the hooks would refuse a flow, for want of an SA alone."""
         if self.settings.audit or policy.action is not Action.PROTECT or is_exempt(flow):
             return False
-        return self.source_of(flow) != flow.daddr and not self.is_live(flow)
+        return self.protection.source_of(flow) != flow.daddr and not self.protection.is_live(flow)
 
     def _settle(self) -> list[do.Command]:
         """Look at every held call again, after what happened."""
@@ -394,7 +350,7 @@ class Gate:
         """Let the negotiation go on; delete what IKE believes in and no flow can use.
 
         Where somebody emptied the kernel's databases, IKE would answer for ever that
-        the child is up. A flow outside what was negotiated is no reason to delete.
+        the child is up.
         """
         name = (timer.ike, timer.child)
         item = self.negotiations.of.get(name)
@@ -402,12 +358,7 @@ class Gate:
             item is not None
             and item.said_up
             and item.coverage is Coverage.NEGOTIATING
-            and any(
-                selector.contains(item.flow.daddr, item.flow.proto, item.flow.dport)
-                for sa in self.source.established(*name)
-                if self.source.lacks(sa)
-                for selector in sa.remote
-            )
+            and self.protection.is_stale(name, item.flow)
         )
         moved = self.negotiations.timer(timer)
         return [do.Terminate(*name), *moved] if stale and timer.kind == "limit" else moved
@@ -430,7 +381,7 @@ class Gate:
         of its source.
         """
         self._next = settings
-        learned = [] if settings.policies else self._learn(self.children)
+        learned = [] if settings.policies else self.learned.learn(self.children)
         wanted = _protected(self._policies_of(settings))
         union = tuple(dict.fromkeys((*self._destinations, *wanted)))
         if union == self._destinations:
@@ -440,7 +391,7 @@ class Gate:
 
     def _adopt(self) -> list[do.Command]:
         """Put the next configuration in force if its sources are known: the stricter part first."""
-        old, new, known = self.settings, self._next, Cover(self.sources)
+        old, new, known = self.settings, self._next, Cover(self.protection.sources)
         if new is None or not all(
             known.touches(prefix(network)) for network in _protected(self._policies_of(new))
         ):
@@ -465,17 +416,17 @@ class Gate:
         if self.ike_error:
             news = [do.ExemptIke(event.pid), do.Log("info", f"IKE daemon {event.pid} connected")]
         if self.settings.sa_source is SaSource.AUTO:
-            self.sa_source = SaSource.VICI if event.userland else SaSource.XFRM
-        elif self.ike_error and event.userland != (self.sa_source is SaSource.VICI):
+            self.protection.sa_source = SaSource.VICI if event.userland else SaSource.XFRM
+        elif self.ike_error and event.userland != self.protection.in_userland:
             esp = "does ESP itself" if event.userland else "has the kernel do ESP"
-            news.append(do.Log("warning", f"sa_source = {self.sa_source.value!r}, but IKE {esp}"))
+            news.append(
+                do.Log("warning", f"sa_source = {self.settings.sa_source.value!r}, but IKE {esp}")
+            )
         self.ike_error = ""
-        self._heard.add(on.IkeConnected)
         self.children = event.children
-        self.mirror.ike_knows(event.established)
-        self.userland.ike_knows(event.established)
+        self.protection.ike_connected(event)
         if not self.settings.policies:
-            news += self._learn(event.children)
+            news += self.learned.learn(event.children)
         follow = self._follow_kernel()
         started = [
             command
@@ -487,31 +438,12 @@ class Gate:
         asked = [*started, *self._ask_again()]
         return [*news, *follow, *self._ask_sources(), *asked, *self._refresh()]
 
-    def _learn(self, children: Iterable[on.ChildConfig]) -> list[do.Command]:
-        """Add what the daemon has loaded to what must be protected; it only ever grows."""
-        before = dict(self._known)
-        for child in children:
-            known = self._known.get((child.ike, child.child), child)
-            remote = tuple(dict.fromkeys((*known.remote, *child.remote)))
-            self._known[child.ike, child.child] = replace(child, remote=remote)
-        self._unreadable = [
-            f"connection {c.ike}/{c.child}: its remote selector is not known before it is up: "
-            "name it as [[policy]], or it is not protected"
-            for c in children
-            if not c.remote
-        ]
-        if self._known == before:
-            return []
-        self._derived = derived(self._known.values())
-        return [do.Remember(tuple(self._known.values()))]
-
     def _ike_gone(self, event: on.IkeGone) -> list[do.Command]:
         news, self.ike_error = event.reason != self.ike_error, event.reason
-        self._heard.add(on.IkeConnected)
+        self.protection.hears(event)
         if not news:
             return []
-        self.mirror.ike_gone()
-        self.userland.ike_gone()
+        self.protection.ike_gone()
         follow = self._follow_kernel()
         gone = do.Log("error", f"IKE daemon gone ({event.reason}): protected flows are refused")
         return [*follow, do.ExemptIke(0), gone, *self.negotiations.ike_gone(), *self._refresh()]

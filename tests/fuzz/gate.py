@@ -37,7 +37,7 @@ def settled(*, configured: bool = True) -> Gate:
     for command in gate.start():
         write(command)
     step(gate, on.IkeConnected((CHILD,), (UP,), 7), KERNEL, SOURCES)
-    assert gate.is_live(FLOW)
+    assert gate.protection.is_live(FLOW)
     return gate
 
 
@@ -67,18 +67,18 @@ def write(command: do.Command) -> None:
 def fingerprint(gate: Gate) -> object:
     """Return all that decisions are made of."""
     return (
-        dict(gate.mirror.policies),
-        dict(gate.mirror.sas),
-        {sa.id for sa in gate.mirror.trusted_sas()},
+        dict(gate.protection.mirror.policies),
+        dict(gate.protection.mirror.sas),
+        {sa.id for sa in gate.protection.mirror.trusted_sas()},
         {table: (content.masks, dict(content.entries))
          for table, content in gate.published.tables.items()},
         dict(gate.published.errors),
         gate.policies,
         gate.children,
         gate.ike_error,
-        gate.sa_source,
+        gate.protection.sa_source,
         gate.settings,
-        dict(gate.sources),
+        dict(gate.protection.sources),
         sorted(gate.negotiations.of),
     )  # fmt: skip
 

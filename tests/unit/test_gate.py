@@ -397,10 +397,10 @@ def test_a_check_that_tells_news_is_counted_and_mended(trapped: Transcript) -> N
     assert trapped.is_open()
     same = on.KernelSnapshot((PINNED,), (SA,), check=True)
     assert [c for c in trapped.after(same) if isinstance(c, do.Log)] == []
-    assert trapped.gate.drift == 0
+    assert trapped.gate.protection.drift == 0
     told = trapped.after(on.KernelSnapshot((PINNED,), (), check=True))
     assert told[0] == do.Log("error", "1 policies or SAs were not as the kernel has them: mended")
-    assert trapped.gate.drift == 1
+    assert trapped.gate.protection.drift == 1
     assert not trapped.is_open()
 
 

@@ -136,7 +136,7 @@ def test_a_restarted_controller_takes_over_what_is_listed() -> None:
 
 
 def chosen(story: Transcript) -> str:
-    return story.gate.sa_source.value
+    return story.gate.protection.sa_source.value
 
 
 def test_auto_goes_with_the_daemon() -> None:
@@ -161,7 +161,7 @@ def test_what_is_configured_holds_and_a_contradiction_is_told(
     commands = story.after(connected(userland=userland), on.KernelSnapshot((), ()))
     warned = [c for c in commands if isinstance(c, do.Log) and c.level == "warning"]
     assert len(warned) == (userland is not (source is SaSource.VICI))
-    assert story.gate.sa_source is source
+    assert story.gate.protection.sa_source is source
 
 
 def test_taken_for_userland_a_daemon_with_kernel_esp_opens_nothing() -> None:
