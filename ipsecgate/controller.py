@@ -171,7 +171,7 @@ class Controller:
 
     def _on_call(self, event: on.CallEvent) -> None:
         # Most calls are for flows that are covered: these need not wait for their turn.
-        if isinstance(event, on.CallMade) and self._idle and self._gate.is_free(event.flow):
+        if isinstance(event, on.CallMade) and self._idle and self._gate.holds.is_free(event.flow):
             self._listeners.answer(event.call, None)
         else:
             self._queue.put_nowait(event)

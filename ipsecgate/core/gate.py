@@ -37,7 +37,6 @@ from ipsecgate.core.table import EMPTY
 NOT_KNOWN_YET = (Policy("not-known-yet", (ANY_V4, ANY_V6)),)
 ORPHANS = 64  # flows that wait for a connection to be loaded
 WARNINGS = 256  # that are told once each
-FREE_FLOWS = 4096  # that are remembered
 
 
 @dataclass
@@ -54,8 +53,7 @@ class Gate:
         self.learned = Learned(self.remembered)
         self.children: tuple[on.ChildConfig, ...] = ()
         self.ike_error = "not connected yet"
-        self.holds = Holds(self.settings.errnos)
-        self._free: set[Flow] = set()  # flows that were seen to be, until anything happens
+        self.holds = Holds(self.settings.errnos, self._outlook)
         self._warned: set[tuple[str, Flow]] = set()
         self._destinations: tuple[Network, ...] = ()
         self._told_tun: int | None = None  # a predecessor may have told another
@@ -97,7 +95,7 @@ class Gate:
         events = tuple(sorted(events, key=_is_asked))
         only_calls = all(isinstance(event, on.CallEvent) for event in events)
         if not only_calls:
-            self._free.clear()
+            self.holds.forget()
         commands: list[do.Command] = []
         for at, event in enumerate(events, 1):
             if isinstance(event, on.XfrmEvent):
@@ -107,11 +105,11 @@ class Gate:
                 if isinstance(event, on.PolicySet) and self._is_news(event.entry):
                     commands.append(do.AskIke())
             elif isinstance(event, on.CallEvent):
-                commands += self._call(event)
+                commands += self.holds.step(event)
             else:
                 commands += self._take(event)
-        if self.holds.of and not only_calls:
-            commands += self._settle()
+        if not only_calls:
+            commands += self.holds.settle()
         return commands
 
     def _take(self, event: on.OtherEvent) -> list[do.Command]:
@@ -299,52 +297,25 @@ class Gate:
 
     # --- held calls -----------------------------------------------------------------
 
-    def is_free(self, flow: Flow) -> bool:
-        """Tell whether `step` would let a call for this flow go on, where that is known already.
-
-        True only if the commands of every step were carried out.
-        """
-        return flow in self._free
-
-    def _call(self, event: on.CallEvent) -> list[do.Command]:
-        if not isinstance(event, on.CallMade):
-            return self.holds.ended(event)
-        asked, outlook = self._outlook(event.flow)
-        return [*asked, *self.holds.take(event, outlook), *(self._refresh() if asked else [])]
-
     def _outlook(self, flow: Flow) -> tuple[list[do.Command], Outlook]:
         """Return what a flow can expect, and have the SA negotiated that it needs."""
         if TableId.POLICY not in self.published.tables and not self.settings.audit:
             return [], Outlook.PENDING  # the hooks refuse everything until the policies are known
         place = self._place_of(flow)
         if place is None or not self._must_wait(flow, self.policies[place]):
-            if len(self._free) < FREE_FLOWS:
-                self._free.add(flow)
             return [], Outlook.FREE
         asked = self._ask(flow, place)
         config = self._child(flow, self.policies[place])
         item = self.negotiations.of.get((config.ike, config.child)) if config else None
         failed = item is not None and item.coverage is Coverage.BACK_OFF
-        return asked, Outlook.FAILED if failed else Outlook.PENDING
+        refreshed = [*asked, *self._refresh()] if asked else []
+        return refreshed, Outlook.FAILED if failed else Outlook.PENDING
 
     def _must_wait(self, flow: Flow, policy: Policy) -> bool:
         """Tell whether the hooks would refuse a flow, for want of an SA alone."""
         if self.settings.audit or policy.action is not Action.PROTECT or is_exempt(flow):
             return False
         return self.protection.source_of(flow) != flow.daddr and not self.protection.is_live(flow)
-
-    def _settle(self) -> list[do.Command]:
-        """Look at every held call again, after what happened."""
-        asked: list[do.Command] = []
-
-        def outlook(flow: Flow) -> Outlook:
-            commands, outlook = self._outlook(flow)
-            # The daemon is looked at every so often: what it has loaded now, it told.
-            asked.extend(c for c in commands if not isinstance(c, do.AskIke))
-            return outlook
-
-        answers = self.holds.settle(outlook)
-        return [*asked, *answers, *(self._refresh() if asked else [])]
 
     def _timer(self, timer: on.Timer) -> list[do.Command]:
         """Let the negotiation go on; delete what IKE believes in and no flow can use.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from ipsecgate.core import commands as do
-from ipsecgate.core.events import Call, CallExpired, CallGone, CallInterrupted, CallMade
+from ipsecgate.core.events import Call, CallEvent, CallExpired, CallGone, CallInterrupted, CallMade
 from ipsecgate.core.flow import Flow
 from ipsecgate.core.policy import Errnos
 from ipsecgate.core.seccomp import ERESTARTNOINTR
@@ -28,6 +28,7 @@ HOLD = 30.0  # seconds that a call is held where nobody says otherwise
 # Where the caller is not prepared to wait: a non-blocking socket's thread has other things
 # to do, and getaddrinfo() tries each address by a UDP connect().
 HOLD_IMPATIENT = 5.0
+FREE_FLOWS = 4096  # that are remembered
 
 
 class Outlook(Enum):
@@ -38,29 +39,56 @@ class Outlook(Enum):
     FAILED = "IKE failed"
 
 
+Look = Callable[[Flow], tuple[list[do.Command], Outlook]]
+"""Tell what a flow can expect, and what to do about it."""
+
+
 @dataclass
 class Holds:
     """The calls that are held now, oldest first; `total` counts those that ever were."""
 
     errnos: Errnos
+    look: Look
     of: dict[Call, CallMade] = field(default_factory=dict)
     total: int = 0
+    _free: set[Flow] = field(default_factory=set)  # that were seen to be, until anything happens
 
-    def take(self, made: CallMade, outlook: Outlook) -> list[do.Command]:
-        """Answer a call, or hold it."""
+    def is_free(self, flow: Flow) -> bool:
+        """Tell whether `step` would let a call for this flow go on, where that is known already.
+
+        True only if the commands of every step were carried out.
+        """
+        return flow in self._free
+
+    def forget(self) -> None:
+        """Something happened: what was free may be so no more."""
+        self._free.clear()
+
+    def step(self, event: CallEvent) -> list[do.Command]:
+        """Answer a call, or hold it; or take note that its time is over."""
+        if not isinstance(event, CallMade):
+            return self._ended(event)
+        asked, outlook = self.look(event.flow)
+        if outlook is Outlook.FREE and len(self._free) < FREE_FLOWS:
+            self._free.add(event.flow)
         if outlook is not Outlook.PENDING:
-            return [self._answer(made.call, outlook)]
-        self.of[made.call] = made
+            return [*asked, self._answer(event.call, outlook)]
+        self.of[event.call] = event
         self.total += 1
-        return [do.Hold(made)]
+        return [*asked, do.Hold(event)]
 
-    def settle(self, outlook: Callable[[Flow], Outlook]) -> list[do.Command]:
-        """Answer the held calls that need not wait any more."""
-        known = {flow: outlook(flow) for flow in {made.flow for made in self.of.values()}}
+    def settle(self) -> list[do.Command]:
+        """Look at every held call again, and answer those that need not wait any more."""
+        asked: list[do.Command] = []
+        known: dict[Flow, Outlook] = {}
+        for flow in dict.fromkeys(made.flow for made in self.of.values()):
+            commands, known[flow] = self.look(flow)
+            # The daemon is looked at every so often: what it has loaded now, it told.
+            asked.extend(c for c in commands if not isinstance(c, do.AskIke))
         done = [c for c, made in self.of.items() if known[made.flow] is not Outlook.PENDING]
-        return [self._answer(call, known[self.of.pop(call).flow]) for call in done]
+        return [*asked, *(self._answer(call, known[self.of.pop(call).flow]) for call in done)]
 
-    def ended(self, event: CallExpired | CallInterrupted | CallGone) -> list[do.Command]:
+    def _ended(self, event: CallExpired | CallInterrupted | CallGone) -> list[do.Command]:
         """A held call's time is over, for one reason or another."""
         made = self.of.pop(event.call, None)
         if made is None:

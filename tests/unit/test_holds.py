@@ -73,11 +73,11 @@ def test_many_calls_are_one_negotiation(trapped: Transcript) -> None:
 
 def test_a_covered_flow_goes_on_at_once_and_is_known_to_be_free(trapped: Transcript) -> None:
     trapped.take(trapped.gate.step(*UP))
-    assert not trapped.gate.is_free(FLOW), "nobody asked yet"
+    assert not trapped.gate.holds.is_free(FLOW), "nobody asked yet"
     assert trapped.after(MADE) == [do.Answer(CALL, None)]
-    assert trapped.gate.is_free(FLOW)
+    assert trapped.gate.holds.is_free(FLOW)
     trapped.after(on.SaGone(UP[0].sa.id))
-    assert not trapped.gate.is_free(FLOW)
+    assert not trapped.gate.holds.is_free(FLOW)
     assert not answers(trapped.after(MADE))
 
 
