@@ -13,12 +13,12 @@ from pathlib import Path
 
 import click
 
+from ipsecgate import loader
 from ipsecgate.cli.app import App
 from ipsecgate.core import seccomp as abi
 from ipsecgate.core.holds import HOLD
 from ipsecgate.edges import cgroups, control, seccomp
 from ipsecgate.errors import GateError, UsageError
-from ipsecgate.loader import pins_of
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as env(1) has it
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0}
@@ -64,7 +64,7 @@ def exec_(
     """
     who = _user(user) if user is not None else None
     refuse_internet_sockets()
-    gated = _gated_cgroups(app)
+    gated = loader.gated(app.paths)
     join(cgroups.resolve(cgroup).resolve() if cgroup else _default(gated), gated)
     with control.connected(app.paths.control) as ask:
         listener = seccomp.install(abi.program(seccomp.abi(), datagrams=udp))
@@ -105,12 +105,6 @@ def _family(fd: int) -> int | None:
             return sock.family
     except OSError:
         return None  # what listed the folder
-
-
-def _gated_cgroups(app: App) -> list[Path]:
-    paths = cgroups.by_id()
-    ids = {a.cgroup_id for a in pins_of(app.paths).attachments()}
-    return [paths[one] for one in sorted(ids) if one in paths]
 
 
 def _default(gated: Sequence[Path]) -> Path:
