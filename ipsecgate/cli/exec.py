@@ -7,17 +7,18 @@ import pwd
 import re
 import signal
 import socket
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from ipsecgate import loader
 from ipsecgate.cli.app import App
 from ipsecgate.core import seccomp as abi
 from ipsecgate.core.holds import HOLD
 from ipsecgate.edges import cgroups, control, seccomp
 from ipsecgate.errors import GateError, UsageError
-from ipsecgate.loader import pins_of
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as env(1) has it
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0}
@@ -41,7 +42,7 @@ def seconds(text: str) -> float:
 
 @click.command("exec", context_settings={"ignore_unknown_options": True})
 @click.option("--hold", type=seconds, default=f"{HOLD:g}s", help="How long a call may wait (30s).")
-@click.option("--cgroup", type=click.Path(path_type=Path), help="A gated one, or one below it.")
+@click.option("--cgroup", help="A gated one, or one below it: a PATH, unit:NAME, container:ID.")
 @click.option("--udp", is_flag=True, help="Hold sendmsg() and sendmmsg(), too.")
 @click.option("--user", help="Run the command as this user.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
@@ -50,7 +51,7 @@ def exec_(
     app: App,
     *,
     hold: float,
-    cgroup: Path | None,
+    cgroup: str | None,
     udp: bool,
     user: str | None,
     command: tuple[str, ...],
@@ -63,8 +64,8 @@ def exec_(
     """
     who = _user(user) if user is not None else None
     refuse_internet_sockets()
-    gated = _gated_cgroups(app)
-    join(cgroup or _default(gated), gated)
+    gated = loader.gated(app.paths)
+    join(cgroups.resolve(cgroup).resolve() if cgroup else _default(gated), gated)
     with control.connected(app.paths.control) as ask:
         listener = seccomp.install(abi.program(seccomp.abi(), datagrams=udp))
         ask("hold", fd=listener, limit=hold)
@@ -88,24 +89,22 @@ def refuse_internet_sockets() -> None:
     """
     for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208
         fd = int(entry)
-        try:
-            if not os.get_inheritable(fd):
-                continue
-            with socket.socket(fileno=os.dup(fd)) as sock:
-                family = sock.family
-        except OSError:
-            continue  # no socket
-        if family in (socket.AF_INET, socket.AF_INET6):
+        if _family(fd) in (socket.AF_INET, socket.AF_INET6):
             raise GateError(
                 f"descriptor {fd} is an Internet socket from outside the gated cgroup",
                 hint=f"the hooks would not see its flows: close it ({fd}<&- in a shell)",
             )
 
 
-def _gated_cgroups(app: App) -> list[Path]:
-    paths = cgroups.by_id()
-    ids = {a.cgroup_id for a in pins_of(app.paths).attachments()}
-    return [paths[one] for one in sorted(ids) if one in paths]
+def _family(fd: int) -> int | None:
+    """Return the family of a socket that a command would inherit; None: it is none."""
+    try:
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode) or not os.get_inheritable(fd):
+            return None
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            return sock.family
+    except OSError:
+        return None  # what listed the folder
 
 
 def _default(gated: Sequence[Path]) -> Path:

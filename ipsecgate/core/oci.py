@@ -83,7 +83,7 @@ def profile(
         if base["defaultAction"] != ALLOW and name in LENGTHS:
             rules += [_rule(name, ALLOW, each) for each in _others(LENGTHS[name])]
     made = {**base, "syscalls": rules, "listenerPath": listener}
-    made["listenerMetadata"] = f"ipsecgate hold={hold:g}"
+    made["listenerMetadata"] = f"ipsecgate hold={hold:.3f}"
     if flags:
         made["flags"] = [*dict.fromkeys([*base.get("flags", ()), *FLAGS])]
     return made

@@ -46,7 +46,7 @@ NAME = re.compile(r"hold-(\d+)-([\d.]+)")  # of a listener that is kept: its num
 class _Listener:
     """One listener, and the calls received from it that wait for their answers."""
 
-    def __init__(self, number: int, fd: int, limit: float, file: Path | None) -> None:
+    def __init__(self, number: int, fd: int, limit: float, file: Path) -> None:
         self.number = number
         self.fd = fd
         self.limit = limit
@@ -136,9 +136,7 @@ class _Listener:
         self._map[slot : slot + SLOT] = bytes(SLOT)
 
 
-def _mapped(file: Path | None) -> mmap.mmap:
-    if file is None:
-        return mmap.mmap(-1, SLOTS * SLOT)
+def _mapped(file: Path) -> mmap.mmap:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -164,14 +162,17 @@ class Listeners:
         self.add(seccomp.take(pid, fd), limit)
 
     def add(self, fd: int, limit: float) -> None:
-        """Follow a listener that is ours from now on. Raises: ValueError if it is none."""
-        if not seccomp.is_listener(fd):
-            os.close(fd)
-            raise ValueError("that descriptor is no seccomp listener")
+        """Follow a listener that is ours from now on. Raises: OSError, ValueError if it is none."""
         number = time.monotonic_ns()  # no predecessor's, and none of one that was kept too long
-        kept = systemd.keep(fd, f"hold-{number}-{limit:.3f}")
-        file = self._folder / str(number) if kept else None
-        self._follow(_Listener(number, fd, limit, file))
+        try:
+            if not seccomp.is_listener(fd):
+                raise ValueError("that descriptor is no seccomp listener")
+            one = _Listener(number, fd, limit, self._folder / str(number))
+        except BaseException:
+            os.close(fd)
+            raise
+        systemd.keep(fd, f"hold-{number}-{limit:.3f}")
+        self._follow(one)
 
     def adopt(self, kept: Mapping[int, str]) -> None:
         """Go on with the listeners that the service manager kept, and with who waits there."""
@@ -184,6 +185,9 @@ class Listeners:
             for call, deadline in one.recall():
                 self._look_at(one, call, deadline)
             self._follow(one)
+        for file in self._folder.glob("*"):
+            if int(file.name) not in self._of:
+                file.unlink()  # nobody kept that listener
 
     def hold(self, made: CallMade) -> None:
         """Tell when a call has waited for as long as it may."""
@@ -234,8 +238,7 @@ class Listeners:
         for ident in one.slots:
             self._tell(CallGone(Call(one.number, ident)))
         one.close()
-        if one.file is not None:
-            one.file.unlink(missing_ok=True)
+        one.file.unlink(missing_ok=True)
 
     def _look_at(self, one: _Listener, call: Notification, deadline: float = 0.0) -> None:
         try:

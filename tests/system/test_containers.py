@@ -77,6 +77,16 @@ def test_a_container_is_held(
     assert_held(here, outcome)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_runtime_is_not_caught_by_its_own_filter(
+    here: ClientBed, containers: Containers, profile: Profile, runtime: str
+) -> None:
+    """With --udp every sendmsg() waits for us: also one that would bring us the listener."""
+    here.without_sa()
+    argv = containers.oci(runtime, "udp", wget(here.net), profile("--udp", "--runtime", runtime))
+    assert_held(here, here.run(RealClient(runtime, tuple(argv)), gated=False))
+
+
 def test_a_container_keeps_its_own_profile_for_other_calls(
     here: ClientBed, containers: Containers, profile: Profile, tmp_path: Path
 ) -> None:

@@ -83,8 +83,12 @@ def test_what_the_base_says_of_others_stays() -> None:
 
 def test_the_listener_is_told_for_how_long() -> None:
     made = profile("/run/s", 2.5, "aarch64", flags=False)
-    assert (made["listenerPath"], made["listenerMetadata"]) == ("/run/s", "ipsecgate hold=2.5")
+    assert (made["listenerPath"], made["listenerMetadata"]) == ("/run/s", "ipsecgate hold=2.500")
     assert "flags" not in made
+    long = profile("/s", 1e7, "x86_64")["listenerMetadata"]
+    told = container(json.dumps({**STATE, "metadata": long}).encode())
+    assert told
+    assert told.hold == 1e7
     assert profile("/run/s", 2.5, "aarch64")["flags"] == [*oci.FLAGS]
 
 
