@@ -133,10 +133,10 @@ class Record:
 
     def judge(self, gaps: int | None = 0) -> None:
         """Assert that the gate's answers were the kernel's; any number of gaps if None."""
-        assert self.in_clear() == []
-        assert self.wrongly_refused() == []
-        assert self.wrongly_let_go() == []
-        assert {a.error for a in self.attempts} <= {"", *REFUSALS}
+        assert self.in_clear() == [], self.figures()
+        assert self.wrongly_refused() == [], self.figures()
+        assert self.wrongly_let_go() == [], self.figures()
+        assert {a.error for a in self.attempts} <= {"", *REFUSALS}, self.figures()
         assert self.seen.esp
         last = {a.target: a.error for a in self.attempts}
         assert set(last.values()) == {""}, "covered again"
