@@ -12,6 +12,9 @@ from ipsecgate.edges import bytecode
 from tests.system.bed import Bed
 from tests.system.bed import bed as make_bed
 
+# So that a failure there says what was found, as one in a test does.
+pytest.register_assert_rewrite("tests.system.life")
+
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

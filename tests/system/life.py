@@ -7,8 +7,11 @@ Rules of this module: the gate's own word counts for nothing. The witnesses are 
 events, a capture between the hosts, and what each system call returned. The kernel tells the gate
 and the witness at one time, and the gate needs the processor (the guest has one, and two charons
 want it) before it can act: a call that was made within `Record.tolerance` of an edge of a gap
-may go either way. That is TOLERANCE and the longest that the speaking process, which wants the
-processor as well, was kept waiting for it.
+may go either way. That is TOLERANCE and twice the longest that the speaking process, which wants
+the processor as well, was kept waiting for it: the gate waits for its turn, and loses it once.
+
+A kernel that is preempted may delete an SA while a packet is on its way through it: the call then
+has the kernel's own EINVAL, and XfrmOutStateInvalid counts it. So many of those are no surprise.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -33,6 +37,7 @@ TOLERANCE = 0.03
 SETTLE = 0.15
 TIMEOUT = 15.0
 REFUSALS = ("EPERM", "EHOSTUNREACH")
+DIED = "EINVAL"
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +80,7 @@ class Record:
     attempts: list[Attempt]
     gaps: list[Gap]
     seen: Captured
+    died: int  # packets whose SA went under them
 
     @property
     def inner_gaps(self) -> list[Gap]:
@@ -85,7 +91,8 @@ class Record:
     def tolerance(self) -> float:
         """Return how near to a gap's edge nothing is certain, in seconds."""
         pairs = zip(self.attempts, self.attempts[1:], strict=False)
-        return TOLERANCE + max((after.began - before.ended for before, after in pairs), default=0)
+        waited = max((after.began - before.ended for before, after in pairs), default=0.0)
+        return TOLERANCE + 2 * waited
 
     def wrongly_refused(self) -> list[Attempt]:
         margin = self.tolerance
@@ -133,10 +140,12 @@ class Record:
 
     def judge(self, gaps: int | None = 0) -> None:
         """Assert that the gate's answers were the kernel's; any number of gaps if None."""
-        assert self.in_clear() == []
-        assert self.wrongly_refused() == []
-        assert self.wrongly_let_go() == []
-        assert {a.error for a in self.attempts} <= {"", *REFUSALS}
+        assert self.in_clear() == [], self.figures()
+        assert self.wrongly_refused() == [], self.figures()
+        assert self.wrongly_let_go() == [], self.figures()
+        told = Counter(a.error for a in self.attempts)
+        assert told.pop(DIED, 0) <= self.died, self.figures()
+        assert told.keys() <= {"", *REFUSALS}, self.figures()
         assert self.seen.esp
         last = {a.target: a.error for a in self.attempts}
         assert set(last.values()) == {""}, "covered again"
@@ -170,6 +179,7 @@ class Life:
 
     def __enter__(self) -> Self:
         self._witness.forget()
+        self._died = self._count_died()
         self._capture.start()
         try:
             self._load()
@@ -205,13 +215,18 @@ class Life:
         self._pulse = None
         self._seen = self._capture.stop()
         self._events = list(self._witness.events())
+        self._died = self._count_died() - self._died
         self.record = self.record_of(self._targets)
         log.info("%s: %s", self._name, self.record.figures())
 
     def record_of(self, targets: Sequence[Target], wanted: Wanted = outbound) -> Record:
         """Return what happened to these targets, which depend on the wanted SAs and policies."""
         found = sorted([*gaps(self._events, wanted), *self.uncovered])
-        return Record([a for a in self._attempts if a.target in targets], found, self._seen)
+        attempts = [a for a in self._attempts if a.target in targets]
+        return Record(attempts, found, self._seen, self._died)
+
+    def _count_died(self) -> int:
+        return self._lab.a.counters()["XfrmOutStateInvalid"]
 
     def routed(self, since: float) -> list[float]:
         """Return when routes changed after `since`."""

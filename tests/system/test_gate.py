@@ -317,10 +317,12 @@ def test_events_tell_what_was_refused_by_which_rule_and_what_became_of_it(
     spec = prepared(lab, gate, start_action="none")
     to = str(lab.b.address(spec))
     follower = lab.a.popen(gate.argv("--json", "events", "--follow"), stdout=subprocess.PIPE)
+    lab.set_delay(100)  # both are asked for before the SA that the first one calls for
     try:
         assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
         lab.a.charon.terminate(spec.child_name)
         caller = Caller(lab.a.namespace.path, gate.cgroup)
+        assert caller("tcp", to, PORT) == "EPERM"
         assert caller("raw", to) == "EPERM"  # a raw socket is blocked, not refused
         caller.close()
         told = json.loads(gate.cli("--json", "events").stdout)

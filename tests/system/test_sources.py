@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.saready import XfrmSeen
 from ipsecgate.lab.strongswan import End, connection
-from tests.system.life import REFUSALS, Life, Record, Wanted
+from tests.system.life import REFUSALS, Life, Wanted
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import Witness
 
@@ -142,7 +143,8 @@ def test_each_source_depends_on_its_own_tunnel(lab: Lab, life: Begin) -> None:
         record.judge(1)
         gaps += record.gaps
     # strongSwan's route is that of the tunnel that came up last.
-    assert Record(story.record_of(targets()).attempts, gaps, record.seen).wrongly_refused() == []
+    unbound = replace(record, attempts=story.record_of(targets()).attempts, gaps=gaps)
+    assert unbound.wrongly_refused() == []
 
 
 def test_routes_change_between_two_tunnels(lab: Lab, life: Begin) -> None:
@@ -175,7 +177,10 @@ def test_a_route_to_a_source_that_no_tunnel_protects(lab: Lab, life: Begin) -> N
             time.sleep(0.3)
     changed = [story.routed(when)[0] for when in changes]
     story.uncovered += zip(changed[::2], changed[1::2], strict=True)
-    story.record_of(targets(), of(lab, "one")).judge(3)
+    record = story.record_of(targets(), of(lab, "one"))
+    # Before, it was for the tunnel whose route strongSwan made last, and that may be the other.
+    since = [a for a in record.attempts if a.began > changes[0]]
+    replace(record, attempts=since).judge(3)
 
 
 def test_the_route_comes_and_goes_with_its_tunnel(lab: Lab, life: Begin) -> None:
