@@ -20,6 +20,7 @@ import pytest
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from tests.system import held
+from tests.system.life import until
 from tests.system.test_hold import (
     PORT,
     ended,
@@ -176,7 +177,9 @@ def test_calls_under_way_when_a_controller_is_killed_are_answered(lab: Lab, gate
         spec = prepared(lab, gate)
         to = lab.b.address(spec)
         assert run(lab, gate, held.command("tcp", to, PORT))["error"] == ""
+        before = gate.reasons()["allow_covered"]
         process = start(lab, gate, held.command("hammer", to, PORT, 12))
+        until(lambda: gate.reasons()["allow_covered"] > before + 20, "it does not call")
         for _ in range(3):
             time.sleep(1.5)
             gate.kill()
