@@ -1,0 +1,119 @@
+"""What is protected now: whoever knows the SAs, and where routing sends a flow.
+
+Both witnesses are kept up to date, the kernel's databases and the IKE daemon's own ESP; one
+of them is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ipsecgate.core import events as on
+from ipsecgate.core.flow import Address, Flow, Network
+from ipsecgate.core.mirror import Mirror
+from ipsecgate.core.policy import SaSource
+from ipsecgate.core.published import Published
+from ipsecgate.core.userland import Userland
+
+
+class Protection:
+    """The mirror, the IKE daemon's own ESP, and the sources of unbound flows."""
+
+    def __init__(self, source: SaSource, published: Published) -> None:
+        self.mirror = Mirror()
+        self.userland = Userland()
+        self.sa_source = source  # AUTO until the IKE daemon told
+        self.sources: dict[Network, Address | None] = {}
+        self.drift = 0  # policies and SAs that the kernel's events had not told as they are
+        self._tun = 0
+        self._published = published
+        self._heard: set[type[on.Event]] = set()
+
+    @property
+    def source(self) -> Mirror | Userland:
+        """Who says which SAs are live."""
+        return self.userland if self.sa_source is SaSource.VICI else self.mirror
+
+    @property
+    def in_userland(self) -> bool:
+        """Tell whether the IKE daemon does ESP itself."""
+        return self.source is self.userland
+
+    @property
+    def tun(self) -> int:
+        """Return behind which interface the daemon does ESP, by index; 0: none."""
+        return self._tun if self.in_userland else 0
+
+    def hears(self, event: on.Event) -> None:
+        """Note that a witness was heard at least once."""
+        self._heard.add(type(event))
+
+    def is_known(self, routed: bool) -> bool:
+        """Tell whether every witness that is needed was heard; half the truth is none.
+
+        `routed`: there are destinations whose routes matter.
+        """
+        ike = bool(self._heard & {on.IkeConnected, on.IkeGone})
+        if self.sa_source is not SaSource.VICI:
+            return ike and on.KernelSnapshot in self._heard
+        return ike and (not routed or on.SourcesResolved in self._heard)
+
+    def snapshot(self, event: on.KernelSnapshot) -> int:
+        """Take in a dump; return how much of it should have been known, and was not."""
+        self.hears(event)
+        news = self.mirror.replace(event)
+        drift = news if event.check else 0
+        self.drift += drift
+        return drift
+
+    def resolved(self, event: on.SourcesResolved) -> None:
+        """Take in where routing sends what."""
+        self.hears(event)
+        self.sources = dict(event.sources)
+        self.userland.routed(event.into_tun)
+        self._tun = event.tun
+
+    def ike_connected(self, event: on.IkeConnected) -> None:
+        """Take in what the daemon has established."""
+        self.hears(event)
+        self.mirror.ike_knows(event.established)
+        self.userland.ike_knows(event.established)
+
+    def ike_gone(self) -> None:
+        """Nobody vouches for any SA."""
+        self.mirror.ike_gone()
+        self.userland.ike_gone()
+
+    def child_up(self, sa: on.ChildSa) -> None:
+        """The daemon told of one more."""
+        self.mirror.ike_adds(sa)
+        self.userland.ike_adds(sa)
+
+    def source_of(self, flow: Flow) -> Address | None:
+        """Return the flow's source: its own, else the one routing would choose."""
+        if flow.saddr is not None:
+            return flow.saddr
+        nets = [n for n in self.sources if flow.daddr in n]
+        return self.sources[max(nets, key=lambda n: n.prefixlen)] if nets else None
+
+    def is_live(self, flow: Flow) -> bool:
+        """Tell whether the hooks would let a protected flow go now."""
+        saddr = self.source_of(flow)
+        return saddr is not None and self._published.is_live(replace(flow, saddr=saddr))
+
+    def is_up(self, config: on.ChildConfig) -> bool:
+        """Tell whether the kernel has all that IKE says of a child: asking changes nothing."""
+        established = self.mirror.established(config.ike, config.child)
+        return not self.in_userland and any(not self.mirror.lacks(sa) for sa in established)
+
+    def is_stale(self, name: tuple[str, str], flow: Flow) -> bool:
+        """Tell whether IKE believes in a child for this flow of which the kernel has nothing.
+
+        A flow outside what was negotiated is no reason.
+        """
+        return any(
+            selector.contains(flow.daddr, flow.proto, flow.dport)
+            for sa in self.source.established(*name)
+            if self.source.lacks(sa)
+            for selector in sa.remote
+        )
