@@ -10,10 +10,12 @@ One refused connection, through the house in one direction:
       -> core.gate          SPD joined with SAD: the flow is live, SetEntry or Publish
       -> edges.datapath     one write, and the next attempt proceeds, inside ESP
 
-Where strongSwan does ESP itself, edges.ike tells of the SA instead, and edges.routes
-whether the flow is sent into its tunnel.
+A held call comes the same way: edges.listeners tells of it before the kernel carries it out,
+and answers it after that one write. Where strongSwan does ESP itself, edges.ike tells of the
+SA, and edges.routes whether the flow is sent into its tunnel.
 
-`core` decides and touches nothing; `edges` touch one thing each and decide
-nothing; `controller` carries events in and commands out; `cli` is for people;
-`lab` is two hosts with real IKE for the demo and the tests.
+`core` decides and touches nothing; `edges` touch one thing each and decide nothing;
+`controller` carries events in and commands out, with the modules beside it for hands (`kernel`,
+`daemon`, `hooks`, `targets`, `reload`, `service`, `journal`); `cli` is for people; `lab` is two
+hosts with real IKE for the demo and the tests.
 """

@@ -26,7 +26,6 @@ from ipsecgate.core.floor import tag_of
 from ipsecgate.core.gate import Gate
 from ipsecgate.core.layout import TableId
 from ipsecgate.core.oci import Container
-from ipsecgate.core.policy import SaSource
 from ipsecgate.daemon import Daemon
 from ipsecgate.edges import control, memory, oci, probe, sockets, systemd
 from ipsecgate.edges.config import Config
@@ -34,10 +33,10 @@ from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.floor import Floor
 from ipsecgate.edges.listeners import Listeners
 from ipsecgate.edges.routes import Routes
-from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.errors import GateError
 from ipsecgate.hooks import Hooks
 from ipsecgate.journal import Journal
+from ipsecgate.kernel import Kernel
 from ipsecgate.lock import held
 from ipsecgate.paths import Paths
 from ipsecgate.reload import Reload, refuse_what_needs_a_restart
@@ -47,7 +46,6 @@ from ipsecgate.targets import Targets
 log = logging.getLogger("ipsecgate")
 
 QUEUED_REFUSALS = 256
-CHECK = 60.0  # seconds between comparisons of what is known with what is
 
 
 async def run(paths: Paths, read: Callable[[], Config]) -> None:
@@ -86,6 +84,7 @@ class Controller:
         self._hooks = Hooks(self._data)
         self._queue: asyncio.Queue[on.Event] = asyncio.Queue()
         self._timers: dict[on.Timer, asyncio.TimerHandle] = {}
+        self._kernel = Kernel(config.settings.sa_source, self._on_kernel)
         self._daemon = Daemon(config.vici, self._queue.put_nowait)
         self._routes = Routes(self._queue.put_nowait)
         self._listeners = Listeners(self._on_call, paths.holds)
@@ -95,7 +94,6 @@ class Controller:
         self._unkept: do.Remember | None = None
         self._since = time.time()
         self._ready = False
-        self._kernel: XfrmMonitor | None = None
         self._adopted = asyncio.Event()
         self._floor = Floor(tag_of(paths.instance))
         self._waiting = False  # for an event
@@ -123,10 +121,10 @@ class Controller:
                 work = [
                     tasks.create_task(self._service.watch()),
                     tasks.create_task(self._decide()),
-                    tasks.create_task(self._follow_kernel()),
+                    tasks.create_task(self._kernel.run()),
                     tasks.create_task(self._routes.run()),
                     tasks.create_task(self._daemon.run()),
-                    tasks.create_task(self._check()),
+                    tasks.create_task(self._kernel.check(self._check_hooks)),
                     tasks.create_task(self._targets.run()),
                     tasks.create_task(self._floor.run()),
                     tasks.create_task(oci.run(self._paths.seccomp, self._on_container, log.error)),
@@ -181,31 +179,13 @@ class Controller:
         """Tell whether all that happened was decided, and all commands carried out."""
         return self._waiting and self._queue.empty()
 
-    async def _follow_kernel(self) -> None:
-        source = self._config.settings.sa_source
-        if source is SaSource.VICI:
-            return
-        if source is SaSource.AUTO and not probe.has_xfrm():
-            self._on_kernel(on.KernelSnapshot((), ()))  # nor will there ever be anything
-            return
-        async with XfrmMonitor(self._on_kernel, self._on_overrun) as self._kernel:
-            await self._kernel.run()
-
-    async def _check(self) -> None:
-        """Have the mirror compared with the kernel, and the hooks' tables with the mirror."""
-        while True:
-            await asyncio.sleep(CHECK)
-            if self._kernel is not None:
-                await self._kernel.resync(check=True)
-            self._queue.put_nowait(on.CheckDue())
+    def _check_hooks(self) -> None:
+        self._queue.put_nowait(on.CheckDue())
 
     def _on_kernel(self, event: on.XfrmEvent | on.KernelSnapshot) -> None:
         self._queue.put_nowait(event)
         if isinstance(event, on.KernelSnapshot):
             self._daemon.look()  # which of these SAs does it vouch for?
-
-    def _on_overrun(self, overrun: Any) -> None:
-        log.warning("XFRM notifications lost (%s): reading SPD and SAD anew", overrun.cause)
 
     async def _decide(self) -> None:
         for command in self._gate.start():
@@ -276,15 +256,14 @@ class Controller:
 
     async def _cut_off(self) -> None:
         """End the sockets that stand without an SA; what cannot be ended is blocked."""
-        lost = [one for one in await sockets.standing() if self._gate.is_cut_off(one.flow)]
-        if lost:
-            gated = await asyncio.to_thread(loader.gated_ids, self._paths)
-            try:
-                ended = await sockets.destroy([one for one in lost if one.cgroup in gated])
-            except OSError as error:
-                log.warning("cannot end sockets, their packets are blocked: %s", error.strerror)
-            else:
-                log.info("%d sockets ended: no SA protects them any more", ended)
+        try:
+            lost = [one for one in await sockets.standing() if self._gate.is_cut_off(one.flow)]
+            gated = await asyncio.to_thread(loader.gated_ids, self._paths) if lost else ()
+            ended = await sockets.destroy([one for one in lost if one.cgroup in gated])
+        except OSError as error:
+            log.warning("cannot end sockets, their packets are blocked: %s", error.strerror)
+        else:
+            log.info("%d sockets ended: no SA protects them any more", ended)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         """Do what may take long beside the decisions: closing a flow must not wait for it."""

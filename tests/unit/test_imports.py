@@ -1,7 +1,7 @@
 """Which module may import what: the shape of the house, enforced.
 
     cli -> controller, loader, report, diagnosis -> edges -> core
-    controller -> hooks, daemon, service, reload, targets
+    controller -> hooks, kernel, daemon, service, reload, targets, journal
     lab -> edges, core;  cli.demo -> lab
 
 The core imports nothing of ours but the core, and only the standard library;
@@ -47,9 +47,10 @@ LAYERS = {
     "hooks": {"core", "edges", "errors"},
     "daemon": {"core", "edges"},
     "journal": {"core"},
+    "kernel": {"core", "edges"},
     "controller": {
-        "core", "daemon", "edges", "errors", "hooks", "journal", "loader", "lock", "paths",
-        "reload", "report", "service", "targets",
+        "core", "daemon", "edges", "errors", "hooks", "journal", "kernel", "loader", "lock",
+        "paths", "reload", "report", "service", "targets",
     },
     "lab": {"lab", "edges", "core", "errors"},
     "__main__": {"cli"},
