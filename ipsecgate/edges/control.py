@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from ipsecgate.errors import GateError, NoControllerError, UsageError
 
 REQUEST_LIMIT = 4096
 ANSWER_LIMIT = 16 << 20
-CLIENTS = 16  # at a time: descriptors are needed for the kernel and IKE
+CLIENTS = 64  # at a time, or a quarter of the descriptors: the kernel and IKE need some
 _TIME_LIMIT = 5.0
 _WORK_LIMIT = 60.0  # for a verb that changes something
 
@@ -46,11 +47,11 @@ Ask = Callable[..., dict[str, Any]]
 async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[None]:
     """Answer the verbs on a socket while the block runs. Raises: OSError."""
 
-    clients = 0
+    clients, room = 0, min(CLIENTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     async def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal clients
-        if clients >= CLIENTS:
+        if clients >= room:
             writer.close()
             return
         clients += 1
