@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ipsecgate.edges import bytecode
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import Lab
 from tests.system.bed import Bed
 from tests.system.bed import bed as make_bed
 
@@ -47,3 +50,28 @@ def bed(module_bed: Bed) -> Bed:
     """The module's bed, as new."""
     module_bed.renew()
     return module_bed
+
+
+@pytest.fixture
+def lab(module_lab: Lab) -> Lab:
+    """The module's lab (its own `module_lab`), as new."""
+    module_lab.set_delay(0)
+    module_lab.reset()
+    return module_lab
+
+
+@pytest.fixture(scope="module")
+def module_gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
+    """One gate for the tests of a module."""
+    with Gated(module_lab, cache=cache) as gate:
+        yield gate
+
+
+@pytest.fixture
+def gate(lab: Lab, module_gate: Gated) -> Gated:
+    """A gate that runs, covers nothing and holds nothing: the lab was reset."""
+    if module_gate.process is None:
+        module_gate.start()
+    while any(n["state"] == "back-off" for n in module_gate.ask()["negotiations"]):
+        time.sleep(0.1)
+    return module_gate

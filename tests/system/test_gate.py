@@ -11,7 +11,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
 from tests.system.caller import Caller
+from tests.system.opening import prepared
 
 PORT = 7100
 CASES = [case for case in story.cases() if case.gated]
@@ -33,29 +33,6 @@ def module_lab() -> Iterator[Lab]:
         lab.warm_up()
         lab.b.serve("tcp-server", PORT)
         yield lab
-
-
-@pytest.fixture
-def lab(module_lab: Lab) -> Lab:
-    module_lab.set_delay(0)
-    module_lab.reset()
-    return module_lab
-
-
-@pytest.fixture(scope="module")
-def module_gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
-    with Gated(module_lab, cache=cache) as gate:
-        yield gate
-
-
-@pytest.fixture
-def gate(lab: Lab, module_gate: Gated) -> Gated:
-    """A gate that runs and covers nothing: the lab was reset."""
-    if module_gate.process is None:
-        module_gate.start()
-    while any(n["state"] == "back-off" for n in module_gate.ask()["negotiations"]):
-        time.sleep(0.1)
-    return module_gate
 
 
 class Counted:
@@ -75,14 +52,6 @@ class Counted:
 def negotiation(gate: Gated, spec: ConnSpec) -> dict[str, Any]:
     found: list[dict[str, Any]] = gate.ask()["negotiations"]
     return next(n for n in found if n["child"] == f"{spec.name}/{spec.child_name}")
-
-
-def prepared(lab: Lab, gate: Gated, mode: str = "tunnel", family: int = 4,
-             start_action: str = "trap") -> ConnSpec:  # fmt: skip
-    spec = ConnSpec(f"{mode}-{family}", mode, family, start_action=start_action)
-    lab.load(spec)
-    gate.wait_policy(spec.name)
-    return spec
 
 
 def connect(lab: Lab, gate: Gated, spec: ConnSpec, *options: str, gated: bool = True) -> Report:

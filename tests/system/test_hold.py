@@ -27,6 +27,7 @@ from ipsecgate.lab.endpoints import Client, Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
 from tests.system import held
+from tests.system.opening import prepared
 
 PORT = 7200
 DATAGRAMS = 5
@@ -41,37 +42,6 @@ def module_lab() -> Iterator[Lab]:
         lab.warm_up()
         lab.b.serve("tcp-server", PORT)
         yield lab
-
-
-@pytest.fixture
-def lab(module_lab: Lab) -> Lab:
-    module_lab.set_delay(0)
-    module_lab.reset()
-    return module_lab
-
-
-@pytest.fixture(scope="module")
-def module_gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
-    with Gated(module_lab, cache=cache) as gate:
-        yield gate
-
-
-@pytest.fixture
-def gate(lab: Lab, module_gate: Gated) -> Gated:
-    """A gate that runs, covers nothing and holds nothing: the lab was reset."""
-    if module_gate.process is None:
-        module_gate.start()
-    while any(n["state"] == "back-off" for n in module_gate.ask()["negotiations"]):
-        time.sleep(0.1)
-    return module_gate
-
-
-def prepared(lab: Lab, gate: Gated, mode: str = "tunnel", family: int = 4,
-             start_action: str = "trap") -> ConnSpec:  # fmt: skip
-    spec = ConnSpec(f"{mode}-{family}", mode, family, start_action=start_action)
-    lab.load(spec)
-    gate.wait_policy(spec.name)
-    return spec
 
 
 def start(lab: Lab, gate: Gated, command: Sequence[str], *options: str) -> subprocess.Popen[str]:

@@ -21,11 +21,11 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from tests.system import held
 from tests.system.life import until
+from tests.system.opening import prepared
 from tests.system.test_hold import (
     PORT,
     ended,
     nothing_in_clear,
-    prepared,
     run,
     start,
     stopped,
@@ -41,13 +41,6 @@ def module_lab() -> Iterator[Lab]:
         lab.warm_up(["tunnel"], [4])
         lab.b.serve("tcp-server", PORT)
         yield lab
-
-
-@pytest.fixture
-def lab(module_lab: Lab) -> Lab:
-    module_lab.set_delay(0)
-    module_lab.reset()
-    return module_lab
 
 
 @pytest.fixture

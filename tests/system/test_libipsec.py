@@ -20,6 +20,7 @@ from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, ConnSpec, Lab
 from tests.system.caller import hammering
+from tests.system.opening import prepared
 
 RST = 4
 
@@ -32,34 +33,6 @@ def module_lab() -> Iterator[Lab]:
     with Lab("ipsecgate-test-libipsec", libipsec=True) as lab:
         lab.b.serve("tcp-server", PORT)
         yield lab
-
-
-@pytest.fixture
-def lab(module_lab: Lab) -> Lab:
-    module_lab.set_delay(0)
-    module_lab.reset()
-    return module_lab
-
-
-@pytest.fixture(scope="module")
-def module_gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
-    with Gated(module_lab, cache=cache) as gate:
-        yield gate
-
-
-@pytest.fixture
-def gate(lab: Lab, module_gate: Gated) -> Gated:
-    """A gate that runs and covers nothing: the lab was reset."""
-    if module_gate.process is None:
-        module_gate.start()
-    return module_gate
-
-
-def prepared(lab: Lab, gate: Gated, family: int = 4) -> ConnSpec:
-    spec = ConnSpec(f"tunnel-{family}", "tunnel", family)
-    lab.load(spec)
-    gate.wait_policy(spec.name)
-    return spec
 
 
 def connect(lab: Lab, gate: Gated, spec: ConnSpec, *options: str) -> Report:
@@ -117,7 +90,7 @@ def test_the_first_connection_loses_nothing(
     lab: Lab, gate: Gated, protocol: str, family: int
 ) -> None:
     lab.set_delay(25)
-    spec = prepared(lab, gate, family)
+    spec = prepared(lab, gate, family=family)
     reasons, before = gate.reasons(), lab.a.counters()
     count = ("--count", str(DATAGRAMS), "--rate", "1000") if protocol == "udp" else ()
     with lab.b.serve(f"{protocol}-server", PORT + 1) as server, lab.capture() as capture:

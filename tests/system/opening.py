@@ -1,0 +1,16 @@
+"""How a test of the whole gate begins."""
+
+from __future__ import annotations
+
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import ConnSpec, Lab
+
+
+def prepared(
+    lab: Lab, gate: Gated, mode: str = "tunnel", family: int = 4, start_action: str = "trap"
+) -> ConnSpec:
+    """Load a connection on both hosts, and have the gate notice it."""
+    spec = ConnSpec(f"{mode}-{family}", mode, family, start_action=start_action)
+    lab.load(spec)
+    gate.wait_policy(spec.name)
+    return spec
