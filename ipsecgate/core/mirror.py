@@ -10,6 +10,9 @@ the rest. Until the daemon tells the traffic selectors (after the SA is in) the
 policy that names the SA's SPI tells them, because strongSwan makes it from them.
 It comes in the same breath as the SA, so waiting for it costs no time; a policy
 that names no SPI says nothing about the SA, so it never opens by itself.
+
+Larval states are left out. The kernel makes them when a packet asks for an SA that is not there,
+with the very SPI that the policy names, and tells nobody; only a dump shows them.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class Mirror:
                 self.policies.pop(key, None)
             case PoliciesFlushed():
                 self.policies.clear()
-            case SaSet(sa):
+            case SaSet(sa) if not sa.larval:
                 self.sas[sa.id] = sa
                 if self._ike:
                     self._trusted.add(sa.id)
@@ -71,9 +74,9 @@ class Mirror:
         """
         before = {*self.policies.values(), *self.sas.values()}
         self.policies = {entry.key: entry for entry in snapshot.policies}
-        self.sas = {sa.id: sa for sa in snapshot.sas}
+        self.sas = {sa.id: sa for sa in snapshot.sas if not sa.larval}
         self._trusted &= self.sas.keys()
-        return len(before ^ {*snapshot.policies, *snapshot.sas})
+        return len(before ^ {*self.policies.values(), *self.sas.values()})
 
     def ike_knows(self, established: Iterable[ChildSa]) -> None:
         """The daemon is connected and lists these CHILD_SAs.

@@ -154,3 +154,17 @@ def test_a_child_that_the_kernel_has_too_is_neither_asked_for_nor_deleted(
 def test_a_trap_that_comes_in_makes_the_gate_look_for_its_child(story: Transcript) -> None:
     narrower = replace(TRAP, key=SpdKey(Selector(HERE, HOST)), priority=TRAP.priority - 2000)
     assert do.AskIke() in story.after(on.PolicySet(narrower))
+
+
+# --- the kernel emptied --------------------------------------------------------------------
+
+
+def test_a_larval_state_is_not_the_sa_that_ike_believes_in(story: Transcript) -> None:
+    """After a flush the next packet leaves one, with the SPI of the policy. Found by chaos."""
+    story.after(REFUSED, *UP, on.ChildUp(LISTED))
+    story.after(on.KernelSnapshot((PINNED,), (replace(SA, larval=True),)), connected(LISTED))
+    assert not live(story, ROUTED)
+    assert initiated(story.after(REFUSED)) == [NAME]
+    story.after(on.NegotiationDone(*NAME))
+    assert do.Terminate(*NAME) in story.after(on.TimerFired(on.Timer("limit", *NAME)))
+    assert story.gate.protection.mirror.replace(on.KernelSnapshot((PINNED,), ())) == 0, "no drift"
