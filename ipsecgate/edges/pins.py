@@ -18,6 +18,7 @@ does not finish.
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from contextlib import suppress
@@ -103,14 +104,23 @@ class Pins:
             self._finish()
 
     def _point_links(self, objects: Objects) -> None:
-        """Have every link run these programs; a link of a hook that there is not any more goes."""
+        """Have every link run these programs.
+
+        Gone are those of a hook that there is not any more, and of a cgroup that was removed: the
+        kernel has severed these, and they refuse nothing.
+        """
         for path in self._links():
             hook = path.name.split("-")[0]
             if hook not in objects.hooks():
                 path.unlink()
                 continue
             with opened(libbpf.open_pin(path)) as link, opened(objects.open_program(hook)) as prog:
-                libbpf.update_link(link, prog)
+                try:
+                    libbpf.update_link(link, prog)
+                except OSError as error:
+                    if error.errno != errno.ENOLINK:
+                        raise
+                    path.unlink()
 
     def _finish(self) -> None:
         """Move the next version to its place, where every link runs it already."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_network
@@ -296,3 +297,19 @@ def test_a_table_that_somebody_changed_is_mended_and_counted(bed: Bed) -> None:
     assert verify() == 0
     assert bed.gated("tcp", PEER[4]) == "EPERM"
     assert bed.data.table(TableId.POLICY) == wanted
+
+
+def test_a_cgroup_that_was_removed_is_in_no_ones_way(bed: Bed, cache: Path) -> None:
+    """Its severed links made every later load fail, hence every start. Found by chaos."""
+    gone = bed.cgroup.with_name(f"{bed.cgroup.name}-gone")
+    gone.mkdir()
+    number = gone.stat().st_ino
+    bed.pins.attach(gone)
+    assert number in {a.cgroup_id for a in bed.pins.attachments()}
+    gone.rmdir()
+    deadline = time.monotonic() + 10
+    while number in {a.cgroup_id for a in bed.pins.attachments()}:
+        assert time.monotonic() < deadline
+        bed.pins.load(bytecode.get(cache))
+        time.sleep(0.01)
+    assert bed.gated("tcp", PEER[4]) == "EPERM"
