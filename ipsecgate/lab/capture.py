@@ -9,6 +9,7 @@ a frame that the kernel had to drop is an error, because it might have been the 
 from __future__ import annotations
 
 import collections
+import errno
 import socket
 import struct
 import threading
@@ -154,6 +155,10 @@ class Capture:
                 data, ancillary, _, _ = sock.recvmsg(SNAP, room)
             except BlockingIOError:
                 return
+            except OSError as error:
+                if error.errno != errno.ENETDOWN:  # told once; it is bound again when it is up
+                    raise
+                continue
             wall = 0
             for level, kind, value in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):

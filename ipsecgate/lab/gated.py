@@ -24,6 +24,7 @@ from ipsecgate.edges.pins import Pins
 from ipsecgate.errors import NoControllerError
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.netns import LabError
+from ipsecgate.paths import Paths
 
 BPFFS = Path("/sys/fs/bpf")
 READY_TIMEOUT = 60.0
@@ -47,8 +48,8 @@ class Gated:
         self.config.write_text(
             f'[gate]\nvici = "{lab.a.charon.vici_socket}"\ncgroups = ["{self.cgroup}"]\n{policies}'
         )
-        self._run = self._folder / "run"
-        self.cache = cache or self._folder / "cache"
+        cache = cache or self._folder / "cache"
+        self.paths = Paths(self.config, self.instance, BPFFS, self._folder / "run", cache)
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -69,7 +70,8 @@ class Gated:
 
     def argv(self, *arguments: str) -> list[str]:
         """Return the command that runs a verb of this gate."""
-        places = {"config": self.config, "run-dir": self._run, "cache-dir": self.cache}
+        paths = self.paths
+        places = {"config": paths.config, "run-dir": paths.run, "cache-dir": paths.cache}
         options = [word for name, path in places.items() for word in (f"--{name}", str(path))]
         return [sys.executable, "-m", "ipsecgate", *options, "-i", self.instance, *arguments]
 
@@ -120,7 +122,7 @@ class Gated:
 
     def ask(self, verb: str = "status") -> dict[str, Any]:
         """Return the controller's own word. Raises: NoControllerError, GateError."""
-        return control.ask(self._run / self.instance / "control.sock", verb, 60.0)
+        return control.ask(self.paths.control, verb, 60.0)
 
     def reasons(self) -> dict[str, int]:
         """Return the hooks' counters by reason, read from the pinned map."""

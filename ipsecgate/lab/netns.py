@@ -119,8 +119,8 @@ class Namespace:
                 found[key] = int(value)
         return found
 
-    def flush_xfrm(self) -> None:
-        """Empty the namespace's SAD (larval states too) and SPD.
+    def flush_xfrm(self, *, states: bool = True, policies: bool = True) -> None:
+        """Empty the namespace's SAD (larval states too) and SPD, or one of them.
 
         The policies of charon's own sockets stay: a flush doesn't see them.
         Source: xfrm_flush_sa() and xfrm_flush_policy() in net/xfrm/xfrm_user.c.
@@ -128,7 +128,9 @@ class Namespace:
         with self.inside():
             netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM)
         with netlink:
-            for number in (XFRM_MSG_FLUSHSA, XFRM_MSG_FLUSHPOLICY):
+            for number, wanted in ((XFRM_MSG_FLUSHSA, states), (XFRM_MSG_FLUSHPOLICY, policies)):
+                if not wanted:
+                    continue
                 body = bytes(8) if number == XFRM_MSG_FLUSHSA else b""
                 head = struct.pack("=IHHII", 16 + len(body), number, REQUEST_WITH_ACK, 1, 0)
                 netlink.send(head + body)

@@ -52,7 +52,7 @@ LAYERS = {
         "core", "daemon", "edges", "errors", "hooks", "journal", "kernel", "loader", "lock",
         "paths", "reload", "report", "service", "targets",
     },
-    "lab": {"lab", "edges", "core", "errors"},
+    "lab": {"lab", "edges", "core", "errors", "paths"},
     "__main__": {"cli"},
     "cli": {
         "cli", "controller", "core", "diagnosis", "edges", "errors", "lab", "loader", "paths",
