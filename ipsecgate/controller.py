@@ -316,6 +316,7 @@ class Controller:
 
     async def _status(self, _request: control.Request) -> dict[str, Any]:
         known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}
+        known |= {"tasks": len(asyncio.all_tasks()), "timers": len(self._timers)}
         drift = {"kernel": self._gate.protection.drift, "maps": self._hooks.mended}
         told = report.of_gate(self._gate)
         if self._unkept is not None:
