@@ -7,7 +7,7 @@ LIMIT ?= 1200
 # More for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-files demo test test-qemu fuzz clients bench lint clean
+.PHONY: help setup install install-program install-files demo test test-qemu fuzz chaos clients bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -101,6 +101,13 @@ clients: setup .venv/.ready-tests ## docs/clients.md's table, measured anew
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- \
 	    $(BIN)/python -m tests.clients.table $(CURDIR)/$(RESULTS)/clients.md
 	$(BIN)/python -m tests.clients.table --into docs/clients.md $(RESULTS)/clients.md
+
+# Half an hour and more. The hooks alone first, on this machine's own kernel if it takes them; then
+# faults, a life under the hammer and rekeys, with real IKE and ESP. CHAOS_SEED repeats a run.
+chaos: setup ## a thousand faults, a million connects, thousands of rekeys: nothing gets out
+	$(BIN)/python -m tests.chaos.hammer
+	$(BIN)/python -m ipsecgate.lab.guest --timeout $(if $(filter file,$(origin LIMIT)),5400,$(LIMIT)) -- \
+	    $(BIN)/python -m tests.chaos
 
 bench: setup ## measurements: ratios and medians, on this machine
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection

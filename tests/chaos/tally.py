@@ -1,0 +1,78 @@
+"""What became of everything, and when the kernel covered what."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ipsecgate.lab.frames import Packet
+from ipsecgate.lab.saready import XfrmSeen
+
+TOLERANCE = 0.06  # seconds: how near to an edge of a gap nothing is certain
+CONNECTIONS = 2
+
+Span = tuple[float, float]
+
+
+@dataclass
+class Tally:
+    """What became of everything, over all rounds."""
+
+    attempts: int = 0
+    refused: int = 0
+    blocked: int = 0
+    leaked: list[Packet] = field(default_factory=list)
+    let_go: int = 0  # towards what is never covered
+    wrong: list[tuple[str, float]] = field(default_factory=list)  # refused, though covered
+    stuck: list[str] = field(default_factory=list)  # what did not recover
+    esp: int = 0
+    in_clear: int = 0  # as it should be: towards what need not be protected
+    streams: int = 0  # connections that were made, of CONNECTIONS
+    ended: list[str] = field(default_factory=list)  # the controller, by itself
+    errors: collections.Counter[str] = field(default_factory=collections.Counter)
+
+    def check(self) -> None:
+        """Assert that nothing got out and nothing was lost; that the witnesses saw at all."""
+        assert not self.leaked, f"{len(self.leaked)} packets in clear"
+        assert not self.let_go, f"{self.let_go} calls let go that nothing covers"
+        assert not self.stuck, f"not recovered from {self.stuck}"
+        assert not self.wrong, f"{len(self.wrong)} calls refused that the kernel covered"
+        assert self.refused
+        assert self.esp
+        assert self.in_clear
+        assert self.streams == CONNECTIONS, f"connections did not stand: {self.errors}"
+
+
+def spread(spans: Sequence[Span]) -> list[Span]:
+    return [(begin - TOLERANCE, end + TOLERANCE) for begin, end in spans]
+
+
+def kernel_gaps(events: Sequence[XfrmSeen], family: int) -> list[Span]:
+    """Return when the kernel had no SA or no policy for a family, of which there is one each."""
+    sas: set[int] = set()
+    policies: set[tuple[object, object]] = set()
+    found: list[Span] = []
+    began: float | None = -math.inf
+    for event in events:
+        if event.name == "FLUSHSA":
+            sas.clear()
+        elif event.name == "FLUSHPOLICY":
+            policies.clear()
+        elif not event.outbound or event.daddr is None or event.daddr.version != family:
+            continue
+        elif event.name in ("NEWSA", "UPDSA"):
+            sas.add(event.spi)
+        elif event.name in ("NEWPOLICY", "UPDPOLICY"):
+            policies.add((event.saddr, event.daddr))
+        elif event.name == "DELPOLICY":
+            policies.discard((event.saddr, event.daddr))
+        elif event.name == "DELSA" or event.hard:
+            sas.discard(event.spi)
+        if sas and policies and began is not None:
+            found.append((began, event.time))
+            began = None
+        elif not (sas and policies) and began is None:
+            began = event.time
+    return [*found, *([] if began is None else [(began, math.inf)])]

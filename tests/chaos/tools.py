@@ -1,0 +1,206 @@
+"""What faults are made of."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vici import Session
+from vici.exception import CommandException
+
+from ipsecgate.edges import control, libbpf
+from ipsecgate.edges.pins import Pins
+from ipsecgate.errors import GateError
+from ipsecgate.lab.host import Host
+from ipsecgate.lab.netns import NETLINK_XFRM
+from ipsecgate.lab.path import index_of
+from tests.chaos.world import NEVER, World, ip
+
+PIDFD_GETFD = 438
+STORM = 3000
+OVERRUN = 200
+VICI_LIMIT = 2.0  # seconds that a daemon has to answer: another fault may have stopped it
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def rewritten(world: World, change: Callable[[str], str]) -> Iterator[None]:
+    """Have another configuration, not yet read, and the old one at the end."""
+    config = world.gate.config
+    before = config.read_text()
+    config.write_text(change(before))
+    try:
+        yield
+    finally:
+        config.write_text(before)
+
+
+def controller(world: World) -> int:
+    """Return the controller's process, 0: another fault has ended it."""
+    process = world.gate.process
+    return process.pid if process is not None and process.poll() is None else 0
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    if not pid:
+        yield
+        return
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        while not is_stopped(pid):
+            time.sleep(0.001)
+    yield
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+def reload(world: World) -> None:
+    """Have the configuration read again; that it is refused, or nobody there, is no matter."""
+    with suppress(GateError):
+        control.ask(world.gate.paths.control, "reload")
+
+
+def either(world: World, rng: random.Random) -> Host:
+    return rng.choice([world.lab.a, world.lab.b])
+
+
+def vici(host: Host, command: str, **what: str) -> None:
+    """Ask for something; a daemon that is away, stopped or has nothing of it is no matter."""
+    if command == "terminate":
+        what = {"timeout": "-1", **what}
+    with suppress(OSError, CommandException), socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(VICI_LIMIT)
+        sock.connect(str(host.charon.vici_socket))
+        answer = getattr(Session(sock), command)(what)
+        if command == "terminate":
+            list(answer)
+
+
+def is_stopped(pid: int) -> bool:
+    """Tell whether a process is stopped, or gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZ"
+    except FileNotFoundError:
+        return True
+
+
+def delete(world: World, rng: random.Random, what: str, *, outbound: bool) -> None:
+    """Delete one state or policy of host a, if there is one."""
+    command = ["ip", "-n", world.lab.a.namespace.name, "xfrm", what]
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    site = world.lab.a.site
+    local = [
+        net for family in (4, 6) for net in (site.outer[family].ip, site.inner[family].network)
+    ]
+    found = []
+    for block in f"\n{lines}".split("\nsrc ")[1:]:
+        words = block.split()
+        ours = words[0].removesuffix("/128") in map(str, local)
+        if "socket" in words or ours is not outbound:
+            continue
+        name = ["src", words[0], "dst", words[2]]
+        if what == "state":
+            name += ["proto", "esp", "spi", words[words.index("spi") + 1]]
+        else:
+            name += ["dir", words[words.index("dir") + 1]]
+        found.append(name)
+    if found:
+        ip(world.lab.a, "xfrm", what, "delete", *rng.choice(found))
+
+
+def port(world: World, name: str, state: str) -> None:
+    with world.lab.path.route() as route:
+        route.link("set", index=index_of(route, name), state=state)
+
+
+def route_of(world: World) -> dict[str, str]:
+    lab = world.lab
+    there, via = str(lab.b.site.inner[4].network), str(lab.b.outer[4])
+    return {"dst": there, "gateway": via, "prefsrc": str(lab.a.inner[4])}
+
+
+def storm_of_states(world: World, count: int) -> None:
+    """Have states come and go that are nobody's."""
+    name = "src 192.0.2.77 dst 192.0.2.78 proto esp spi 0x{:x}"
+    keys = f"enc cbc(aes) 0x{'11' * 16} auth-trunc hmac(sha256) 0x{'11' * 32} 128"
+    lines = []
+    for spi in range(0x1000, 0x1000 + count):
+        lines += [f"xfrm state add {name.format(spi)} mode transport {keys}"]
+        lines += [f"xfrm state delete {name.format(spi)}"]
+    batch = ["ip", "-n", world.lab.a.namespace.name, "-batch", "-"]
+    text = "\n".join(lines)
+    subprocess.run(batch, input=text, text=True, capture_output=True, check=False)
+
+
+def overrun(world: World, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Have the controller lose notifications: it is stopped, and its buffer holds but one."""
+    pid = controller(world)
+    with stopped(pid):
+        if pid:
+            shrink(pid)
+        storm_of_states(world, OVERRUN // 2)
+        meanwhile()
+        storm_of_states(world, OVERRUN // 2)
+
+
+def shrink(pid: int) -> None:
+    """Make the receive buffer of the socket that follows XFRM as small as it may be."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            fd = _libc.syscall(PIDFD_GETFD, pidfd, int(entry.name), 0)
+            if fd < 0:
+                continue
+            with suppress(OSError), socket.socket(fileno=fd) as sock:
+                if sock.family == socket.AF_NETLINK and sock.proto == NETLINK_XFRM:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+                fd = -1
+            if fd >= 0:
+                os.close(fd)
+    finally:
+        os.close(pidfd)
+
+
+@contextmanager
+def filled(world: World, name: str, keys: Iterator[bytes], value: bytes) -> Iterator[None]:
+    """Fill a map of the hooks until it takes no more, and empty it of that at the end."""
+    fd = Pins(world.gate.paths.bpffs, world.gate.instance).current.open_map(name)
+    mine = []
+    try:
+        for key in keys:
+            try:
+                libbpf.update(fd, key, value)
+            except OSError as error:
+                if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
+                    raise
+                break
+            mine.append(key)
+        yield
+    finally:
+        for key in mine:
+            libbpf.delete(fd, key)
+        os.close(fd)
+
+
+def storm_at_never(world: World) -> None:
+    """Have the hooks refuse thousands of flows, all of them different."""
+    visit(world, world.gate.cgroup, STORM)
+
+
+def visit(world: World, cgroup: Path, flows: int = 20) -> None:
+    """Have somebody in a cgroup ask for what is never covered: it is refused."""
+    done = world.lab.a.run(World.argv("storm", NEVER, str(flows)), cgroup=cgroup)
+    world.tally.attempts += flows
+    world.tally.refused += int(done.stdout)
+    world.tally.let_go += flows - int(done.stdout)

@@ -1,0 +1,83 @@
+"""Nothing gets out, the short form of `make chaos`; see `tests.chaos`.
+
+CHAOS_SEED repeats a run, CHAOS_FAULTS lengthens it. Two tests are of the witnesses: a gate that
+opens for a moment must be caught.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.core.layout import TableId
+from ipsecgate.edges.bytecode import Bytecode
+from tests.chaos import hammer, lives
+from tests.chaos.run import run, settings
+from tests.chaos.soak import soak
+from tests.chaos.world import World
+from tests.chaos.world import world as make_world
+from tests.system.bed import Bed, live
+
+FAULTS = 30
+ATTEMPTS, TURNS, LIVES = 20_000, 12, 4
+REKEYS = 60
+
+
+@pytest.fixture(scope="module")
+def world(cache: Path) -> Iterator[World]:
+    with make_world(cache, "ipsecgate-test-chaos") as made:
+        yield made
+
+
+def test_faults(world: World) -> None:
+    seed, faults = settings(FAULTS)
+    assert run(world, seed, faults, sys.stdout) >= faults
+
+
+def test_a_life_under_the_hammer(world: World) -> None:
+    seed, _ = settings(0)
+    result = lives.real(world, random.Random(seed), ATTEMPTS, LIVES)
+    sys.stdout.write(f"seed {seed}: {result.figures()}\n")
+    result.check(ATTEMPTS, LIVES)
+
+
+def test_rekeys_leave_nothing_behind(world: World) -> None:
+    seed, _ = settings(0)
+    soak(world, random.Random(seed), REKEYS, sys.stdout)
+
+
+def test_hooks_under_the_hammer(cache: Path) -> None:
+    seed, _ = settings(0)
+    result = hammer.native(cache, random.Random(seed), ATTEMPTS, TURNS)
+    sys.stdout.write(f"seed {seed}: {result.figures()}\n")
+    result.check(ATTEMPTS, TURNS)
+
+
+def test_a_moment_without_hooks_is_caught(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken_off_and_put_on(bed: Bed, code: Bytecode, rng: random.Random) -> None:
+        bed.pins.detach(bed.cgroup.stat().st_ino)
+        bed.pins.attach(bed.cgroup)
+
+    monkeypatch.setattr(hammer, "TURNS", [taken_off_and_put_on])
+    result = hammer.native(cache, random.Random(1), ATTEMPTS, TURNS)
+    assert result.let_go
+    assert result.leaked
+    with pytest.raises(AssertionError, match="let go uncovered"):
+        result.check(ATTEMPTS, TURNS)
+
+
+def test_a_table_that_is_emptied_before_it_is_replaced_is_caught(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emptied(bed: Bed, code: Bytecode, rng: random.Random) -> None:
+        bed.publish(TableId.SPD)
+        bed.publish(TableId.SPD, live()[0])
+
+    monkeypatch.setattr(hammer, "TURNS", [emptied])
+    result = hammer.native(cache, random.Random(1), ATTEMPTS, TURNS)
+    assert result.refused
+    assert not result.let_go
