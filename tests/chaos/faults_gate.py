@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from collections.abc import Iterator
 
 from ipsecgate import loader
@@ -141,5 +142,15 @@ def reauthenticated(world: World, rng: random.Random) -> Iterator[None]:
 def ike_lost(world: World, rng: random.Random) -> Iterator[None]:
     world.lab.drop_ike()
     vici(world.lab.a, "terminate", ike=rng.choice(SPECS).name, force="yes", timeout="-1")
+    yield
+    world.lab.drop_ike(False)
+
+
+@fault(2)
+def ike_lost_for_long(world: World, rng: random.Random) -> Iterator[None]:
+    """Until strongSwan gives up, and the gate backs off."""
+    world.lab.drop_ike()
+    vici(world.lab.a, "terminate", ike=rng.choice(SPECS).name, force="yes", timeout="-1")
+    time.sleep(rng.uniform(2, 5))
     yield
     world.lab.drop_ike(False)

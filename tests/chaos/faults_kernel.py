@@ -14,6 +14,7 @@ from pyroute2 import NetlinkError
 from ipsecgate.core.layout import ENTRY_SIZE, KEY_SIZE, SOURCES, pack_route, pack_source
 from ipsecgate.lab.path import SITE_A, SITE_B
 from tests.chaos.fault import fault
+from tests.chaos.faults_operator import policies_named_then_derived
 from tests.chaos.tools import (
     delete,
     either,
@@ -176,7 +177,8 @@ def entries_full(world: World, rng: random.Random) -> Iterator[None]:
     key = struct.Struct(f"=Q30xB{KEY_SIZE - 39}x")
     with filled(world, "entries", (key.pack(n, FILLER) for n in range(1 << 20)), bytes(ENTRY_SIZE)):
         vici(world.lab.a, "terminate", child=rng.choice(SPECS).child_name, timeout="-1")
-        yield
+        with policies_named_then_derived(world, rng):  # a new table beside the old
+            yield
 
 
 @fault(1)

@@ -18,6 +18,7 @@ from tests.chaos.tools import (
 )
 from tests.chaos.world import PROTECTED, SPECS, World
 
+MORE = "192.0.2.200/32"
 GUEST = Path("/run/host/command")  # only a guest's clock may be set
 
 # --- what operators do ------------------------------------------------------------------------
@@ -57,8 +58,10 @@ def configuration_broken(world: World, rng: random.Random) -> Iterator[None]:
 
 @fault(6, keeps=True)
 def policies_named_then_derived(world: World, rng: random.Random) -> Iterator[None]:
-    """What must be protected stays the same, whoever says so."""
-    policies = [f'[[policy]]\nname = "p{n}"\nremote = ["{net}"]' for n, net in enumerate(PROTECTED)]
+    """What must be protected stays so, whoever says it; one network more makes it another table."""
+    policies = [
+        f'[[policy]]\nname = "p{n}"\nremote = ["{net}"]' for n, net in enumerate([*PROTECTED, MORE])
+    ]
     with rewritten(world, lambda text: "\n".join([text, *policies])):
         reload(world)
         yield

@@ -1,6 +1,6 @@
 """Nothing gets out, the short form of `make chaos`; see `tests.chaos`.
 
-CHAOS_SEED repeats a run, CHAOS_FAULTS lengthens it. Two tests are of the witnesses: a gate that
+CHAOS_SEED repeats a run, CHAOS_FAULTS lengthens it. Three tests are of the witnesses: a gate that
 opens for a moment must be caught.
 """
 
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ipsecgate import loader
 from ipsecgate.core.layout import TableId
 from ipsecgate.edges.bytecode import Bytecode
 from tests.chaos import hammer, lives
 from tests.chaos.run import run, settings
 from tests.chaos.soak import soak
+from tests.chaos.tally import Tally
 from tests.chaos.world import World
 from tests.chaos.world import world as make_world
 from tests.system.bed import Bed, live
@@ -48,6 +51,19 @@ def test_a_life_under_the_hammer(world: World) -> None:
 def test_rekeys_leave_nothing_behind(world: World) -> None:
     seed, _ = settings(0)
     soak(world, random.Random(seed), REKEYS, sys.stdout)
+
+
+def test_what_gets_out_is_seen(world: World) -> None:
+    """The last one of this world."""
+    world.tally = Tally()
+    loader.detach(world.gate.paths, str(world.gate.cgroup))
+    time.sleep(0.3)
+    loader.attach(world.gate.paths, str(world.gate.cgroup))
+    world.judge()
+    assert world.tally.leaked
+    assert world.tally.let_go
+    with pytest.raises(AssertionError, match="packets in clear"):
+        world.tally.check()
 
 
 def test_hooks_under_the_hammer(cache: Path) -> None:
