@@ -42,7 +42,7 @@ def story(folder: Path, lines: list[str], kernel: debian.DebianKernel) -> GuestR
         ["sh", "-c", STORY],
         env=env,
         cwd=folder,
-        timeout=120,
+        timeout=300,
         results=folder / "results",
         on_output=lines.append,
         kernel=kernel,
@@ -76,19 +76,21 @@ def test_kernel_has_what_the_tests_need(story: GuestResult) -> None:
     assert "fs=cgroup2fs\nfs=bpf_fs\nveth\n" in story.output
 
 
-def test_hung_guest_is_killed_in_time_and_reported(kernel: debian.DebianKernel) -> None:
+def test_hung_guest_is_killed_in_time_and_reported(
+    kernel: debian.DebianKernel, story: GuestResult
+) -> None:
     pids = set[int]()
 
     def look(line: str) -> None:
         if line == "hanging\n":
             pids.update(descendants(os.getpid()))
 
-    limit = 20  # a boot takes 6 s; much more on a busy machine
+    limit = 10 + 2 * story.seconds  # a boot takes 6 s, on a busy machine much more
     began = time.monotonic()
     script = 'echo "$IPSECGATE_RESULTS"; echo hanging; sleep 1000'
     with pytest.raises(GuestHung, match="killed after") as caught:
         run(["sh", "-c", script], timeout=limit, on_output=look, kernel=kernel)
-    assert time.monotonic() - began < limit + 2
+    assert time.monotonic() - began < limit + 5
     assert "\nhanging\n" in caught.value.output
     assert pids
     assert not alive(pids)
@@ -103,6 +105,6 @@ def test_a_guest_that_stops_too_early_is_no_success(
 ) -> None:
     script = f'echo "$IPSECGATE_RESULTS"; echo {key} >/proc/sysrq-trigger; sleep 1000'
     with pytest.raises(GuestPanicked) as caught:
-        run(["sh", "-c", script], timeout=60, kernel=kernel)
+        run(["sh", "-c", script], timeout=180, kernel=kernel)
     assert said in caught.value.output
     assert not folder_of(caught.value.output).exists()
