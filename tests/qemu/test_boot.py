@@ -103,8 +103,14 @@ def test_hung_guest_is_killed_in_time_and_reported(
 def test_a_guest_that_stops_too_early_is_no_success(
     key: str, said: str, kernel: debian.DebianKernel
 ) -> None:
-    script = f'echo "$IPSECGATE_RESULTS"; echo {key} >/proc/sysrq-trigger; sleep 1000'
+    def go_on(line: str) -> None:
+        """What was said is here, so the guest may stop."""
+        if line.startswith("/"):
+            Path(line.strip(), "go").touch()
+
+    wait = 'echo "$IPSECGATE_RESULTS"; until [ -e "$IPSECGATE_RESULTS/go" ]; do sleep 0.1; done'
+    script = f"{wait}; echo {key} >/proc/sysrq-trigger; sleep 1000"
     with pytest.raises(GuestPanicked) as caught:
-        run(["sh", "-c", script], timeout=180, kernel=kernel)
+        run(["sh", "-c", script], timeout=180, on_output=go_on, kernel=kernel)
     assert said in caught.value.output
     assert not folder_of(caught.value.output).exists()
