@@ -129,11 +129,7 @@ class Lab:
         get a moment to do so: without an SA their last packets would go out in clear, and
         the next capture would show them. Raises: LabError if charon keeps its SAs.
         """
-        deadline = time.monotonic() + QUIET_TIMEOUT
-        while not (self.a.namespace.tcp_is_quiet() and self.b.namespace.tcp_is_quiet()):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.01)
+        self.let_tcp_close()
         for host in (self.a, self.b):
             if not host.charon.alive:
                 self.restart(host)
@@ -152,6 +148,14 @@ class Lab:
             self.mend_psk()
         if self._muted:
             self.drop_ike(False)
+
+    def let_tcp_close(self) -> None:
+        """Give TCP connections that are closing a moment to do so."""
+        deadline = time.monotonic() + QUIET_TIMEOUT
+        while not (self.a.namespace.tcp_is_quiet() and self.b.namespace.tcp_is_quiet()):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
 
     def warm_up(self, modes: Sequence[str] = MODES, families: Sequence[int] = FAMILIES) -> None:
         """Load the ciphers, then negotiate once per mode and family.

@@ -42,7 +42,7 @@ def story(folder: Path, lines: list[str], kernel: debian.DebianKernel) -> GuestR
         ["sh", "-c", STORY],
         env=env,
         cwd=folder,
-        timeout=120,
+        timeout=300,
         results=folder / "results",
         on_output=lines.append,
         kernel=kernel,
@@ -76,19 +76,21 @@ def test_kernel_has_what_the_tests_need(story: GuestResult) -> None:
     assert "fs=cgroup2fs\nfs=bpf_fs\nveth\n" in story.output
 
 
-def test_hung_guest_is_killed_in_time_and_reported(kernel: debian.DebianKernel) -> None:
+def test_hung_guest_is_killed_in_time_and_reported(
+    kernel: debian.DebianKernel, story: GuestResult
+) -> None:
     pids = set[int]()
 
     def look(line: str) -> None:
         if line == "hanging\n":
             pids.update(descendants(os.getpid()))
 
-    limit = 20  # a boot takes 6 s; much more on a busy machine
+    limit = 10 + 2 * story.seconds  # a boot takes 6 s, on a busy machine much more
     began = time.monotonic()
     script = 'echo "$IPSECGATE_RESULTS"; echo hanging; sleep 1000'
     with pytest.raises(GuestHung, match="killed after") as caught:
         run(["sh", "-c", script], timeout=limit, on_output=look, kernel=kernel)
-    assert time.monotonic() - began < limit + 2
+    assert time.monotonic() - began < limit + 5
     assert "\nhanging\n" in caught.value.output
     assert pids
     assert not alive(pids)
@@ -101,8 +103,14 @@ def test_hung_guest_is_killed_in_time_and_reported(kernel: debian.DebianKernel) 
 def test_a_guest_that_stops_too_early_is_no_success(
     key: str, said: str, kernel: debian.DebianKernel
 ) -> None:
-    script = f'echo "$IPSECGATE_RESULTS"; echo {key} >/proc/sysrq-trigger; sleep 1000'
+    def go_on(line: str) -> None:
+        """What was said is here, so the guest may stop."""
+        if line.startswith("/"):
+            Path(line.strip(), "go").touch()
+
+    wait = 'echo "$IPSECGATE_RESULTS"; until [ -e "$IPSECGATE_RESULTS/go" ]; do sleep 0.1; done'
+    script = f"{wait}; echo {key} >/proc/sysrq-trigger; sleep 1000"
     with pytest.raises(GuestPanicked) as caught:
-        run(["sh", "-c", script], timeout=60, kernel=kernel)
+        run(["sh", "-c", script], timeout=180, on_output=go_on, kernel=kernel)
     assert said in caught.value.output
     assert not folder_of(caught.value.output).exists()

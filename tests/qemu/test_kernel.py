@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
 import pytest
+
+from ipsecgate.edges import bytecode
+from ipsecgate.edges.objects import opened
+from ipsecgate.edges.pins import Pins
 
 JIT = Path("/proc/sys/net/core/bpf_jit_enable")
 BTF = Path("/sys/kernel/btf/vmlinux")
@@ -20,3 +25,20 @@ def test_programs_are_machine_code_and_types_are_known(
         print(f"\nkernel {platform.release()}, bpf_jit_enable={jit}, {BTF} {size} bytes")  # noqa: T201
     assert jit in ("1", "2")
     assert size > 0
+
+
+def test_every_program_of_the_gate_is_machine_code(tmp_path: Path) -> None:
+    """A kernel that does not compile one leaves it to its interpreter, and says nothing."""
+    code = bytecode.get(Path(os.environ.get("IPSECGATE_TEST_BYTECODE") or tmp_path))
+    pins = Pins(Path("/sys/fs/bpf"), f"jit-{os.getpid()}")
+    try:
+        pins.load(code)
+        jited = {}
+        for name in code.programs:
+            with opened(pins.objects.open_program(name)) as fd:
+                lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+            jited[name] = dict(line.split(":\t") for line in lines)["prog_jited"]
+    finally:
+        pins.unload()
+    assert jited == dict.fromkeys(code.programs, "1")
+    assert "egress" in jited
