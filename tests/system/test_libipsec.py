@@ -66,7 +66,7 @@ def refused_and_nothing_in_clear(lab: Lab, gate: Gated, spec: ConnSpec) -> Captu
 
 
 def test_the_source_is_found_out_and_told(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+    spec = prepared(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     status = gate.status()
     assert status["sa_source"] == "vici"
@@ -90,7 +90,7 @@ def test_the_first_connection_loses_nothing(
     lab: Lab, gate: Gated, protocol: str, family: int
 ) -> None:
     lab.set_delay(25)
-    spec = prepared(lab, gate, family=family)
+    spec = prepared(lab, gate, family=family, start_action="none")
     reasons, before = gate.reasons(), lab.a.counters()
     count = ("--count", str(DATAGRAMS), "--rate", "1000") if protocol == "udp" else ()
     with lab.b.serve(f"{protocol}-server", PORT + 1) as server, lab.capture() as capture:
@@ -112,7 +112,7 @@ def test_the_first_connection_loses_nothing(
 
 
 def test_rekeying_has_no_gap(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+    spec = prepared(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     with lab.b.serve("udp-server", PORT + 1) as server, lab.capture() as capture:
         client = lab.a.client(
@@ -134,7 +134,7 @@ def test_rekeying_has_no_gap(lab: Lab, gate: Gated) -> None:
 def test_a_controller_that_starts_again_refuses_nothing_that_is_covered(
     lab: Lab, gate: Gated
 ) -> None:
-    spec = prepared(lab, gate)
+    spec = prepared(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     gate.kill()
     assert connect(lab, gate, spec)["errnos"] == {}
@@ -153,7 +153,7 @@ def test_a_controller_that_starts_again_refuses_nothing_that_is_covered(
 def test_terminated_it_closes_and_the_next_flow_negotiates_anew(
     lab: Lab, gate: Gated, side: str, what: str
 ) -> None:
-    spec = prepared(lab, gate)
+    spec = prepared(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     before = attempts(gate, spec)
     with lab.capture() as capture:
@@ -169,7 +169,7 @@ def test_terminated_it_closes_and_the_next_flow_negotiates_anew(
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_charon_gone_it_closes_and_opens_again(lab: Lab, gate: Gated, end: str) -> None:
-    spec = prepared(lab, gate)
+    spec = prepared(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     ending: Callable[[], None] = getattr(lab.a.charon, end)
     ending()
@@ -188,7 +188,7 @@ def test_charon_gone_it_closes_and_opens_again(lab: Lab, gate: Gated, end: str) 
 
 def test_the_route_taken_away_closes_and_is_made_anew(lab: Lab, gate: Gated) -> None:
     """The SA is up, and the flow would leave beside it."""
-    spec = prepared(lab, gate)
+    spec = prepared(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     with lab.capture() as capture:
         lab.a.run(["ip", "route", "flush", "table", "220"])
@@ -213,7 +213,7 @@ def test_a_collapse_under_load_lets_nothing_out(
     lab: Lab, gate: Gated, end: Callable[[Lab, str], None]
 ) -> None:
     """The tunnel's route goes before anybody is told; the next best one leads out in clear."""
-    spec = prepared(lab, gate)
+    spec = prepared(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec, "--retry", "EPERM,EHOSTUNREACH"))
     space, to = lab.a.namespace.path, str(lab.b.address(spec))
     with (
@@ -239,7 +239,7 @@ def test_a_collapse_under_load_lets_nothing_out(
 
 def test_xfrm_configured_where_it_shows_nothing_opens_nothing(lab: Lab, cache: Path) -> None:
     with Gated(lab, policies='sa_source = "xfrm"\n', cache=cache) as gate:
-        spec = prepared(lab, gate)
+        spec = prepared(lab, gate, start_action="none")
         lab.a.charon.initiate(spec.child_name)
         refused_and_nothing_in_clear(lab, gate, spec)
         assert gate.status()["sa_source"] == "xfrm"
@@ -251,7 +251,7 @@ def test_vici_configured_where_the_kernel_does_esp_opens_nothing(cache: Path) ->
         lab.warm_up(("tunnel",), (4,))
         lab.b.serve("tcp-server", PORT)
         with Gated(lab, policies='sa_source = "vici"\n', cache=cache) as gate:
-            spec = prepared(lab, gate)
+            spec = prepared(lab, gate, start_action="none")
             lab.a.charon.initiate(spec.child_name)
             refused_and_nothing_in_clear(lab, gate, spec)
             assert gate.status()["sa_source"] == "vici"
