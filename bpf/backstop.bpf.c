@@ -7,6 +7,7 @@
  */
 
 #define ICMP 1
+#define IGMP 2
 #define HOPOPTS 0
 #define ROUTING 43
 #define FRAGMENT 44
@@ -89,6 +90,10 @@ static __always_inline int read_v4(struct __sk_buff *skb, struct gate_key *flow)
 	map_v4(flow->daddr, ip.daddr);
 	if (ip.fragment & bpf_htons(0x1fff))
 		return 0;
+	/* Options may name another destination (a source route), and nothing else needs them
+	 * but a router's alert, of IGMP. What XFRM made of the packet does not mind. */
+	if ((ip.version_ihl & 15) > 5 && ip.proto != ESP && ip.proto != AH && ip.proto != IGMP)
+		return 0;
 	return (ip.version_ihl & 15) * 4;
 }
 
@@ -112,6 +117,8 @@ static __always_inline int read_v6(struct __sk_buff *skb, struct gate_key *flow,
 			return at;
 		if (bpf_skb_load_bytes(skb, at, head, sizeof(head)))
 			return 0;
+		if (flow->proto == ROUTING && head[3])
+			return 0; /* segments are left: it goes on, to another destination */
 		if (flow->proto == FRAGMENT) {
 			if (head[2] | (head[3] & 0xf8))
 				return 0;

@@ -44,12 +44,18 @@ static __always_inline int is_dhcp(const struct gate_key *flow)
 	       !d[2] && d[3] == bpf_htonl(0x00010002);
 }
 
-static __always_inline int is_exempt(const struct gate_key *flow)
+static __always_inline int is_daemon(void)
 {
 	__u64 ike = setting(GATE_IKE);
+	__u64 cgroup = setting(GATE_IKE_CGROUP);
 
-	return is_loopback(flow) || is_dhcp(flow) ||
-	       (ike && bpf_get_current_pid_tgid() >> 32 == ike);
+	return ike && bpf_get_current_pid_tgid() >> 32 == ike &&
+	       (!cgroup || bpf_get_current_cgroup_id() == cgroup);
+}
+
+static __always_inline int is_exempt(const struct gate_key *flow)
+{
+	return is_loopback(flow) || is_dhcp(flow) || is_daemon();
 }
 
 static __always_inline int allow(int reason)
@@ -113,7 +119,7 @@ static __always_inline void know_daemon(struct bpf_sock *sk, const struct gate_k
 	struct gate_association *known;
 
 	daemon.generation = setting(GATE_IKE);
-	if (!sk || !daemon.generation || bpf_get_current_pid_tgid() >> 32 != daemon.generation)
+	if (!sk || !is_daemon())
 		return;
 	known = sockets.sk_storage_get(sk, 0, 0);
 	if (!known || known->kind != GATE_DAEMON || known->generation != daemon.generation)

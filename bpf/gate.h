@@ -11,7 +11,7 @@
 #ifndef IPSECGATE_GATE_H
 #define IPSECGATE_GATE_H
 
-#define GATE_LAYOUT 2   /* raise it with every change of this file */
+#define GATE_LAYOUT 3   /* raise it with every change of this file */
 
 /* The two tables a flow is looked up in, first match in tuple order. */
 #define GATE_POLICY 0   /* must this flow be protected? the operator's policies */
@@ -80,7 +80,8 @@ struct gate_source {
 #define GATE_GENERATION 7       /* raised after every change of a table or a source */
 #define GATE_NETNS 8            /* cookie of the network namespace whose SPD this is */
 #define GATE_TUN 9              /* interface behind which the IKE daemon does ESP, 0 = none */
-#define GATE_SETTINGS 10
+#define GATE_IKE_CGROUP 10      /* where the IKE daemon is, 0 = anywhere: its pid may be another's */
+#define GATE_SETTINGS 11
 
 /* What a socket remembers, and in which generation that was true. */
 #define GATE_COVERED 1  /* UDP: an SA protects this flow */
@@ -110,7 +111,7 @@ struct gate_association {
 #define GATE_BLOCK_DISCARD 12
 #define GATE_BLOCK_DEFAULT 13   /* neither TCP nor UDP, and no policy names it */
 #define GATE_BLOCK_NOT_READY 14
-#define GATE_BLOCK_UNREADABLE 15 /* a later fragment, or more headers than are looked at */
+#define GATE_BLOCK_UNREADABLE 15 /* a later fragment, a source route, too many headers */
 #define GATE_AUDITED 16         /* refusals that audit mode let go, besides their reason */
 #define GATE_AUDITED_PACKETS 17 /* the same of blocked packets */
 #define GATE_EVENTS_LOST 18     /* ring full; the next refusal of the flow tells again */

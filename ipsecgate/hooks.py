@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 from ipsecgate.core import commands as do
 from ipsecgate.core.layout import Setting, TableId
 from ipsecgate.core.policy import Settings
 from ipsecgate.core.table import EMPTY
+from ipsecgate.edges import cgroups
 from ipsecgate.edges.datapath import Datapath
 from ipsecgate.errors import GateError
 
@@ -24,6 +26,7 @@ class Hooks:
     def begin(self, settings: Settings, netns: int) -> None:
         """Say whose SPD it is, and set what can be stricter at once."""
         self._data.set(Setting.NETNS, netns)
+        self._exempt(0)  # a predecessor's daemon may be gone, and its pid another's
         self._data.set(Setting.ERROR, settings.errnos.uncovered)
         if not settings.audit:
             self._data.set(Setting.AUDIT, 0)
@@ -53,7 +56,16 @@ class Hooks:
             case do.SetTun():
                 self._data.set(Setting.TUN, command.index)
             case do.ExemptIke():
-                self._data.set(Setting.IKE, command.pid)
+                self._exempt(command.pid)
+
+    def _exempt(self, pid: int) -> None:
+        """Exempt a process where it is now: some day its pid will be another's, elsewhere."""
+        self._data.set(Setting.IKE, 0)
+        cgroup = 0
+        with suppress(OSError, GateError):  # it has ended, or cgroups cannot be seen from here
+            cgroup = cgroups.of(pid).stat().st_ino if pid else 0
+        self._data.set(Setting.IKE_CGROUP, cgroup)
+        self._data.set(Setting.IKE, pid)
 
     async def _publish(self, command: do.Publish) -> None:
         try:

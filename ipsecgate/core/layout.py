@@ -17,7 +17,7 @@ from ipsecgate.core.events import FlowRefused
 from ipsecgate.core.flow import Address, Flow, Network, unmap
 from ipsecgate.errors import GateError
 
-LAYOUT = 2
+LAYOUT = 3
 BUFFERS = 4
 TUPLES = 32
 ENTRIES = 65536
@@ -59,6 +59,7 @@ class Setting(IntEnum):
     GENERATION = 7
     NETNS = 8
     TUN = 9
+    IKE_CGROUP = 10
 
 
 class Reason(IntEnum):
@@ -96,7 +97,7 @@ EXPLAINED = {
     Reason.BLOCK_DISCARD: "a packet whose policy discards it",
     Reason.BLOCK_DEFAULT: "a packet that no policy names, and the default is deny",
     Reason.BLOCK_NOT_READY: "a packet, and what must be protected is not known yet",
-    Reason.BLOCK_UNREADABLE: "a packet that cannot be read: a later fragment, too many headers",
+    Reason.BLOCK_UNREADABLE: "a packet that cannot be read: a later fragment, a source route",
 }
 """What an event's reason means, to the operator."""
 

@@ -15,7 +15,7 @@ from errno import EHOSTUNREACH, EPERM, ETIMEDOUT
 from ipsecgate.core.events import ChildConfig
 from ipsecgate.core.flow import ANY_V4, ANY_V6, PORT_MASK, TCP, Flow, Network, TrafficSelector
 from ipsecgate.core.ipsec import Action
-from ipsecgate.core.layout import TUPLES, Entry, State
+from ipsecgate.core.layout import Entry, State
 from ipsecgate.core.table import Rule, Ternary, port_masks, ternary
 
 STATES = {
@@ -117,8 +117,7 @@ def policy_rules(policies: Iterable[Policy], errors: Mapping[int, int]) -> list[
 def protect_networks(policies: Iterable[Policy]) -> list[Rule]:
     """Return what holds when the policies do not fit the hooks' tables: protect all of it.
 
-    The networks whole, without protocol and ports; where even that is too much
-    (their prefix lengths differ too much), everything.
+    The networks whole, without protocol and ports. Raises nothing: the table may still be full.
     """
     policies = tuple(policies)
     networks = [
@@ -127,6 +126,11 @@ def protect_networks(policies: Iterable[Policy]) -> list[Rule]:
         if policy.action is not Action.BYPASS
         for network in policy.remote
     ]
-    if len({network.prefixlen for network, _ in networks}) > TUPLES // 2:
-        networks = [(ANY_V4, 0), (ANY_V6, 0)]
     return [Rule(ternary(network), Entry(State.PROTECT, id=place)) for network, place in networks]
+
+
+def protect_everything(policies: Iterable[Policy]) -> list[Rule]:
+    """Return what holds when not even the networks fit; it asks for the first protect policy."""
+    places = [n for n, policy in enumerate(policies) if policy.action is Action.PROTECT]
+    entry = Entry(State.PROTECT, id=places[0] if places else 0)
+    return [Rule(ternary(network), entry) for network in (ANY_V4, ANY_V6)]

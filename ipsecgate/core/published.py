@@ -13,7 +13,7 @@ from dataclasses import replace
 from ipsecgate.core import commands as do
 from ipsecgate.core.flow import Flow
 from ipsecgate.core.layout import Key, State, TableId, flow_key
-from ipsecgate.core.policy import Policy, policy_rules, protect_networks
+from ipsecgate.core.policy import Policy, policy_rules, protect_everything, protect_networks
 from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, compile_table
 
 
@@ -28,7 +28,7 @@ class Published:
 
     def spd(self, rules: Iterable[Rule]) -> list[do.Command]:
         """Bring the SPD table up to date; one that does not fit protects nothing."""
-        return self._publish(TableId.SPD, self._compile(TableId.SPD, rules, []))
+        return self._publish(TableId.SPD, self._compile(TableId.SPD, rules))
 
     def policies(
         self, policies: tuple[Policy, ...], errnos: Mapping[int, int], default: int
@@ -36,8 +36,12 @@ class Published:
         """Bring the policy table up to date: policies, and by place what a refusal returns."""
         told: list[do.Command] = []
         if policies != self._policies:
-            rules, stricter = policy_rules(policies, {}), protect_networks(policies)
-            self._compiled = self._compile(TableId.POLICY, rules, stricter)
+            self._compiled = self._compile(
+                TableId.POLICY,
+                policy_rules(policies, {}),
+                protect_networks(policies),
+                protect_everything(policies),
+            )
             self._policies = policies
             if TableId.POLICY in self.errors:
                 told = [do.Log("error", self.errors[TableId.POLICY])]
@@ -57,13 +61,16 @@ class Published:
         entry = self.tables.get(TableId.SPD, EMPTY).classify(flow_key(flow))
         return entry is not None and entry.state is State.LIVE
 
-    def _compile(self, which: TableId, rules: Iterable[Rule], stricter: list[Rule]) -> Table:
+    def _compile(self, which: TableId, rules: Iterable[Rule], *stricter: Iterable[Rule]) -> Table:
+        """Return the rules as a table, or the first stricter ones that fit."""
         self.errors.pop(which, None)
-        try:
-            return compile_table(rules)
-        except TableFullError as error:
-            self.errors[which] = f"{which.name} table: {error}; more is refused than need be"
-            return compile_table(stricter)
+        for choice in (rules, *stricter):
+            try:
+                return compile_table(choice)
+            except TableFullError as error:
+                text = f"{which.name} table: {error}; more is refused than need be"
+                self.errors.setdefault(which, text)
+        return EMPTY
 
     def _publish(self, which: TableId, table: Table) -> list[do.Command]:
         old = self.tables.get(which)

@@ -53,6 +53,8 @@ class Datapath(Maps):
     def set(self, which: Setting, value: int) -> None:
         """Write one word: in force for the next call of any hook."""
         libbpf.update(self._fds["settings"], INDEX.pack(which), SETTING.pack(value))
+        if which is Setting.DENY:
+            self._changed()  # sockets remember what the default allowed
 
     # --- tables -------------------------------------------------------------------
 
@@ -170,13 +172,20 @@ class Datapath(Maps):
         if not self._sources:
             size = 20
             self._sources = dict.fromkeys(libbpf.keys(fd, size), b"")
+        if len(self._sources.keys() | wanted.keys()) > layout.SOURCES:
+            self._forget(self._sources)  # make room: meanwhile what is not bound is refused
+            self._sources = {}
         for key, value in wanted.items():
             if self._sources.get(key) != value:
                 libbpf.update(fd, key, value)
-        for key in self._sources.keys() - wanted.keys():
-            libbpf.delete(fd, key)
+        self._forget(self._sources.keys() - wanted.keys())
         self._sources = wanted
         self._changed()
+
+    def _forget(self, routes: Iterable[bytes]) -> None:
+        """Delete sources, the widest first: it must not answer for a narrower that is gone."""
+        for key in sorted(routes, key=INDEX.unpack_from):
+            libbpf.delete(self._fds["sources"], key)
 
     # --- what the hooks tell --------------------------------------------------------
 
@@ -194,7 +203,7 @@ class Datapath(Maps):
         return self._ring.fd
 
     def drain(self) -> None:
-        """Hand every waiting refusal to the callback given to `open_ring`.
+        """Hand waiting refusals to the callback given to `open_ring`, a bounded number.
 
         Raises: OSError, LayoutError.
         """

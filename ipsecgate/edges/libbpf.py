@@ -10,6 +10,7 @@ Source: libbpf 1.x bpf.h; bpf(2).
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -304,11 +305,15 @@ def possible_cpus() -> int:
     return _call("count CPUs", "libbpf_num_possible_cpus")
 
 
+AT_ONCE = 256  # records of a ring between two turns of whoever reads it
+
+
 class Ring:
     """A BPF ring buffer's consumer; `fd` becomes readable when records are there."""
 
     def __init__(self, map_fd: int, on_record: Callable[[bytes], None]) -> None:
         self._failure: Exception | None = None
+        self._left = AT_ONCE
 
         def callback(_ctx: int, data: int, size: int) -> int:
             try:
@@ -316,7 +321,8 @@ class Ring:
             except Exception as error:  # consume() raises it: ctypes would print it and go on
                 self._failure = error
                 return -1
-            return 0
+            self._left -= 1
+            return 0 if self._left else -errno.ECANCELED  # the record counts as read
 
         self._callback = _RingCallback(callback)  # C holds it: keep it alive
         self._ring = _library().ring_buffer__new(map_fd, self._callback, None, None)
@@ -325,12 +331,18 @@ class Ring:
         self.fd = _call("ring buffer", "ring_buffer__epoll_fd", self._ring)
 
     def consume(self) -> int:
-        """Hand every waiting record to the callback, return how many.
+        """Hand waiting records to the callback, return how many: at most `AT_ONCE`.
 
+        A flood must not keep the caller here for ever; `fd` stays readable.
         Raises: OSError; whatever the callback raised, with the record that it was given gone.
         """
+        self._left = AT_ONCE
         try:
             return _call("read ring buffer", "ring_buffer__consume", self._ring)
+        except OSError as error:
+            if error.errno != errno.ECANCELED:
+                raise
+            return AT_ONCE
         finally:
             failure, self._failure = self._failure, None
             if failure is not None:

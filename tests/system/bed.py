@@ -62,14 +62,23 @@ class Bed:
 
         The way out counts as the IKE daemon's own device: the backstop has nothing to block.
         """
-        for setting in (Setting.AUDIT, Setting.DENY, Setting.IKE, Setting.ERROR):
+        for setting in (
+            Setting.AUDIT,
+            Setting.DENY,
+            Setting.IKE,
+            Setting.IKE_CGROUP,
+            Setting.ERROR,
+        ):
             self.data.set(setting, 0)
         self.data.set(Setting.NETNS, self.netns)
         self.data.set(Setting.TUN, self.link)
         self.data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
         self.publish(TableId.POLICY, *protect())
         self.publish(TableId.SPD)
-        self.data.drain()
+        before = -1
+        while before != len(self.refusals):  # a bounded number at a time
+            before = len(self.refusals)
+            self.data.drain()
         self.refusals.clear()
         self.before = self.data.counters()
 

@@ -29,11 +29,18 @@ def naked(bed: Bed) -> Bed:
     return bed
 
 
-def v4(payload: bytes, proto: int = DATAGRAM, fragment: int = 0, to: str = PEER[4]) -> str:
+def v4(
+    payload: bytes,
+    proto: int = DATAGRAM,
+    fragment: int = 0,
+    to: str = PEER[4],
+    options: bytes = b"",
+) -> str:
     """Return the call that sends this IPv4 packet; the kernel fills in length and checksum."""
     ends = HERE[4].packed + ip_address(to).packed
-    header = struct.pack("!BBHHHBBH", 0x45, 0, 0, 1, fragment, 64, proto, 0)
-    return f"packet {(header + ends + payload).hex()}"
+    length = 0x45 + len(options) // 4
+    header = struct.pack("!BBHHHBBH", length, 0, 0, 1, fragment, 64, proto, 0)
+    return f"packet {(header + ends + options + payload).hex()}"
 
 
 def v6(following: int, payload: bytes, to: str = PEER[6]) -> str:
@@ -108,6 +115,21 @@ def test_later_fragments_do_not_leave(naked: Bed) -> None:
     assert naked.counted(Reason.BLOCK_UNREADABLE) == 3
 
 
+def test_a_source_route_does_not_leave(naked: Bed) -> None:
+    """It names another destination than the header does: here the peer, behind a host between."""
+    through, loose = OTHER[4], bytes([131, 7, 4]) + ip_address(PEER[4]).packed + b"\0"
+    for options in (loose, bytes([1, 1, 1, 1]) + loose):  # behind some padding, too
+        call = v4(udp(1, 2), to=through, options=options)
+        assert naked.gated(call, through) == "EPERM"
+    assert naked.gated(v4(SPI + bytes(16), 50, to=through, options=loose), through) == ""
+    assert naked.gated(v4(bytes(8), 2, to=through, options=bytes([148, 4, 0, 0])), through) == ""
+    peer = ip_address(PEER[6]).packed
+    for left, code in ((1, "EPERM"), (0, "")):
+        routing = bytes([DATAGRAM, 2, 2, left]) + bytes(4) + peer + udp(1, 2)
+        assert naked.gated(v6(43, routing, to=OTHER[6]), OTHER[6]) == code
+    assert naked.counted(Reason.BLOCK_UNREADABLE) == 3
+
+
 def test_neighbour_discovery_passes_and_its_neighbours_do_not(naked: Bed) -> None:
     def hops(number: int) -> list[tuple[int, int, int]]:
         return [(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, number)]
@@ -133,6 +155,10 @@ def test_deny_is_for_what_was_never_asked(naked: Bed) -> None:
     assert naked.gated("raw", OTHER[4]) == "EPERM"
     assert naked.counted(Reason.BLOCK_DEFAULT) == 1
     assert naked.gated("kept connected 4", OTHER[4]) == "", "it was asked, at its time"
+    naked.data.set(Setting.DENY, 0)
+    assert [naked.gated("kept raw", OTHER[4]) for _ in range(2)] == ["", ""]
+    naked.data.set(Setting.DENY, 1)
+    assert naked.gated("kept raw", OTHER[4]) == "EPERM", "what it remembers is out of date"
     naked.gated.forget()
 
 
@@ -155,6 +181,10 @@ def test_the_ike_daemons_sockets_pass_and_nobody_elses(naked: Bed) -> None:
         assert naked.gated("kept sendto", PEER[4], 500) == ""
     assert naked.gated("sendto", PEER[6], 500) == ""
     assert naked.gated("raw", PEER[4]) == "EPERM", "a socket that never asked"
+    naked.data.set(Setting.IKE_CGROUP, naked.cgroup.stat().st_ino + 1)
+    assert naked.gated("sendto", PEER[4], 500) == "EPERM", "its pid, in another cgroup"
+    naked.data.set(Setting.IKE_CGROUP, naked.cgroup.stat().st_ino)
+    assert naked.gated("sendto", PEER[4], 500) == ""
     naked.data.set(Setting.IKE, naked.gated.process.pid + 1)
     assert naked.gated("kept sendto", PEER[4], 500) == "EPERM"
     naked.gated.forget()

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from ipaddress import ip_network
+from ipaddress import IPv4Address, IPv4Network, ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -313,3 +313,26 @@ def test_a_cgroup_that_was_removed_is_in_no_ones_way(bed: Bed, cache: Path) -> N
         bed.pins.load(bytecode.get(cache))
         time.sleep(0.01)
     assert bed.gated("tcp", PEER[4]) == "EPERM"
+
+
+def test_a_flood_of_refusals_does_not_keep_its_reader(bed: Bed) -> None:
+    """So many are read at a time, and none is lost."""
+    hosts = [str(ip_address("2001:db8:b::") + number) for number in range(1, 301)]
+    assert {bed.gated("sendto", host) for host in hosts} == {"EPERM"}
+    bed.data.drain()
+    assert len(bed.refusals) == libbpf.AT_ONCE
+    bed.data.drain()
+    assert [str(told.flow.daddr) for told in bed.refusals] == hosts
+
+
+def test_sources_that_do_not_fit_beside_the_old_ones_replace_them(bed: Bed) -> None:
+    def sources(first: str) -> list[tuple[IPv4Network, IPv4Address]]:
+        start = int(IPv4Address(first))
+        count = layout.SOURCES - 1
+        here = IPv4Address(str(HERE[4]))
+        return [(IPv4Network((start + number, 32)), here) for number in range(count)]
+
+    bed.data.set_sources(sources("10.0.0.0"))
+    bed.data.set_sources([*sources("10.64.0.0"), (THERE[4], HERE[4])])
+    bed.publish(TableId.SPD, *live())
+    assert went_out(bed.gated("tcp", PEER[4]))

@@ -427,3 +427,14 @@ def test_where_sockets_are_to_be_ended_a_lost_sa_says_so_and_whose() -> None:
 def test_where_they_are_only_blocked_nothing_is_ended(trapped: Transcript) -> None:
     trapped.after(*UP)
     assert do.CutOff() not in trapped.after(on.PolicySet(TRAP), on.SaGone(SA.id))
+
+
+def test_policies_that_do_not_fit_even_as_networks_protect_everything() -> None:
+    networks = tuple(ip_network((number << 8, 24)) for number in range(1 << 16, (1 << 16) + 17_000))
+    one = Policy("all", networks, proto=TCP, ports=(1, 7))
+    bypass = Policy("first", (ip_network("192.0.2.0/24"),), Action.BYPASS)
+    story = Transcript(Settings(policies=(bypass, one)))
+    entry = story.entry(TableId.POLICY, replace(FLOW, daddr=ip_address("198.51.100.1")))
+    assert entry is not None
+    assert (entry.state, entry.id) == (State.PROTECT, 1)
+    assert "entries" in story.gate.errors[0]
