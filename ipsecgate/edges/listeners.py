@@ -262,7 +262,7 @@ class Listeners:
         )
         if to is None:
             return None
-        sock = seccomp.look(seccomp.take_socket(call.pid, call.fd))
+        sock = seccomp.look(seccomp.take(call.pid, call.fd))
         if sock.netns != self._netns:
             return None
         daddr, dport = to

@@ -154,16 +154,6 @@ def take(pid: int, fd: int) -> int:
         os.close(process)
 
 
-def take_socket(pid: int, fd: int) -> int:
-    """Return a descriptor of our own for a thread's socket. Raises: OSError; ENOTSOCK.
-
-    What is none is not taken: to close a file may wait for whoever serves its file system.
-    """
-    if not os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket:"):  # noqa: PTH115  half as fast
-        raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
-    return take(pid, fd)
-
-
 def _open_process(pid: int) -> int:
     try:
         return os.pidfd_open(pid, PIDFD_THREAD)
