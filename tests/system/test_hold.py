@@ -191,8 +191,10 @@ def test_many_threads_wait_for_one_negotiation(lab: Lab, gate: Gated) -> None:
     attempts = sum(n["attempts"] for n in gate.ask()["negotiations"])
     os.kill(lab.a.charon.pid, signal.SIGSTOP)  # until all of them wait
     with nothing_in_clear(lab, esp=False):
-        process = start(lab, gate, held.command("threads", lab.b.address(spec), PORT, THREADS))
-        wait_held(gate, THREADS)
+        # The test kernel takes tens of milliseconds to make a thread.
+        command = held.command("threads", lab.b.address(spec), PORT, THREADS)
+        process = start(lab, gate, command, "--hold", "2m")
+        wait_held(gate, THREADS, timeout=110)
         spread = gate.spread(THREADS, lambda: os.kill(lab.a.charon.pid, signal.SIGCONT))
         result = ended(process)
     assert result["errors"] == [""]
