@@ -190,7 +190,7 @@ def test_many_threads_wait_for_one_negotiation(lab: Lab, gate: Gated) -> None:
     before = gate.ask()["held"]
     attempts = sum(n["attempts"] for n in gate.ask()["negotiations"])
     os.kill(lab.a.charon.pid, signal.SIGSTOP)  # until all of them wait
-    with nothing_in_clear(lab, esp=False):
+    with nothing_in_clear(lab, esp=True):
         # The test kernel takes tens of milliseconds to make a thread.
         command = held.command("threads", lab.b.address(spec), PORT, THREADS)
         process = start(lab, gate, command, "--hold", "2m")
