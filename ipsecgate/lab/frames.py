@@ -18,7 +18,8 @@ ETHERNET = 14
 ETH_ARP = 0x0806
 ETH_IPV4 = 0x0800
 ETH_IPV6 = 0x86DD
-ICMPV6 = 58
+ICMP, ICMPV6 = 1, 58
+UNREACHABLE = {ICMP: b"\x03", ICMPV6: b"\x01"}  # RFC 792, RFC 4443
 HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION = 0, 43, 44, 60
 # RFC 2710 and RFC 3810 (listener discovery), RFC 4861 (neighbour discovery).
 HOUSEKEEPING = {130, 131, 132, 133, 134, 135, 136, 137, 143}
@@ -99,6 +100,8 @@ def kind_of(upper: Transport, sport: int, dport: int) -> Kind:
         return Kind.ESP
     if upper.proto == ICMPV6 and upper.body[:1] and upper.body[0] in HOUSEKEEPING:
         return Kind.LINK
+    if upper.body[:1] == UNREACHABLE.get(upper.proto):
+        return answered(upper)
     if upper.proto == UDP and IKE_PORT in (sport, dport):
         return Kind.IKE
     if upper.proto == UDP and NATT_PORT in (sport, dport):
@@ -106,6 +109,16 @@ def kind_of(upper: Transport, sport: int, dport: int) -> Kind:
         marker = upper.body[8:12]
         return Kind.IKE if marker == bytes(4) or marker[:1] == b"\xff" == marker else Kind.ESP
     return Kind.CLEAR
+
+
+def answered(upper: Transport) -> Kind:
+    """Classify an "unreachable" by what it quotes: so a kernel answers IKE where no daemon is."""
+    try:
+        quoted = (ipv4 if upper.proto == ICMP else ipv6)(upper.body[8:])
+        ports = struct.unpack_from("!HH", quoted.body) if quoted.proto == UDP else (0, 0)
+    except (IndexError, struct.error):
+        return Kind.CLEAR
+    return Kind.CLEAR if kind_of(quoted, *ports) is Kind.CLEAR else Kind.IKE
 
 
 def parse(frame: bytes, sender: str, time: float, wall_ns: int) -> Packet:
