@@ -57,7 +57,7 @@ def seen(frame: bytes) -> Packet:
         (v4(17, udp(4501, 4501, b"\0\0\0\1esp")), Kind.CLEAR),
         (v6(58, bytes([135]) + bytes(23)), Kind.LINK),
         (v6(58, bytes([128]) + bytes(7)), Kind.CLEAR),
-        # What a kernel answers IKE and ESP with where no daemon is, and what it answers all else with.
+        # What a kernel answers IKE and ESP with where no daemon is; and all else.
         (v4(1, b"\x03" + bytes(7) + v4(17, udp(500, 500))[14:]), Kind.IKE),
         (v4(1, b"\x03" + bytes(7) + v4(17, udp(4500, 4500, b"\0\0\0\1esp"))[14:]), Kind.IKE),
         (v4(1, b"\x03" + bytes(7) + v4(50, bytes(8))[14:]), Kind.IKE),
