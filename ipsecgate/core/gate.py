@@ -260,14 +260,7 @@ class Gate:
     def is_cut_off(self, flow: Flow) -> bool:
         """Tell whether a flow that stands must be protected, and is not."""
         place = self._place_of(flow)
-        return (
-            place is not None
-            and self.policies[place].action is Action.PROTECT
-            and not self.settings.audit
-            and not is_exempt(flow)
-            and flow.saddr != flow.daddr
-            and not self.protection.is_live(flow)
-        )
+        return place is not None and self._must_wait(flow, self.policies[place])
 
     def _ask(self, flow: Flow, place: int | None) -> list[do.Command]:
         """Have the child negotiated that would protect a refused flow."""
