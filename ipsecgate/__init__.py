@@ -11,8 +11,10 @@ One refused connection, through the house in one direction:
       -> edges.datapath     one write, and the next attempt proceeds, inside ESP
 
 A held call comes the same way: edges.listeners tells of it before the kernel carries it out,
-and answers it after that one write. Where strongSwan does ESP itself, edges.ike tells of the
-SA, and edges.routes whether the flow is sent into its tunnel.
+and answers it after that one write. What it asks for stands in its caller's memory, which may
+keep whoever looks waiting: edges.looker has a process of its own look, edges.looking. Where
+strongSwan does ESP itself, edges.ike tells of the SA, and edges.routes whether the flow is
+sent into its tunnel.
 
 `core` decides and touches nothing; `edges` touch one thing each and decide nothing;
 `controller` carries events in and commands out, with the modules beside it for hands (`kernel`,

@@ -46,7 +46,7 @@ class Daemon:
             case do.Initiate():
                 await self._client.initiate(command.ike, command.child, command.limit)
             case do.Terminate():
-                self._client.terminate_soon(command.ike, command.child)
+                self._client.terminate_soon(command.ike, command.child, command.unique)
 
     async def run(self) -> None:
         """Follow it until cancelled."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -96,9 +96,9 @@ def attach(paths: Paths, target: str) -> Path:
     return cgroup
 
 
-def attach_all(paths: Paths, config: Config) -> list[Path]:
-    """Gate what the configuration names and exists, return the cgroups."""
-    found = [cgroup for target in check_targets(paths, config) for cgroup in cgroups.find(target)]
+def attach_all(paths: Paths, targets: Iterable[str]) -> list[Path]:
+    """Gate what is named and exists, return the cgroups."""
+    found = [cgroup for target in targets for cgroup in cgroups.find(target)]
     for cgroup in found:
         attach_path(paths, cgroup)
     return found

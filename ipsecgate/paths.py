@@ -55,3 +55,8 @@ class Paths:
     def remembered(self) -> Path:
         """What IKE told must be protected, for a start without IKE."""
         return self.cache / f"{self.instance}.children.json"
+
+    @property
+    def targets(self) -> Path:
+        """Which cgroups were to be gated last, for a boot with a broken configuration."""
+        return self.cache / f"{self.instance}.cgroups.json"

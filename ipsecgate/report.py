@@ -6,7 +6,7 @@ a controller can know is then empty, and `controller.alive` is false.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ipsecgate.core.coverage import Coverage
@@ -17,7 +17,7 @@ from ipsecgate.core.table import Table, Ternary
 from ipsecgate.edges import cgroups, control, memory
 from ipsecgate.edges.config import Config
 from ipsecgate.edges.maps import Maps
-from ipsecgate.errors import NoControllerError
+from ipsecgate.errors import NoControllerError, UsageError
 from ipsecgate.loader import pins_of
 from ipsecgate.paths import Paths
 
@@ -38,9 +38,9 @@ def of_gate(gate: Gate) -> Document:
         for (ike, child), item in gate.negotiations.of.items()
     }
     return {
-        "errors": [*gate.errors, *([f"IKE: {gate.ike_error}"] if gate.ike_error else [])],
+        "errors": [*gate.enforced.errors, *([f"IKE: {gate.ike.error}"] if gate.ike.error else [])],
         "sa_source": _told(gate.protection.sa_source),
-        "children": [f"{c.ike}/{c.child}" for c in gate.children],
+        "children": [f"{c.ike}/{c.child}" for c in gate.ike.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": list(negotiations.values()),
         "sas": _sas(gate),
@@ -54,10 +54,10 @@ def of_gate(gate: Gate) -> Document:
 
 def line(gate: Gate) -> str:
     """Return how it goes, in one line."""
-    if gate.ike_error:
-        return f"protected flows are refused: IKE: {gate.ike_error}"
-    if gate.errors:
-        return gate.errors[0]
+    if gate.ike.error:
+        return f"protected flows are refused: IKE: {gate.ike.error}"
+    if gate.enforced.errors:
+        return gate.enforced.errors[0]
     negotiations = gate.negotiations.of.values()
     covered = sum(item.coverage is Coverage.COVERED for item in negotiations)
     trouble = next((item.last_error for item in negotiations if item.last_error), "")
@@ -102,16 +102,16 @@ def _policy(policy: Policy) -> Document:
     }
 
 
-def document(paths: Paths, config: Config) -> Document:
-    """Return the whole status. Raises: OSError if nothing is loaded."""
+def document(paths: Paths, read: Callable[[], Config]) -> Document:
+    """Return the whole status; `read` reads the configuration, where no controller tells.
+
+    Raises: OSError if nothing is loaded.
+    """
     try:
         told = control.ask(paths.control, "status")
         controller = {"alive": True, "pid": told["pid"], "since": told["since"]}
     except NoControllerError:
-        told = {
-            "policies": [_policy(p) for p in _policies(paths, config)],
-            "sa_source": _told(config.settings.sa_source),
-        }
+        told = _without_controller(paths, read)
         controller = {"alive": False, "pid": None, "since": None}
     pins = pins_of(paths)
     with Maps(pins) as maps:
@@ -151,8 +151,19 @@ def document(paths: Paths, config: Config) -> Document:
     }
 
 
-def _policies(paths: Paths, config: Config) -> tuple[Policy, ...]:
-    return config.settings.policies or derived(memory.recall(paths.remembered))
+def _without_controller(paths: Paths, read: Callable[[], Config]) -> Document:
+    """Return what the configuration, and what was remembered, say; one that is broken is told."""
+    config, errors = Config(), []
+    try:
+        config = read()
+    except UsageError as error:
+        errors.append(str(error))
+    policies = config.settings.policies or derived(memory.recall(paths.remembered))
+    return {
+        "policies": [_policy(policy) for policy in policies],
+        "sa_source": _told(config.settings.sa_source),
+        "errors": errors,
+    }
 
 
 def _covered(policies: Table | None, spd: Table | None) -> set[int]:

@@ -8,7 +8,6 @@ the hooks keep refusing, and systemd starts a successor.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from typing import Any
 
@@ -17,9 +16,6 @@ from ipsecgate.edges import systemd
 log = logging.getLogger("ipsecgate")
 
 PULSE = 5.0  # seconds between looks at what is to be retried, where no watchdog wants more
-
-# A client of the control socket that cannot be accepted is tried again by asyncio.
-NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Service:
@@ -64,9 +60,8 @@ class Service:
     def _on_defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Take what asyncio would only log: exceptions in callbacks and in forgotten tasks."""
         error = context.get("exception")
-        no_room = isinstance(error, OSError) and error.errno in NO_ROOM and "socket" in context
-        if error is None or no_room:
-            log.warning("%s", error or context.get("message"))
+        if error is None:
+            log.warning("%s", context.get("message"))
             return
         loop.default_exception_handler(context)
         if not self._failure.done():

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ipsecgate import loader
-from ipsecgate.edges import cgroups
+from ipsecgate.edges import cgroups, memory
 from ipsecgate.edges.inotify import Appeared, Folders, Overflow, Vanished
 from ipsecgate.errors import GateError
 from ipsecgate.paths import Paths
@@ -31,6 +31,7 @@ class Targets:
         self._paths = paths
         self._root = cgroups.root()
         self._wanted = tuple(wanted)
+        self._kept: tuple[str, ...] | None = None  # on disk
         self._gated: dict[Path, int] = {}  # because a target names them; their ids
         self._errors: dict[Path, str] = {}
         self._going: set[int] = set()  # removed cgroups whose pins are left
@@ -139,13 +140,28 @@ class Targets:
                 self._going.add(number)
                 log.info("not there any more: %s", path)
         self._errors = {}
+        self._keep()
         for target in self._wanted:
             for path in cgroups.find(target):
                 self._gate(path)
         self._prune()
 
+    def _keep(self) -> None:
+        if self._kept == self._wanted:
+            return
+        try:
+            memory.keep_targets(self._paths.targets, self._wanted)
+        except OSError as error:
+            log.warning("cannot keep %s: %s", self._paths.targets, error)
+        else:
+            self._kept = self._wanted
+
     def _prune(self) -> None:
-        self._going &= loader.prune(self._paths)
+        """Tidy up; where that fails nothing is open, and nothing else must fail for it."""
+        try:
+            self._going &= loader.prune(self._paths)
+        except (GateError, OSError) as error:
+            log.warning("pins of removed cgroups are left: %s", error)
 
     def _gate(self, path: Path) -> None:
         number = _id(path)

@@ -6,6 +6,9 @@ import click
 
 from ipsecgate import loader
 from ipsecgate.cli.app import App
+from ipsecgate.edges import memory
+from ipsecgate.errors import UsageError
+from ipsecgate.paths import Paths
 
 
 @click.command()
@@ -15,14 +18,29 @@ def load(app: App, gate: bool) -> None:
     """Pin the hooks and their maps; load again to take over those that are there.
 
     New pins refuse whatever is not loopback until a controller publishes. A configured
-    cgroup that does not exist yet is gated by the controller when it appears.
+    cgroup that does not exist yet is gated by the controller when it appears. With a
+    broken configuration --attach gates what a controller gated last, and fails.
     """
-    config = app.config()  # a broken configuration changes nothing
+    try:
+        targets = loader.check_targets(app.paths, app.config())
+    except UsageError as error:
+        if gate:
+            _gate_as_before(app.paths, error)
+        raise
     loader.load(app.paths)
     root = loader.pins_of(app.paths).root
-    gated = loader.attach_all(app.paths, config) if gate else []
+    gated = loader.attach_all(app.paths, targets) if gate else []
     text = "".join(f"\ngated: {path}" for path in gated)
     app.done(f"loaded: {root}{text}", loaded=str(root), attached=[str(path) for path in gated])
+
+
+def _gate_as_before(paths: Paths, error: UsageError) -> None:
+    """Gate what a controller gated last, at a boot whose configuration is broken. Raises."""
+    targets = memory.recall_targets(paths.targets)
+    if targets:
+        loader.load(paths)
+        gated = ", ".join(map(str, loader.attach_all(paths, targets))) or "nothing that exists"
+        raise UsageError(f"{error}; gated as before: {gated}", hint=error.hint) from error
 
 
 @click.command()

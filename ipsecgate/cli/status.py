@@ -30,7 +30,7 @@ def status(app: App) -> int:
     Works with the controller dead, then with exit code 1.
     """
     try:
-        document = report.document(app.paths, app.config())
+        document = report.document(app.paths, app.config)
     except FileNotFoundError as error:
         raise GateError(
             f"nothing is loaded for instance {app.paths.instance!r}: nothing is gated",

@@ -107,10 +107,14 @@ class Initiate:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """Have IKE delete a CHILD_SA that it believes in and the kernel does not have."""
+    """Have IKE delete a CHILD_SA that it believes in and the kernel has not, or not whole.
+
+    `unique`: this one of its configuration; 0: all of them.
+    """
 
     ike: str
     child: str
+    unique: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PolicySet:
-    """An outbound policy is in: XFRM_MSG_NEWPOLICY or XFRM_MSG_UPDPOLICY."""
+    """A policy is in: XFRM_MSG_NEWPOLICY or XFRM_MSG_UPDPOLICY."""
 
     entry: SpdEntry
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyGone:
-    """An outbound policy is out: XFRM_MSG_DELPOLICY, or POLEXPIRE with hard set."""
+    """A policy is out: XFRM_MSG_DELPOLICY, or POLEXPIRE with hard set."""
 
     key: SpdKey
 
@@ -57,7 +57,7 @@ XfrmEvent = PolicySet | PolicyGone | PoliciesFlushed | SaSet | SaGone | SasFlush
 
 @dataclass(frozen=True, slots=True)
 class KernelSnapshot:
-    """Everything a dump of SPD (outbound) and SAD showed.
+    """Everything a dump of SPD and SAD showed.
 
     `check`: nothing was lost before it, so it should tell nothing new.
     """
@@ -127,7 +127,8 @@ class ChildSa:
     """An established CHILD_SA as `list-sas` shows it. SPIs are host order.
 
     `local` and `remote` are the traffic selectors as negotiated: the peer may have
-    narrowed them, and drops what is outside whatever the kernel's policy says.
+    narrowed them, and drops what is outside whatever the kernel's policy says. `unique`
+    tells it from others of its configuration.
     """
 
     ike: str
@@ -138,6 +139,7 @@ class ChildSa:
     remote_host: Address
     local: tuple[TrafficSelector, ...] = ()
     remote: tuple[TrafficSelector, ...] = ()
+    unique: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +272,7 @@ CallEvent = CallMade | CallExpired | CallInterrupted | CallGone
 
 @dataclass(frozen=True, slots=True)
 class Timer:
-    """A timer of one child's negotiation: `kind` is "limit" or "retry"."""
+    """A timer of one child: `kind` is "limit" or "retry" of its negotiation, or "half"."""
 
     kind: str
     ike: str

@@ -20,11 +20,11 @@ from ipaddress import ip_network
 from zlib import crc32
 
 from ipsecgate.core.flow import ANY_V6, PORT_MASK, Network
-from ipsecgate.core.ipsec import Action, SpdEntry
+from ipsecgate.core.ipsec import Action, Direction, SpdEntry
 from ipsecgate.core.netlink import encode_ask
 from ipsecgate.core.policy import Policy
 from ipsecgate.core.table import port_masks
-from ipsecgate.core.xfrm import DELPOLICY, POLICY_BLOCK, POLICY_OUT, UPDPOLICY
+from ipsecgate.core.xfrm import DELPOLICY, POLICY_BLOCK, UPDPOLICY
 
 PRIORITY = 0xFFFF_0000
 _LAST = 0xFFFF
@@ -84,7 +84,9 @@ def floor_of(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
 
 def is_floor(entry: SpdEntry) -> bool:
     """Tell whether a policy is a floor's, whichever instance's."""
-    return entry.priority >= PRIORITY and entry.key.host_bits[0] != 0 and not entry.templates
+    key = entry.key
+    ours = key.direction is Direction.OUT and key.host_bits[0] != 0
+    return ours and entry.priority >= PRIORITY and not entry.templates
 
 
 def ours(entry: SpdEntry, tag: int) -> FloorPolicy | None:
@@ -105,14 +107,14 @@ def ours(entry: SpdEntry, tag: int) -> FloorPolicy | None:
 def encode_set(one: FloorPolicy, tag: int, sequence: int) -> bytes:
     """Encode XFRM_MSG_UPDPOLICY, which adds a policy or replaces it."""
     action = POLICY_BLOCK if one.block else 0
-    tail = _POLICY.pack(PRIORITY + one.place, 0, POLICY_OUT, action, 0, 0)
+    tail = _POLICY.pack(PRIORITY + one.place, 0, Direction.OUT, action, 0, 0)
     body = _selector(one, tag) + _LIFETIME + bytes(32) + tail
     return encode_ask(UPDPOLICY, body, sequence)
 
 
 def encode_delete(one: FloorPolicy, tag: int, sequence: int) -> bytes:
     """Encode XFRM_MSG_DELPOLICY, by selector."""
-    body = _selector(one, tag) + _POLICY_ID.pack(0, POLICY_OUT)
+    body = _selector(one, tag) + _POLICY_ID.pack(0, Direction.OUT)
     return encode_ask(DELPOLICY, body, sequence)
 
 

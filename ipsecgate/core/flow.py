@@ -93,6 +93,18 @@ class Selector:
     dport_mask: int = 0
     ifindex: int = 0
 
+    @property
+    def answer(self) -> Selector:
+        """What comes back, as strongSwan has it: the ends exchanged, and from any interface.
+
+        Of ICMP the ports are type and code, both ways; unless they are 0. Source: ts2selector()
+        in strongSwan's kernel_netlink_ipsec.c.
+        """
+        sport, dport = (self.sport, self.sport_mask), (self.dport, self.dport_mask)
+        if self.proto not in ICMP or not (self.sport or self.dport):
+            sport, dport = dport, sport
+        return Selector(self.dst, self.src, self.proto, *sport, *dport)
+
     def matches(self, flow: Flow) -> bool:
         """Tell whether the flow is in the selector; its source must be known.
 

@@ -1,7 +1,6 @@
 """The kernel's IPsec databases in RFC 4301's words: SPD entries and SAs.
 
-Only the outbound direction: what an application sends. A wildcard address (all
-zero on the wire) is None. Numbers are host order.
+A wildcard address (all zero on the wire) is None. Numbers are host order.
 """
 
 from __future__ import annotations
@@ -37,6 +36,13 @@ class Mode(IntEnum):
     IPTFS = 5
 
 
+class Direction(IntEnum):
+    """XFRM_POLICY_* of linux/xfrm.h: of which packets a policy is asked, if a process has them."""
+
+    IN = 0
+    OUT = 1
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
     """A flow's mark matches when (mark & mask) == value; mask 0 is any."""
@@ -60,7 +66,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class SpdKey:
-    """What identifies an outbound policy in the kernel: one per key.
+    """What identifies a policy in the kernel: one per key.
 
     `host_bits`: what the source and destination have beyond their prefixes. They match
     nothing, but 10.0.0.1/8 and 10.0.0.2/8 are two policies.
@@ -70,11 +76,12 @@ class SpdKey:
     mark: Mark = field(default_factory=Mark)
     if_id: int = 0
     host_bits: tuple[int, int] = (0, 0)
+    direction: Direction = Direction.OUT
 
 
 @dataclass(frozen=True, slots=True)
 class SpdEntry:
-    """An outbound policy: struct xfrm_userpolicy_info. Lowest `priority` number wins."""
+    """A policy: struct xfrm_userpolicy_info. Lowest `priority` number wins."""
 
     key: SpdKey
     priority: int

@@ -32,7 +32,8 @@ from ipsecgate.core.events import (
     XfrmEvent,
 )
 from ipsecgate.core.floor import PRIORITY, is_floor
-from ipsecgate.core.ipsec import Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.flow import Selector
+from ipsecgate.core.ipsec import Direction, Sa, SaId, SpdEntry, SpdKey, Template
 from ipsecgate.core.spd import EVERYTHING, Negotiated, agreed_on, region_of, spd_rules
 from ipsecgate.core.table import Rule, Ternary
 
@@ -41,21 +42,28 @@ class Mirror:
     """SPD and SAD as the events told, plus trust."""
 
     def __init__(self) -> None:
-        self.policies: dict[SpdKey, SpdEntry] = {}
+        self.policies: dict[SpdKey, SpdEntry] = {}  # outbound
+        self.inbound: dict[SpdKey, SpdEntry] = {}
         self.sas: dict[SaId, Sa] = {}
         self._trusted: set[SaId] = set()
         self._known: dict[int, ChildSa] = {}  # by outbound SPI
         self._ike = False
 
-    def apply(self, event: XfrmEvent) -> None:
-        """Take in one notification. After a flush the caller must resynchronise."""
+    def apply(self, event: XfrmEvent) -> bool:
+        """Take in one notification; return whether it may matter to what leaves.
+
+        After a flush the caller must resynchronise.
+        """
         match event:
             case PolicySet(entry):
-                self.policies[entry.key] = entry
+                self._policies(entry.key)[entry.key] = entry
+                return entry.key.direction is Direction.OUT
             case PolicyGone(key):
-                self.policies.pop(key, None)
+                self._policies(key).pop(key, None)
+                return key.direction is Direction.OUT
             case PoliciesFlushed():
                 self.policies.clear()
+                self.inbound.clear()
             case SaSet(sa) if not sa.larval:
                 self.sas[sa.id] = sa
                 if self._ike:
@@ -66,17 +74,26 @@ class Mirror:
             case SasFlushed():
                 self.sas.clear()
                 self._trusted.clear()
+        return True
 
     def replace(self, snapshot: KernelSnapshot) -> int:
         """Take in a whole dump; return how many policies and SAs were not known like that.
 
         Trust survives for what is still there.
         """
-        before = {*self.policies.values(), *self.sas.values()}
-        self.policies = {entry.key: entry for entry in snapshot.policies}
+        before = self._things()
+        self.policies, self.inbound = {}, {}
+        for entry in snapshot.policies:
+            self._policies(entry.key)[entry.key] = entry
         self.sas = {sa.id: sa for sa in snapshot.sas if not sa.larval}
         self._trusted &= self.sas.keys()
-        return len(before ^ {*self.policies.values(), *self.sas.values()})
+        return len(before ^ self._things())
+
+    def _policies(self, key: SpdKey) -> dict[SpdKey, SpdEntry]:
+        return self.policies if key.direction is Direction.OUT else self.inbound
+
+    def _things(self) -> set[SpdEntry | Sa]:
+        return {*self.policies.values(), *self.inbound.values(), *self.sas.values()}
 
     def ike_knows(self, established: Iterable[ChildSa]) -> None:
         """The daemon is connected and lists these CHILD_SAs.
@@ -112,9 +129,46 @@ class Mirror:
         return [sa for sa in self._known.values() if (sa.ike, sa.child) == (ike, child)]
 
     def lacks(self, told: ChildSa) -> bool:
-        """Tell whether the kernel has not what the daemon says is established."""
-        reqids = {t.reqid for entry in self.policies.values() for t in entry.templates}
-        return told.spi_out not in {sa.spi for sa in self.sas} or told.reqid not in reqids
+        """Tell whether the kernel has not what the daemon says is established.
+
+        Of two children for the same flows the policy names one, and the other protects nothing.
+        """
+        named = any(
+            template.reqid == told.reqid and template.spi in (0, told.spi_out)
+            for entry in self.policies.values()
+            for template in entry.templates
+        )
+        return not named or told.spi_out not in {sa.spi for sa in self.sas}
+
+    def halves(self) -> set[ChildSa]:
+        """Return the CHILD_SAs that can send, and of which something is missing to receive.
+
+        That is the inbound state; and for each outbound policy that names the SA, as those of the
+        daemon do, a policy for what answers. A lost IPComp state is not noticed.
+        """
+        states = {(sa.id.spi, sa.reqid) for sa in self.sas.values()}
+        sending: dict[tuple[int, int], list[Selector]] = {}
+        for entry in self.policies.values():
+            for template in entry.templates:
+                named = template.spi, template.reqid
+                sending.setdefault(named, []).append(entry.key.selector)
+        receiving = {
+            (entry.key.selector, template.reqid)
+            for entry in self.inbound.values()
+            for template in entry.templates
+        }
+        return {
+            told
+            for told in self._known.values()
+            if (told.spi_out, told.reqid) in states
+            and not (
+                (told.spi_in, told.reqid) in states
+                and all(
+                    (selector.answer, told.reqid) in receiving
+                    for selector in sending.get((told.spi_out, told.reqid), ())
+                )
+            )
+        }
 
     def outbound_sas(self) -> list[Sa]:
         """Return the trusted SAs without those the daemon calls inbound."""

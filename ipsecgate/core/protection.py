@@ -106,14 +106,19 @@ class Protection:
         established = self.mirror.established(config.ike, config.child)
         return not self.in_userland and any(not self.mirror.lacks(sa) for sa in established)
 
+    def halves(self) -> set[on.ChildSa]:
+        """Return the CHILD_SAs of which the kernel has lost what it needs to receive."""
+        return set() if self.in_userland else self.mirror.halves()
+
     def is_stale(self, name: tuple[str, str], flow: Flow) -> bool:
         """Tell whether IKE believes in a child for this flow of which the kernel has nothing.
 
-        A flow outside what was negotiated is no reason.
+        A flow outside what was negotiated is no reason, nor is a child's predecessor.
         """
-        return any(
-            selector.contains(flow.daddr, flow.proto, flow.dport)
+        there = flow.daddr, flow.proto, flow.dport
+        covering = [
+            sa
             for sa in self.source.established(*name)
-            if self.source.lacks(sa)
-            for selector in sa.remote
-        )
+            if any(selector.contains(*there) for selector in sa.remote)
+        ]
+        return bool(covering) and all(self.source.lacks(sa) for sa in covering)

@@ -116,6 +116,11 @@ def notification(raw: bytes) -> Notification:
     return Notification(ident, pid, nr, arch, tuple(args))
 
 
+def packed(call: Notification) -> bytes:
+    """Return what `notification` reads."""
+    return NOTIFICATION.pack(call.id, call.pid, 0, call.nr, call.arch, 0, *call.args)
+
+
 def response(ident: int, error: int | None) -> bytes:
     """Return struct seccomp_notif_resp: fail with an errno, or None: go on."""
     return RESPONSE.pack(ident, 0, -(error or 0), CONTINUE if error is None else 0)

@@ -6,7 +6,7 @@ that is not understood is an error, never left out: what is left out would not b
 
     list-conn    {ike: {local_addrs: [...], remote_addrs: [...],
                         children: {child: {mode, local-ts: [...], remote-ts: [...]}}}}
-    list-sa      {ike: {remote-host, child-sas: {child-N: {name, reqid, state, protocol,
+    list-sa      {ike: {remote-host, child-sas: {child-N: {name, uniqueid, reqid, state, protocol,
                         spi-in, spi-out (hex), local-ts: [...], remote-ts: [...]}}}}
     child-updown {up: yes?, ike: as in list-sa, with the one child}
     ike-updown   {up: yes?, ike: {uniqueid, remote-host, ...}}
@@ -265,6 +265,7 @@ def _child_sa(ike: str, remote_host: str, child: Section, names: Names) -> Child
         remote_host=peer,
         local=selectors(texts(child, "local-ts"), (), names),
         remote=selectors(texts(child, "remote-ts"), (), names),
+        unique=number(child, "uniqueid"),
     )
 
 

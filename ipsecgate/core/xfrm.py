@@ -3,10 +3,10 @@
 Rules of this module: bytes in, values out, no socket. Sizes and offsets are those of
 linux/xfrm.h, whose structures "may not change size"; x86-64 and aarch64 lay them out alike.
 Priorities, reqids and marks are host order, SPIs and ports network order; an IPv4 address is
-the first 4 of an xfrm_address_t's 16 bytes. What an application's outbound flow can meet is
-decoded: main policies with dir out, and states of either direction (a state doesn't say which).
-Well-formed messages about anything else are skipped: inbound and forward policies, per-socket
-ones (dir 3 and 4, an IKE daemon's), sub policies (Mobile IPv6), soft expiries, unknown types.
+the first 4 of an xfrm_address_t's 16 bytes. What an application's flow and its answers can meet
+is decoded: main policies with dir in or out, and states (which don't say their direction).
+Well-formed messages about anything else are skipped: forward policies, per-socket ones (dir 3 and
+4, an IKE daemon's), sub policies (Mobile IPv6), soft expiries, unknown types.
 MIGRATE counts as a flush: it rewrites policies and states without saying what they became.
 
 It does not judge: a larval state or one that no policy uses is passed on as it is.
@@ -46,7 +46,17 @@ from ipsecgate.core.events import (
     XfrmEvent,
 )
 from ipsecgate.core.flow import Address, Network, Selector
-from ipsecgate.core.ipsec import Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.ipsec import (
+    Action,
+    Direction,
+    Mark,
+    Mode,
+    Sa,
+    SaId,
+    SpdEntry,
+    SpdKey,
+    Template,
+)
 from ipsecgate.core.netlink import Message, Span, encode_dump, messages
 
 NEWSA, DELSA, GETSA, NEWPOLICY, DELPOLICY, GETPOLICY = range(0x10, 0x16)
@@ -59,7 +69,6 @@ XFRMA_ALGORITHMS = frozenset({1, 2, 3, 18, 20})  # AUTH, CRYPT, COMP, AEAD, AUTH
 SELECTOR_SIZE, SA_SIZE, SA_ID_SIZE, POLICY_SIZE, POLICY_ID_SIZE = 56, 224, 24, 168, 64
 TEMPLATE_SIZE, EXPIRE_SIZE, POLEXPIRE_SIZE = 64, 232, 176
 
-POLICY_OUT = 1
 POLICY_BLOCK = 1
 LIFETIME_UNLIMITED = (0, 2**64 - 1)  # unset, XFRM_INF
 
@@ -71,6 +80,8 @@ _POLICY = struct.Struct("=56s96xIIBB6x")
 _TEMPLATE = struct.Struct("=16s4sB3xH2x16sIBxB13x")
 _MARK = struct.Struct("=II")
 _U32 = struct.Struct("=I")
+
+_DIRECTIONS = frozenset(Direction)
 
 Attributes = Mapping[int, Span]
 
@@ -173,7 +184,7 @@ _DECODERS: Mapping[int, Callable[[Message], XfrmEvent | None]] = {
 def _policy(message: Message, at: int, attributes: Attributes) -> SpdEntry | None:
     """Decode an xfrm_userpolicy_info and its attributes; None if it is not ours to follow."""
     sel, priority, index, direction, action = _POLICY.unpack_from(message.data, at)
-    if direction != POLICY_OUT or not _is_main(message, attributes):
+    if direction not in _DIRECTIONS or not _is_main(message, attributes):
         return None
     selector = _selector(message, sel, at)
     if selector is None:
@@ -188,6 +199,7 @@ def _policy(message: Message, at: int, attributes: Attributes) -> SpdEntry | Non
         _mark(message, attributes),
         _if_id(message, attributes),
         _host_bits(sel, selector),
+        Direction(direction),
     )
     return SpdEntry(key, priority, meaning, templates, index)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipsecgate.edges.clients import listening
 from ipsecgate.errors import GateError, NoControllerError, UsageError
 
 REQUEST_LIMIT = 4096
@@ -46,40 +47,44 @@ Ask = Callable[..., dict[str, Any]]
 @asynccontextmanager
 async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[None]:
     """Answer the verbs on a socket while the block runs. Raises: OSError."""
+    tasks: set[asyncio.Task[None]] = set()
+    room = min(CLIENTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
-    clients, room = 0, min(CLIENTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
-
-    async def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal clients
-        if clients >= room:
-            writer.close()
+    def on_client(client: socket.socket) -> None:
+        if len(tasks) >= room:
+            client.close()
             return
-        clients += 1
-        try:
-            async with asyncio.timeout(_TIME_LIMIT):
-                line = await reader.readline()
-            answer = await _answer(writer, line, verbs)
-            async with asyncio.timeout(_TIME_LIMIT):
-                writer.write(json.dumps(answer).encode() + b"\n")
-                writer.close()
-                await writer.wait_closed()
-        except (ValueError, OSError, TimeoutError):
-            pass  # a peer that does not speak the protocol, or went away
-        finally:
-            clients -= 1
-            writer.transport.abort()  # close() alone waits for a peer that does not read
+        task = asyncio.create_task(_serve(client, verbs))
+        tasks.add(task)
+        task.add_done_callback(on_end)
 
-    path.unlink(missing_ok=True)  # the lock says that nobody else listens here
-    old_mask = os.umask(0o177)
-    try:
-        server = await asyncio.start_unix_server(on_client, path, limit=REQUEST_LIMIT)
-    finally:
-        os.umask(old_mask)
-    try:
-        async with server:
+    def on_end(task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
+        if not task.cancelled():
+            task.result()  # a defect is the loop's, hence the service's
+
+    with listening(path, on_client):
+        try:
             yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def _serve(client: socket.socket, verbs: Mapping[str, Handler]) -> None:
+    reader, writer = await asyncio.open_unix_connection(sock=client, limit=REQUEST_LIMIT)
+    try:
+        async with asyncio.timeout(_TIME_LIMIT):
+            line = await reader.readline()
+        answer = await _answer(writer, line, verbs)
+        async with asyncio.timeout(_TIME_LIMIT):
+            writer.write(json.dumps(answer).encode() + b"\n")
+            writer.close()
+            await writer.wait_closed()
+    except (ValueError, OSError, TimeoutError):
+        pass  # a peer that does not speak the protocol, or went away
     finally:
-        path.unlink(missing_ok=True)
+        writer.transport.abort()  # close() alone waits for a peer that does not read
 
 
 async def _answer(

@@ -155,21 +155,24 @@ class IkeClient:
         """
         self._spawn(self._initiate(ike, child, limit))
 
-    async def terminate(self, ike: str, child: str | None = None) -> None:
+    async def terminate(self, ike: str, child: str | None = None, unique: int = 0) -> None:
         """Have an IKE_SA, or just one child of it, deleted; return when charon was asked.
 
+        `unique`: only the CHILD_SA of this number.
         Raises: IkeRefusedError if there is none; IkeUnreachableError.
         """
         what = {"ike": ike} if child is None else {"ike": ike, "child": child}
+        if unique:
+            what["child-id"] = str(unique)
         await self._command("terminate", {**what, "timeout": "-1"})
 
-    def terminate_soon(self, ike: str, child: str) -> None:
+    def terminate_soon(self, ike: str, child: str, unique: int = 0) -> None:
         """Have a child deleted; this does not wait for it, nor mind if it went by itself."""
-        self._spawn(self._terminate_quietly(ike, child))
+        self._spawn(self._terminate_quietly(ike, child, unique))
 
-    async def _terminate_quietly(self, ike: str, child: str) -> None:
+    async def _terminate_quietly(self, ike: str, child: str, unique: int) -> None:
         with suppress(IkeError):
-            await self.terminate(ike, child)
+            await self.terminate(ike, child, unique)
 
     async def _initiate(self, ike: str, child: str, limit: float) -> None:
         try:

@@ -1,6 +1,6 @@
 """The seccomp listeners: system calls that wait become events, answers are carried out.
 
-    a listener is readable -> the call, its address and its socket -> CallMade
+    a listener is readable -> the call -> looker: its address and its socket -> CallMade
     Hold -> CallExpired at its limit; CallInterrupted, CallGone as they are noticed
     Answer -> the call goes on, or fails
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import mmap
 import os
 import re
@@ -21,30 +22,34 @@ import select
 import struct
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from ipsecgate.core import holds
 from ipsecgate.core.events import Call, CallEvent, CallExpired, CallGone, CallInterrupted, CallMade
-from ipsecgate.core.flow import UDP, Flow
-from ipsecgate.core.seccomp import (
-    NOTIFICATION,
-    Notification,
-    destination,
-    notification,
-)
-from ipsecgate.edges import probe, seccomp, systemd
+from ipsecgate.core.flow import Flow
+from ipsecgate.core.seccomp import NOTIFICATION, Notification, notification
+from ipsecgate.edges import seccomp, systemd
+from ipsecgate.edges.looker import Eye, Looker, Question
+from ipsecgate.edges.looking import Found
+
+log = logging.getLogger("ipsecgate")
 
 SLOTS = 2048  # calls of one listener that can wait; one more is left to the hooks
 DEADLINE = struct.Struct("=d")  # follows each notification; on CLOCK_MONOTONIC, 0: not held
 SLOT = NOTIFICATION.size + DEADLINE.size
 AT_ONCE = 64  # calls taken in before the loop sees to others
+AGAIN = 1.0  # seconds within which an interrupted thread has called again
 WATCH = 0.1  # seconds between looks at what became of the held ones' threads
 WATCH_EACH = 0.001  # and as long again for each of them
+KEEP_AGAIN = 1.0  # seconds
 NAME = re.compile(r"hold-(\d+)-([\d.]+)")  # of a listener that is kept: its number, its limit
 
 
 class _Listener:
     """One listener, and the calls received from it that wait for their answers."""
+
+    eye: Eye  # looks at its calls, as soon as it is followed
 
     def __init__(self, number: int, fd: int, limit: float, file: Path) -> None:
         self.number = number
@@ -152,9 +157,10 @@ class Listeners:
     def __init__(self, tell: Callable[[CallEvent], None], folder: Path) -> None:
         self._tell = tell
         self._folder = folder
-        self._netns = probe.netns_cookie()
+        self._looker = Looker()
         self._of: dict[int, _Listener] = {}
-        self._again: dict[tuple[int, Flow], float] = {}  # deadlines of who will call again
+        # Who will call again: its deadline, and until when that is remembered.
+        self._again: dict[tuple[int, Flow], tuple[float, float]] = {}
         self._watch: asyncio.TimerHandle | None = None
 
     def take(self, pid: int, fd: int, limit: float) -> None:
@@ -171,8 +177,8 @@ class Listeners:
         except BaseException:
             os.close(fd)
             raise
-        systemd.keep(fd, f"hold-{number}-{limit:.3f}")
         self._follow(one)
+        self._keep(one)
 
     def adopt(self, kept: Mapping[int, str]) -> None:
         """Go on with the listeners that the service manager kept, and with who waits there."""
@@ -182,9 +188,10 @@ class Listeners:
                 continue
             number, limit = found.groups()
             one = _Listener(int(number), fd, float(limit), self._folder / number)
-            for call, deadline in one.recall():
-                self._look_at(one, call, deadline)
+            waiting = one.recall()
             self._follow(one)
+            for call, deadline in waiting:
+                one.eye.ask(call, deadline)
         for file in self._folder.glob("*"):
             if int(file.name) not in self._of:
                 file.unlink()  # nobody kept that listener
@@ -210,6 +217,9 @@ class Listeners:
         if self._watch is not None:
             self._watch.cancel()
         for one in self._of.values():
+            one.eye.close()
+        self._looker.close()
+        for one in self._of.values():
             asyncio.get_running_loop().remove_reader(one.fd)
             one.close()
         self._of.clear()
@@ -218,7 +228,15 @@ class Listeners:
 
     def _follow(self, one: _Listener) -> None:
         self._of[one.number] = one
+        one.eye = Eye(self._looker, partial(self._looked, one), _stuck)
         asyncio.get_running_loop().add_reader(one.fd, self._on_readable, one)
+
+    def _keep(self, one: _Listener) -> None:
+        """Have a successor be given it; a manager that is busy is asked again."""
+        if one.number not in self._of or not systemd.is_there():
+            return
+        if not systemd.keep(one.fd, f"hold-{one.number}-{one.limit:.3f}"):
+            asyncio.get_running_loop().call_later(KEEP_AGAIN, self._keep, one)
 
     def _on_readable(self, one: _Listener) -> None:
         for _ in range(AT_ONCE):
@@ -226,7 +244,7 @@ class Listeners:
             if ready & select.POLLIN:
                 call = one.receive()
                 if call is not None:
-                    self._look_at(one, call)
+                    one.eye.ask(call)
                 continue
             if ready:
                 self._drop(one)  # nobody is left who could call
@@ -235,55 +253,47 @@ class Listeners:
     def _drop(self, one: _Listener) -> None:
         asyncio.get_running_loop().remove_reader(one.fd)
         del self._of[one.number]
+        one.eye.close()
         for ident in one.slots:
             self._tell(CallGone(Call(one.number, ident)))
         one.close()
         one.file.unlink(missing_ok=True)
 
-    def _look_at(self, one: _Listener, call: Notification, deadline: float = 0.0) -> None:
-        try:
-            found = self._flow(call)
-        except (OSError, ValueError):
-            found = None
+    def _looked(self, one: _Listener, question: Question, found: Found | None) -> None:
+        call = question.call
         if found is None or not seccomp.is_waiting(one.fd, call.id):
             one.answer(call.id, None)
             return
         flow, patient = found
         limit = one.limit if patient else min(one.limit, holds.HOLD_IMPATIENT)
-        deadline = self._again.pop((call.pid, flow), deadline)
-        if deadline:
-            limit = max(0.0, deadline - time.monotonic())
+        now = time.monotonic()
+        kept, until = self._again.pop((call.pid, flow), (0.0, 0.0))
+        if deadline := kept if now <= until else question.deadline:
+            limit = max(0.0, deadline - now)
         self._tell(CallMade(Call(one.number, call.id), flow, call.pid, limit))
-
-    def _flow(self, call: Notification) -> tuple[Flow, bool] | None:
-        """Return what flow a call asks for, and whether its caller is prepared to wait."""
-        to = destination(
-            call, seccomp.abi(), lambda where, length: seccomp.read(call.pid, where, length)
-        )
-        if to is None:
-            return None
-        sock = seccomp.look(seccomp.take(call.pid, call.fd))
-        if sock.netns != self._netns:
-            return None
-        daddr, dport = to
-        saddr = sock.saddr if sock.saddr and sock.saddr.version == daddr.version else None
-        flow = Flow(daddr, sock.proto, dport, saddr, sock.sport, sock.mark)
-        connects_udp = call.nr == seccomp.abi().connect and sock.proto == UDP
-        return flow, sock.blocking and not connects_udp
 
     # --- what becomes of those that wait ----------------------------------------------
 
     def _look_after(self) -> None:
         """Look for held calls whose threads were killed, or have a signal to handle."""
-        self._again.clear()  # who was to call again has done so
+        now = time.monotonic()
+        self._again = {who: told for who, told in self._again.items() if now <= told[1]}
         held = [(one, made) for one in self._of.values() for made, _ in one.held.values()]
         for one, made in held:
             if not seccomp.is_waiting(one.fd, made.call.id):
                 one.forget(made.call.id)
                 self._tell(CallGone(made.call))
             elif seccomp.is_interrupted(made.pid):
-                self._again[made.pid, made.flow] = one.held[made.call.id][1].when()
+                deadline = one.held[made.call.id][1].when()
+                self._again[made.pid, made.flow] = deadline, now + AGAIN
                 self._tell(CallInterrupted(made.call))
         pause = WATCH + len(held) * WATCH_EACH
         loop = asyncio.get_running_loop()
         self._watch = loop.call_later(pause, self._look_after) if held else None
+
+
+def _stuck(question: Question) -> None:
+    log.warning(
+        "thread %d keeps whoever looks at its call waiting: until that is over no call beside it "
+        "is held, the hooks judge them", question.call.pid,
+    )  # fmt: skip

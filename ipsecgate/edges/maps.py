@@ -22,7 +22,8 @@ EPOCH = {TableId.POLICY: Setting.POLICY_EPOCH, TableId.SPD: Setting.SPD_EPOCH}
 
 def boot_time() -> int:
     """Return when CLOCK_BOOTTIME was 0, by the wall clock as it stands now, in nanoseconds."""
-    return time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    since = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # first: a pause ends permits early
+    return time.time_ns() - since
 
 
 class Maps:

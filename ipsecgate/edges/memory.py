@@ -1,13 +1,15 @@
-"""Keep on disk which flows must be protected where only IKE's connections say so.
+"""Keep on disk what must not be forgotten: IKE's connections, and which cgroups are gated.
 
-A gate that starts before the IKE daemon, or after it lost its connections, is
-not open because of this file. A broken one is an error, never an empty set.
+A gate that starts before the IKE daemon, or after it lost its connections, is not open
+because of the first file; one that boots with a broken configuration is not because of
+the second. A broken file is an error, never an empty set.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from ipaddress import ip_network
 from pathlib import Path
 from reprlib import repr as short
@@ -39,11 +41,33 @@ def recall(path: Path) -> tuple[ChildConfig, ...]:
 
 def keep(path: Path, children: tuple[ChildConfig, ...]) -> None:
     """Replace what is kept, whole or not at all. Raises: OSError."""
+    _write(path, [_plain(child) for child in children])
+
+
+def recall_targets(path: Path) -> tuple[str, ...]:
+    """Return the targets that were kept, nothing if none ever were. Raises: GateError."""
+    try:
+        return tuple(_the(str, item) for item in _the(list, json.loads(path.read_text())))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, RecursionError) as error:
+        raise GateError(
+            f"{path}: cannot read which cgroups are gated: {error}",
+            hint="mend the configuration: it names them",
+        ) from error
+
+
+def keep_targets(path: Path, targets: tuple[str, ...]) -> None:
+    """Replace the targets that are kept, whole or not at all. Raises: OSError."""
+    _write(path, targets)
+
+
+def _write(path: Path, items: Sequence[Any]) -> None:
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     aside = path.with_suffix(".new")
     try:
         with aside.open("w") as file:
-            json.dump([_plain(child) for child in children], file, indent=1)
+            json.dump(items, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

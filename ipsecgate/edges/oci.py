@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ipsecgate.core.oci import MESSAGE_LIMIT, Container, OciError, container
+from ipsecgate.edges.clients import listening
 
 MAX_FDS = 4  # of a message: the listener, and what a later specification may add
 FD = struct.Struct("=i")
 ROOM = socket.CMSG_LEN(MAX_FDS * FD.size)
-BACKLOG = 128
 
 Taken = Callable[[Container, int], None]
 """Is given a container and its listener, which is the callee's to close from then on."""
@@ -29,21 +29,9 @@ Told = Callable[[str], object]
 
 async def run(path: Path, taken: Taken, told: Told) -> None:
     """Take listeners in until cancelled; `told` hears what was wrong. Raises: OSError."""
-    path.unlink(missing_ok=True)  # the lock says that nobody else listens here
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as server:
-        old_mask = os.umask(0o177)
-        try:
-            server.bind(os.fspath(path))
-        finally:
-            os.umask(old_mask)
-        server.listen(BACKLOG)
-        try:
-            async with asyncio.TaskGroup() as peers:
-                while True:
-                    peer, _ = await asyncio.get_running_loop().sock_accept(server)
-                    peers.create_task(_serve(peer, taken, told))
-        finally:
-            path.unlink(missing_ok=True)
+    async with asyncio.TaskGroup() as peers:
+        with listening(path, lambda peer: peers.create_task(_serve(peer, taken, told))):
+            await asyncio.Event().wait()
 
 
 async def _serve(peer: socket.socket, taken: Taken, told: Told) -> None:

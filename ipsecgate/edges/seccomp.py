@@ -204,8 +204,13 @@ def look(fd: int) -> Socket:
 
     Raises: OSError; ValueError if it is none: any socket can be given an Internet address.
     """
-    # Family and type are given, not found out: getsockname() fits any with the longest name.
-    with socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, fileno=fd) as sock:
+    try:
+        # Family and type are given, not found out: getsockname() fits any with the longest name.
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
+    with sock:
         if sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN) not in (socket.AF_INET, socket.AF_INET6):
             raise ValueError("no Internet socket")
         proto = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)

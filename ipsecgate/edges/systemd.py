@@ -14,6 +14,11 @@ from contextlib import suppress
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
+def is_there() -> bool:
+    """Tell whether there is a manager to be told anything."""
+    return bool(os.environ.get("NOTIFY_SOCKET"))
+
+
 def notify(*fds: int, **fields: object) -> bool:
     """Send READY=1, STATUS=… and the like; False: it went nowhere.
 
@@ -54,7 +59,7 @@ def watchdog() -> float | None:
 
 
 def keep(fd: int, name: str) -> bool:
-    """Have a descriptor kept for a successor, under a name. False: nobody keeps it."""
+    """Have a descriptor kept for a successor, under a name. False: nobody does, now."""
     return notify(fd, FDSTORE=1, FDNAME=name)
 
 

@@ -162,7 +162,7 @@ class XfrmMonitor:
             return told
 
     async def snapshot(self) -> KernelSnapshot:
-        """Dump policies (outbound) and states, on a socket of its own.
+        """Dump policies and states, on a socket of its own.
 
         Not atomic, and nothing is delivered. Raises: XfrmError, DecodeError.
         """

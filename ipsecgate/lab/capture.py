@@ -121,7 +121,8 @@ class Capture:
         frames, self._frames = sorted(self._frames, key=lambda frame: frame[1]), []
         self.close()
         # REALTIME may be stepped, MONOTONIC not: convert with the offset of now.
-        offset = time.time_ns() - time.monotonic_ns()
+        # Whoever loses the processor between the two clocks reads too little.
+        offset = max(time.time_ns() - time.monotonic_ns() for _ in range(5))
         packets = [
             parse(data, sender, (wall - offset) / 1e9, wall) for sender, wall, data in frames
         ]

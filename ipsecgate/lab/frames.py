@@ -42,6 +42,7 @@ class Packet:
 
     `sender` is the host it came from (a, b). `wall_ns` is the kernel's own stamp
     (CLOCK_REALTIME); `time` is the same on CLOCK_MONOTONIC, in seconds. `flags` are TCP's.
+    `complains`: an ICMP "unreachable" about a datagram to its sender, the kernel's own.
     Ports are 0 where the protocol has none, and in fragments after the first.
     """
 
@@ -55,6 +56,7 @@ class Packet:
     sport: int = 0
     dport: int = 0
     flags: int = 0
+    complains: bool = False
 
     @property
     def is_syn(self) -> bool:
@@ -121,6 +123,14 @@ def answered(upper: Transport) -> Kind:
     return Kind.CLEAR if kind_of(quoted, *ports) is Kind.CLEAR else Kind.IKE
 
 
+def complains(upper: Transport, saddr: bytes) -> bool:
+    """Tell an "unreachable" about what came to its sender: the kernel makes it, no process."""
+    if not upper.first or upper.body[:1] != UNREACHABLE.get(upper.proto):
+        return False
+    quoted = upper.body[8:]
+    return saddr == (quoted[16:20] if upper.proto == ICMP else quoted[24:40])
+
+
 def parse(frame: bytes, sender: str, time: float, wall_ns: int) -> Packet:
     """Read an Ethernet frame, of which `frame` may be the first bytes only."""
     (ethertype,) = struct.unpack_from("!H", frame, 12)
@@ -152,4 +162,5 @@ def parse(frame: bytes, sender: str, time: float, wall_ns: int) -> Packet:
         sport,
         dport,
         flags,
+        complains(upper, saddr),
     )

@@ -144,7 +144,7 @@ class Uml:
         it everybody else, while the machine's own process 1 might take its time.
         """
         if _leash():
-            for child in _children(self._process.pid):
+            for child in children_of(self._process.pid):
                 with suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):
@@ -219,7 +219,8 @@ def memory_folder(memory: int, otherwise: Path) -> Path:
     return otherwise
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process's first thread started, none if it is gone."""
     with suppress(FileNotFoundError):
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []

@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.chaos.bed import world
 from tests.chaos.lives import real
-from tests.chaos.run import run, settings
+from tests.chaos.run import chosen_seed, run
 from tests.chaos.soak import soak
-from tests.chaos.world import World, world
+from tests.chaos.world import World
 
 
 def number(name: str, otherwise: int) -> int:
@@ -38,7 +39,7 @@ def rekeys(made: World, seed: int) -> None:
 
 
 def main() -> int:
-    seed, _ = settings(0)
+    seed = chosen_seed()
     failed = False
     for proof in (faults, hammer, rekeys):
         if not number(proof.__name__.upper(), 1):

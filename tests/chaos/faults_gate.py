@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from ipsecgate import loader
+from ipsecgate.lab.uml import children_of
 from tests.chaos.fault import fault
 from tests.chaos.tools import (
     controller,
@@ -63,6 +66,16 @@ def overrun_and_deleted(world: World, rng: random.Random) -> Iterator[None]:
 @fault(10, keeps=True)
 def programs_loaded_again(world: World, rng: random.Random) -> Iterator[None]:
     loader.load(world.gate.paths)
+    yield
+
+
+@fault(4, keeps=True)
+def looking_killed(world: World, rng: random.Random) -> Iterator[None]:
+    """Of the process that looks at held calls."""
+    pid = controller(world)
+    for child in children_of(pid) if pid else ():
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
     yield
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from ipsecgate import loader
 from tests.chaos.fault import fault
 from tests.chaos.tools import (
-    controller,
+    either,
     reload,
     rewritten,
     vici,
@@ -19,7 +20,7 @@ from tests.chaos.tools import (
 from tests.chaos.world import PROTECTED, SPECS, World
 
 MORE = "192.0.2.200/32"
-GUEST = Path("/run/host/command")  # only a guest's clock may be set
+GUEST = Path("/run/host/command")  # only a guest's own may be changed
 
 # --- what operators do ------------------------------------------------------------------------
 
@@ -59,21 +60,25 @@ def configuration_broken(world: World, rng: random.Random) -> Iterator[None]:
 @fault(6, keeps=True)
 def policies_named_then_derived(world: World, rng: random.Random) -> Iterator[None]:
     """What must be protected stays so, whoever says it; one network more makes it another table."""
-    policies = [
-        f'[[policy]]\nname = "p{n}"\nremote = ["{net}"]' for n, net in enumerate([*PROTECTED, MORE])
-    ]
-    with rewritten(world, lambda text: "\n".join([text, *policies])):
+    with rewritten(world, policies_named):
         reload(world)
         yield
     reload(world)
+
+
+def policies_named(text: str) -> str:
+    """Return a configuration with policies of its own."""
+    policies = [
+        f'[[policy]]\nname = "p{n}"\nremote = ["{net}"]' for n, net in enumerate([*PROTECTED, MORE])
+    ]
+    return "\n".join([text, *policies])
 
 
 @fault(4, keeps=True)
 def named_cgroup_comes_and_goes(world: World, rng: random.Random) -> Iterator[None]:
     other = world.lab.cgroup("named")
     with rewritten(world, lambda text: text.replace("cgroups = [", f'cgroups = ["{other}", ')):
-        reload(world)
-        if controller(world):
+        if reload(world):  # else nobody said that it is gated
             visit(world, other)
         yield
     reload(world)
@@ -91,3 +96,56 @@ def clock_jumped(world: World, rng: random.Random) -> Iterator[None]:
     vici(world.lab.a, "rekey", child=rng.choice(SPECS).child_name)
     yield
     time.clock_settime(time.CLOCK_REALTIME, time.clock_gettime(time.CLOCK_REALTIME) - seconds)
+
+
+@fault(4, keeps=True)
+def floor_laid_and_taken_up(world: World, rng: random.Random) -> Iterator[None]:
+    with floor(world):
+        yield
+    reload(world)
+
+
+@fault(3)
+def floor_laid_and_flushed(world: World, rng: random.Random) -> Iterator[None]:
+    """With all that is above it."""
+    with floor(world):
+        world.lab.a.namespace.flush_xfrm(states=rng.random() < 0.5)
+        yield
+    reload(world)
+
+
+@fault(4, keeps=True)
+def live_flows_destroyed_and_rekeyed(world: World, rng: random.Random) -> Iterator[None]:
+    """What is made before it is broken ends nothing."""
+    with destroying(world):
+        vici(either(world, rng), "rekey", child=rng.choice(SPECS).child_name)
+        yield
+    reload(world)
+
+
+@fault(3)
+def live_flows_destroyed_and_deleted(world: World, rng: random.Random) -> Iterator[None]:
+    with destroying(world):
+        vici(either(world, rng), "terminate", ike=rng.choice(SPECS).name)
+        yield
+    reload(world)
+
+
+@contextmanager
+def gate_has(world: World, line: str) -> Iterator[None]:
+    """Reload with a line more in [gate]; without it, not yet read, at the end."""
+    with rewritten(world, lambda text: text.replace("[gate]\n", f"[gate]\n{line}\n")):
+        reload(world)
+        yield
+
+
+def floor(world: World) -> AbstractContextManager[None]:
+    return gate_has(world, 'floor = "xfrm-block"')
+
+
+def destroying(world: World) -> AbstractContextManager[None]:
+    """Have what stands without an SA ended, on a kernel that can. This suite's cannot.
+
+    Where it can, connections do not stand through it: tests/qemu/test_destroy.py.
+    """
+    return gate_has(world, 'live_flows = "destroy"')

@@ -35,7 +35,7 @@ from ipsecgate.edges.bytecode import Bytecode
 from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.pins import Pins
 from ipsecgate.errors import GateError
-from tests.chaos.run import settings
+from tests.chaos.run import chosen_seed
 from tests.system.bed import HERE, PEER, THERE, Bed, live, protect
 from tests.system.bed import bed as make_bed
 
@@ -244,7 +244,7 @@ def main() -> int:
 
     This kernel is better: it has all processors.
     """
-    seed, _ = settings(0)
+    seed = chosen_seed()
     attempts = int(os.environ.get("CHAOS_ATTEMPTS") or 1_000_000)
     with tempfile.TemporaryDirectory() as cache:
         if not hooks_load(Path(cache)):

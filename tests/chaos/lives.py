@@ -37,22 +37,24 @@ def real(world: World, rng: random.Random, attempts: int, turns: int) -> Hammere
 def killed(world: World, rng: random.Random) -> None:
     time.sleep(rng.uniform(0, 0.2))
     world.gate.kill()
-    world.gate.start()
+    world.start_gate()
 
 
 def killed_while_it_starts(world: World, rng: random.Random) -> None:
     world.gate.kill()
+    launcher, env, fds = world.keeper.words()
+    argv = [*launcher, *world.gate.argv("run")]
     with world.gate.log.open("a") as log:
-        process = world.lab.a.popen(world.gate.argv("run"), stdout=log, stderr=log)
+        process = world.lab.a.popen(argv, stdout=log, stderr=log, env=env, fds=fds)
     time.sleep(rng.uniform(0, 1.0))
     process.kill()
     process.wait()
-    world.gate.start()
+    world.start_gate()
 
 
 def ended(world: World, rng: random.Random) -> None:
     world.gate.kill(signal.SIGTERM)
-    world.gate.start()
+    world.start_gate()
 
 
 def loaded(world: World, rng: random.Random) -> None:

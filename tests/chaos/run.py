@@ -11,15 +11,22 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from tests.chaos import faults_gate, faults_kernel, faults_operator
+from ipsecgate.edges.memory import recall
+from tests.chaos import faults_gate, faults_kernel, faults_operator, faults_scarce
 from tests.chaos.fault import Fault, draw
 from tests.chaos.tally import TOLERANCE
 from tests.chaos.world import NotRecoveredError, World
 
-KINDS = (faults_gate, faults_kernel, faults_operator)  # which register what they have
+KINDS = (
+    faults_gate,
+    faults_kernel,
+    faults_operator,
+    faults_scarce,
+)  # which register what they have
 BATCH = 20
 HOLD = (0.01, 0.15)
 SHOWN = 10
+SETTLED = 15.0  # seconds, three pulses of the controller's
 
 
 @dataclass
@@ -43,13 +50,9 @@ class Round:
     seconds: float  # from the end of it
 
 
-def settings(faults: int) -> tuple[int, int]:
-    """Return the seed and how many faults: CHAOS_SEED, CHAOS_FAULTS."""
-    seed = os.environ.get("CHAOS_SEED")
-    return (
-        int(seed) if seed else random.SystemRandom().randrange(1 << 32),
-        int(os.environ.get("CHAOS_FAULTS") or faults),
-    )
+def chosen_seed() -> int:
+    """Return CHAOS_SEED, else a new one."""
+    return int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(1 << 32))
 
 
 def run(world: World, seed: int, faults: int, out: TextIO) -> int:
@@ -95,13 +98,15 @@ def play(world: World, chosen: list[Fault], rng: random.Random, out: TextIO) -> 
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         for one in chosen:
-            stack.enter_context(one.strike(world, rng))
+            # Its own dice: how often it throws them may depend on what there is to strike.
+            stack.enter_context(one.strike(world, random.Random(rng.getrandbits(32))))
         time.sleep(rng.uniform(*HOLD))
     world.mend()
     mended = time.monotonic()
     keeps = all(one.keeps for one in chosen)
     try:
         recovered = world.recover()
+        settle(world)
     except NotRecoveredError as error:
         out.write(f"NOT RECOVERED from {name}: {error}\n")
         out.flush()
@@ -111,6 +116,28 @@ def play(world: World, chosen: list[Fault], rng: random.Random, out: TextIO) -> 
     if not keeps:
         world.troubles.append((began, recovered))
     return Round(name, began, recovered, recovered - mended)
+
+
+def settle(world: World) -> None:
+    """Wait until all that strongSwan has loaded is on the disk. Raises: NotRecoveredError."""
+    began = time.monotonic()
+    with world.lab.a.charon.session() as session:
+        conns = [conn for each in session.list_conns() for conn in each.values()]
+    wanted = {
+        remote.decode()
+        for conn in conns
+        for child in conn["children"].values()
+        for remote in child["remote-ts"]
+    }
+    while True:
+        kept = recall(world.gate.paths.remembered)
+        missing = wanted - {str(one.network) for child in kept for one in child.remote}
+        if not missing:
+            return
+        if time.monotonic() > began + SETTLED:
+            raise NotRecoveredError(f"{missing} not remembered\n{world.last_words()}")
+        world.supervise()
+        time.sleep(0.05)
 
 
 def tell_wrong(world: World, rounds: list[Round], out: TextIO) -> None:
@@ -144,9 +171,15 @@ def table(
         f"{tally.refused} refused, {tally.blocked} packets blocked\n"
         f"leaked {len(tally.leaked)}, let go uncovered {tally.let_go}, "
         f"wrongly refused {len(tally.wrong)}\n"
-        f"seen on the wire: {tally.esp} ESP, {tally.in_clear} in clear to an open peer; "
+        f"seen on the wire: {tally.esp} ESP, {tally.in_clear} in clear to an open peer, "
+        f"{tally.complaints} ICMP errors of the kernel's own; "
         f"{tally.streams} TCP connections stood through it{ended}\n"
+        f"{tally.calls} calls that may be held, {tally.held} of them were, the longest "
+        f"{tally.longest:.1f} s; {len(tally.late)} did not end, {len(tally.strange)} failed as "
+        f"none may\n"
     )
+    unkept = world.gate.log.read_text().count("cannot keep")
+    out.write(f"the disk took nothing {unkept} times when there was more to be remembered\n")
     errors = ", ".join(f"{name} {count}" for name, count in sorted(tally.errors.items()))
     out.write(f"calls returned: {errors}\n")
     for said in sorted(set(tally.ended)):

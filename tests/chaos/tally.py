@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from ipsecgate.lab.frames import Packet
@@ -29,7 +29,13 @@ class Tally:
     stuck: list[str] = field(default_factory=list)  # what did not recover
     esp: int = 0
     in_clear: int = 0  # as it should be: towards what need not be protected
+    complaints: int = 0  # ICMP errors of the kernel's own: docs/threat-model.md
     streams: int = 0  # connections that were made, of CONNECTIONS
+    calls: int = 0  # of the process whose calls are held
+    held: int = 0  # of these
+    longest: float = 0.0  # seconds
+    late: list[str] = field(default_factory=list)  # that took longer than they may
+    strange: list[str] = field(default_factory=list)  # that failed as none may
     ended: list[str] = field(default_factory=list)  # the controller, by itself
     errors: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -39,6 +45,9 @@ class Tally:
         assert not self.let_go, f"{self.let_go} calls let go that nothing covers"
         assert not self.stuck, f"not recovered from {self.stuck}"
         assert not self.wrong, f"{len(self.wrong)} calls refused that the kernel covered"
+        assert not self.late, f"held calls that did not end: {self.late}"
+        assert not self.strange, f"held calls that failed as none may: {self.strange}"
+        assert self.held
         assert self.refused
         assert self.esp
         assert self.in_clear
@@ -49,8 +58,13 @@ def spread(spans: Sequence[Span]) -> list[Span]:
     return [(begin - TOLERANCE, end + TOLERANCE) for begin, end in spans]
 
 
-def kernel_gaps(events: Sequence[XfrmSeen], family: int) -> list[Span]:
-    """Return when the kernel had no SA or no policy for a family, of which there is one each."""
+def kernel_gaps(
+    events: Sequence[XfrmSeen], family: int, ours: Container[tuple[object, object]]
+) -> list[Span]:
+    """Return when the kernel had no SA or no policy for a family, of which there is one each.
+
+    `ours` are the policies' ends: others, such as the floor's, say nothing.
+    """
     sas: set[int] = set()
     policies: set[tuple[object, object]] = set()
     found: list[Span] = []
@@ -65,7 +79,8 @@ def kernel_gaps(events: Sequence[XfrmSeen], family: int) -> list[Span]:
         elif event.name in ("NEWSA", "UPDSA"):
             sas.add(event.spi)
         elif event.name in ("NEWPOLICY", "UPDPOLICY"):
-            policies.add((event.saddr, event.daddr))
+            if (event.saddr, event.daddr) in ours:
+                policies.add((event.saddr, event.daddr))
         elif event.name == "DELPOLICY":
             policies.discard((event.saddr, event.daddr))
         elif event.name == "DELSA" or event.hard:

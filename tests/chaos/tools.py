@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from vici import Session
 from vici.exception import CommandException
@@ -65,17 +66,20 @@ def stopped(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def reload(world: World) -> None:
-    """Have the configuration read again; that it is refused, or nobody there, is no matter."""
-    with suppress(GateError):
+def reload(world: World) -> bool:
+    """Have the configuration read again; False: it was refused, or nobody answers."""
+    try:
         control.ask(world.gate.paths.control, "reload")
+    except GateError:
+        return False
+    return True
 
 
 def either(world: World, rng: random.Random) -> Host:
     return rng.choice([world.lab.a, world.lab.b])
 
 
-def vici(host: Host, command: str, **what: str) -> None:
+def vici(host: Host, command: str, **what: Any) -> None:
     """Ask for something; a daemon that is away, stopped or has nothing of it is no matter."""
     if command == "terminate":
         what = {"timeout": "-1", **what}

@@ -12,13 +12,12 @@ loses its tunnel's route would go on to the peer in clear.
 from __future__ import annotations
 
 import collections
-import contextlib
 import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,17 @@ from ipsecgate.lab.frames import Kind
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.path import LINK
 from ipsecgate.lab.strongswan import connection
+from tests.chaos import waiting
 from tests.chaos.tally import Span, Tally, kernel_gaps, spread
+from tests.chaos.voice import Voice
+from tests.system.keeper import Keeper
 from tests.system.witness import Witness
 
 PORT, CLOSED_PORT = 7400, 7401
-PERIOD = 0.05
+PERIOD, HELD_PERIOD = 0.05, 0.1
 RECOVERY = 40.0
+STREAMS = 150.0  # TCP doubles its own wait with every fault
 OPEN = "192.0.2.9"
 NEVER = "192.0.2.3"
 DPD = {"dpd_delay": "1"}
@@ -46,9 +48,9 @@ SPECS = (
 NOWHERE = ConnSpec("never", "transport", 4, remote_ts=(f"{NEVER}/32",))
 PROTECTED = [ip_network(text) for text in ("203.0.113.0/24", "2001:db8::2/128", f"{NEVER}/32")]
 KINDS = ("fresh", "kept", "connected", "tcp", "stream", "ping", "raw")
-SPEAKER = Path(__file__).with_name("speaker.py")
+SPEAKER, WAITER = (Path(__file__).with_name(f"{name}.py") for name in ("speaker", "waiter"))
 
-Told = list[dict[str, Any]]
+Target = tuple[str, str, int]
 
 
 class NotRecoveredError(AssertionError):
@@ -58,19 +60,25 @@ class NotRecoveredError(AssertionError):
 class World:
     """The whole bed. Made by `world`."""
 
-    def __init__(self, lab: Lab, gate: Gated, witness: Witness) -> None:
-        self.lab, self.gate, self.witness = lab, gate, witness
+    speaker: Voice
+    waiter: Voice  # its calls are held
+
+    def __init__(self, lab: Lab, gate: Gated, witness: Witness, keeper: Keeper) -> None:
+        self.lab, self.gate, self.witness, self.keeper = lab, gate, witness, keeper
         self.route = lab.a.namespace.route()
         self.tally = Tally()
         self.troubles: list[Span] = []
-        self.targets: list[tuple[str, str, int]] = [
-            (kind, str(lab.b.address(spec)), CLOSED_PORT if kind == "tcp" else PORT)
-            for spec in SPECS
-            for kind in KINDS
-        ]
-        self.covered = len(self.targets)
+        self.targets = covered(lab, KINDS)
         self.targets += [("fresh", NEVER, PORT), ("tcp", NEVER, PORT), ("fresh", OPEN, PORT)]
-        self.speaker: subprocess.Popen[str] | None = None
+        self.waits = covered(lab, waiting.KINDS)
+        self.waits += [("sendto", NEVER, PORT), ("connect", NEVER, PORT), ("sendto", OPEN, PORT)]
+        self.policies = {
+            (end.network_address, there.network_address)
+            for end, there in (
+                (lab.a.site.inner[4].network, lab.b.site.inner[4].network),
+                (ip_network(lab.a.outer[6]), ip_network(lab.b.outer[6])),
+            )
+        }
         self._capture: Capture | None = None
         self._blocked = self._blocks()
 
@@ -87,16 +95,16 @@ class World:
             host.charon.load(connection(spec, *ends, spec.start_action if here else "none"))
 
     def start(self) -> None:
-        """Have the process speak, and wait until all that it says is answered."""
-        process = self.lab.a.popen(
-            self.argv("speaker", str(PERIOD), json.dumps(self.targets)),
-            cgroup=self.gate.cgroup,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        """Have the processes speak, and wait until all that they say is answered."""
+        host, gate = self.lab.a, self.gate
+        words = [sys.executable, "-S", "-I", str(WAITER), str(HELD_PERIOD), json.dumps(self.waits)]
+        self.keeper.take()  # its queue is short: there must be room for the listener
+        self.waiter = Voice(host, gate.holding(*words, options=["--hold", f"{waiting.HOLD:g}s"]))
+        self.speaker = Voice(
+            host, self.argv("speaker", str(PERIOD), json.dumps(self.targets)), gate.cgroup
         )
-        assert process.stdout is not None
-        process.stdout.readline()
-        self.speaker = process
+        self.keeper.take()
+        assert self.keeper.kept, "without its listener it would end with the first controller"
         self.troubles.append((-math.inf, self.recover()))
         self.judge()
 
@@ -104,14 +112,9 @@ class World:
     def argv(*words: str) -> list[str]:
         return [sys.executable, "-S", "-I", str(SPEAKER), *words]
 
-    def ask(self, word: str = "?") -> Told:
-        assert self.speaker is not None
-        assert self.speaker.stdin is not None
-        assert self.speaker.stdout is not None
-        self.speaker.stdin.write(f"{word}\n")
-        self.speaker.stdin.flush()
-        told: Told = json.loads(self.speaker.stdout.readline())
-        return told
+    def start_gate(self) -> None:
+        """Start a controller as a service manager would, and wait until it is ready."""
+        self.keeper.start(self.gate)
 
     def mend(self) -> None:
         """Have everybody alive who should be, as a service manager would."""
@@ -128,7 +131,7 @@ class World:
         self.lab.reset()
         for host in (self.lab.b, self.lab.a):
             self.load(host)
-        self.gate.start()
+        self.start_gate()
         self.recover()
 
     def supervise(self) -> None:
@@ -138,7 +141,7 @@ class World:
             self.tally.ended.append(tail(self.gate.log, 3))
             self.gate.process = None
         if self.gate.process is None:
-            self.gate.start()
+            self.start_gate()
 
     # --- what came of it --------------------------------------------------------------
 
@@ -146,11 +149,10 @@ class World:
         """Wait until all that is covered works, return when. Raises: NotRecoveredError."""
         began = time.monotonic()
         while True:
-            told = self.ask()[: self.covered]
             silent = [
-                self.targets[at]
-                for at, one in enumerate(told)
-                if self.targets[at][0] != "stream" and not works(one, self.targets[at][0], began)
+                target
+                for one, target in self._told_of_covered()
+                if target[0] != "stream" and not works(one, target[0], began)
             ]
             now = time.monotonic()
             if not silent:
@@ -165,12 +167,19 @@ class World:
         began = time.monotonic()
         while not all(
             works(one, "kept", began)
-            for one, target in zip(self.ask(), self.targets, strict=True)
+            for one, target in self._told_of_covered()
             if target[0] == "stream"
         ):
-            if time.monotonic() > began + RECOVERY:
-                raise NotRecoveredError(f"no stream for {RECOVERY:.0f} s\n{self.last_words()}")
+            if time.monotonic() > began + STREAMS:
+                raise NotRecoveredError(f"no stream for {STREAMS:.0f} s\n{self.last_words()}")
             time.sleep(0.05)
+
+    def _told_of_covered(self) -> Iterator[tuple[dict[str, Any], Target]]:
+        """Ask everybody; yield what is said of the targets that are covered."""
+        for voice, targets in ((self.speaker, self.targets), (self.waiter, self.waits)):
+            for one, target in zip(voice.ask(), targets, strict=True):
+                if target[1] not in (NEVER, OPEN):
+                    yield one, target
 
     def last_words(self) -> str:
         status = json.dumps(self.gate.status(), indent=1)
@@ -188,28 +197,42 @@ class World:
 
     def judge(self) -> None:
         """Take in what was said and seen since the last time."""
-        told, tally = self.ask("all"), self.tally
+        told, waited, now = self.speaker.ask("all"), self.waiter.ask("all"), time.monotonic()
         self._see()
         blocked = self._blocks()
-        tally.blocked += blocked - self._blocked
+        self.tally.blocked += blocked - self._blocked
         self._blocked = blocked
-        gaps = {family: kernel_gaps(self.witness.events(), family) for family in (4, 6)}
-        for at, (one, (kind, address, _)) in enumerate(zip(told, self.targets, strict=True)):
-            counts: collections.Counter[str] = collections.Counter(one["counts"])
-            tally.attempts += counts.total()
-            tally.refused += counts["EPERM"] + counts["EHOSTUNREACH"]
+        events = self.witness.events()
+        gaps = {family: kernel_gaps(events, family, self.policies) for family in (4, 6)}
+        for one, target in zip(told, self.targets, strict=True):
+            self._judge(one, target, gaps[6 if ":" in target[1] else 4])
+        for one, (kind, address, _) in zip(waited, self.waits, strict=True):
+            name = f"{kind} {address}"
+            waiting.take(self.tally, name, one["calls"], one["began"], now)
             if address == NEVER:
-                tally.let_go += counts[""]
-            if kind == "stream":
-                tally.streams += one["made"]
-            tally.errors.update({f"{kind} {name}": n for name, n in counts.items() if name})
-            if at < self.covered:
-                spans = [*self.troubles, *gaps[6 if ":" in address else 4]]
-                tally.wrong += [
-                    (f"{kind} {address} {name}", began)
-                    for began, ended, name in one["failed"]
-                    if not any(begin <= ended and began <= end for begin, end in spread(spans))
-                ]
+                self.tally.let_go += sum(not error for _, _, error in one["calls"])
+            elif address != OPEN:
+                known = gaps[6 if ":" in address else 4]
+                waiting.judge(self.tally, name, one["calls"], known, self.troubles)
+
+    def _judge(self, one: dict[str, Any], target: Target, gaps: Sequence[Span]) -> None:
+        """Take in what the process met that is not held."""
+        tally, (kind, address, _) = self.tally, target
+        counts: collections.Counter[str] = collections.Counter(one["counts"])
+        tally.attempts += counts.total()
+        tally.refused += counts["EPERM"] + counts["EHOSTUNREACH"]
+        tally.errors.update({f"{kind} {name}": n for name, n in counts.items() if name})
+        if kind == "stream":
+            tally.streams += one["made"]
+        if address == NEVER:
+            tally.let_go += counts[""]
+        elif address != OPEN:
+            spans = [*self.troubles, *gaps]
+            tally.wrong += [
+                (f"{kind} {address} {name}", began)
+                for began, ended, name in one["failed"]
+                if not any(begin <= ended and began <= end for begin, end in spread(spans))
+            ]
 
     def _see(self) -> None:
         """Look at what was on the wire; the next capture begins before the last one ends."""
@@ -223,6 +246,8 @@ class World:
             elif packet.kind is Kind.CLEAR and packet.sender == "a":
                 if str(packet.daddr) == OPEN:
                     self.tally.in_clear += 1
+                elif packet.complains:
+                    self.tally.complaints += 1
                 elif not packet.daddr or any(packet.daddr in net for net in PROTECTED):
                     self.tally.leaked.append(packet)
 
@@ -233,6 +258,14 @@ class World:
         self.route.close()
         if self._capture is not None:
             self._capture.close()
+
+
+def covered(lab: Lab, kinds: Sequence[str]) -> list[Target]:
+    return [
+        (kind, str(lab.b.address(spec)), CLOSED_PORT if kind in ("tcp", "connect") else PORT)
+        for spec in SPECS
+        for kind in kinds
+    ]
 
 
 def works(one: dict[str, float], kind: str, since: float) -> bool:
@@ -249,46 +282,3 @@ def ip(host: Host, *words: str, check: bool = False) -> None:
     """Run ip(8) in a host."""
     command = ["ip", "-n", host.namespace.name, *words]
     subprocess.run(command, check=check, capture_output=True)
-
-
-def know_neighbour(host: Host, peer: Host) -> None:
-    """Tell a host its peer's link address, for good.
-
-    A transport-mode policy for all protocols between two IPv6 neighbours has their neighbour
-    discovery, too. With a trap and no SA they could not find each other any more, IKE included.
-    """
-    with peer.namespace.route() as route:
-        (link,) = route.get_links(ifname=LINK)
-    address = dict(link["attrs"])["IFLA_ADDRESS"]
-    to = str(peer.outer[6])
-    ip(host, "neigh", "replace", to, "lladdr", address, "dev", LINK, "nud", "permanent", check=True)
-
-
-@contextlib.contextmanager
-def world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
-    """Build the bed, everything covered and spoken to; all of it is gone at the end."""
-    with contextlib.ExitStack() as stack:
-        lab = stack.enter_context(Lab(name))
-        lab.warm_up(("tunnel",), (4,))
-        lab.warm_up(("transport",), (6,))
-        lab.a.namespace.sysctl("ipv4/ping_group_range", "0 0")
-        ip(lab.b, "addr", "add", f"{OPEN}/24", "dev", "eth0", check=True)
-        ip(lab.a, "route", "add", "default", "via", str(lab.b.outer[4]), check=True)
-        for host in (lab.a, lab.b):
-            know_neighbour(host, lab.peer(host))
-        server = lab.b.popen(
-            World.argv("server", str(PORT)), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert server.stdout is not None
-        server.stdout.readline()
-        witness = Witness(lab.a.namespace, lab.a.outer.values())
-        stack.callback(witness.close)
-        gate = stack.enter_context(Gated(lab, cache=cache))
-        made = World(lab, gate, witness)
-        stack.callback(made.close)
-        for host in (lab.b, lab.a):
-            made.load(host)
-        for spec in (*SPECS, NOWHERE):
-            gate.wait_policy(spec.name)
-        made.start()
-        yield made

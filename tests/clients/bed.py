@@ -186,10 +186,10 @@ class ClientBed:
         return Outcome(client, code, output, seconds, seen, *counted)
 
     def _counters(self) -> tuple[int, int, int]:
-        """Return the kernel's retransmissions, the hooks' refusals, the calls held so far."""
+        """Return the SYNs sent again, the hooks' refusals and the calls held so far."""
         refused = sum(n for name, n in self.gate.reasons().items() if name.startswith("refuse"))
         held: int = self.gate.ask()["held"]
-        return self.lab.a.counters()["TcpRetransSegs"], refused, held
+        return self.lab.a.counters()["TcpExtTCPSynRetrans"], refused, held
 
     def _run(self, argv: list[str], cgroup: Path | None) -> tuple[int | None, str]:
         process = self.lab.a.popen(

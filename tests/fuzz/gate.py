@@ -68,14 +68,15 @@ def fingerprint(gate: Gate) -> object:
     """Return all that decisions are made of."""
     return (
         dict(gate.protection.mirror.policies),
+        dict(gate.protection.mirror.inbound),
         dict(gate.protection.mirror.sas),
         {sa.id for sa in gate.protection.mirror.trusted_sas()},
         {table: (content.masks, dict(content.entries))
          for table, content in gate.published.tables.items()},
         dict(gate.published.errors),
         gate.policies,
-        gate.children,
-        gate.ike_error,
+        gate.ike.children,
+        gate.ike.error,
         gate.protection.sa_source,
         gate.settings,
         dict(gate.protection.sources),

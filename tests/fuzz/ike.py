@@ -61,7 +61,7 @@ def child_sa(random: Random, ike: str) -> tuple[dict[str, Any], on.ChildSa]:
         "spi-out": f"{spi_out:08x}", "local-ts": here, "remote-ts": there,
     }  # fmt: skip
     peer = ip_address("192.0.2.2")
-    return body, on.ChildSa(ike, name, reqid, spi_in, spi_out, peer, local, remote)
+    return body, on.ChildSa(ike, name, reqid, spi_in, spi_out, peer, local, remote, unique=3)
 
 
 def conn(random: Random) -> tuple[str, dict[str, Any], list[Any]]:

@@ -10,7 +10,18 @@ from typing import Any
 from ipsecgate.core import events as on
 from ipsecgate.core import layout, netlink, rtnetlink, xfrm
 from ipsecgate.core.flow import Address, Flow, Network, Selector
-from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.ipsec import (
+    ESP,
+    Action,
+    Direction,
+    Mark,
+    Mode,
+    Sa,
+    SaId,
+    SpdEntry,
+    SpdKey,
+    Template,
+)
 from tests.fuzz import gate as gates
 from tests.fuzz.engine import Target
 from tests.unit import xfrm_bytes as raw
@@ -52,7 +63,9 @@ def _policy(random: Random) -> tuple[bytes, on.XfrmEvent]:
     sel = raw.selector(str(src), str(dst), proto=proto, ports=ports)  # type: ignore[arg-type]
     dport, dport_mask, sport, sport_mask = ports
     more, mark, if_id = _attributes(random)
-    key = SpdKey(Selector(src, dst, proto, sport, sport_mask, dport, dport_mask), mark, if_id)
+    direction = random.choice((Direction.OUT, Direction.OUT, *Direction))
+    chosen = Selector(src, dst, proto, sport, sport_mask, dport, dport_mask)
+    key = SpdKey(chosen, mark, if_id, direction=direction)
     needs: tuple[Template, ...] = ()
     if random.random() < 0.8:
         mode = random.choice((Mode.TRANSPORT, Mode.TUNNEL))
@@ -68,7 +81,7 @@ def _policy(random: Random) -> tuple[bytes, on.XfrmEvent]:
     action = random.choice((0, 0, 0, 1))
     meaning = Action.DISCARD if action else Action.PROTECT if needs else Action.BYPASS
     priority = random.choice((0, 100, 383615, random.getrandbits(32)))
-    body = raw.policy(sel, priority, 9, action=action)
+    body = raw.policy(sel, priority, 9, direction, action)
     if random.random() < 0.3:
         gone = sel + bytes(8) + raw.attribute(raw.POLICY, body) + more
         return raw.message(raw.DELPOLICY, gone), on.PolicyGone(key)

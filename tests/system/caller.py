@@ -60,6 +60,14 @@ class Caller:
         self.process.communicate()
 
 
+def called_again(told: Sequence[str], times: int = 5) -> None:
+    """Wait until who hammers made that many calls more."""
+    enough, deadline = len(told) + times, time.monotonic() + 30
+    while len(told) < enough:
+        assert time.monotonic() < deadline, "nobody calls"
+        time.sleep(0.01)
+
+
 @contextlib.contextmanager
 def hammering(
     namespace: Path, cgroup: Path | None, call: str, address: str, port: int

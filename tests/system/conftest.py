@@ -16,7 +16,7 @@ from tests.system.bed import Bed
 from tests.system.bed import bed as make_bed
 
 # So that a failure there says what was found, as one in a test does.
-pytest.register_assert_rewrite("tests.system.life")
+pytest.register_assert_rewrite("tests.system.life", "tests.system.manager", "tests.system.booted")
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +72,6 @@ def gate(lab: Lab, module_gate: Gated) -> Gated:
     """A gate that runs, covers nothing and holds nothing: the lab was reset."""
     if module_gate.process is None:
         module_gate.start()
-    while any(n["state"] == "back-off" for n in module_gate.ask()["negotiations"]):
+    while any(n["state"] != "uncovered" for n in module_gate.ask()["negotiations"]):
         time.sleep(0.1)
     return module_gate

@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import mmap
 import os
+import random
 import signal
 import socket
 import sys
@@ -40,9 +42,13 @@ def tried(call: Callable[[], object]) -> Result:
     return {"error": error, "seconds": time.monotonic() - began, "ended": time.monotonic()}
 
 
-def raw_connect(sock: socket.socket, name: ctypes.Array[ctypes.c_char]) -> None:
-    if uring.libc.connect(sock.fileno(), name, len(name) - 1):
+def checked(result: int) -> None:
+    if result:
         raise OSError(ctypes.get_errno(), "connect")
+
+
+def raw_connect(sock: socket.socket, name: ctypes.Array[ctypes.c_char]) -> None:
+    checked(uring.libc.connect(sock.fileno(), name, len(name) - 1))
 
 
 def new(kind: socket.SocketKind, address: str) -> socket.socket:
@@ -89,7 +95,7 @@ def twice(address: str, port: int, _argument: str) -> Result:
 
 
 def threads(address: str, port: int, argument: str) -> Result:
-    """Have many threads send a datagram each, all at one time."""
+    """Have many threads send a datagram each, all at one time: when a line comes in."""
     threading.stack_size(SMALL_STACK)
     socks = [new(socket.SOCK_DGRAM, address) for _ in range(int(argument))]
     results: list[Result] = []
@@ -102,6 +108,7 @@ def threads(address: str, port: int, argument: str) -> Result:
     workers = [threading.Thread(target=one, args=(sock,)) for sock in socks]
     for worker in workers:
         worker.start()
+    sys.stdin.readline()
     go.set()
     for worker in workers:
         worker.join()
@@ -128,19 +135,38 @@ def odd(address: str, port: int, _argument: str) -> Result:
     return {"errors": errors, **tcp(address, port, "")}
 
 
-def hammer(address: str, port: int, argument: str) -> Result:
-    """Connect by UDP from a few threads for so many seconds; tell the errors and the longest."""
-    deadline = time.monotonic() + float(argument)
+def served(address: str, port: int, path: str) -> Result:
+    """Connect to an address in memory that a file system serves."""
+    sock = new(socket.SOCK_STREAM, address)
+    with Path(path).open("r+b") as file, mmap.mmap(file.fileno(), mmap.PAGESIZE) as memory:
+        where = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        name = ctypes.c_void_p(where)
+        return tried(lambda: checked(uring.libc.connect(sock.fileno(), name, 16)))
+
+
+def posing(address: str, port: int, path: str) -> Result:
+    """Connect what is a file, then as everybody does."""
+    name = ctypes.create_string_buffer(uring.sockaddr(address, port))
+    fd = os.open(path, os.O_RDONLY)  # never closed: that is what waits
+    first = tried(lambda: checked(uring.libc.connect(fd, name, len(name) - 1)))
+    return {"first": first, **tcp(address, port, "")}
+
+
+def hammer(address: str, port: int, _argument: str) -> Result:
+    """Connect by UDP from a few threads until the input ends; tell the errors and the longest."""
+    ended = threading.Event()
     results: list[Result] = []
 
     def one() -> None:
         with new(socket.SOCK_DGRAM, address) as sock:
-            while time.monotonic() < deadline:
+            while not ended.is_set():
                 results.append(tried(lambda: sock.connect((address, port))))
 
     workers = [threading.Thread(target=one) for _ in range(4)]
     for worker in workers:
         worker.start()
+    sys.stdin.read()
+    ended.set()
     for worker in workers:
         worker.join()
     errors = sorted({result["error"] for result in results})
@@ -167,11 +193,18 @@ def storm(address: str, port: int, argument: str) -> Result:
 
 
 def flip(address: str, port: int, other: str) -> Result:
-    """Connect to one address, and have another written over it while the call is held."""
+    """Connect to one address, and have another written over it when a line comes in."""
     name = ctypes.create_string_buffer(uring.sockaddr(address, port))
     sock = new(socket.SOCK_STREAM, address)
     changed = uring.sockaddr(other, port)
-    threading.Timer(0.05, lambda: ctypes.memmove(name, changed, len(changed))).start()
+
+    def change() -> None:
+        sys.stdin.readline()
+        ctypes.memmove(name, changed, len(changed))
+        sys.stderr.write("changed\n")
+        sys.stderr.flush()
+
+    threading.Thread(target=change).start()
     return tried(lambda: raw_connect(sock, name))
 
 
@@ -184,13 +217,13 @@ def flip_all_the_time(address: str, port: int, other: str) -> Result:
 
     def flipping() -> None:
         while not ended.is_set():
-            ctypes.memmove(name, two, len(two))
-            ctypes.memmove(name, one, len(one))
+            ctypes.memmove(name, random.choice((one, two)), len(one))
 
     sys.setswitchinterval(1e-5)
     thread = threading.Thread(target=flipping)
     thread.start()
     for _ in range(300):
+        time.sleep(random.random() / 1000)  # one processor must find time to write, too
         with new(socket.SOCK_DGRAM, address) as sock:
             error = tried(lambda s=sock: raw_connect(s, name))["error"]  # type: ignore[misc]
             reached = error or sock.getpeername()[0]
@@ -204,7 +237,7 @@ CALLS: dict[str, Callable[[str, int, str], Result]] = {
     call.__name__: call
     for call in (
         tcp, non_blocking, udp_connect, bound, sendmsg, sendmmsg, uring_connect, twice, threads,
-        storm, flip, flip_all_the_time, odd, hammer,
+        storm, flip, flip_all_the_time, odd, hammer, served, posing,
     )
 }  # fmt: skip
 

@@ -20,8 +20,8 @@ from tests.clients.bed import ClientBed, End, Outcome, bed
 from tests.clients.catalogue import RealClient
 from tests.clients.containers import Containers
 from tests.clients.daemons import HTTP, PAGE
+from tests.system.keeper import Keeper
 from tests.system.test_hold import nothing_in_clear, stopped, wait_held
-from tests.system.test_hold_end import Keeper
 
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 RUNTIMES = ("crun", "runc")
@@ -134,9 +134,12 @@ def test_a_container_outside_is_told(
 ) -> None:
     """Its calls are held, but nobody would refuse them."""
     outside = Containers(containers.root.parent / "outside", here.lab.cgroup("outside"))
-    argv = outside.oci("crun", "outside", ["/bin/busybox", "true"], profile())
-    here.lab.a.run(argv)
-    assert "container outside is not in a gated cgroup" in here.gate.log.read_text()
+    argv = outside.oci("crun", "outside", ["/bin/busybox", "sleep", "60"], profile())
+    told = "container outside is not in a gated cgroup"
+    container = here.lab.a.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    here.until(lambda: told in here.gate.log.read_text())
+    here.lab.a.run([*argv[: argv.index("run")], "kill", "outside", "KILL"])
+    container.wait(10)
 
 
 def test_podman_under_exec_is_held(here: ClientBed, containers: Containers) -> None:

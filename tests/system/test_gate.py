@@ -6,9 +6,9 @@ kernel's counter, datagrams by the receiver: never by the gate's own word.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +20,10 @@ from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
-from tests.system.caller import Caller
+from tests.system.caller import Caller, called_again, hammering
+from tests.system.life import until
 from tests.system.opening import prepared
+from tests.system.test_hold import stopped
 
 PORT = 7100
 CASES = [case for case in story.cases() if case.gated]
@@ -119,12 +121,16 @@ def test_outside_the_cgroup_nothing_changes(lab: Lab, gate: Gated) -> None:
 
 def test_one_negotiation_for_many_flows(lab: Lab, gate: Gated) -> None:
     spec = prepared(lab, gate)
-    lab.set_delay(25)
     before = negotiation(gate, spec)["attempts"] if gate.ask()["negotiations"] else 0
-    clients = [
-        lab.a.client("tcp-client", lab.b.address(spec), PORT, cgroup=gate.cgroup) for _ in range(10)
-    ]
-    assert all(connected(client.result()) for client in clients)
+    to = str(lab.b.address(spec))
+    with contextlib.ExitStack() as stack:
+        callers = [Caller(lab.a.namespace.path, gate.cgroup) for _ in range(10)]
+        for caller in callers:
+            stack.callback(caller.close)
+        with stopped(lab):
+            assert {caller("tcp", to, PORT) for caller in callers} == {"EPERM"}
+        until(lambda: negotiation(gate, spec)["state"] == "covered", "it is not covered")
+        assert {caller("tcp", to, PORT) for caller in callers} == {"EINPROGRESS"}
     assert negotiation(gate, spec)["attempts"] == before + 1
     assert len(lab.a.established()) == 1
 
@@ -166,6 +172,7 @@ def test_databases_emptied_by_hand_close(lab: Lab, gate: Gated, what: str, how: 
     """Without its policy the kernel would send the flow in clear."""
     spec = prepared(lab, gate)
     assert connected(connect(lab, gate, spec))
+    lab.let_tcp_close()  # host b has no gate
     lab.a.run(["ip", "xfrm", what, how])
     refused_and_nothing_in_clear(lab, gate, spec)
     # strongSwan still believes in its CHILD_SA: the gate has it deleted, and made anew.
@@ -179,12 +186,15 @@ def test_databases_emptied_by_hand_close(lab: Lab, gate: Gated, what: str, how: 
 def test_charon_killed_closes_and_charon_back_opens(lab: Lab, gate: Gated) -> None:
     spec = prepared(lab, gate)
     assert connected(connect(lab, gate, spec))
+
+    def is_without_ike() -> bool:
+        return any("IKE" in error for error in gate.ask()["errors"])
+
     lab.a.charon.kill()
-    time.sleep(0.3)
+    until(is_without_ike, "it did not notice")
     refused_and_nothing_in_clear(lab, gate, spec)
-    assert any("IKE" in error for error in gate.ask()["errors"])
     lab.restart(lab.a)
-    time.sleep(1.5)
+    until(lambda: not is_without_ike(), "it did not come back")
     refused_and_nothing_in_clear(lab, gate, spec)  # its SAs are in the kernel: not trusted
     lab.a.run(["ip", "xfrm", "state", "flush"])
     lab.a.run(["ip", "xfrm", "policy", "flush"])
@@ -224,21 +234,10 @@ def test_controller_killed_keeps_open_what_is_covered_and_closed_what_is_not(
     before = {(h["hook"], h["cgroup"]) for h in status["hooks"]}
 
     # Run again, while connections are made all the time: adopted without a refusal.
-    caller = Caller(lab.a.namespace.path, gate.cgroup)
-    told = []
-    ended = threading.Event()
-
-    def hammer() -> None:
-        while not ended.is_set():
-            told.append(caller("tcp", str(lab.b.address(covered)), PORT))
-
-    thread = threading.Thread(target=hammer)
-    thread.start()
-    gate.start()
-    time.sleep(0.5)
-    ended.set()
-    thread.join()
-    caller.close()
+    space, to = lab.a.namespace.path, str(lab.b.address(covered))
+    with hammering(space, gate.cgroup, "tcp", to, PORT) as told:
+        gate.start()
+        called_again(told, 100)
     assert len(told) > 100
     assert set(told) == {"EINPROGRESS"}
     assert {(h["hook"], h["cgroup"]) for h in gate.status()["hooks"]} == before
@@ -287,13 +286,13 @@ def test_events_tell_what_was_refused_by_which_rule_and_what_became_of_it(
     spec = prepared(lab, gate, start_action="none")
     to = str(lab.b.address(spec))
     follower = lab.a.popen(gate.argv("--json", "events", "--follow"), stdout=subprocess.PIPE)
-    lab.set_delay(100)  # both are asked for before the SA that the first one calls for
     try:
         assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
         lab.a.charon.terminate(spec.child_name)
         caller = Caller(lab.a.namespace.path, gate.cgroup)
-        assert caller("tcp", to, PORT) == "EPERM"
-        assert caller("raw", to) == "EPERM"  # a raw socket is blocked, not refused
+        with stopped(lab):  # both are asked for before the SA that the first one calls for
+            assert caller("tcp", to, PORT) == "EPERM"
+            assert caller("raw", to) == "EPERM"  # a raw socket is blocked, not refused
         caller.close()
         told = json.loads(gate.cli("--json", "events").stdout)
         denied = json.loads(gate.cli("--json", "events", "--denied", "--last", "2").stdout)

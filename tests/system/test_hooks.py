@@ -28,6 +28,7 @@ from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect, went_
 
 CALLS = ("tcp", "udp connect", "sendto", "sendmsg")
 SO_BINDTOIFINDEX = 62
+AGAIN = 0.1  # seconds after which a flow is told again: GATE_EVENT_INTERVAL_NS
 FORMS = {
     "v4": (4, "{}"),
     "v6": (6, "{}"),
@@ -55,12 +56,15 @@ def test_every_call_is_gated(bed: Bed, call: str, form: str) -> None:
 
 
 def test_refusals_are_told_with_the_flow(bed: Bed) -> None:
+    began = time.monotonic()
     for _ in range(5):
         bed.gated("tcp", "::ffff:" + PEER[4], 443)
+    again = (time.monotonic() - began) // AGAIN
     bed.gated("tcp", PEER[6], 443)
     bed.data.drain()
     flows = [str(r.flow) for r in bed.refusals]
-    assert flows == [f"tcp {PEER[4]}:443", f"tcp [{PEER[6]}]:443"], "once a flow"
+    assert 1 <= flows.count(f"tcp {PEER[4]}:443") <= 1 + again, "once a flow"
+    assert flows[-1] == f"tcp [{PEER[6]}]:443"
     first = bed.refusals[0]
     assert (first.reason, first.policy, first.flow.saddr) == (Reason.REFUSE_UNCOVERED, 4, None)
     assert first.cgroup == bed.cgroup.stat().st_ino

@@ -29,6 +29,7 @@ TCP_PORT, UDP_PORT = 7000, 7001
 CASES = [
     pytest.param(mode, family, id=f"{mode}-v{family}") for mode in MODES for family in FAMILIES
 ]
+CLOCKS = 0.02  # seconds: the capture's stamps are of another clock
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def test_stock_linux_loses_the_first_syn(lab: Lab, tcp: Server, mode: str, famil
         after = lab.a.counters()
         warm = lab.a.client("tcp-client", lab.b.address(spec), TCP_PORT).result()
         ready = watch.wait_sa(since=first["first"])
-        policy = watch.wait_policy(since=first["first"])
+        assert ready is not None
+        policy = watch.wait_policy(since=ready)  # the trap's is older
         seen = capture.stop()
     assert first["echoed"], first
     assert warm["echoed"], warm
@@ -93,10 +95,9 @@ def test_stock_linux_loses_the_first_syn(lab: Lab, tcp: Server, mode: str, famil
     assert len(seen.esp) >= 16
     assert seen.esp[0].sender == "a"
     # The SYN that got through left long after the SA was there: TCP's timer decided.
-    assert ready is not None
     assert policy is not None
     assert first["first"] < seen.ike[0].time < ready < policy < seen.esp[0].time
-    assert seen.esp[0].time < first["connected"]
+    assert seen.esp[0].time < first["connected"] + CLOCKS
     assert first["connected"] - first["first"] > 0.9
 
 
@@ -106,7 +107,8 @@ def test_stock_linux_loses_datagrams(lab: Lab, udp: Server, switches: list[str])
     lab.load(spec)
     lab.set_delay(25)
     with lab.capture() as capture:
-        report = lab.a.client("udp-client", lab.b.address(spec), UDP_PORT, *switches).result()
+        options = (*switches, "--rate", "200")  # for a second, and the SA comes within it
+        report = lab.a.client("udp-client", lab.b.address(spec), UDP_PORT, *options).result()
         counted = udp.report(expect=200, settle=0.5)
         seen = capture.stop()
     assert report["sent"] == 200
@@ -137,7 +139,7 @@ def test_delay_counts_each_way(lab: Lab, tcp: Server) -> None:
 def test_stamps_are_the_packets_own(lab: Lab, udp: Server) -> None:
     with lab.capture() as capture:
         report = lab.a.client("udp-client", lab.b.bare[4], UDP_PORT, "--count", "50").result()
-        assert udp.report(expect=50, settle=0.5)["distinct"] == 50
+        assert udp.report(expect=50, settle=5)["distinct"] == 50
         times = [packet.time for packet in capture.stop().clear]
     assert len(times) == 50
     assert report["first"] < times[0]

@@ -14,6 +14,7 @@ import pytest
 from ipsecgate.edges import cgroups
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.netns import RUN
+from tests.system.life import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
 
@@ -35,7 +36,7 @@ def remains(name: str) -> list[str]:
 
 
 def gone(name: str) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while left := remains(name):
         assert time.monotonic() < deadline, left
         time.sleep(0.01)
@@ -49,7 +50,7 @@ def test_nothing_remains(error: type[BaseException] | None) -> None:
             sleeper = lab.a.popen(["sleep", "1000"], cgroup=lab.cgroup("x/y"))
             # One that leaves its parent behind, and one the lab didn't start itself.
             lab.b.run(["sh", "-c", "sleep 1001 >/dev/null 2>&1 &"])
-            time.sleep(0.1)
+            until(lambda: sleeper.pid in lab.a.namespace.pids(), "it does not sleep")
             pids = [sleeper.pid, *lab.a.namespace.pids(), *lab.b.namespace.pids()]
             lab.capture().start()
             lab.watch().start()
@@ -61,7 +62,7 @@ def test_nothing_remains(error: type[BaseException] | None) -> None:
     assert len(pids) >= 5
     gone("ipsecgate-test-gone")
     # One that nobody has reaped yet has no command line any more.
-    assert not any(commandline(pid) for pid in pids)
+    until(lambda: not any(commandline(pid) for pid in pids), "some go on")
 
 
 def test_what_a_killed_owner_left_is_swept() -> None:

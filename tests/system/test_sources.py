@@ -151,7 +151,7 @@ def test_routes_change_between_two_tunnels(lab: Lab, life: Begin) -> None:
     with life("one", "two") as story:
         both_up(lab)
         since = time.monotonic()
-        for _ in range(5):
+        for _ in range(10):
             for source in SOURCES.values():
                 hint(lab, source)
                 time.sleep(0.05)

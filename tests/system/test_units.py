@@ -37,10 +37,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "/usr/lib/systemd/system", root / "usr/lib/systemd/system", symlinks=True,
         dirs_exist_ok=True,
     )  # fmt: skip
-    program = root / "usr/bin/ipsecgate"
-    program.parent.mkdir(exist_ok=True)
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
+    for program in (root / "usr/bin/ipsecgate", root / "bin/mkdir"):
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
     return root
 
 
@@ -80,7 +80,8 @@ def test_stopping_opens_nothing() -> None:
         assert not setting(name, "ExecStopPost")
         assert setting(name, "RuntimeDirectoryPreserve") == ["yes"]
     assert setting("ipsecgate.service", "Restart") == ["always"]
-    assert setting("ipsecgate-load.service", "Before") == ["network-pre.target", "shutdown.target"]
+    before = ["network-pre.target sysinit.target", "shutdown.target"]
+    assert setting("ipsecgate-load.service", "Before") == before
 
 
 # --- what the unit allows is enough ------------------------------------------------------
@@ -160,6 +161,21 @@ def test_early_boot_needs_no_more_than_its_unit_has(unit: Unit, caller: Caller) 
     assert refused_at(caller, "192.0.2.99"), "what no policy names, too: nothing is published"
 
 
+def test_a_boot_with_a_broken_configuration_gates_what_was_gated(
+    unit: Unit, caller: Caller
+) -> None:
+    unit.start()
+    assert unit.hears("READY=1"), unit.log
+    unit.end()
+    assert unit.cli("unload", "--force").returncode == 0
+    assert caller("tcp", PEER[4], PORT) == "EINPROGRESS", "as after a boot"
+    unit.config.write_text("[gate")
+    told = in_unit(unit, "ipsecgate-load.service", "load", "--attach")
+    assert told.returncode == 2
+    assert f"gated as before: {unit.cgroup}" in " ".join(told.stderr.split())
+    assert refused(caller)
+
+
 def refused_at(caller: Caller, address: str) -> bool:
     return caller("tcp", address, PORT) == "EPERM"
 
@@ -211,5 +227,7 @@ def test_calls_are_held_by_a_controller_that_may_take_their_listener(
     told = unit.cli(*words, CONNECT)
     assert told.returncode != 0, "there is no IKE daemon to end the wait"
     assert ("TimeoutError" in told.stderr) is (not without), "held to its limit"
+    if not without:
+        assert unit.eventually(lambda: "was held for" in unit.log), unit.log
     assert ("was held for" in unit.log) is (not without), unit.log
     assert ("pidfd_getfd: Operation not permitted" in told.stderr) is bool(without)

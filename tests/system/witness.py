@@ -1,7 +1,8 @@
 """When the kernel changed its SAs, policies and routes, seen by a process that does only that.
 
 A thread would share the interpreter with whatever the test does meanwhile, and its stamps would
-come late by tens of milliseconds; this process is a real-time one, before all others.
+come late by tens of milliseconds; this process is a real-time one, before all others. It keeps
+what it saw until it is asked: waiting for a reader, it would stamp the next event late.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
@@ -29,7 +31,7 @@ class Witness:
 
     def __init__(self, namespace: Namespace, local: Iterable[Address]) -> None:
         context = multiprocessing.get_context("fork")
-        self._output, told = context.Pipe(duplex=False)
+        self._output, told = context.Pipe()
         with namespace.inside():
             sources = (
                 follower(NETLINK_XFRM, GROUPS),
@@ -45,8 +47,8 @@ class Witness:
 
     def events(self) -> list[XfrmSeen]:
         """Return what was seen since `forget`. Raises: EOFError if the kernel dropped events."""
-        while self._output.poll():
-            self._events += self._output.recv()
+        self._output.send("?")
+        self._events += self._output.recv()
         return self._events
 
     def forget(self) -> None:
@@ -72,8 +74,16 @@ def follow(
     xfrm: socket.socket, routes: socket.socket, local: set[Address], told: Connection
 ) -> None:
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    sources: tuple[socket.socket | Connection, ...] = (xfrm, routes, told)
+    seen: list[XfrmSeen] = []
     while True:
-        for source in select.select([xfrm, routes], [], [])[0]:
-            data = source.recv(1 << 16)
-            now = time.monotonic()
-            told.send(list(parse(data, now, local)) if source is xfrm else [XfrmSeen(now, "ROUTE")])
+        ready, _, _ = select.select(sources, [], [])
+        for source in (xfrm, routes):
+            if source in ready:
+                data = source.recv(1 << 16)
+                now = time.monotonic()
+                seen += parse(data, now, local) if source is xfrm else [XfrmSeen(now, "ROUTE")]
+        if told in ready:
+            told.recv()
+            threading.Thread(target=told.send, args=(seen,)).start()
+            seen = []

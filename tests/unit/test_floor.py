@@ -20,7 +20,7 @@ from ipsecgate.core.floor import (
     tag_of,
 )  # fmt: skip
 from ipsecgate.core.flow import TCP
-from ipsecgate.core.ipsec import Action, SpdEntry
+from ipsecgate.core.ipsec import Action, Direction, SpdEntry
 from ipsecgate.core.layout import TableId
 from ipsecgate.core.policy import Policy, Settings
 from ipsecgate.core.xfrm import NEWPOLICY, decode
@@ -133,4 +133,10 @@ def test_where_ike_does_esp_itself_there_is_none() -> None:
     story.after(on.KernelSnapshot((), ()), SOURCES)
     told = floors(story.after(on.IkeConnected((), (), pid=42, userland=True)))
     assert told[-1].policies == ()
-    assert any("gate.floor" in error for error in story.gate.errors)
+    assert any("gate.floor" in error for error in story.gate.enforced.errors)
+
+
+def test_a_policy_for_what_comes_in_is_no_floor() -> None:
+    entry = entry_of(BLOCK)
+    assert is_floor(entry)
+    assert not is_floor(replace(entry, key=replace(entry.key, direction=Direction.IN)))

@@ -105,3 +105,19 @@ def test_fragments_are_never_taken_for_ike() -> None:
     assert seen(v6(44, extension + udp(500, 500))).kind is Kind.CLEAR
     first = struct.pack("!BBHI", 17, 0, 1, 1)
     assert seen(v6(44, first + udp(500, 500))).kind is Kind.IKE
+
+
+@pytest.mark.parametrize(
+    ("frame", "expected"),
+    [
+        (v4(1, b"\x03" + bytes(7) + bytes(16) + ip_address(A4).packed + udp(7, 8)), True),
+        (v4(1, b"\x03" + bytes(7) + bytes(16) + ip_address(B4).packed + udp(7, 8)), False),
+        (v4(1, b"\x08" + bytes(7) + bytes(16) + ip_address(A4).packed + udp(7, 8)), False),
+        (v4(1, b"\x03" + bytes(7)), False),
+        (v6(58, b"\x01" + bytes(7) + bytes(24) + ip_address(A6).packed + udp(7, 8)), True),
+        (v6(58, b"\x01" + bytes(7) + bytes(24) + ip_address(B6).packed + udp(7, 8)), False),
+        (v4(17, b"\x03" + bytes(7) + bytes(16) + ip_address(A4).packed), False),
+    ],
+)
+def test_a_complaint_is_about_what_came_to_its_sender(frame: bytes, expected: bool) -> None:
+    assert seen(frame).complains is expected

@@ -334,10 +334,10 @@ def test_tables_that_do_not_fit_refuse() -> None:
     )
     story.after(on.KernelSnapshot(many, (SA,)), connected(LISTED), SOURCES)
     assert not story.is_open()
-    assert any("SPD table" in error for error in story.gate.errors)
+    assert any("SPD table" in error for error in story.gate.enforced.errors)
     story.after(on.KernelSnapshot((TRAP,), (SA,)))
     assert story.is_open()
-    assert story.gate.errors == []
+    assert story.gate.enforced.errors == []
 
 
 def test_a_policy_to_start_without_its_child_asks_no_more_than_it_is_told() -> None:
@@ -360,9 +360,9 @@ def test_what_must_be_protected_only_grows() -> None:
 
 def test_a_connection_whose_peer_is_not_known_is_told(trapped: Transcript) -> None:
     trapped.after(on.IkeConnected((NET, replace(NET, child="any", remote=())), (), pid=42))
-    assert any("connection peer/any" in error for error in trapped.gate.errors)
+    assert any("connection peer/any" in error for error in trapped.gate.enforced.errors)
     trapped.after(connected())
-    assert trapped.gate.errors == []
+    assert trapped.gate.enforced.errors == []
 
 
 def test_a_kernel_policy_of_an_unknown_connection_has_ike_looked_at(trapped: Transcript) -> None:
@@ -384,7 +384,7 @@ def test_policies_that_do_not_fit_protect_their_networks_whole() -> None:
         for n in (24, 16, 8)
     )
     story = Transcript(Settings(policies=wide))
-    assert any("POLICY table" in error for error in story.gate.errors)
+    assert any("POLICY table" in error for error in story.gate.enforced.errors)
     inside = Flow(ip_address("10.9.9.9"), 17, 53, ip_address("10.1.0.1"))
     entry = story.entry(TableId.POLICY, inside)
     assert entry is not None
@@ -437,4 +437,4 @@ def test_policies_that_do_not_fit_even_as_networks_protect_everything() -> None:
     entry = story.entry(TableId.POLICY, replace(FLOW, daddr=ip_address("198.51.100.1")))
     assert entry is not None
     assert (entry.state, entry.id) == (State.PROTECT, 1)
-    assert "entries" in story.gate.errors[0]
+    assert "entries" in story.gate.enforced.errors[0]

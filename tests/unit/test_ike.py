@@ -141,11 +141,14 @@ async def test_an_event_that_the_daemon_does_not_know(charon: FakeCharon) -> Non
 
 
 async def test_a_refused_command_says_why(charon: FakeCharon, client: IkeClient) -> None:
-    charon.handlers["terminate"] = answering(no("no matching SAs to terminate found"), YES)
+    charon.handlers["terminate"] = answering(no("no matching SAs to terminate found"), YES, YES)
     with pytest.raises(IkeRefusedError, match="no matching SAs"):
         await client.terminate("gw")
     await client.terminate("gw", "net")  # the connection is still good
     assert charon.requests[-1] == ("terminate", {"ike": "gw", "child": "net", "timeout": "-1"})
+    await client.terminate("gw", "net", 3)
+    only = {"ike": "gw", "child": "net", "child-id": "3", "timeout": "-1"}
+    assert charon.requests[-1] == ("terminate", only)
     with pytest.raises(IkeRefusedError, match="list-conns"):
         await client.children()
 
@@ -268,11 +271,11 @@ async def test_only_a_few_wait_in_charon(charon: FakeCharon, client: IkeClient) 
 
     charon.handlers["initiate"] = initiate
     for number in range(10):
-        await client.initiate("gw", f"net-{number}", 0.3)
+        await client.initiate("gw", f"net-{number}", 2)
     (failed,) = await take(client)
     assert isinstance(failed, NegotiationFailed)  # one that did not wait: its limit ran out
     waits = [asked["timeout"] for name, asked in charon.requests if name == "initiate"]
-    assert waits == ["300"] * negotiation.MAX_WAITING + ["-1"] * 6
+    assert waits == ["2000"] * negotiation.MAX_WAITING + ["-1"] * 6
 
 
 async def test_the_daemon_goes_while_negotiating(charon: FakeCharon, client: IkeClient) -> None:

@@ -168,3 +168,28 @@ def test_a_larval_state_is_not_the_sa_that_ike_believes_in(story: Transcript) ->
     story.after(on.NegotiationDone(*NAME))
     assert do.Terminate(*NAME) in story.after(on.TimerFired(on.Timer("limit", *NAME)))
     assert story.gate.protection.mirror.replace(on.KernelSnapshot((PINNED,), ())) == 0, "no drift"
+
+
+def test_of_two_children_the_policy_names_one_and_its_state_is_lost(story: Transcript) -> None:
+    """Where both ends began at once, and one state was deleted by hand. Found by chaos."""
+    twin = replace(LISTED, spi_in=0x12, spi_out=0xC0FFEE02)
+    other = replace(SA, id=replace(SA.id, spi=twin.spi_out))
+    story.after(REFUSED, *UP, on.ChildUp(LISTED), on.SaSet(other), on.ChildUp(twin))
+    assert live(story, ROUTED)
+    story.after(on.SaGone(SA.id), connected(LISTED, twin))
+    assert not live(story, ROUTED)
+    assert initiated(story.after(REFUSED)) == [NAME]
+    story.after(on.NegotiationDone(*NAME))
+    assert do.Terminate(*NAME) in story.after(on.TimerFired(on.Timer("limit", *NAME)))
+
+
+def test_a_childs_predecessor_is_no_reason_to_delete_it(story: Transcript) -> None:
+    """The kernel has the successor, and another policy won."""
+    new = replace(LISTED, spi_in=0x12, spi_out=0xC0FFEE02)
+    story.after(on.SaSet(SA), on.SaSet(replace(SA, id=replace(SA.id, spi=new.spi_out))))
+    pinned = replace(PINNED, templates=(replace(TRAP.templates[0], spi=new.spi_out),))
+    story.after(REFUSED, on.PolicySet(pinned), on.ChildUp(LISTED), on.ChildUp(new))
+    assert live(story, ROUTED)
+    assert not story.gate.protection.is_stale(NAME, ROUTED)
+    story.after(on.PolicySet(TRAP), on.SaGone(replace(SA.id, spi=new.spi_out)))
+    assert not story.gate.protection.is_stale(NAME, ROUTED), "the trap takes any"

@@ -10,7 +10,7 @@ import pytest
 from ipsecgate.core.events import ChildConfig
 from ipsecgate.core.flow import TrafficSelector
 from ipsecgate.core.ipsec import Mode
-from ipsecgate.edges.memory import keep, recall
+from ipsecgate.edges.memory import keep, keep_targets, recall, recall_targets
 from ipsecgate.errors import GateError
 
 CHILDREN = (
@@ -90,3 +90,18 @@ def test_a_cut_file_is_an_error(tmp_path: Path) -> None:
         file.write_text(whole[:length])
         with pytest.raises(GateError):
             recall(file)
+
+
+def test_targets_that_are_kept_are_recalled(tmp_path: Path) -> None:
+    file = tmp_path / "cgroups.json"
+    assert recall_targets(file) == ()
+    keep_targets(file, ("unit:a.service", "/sys/fs/cgroup/b"))
+    assert recall_targets(file) == ("unit:a.service", "/sys/fs/cgroup/b")
+
+
+@pytest.mark.parametrize("text", ["", "[", "[1]", "{}", '"x"', "[[]]", "null", "[" * 3000])
+def test_broken_targets_are_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "cgroups.json"
+    file.write_text(text)
+    with pytest.raises(GateError, match=r"cgroups\.json: cannot read which cgroups are gated"):
+        recall_targets(file)

@@ -155,6 +155,7 @@ CHILD = {
 SA = ChildSa(
     *("gw", "net", 1, 0xC0FFEE01, 0xBEEF, ip_address("192.0.2.2")),
     *((ts("10.1.0.0/16"),), (ts("10.2.3.0/24", 6, (443, 443)),)),
+    unique=3,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -10,13 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipsecgate.core.events import (
+    PolicyGone,
     PolicySet,
     SaSet,
     SasFlushed,
     XfrmEvent,
 )
 from ipsecgate.core.flow import Selector
-from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.ipsec import (
+    ESP,
+    Action,
+    Direction,
+    Mark,
+    Mode,
+    Sa,
+    SaId,
+    SpdEntry,
+    SpdKey,
+    Template,
+)
 from ipsecgate.core.netlink import DecodeError
 from ipsecgate.core.xfrm import decode
 from tests.unit.xfrm_bytes import (
@@ -67,7 +80,6 @@ def test_a_datagram_is_decoded_in_order() -> None:
         message(0x17, bytes(280)),  # ACQUIRE
         message(0x1E, bytes(56)),  # NEWAE
         message(3, bytes(4)),  # NLMSG_DONE
-        message(NEWPOLICY, policy(selector(), direction=0)),
         message(NEWPOLICY, policy(selector(), direction=2)),
         message(NEWPOLICY, policy(selector(), direction=3)),
         message(NEWPOLICY, policy(selector(), direction=4)),
@@ -77,7 +89,7 @@ def test_a_datagram_is_decoded_in_order() -> None:
         message(EXPIRE, state() + bytes(8)),
     ],
     ids=[
-        *("unknown", "acquire", "aevent", "done", "in", "fwd", "socket in", "socket out"),
+        *("unknown", "acquire", "aevent", "done", "fwd", "socket in", "socket out"),
         *("sub policy", "policy expires soft", "sub policies flushed", "SA expires soft"),
     ],
 )
@@ -89,6 +101,15 @@ def one_policy(body: bytes) -> SpdEntry:
     (event,) = decode(message(NEWPOLICY, body))
     assert isinstance(event, PolicySet)
     return event.entry
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_a_policy_has_a_direction(direction: Direction) -> None:
+    entry = one_policy(policy(selector(), direction=direction))
+    assert entry.key == replace(NET.key, direction=direction)
+    gone = message(DELPOLICY, selector() + bytes(8)
+                   + attribute(POLICY, policy(selector(), direction=direction)))  # fmt: skip
+    assert list(decode(gone)) == [PolicyGone(entry.key)]
 
 
 def one_sa(body: bytes) -> Sa:

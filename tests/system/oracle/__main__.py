@@ -1,7 +1,8 @@
-"""Judge random worlds for as long as was asked for: ORACLE_CASES calls from ORACLE_SEED on."""
+"""Judge ORACLE_CASES calls in random worlds, from ORACLE_SEED on: a new one if there is none."""
 
 from __future__ import annotations
 
+import random
 import sys
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.system.oracle.run import run, settings
 
 
 def main() -> int:
-    seed, cases = settings(cases=100_000)
+    seed, cases = settings(random.SystemRandom().randrange(2**32), 100_000)
     with tempfile.TemporaryDirectory() as cache, bed(Path(cache)) as place:
         try:
             run(place, seed, cases, sys.stdout)

@@ -178,9 +178,10 @@ class Model:
     ) -> Has:
         """Look as xfrm_state_find() does: first by both ends, then by the far one.
 
-        The second look, meant for states from any address, reads a whole bucket of a hash that
-        begins with 8 of them, and does not compare the source: any state that happens to be
-        there is taken. So such a state may be found, and may not.
+        Each look reads a whole bucket of a hash that begins with 8 of them. The first takes
+        states from any address, too, if they happen to be there. The second is meant for those,
+        and does not compare the source: any state that happens to be there is taken. So a
+        state may be found, and may not.
         """
         value, mask = policy.mark
         found = [
@@ -198,7 +199,8 @@ class Model:
         if any(s in exact for s in valid):
             return Has.YES
         if any(s.life is Life.LARVAL for s in exact):
-            return Has.NO  # somebody is negotiating: there is no second look
+            # Somebody is negotiating: there is no second look.
+            return Has.MAYBE if any(s in wildcard for s in valid) else Has.NO
         if any(s.life is Life.LARVAL for s in wildcard):
             return Has.MAYBE if valid else Has.NO
         if any(s in wildcard for s in valid):

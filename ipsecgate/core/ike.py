@@ -1,0 +1,80 @@
+"""The IKE daemon as the gate knows it, and which child it is asked for.
+
+Source: US 7,028,332 claim 1: the policy that covers a refused flow says with which parameters the
+negotiation component is to negotiate.
+"""
+
+from __future__ import annotations
+
+from ipsecgate.core import commands as do
+from ipsecgate.core.enforced import Enforced
+from ipsecgate.core.events import ChildConfig
+from ipsecgate.core.flow import Flow
+from ipsecgate.core.ipsec import Action
+from ipsecgate.core.negotiations import Negotiations, child_for
+from ipsecgate.core.policy import Policy
+from ipsecgate.core.protection import Protection
+
+ORPHANS = 64  # flows that wait for a connection to be loaded
+WARNINGS = 256  # that are told once each
+
+
+class Ike:
+    """What the daemon has loaded, and what it was asked for."""
+
+    def __init__(
+        self, enforced: Enforced, protection: Protection, negotiations: Negotiations
+    ) -> None:
+        self.children: tuple[ChildConfig, ...] = ()
+        self.error = "not connected yet"
+        self._enforced = enforced
+        self._protection = protection
+        self._negotiations = negotiations
+        self._orphans: set[Flow] = set()  # refused, and no child known
+        self._warned: set[tuple[str, Flow]] = set()
+
+    def ask(self, flow: Flow, place: int | None) -> list[do.Command]:
+        """Have the child negotiated that would protect a refused flow."""
+        if place is None or place >= len(self._enforced.policies):
+            return []
+        policy = self._enforced.policies[place]
+        if policy.action is not Action.PROTECT or self.error or self._protection.is_live(flow):
+            return []
+        config = self.child(flow, policy)
+        if config is not None:
+            if self._protection.is_up(config):
+                return self._warn(f"{config.ike}/{config.child} is up and does not protect", flow)
+            return self._negotiations.ask((config.ike, config.child), flow, place, policy.name)
+        if len(self._orphans) < ORPHANS:
+            self._orphans.add(flow)
+        return [do.AskIke()]  # the connection may have been loaded a moment ago
+
+    def ask_again(self) -> list[do.Command]:
+        """Ask for what is to be initiated at once, and for the flows that had no child.
+
+        The daemon was looked at just now, so it is not again.
+        """
+        policies = enumerate(self._enforced.policies)
+        wanted = [(policy.any_flow(), place) for place, policy in policies if policy.start]
+        started = [command for flow, place in wanted for command in self.ask(flow, place)]
+        orphans, self._orphans = self._orphans, set()
+        asked = [c for flow in orphans for c in self.ask(flow, self._enforced.place_of(flow))]
+        alone, self._orphans = self._orphans, set()
+        text = "no CHILD_SA that is loaded would protect"
+        told = [command for flow in alone for command in self._warn(text, flow)]
+        return [c for c in (*started, *asked) if not isinstance(c, do.AskIke)] + told
+
+    def child(self, flow: Flow, policy: Policy) -> ChildConfig | None:
+        """Return the child that would protect a flow of a policy, None if none is loaded."""
+        return child_for(flow, self._protection.source_of(flow), policy, self.children)
+
+    def warn_anew(self) -> None:
+        """Forget what was told: the policies are others."""
+        self._warned.clear()
+
+    def _warn(self, text: str, flow: Flow) -> list[do.Command]:
+        """Tell something of a flow once."""
+        if (text, flow) in self._warned or len(self._warned) >= WARNINGS:
+            return []
+        self._warned.add((text, flow))
+        return [do.Log("warning", f"{text} {flow}")]

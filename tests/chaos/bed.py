@@ -1,0 +1,83 @@
+"""The bed of `World` is made here, and gone at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ipsecgate.edges import bytecode
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.host import Host
+from ipsecgate.lab.hosts import Lab
+from ipsecgate.lab.path import LINK
+from tests.chaos.voice import Voice
+from tests.chaos.world import NOWHERE, OPEN, PORT, SPECS, World, ip
+from tests.system.keeper import Keeper
+from tests.system.witness import Witness
+
+CACHE_SIZE = "512k"
+
+
+@contextlib.contextmanager
+def world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
+    """Build the bed, everything covered and spoken to; all of it is gone at the end.
+
+    `cache` keeps the compiled hooks; the gate's own is a small disk, to be full some day.
+    """
+    with contextlib.ExitStack() as stack:
+        lab = stack.enter_context(Lab(name))
+        lab.warm_up(("tunnel",), (4,))
+        lab.warm_up(("transport",), (6,))
+        lab.a.namespace.sysctl("ipv4/ping_group_range", "0 0")
+        ip(lab.b, "addr", "add", f"{OPEN}/24", "dev", "eth0", check=True)
+        ip(lab.a, "route", "add", "default", "via", str(lab.b.outer[4]), check=True)
+        for host in (lab.a, lab.b):
+            know_neighbour(host, lab.peer(host))
+        Voice(lab.b, World.argv("server", str(PORT)))
+        witness = Witness(lab.a.namespace, lab.a.outer.values())
+        stack.callback(witness.close)
+        keeper = stack.enter_context(Keeper())
+        gate = stack.enter_context(Gated(lab, cache=stack.enter_context(disk(cache))))
+        gate.kill()  # nobody keeps this one's descriptors
+        keeper.start(gate)
+        made = World(lab, gate, witness, keeper)
+        stack.callback(made.close)
+        for host in (lab.b, lab.a):
+            made.load(host)
+        for spec in (*SPECS, NOWHERE):
+            gate.wait_policy(spec.name)
+        made.start()
+        yield made
+
+
+@contextlib.contextmanager
+def disk(cache: Path) -> Iterator[Path]:
+    """Return a small disk with the compiled hooks of a cache."""
+    bytecode.get(cache)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={CACHE_SIZE}", "none", folder]
+        subprocess.run(mount, check=True)
+        try:
+            for path in cache.iterdir():
+                if path.suffix == ".json":
+                    shutil.copy(path, folder)
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def know_neighbour(host: Host, peer: Host) -> None:
+    """Tell a host its peer's link address, for good.
+
+    A transport-mode policy for all protocols between two IPv6 neighbours has their neighbour
+    discovery, too. With a trap and no SA they could not find each other any more, IKE included.
+    """
+    with peer.namespace.route() as route:
+        (link,) = route.get_links(ifname=LINK)
+    address = dict(link["attrs"])["IFLA_ADDRESS"]
+    to = str(peer.outer[6])
+    ip(host, "neigh", "replace", to, "lladdr", address, "dev", LINK, "nud", "permanent", check=True)

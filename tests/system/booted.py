@@ -1,0 +1,165 @@
+"""What a systemd is booted with to test the units, and gated processes to tell how it goes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.lab.hosts import ConnSpec, Lab
+from ipsecgate.lab.path import SITE_B
+from tests.system.caller import Caller
+from tests.system.manager import CHARON, CHECKOUT, INSTALLED, UNITS, Manager
+from tests.system.pulse import Attempt, Pulse
+
+PORT = 7900
+SPEC = ConnSpec("net", "transport", 4)  # no trap: without the gate it goes out in clear
+COVERED = str(SITE_B.outer[4].ip)
+NEVER = str(SITE_B.bare[4].ip)  # protected by the configuration, and nobody negotiates for it
+LATER = "203.0.113.9"
+SERVICE, LOAD = "ipsecgate.service", "ipsecgate-load.service"
+CONFIG = f"""
+[gate]
+vici = "{CHARON}/vici"
+cgroups = ["/sys/fs/cgroup/gated.slice"]
+[[policy]]
+name = "net"
+remote = ["{COVERED}"]
+[[policy]]
+name = "never"
+remote = ["{NEVER}"]
+"""
+
+# Calls once, and says what came of it.
+PROBE = f"""
+import errno, socket
+sock = socket.socket()
+sock.setblocking(False)
+print(errno.errorcode[sock.connect_ex(("{NEVER}", {PORT}))])
+"""
+PROBE_UNIT = """
+[Unit]
+{orders}
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+Slice={group}
+ExecStart=/usr/bin/python3 -S -I /etc/probe.py
+StandardOutput=file:/run/%p.out
+"""
+EARLY = "DefaultDependencies=no\nBefore=network-pre.target\n"
+PROBES = {
+    "probe-before": ("gated.slice", f"{EARLY}After=gated.slice\nBefore={LOAD}"),
+    "probe-gated": ("gated.slice", f"{EARLY}After={LOAD}"),
+    "probe-free": ("system.slice", f"{EARLY}After={LOAD}"),
+    "probe-ordinary": ("gated.slice", ""),
+}
+FILES = {
+    "etc/probe.py": PROBE,
+    "etc/ipsecgate/ipsecgate.toml": CONFIG,
+    f"etc/systemd/system/{LOAD}.d/gated.conf": "[Unit]\nWants=gated.slice\nAfter=gated.slice\n",
+    # Debian's own unit; its daemon is the lab's.
+    "etc/systemd/system/strongswan.service.d/lab.conf": (
+        "[Service]\nType=oneshot\nRemainAfterExit=yes\nRestart=no\n"
+        "ExecStart=\nExecStart=/bin/true\nExecStartPost=\n"
+    ),
+    "etc/systemd/system/sysinit.target.d/probes.conf": (
+        "[Unit]\nWants=" + " ".join(f"{name}.service" for name in PROBES if "ord" not in name)
+    ),
+    "etc/systemd/system/multi-user.target.d/probes.conf": (
+        "[Unit]\nWants=strongswan.service probe-ordinary.service\n"
+    ),
+    **{
+        f"etc/systemd/system/{name}.service": PROBE_UNIT.format(group=group, orders=orders)
+        for name, (group, orders) in PROBES.items()
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def module_lab() -> Iterator[Lab]:
+    with Lab("ipsecgate-test-systemd") as lab:
+        lab.warm_up(["transport"], [4])
+        lab.b.serve("tcp-server", PORT)
+        yield lab
+
+
+def installs() -> Iterator[tuple[Path, Path]]:
+    """Yield what of the checkout is installed, and where."""
+    program = INSTALLED / "usr/lib/ipsecgate/ipsecgate"
+    places = {"ipsecgate": program, "bpf": program / "_bpf", "packaging/systemd": INSTALLED / UNITS}
+    for name, place in places.items():
+        folder = CHECKOUT / name
+        for file in folder.rglob("*.*"):
+            if file.is_file() and "__pycache__" not in file.parts:
+                yield file, place / file.relative_to(folder)
+
+
+@pytest.fixture(scope="module")
+def booted(module_lab: Lab) -> Iterator[Manager]:
+    hint = f"not what this checkout installs: `make installed`, outside, makes {INSTALLED}"
+    for file, copy in installs():
+        assert copy.is_file(), f"{copy} is missing: {hint}"
+        text = file.read_bytes().replace(b"@bindir@", b"/usr/bin")
+        assert copy.read_bytes() == text, f"{copy} is {hint}"
+    with Manager(module_lab, FILES) as manager:
+        yield manager
+
+
+@pytest.fixture
+def systemd(lab: Lab, booted: Manager) -> Manager:
+    """It, with a connection that can be negotiated, and no SA."""
+    if booted.show(SERVICE, "ActiveState") != "active":
+        booted.systemctl("start", SERVICE)
+    lab.load(SPEC)
+    booted.until(
+        lambda: "net/net" in booted.ask().get("children", ()), "the connection is not noticed"
+    )
+    return booted
+
+
+def refused(lab: Lab, systemd: Manager, address: str = NEVER) -> bool:
+    """Tell whether a gated process that calls is refused."""
+    caller = Caller(lab.a.namespace.path, knocking(systemd))
+    told = caller("tcp", address, PORT)
+    caller.close()
+    assert told in ("EPERM", "EINPROGRESS", "ENETUNREACH")
+    return told == "EPERM"
+
+
+def knocking(systemd: Manager) -> Path:
+    """Return a cgroup in the gated slice for processes that outlive all units."""
+    cgroup = systemd.cgroup / "gated.slice/knocking"
+    cgroup.mkdir(exist_ok=True)
+    return cgroup
+
+
+@contextlib.contextmanager
+def closed(lab: Lab, systemd: Manager) -> Iterator[None]:
+    """All through the block flows with an SA go on, and flows without are refused."""
+    lab.a.charon.initiate("net")
+    systemd.until(lambda: not refused(lab, systemd, COVERED), "it is not covered")
+    targets = [("tcp", COVERED, PORT, ""), ("tcp", NEVER, PORT, "")]
+    with lab.capture() as capture:
+        pulse = Pulse(lab.a.namespace.path, knocking(systemd), targets, 0.02)
+        try:
+            yield
+            attempts = pulse.stop()
+        finally:
+            pulse.close()
+        seen = capture.stop()
+    assert seen.esp
+    assert not seen.clear
+    assert outcomes(attempts, COVERED) == {""}
+    assert outcomes(attempts, NEVER) == {"EPERM"}
+
+
+def outcomes(attempts: Sequence[Attempt], address: str) -> set[str]:
+    return {one.error for one in attempts if one.target[1] == address}
+
+
+def usec(systemd: Manager, unit: str) -> int:
+    """Return when a unit became active."""
+    return int(systemd.show(unit, "ActiveEnterTimestampMonotonic"))

@@ -1,0 +1,117 @@
+"""Held programs that make whoever looks at their calls wait: they get nowhere, others do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.hosts import Lab
+from ipsecgate.lab.uml import children_of
+from tests.system import held
+from tests.system.life import until
+from tests.system.opening import prepared
+from tests.system.stall import FLUSH, READ, StallingFile
+from tests.system.test_hold import PORT, ended, nothing_in_clear, run, start, stopped, wait_held
+
+
+@pytest.fixture(scope="module")
+def module_lab() -> Iterator[Lab]:
+    with Lab("ipsecgate-test-hold-hostile") as lab:
+        lab.warm_up(["tunnel"], [4])
+        lab.b.serve("tcp-server", PORT)
+        yield lab
+
+
+@pytest.fixture
+def gate(lab: Lab, cache: Path) -> Iterator[Gated]:
+    with Gated(lab, cache=cache) as gate:
+        yield gate
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[StallingFile]:
+    with StallingFile(tmp_path / "file") as file:
+        yield file
+
+
+def children(gate: Gated) -> list[int]:
+    """Return the controller's own processes."""
+    assert gate.process
+    return children_of(gate.process.pid)
+
+
+def waits_in_the_kernel(pid: int) -> bool:
+    """Tell whether a thread of a process cannot be killed. Source: proc(5)."""
+    stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return "D" in [stat.rpartition(") ")[2][0] for stat in stats]
+
+
+def said(gate: Gated) -> bool:
+    return "keeps whoever looks at its call waiting" in gate.log.read_text()
+
+
+@pytest.mark.parametrize(("call", "waits_for"), [("served", READ), ("posing", FLUSH)])
+def test_it_gets_nowhere_and_others_are_held_as_ever(
+    lab: Lab, gate: Gated, file: StallingFile, call: str, waits_for: int
+) -> None:
+    spec = prepared(lab, gate)
+    address = lab.b.address(spec)
+    with nothing_in_clear(lab, esp=True):
+        with stopped(lab):
+            hostile = start(lab, gate, held.command(call, address, PORT, file.path))
+            until(lambda: waits_for in file.asked, "nobody looked")
+            assert gate.ask()["ready"]
+            other = start(lab, gate, held.command("tcp", address, PORT))
+            wait_held(gate)
+            until(lambda: said(gate), "nothing was said")
+        assert ended(other)["error"] == ""
+        assert run(lab, gate, held.command("tcp", address, PORT))["error"] == ""
+    hostile.kill()
+
+
+def test_what_it_calls_meanwhile_is_refused_not_held(
+    lab: Lab, gate: Gated, file: StallingFile
+) -> None:
+    spec = prepared(lab, gate)
+    with nothing_in_clear(lab, esp=False), stopped(lab):
+        hostile = start(lab, gate, held.command("posing", lab.b.address(spec), PORT, file.path))
+        until(lambda: said(gate), "nothing was said")
+        assert hostile.stdout
+        result = json.loads(hostile.stdout.readline())  # its end waits, too
+        hostile.kill()
+    assert result["first"]["error"] == "ENOTSOCK", "what the kernel says"
+    assert result["error"] == "EPERM"
+
+
+def test_a_successor_need_not_wait_for_who_cannot_be_killed(
+    lab: Lab, gate: Gated, file: StallingFile
+) -> None:
+    spec = prepared(lab, gate)
+    hostile = start(lab, gate, held.command("posing", lab.b.address(spec), PORT, file.path))
+    until(lambda: FLUSH in file.asked, "nobody looked")
+    (looking,) = children(gate)
+    gate.kill()
+    until(lambda: waits_in_the_kernel(looking), "it ended with its controller")
+    gate.start()
+    assert run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))["error"] == ""
+    assert waits_in_the_kernel(looking)
+    hostile.kill()
+
+
+def test_a_process_that_looks_and_dies_is_replaced(lab: Lab, gate: Gated) -> None:
+    spec = prepared(lab, gate)
+    command = held.command("tcp", lab.b.address(spec), PORT)
+    idle = start(lab, gate, ["sleep", "60"])
+    until(lambda: bool(children(gate)), "nobody is there to look")
+    (first,) = children(gate)
+    os.kill(first, signal.SIGKILL)
+    assert run(lab, gate, command)["error"] == ""
+    (second,) = children(gate)
+    assert second != first
+    idle.kill()

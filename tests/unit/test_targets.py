@@ -1,0 +1,41 @@
+"""A configuration's cgroups where something fails: what is in force is whole all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ipsecgate import loader
+from ipsecgate.edges import cgroups
+from ipsecgate.errors import GateError
+from ipsecgate.paths import Paths
+from ipsecgate.targets import Targets
+
+
+async def test_pins_that_cannot_be_tidied_up_refuse_no_reload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With no descriptors left policies were in force, and cgroups not: told as refused."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    attached: set[Path] = set()
+
+    def prune(_paths: Paths) -> set[int]:
+        raise GateError("prune: Too many open files")
+
+    def detach(_paths: Paths, number: str) -> None:
+        attached.remove(next(path for path in attached if path.stat().st_ino == int(number)))
+
+    monkeypatch.setattr(cgroups, "root", lambda: tmp_path)
+    monkeypatch.setattr(cgroups, "find", lambda target: [Path(target)])
+    monkeypatch.setattr(loader, "attach_path", lambda _paths, path: attached.add(path))
+    monkeypatch.setattr(loader, "detach", detach)
+    monkeypatch.setattr(loader, "prune", prune)
+    targets = Targets(Paths(run=tmp_path), [str(old)])
+    await targets.look()
+    assert attached == {old}
+    await targets.follow([str(new)])
+    assert attached == {new}
+    assert "pins of removed cgroups are left: prune: Too many open files" in caplog.text

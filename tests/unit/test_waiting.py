@@ -1,0 +1,43 @@
+"""What chaos holds against a process whose calls are held: each rule, and its neighbour."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.tally import Tally
+from tests.chaos.waiting import LAG, LIMIT, Call, judge, take
+
+GAP = (100.0, 110.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "wrong"),
+    [
+        ((104.0, 111.0, ""), False),  # held until the SA was there
+        ((104.0, 105.0, ""), True),
+        ((100.0 + LAG / 2, 101.5, ""), False),  # the controller may not have heard yet
+        ((104.0, 109.0, "ETIMEDOUT"), False),
+        ((90.0, 101.0, "EPERM"), False),
+        ((90.0, 91.0, "EPERM"), True),
+        ((120.0, 121.0, "EHOSTUNREACH"), True),
+        ((130.0, 131.0, "EHOSTUNREACH"), False),  # a fault that does not keep
+        ((90.0, 91.0, ""), False),
+    ],
+)
+def test_a_call_and_the_kernels_gap(call: Call, wrong: bool) -> None:
+    tally = Tally()
+    judge(tally, "sendto x", [call], [GAP], [(128.0, 132.0)])
+    assert bool(tally.wrong) is wrong
+
+
+def test_a_call_that_does_not_end_and_one_that_fails_as_none_may() -> None:
+    tally = Tally()
+    take(tally, "sendto x", [(1.0, 2.0, ""), (2.0, 2.0, "EPERM")], 0.0, 1000.0)
+    assert (tally.calls, tally.held, tally.late, tally.strange) == (2, 1, [], [])
+    take(tally, "sendto x", [(1.0, 2.0 + LIMIT, "ENOSYS")], 0.0, 1000.0)
+    assert len(tally.late) == 1
+    assert tally.strange == ["sendto x: ENOSYS"]
+    take(tally, "sendto x", [], 999.0, 1000.0)
+    assert len(tally.late) == 1, "it has time yet"
+    take(tally, "sendto x", [], 500.0, 1000.0)
+    assert len(tally.late) == 2
