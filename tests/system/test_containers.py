@@ -20,8 +20,8 @@ from tests.clients.bed import ClientBed, End, Outcome, bed
 from tests.clients.catalogue import RealClient
 from tests.clients.containers import Containers
 from tests.clients.daemons import HTTP, PAGE
+from tests.system.holding import nothing_in_clear, stopped, wait_held
 from tests.system.keeper import Keeper
-from tests.system.test_hold import nothing_in_clear, stopped, wait_held
 
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 RUNTIMES = ("crun", "runc")

@@ -21,9 +21,9 @@ from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
 from tests.system.caller import Caller, called_again, hammering
+from tests.system.holding import stopped
 from tests.system.life import until
 from tests.system.opening import prepared
-from tests.system.test_hold import stopped
 
 PORT = 7100
 CASES = [case for case in story.cases() if case.gated]

@@ -6,36 +6,38 @@ counter, errors by the application's own word: never by the gate's.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ipsecgate.core.holds import HOLD_IMPATIENT
-from ipsecgate.lab import traffic
-from ipsecgate.lab.capture import Captured
-from ipsecgate.lab.endpoints import Client, Report
 from ipsecgate.lab.gated import Gated
-from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
+from ipsecgate.lab.hosts import FAMILIES, MODES, Lab
 from tests.system import held
+from tests.system.holding import (
+    PORT,
+    client,
+    ended,
+    nothing_in_clear,
+    run,
+    say,
+    start,
+    stopped,
+    wait_held,
+)
 from tests.system.life import until
 from tests.system.opening import prepared
 
-PORT = 7200
 DATAGRAMS = 5
 THREADS = 500
 MEMORY = 40  # MiB
 STORM = 0.1  # seconds: a call that is not taken yet when the next one comes fails with EINTR
-PIPE = subprocess.PIPE
 
 
 @pytest.fixture(scope="module")
@@ -44,63 +46,6 @@ def module_lab() -> Iterator[Lab]:
         lab.warm_up()
         lab.b.serve("tcp-server", PORT)
         yield lab
-
-
-def start(lab: Lab, gate: Gated, command: Sequence[str], *options: str) -> subprocess.Popen[str]:
-    argv = gate.holding(*command, options=options)
-    return lab.a.popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE)
-
-
-def say(process: subprocess.Popen[str]) -> None:
-    """Have a call go on that waits for a line."""
-    assert process.stdin
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def ended(process: subprocess.Popen[str], timeout: float = 60.0) -> dict[str, Any]:
-    said, told = process.communicate(timeout=timeout)
-    assert said, f"it ended with {process.returncode}: {told}"
-    result: dict[str, Any] = json.loads(said)
-    return result
-
-
-def run(lab: Lab, gate: Gated, command: Sequence[str], *options: str) -> dict[str, Any]:
-    return ended(start(lab, gate, command, *options))
-
-
-def client(lab: Lab, gate: Gated, role: str, spec: ConnSpec, *options: str) -> Report:
-    command = traffic.command(role, "--to", str(lab.b.address(spec)), "--port", str(PORT), *options)
-    return Client(start(lab, gate, command)).result()
-
-
-def wait_held(gate: Gated, count: int = 1, timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while (held := len(gate.ask()["holds"])) != count:
-        assert time.monotonic() < deadline, f"{held} are held"
-        time.sleep(0.01 + held / 1000)  # a long answer takes the controller's time
-
-
-@contextlib.contextmanager
-def nothing_in_clear(lab: Lab, *, esp: bool) -> Iterator[None]:
-    """Capture during the block: nothing in clear, no SYN sent again, and ESP or none."""
-    before = lab.a.counters()["TcpExtTCPSynRetrans"]
-    with lab.capture() as capture:
-        yield
-        seen: Captured = capture.stop()
-    assert not seen.clear
-    assert bool(seen.esp) is esp
-    assert lab.a.counters()["TcpExtTCPSynRetrans"] == before
-
-
-@contextlib.contextmanager
-def stopped(lab: Lab) -> Iterator[None]:
-    """Stop strongSwan during the block: a negotiation neither succeeds nor fails."""
-    os.kill(lab.a.charon.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(lab.a.charon.pid, signal.SIGCONT)
 
 
 # --- held, and let go -------------------------------------------------------------------

@@ -17,10 +17,7 @@ import pytest
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from tests.system import held
-from tests.system.keeper import Keeper
-from tests.system.life import until
-from tests.system.opening import prepared
-from tests.system.test_hold import (
+from tests.system.holding import (
     PORT,
     ended,
     nothing_in_clear,
@@ -29,6 +26,9 @@ from tests.system.test_hold import (
     stopped,
     wait_held,
 )
+from tests.system.keeper import Keeper
+from tests.system.life import until
+from tests.system.opening import prepared
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.uml import children_of
 from tests.system import held
+from tests.system.holding import PORT, ended, nothing_in_clear, run, start, stopped, wait_held
 from tests.system.life import until
 from tests.system.opening import prepared
 from tests.system.stall import FLUSH, READ, StallingFile
-from tests.system.test_hold import PORT, ended, nothing_in_clear, run, start, stopped, wait_held
 
 
 @pytest.fixture(scope="module")

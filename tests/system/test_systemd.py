@@ -37,8 +37,8 @@ from tests.system.booted import (
     systemd,
 )
 from tests.system.caller import Caller
+from tests.system.holding import nothing_in_clear, stopped
 from tests.system.manager import CHECKOUT, Manager
-from tests.system.test_hold import nothing_in_clear, stopped
 
 __all__ = ["booted", "module_lab", "systemd"]
 
