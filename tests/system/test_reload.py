@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,10 @@ import pytest
 from ipsecgate.errors import UsageError
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from tests.system.caller import Caller
-from tests.system.life import until
+from tests.system.caller import called_again, hammering
 
 PORT = 7140
-RELOADS, CALLS = 30, 5
+RELOADS, CALLS = 30, 7
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +24,6 @@ def lab() -> Iterator[Lab]:
         lab.warm_up()
         lab.b.serve("tcp-server", PORT)
         yield lab
-
-
-def hammer(caller: Caller, address: str, ended: threading.Event, told: Counter[str]) -> None:
-    while not ended.is_set():
-        told[caller("tcp", address, PORT)] += 1
-
-
-def all_called(told: Sequence[Counter[str]], enough: Sequence[int]) -> bool:
-    return all(counts.total() >= n for counts, n in zip(told, enough, strict=True))
 
 
 def test_under_a_hammer_nothing_covered_is_refused_and_nothing_leaves_in_clear(
@@ -62,36 +50,26 @@ def test_under_a_hammer_nothing_covered_is_refused_and_nothing_leaves_in_clear(
         gate.wait_policy(covered.name)
         client = lab.a.client("tcp-client", there, PORT, cgroup=gate.cgroup).result()
         assert client["error"] is None
-        callers = [Caller(lab.a.namespace.path, gate.cgroup) for _ in range(3)]
-        for caller in callers:
-            caller("tcp", str(there), PORT)  # it takes a while to start
-        told: list[Counter[str]] = [Counter() for _ in callers]
-        ended = threading.Event()
-        threads = [
-            threading.Thread(target=hammer, args=(caller, str(address), ended, counts))
-            for caller, address, counts in zip(callers, (there, there, nowhere), told, strict=True)
-        ]
+        space = lab.a.namespace.path
         with lab.capture() as capture:
-            for thread in threads:
-                thread.start()
-            for number in range(RELOADS):
-                default = "deny" if number % 4 == 3 else "allow"
-                text = head.replace("[gate]\n", f'[gate]\ndefault = "{default}"\n')
-                gate.config.write_text(text + variants[number % len(variants)])
-                gate.ask("reload")
-                enough = [counts.total() + CALLS for counts in told]
-                until(partial(all_called, told, enough), "nobody calls")
-                if number % 10 == 9:
-                    gate.config.write_text(f"{text}{db}colour = 1\n")
-                    with pytest.raises(UsageError, match="colour"):
-                        gate.ask("reload")
-            ended.set()
-            for thread in threads:
-                thread.join()
+            with contextlib.ExitStack() as hammers:
+                told = [
+                    hammers.enter_context(hammering(space, gate.cgroup, "tcp", str(to), PORT))
+                    for to in (there, there, nowhere)
+                ]
+                for number in range(RELOADS):
+                    default = "deny" if number % 4 == 3 else "allow"
+                    text = head.replace("[gate]\n", f'[gate]\ndefault = "{default}"\n')
+                    gate.config.write_text(text + variants[number % len(variants)])
+                    gate.ask("reload")
+                    for each in told:
+                        called_again(each, CALLS)
+                    if number % 10 == 9:
+                        gate.config.write_text(f"{text}{db}colour = 1\n")
+                        with pytest.raises(UsageError, match="colour"):
+                            gate.ask("reload")
             seen = capture.stop()
-        for caller in callers:
-            caller.close()
-        assert set(told[0]) | set(told[1]) == {"EINPROGRESS"}, "covered all the time"
+        assert {*told[0], *told[1]} == {"EINPROGRESS"}, "covered all the time"
         assert set(told[2]) <= {"EPERM", "EHOSTUNREACH"}, "uncovered all the time"
         assert not seen.clear
         assert seen.esp

@@ -102,7 +102,7 @@ def test_a_version_with_other_maps_takes_over_without_a_gap(old: Bed, cache: Pat
         data = take_over(old)
         old.pins.switch()
         for each in (covered, also, unnamed):
-            called_again(each)
+            called_again(each, 20)
         told = [*covered, *also, *unnamed]
     assert set(map(went_out, told)) == {True}
     is_the_new_one(old, data)
@@ -114,7 +114,7 @@ def test_uncovered_flows_stay_refused_all_the_time(old: Bed, cache: Path) -> Non
     with hammering(old.namespace.path, old.cgroup, "tcp", PEER[4], 80) as told:
         old.pins.load(bytecode.get(cache))
         old.pins.switch()  # published or not
-        called_again(told)
+        called_again(told, 20)
     assert set(told) == {"EPERM"}
 
 
