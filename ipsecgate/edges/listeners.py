@@ -42,7 +42,7 @@ AT_ONCE = 64  # calls taken in before the loop sees to others
 AGAIN = 1.0  # seconds within which an interrupted thread has called again
 WATCH = 0.1  # seconds between looks at what became of the held ones' threads
 WATCH_EACH = 0.001  # and as long again for each of them
-KEEP_AGAIN = 1.0  # seconds
+RETRY = 1.0  # seconds
 NAME = re.compile(r"hold-(\d+)-([\d.]+)")  # of a listener that is kept: its number, its limit
 
 
@@ -236,7 +236,7 @@ class Listeners:
         if one.number not in self._of or not systemd.is_there():
             return
         if not systemd.keep(one.fd, f"hold-{one.number}-{one.limit:.3f}"):
-            asyncio.get_running_loop().call_later(KEEP_AGAIN, self._keep, one)
+            asyncio.get_running_loop().call_later(RETRY, self._keep, one)
 
     def _on_readable(self, one: _Listener) -> None:
         for _ in range(AT_ONCE):

@@ -16,30 +16,12 @@ import pytest
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.lab import uml
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
+from tests.guest.processes import descendants, outlived
+from tests.guest.story import ODD, STORY, WITNESS, folder_of
 
 pytestmark = pytest.mark.skipif(
     has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
 )
-
-ODD = "two\nlines 'single' \"double\" $HOME ö"
-WITNESS = Path("/etc/ipsecgate-guest-was-here")
-ESP = (
-    "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x100 mode tunnel"
-    " aead 'rfc4106(gcm(aes))' 0x1111111111111111111111111111111111111111 128"
-)
-STORY = f"""
-printf '%s\\n' "cwd=$PWD" "odd=$ODD" "home=${{HOME-unset}}" "uid=$(id -u)" "clock=$(date +%s)"
-echo gone >{WITNESS}
-{ESP} && ip xfrm state
-mkdir "$IPSECGATE_RESULTS/sub" && echo '<testsuite/>' >"$IPSECGATE_RESULTS/sub/junit.xml"
-stat -f -c 'fs=%T' /sys/fs/cgroup /sys/fs/bpf
-modprobe veth && echo veth
-printf 'cr?\\n' >&2
-seq 20000
-printf 'no newline at the end'
-exit 7
-"""
-
 
 # --- one guest that tells everything ---------------------------------------------
 
@@ -118,43 +100,6 @@ def test_two_at_a_time_do_not_meet() -> None:
 # --- what goes wrong -------------------------------------------------------------
 
 
-def descendants(pid: int) -> set[int]:
-    children = {
-        int(child)
-        for path in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in path.read_text().split()
-    }
-    return children.union(*map(descendants, children))
-
-
-def alive(pids: set[int]) -> set[int]:
-    """Return those that run; a zombie that waits for the machine's process 1 does not."""
-    running = set()
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if state != "Z":
-            running.add(pid)
-    return running
-
-
-def outlived(pids: set[int]) -> set[int]:
-    """Return those that do not end: a killed process needs a moment to give its memory back."""
-    until = time.monotonic() + 5
-    while (left := alive(pids)) and time.monotonic() < until:
-        time.sleep(0.05)
-    return left
-
-
-def folder_of(output: str) -> Path:
-    """Return the guest's temporary folder; `output` begins with IPSECGATE_RESULTS, inside it."""
-    folder = Path(output.partition("\n")[0]).parent
-    assert folder.name.startswith("ipsecgate-guest-")
-    return folder
-
-
 @pytest.mark.parametrize("leashed", [True, False])
 def test_hung_guest_is_killed_in_time_and_reported(
     leashed: bool, story: GuestResult, monkeypatch: pytest.MonkeyPatch
@@ -207,7 +152,7 @@ def test_guest_dies_with_us(number: signal.Signals, code: int) -> None:
         folder = folder_of(ours.stdout.readline())
         pids = descendants(ours.pid)
         ours.send_signal(number)
-        assert ours.wait(timeout=10) == code
+        assert ours.wait(timeout=30) == code
     assert len(pids) > 3
     assert not outlived(pids)
     if number == signal.SIGKILL:  # nobody was left to do it

@@ -11,7 +11,8 @@ import pytest
 
 from ipsecgate.lab import debian
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
-from tests.guest.test_boot import ODD, STORY, WITNESS, alive, descendants, folder_of
+from tests.guest.processes import descendants, outlived
+from tests.guest.story import ODD, STORY, WITNESS, folder_of
 
 pytestmark = pytest.mark.skipif(
     shutil.which(debian.QEMU) is None, reason="QEMU is not installed: see make test-qemu"
@@ -93,7 +94,7 @@ def test_hung_guest_is_killed_in_time_and_reported(
     assert time.monotonic() - began < limit + 5
     assert "\nhanging\n" in caught.value.output
     assert pids
-    assert not alive(pids)
+    assert not outlived(pids)
     assert not folder_of(caught.value.output).exists()
 
 

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 from ipsecgate.core.events import PolicySet, SaSet
 from ipsecgate.edges.xfrm import Overrun, XfrmMonitor
+from tests.until import until
 
 
 def ip(command: str) -> None:
@@ -42,9 +43,7 @@ class Story:
 
     async def next(self, count: int = 1) -> list[Any]:
         """Return so many events and forget them."""
-        async with asyncio.timeout(10):
-            while len(self.events) < count:
-                await asyncio.sleep(0.001)
+        await until(lambda: len(self.events) >= count)
         found, self.events = self.events[:count], self.events[count:]
         return found
 
@@ -54,15 +53,10 @@ async def following(**options: Any) -> AsyncIterator[tuple[XfrmMonitor, Story]]:
     story = Story()
     async with XfrmMonitor(story.deliver, story.overruns.append, **options) as monitor:
         run = asyncio.create_task(monitor.run())
-        await asyncio.wait_for(until(lambda: bool(story.events)), 10)
+        await until(lambda: story.events)
         try:
             yield monitor, story
         finally:
             run.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await run
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)

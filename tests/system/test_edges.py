@@ -42,7 +42,8 @@ from ipsecgate.core.replay import replay
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.lab.netns import Namespace
-from tests.system.story import batch, following, ip, until
+from tests.system.story import batch, following, ip
+from tests.until import until
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),

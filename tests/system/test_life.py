@@ -132,11 +132,13 @@ def test_reauthenticated_make_before_break(lab: Lab, life: Begin, side: str) -> 
 
 def stay_up(lab: Lab) -> None:
     """Wait until both sides have a child, and the same IKE_SA for a while."""
-    while True:
+
+    def is_up() -> bool:
         before = ike_sas(lab.a)
         time.sleep(0.5)
-        if all(one.established() for one in (lab.a, lab.b)) and ike_sas(lab.a) == before:
-            return
+        return all(one.established() for one in (lab.a, lab.b)) and ike_sas(lab.a) == before
+
+    until(is_up, "they do not stay up")
 
 
 @HOSTS

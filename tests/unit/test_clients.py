@@ -16,6 +16,7 @@ import pytest
 
 from ipsecgate.edges import clients
 from ipsecgate.edges.clients import listening
+from tests.until import until
 
 
 @contextmanager
@@ -42,9 +43,7 @@ async def test_clients_are_taken_until_it_ends(tmp_path: Path) -> None:
     with listening(path, taken.append):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         made = [client(path) for _ in range(3)]
-        async with asyncio.timeout(10):
-            while len(taken) < 3:
-                await asyncio.sleep(0)
+        await until(lambda: len(taken) == 3)
         assert not any(one.getblocking() for one in taken)
     assert not path.exists()
     for one in (*made, *taken):
@@ -71,16 +70,13 @@ async def test_no_room_is_told_once_and_tried_again(
         monkeypatch.setattr(loop, "call_later", counted)
         began = loop.time()
         with no_descriptors():
-            while timers < 5:
-                await asyncio.sleep(0.1)
+            await until(lambda: timers >= 5)
         assert not taken
         assert timers <= 1 + (loop.time() - began) / clients.RETRY
         assert [each.getMessage() for each in caplog.records] == [
             "clients have to wait: Too many open files"
         ]
-        async with asyncio.timeout(10):
-            while not taken:  # made room for
-                await asyncio.sleep(0.01)
+        await until(lambda: taken)  # made room for
         made.send(b"x")
         assert taken[0].recv(1) == b"x"
     taken[0].close()

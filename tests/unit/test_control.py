@@ -22,6 +22,7 @@ from ipsecgate.edges.control import (
     understood,
 )
 from ipsecgate.errors import GateError, NoControllerError
+from tests.until import until
 
 
 async def status(request: Request) -> Mapping[str, Any]:
@@ -129,9 +130,8 @@ async def test_a_peer_that_does_not_read_is_cut_off(
         stuck = [await peer(path) for _ in range(5)]
         for each in stuck:
             each.sendall(b'{"verb": "status"}\n')
-        async with asyncio.timeout(10):
-            while asked < 5 or descriptors() != before + 5:  # only the peers' own ends
-                await asyncio.sleep(0.01)
+        # Of descriptors, only the peers' own ends.
+        await until(lambda: asked == 5 and descriptors() == before + 5)
         for each in stuck:
             each.close()
 

@@ -25,6 +25,7 @@ from ipsecgate.edges.ike import IkeClient
 from ipsecgate.edges.vici import IkeRefusedError, IkeUnreachableError
 from tests.unit.fake_charon import YES, FakeCharon, Handler, Section, Session, no
 from tests.unit.test_vici import CHILD, SA, conn, ike_sa
+from tests.until import until
 
 UP: Section = {"up": "yes", **ike_sa()}
 
@@ -168,9 +169,7 @@ async def test_a_selector_that_is_not_understood_is_not_left_out(
 async def negotiate(charon: FakeCharon, client: IkeClient, limit: float = 5) -> list[Section]:
     """Initiate, and return the requests that it made once there was nothing to wait for."""
     await client.initiate("gw", "net", limit)
-    async with asyncio.timeout(5):
-        while len(client._tasks) > 1:
-            await asyncio.sleep(0.001)
+    await until(lambda: len(client._tasks) <= 1)
     return [asked for name, asked in charon.requests if name == "initiate"]
 
 

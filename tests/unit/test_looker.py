@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
 from ipaddress import IPv4Address
 
 import pytest
@@ -14,6 +13,7 @@ from ipsecgate.core.seccomp import NOTIFICATION, Notification, notification
 from ipsecgate.edges import looker
 from ipsecgate.edges.looker import Eye, Looker, Question
 from ipsecgate.edges.looking import Found, encode
+from tests.until import until
 
 FOUND = (Flow(IPv4Address("192.0.2.1"), TCP, 80), True)
 MANY = 100
@@ -75,12 +75,6 @@ async def settled() -> None:
 
 async def ticks(count: int) -> None:
     await asyncio.sleep((count + 0.5) * looker.TICK)
-
-
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
-        while not holds():
-            await asyncio.sleep(looker.TICK)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from ipsecgate.core import oci
 from ipsecgate.core.oci import ALLOW, NOTIFY, Container, OciError, container, profile
 from ipsecgate.core.seccomp import ABIS, INET_LENGTHS, Notification, destination
 from ipsecgate.edges import oci as edge
+from tests.until import until
 
 STATE: dict[str, Any] = {
     "ociVersion": "1.0.2",
@@ -217,8 +218,7 @@ class Agent:
 async def agent(path: Path) -> AsyncIterator[Agent]:
     made = Agent(path)
     running = asyncio.create_task(edge.run(path, made.take, made.told.append))
-    while not path.exists():
-        await asyncio.sleep(0.001)
+    await until(path.exists)
     yield made
     assert not running.done(), "no message ends it"
     running.cancel()
