@@ -146,12 +146,10 @@ FAILURES: dict[str, tuple[Callable[[Lab], None], str]] = {
 async def test_a_failure_has_a_cause_soon(lab: Lab, client: IkeClient, name: str) -> None:
     break_it, cause = FAILURES[name]
     break_it(lab)
-    began = time.monotonic()
     await client.initiate("host", "host", 10)
     failed = (await until(client, NegotiationFailed))[-1]
     assert isinstance(failed, NegotiationFailed)
-    assert cause in failed.cause
-    assert time.monotonic() - began < 5
+    assert cause in failed.cause, "and not that the limit came"
     assert await client.established() == ()
 
 
@@ -169,7 +167,7 @@ async def test_silence_ends_at_the_limit_and_the_next_try_is_a_new_one(
     async with asyncio.timeout(10):
         while not lab.a.charon.idle():
             await asyncio.sleep(0.01)
-    assert time.monotonic() - began < 3, "the lab's charon itself gives up after 3 s"
+    assert "giving up" not in lab.a.charon.log.read_text(), "which is after 3 s"
     lab.drop_ike(False)
     await client.initiate("host", "host", 10)
     await until(client, ChildUp)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.holds import HOLD_IMPATIENT
+from ipsecgate.core.holds import HOLD, HOLD_IMPATIENT
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, Lab
 from tests.system import held
@@ -174,7 +174,7 @@ def test_a_hold_has_a_limit(lab: Lab, gate: Gated, call: str) -> None:
     with nothing_in_clear(lab, esp=False):
         result = run(lab, gate, command, "--udp", "--hold", "1s")
     assert result["error"] == "ETIMEDOUT"
-    assert 1.0 <= result["seconds"] < 5.0
+    assert 1.0 <= result["seconds"] < HOLD / 2
     assert "was held for 1.0 s" in gate.log.read_text()
 
 
@@ -184,7 +184,7 @@ def test_who_cannot_wait_has_a_shorter_limit(lab: Lab, gate: Gated, call: str) -
     with nothing_in_clear(lab, esp=False), stopped(lab):
         result = run(lab, gate, held.command(call, lab.b.address(spec), PORT))
     assert result["error"] == "ETIMEDOUT"
-    assert HOLD_IMPATIENT <= result["seconds"] < HOLD_IMPATIENT + 5
+    assert HOLD_IMPATIENT <= result["seconds"] < HOLD / 2
 
 
 def test_a_negotiation_that_fails_is_told_at_once(lab: Lab, gate: Gated) -> None:
@@ -192,8 +192,7 @@ def test_a_negotiation_that_fails_is_told_at_once(lab: Lab, gate: Gated) -> None
     lab.break_psk()
     with nothing_in_clear(lab, esp=False):
         result = run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))
-    assert result["error"] == "EHOSTUNREACH"
-    assert result["seconds"] < 5
+    assert result["error"] == "EHOSTUNREACH", "not ETIMEDOUT: that is its limit"
     (told,) = (n for n in gate.ask()["negotiations"] if n["child"].startswith(spec.name))
     assert "AUTH" in told["last_error"].upper()
     assert told["last_error"] in gate.log.read_text()
@@ -268,7 +267,7 @@ def test_signals_do_not_make_a_hold_longer(lab: Lab, gate: Gated) -> None:
         command = held.command("storm", lab.b.address(spec), PORT, STORM)
         result = run(lab, gate, command, "--hold", "1s")
     assert result["error"] == "ETIMEDOUT"
-    assert 1.0 <= result["seconds"] < 5.0
+    assert 1.0 <= result["seconds"] < HOLD / 2
     assert result["handled"] >= 3
 
 

@@ -125,10 +125,10 @@ def test_delay_counts_each_way(lab: Lab, tcp: Server) -> None:
         slow = lab.a.client("tcp-client", lab.b.bare[4], TCP_PORT).result()
         seen = capture.stop()
     lab.set_delay(0)
-    quick = lab.a.client("tcp-client", lab.b.bare[4], TCP_PORT).result()
+    quick = [lab.a.client("tcp-client", lab.b.bare[4], TCP_PORT).result() for _ in range(3)]
     took = slow["connected"] - slow["first"]
     assert took >= 0.08
-    assert quick["connected"] - quick["first"] < took
+    assert min(each["connected"] - each["first"] for each in quick) < took
     # Stamped where it enters the path: the SYN at once, the answer one way later.
     syn, answer = seen.clear[:2]
     assert (syn.sender, answer.sender) == ("a", "b")

@@ -41,7 +41,7 @@ def test_systemd_hears_that_it_is_ready_alive_and_stopping(unit: Unit, caller: C
         assert unit.hears("WATCHDOG=1"), "though nothing happens"
         beats.append(time.monotonic())
     gaps = [after - before for before, after in pairwise(beats)]
-    assert 0.05 < statistics.median(gaps) < 0.2, "every 0.1 s"
+    assert statistics.median(gaps) > 0.05, "no more often than is asked for"
     assert unit.process is not None
     unit.process.send_signal(signal.SIGTERM)
     assert unit.hears("STOPPING=1")
@@ -97,7 +97,7 @@ def test_a_defect_ends_the_process_and_opens_nothing(unit: Unit, caller: Caller,
     assert "LookupError: a defect in a" in unit.log
     assert refused(caller)
     unit.start()
-    assert unit.eventually(lambda: unit.ask()["pid"]), unit.log
+    assert unit.hears("READY=1"), unit.log
     assert refused(caller)
 
 

@@ -76,14 +76,13 @@ def test_what_is_not_there_is_waited_for_and_followed(unit: Unit, folder: Path, 
     names = {"path": "x/y", "unit": f"x/{unit.name}.service", "container": f"x/crio-{number}.scope"}
     cgroup = folder / names[kind]
     target = {"path": str(cgroup), "unit": f"unit:{unit.name}", "container": f"container:{number}"}
-    start(unit, target[kind], code="from ipsecgate import targets\ntargets.POLL = 6.0\n")
+    start(unit, target[kind], code="from ipsecgate import targets\ntargets.POLL = 12.0\n")
     assert waiting(unit) == [f"cgroup {target[kind]} does not exist: it is gated when it appears"]
     assert unit.cli("status").returncode == 1
     for _ in range(3):
         cgroup.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        assert unit.eventually(lambda: is_gated(unit, cgroup)), unit.log
-        assert time.monotonic() - began < 5, "told by the kernel, not found by looking"
+        # Told by the kernel: it would be too late found by looking.
+        assert unit.eventually(lambda: is_gated(unit, cgroup), 10), unit.log
         assert unit.eventually(lambda: waiting(unit) == [])
         with calling(unit, cgroup) as caller:
             assert refused(caller)
@@ -91,7 +90,7 @@ def test_what_is_not_there_is_waited_for_and_followed(unit: Unit, folder: Path, 
         before = cgroup.stat().st_ino
         assert unit.eventually(lambda: not (cgroup / "cgroup.procs").read_text())
         cgroup.rmdir()
-        assert unit.eventually(partial(is_gone, unit, before)), unit.log
+        assert unit.eventually(partial(is_gone, unit, before), 60), unit.log
         assert unit.eventually(lambda: waiting(unit))
 
 

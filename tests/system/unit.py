@@ -64,6 +64,7 @@ class Unit:
             if files is not None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
+        self._forget()
         log = (self.folder / "log").open("ab")
         with self.namespace.inside(), log:
             self.process = subprocess.Popen(
@@ -73,6 +74,14 @@ class Unit:
                 stderr=log,
                 preexec_fn=limit,  # noqa: PLW1509
             )
+
+    def _forget(self) -> None:
+        """Take no word of a predecessor's, which has ended, for one of the next."""
+        self.heard.clear()
+        self.manager.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                self.manager.recv(4096)
 
     def hears(self, word: str, within: float = 30.0) -> bool:
         """Wait for a word from the controller."""
