@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -121,17 +122,45 @@ def test_too_few_descriptors_to_start_opens_nothing(unit: Unit, caller: Caller) 
     unit.start()
     assert unit.hears("READY=1"), unit.log
     unit.end()
-
-    def settled() -> bool:
-        assert unit.process is not None
-        return unit.process.poll() is not None or unit.ask()["ready"]
-
     for files in range(8, 40, 4):
         unit.start(files=files)
-        assert unit.eventually(settled), files
+        assert unit.eventually(partial(settled, unit)), files
         assert refused(caller), files
         unit.end()
     assert "Too many open files" in unit.log
+
+
+def settled(unit: Unit) -> bool:
+    """Tell whether a controller that was started is ready, or ended in vain."""
+    assert unit.process is not None
+    return unit.process.poll() is not None or unit.ask()["ready"]
+
+
+def test_no_room_in_the_run_folder_opens_nothing(unit: Unit, caller: Caller) -> None:
+    """Whichever of its files has no room: the controller ends with a reason, or does without."""
+    run = unit.folder / "run"
+    run.mkdir()
+    unit.start()
+    assert unit.hears("READY=1"), unit.log
+    unit.end()
+    outcomes = []
+    for inodes in range(2, 10):
+        options = f"nr_inodes={inodes}"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(run)], check=True)
+        try:
+            unit.start()
+            assert unit.eventually(partial(settled, unit)), unit.log
+            assert unit.process is not None
+            outcomes.append(unit.process.poll())
+            assert refused(caller), inodes
+            unit.end()
+        finally:
+            subprocess.run(["umount", str(run)], check=True)
+    assert outcomes[0] == 1
+    assert outcomes[-1] is None
+    assert f"{run}/{unit.name}" in unit.log
+    assert "No space left on device" in unit.log
+    assert "Traceback" not in unit.log
 
 
 def test_a_full_disk(unit: Unit, caller: Caller, tmp_path: Path) -> None:
