@@ -11,7 +11,7 @@ from pathlib import Path
 from ipsecgate.edges.cgroups import root
 from ipsecgate.errors import KernelLacksError
 
-REMOVAL_TIMEOUT = 5.0
+REMOVAL_TIMEOUT = 30.0
 
 
 def tops() -> list[Path]:

@@ -154,7 +154,7 @@ class Gated:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 1024  # type: ignore[index]
 
-    def wait_policy(self, name: str, timeout: float = 15.0) -> None:
+    def wait_policy(self, name: str, timeout: float = 60.0) -> None:
         """Wait until the gate has noticed a connection. Raises: LabError."""
         deadline = time.monotonic() + timeout
         while f"{name}/{name}" not in self.ask()["children"]:

@@ -34,8 +34,9 @@ MODES = ("transport", "tunnel")
 PREFIX = "ipsecgate-lab"
 PSK = "the pre-shared key of the lab"
 OTHER_PSK = "another key, which the peer doesn't know"
-RESET_TIMEOUT = 15.0
-QUIET_TIMEOUT = 2.0
+RESET_TIMEOUT = 60.0
+QUIET_TIMEOUT = 2.0  # without an SA some connections never close
+CLOSE_TIMEOUT = 20.0  # but what a process owes comes, however busy the machine is
 
 
 class Lab:
@@ -151,9 +152,11 @@ class Lab:
 
     def let_tcp_close(self) -> None:
         """Give TCP connections that are closing a moment to do so."""
-        deadline = time.monotonic() + QUIET_TIMEOUT
-        while not (self.a.namespace.tcp_is_quiet() and self.b.namespace.tcp_is_quiet()):
-            if time.monotonic() > deadline:
+        began = time.monotonic()
+        spaces = (self.a.namespace, self.b.namespace)
+        while not all(space.tcp_is_quiet() for space in spaces):
+            owed = any(space.owes_a_close() for space in spaces)
+            if time.monotonic() > began + (CLOSE_TIMEOUT if owed else QUIET_TIMEOUT):
                 break
             time.sleep(0.01)
 

@@ -30,7 +30,8 @@ NETLINK_XFRM = 6
 XFRM_MSG_FLUSHSA = 28
 XFRM_MSG_FLUSHPOLICY = 29
 # SYN_RECV, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
-UNQUIET = {"03", "04", "05", "08", "09", "0B"}
+CLOSE_WAIT = "08"
+UNQUIET = {"03", "04", "05", CLOSE_WAIT, "09", "0B"}
 REQUEST_WITH_ACK = 0x1 | 0x4
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -97,8 +98,15 @@ class Namespace:
 
         Source: the states of include/net/tcp_states.h, fourth word in /proc/net/tcp.
         """
+        return self._tcp_states().isdisjoint(UNQUIET)
+
+    def owes_a_close(self) -> bool:
+        """Tell whether a process here has not closed yet what its peer did."""
+        return CLOSE_WAIT in self._tcp_states()
+
+    def _tcp_states(self) -> set[str]:
         lines = (self.proc("tcp") + self.proc("tcp6")).splitlines()
-        return not any(line.split()[3] in UNQUIET for line in lines)
+        return {line.split()[3] for line in lines}
 
     def counters(self) -> dict[str, int]:
         """Return the kernel's counters under nstat(8)'s names: TcpExtTCPSynRetrans, Ip6InDiscards.

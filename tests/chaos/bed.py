@@ -14,6 +14,7 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.path import LINK
+from ipsecgate.lab.strongswan import HASTY
 from tests.chaos.voice import Voice
 from tests.chaos.world import NOWHERE, OPEN, PORT, SPECS, World, ip
 from tests.system.keeper import Keeper
@@ -37,6 +38,7 @@ def world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
         ip(lab.a, "route", "add", "default", "via", str(lab.b.outer[4]), check=True)
         for host in (lab.a, lab.b):
             know_neighbour(host, lab.peer(host))
+            host.charon.configure(HASTY)
         Voice(lab.b, World.argv("server", str(PORT)))
         witness = Witness(lab.a.namespace, lab.a.outer.values())
         stack.callback(witness.close)

@@ -49,7 +49,7 @@ def client(lab: Lab, gate: Gated, role: str, spec: ConnSpec, *options: str) -> R
     return Client(start(lab, gate, command)).result()
 
 
-def wait_held(gate: Gated, count: int = 1, timeout: float = 20.0) -> None:
+def wait_held(gate: Gated, count: int = 1, timeout: float = 60.0) -> None:
     deadline = time.monotonic() + timeout
     while (held := len(gate.ask()["holds"])) != count:
         assert time.monotonic() < deadline, f"{held} are held"

@@ -35,7 +35,7 @@ from tests.system.witness import Witness
 
 TOLERANCE = 0.03
 SETTLE = 0.15
-TIMEOUT = 15.0
+TIMEOUT = 60.0
 REFUSALS = ("EPERM", "EHOSTUNREACH")
 DIED = "EINVAL"
 

@@ -19,6 +19,7 @@ from ipsecgate.edges import cgroups
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.lab.endpoints import Server
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
+from ipsecgate.lab.strongswan import HASTY
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
@@ -207,12 +208,14 @@ def test_wrong_key_fails_and_reset_mends_it(lab: Lab) -> None:
 
 
 def test_silent_peer_is_heard_of_no_more(lab: Lab) -> None:
+    lab.a.charon.configure(HASTY)
     lab.drop_ike()
     lab.load(ConnSpec("silent"))
     with lab.capture() as capture:
         with pytest.raises(CommandException):
-            lab.a.charon.initiate("silent", timeout=20)
+            lab.a.charon.initiate("silent", timeout=60)
         seen = capture.stop()
+    lab.a.charon.configure("")
     assert {packet.sender for packet in seen.ike} == {"a"}
     assert len(seen.ike) == 2, "one request, sent again once"
     lab.reset()

@@ -97,7 +97,7 @@ class Unit:
         return False
 
     def ask(self, verb: str = "status") -> dict[str, Any]:
-        return control.ask(self.folder / "run" / self.name / "control.sock", verb)
+        return control.ask(self.folder / "run" / self.name / "control.sock", verb, 60.0)
 
     def eventually(self, holds: Callable[[], Any], within: float = 30.0) -> bool:
         """Wait until something holds; a controller that does not answer yet is waited for."""
@@ -118,7 +118,7 @@ class Unit:
         with self.namespace.inside():
             return subprocess.run(argv, capture_output=True, text=True, check=False)
 
-    def ended(self, within: float = 15.0) -> int:
+    def ended(self, within: float = 60.0) -> int:
         assert self.process is not None
         return self.process.wait(within)
 
