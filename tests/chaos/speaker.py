@@ -3,7 +3,8 @@
     speaker PERIOD TARGETS   TARGETS: a list of [kind, address, port] as JSON
         input "?": a line with, for each target, when the last attempt that went began, the
                    last that failed, and the last whose answer came back
-        input "all": the same, and every failure and count since the last time
+        input "all": the same, and every failure and count since the last time; with the first
+                   one when it came to speak too late, and since when it had not
     server PORT              echoes TCP, and datagrams that ask for it
     storm ADDRESS COUNT      COUNT datagrams to as many ports
 
@@ -27,6 +28,7 @@ import time
 STAMP = struct.Struct("=d")
 ECHO = b"E"
 ASKS = ("kept", "connected", "stream")
+LATE = 1.2  # periods from one time it speaks to the next: the machine was busy
 PATIENCE = 5  # failures in a row until a connected socket is made anew
 WAITS = (errno.EINPROGRESS, errno.EAGAIN)
 
@@ -150,7 +152,8 @@ def say(what: object) -> None:
 
 def speaker(period: float, targets: list[Target]) -> None:
     say("ready")
-    due = time.monotonic()
+    due = spoke = time.monotonic()
+    pauses: list[tuple[float, float]] = []
     while True:
         if select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
             word = sys.stdin.readline().strip()
@@ -158,8 +161,14 @@ def speaker(period: float, targets: list[Target]) -> None:
                 return
             for target in targets:
                 target.hear()
-            say([target.told(word == "all") for target in targets])
+            told = [target.told(word == "all") for target in targets]
+            if word == "all":
+                told[0]["pauses"], pauses = pauses, []
+            say(told)
             continue
+        before, spoke = spoke, time.monotonic()
+        if spoke > before + LATE * period:
+            pauses.append((before, spoke))
         for target in targets:
             target.hear()
             target.speak()

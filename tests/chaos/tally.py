@@ -54,8 +54,23 @@ class Tally:
         assert self.streams == CONNECTIONS, f"connections did not stand: {self.errors}"
 
 
-def spread(spans: Sequence[Span]) -> list[Span]:
-    return [(begin - TOLERANCE, end + TOLERANCE) for begin, end in spans]
+def spread(spans: Sequence[Span], pauses: Sequence[Span] = ()) -> list[Span]:
+    """Return spans with all that is uncertain about them.
+
+    Where the machine let nobody work at an edge, that is everything until it did: `pauses`, in
+    their order.
+    """
+    found = []
+    for begin, end in spans:
+        early, late = begin - TOLERANCE, end + TOLERANCE
+        for since, until in pauses:
+            if since <= late < until:
+                late = until + TOLERANCE
+        for since, until in reversed(pauses):
+            if since < early <= until:
+                early = since - TOLERANCE
+        found.append((early, late))
+    return found
 
 
 def kernel_gaps(

@@ -32,9 +32,10 @@ def judge(
     calls: Sequence[Call],
     gaps: Sequence[Span],
     troubles: Sequence[Span],
+    pauses: Sequence[Span] = (),
 ) -> None:
     """Judge the calls to what is covered but in the kernel's gaps."""
-    near = spread([*gaps, *troubles])
+    near = spread([*gaps, *troubles], pauses)
     inside = [(begin + LAG, end) for begin, end in gaps]
     for began, ended, error in calls:
         if error and not any(begin <= ended and began <= end for begin, end in near):

@@ -12,6 +12,7 @@ loses its tunnel's route would go on to the peer in clear.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import subprocess
@@ -21,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
+
+from vici.exception import CommandException
 
 from ipsecgate.lab.capture import Capture
 from ipsecgate.lab.frames import Kind
@@ -79,6 +82,7 @@ class World:
                 (ip_network(lab.a.outer[6]), ip_network(lab.b.outer[6])),
             )
         }
+        self.forgetful = False  # the peer's kernel lost its SAs, and its IKE has no way to know
         self._capture: Capture | None = None
         self._blocked = self._blocks()
 
@@ -123,6 +127,12 @@ class World:
                 self.lab.restart(host)
             if not {s.name for s in SPECS} <= set(host.charon.loaded()):
                 self.load(host)
+        if self.forgetful:
+            self.forgetful = False
+            with self.lab.b.charon.session() as session:
+                for spec in SPECS:
+                    with contextlib.suppress(CommandException):  # it has none
+                        list(session.terminate({"ike": spec.name, "timeout": "-1"}))
         self.supervise()
 
     def renew(self) -> None:
@@ -198,6 +208,7 @@ class World:
     def judge(self) -> None:
         """Take in what was said and seen since the last time."""
         told, waited, now = self.speaker.ask("all"), self.waiter.ask("all"), time.monotonic()
+        pauses = [(began, ended) for began, ended in told[0]["pauses"]]
         self._see()
         blocked = self._blocks()
         self.tally.blocked += blocked - self._blocked
@@ -205,7 +216,8 @@ class World:
         events = self.witness.events()
         gaps = {family: kernel_gaps(events, family, self.policies) for family in (4, 6)}
         for one, target in zip(told, self.targets, strict=True):
-            self._judge(one, target, gaps[6 if ":" in target[1] else 4])
+            spans = [*self.troubles, *gaps[6 if ":" in target[1] else 4]]
+            self._judge(one, target, spread(spans, pauses))
         for one, (kind, address, _) in zip(waited, self.waits, strict=True):
             name = f"{kind} {address}"
             waiting.take(self.tally, name, one["calls"], one["began"], now)
@@ -213,9 +225,9 @@ class World:
                 self.tally.let_go += sum(not error for _, _, error in one["calls"])
             elif address != OPEN:
                 known = gaps[6 if ":" in address else 4]
-                waiting.judge(self.tally, name, one["calls"], known, self.troubles)
+                waiting.judge(self.tally, name, one["calls"], known, self.troubles, pauses)
 
-    def _judge(self, one: dict[str, Any], target: Target, gaps: Sequence[Span]) -> None:
+    def _judge(self, one: dict[str, Any], target: Target, excused: Sequence[Span]) -> None:
         """Take in what the process met that is not held."""
         tally, (kind, address, _) = self.tally, target
         counts: collections.Counter[str] = collections.Counter(one["counts"])
@@ -227,12 +239,12 @@ class World:
         if address == NEVER:
             tally.let_go += counts[""]
         elif address != OPEN:
-            spans = [*self.troubles, *gaps]
-            tally.wrong += [
-                (f"{kind} {address} {name}", began)
-                for began, ended, name in one["failed"]
-                if not any(begin <= ended and began <= end for begin, end in spread(spans))
-            ]
+            for began, ended, name in one["failed"]:
+                if not any(begin <= ended and began <= end for begin, end in excused):
+                    near = min((max(b - ended, began - e) for b, e in excused), default=math.inf)
+                    tally.wrong.append(
+                        (f"{kind} {address} {name}, {near * 1000:.0f} ms off", began)
+                    )
 
     def _see(self) -> None:
         """Look at what was on the wire; the next capture begins before the last one ends."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos.tally import Tally
+from tests.chaos.tally import TOLERANCE, Span, Tally, spread
 from tests.chaos.waiting import LAG, LIMIT, Call, judge, take
 
 GAP = (100.0, 110.0)
@@ -28,6 +28,20 @@ def test_a_call_and_the_kernels_gap(call: Call, wrong: bool) -> None:
     tally = Tally()
     judge(tally, "sendto x", [call], [GAP], [(128.0, 132.0)])
     assert bool(tally.wrong) is wrong
+
+
+@pytest.mark.parametrize(
+    ("pauses", "around"),
+    [
+        ([], (GAP[0] - TOLERANCE, GAP[1] + TOLERANCE)),
+        ([(110.0, 110.3)], (GAP[0] - TOLERANCE, 110.3 + TOLERANCE)),
+        ([(110.0, 110.3), (110.3, 110.5)], (GAP[0] - TOLERANCE, 110.5 + TOLERANCE)),
+        ([(98.0, 99.0), (99.0, 100.0)], (98.0 - TOLERANCE, GAP[1] + TOLERANCE)),
+        ([(97.0, 98.0), (102.0, 108.0), (111.0, 112.0)], (GAP[0] - TOLERANCE, GAP[1] + TOLERANCE)),
+    ],
+)
+def test_a_pause_at_an_edge_makes_it_uncertain(pauses: list[Span], around: Span) -> None:
+    assert spread([GAP], pauses) == [around]
 
 
 def test_a_call_that_does_not_end_and_one_that_fails_as_none_may() -> None:
