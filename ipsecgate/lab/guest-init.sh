@@ -58,8 +58,11 @@ else
     cat /run/output >&3 &
     cat=$!
     setsid --wait sh -c "$run" </dev/null >/run/output 2>&1 3>&- || status=$?
-    # A daemon that the command left behind may hold the pipe: don't wait for it for ever.
-    (sleep 2 && kill "$cat") &
+    # A daemon that the command left behind may hold the pipe, which then has no end.
+    for holder in $(find /proc/[0-9]*/fd -lname /run/output 2>/dev/null); do
+        holder=${holder#/proc/}
+        [ "${holder%%/*}" = "$cat" ] || kill -9 "${holder%%/*}" 2>/dev/null || true
+    done
     wait "$cat" || true
 fi
 stty -F /dev/tty1 raw -opost -echo # waits until the host has read everything

@@ -127,9 +127,10 @@ async def test_a_peer_that_does_not_read_is_cut_off(
     path = tmp_path / "control.sock"
     async with serving(path, {"status": much}):
         before = descriptors()
-        stuck = [await peer(path) for _ in range(5)]
-        for each in stuck:
-            each.sendall(b'{"verb": "status"}\n')
+        stuck = []
+        for _ in range(5):
+            stuck.append(await peer(path))
+            stuck[-1].sendall(b'{"verb": "status"}\n')
         # Of descriptors, only the peers' own ends.
         await until(lambda: asked == 5 and descriptors() == before + 5)
         for each in stuck:

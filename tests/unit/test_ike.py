@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -63,7 +64,7 @@ async def client(charon: FakeCharon) -> AsyncIterator[IkeClient]:
 
 async def take(client: IkeClient, count: int = 1) -> list[IkeEvent]:
     found = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         async for event in client.events():
             found.append(event)
             if len(found) == count:
@@ -184,7 +185,8 @@ async def test_success_costs_one_silent_request(charon: FakeCharon, client: IkeC
 
     charon.handlers["initiate"] = initiate
     asked = await negotiate(charon, client)
-    assert asked == [{"ike": "gw", "child": "net", "timeout": "5000", "loglevel": "-1"}]
+    assert asked == [{"ike": "gw", "child": "net", "timeout": ANY, "loglevel": "-1"}]
+    assert 0 < int(asked[0]["timeout"]) <= 5000
     assert [name for name, _ in charon.requests] == ["initiate"]
     assert await take(client, 2) == [ChildUp(SA), NegotiationDone("gw", "net")]
     assert quiet(client)
@@ -274,7 +276,8 @@ async def test_only_a_few_wait_in_charon(charon: FakeCharon, client: IkeClient) 
     (failed,) = await take(client)
     assert isinstance(failed, NegotiationFailed)  # one that did not wait: its limit ran out
     waits = [asked["timeout"] for name, asked in charon.requests if name == "initiate"]
-    assert waits == ["2000"] * negotiation.MAX_WAITING + ["-1"] * 6
+    assert waits[negotiation.MAX_WAITING :] == ["-1"] * 6
+    assert all(0 < int(limit) <= 2000 for limit in waits[: negotiation.MAX_WAITING])
 
 
 async def test_the_daemon_goes_while_negotiating(charon: FakeCharon, client: IkeClient) -> None:

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -71,12 +72,13 @@ async def test_it_is_alive_at_half_the_watchdogs_time(
 ) -> None:
     assert Service().pulse == PULSE
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
-    service = Service()
+    service, clock = Service(), Mock(return_value=asyncio.get_running_loop().time())
+    monkeypatch.setattr(service, "_loop", Mock(time=clock))
     assert service.pulse == 0.05
     assert service.alive()
     assert not service.alive(), "not more often than needed"
     assert heard(manager) == {"WATCHDOG": "1"}
-    await asyncio.sleep(0.06)
+    clock.return_value += 0.06
     assert service.alive()
 
 
