@@ -26,7 +26,7 @@ KINDS = (
 BATCH = 20
 HOLD = (0.01, 0.15)
 SHOWN = 10
-SETTLED = 15.0  # seconds, three pulses of the controller's
+SETTLED = 60.0  # seconds, three pulses of the controller's
 
 
 @dataclass

@@ -43,7 +43,7 @@ def floor_of(lab: Lab) -> list[str]:
 
 
 def wait_for(lab: Lab, *, floor: bool) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while bool(floor_of(lab)) is not floor:
         assert time.monotonic() < deadline, floor_of(lab)
         time.sleep(0.05)
