@@ -2,6 +2,7 @@
 
     covered(t): the kernel has an outbound SA and an outbound policy at t, by its own XFRM events
     gap:        from the moment that ceased to be until it is again
+    uncertain:  whoever is refused then is excused, and nobody has to be
 
 Rules of this module: the gate's own word counts for nothing. The witnesses are the kernel's
 events, a capture between the hosts, and what each system call returned. The kernel tells the gate
@@ -21,7 +22,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -35,9 +36,10 @@ from tests.system.witness import Witness
 
 TOLERANCE = 0.03
 SETTLE = 0.15
-TIMEOUT = 60.0
+TIMEOUT = PATIENCE = 60.0
 REFUSALS = ("EPERM", "EHOSTUNREACH")
 DIED = "EINVAL"
+POLICIES = ("NEWPOLICY", "UPDPOLICY")
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def gaps(events: Sequence[XfrmSeen], wanted: Wanted = outbound) -> list[Gap]:
         match event.name:
             case "NEWSA" | "UPDSA" if wanted(event):
                 sas.add(event.spi)
-            case "NEWPOLICY" | "UPDPOLICY" if wanted(event):
+            case name if name in POLICIES and wanted(event):
                 policies.add((event.saddr, event.daddr))
             case "DELPOLICY":
                 policies.discard((event.saddr, event.daddr))
@@ -73,6 +75,20 @@ def gaps(events: Sequence[XfrmSeen], wanted: Wanted = outbound) -> list[Gap]:
     return [*found, *([] if began is None else [(began, math.inf)])]
 
 
+def openings(
+    events: Sequence[XfrmSeen], found: Sequence[Gap], wanted: Wanted = outbound
+) -> list[Gap]:
+    """Return from when an SA ended a gap until a policy came: the gate waits for one to name it."""
+    mine = [event for event in events if event.outbound and wanted(event)]
+    sas = {event.time for event in mine if event.name == "NEWSA"}
+    policies = [event.time for event in mine if event.name in POLICIES]
+    return [
+        (end, next((when for when in policies if when >= end), end))
+        for _, end in found
+        if end in sas
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What happened: every attempt, the kernel's gaps, the wire. Times are CLOCK_MONOTONIC."""
@@ -81,6 +97,7 @@ class Record:
     gaps: list[Gap]
     seen: Captured
     died: int  # packets whose SA went under them
+    uncertain: list[Gap] = field(default_factory=list)
 
     @property
     def inner_gaps(self) -> list[Gap]:
@@ -105,7 +122,8 @@ class Record:
 
     def _touched(self, a: Attempt, margin: float) -> bool:
         return any(
-            begin - margin <= a.ended and a.began <= end + margin for begin, end in self.gaps
+            begin - margin <= a.ended and a.began <= end + margin
+            for begin, end in (*self.gaps, *self.uncertain)
         )
 
     def _within(self, a: Attempt, margin: float) -> bool:
@@ -177,6 +195,8 @@ class Life:
         self._capture = lab.capture()
         self._pulse: Pulse | None = None
         self.uncovered: list[Gap] = []  # what the SAs alone don't show
+        self.uncertain: list[Gap] = []
+        self.patience = PATIENCE  # at the end, until everything is let go
 
     def __enter__(self) -> Self:
         self._witness.forget()
@@ -212,7 +232,7 @@ class Life:
 
     def _finish(self) -> None:
         assert self._pulse is not None
-        self._attempts = self._pulse.stop()
+        self._attempts = self._pulse.stop(self.patience)
         self._pulse = None
         self._seen = self._capture.stop()
         self._events = list(self._witness.events())
@@ -224,7 +244,8 @@ class Life:
         """Return what happened to these targets, which depend on the wanted SAs and policies."""
         found = sorted([*gaps(self._events, wanted), *self.uncovered])
         attempts = [a for a in self._attempts if a.target in targets]
-        return Record(attempts, found, self._seen, self._died)
+        uncertain = [*self.uncertain, *openings(self._events, found, wanted)]
+        return Record(attempts, found, self._seen, self._died, uncertain)
 
     def _count_died(self) -> int:
         return self._lab.a.counters()["XfrmOutStateInvalid"]
@@ -247,7 +268,7 @@ class Life:
     def wait_sa(self, since: float = 0.0) -> float:
         """Return when the first SA after `since` came in; it is in use for a while by then."""
         when = self.wait("NEWSA", since=since)
-        self.wait("NEWPOLICY", "UPDPOLICY", since=when)
+        self.wait(*POLICIES, since=when)
         time.sleep(SETTLE)
         return when
 

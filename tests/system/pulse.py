@@ -1,7 +1,8 @@
 """A process that speaks all the time, and remembers how each attempt was answered.
 
     argv: seconds between two rounds, a list of [kind, address, port, source] as JSON
-    input: nothing, its end ends it
+    input: nothing, or how many seconds it may go on after the input's end until all of a round
+           are let go
     output: a line when it starts; at its end [which of them, when it began, when it ended,
             errno or 0] of every attempt, as JSON
 
@@ -60,9 +61,12 @@ class Pulse:
         assert self._process.stdout is not None
         self._process.stdout.readline()
 
-    def stop(self) -> list[Attempt]:
-        """End it; return every attempt in order."""
-        said, _ = self._process.communicate(timeout=30)
+    def stop(self, patience: float = 0.0) -> list[Attempt]:
+        """End it as soon as all of a round were let go, or `patience` seconds have passed.
+
+        Return every attempt in order.
+        """
+        said, _ = self._process.communicate(str(patience), timeout=60 + patience)
         return [
             Attempt(self.targets[which], began, ended, errno.errorcode[code] if code else "")
             for which, began, ended, code in json.loads(said)
@@ -106,15 +110,24 @@ def main() -> None:
     period = float(sys.argv[1])
     kept: dict[Target, socket.socket] = {}
     log = []
-    sys.stdout.write("it starts\n")
-    sys.stdout.flush()
-    due = time.monotonic()
-    while not select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
+
+    def is_let_go() -> bool:
+        """Make a round; tell whether nothing was refused."""
         for which, target in enumerate(targets):
             began = time.monotonic()
             code = attempt(target, kept)
             log.append((which, began, time.monotonic(), code))
+        return not any(code for *_, code in log[-len(targets) :])
+
+    sys.stdout.write("it starts\n")
+    sys.stdout.flush()
+    due = time.monotonic()
+    while not select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
+        is_let_go()
         due = max(due + period, time.monotonic())
+    last = time.monotonic() + float(sys.stdin.read() or 0)
+    while time.monotonic() < last and not is_let_go():
+        time.sleep(period)
     sys.stdout.write(json.dumps(log))
 
 
