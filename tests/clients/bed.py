@@ -21,9 +21,8 @@ from tests.clients import daemons
 from tests.clients.catalogue import RealClient, catalogue
 
 DELAY = 25.0  # ms, one way
-LIMIT = 40.0  # seconds after which a client counts as hung
-SETTLE = 20.0
-BATCH = 5  # clients within one negotiation's time limit, which is 30 s
+LIMIT = 120.0  # seconds after which a client counts as hung
+SETTLE = 60.0
 SPEC = ConnSpec("net", "tunnel", 4, start_action="trap")
 POLICIES = """\
 [[policy]]
@@ -156,11 +155,10 @@ class ClientBed:
                 self.lab.mend_psk()
             case _:  # the peer does not answer, and the hold is over before IKE gives up
                 self.lab.a.charon.configure("retransmit_timeout = 60")
-                for some in range(0, len(names), BATCH):
+                for name in names:
                     self.without_sa()
                     self.lab.drop_ike()
-                    for name in names[some : some + BATCH]:
-                        yield self.run(self.to_net[name], hold="500ms")
+                    yield self.run(self.to_net[name], hold="500ms")
                     self.lab.drop_ike(False)
                 self.lab.a.charon.configure("")
 

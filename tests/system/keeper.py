@@ -44,6 +44,11 @@ class Keeper:
             if words.get("FDSTORE") == "1":
                 (self.kept[words["FDNAME"]],) = fds
 
+    def is_given(self, before: int = 0) -> bool:
+        """Tell whether it has more descriptors than before."""
+        self.take()
+        return len(self.kept) > before
+
     def fill(self) -> None:
         """Have no room for more until `take`."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as teller:

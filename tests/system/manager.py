@@ -126,7 +126,7 @@ class Manager:
         (self._lab.cgroup("beside") / "cgroup.procs").write_text(str(self._process.pid))
         self._process.stdin.write("go\n")
         self._process.stdin.close()
-        self.until(self._is_up, "it does not start")
+        self.until(self._is_up, "it does not start", within=300)  # the hooks are compiled, too
 
     def _is_forked(self) -> bool:
         assert self._process is not None
@@ -227,7 +227,7 @@ class Manager:
         """Have it stop everything and end, as by `systemctl poweroff`."""
         assert self._process is not None
         os.kill(self.pid, signal.SIGRTMIN + 4)
-        self._process.wait(TIMEOUT)
+        self._process.wait(TIMEOUT * 2)
 
     def close(self) -> None:
         """End it, whatever it does, and take away what it left."""

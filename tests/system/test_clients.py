@@ -41,7 +41,7 @@ def test_held_it_is_served(clients: ClientBed, name: str) -> None:
     """It asks before there is any SA, and knows nothing of it: one call, no SYN again."""
     clients.without_sa()
     attempts = clients.attempts()
-    outcome = clients.run(clients.to_net[name], hold="30s")
+    outcome = clients.run(clients.to_net[name], hold="60s")
     assert outcome.served, outcome
     assert outcome.seen.ike, "a real negotiation"
     assert outcome.seen.esp

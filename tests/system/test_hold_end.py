@@ -90,7 +90,7 @@ def test_an_interrupt_ends_a_held_program(lab: Lab, gate: Gated) -> None:
         process = start(lab, gate, command)
         wait_held(gate)
         process.terminate()
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
         wait_held(gate, 0)
 
 
@@ -103,9 +103,10 @@ def test_a_successor_answers_what_is_held(lab: Lab, gate: Gated, covered: bool) 
         spec = prepared(lab, gate)
         with nothing_in_clear(lab, esp=True):
             with stopped(lab):
-                process = start(lab, gate, held.command("twice", lab.b.address(spec), PORT))
+                command = held.command("twice", lab.b.address(spec), PORT)
+                process = start(lab, gate, command, "--hold", "2m")
                 wait_held(gate)
-                until(lambda: is_given(keeper), "nobody gave it")
+                until(keeper.is_given, "nobody gave it")
                 gate.kill()
                 if not covered:
                     keeper.start(gate)
@@ -113,15 +114,10 @@ def test_a_successor_answers_what_is_held(lab: Lab, gate: Gated, covered: bool) 
                 until(lambda: bool(lab.a.established()), "no SA")
                 assert process.poll() is None
                 keeper.start(gate)
-            result = ended(process, timeout=20)
+            result = ended(process)
         assert result["first"]["error"] == ""
         assert result["error"] == ""
         assert keeper.kept
-
-
-def is_given(keeper: Keeper) -> bool:
-    keeper.take()
-    return bool(keeper.kept)
 
 
 def test_a_manager_that_is_busy_is_given_the_listener_later(lab: Lab, gate: Gated) -> None:
@@ -133,7 +129,7 @@ def test_a_manager_that_is_busy_is_given_the_listener_later(lab: Lab, gate: Gate
             keeper.fill()
             process = start(lab, gate, held.command("tcp", lab.b.address(spec), PORT))
             wait_held(gate)
-            until(lambda: is_given(keeper), "nobody gave it")
+            until(keeper.is_given, "nobody gave it")
             process.kill()
 
 
@@ -149,15 +145,17 @@ def test_calls_under_way_when_a_controller_is_killed_are_answered(lab: Lab, gate
         spec = prepared(lab, gate)
         to = lab.b.address(spec)
         assert run(lab, gate, held.command("tcp", to, PORT))["error"] == ""
+        keeper.take()
+        known = len(keeper.kept)
         process = start(lab, gate, held.command("hammer", to, PORT))
+        until(lambda: keeper.is_given(known), "nobody gave it")
         for _ in range(3):
             before = gate.reasons()["allow_associated"]  # by a socket that connects again
             until(partial(calls_again, gate, before), "it does not call")
             gate.kill()
             keeper.start(gate)
-        result = ended(process, timeout=60)
-    assert result["errors"] == [""]
-    assert result["longest"] < 30, "answered, not given up"
+        result = ended(process)
+    assert result["errors"] == [""], "answered, not given up"
 
 
 def test_a_hold_does_not_become_longer_by_a_successor(lab: Lab, gate: Gated) -> None:
@@ -167,12 +165,14 @@ def test_a_hold_does_not_become_longer_by_a_successor(lab: Lab, gate: Gated) -> 
         spec = prepared(lab, gate)
         command = held.command("tcp", lab.b.address(spec), PORT)
         with nothing_in_clear(lab, esp=False), stopped(lab):
-            process = start(lab, gate, command, "--hold", "12s")
+            process = start(lab, gate, command, "--hold", "2m")
             wait_held(gate)
-            until(lambda: is_given(keeper), "nobody gave it")
+            until(keeper.is_given, "nobody gave it")
             gate.kill()
-            time.sleep(6)
+            time.sleep(2)
             keeper.start(gate)
-            result = ended(process)
-    assert result["error"] == "ETIMEDOUT"
-    assert 12.0 <= result["seconds"] < 18.0, "the successor's time was added"
+            wait_held(gate)
+            (hold,) = gate.ask()["holds"]
+            process.kill()
+            process.communicate()
+    assert hold["limit"] < 118.5, "the successor's time was added"

@@ -71,7 +71,7 @@ def test_under_a_hammer_nothing_covered_is_refused_and_nothing_leaves_in_clear(
             seen = capture.stop()
         assert {*told[0], *told[1]} == {"EINPROGRESS"}, "covered all the time"
         assert set(told[2]) <= {"EPERM", "EHOSTUNREACH"}, "uncovered all the time"
-        assert not seen.clear
+        assert not [packet for packet in seen.clear if packet.sender == "a"]
         assert seen.esp
 
 
@@ -96,5 +96,5 @@ def test_the_clock_jumps(lab: Lab, cache: Path) -> None:
                 seen = capture.stop()
         finally:
             time.clock_settime(time.CLOCK_REALTIME, clock + time.monotonic() - began)
-        assert not seen.clear
+        assert not [packet for packet in seen.clear if packet.sender == "a"]
         assert seen.esp

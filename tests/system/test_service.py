@@ -9,14 +9,12 @@ import json
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -37,12 +35,11 @@ def test_systemd_hears_that_it_is_ready_alive_and_stopping(unit: Unit, caller: C
     assert unit.hears("READY=1"), unit.log
     assert any("STATUS=protected flows are refused: IKE" in line for line in unit.heard)
     beats = []
-    for _ in range(20):
+    for _ in range(40):
         unit.heard.clear()
         assert unit.hears("WATCHDOG=1"), "though nothing happens"
         beats.append(time.monotonic())
-    gaps = [after - before for before, after in pairwise(beats)]
-    assert statistics.median(gaps) > 0.05, "no more often than is asked for"
+    assert beats[-1] - beats[0] > 0.05 * len(beats), "no more often than is asked for"
     assert unit.process is not None
     unit.process.send_signal(signal.SIGTERM)
     assert unit.hears("STOPPING=1")

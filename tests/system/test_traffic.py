@@ -34,7 +34,7 @@ def policy(lab: Lab, *words: str) -> None:
 
 
 def wait_refused(lab: Lab, before: dict[str, int], times: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while lab.a.counters()["XfrmOutPolBlock"] < before["XfrmOutPolBlock"] + times:
         assert time.monotonic() < deadline, "the client doesn't try"
         time.sleep(0.01)
@@ -73,7 +73,7 @@ def test_udp_client_loses_nothing(lab: Lab, switch: list[str]) -> None:
         opened = time.monotonic()
         policy(lab, "delete")
         report = client.result()
-        counted = server.report(expect=50, settle=5)
+        counted = server.report(expect=50, settle=30)
     assert (report["sent"], report["error"]) == (50, None)
     assert counted["distinct"] == counted["received"] == 50
     calls = 51 if switch else 50
@@ -109,7 +109,7 @@ def test_server_counts_from_one_report_to_the_next(lab: Lab) -> None:
         for count in (3, 5):
             options = ("--count", str(count))
             lab.a.client("udp-client", lab.b.outer[6], UDP_PORT, *options).result()
-            assert server.report(expect=count, settle=5)["distinct"] == count
+            assert server.report(expect=count, settle=30)["distinct"] == count
         assert server.report(expect=1, settle=0.05)["distinct"] == 0
 
 
