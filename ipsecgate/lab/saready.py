@@ -45,6 +45,8 @@ EXPIRE_HARD = 224  # after a whole struct xfrm_usersa_info
 # struct xfrm_usersa_id of DELSA: daddr, spi, family.
 # Where dir is in struct xfrm_userpolicy_info and in struct xfrm_userpolicy_id.
 POLICY_DIR, POLICY_ID_DIR, POLICY_FAMILY = 160, 60, 40
+# What follows a whole struct xfrm_userpolicy_info: attributes.
+POLICY_SIZE, XFRMA_TMPL = 168, 5
 WANTED_SA = ("NEWSA",)
 WANTED_POLICY = ("NEWPOLICY", "UPDPOLICY")
 
@@ -53,8 +55,9 @@ WANTED_POLICY = ("NEWPOLICY", "UPDPOLICY")
 class XfrmSeen:
     """One event: `name` as in linux/xfrm.h without XFRM_MSG_; `time` on CLOCK_MONOTONIC.
 
-    `outbound` is None where the message doesn't say; `spi` is 0 for a policy. `hard`: an
-    EXPIRE after which the SA is gone, though no DELSA says so.
+    `outbound` is None where the message doesn't say; `spi` is for a policy what its first
+    template names, 0 for a trap. `hard`: an EXPIRE after which the SA is gone, though no DELSA
+    says so.
     """
 
     time: float
@@ -180,8 +183,20 @@ def _event(name: str, body: bytes, now: float, local: set[Address]) -> XfrmSeen:
             at = POLICY_ID_DIR if name == "DELPOLICY" else POLICY_DIR
             (family,) = struct.unpack_from("=H", body, POLICY_FAMILY)
             saddr, daddr = _address(body, 16, family), _address(body, 0, family)
-            return XfrmSeen(now, name, body[at] == POLICY_OUT, saddr, daddr)
+            spi = _named(body[POLICY_SIZE:]) if name != "DELPOLICY" else 0
+            return XfrmSeen(now, name, body[at] == POLICY_OUT, saddr, daddr, spi)
     return XfrmSeen(now, name)
+
+
+def _named(attributes: bytes) -> int:
+    """Return the SPI that the first template names, 0 if it names none."""
+    at = 0
+    while at < len(attributes):
+        length, kind = struct.unpack_from("=HH", attributes, at)
+        if kind == XFRMA_TMPL:
+            return int(struct.unpack_from("!I", attributes, at + 4 + 16)[0])
+        at += max((length + 3) & ~3, 4)
+    return 0
 
 
 def _address(body: bytes, at: int, family: int) -> Address:

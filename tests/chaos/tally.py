@@ -76,12 +76,13 @@ def spread(spans: Sequence[Span], pauses: Sequence[Span] = ()) -> list[Span]:
 def kernel_gaps(
     events: Sequence[XfrmSeen], family: int, ours: Container[tuple[object, object]]
 ) -> list[Span]:
-    """Return when the kernel had no SA or no policy for a family, of which there is one each.
+    """Return when the kernel had no policy that names an SA for a family, or not that SA.
 
+    A policy that names none is a trap: of the SA that is there yet IKE has taken leave.
     `ours` are the policies' ends: others, such as the floor's, say nothing.
     """
     sas: set[int] = set()
-    policies: set[tuple[object, object]] = set()
+    policies: dict[tuple[object, object], int] = {}
     found: list[Span] = []
     began: float | None = -math.inf
     for event in events:
@@ -95,14 +96,15 @@ def kernel_gaps(
             sas.add(event.spi)
         elif event.name in ("NEWPOLICY", "UPDPOLICY"):
             if (event.saddr, event.daddr) in ours:
-                policies.add((event.saddr, event.daddr))
+                policies[event.saddr, event.daddr] = event.spi
         elif event.name == "DELPOLICY":
-            policies.discard((event.saddr, event.daddr))
+            policies.pop((event.saddr, event.daddr), None)
         elif event.name == "DELSA" or event.hard:
             sas.discard(event.spi)
-        if sas and policies and began is not None:
+        covered = not sas.isdisjoint(policies.values())
+        if covered and began is not None:
             found.append((began, event.time))
             began = None
-        elif not (sas and policies) and began is None:
+        elif not covered and began is None:
             began = event.time
     return [*found, *([] if began is None else [(began, math.inf)])]

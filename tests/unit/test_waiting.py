@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from ipaddress import ip_address
+
 import pytest
 
-from tests.chaos.tally import TOLERANCE, Span, Tally, spread
+from ipsecgate.lab.saready import XfrmSeen
+from tests.chaos.tally import TOLERANCE, Span, Tally, kernel_gaps, spread
 from tests.chaos.waiting import LAG, LIMIT, Call, judge, take
 
 GAP = (100.0, 110.0)
@@ -28,6 +32,25 @@ def test_a_call_and_the_kernels_gap(call: Call, wrong: bool) -> None:
     tally = Tally()
     judge(tally, "sendto x", [call], [GAP], [(128.0, 132.0)])
     assert bool(tally.wrong) is wrong
+
+
+HERE, THERE = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+
+
+def test_the_kernel_covers_from_the_policy_that_names_an_sa_until_either_goes() -> None:
+    events = [
+        XfrmSeen(1, "NEWPOLICY", True, HERE, THERE),  # a trap
+        XfrmSeen(2, "NEWSA", True, HERE, THERE, 7),
+        XfrmSeen(3, "UPDPOLICY", True, HERE, THERE, 7),
+        XfrmSeen(4, "NEWSA", True, HERE, THERE, 8),  # a rekey
+        XfrmSeen(5, "UPDPOLICY", True, HERE, THERE, 8),
+        XfrmSeen(6, "DELSA", True, None, THERE, 7),
+        XfrmSeen(7, "UPDPOLICY", True, HERE, THERE),  # the end: the trap again
+        XfrmSeen(8, "DELSA", True, None, THERE, 8),
+    ]
+    ours = {(HERE, THERE)}
+    assert kernel_gaps(events, 4, ours) == [(-math.inf, 3), (7, math.inf)]
+    assert kernel_gaps(events, 6, ours) == [(-math.inf, math.inf)]
 
 
 @pytest.mark.parametrize(
