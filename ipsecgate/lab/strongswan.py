@@ -16,7 +16,7 @@ import contextlib
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,6 +271,20 @@ class Charon:
         """Tell whether there is no IKE_SA, half-open ones included."""
         with self.session() as session:
             return not any(session.list_sas())
+
+    def busy(self, names: Iterable[str]) -> bool:
+        """Tell whether it has something to do for these connections but to ask who is alive."""
+        wanted = set(names)
+        with self.session() as session:
+            tasks = {
+                task
+                for each in session.list_sas()
+                for name, sa in each.items()
+                if name in wanted
+                for key in ("tasks-active", "tasks-queued")
+                for task in sa.get(key, ())
+            }
+        return bool(tasks - {b"IKE_DPD"})
 
     def established(self) -> tuple[str, ...]:
         """Return the names of the children whose SAs are installed."""
