@@ -119,11 +119,16 @@ class ClientBed:
             self._drop()
 
     def _drop(self) -> None:
+        """Drop every SA; also what comes of a negotiation that fails by it and is repeated."""
         hosts = (self.lab.a, self.lab.b)
-        for host in hosts:
-            host.charon.drop_all()
-        self.until(lambda: all(host.charon.idle() for host in hosts))
-        self.until(lambda: self.state() in ("uncovered", "back-off"))
+
+        def is_gone() -> bool:
+            for host in hosts:
+                host.charon.drop_all()
+            idle = all(host.charon.idle() for host in hosts)
+            return idle and self.state() in ("uncovered", "back-off")
+
+        self.until(is_gone)
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something, but not for ever."""
