@@ -38,6 +38,7 @@ TUN = Path("/dev/net/tun")
 IKE_PROPOSAL = "aes128-sha256-modp2048"
 ESP_PROPOSAL = "aes128-sha256"
 START_TIMEOUT = 60.0
+OTHERS_TIMEOUT = 5.0
 HASTY = "retransmit_tries = 1"  # for `Charon.configure`
 
 SETTINGS = """\
@@ -245,9 +246,26 @@ class Charon:
             return [name for conn in session.list_conns() for name in conn]
 
     def initiate(self, child: str, timeout: float = 30.0) -> None:
-        """Negotiate a child and wait. Raises: CommandException when it fails."""
+        """Negotiate a child and wait. Raises: CommandException when it fails.
+
+        Where a gate asked at the same time there were two IKE_SAs, and the peer kept one: whose
+        child comes up is no matter.
+        """
         with self.session() as session:
-            list(session.initiate({"child": child, "timeout": str(int(timeout * 1000))}))
+            try:
+                list(session.initiate({"child": child, "timeout": str(int(timeout * 1000))}))
+            except CommandException:
+                if not self._comes_up(child):
+                    raise
+
+    def _comes_up(self, child: str) -> bool:
+        """Tell whether an IKE_SA that is there brings a child soon."""
+        deadline = time.monotonic() + OTHERS_TIMEOUT
+        while not self.idle() and time.monotonic() < deadline:
+            if child in self.established():
+                return True
+            time.sleep(0.05)
+        return False
 
     def terminate(self, child: str, timeout: float = 30.0) -> None:
         """Delete a child as an operator would, the peer told. Raises: CommandException."""
