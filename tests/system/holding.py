@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ipsecgate.lab import traffic
@@ -69,10 +70,15 @@ def nothing_in_clear(lab: Lab, *, esp: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopped(lab: Lab) -> Iterator[None]:
-    """Stop strongSwan during the block: a negotiation neither succeeds nor fails."""
-    os.kill(lab.a.charon.pid, signal.SIGSTOP)
+def paused(pid: int) -> Iterator[None]:
+    """Stop a process during the block."""
+    os.kill(pid, signal.SIGSTOP)
     try:
         yield
     finally:
-        os.kill(lab.a.charon.pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
+
+
+def stopped(lab: Lab) -> AbstractContextManager[None]:
+    """Stop strongSwan during the block: a negotiation neither succeeds nor fails."""
+    return paused(lab.a.charon.pid)

@@ -7,7 +7,6 @@ nothing is refused, inside them everything, and nothing is ever in clear.
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.strongswan import HASTY, connection
+from tests.system.holding import paused
 from tests.system.life import Life, ask, ike_sas, until
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import Witness
@@ -218,7 +218,8 @@ def test_the_half_that_comes_in_is_lost(
     before = gate.log.read_text().count(told)
     with life(spec) as story:
         assert inbound(lab, spec)
-        with paused(gate):  # or it makes the child anew before we look
+        assert gate.process is not None
+        with paused(gate.process.pid):  # or it makes the child anew before we look
             lab.a.run(["ip", "xfrm", what, "deleteall", *where])
             assert not inbound(lab, spec)
             assert lab.a.established(), "IKE believes in it"
@@ -226,17 +227,6 @@ def test_the_half_that_comes_in_is_lost(
         assert inbound(lab, spec)
     story.record.judge(1)
     assert gate.log.read_text().count(told) == before + 1
-
-
-@contextlib.contextmanager
-def paused(gate: Gated) -> Iterator[None]:
-    """Stop the controller in the block; the hooks answer all the same."""
-    assert gate.process is not None
-    gate.process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        gate.process.send_signal(signal.SIGCONT)
 
 
 def inbound(lab: Lab, spec: ConnSpec) -> bool:
