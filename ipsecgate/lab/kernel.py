@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
 
 PACKAGE = "user-mode-linux"
+MACHINES = ("x86_64", "i686")
+"""Those that Debian has it for."""
 
 Progress = Callable[[str], object]
 
@@ -56,6 +59,11 @@ def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) ->
     home = cache / PACKAGE
     if home.is_dir():
         return _look(home)
+    if platform.machine() not in MACHINES:
+        raise GateError(
+            f"Debian has no {PACKAGE} for {platform.machine()}",
+            hint="boot a kernel with ESP, such as Debian's own: then no test kernel is needed",
+        )
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / ".lock"):
@@ -128,6 +136,11 @@ def main() -> int:
     try:
         if has_esp():
             sys.stdout.write("this kernel does ESP: no test kernel is needed\n")
+        elif platform.machine() not in MACHINES:
+            sys.stdout.write(
+                f"this kernel has no ESP, and Debian has no {PACKAGE} for {platform.machine()}:"
+                " boot a kernel with ESP, such as Debian's own, for the demo and the tests\n"
+            )
         else:
             kernel = fetch(progress=lambda text: sys.stdout.write(f"{text}\n"))
             sys.stdout.write(f"this kernel has no ESP: tests run in {kernel.binary}\n")
