@@ -73,14 +73,14 @@ def measure(name: str, say: Callable[[str], object]) -> dict[str, Any]:
         chosen = find(name)
     except GateError as error:
         stopped = Counts(stopped=str(error))
-        return {"kernel": "", "features": None, "lists": dict.fromkeys(LISTS, _plain(stopped))}
+        return {"kernel": "", "features": None, "lists": dict.fromkeys(LISTS, plain(stopped))}
     folder = RESULTS / name
     folder.mkdir(parents=True, exist_ok=True)
     found = folder / "features.json"
     found.unlink(missing_ok=True)
     _guest(chosen, [sys.executable, "-m", "tests.matrix.features", str(found)], folder, say)
     features = json.loads(found.read_text()) if found.is_file() else None
-    lists = {one: _plain(_list(chosen, one, folder, say)) for one in LISTS}
+    lists = {one: plain(_list(chosen, one, folder, say)) for one in LISTS}
     return {"kernel": chosen.release, "features": features, "lists": lists}
 
 
@@ -114,7 +114,8 @@ def _guest(
     return ""
 
 
-def _plain(result: Counts) -> Mapping[str, Any]:
+def plain(result: Counts) -> Mapping[str, Any]:
+    """Return what JSON keeps of a list."""
     return {name: getattr(result, name) for name in result.__slots__}
 
 

@@ -14,7 +14,7 @@ HEAD = (
     *("BPF programs", "BTF", "XFRM interfaces", "can end sockets"),
 )
 WHERE = {
-    UML: "Debian 12's user-mode-linux",
+    UML: "user-mode-linux",
     "bookworm": "Debian 12",
     "trixie": "Debian 13",
     "trixie-backports": "Debian 13, backports",
