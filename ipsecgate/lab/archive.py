@@ -41,7 +41,7 @@ class Archive:
         if not SUITE.fullmatch(suite):
             raise GateError(f"not a suite of Debian: {suite}", hint="for example: trixie-backports")
         with tempfile.TemporaryDirectory(prefix="ipsecgate-apt-") as folder:
-            archive = cls(_configured(Path(folder), suite, _mirror()))
+            archive = cls(_configured(Path(folder), suite, mirror()))
             hint = f"is there a {suite} on the mirror that /etc/apt names?"
             archive._apt(["apt-get", "update", "--quiet", "--error-on=any"], Path(folder), hint)
             yield archive
@@ -60,7 +60,7 @@ class Archive:
         return call([*own, *argv], cwd, hint)
 
 
-def _mirror() -> str:
+def mirror() -> str:
     """Return the address that the machine has Debian from."""
     form = "$(ORIGIN) $(LABEL) $(REPO_URI)"
     said = call(["apt-get", "indextargets", "--format", form], Path("/"), UPDATE)

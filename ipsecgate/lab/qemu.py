@@ -98,13 +98,14 @@ def command_line(
     return [
         *f"{command} -serial file:/dev/fd/{output}".split(),
         *("-kernel", str(kernel.binary), "-initrd", str(work / "initrd"), "-append", kernel_line),
-        *_shared("root", Path("/"), ",readonly=on"),
-        *_shared("work", work),
-        *_shared("results", results),
+        *shared("root", Path("/"), ",readonly=on"),
+        *shared("work", work),
+        *shared("results", results),
     ]
 
 
-def _shared(tag: str, path: Path, more: str = "") -> list[str]:
+def shared(tag: str, path: Path, more: str = "") -> list[str]:
+    """Return QEMU's words for a folder of the host's that the guest mounts by its tag."""
     where = str(path).replace(",", ",,")  # QEMU's way to say a comma
     local = f"local,id={tag},path={where},security_model=none,multidevs=remap{more}"
     return ["-fsdev", local, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]

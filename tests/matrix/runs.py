@@ -18,6 +18,7 @@ from typing import Any
 from ipsecgate.errors import GateError
 from ipsecgate.lab import debian, kernel
 from ipsecgate.lab.guest import run
+from tests.matrix import foreign
 from tests.matrix.features import HOST_BYTECODE
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +26,9 @@ RESULTS = ROOT / ".cache/results/matrix"
 BYTECODE = ROOT / ".cache/bytecode"
 LIMIT = 2400.0
 UML = "user-mode-linux"
+AARCH64 = "aarch64"
 SUITES = ("bookworm", "trixie", "trixie-backports")
-KERNELS = (UML, *SUITES)
+KERNELS = (UML, *SUITES, AARCH64)
 LISTS = ("hooks", "gate")
 """tests/qemu/*.list: what asks the hooks alone, and the gate on two hosts."""
 
@@ -64,6 +66,8 @@ def find(name: str) -> kernel.Kernel:
     """Return a kernel, downloaded if it is not there. Raises: GateError."""
     if name == UML:
         return kernel.fetch(progress=_say)
+    if name == AARCH64:
+        return foreign.fetch(_say)
     return debian.fetch(progress=_say, suite=name)
 
 
@@ -97,17 +101,22 @@ def _guest(
     chosen: kernel.Kernel, command: list[str], folder: Path, say: Callable[[str], object]
 ) -> str:
     """Run a command in a guest; return why it did not come to its end, "" if it did."""
-    env = {**os.environ, HOST_BYTECODE: str(BYTECODE)}
+    ours = {HOST_BYTECODE: str(BYTECODE)}
     try:
-        run(
-            command,
-            env=env,
-            cwd=ROOT,
-            timeout=LIMIT,
-            results=folder,
-            on_output=say,
-            kernel=chosen,
-        )
+        if isinstance(chosen, foreign.ForeignKernel):
+            ours = {HOST_BYTECODE: str(folder / "bytecode")}  # another machine's, made there
+            foreign.run(chosen, ["python3", *command[1:]], ours, folder, LIMIT, say)
+        else:
+            env = {**os.environ, **ours}
+            run(
+                command,
+                env=env,
+                cwd=ROOT,
+                timeout=LIMIT,
+                results=folder,
+                on_output=say,
+                kernel=chosen,
+            )
     except GateError as error:
         say(f"{error}\n{getattr(error, 'output', '')}\n")
         return str(error)

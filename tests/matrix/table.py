@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.runs import KERNELS, LISTS, UML
+from tests.matrix.runs import AARCH64, KERNELS, LISTS, UML
 
 BEGIN, END = "<!-- the matrix: make matrix -->\n", "<!-- end of the matrix -->\n"
 HEAD = (
@@ -18,6 +18,7 @@ WHERE = {
     "bookworm": "Debian 12",
     "trixie": "Debian 13",
     "trixie-backports": "Debian 13, backports",
+    AARCH64: "Debian 12, aarch64",
 }
 
 
