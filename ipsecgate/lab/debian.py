@@ -96,7 +96,7 @@ def _unpack_into(cache: Path, home: Path, progress: Progress, suite: str | None)
             (aside / "usr" / name).mkdir(parents=True)
             (aside / name).symlink_to(f"usr/{name}")
         with Archive.of(suite) as archive:
-            packages = _parts(archive)
+            packages = parts(archive)
             progress(f"downloading Debian's {' '.join(packages)} into {home}")
             archive.download(packages, aside)
         call(["apt-get", "download", "--quiet", BUSYBOX], aside, AGAIN)
@@ -115,7 +115,7 @@ def _unpack_into(cache: Path, home: Path, progress: Progress, suite: str | None)
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _parts(archive: Archive) -> list[str]:
+def parts(archive: Archive) -> list[str]:
     """Return the names of the packages that make up the suite's newest kernel."""
     found: dict[str, None] = {}
     ask = [META]
