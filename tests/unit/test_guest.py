@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import threading
@@ -104,6 +105,12 @@ def test_output_is_passed_on_by_line_and_a_part_only_when_asked() -> None:
 
 
 # --- where it comes from ---------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that Debian has the test kernel for, whichever this is (see test_arch for others)."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -86,7 +87,6 @@ def test_a_kernel_is_unpacked_whole() -> None:
         (b"", "not a bzImage"),
         (bytes(4096), "not a bzImage"),
         (image(b"\x04\x22\x4d\x18 lz4"), "neither xz nor zstd"),
-        (image(packed.ZSTD + b"nonsense" * 9), "."),
         (image(lzma.compress(b"x")[:20]), "cut short"),
         (image(packed.XZ + b"nonsense" * 9), "."),
     ],
@@ -94,6 +94,35 @@ def test_a_kernel_is_unpacked_whole() -> None:
 def test_what_is_no_kernel_is_told(raw: bytes, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         debian.uncompressed(raw)
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="missing: zstd")
+def test_zstd_is_unpacked_whole_or_told() -> None:
+    elf = b"\x7fELF" + bytes(range(256)) * 1000
+    made = subprocess.run(["zstd", "-c"], input=elf, capture_output=True, check=True).stdout
+    assert debian.uncompressed(image(made + struct.pack("<I", len(elf)))) == elf
+    for bad in (packed.ZSTD + b"nonsense" * 9, made[:-9]):
+        with pytest.raises(ValueError, match=r"."):
+            debian.uncompressed(image(bad + struct.pack("<I", len(elf))))
+
+
+def test_without_zstd_the_hint_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(GateError, match="zstd is not installed") as caught:
+        packed.unpack(packed.ZSTD + b"anything")
+    assert caught.value.hint == "apt-get install zstd"
+
+
+def test_what_is_not_packed_stays_as_it_is() -> None:
+    assert packed.unpack(packed.ELF + b"rest") == packed.ELF + b"rest"
+
+
+def test_what_is_built_in_is_no_module_to_load() -> None:
+    builtin = "kernel/net/9p/9pnet_virtio.ko\n"
+    found = in_order(DEPENDENCIES, ["9pnet_virtio", "9p"], builtin)
+    assert [Path(path).name for path in found] == ["netfs.ko", "9pnet.ko", "9p.ko"]
 
 
 def test_without_qemu_the_hint_says_what_to_install(
