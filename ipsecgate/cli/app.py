@@ -173,10 +173,15 @@ def _console(*, stderr: bool = False) -> Console:
 
 def _explain(error: GateError, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps({"error": str(error), "hint": error.hint}), err=True)
+        told = {"error": str(error), "hint": error.hint}
+        if error.evidence:
+            told["evidence"] = error.evidence
+        click.echo(json.dumps(told), err=True)
         return
     console = _console(stderr=True)
     console.print("ipsecgate: ", style="bold red", end="")
     console.print(str(error), markup=False, soft_wrap=True)
+    for line in error.evidence.splitlines():
+        console.print(f"  {line}", markup=False, soft_wrap=True)
     if error.hint:
         console.print(f"  {error.hint}", style="dim", markup=False, soft_wrap=True)

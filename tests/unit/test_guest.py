@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
+from ipsecgate.lab.console import Output
 from ipsecgate.lab.guest import INIT, command_file, main, settings_file
 from ipsecgate.lab.kernel import PACKAGE, Kernel, default_cache, fetch
-from ipsecgate.lab.uml import Output, kernel_arguments, memory_folder
+from ipsecgate.lab.uml import kernel_arguments, memory_folder
 
 KERNEL = Kernel(Path("/c/usr/bin/linux.uml"), Path("/c d/usr/lib/uml/modules/6.1.176"))
 ODD = "two\nlines 'single' \"double\" $HOME `id` \\ ö \t!#"
