@@ -12,8 +12,9 @@ import pytest
 
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.lab import debian, guest
-from ipsecgate.lab.kernel import PACKAGE, Kernel, fetch
+from ipsecgate.lab.kernel import fetch
 from ipsecgate.lab.uml import GuestHung, GuestPanicked, Uml
+from tests.guest.broken import without_modules
 
 pytestmark = pytest.mark.skipif(
     has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
@@ -23,11 +24,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
     """A lab cache: the real user-mode-linux without its modules, and no kernel for QEMU."""
-    real = fetch()
-    home = tmp_path / PACKAGE
-    (home / "usr/bin").mkdir(parents=True)
-    (home / "usr/bin/linux.uml").symlink_to(real.binary)
-    (home / "usr/lib/uml/modules" / real.release).mkdir(parents=True)
+    without_modules(tmp_path)
     (tmp_path / debian.META).mkdir()
     return tmp_path
 
@@ -93,7 +90,7 @@ def test_a_guest_that_panics_later_is_not_tried_under_qemu() -> None:
 def test_a_library_that_cannot_be_built_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel: Kernel = fetch()
+    kernel = fetch()
     monkeypatch.setattr("ipsecgate.lab.xstate.needed", lambda: True)
     monkeypatch.setenv("IPSECGATE_LAB_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
