@@ -108,7 +108,7 @@ def _in_guest(delay: float, mode: str) -> Document:
         sys.stderr.flush()
 
     options = ["--delay", str(delay), "--mode", mode]
-    command = [sys.executable, "-m", "ipsecgate", "--json", "demo", *options]
+    command = [sys.executable, "-P", "-m", "ipsecgate", "--json", "demo", *options]
     with tempfile.TemporaryDirectory() as folder:
         result = guest.run(
             ["sh", "-c", f'exec "$@" > "$IPSECGATE_RESULTS/{RESULT}"', "sh", *command],

@@ -1,7 +1,7 @@
 """Compile bpf/*.bpf.c with BCC and print the bytecode: the only importer of bcc.
 
-Run as `python -m ipsecgate.edges.compiler SOURCES` with BCC_KERNEL_SOURCE set to
-SOURCES, whose include/ stands in for kernel headers. It needs bpf(2), because
+`bytecode` runs `main` in a process of its own, with BCC_KERNEL_SOURCE set to the
+sources, whose include/ stands in for kernel headers. It needs bpf(2), because
 BCC creates the maps as it compiles; they vanish with this process.
 """
 
@@ -67,5 +67,6 @@ def compile_hooks(sources: Path) -> Bytecode:
     return Bytecode(programs, shapes)
 
 
-if __name__ == "__main__":
-    sys.stdout.write(compile_hooks(Path(sys.argv[1])).to_json())
+def main(sources: str) -> None:
+    """Print the bytecode of the hooks in a folder as JSON."""
+    sys.stdout.write(compile_hooks(Path(sources)).to_json())

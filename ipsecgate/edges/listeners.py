@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from ipsecgate import trust
 from ipsecgate.core import holds
 from ipsecgate.core.events import Call, CallEvent, CallExpired, CallGone, CallInterrupted, CallMade
 from ipsecgate.core.flow import Flow
@@ -142,8 +143,8 @@ class _Listener:
 
 
 def _mapped(file: Path) -> mmap.mmap:
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    trust.folder(file.parent, 0o700)
+    fd = trust.open_file(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         os.posix_fallocate(fd, 0, SLOTS * SLOT)  # what is sparse can be missing when it is needed
         return mmap.mmap(fd, SLOTS * SLOT)

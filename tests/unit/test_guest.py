@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ipsecgate import trust
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab.console import Output
@@ -113,6 +115,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/sbin:/usr/bin:/sbin:/bin")
+    monkeypatch.setitem(trust.ENVIRONMENT, "PATH", os.environ["PATH"])
     log = f"echo ${{0##*/}} >>{tmp_path}/calls"
     stand_in(folder / "apt-get", f"{log}; sleep 0.1; : >{PACKAGE}_1_amd64.deb")
     unpack = "mkdir -p usr/bin usr/lib/uml/modules/6.1.176; : >usr/bin/linux.uml"
