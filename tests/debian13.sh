@@ -98,7 +98,7 @@ mkdir -p "$cache/archives/partial" "$cache/pip"
 [ -z "$(git status --porcelain)" ] || { echo "not committed, so not in there:"; git status --short; }
 if [ $# -gt 0 ]; then
     git -C "$root$checkout" fetch --quiet "$PWD" HEAD
-    git -C "$root$checkout" checkout --quiet --detach FETCH_HEAD
+    git -C "$root$checkout" checkout --quiet --force --detach FETCH_HEAD
     inside "$@"
     exit
 fi

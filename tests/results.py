@@ -26,7 +26,8 @@ def summary(path: Path) -> tuple[list[str], bool]:
         for child in case:
             if child.tag in BAD:
                 name = f"{case.get('classname')}.{case.get('name')}"
-                lines.append(f"    {BAD[child.tag]}: {name}: {child.get('message', '').strip()}")
+                why = child.get("message", "").strip().partition("\n")[0]
+                lines.append(f"    {BAD[child.tag]}: {name}: {why}")
     passed = sum(all(child.tag not in BAD for child in case) for case in cases)
     return [f"{path}: {passed} of {len(cases)} passed", *lines], 0 < passed == len(cases)
 
@@ -36,7 +37,7 @@ def main() -> int:
     good = True
     for word in sys.argv[1:]:
         lines, whole = summary(Path(word))
-        print("\n".join(lines))
+        sys.stdout.write("\n".join(lines) + "\n")
         good = good and whole
     return 0 if good else 1
 
