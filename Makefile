@@ -10,7 +10,7 @@ ARGS ?=
 .PHONY: help setup install install-program install-files installed demo test test-debian13 test-qemu fuzz chaos clients bench lint clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup: .venv/.ready ## install what is missing (as root; asks nothing)
 
@@ -77,7 +77,8 @@ test: setup .venv/.ready-tests installed ## the whole suite
 	first=$$?; wait $$beside; second=$$?; cat $(RESULTS)/beside.log; \
 	exit $$((first ? first : second))
 
-test-debian13: ## demo and whole suite on Debian 13, in a root made by debootstrap (1.5 GB in the lab's cache)
+# Debian 13 on whichever Debian this is: strongSwan 6, Python 3.13, BCC 0.31, user-mode-linux 6.12.
+test-debian13: ## demo and the whole suite in a fresh root of Debian 13
 	@tests/debian13.sh
 
 # Not part of the tests: QEMU and Debian's kernel (470 MB in the lab's cache) are only for this. Two
