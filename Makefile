@@ -7,10 +7,10 @@ LIMIT ?= 2400
 # More for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-files installed demo test test-qemu fuzz chaos clients bench lint clean
+.PHONY: help setup install install-program install-files installed demo test test-debian13 test-qemu fuzz chaos clients bench lint clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup: .venv/.ready ## install what is missing (as root; asks nothing)
 
@@ -76,6 +76,10 @@ test: setup .venv/.ready-tests installed ## the whole suite
 	$(GUEST) tests/system $(addprefix --ignore=,$(BESIDE)) --junitxml=$(RESULTS)/system.xml $(ARGS); \
 	first=$$?; wait $$beside; second=$$?; cat $(RESULTS)/beside.log; \
 	exit $$((first ? first : second))
+
+# Debian 13 on whichever Debian this is: strongSwan 6, Python 3.13, BCC 0.31, user-mode-linux 6.12.
+test-debian13: ## demo and the whole suite in a fresh root of Debian 13
+	@tests/debian13.sh
 
 # Not part of the tests: QEMU and Debian's kernel (470 MB in the lab's cache) are only for this. Two
 # guests one after the other, each beginning with which kernel it is: what asks the hooks alone, and

@@ -25,8 +25,7 @@ packages=(
 # the man page man. tcc builds what the test kernel needs on some CPUs.
 test_packages=(
     busybox-static curl default-jre-headless ecj git golang-go ncat netcat-openbsd nodejs
-    openssh-client openssh-server perl postgresql-15 postgresql-client-15 redis-server redis-tools
-    wget
+    openssh-client openssh-server perl postgresql redis-server redis-tools wget
     crun podman runc
     linux-libc-dev man-db systemd tcc
 )
@@ -36,7 +35,7 @@ declare -A services=(
     [openssh-server]=ssh.service
     [podman]="podman.socket podman.service podman-restart.service
         podman-auto-update.timer podman-auto-update.service"
-    [postgresql-15]=postgresql.service
+    [postgresql]=postgresql.service
     [redis-server]=redis-server.service
 )
 case "${1-}" in
@@ -99,7 +98,10 @@ make_venv() {
 make_clients() {
     mkdir -p .cache/clients
     CGO_ENABLED=0 go build -trimpath -o .cache/clients/dial tests/clients/dial.go
-    ecj -17 -proc:none -d .cache/clients tests/clients/Dial.java
+    # Not by its own ecj(1): Debian 13's names only the first of the two archives it is in there.
+    local jars=/usr/share/java/eclipse-jdt-core
+    java -cp "$jars.jar:$jars-compiler-batch.jar" org.eclipse.jdt.internal.compiler.batch.Main \
+        -17 -proc:none -d .cache/clients tests/clients/Dial.java
 }
 
 missing=()

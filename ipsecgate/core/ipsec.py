@@ -107,6 +107,7 @@ class Sa:
     """A state of the SAD: struct xfrm_usersa_info with its attributes.
 
     `selector` None: the state's own selector has no family and matches every flow.
+    `cpu`: on which alone it protects what leaves (RFC 9611), None = on any.
     `larval`: no algorithm or SPI 0, so it protects nothing.
     `hard_lifetime`: seconds from installation to hard expiry, None = unlimited.
     `installed_at`: when that was, by the wall clock, seconds since the epoch.
@@ -119,6 +120,7 @@ class Sa:
     selector: Selector | None = None
     mark: Mark = field(default_factory=Mark)
     if_id: int = 0
+    cpu: int | None = None
     larval: bool = False
     hard_lifetime: int | None = None
     installed_at: int = 0

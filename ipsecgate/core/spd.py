@@ -122,6 +122,8 @@ def _protected_by(
             continue
         if template.spi not in (0, sa.id.spi):
             continue
+        if sa.cpu is not None:
+            continue  # who asks now may send from another
         if sa.selector is not None and sa.selector.ifindex:
             continue  # by which interface a flow leaves is not known here
         if ends is not None:

@@ -9,6 +9,8 @@
 # A step that fails ends process 1, so the kernel panics and the host sees why.
 set -eu
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+# hostfs takes its folder as mount(2)'s data; in the newer calls no option may be a mere path.
+export LIBMOUNT_FORCE_MOUNT2=always
 work=$1
 . "$work/settings"
 

@@ -53,6 +53,7 @@ def test_policy_and_sa_protect() -> None:
         replace(SA, id=SaId(PEER, 0x1000, 51)),
         replace(SA, larval=True),
         replace(SA, if_id=7),
+        replace(SA, cpu=0),
         replace(SA, mark=Mark(5, 0xFF)),
         replace(SA, selector=selector(dst="10.2.1.0/24")),
     ],

@@ -49,6 +49,7 @@ from tests.unit.xfrm_bytes import (
     POLEXPIRE,
     POLICY,
     POLICY_TYPE,
+    SA_PCPU,
     TMPL,
     TUNNEL,
     TYPES,
@@ -191,6 +192,12 @@ def test_every_field_of_a_state() -> None:
         Mark(1, 2),
         3,
     )
+
+
+@pytest.mark.parametrize("cpu", [0, 1])
+def test_a_state_for_one_cpu_says_so(cpu: int) -> None:
+    body = state() + CIPHER + attribute(SA_PCPU, struct.pack("=I", cpu))
+    assert one_sa(body) == replace(OUT, cpu=cpu)
 
 
 @pytest.mark.parametrize(
