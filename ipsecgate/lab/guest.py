@@ -28,7 +28,7 @@ from typing import NoReturn
 
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
-from ipsecgate.lab import debian
+from ipsecgate.lab import debian, room
 from ipsecgate.lab.kernel import Kernel, fetch
 from ipsecgate.lab.qemu import Qemu
 from ipsecgate.lab.uml import MEMORY, GuestError, GuestHung, GuestPanicked, OnOutput, Uml, ignore
@@ -172,7 +172,7 @@ def _say(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command where ESP is: here if this kernel has it, else (or --always) in a guest."""
+    """Run a command where ESP is: in a `room` if it is here, else (or --always) in a guest."""
     parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.guest", description=main.__doc__)
     parser.add_argument("--always", action="store_true", help="in a guest even if ESP is here")
     parser.add_argument("--kernel", choices=("uml", "qemu"), help="qemu: always Debian's own")
@@ -184,10 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         find = debian.fetch if options.kernel == "qemu" else fetch
         if find is fetch and not options.always and has_esp():
-            if options.results:
-                options.results.mkdir(parents=True, exist_ok=True)
-                os.environ["IPSECGATE_RESULTS"] = str(options.results.absolute())
-            os.execvp(options.command[0], options.command)  # noqa: S606
+            return room.run(options.command, options.timeout, options.results)
         return run(
             options.command,
             timeout=options.timeout,
