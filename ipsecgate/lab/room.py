@@ -12,6 +12,7 @@ Rules of this module:
 - Pids are the host's, since what the hooks tell of is: `bpf_get_current_pid_tgid` knows no
   pid namespace. Two rooms tell their things apart by them, as two labs do.
 - Where systemd runs, the cgroup tree is its own: it is asked for a part (a delegated scope).
+  Where it does not, the room is at the top of the tree, whose controllers stay switched on.
 - It is a harness, not a jail: /dev, the clock, modules and the kernel's sysctls are the host's.
 
     python -m ipsecgate.lab.room [--timeout S] -- CMD...
@@ -93,6 +94,8 @@ def delegated(argv: Sequence[str], timeout: float) -> list[str]:
 def _run(argv: Sequence[str], timeout: float, base: Path) -> int:
     """Make the room's cgroup in `base`, run the command, end all that it left, tidy up."""
     sweep(base)
+    with contextlib.suppress(OSError):  # tests that need controllers say so
+        share(base)
     cgroup = base / f"{PREFIX}-{os.getpid()}"
     cgroup.mkdir()
     try:
@@ -245,14 +248,18 @@ def _die_with_parent() -> None:
 
 
 def _own_scope() -> Path:
-    """Return the scope that we are in, with its controllers given to what is below: not to us."""
+    """Return the scope that we are in, and be one floor below: it is to have controllers."""
     scope = tree.own()
     keeper = scope / "keeper"
     keeper.mkdir()
     tree.join(keeper)
-    controllers = (scope / "cgroup.controllers").read_text().split()
-    (scope / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
     return scope
+
+
+def share(base: Path) -> None:
+    """Give what is in a cgroup the controllers that it has itself. Raises: OSError."""
+    controllers = (base / "cgroup.controllers").read_text().split()
+    (base / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
 
 
 def main() -> int:
