@@ -46,13 +46,13 @@ UNSTABLE = {
     "IKE": re.compile(r"(established|time|since|rekey|life|install|use-in|use-out)[a-z-]*=\d+"),
     "address": re.compile(r"^\s+valid_lft"),
 }
-# Folders, and what of them changes by itself.
+# Folders, and what of them changes by itself, or is too much to look at.
 FILES = {
     "/etc": None,
     "/var": re.compile(r"^/var/(log/journal|lib/systemd/timers|lib/systemd/random-seed)"),
     "/run": re.compile(r"^/run/(host/|systemd/(journal|units|transient|propagate)|log/|utmp)"),
     "/tmp": None,
-    "/root": re.compile(r"^/root/\.cache$"),
+    "/root": re.compile(r"^/root/[^/]+/."),
     "/dev/shm": None,
 }
 CONTENT_BELOW = 1 << 20
