@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
 CHECKOUT = Path(__file__).parents[2]
 STORY = """
 cat /proc/self/cgroup | grep ^0:
-for folder in /run /tmp /var/tmp /dev/shm /sys/fs/bpf/ipsecgate; do ls -A $folder 2>/dev/null || true; done
+for folder in /run /tmp /var/tmp /dev/shm; do ls -A $folder; done; ls /sys/fs/bpf/ipsecgate || true
 ip -brief link; ip netns list; ip xfrm policy; ip rule | grep -c lookup
 echo >/etc/witness; echo >/var/witness; echo >/run/witness; echo >/tmp/witness; echo >here
 hostname elsewhere; sysctl -qw net.ipv4.ip_forward=1; ip netns add left
