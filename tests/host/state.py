@@ -129,6 +129,8 @@ def cgroups() -> dict[str, str]:
     for folder, _, names in os.walk(CGROUPS):
         if "/commands.service" in folder:
             continue
+        if folder == str(CGROUPS):
+            names.remove("cgroup.procs")  # the kernel's threads
         words = []
         for name in sorted(names):
             if re.search(
