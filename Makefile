@@ -62,7 +62,7 @@ $(INSTALLED).ready: .venv/.ready $(PROGRAM) Makefile
 demo: setup ## two hosts, real IKE, real ESP: the story with and without the gate
 	@$(BIN)/ipsecgate demo
 
-# What needs ESP in the kernel runs in a guest (user-mode-linux) if this machine's kernel has none.
+# What needs ESP in the kernel runs in a room on this machine's, in a guest (user-mode-linux) if it has none.
 # Two at a time, because a guest has one CPU: the edges and the life of an SA beside all the rest.
 GUEST = $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- $(BIN)/pytest
 BESIDE := $(addprefix tests/system/test_,life.py sources.py libipsec.py lab.py lab_end.py edges.py \

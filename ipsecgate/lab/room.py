@@ -77,7 +77,11 @@ def run(argv: Sequence[str], timeout: float, results: Path | None = None) -> int
         results.mkdir(parents=True, exist_ok=True)
         os.environ["IPSECGATE_RESULTS"] = str(results.absolute())
     if SYSTEMD.is_dir():
-        os.execvp("systemd-run", delegated(argv, timeout))  # noqa: S606
+        try:
+            os.execvp("systemd-run", delegated(argv, timeout))  # noqa: S606
+        except OSError as error:
+            hint = "apt-get install systemd"
+            raise GateError(f"no part of systemd's cgroups: {error}", hint=hint) from error
     return _run(argv, timeout, tree.root())
 
 
@@ -93,7 +97,7 @@ def delegated(argv: Sequence[str], timeout: float) -> list[str]:
 
 def _run(argv: Sequence[str], timeout: float, base: Path) -> int:
     """Make the room's cgroup in `base`, run the command, end all that it left, tidy up."""
-    sweep(base)
+    sweep()
     with contextlib.suppress(OSError):  # tests that need controllers say so
         share(base)
     cgroup = base / f"{PREFIX}-{os.getpid()}"
@@ -105,11 +109,10 @@ def _run(argv: Sequence[str], timeout: float, base: Path) -> int:
         cgroups.discard(cgroup)
 
 
-def sweep(base: Path) -> None:
-    """Remove the rooms of dead owners."""
-    for found in base.iterdir():
-        if found.is_dir() and is_leftover(found.name, PREFIX):
-            cgroups.discard(found)
+def sweep() -> None:
+    """Remove the rooms of dead owners, and end who is still in them."""
+    for found in [path for path in tree.walk() if is_leftover(path.name, PREFIX)]:
+        cgroups.discard(found)
 
 
 def _start(argv: Sequence[str], cgroup: Path) -> int:
