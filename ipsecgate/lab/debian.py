@@ -125,7 +125,7 @@ def main() -> int:
     try:
         kernel = fetch(progress=lambda text: sys.stdout.write(f"{text}\n"))
     except GateError as error:
-        sys.stderr.write(f"{error}\nhint: {error.hint}\n")
+        sys.stderr.write(f"{error.report()}\n")
         return 1
     sys.stdout.write(f"Linux {kernel.release}: {kernel.binary}\n")
     return 0

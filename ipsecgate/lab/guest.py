@@ -31,7 +31,7 @@ from typing import NoReturn
 
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
-from ipsecgate.lab import debian
+from ipsecgate.lab import debian, room
 from ipsecgate.lab.console import OnOutput, ignore
 from ipsecgate.lab.kernel import Kernel, Progress, fetch
 from ipsecgate.lab.qemu import Qemu
@@ -243,7 +243,7 @@ KINDS = {"uml": fetch, "qemu": debian.fetch}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command where ESP is: here if this kernel has it, else (or --always) in a guest."""
+    """Run a command where ESP is: in a `room` if it is here, else (or --always) in a guest."""
     parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.guest", description=main.__doc__)
     parser.add_argument("--always", action="store_true", help="in a guest even if ESP is here")
     parser.add_argument("--kernel", choices=KINDS, help="always in this kind of guest, no other")
@@ -254,10 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.kernel is None and not options.always and has_esp():
-            if options.results:
-                options.results.mkdir(parents=True, exist_ok=True)
-                os.environ["IPSECGATE_RESULTS"] = str(options.results.absolute())
-            os.execvp(options.command[0], options.command)  # noqa: S606
+            return room.run(options.command, options.timeout, options.results)
         return run(
             options.command,
             timeout=options.timeout,

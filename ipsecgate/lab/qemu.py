@@ -39,6 +39,7 @@ class Qemu(Uml):
     """A running QEMU, killed when the `with` block ends; to its user like `Uml`.
 
     `work` gets `init` and `initrd`; it has `settings`, as `guest.settings_file` writes them.
+    `init` is the script that goes on from the first one.
     """
 
     kind = "QEMU with Linux"
@@ -46,13 +47,20 @@ class Qemu(Uml):
     """Seconds until the command begins: 6 on a quiet machine."""
 
     def __init__(
-        self, kernel: DebianKernel, work: Path, memory: int, results: Path, on_output: OnOutput
+        self,
+        kernel: DebianKernel,
+        work: Path,
+        memory: int,
+        results: Path,
+        on_output: OnOutput,
+        *,
+        init: Path = INIT,
     ) -> None:
         self.output = Output(on_output)
         self._console = Output(ignore)
         self._work = work
         self._name = f"{self.kind} {kernel.release}"
-        (work / "init").write_bytes(INIT.read_bytes())
+        (work / "init").write_bytes(init.read_bytes())
         (work / "initrd").write_bytes(initrd(kernel))
         self._reader, writer = os.pipe()
         try:
