@@ -7,7 +7,7 @@ LIMIT ?= 2400
 # More for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-files installed demo test test-debian13 test-qemu test-host fuzz chaos clients bench lint clean
+.PHONY: help setup install install-program install-files installed demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos clients bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -84,21 +84,24 @@ test-debian13: ## demo and the whole suite in a fresh root of Debian 13
 # Not part of the tests: QEMU and Debian's kernel (470 MB in the lab's cache) are only for this. Two
 # guests one after the other, each beginning with which kernel it is: what asks the hooks alone, and
 # the gate on two hosts. The hooks are compiled before, as that takes a minute under emulation.
-QEMU_HOOKS := $(addprefix tests/system/test_,layout.py hooks.py calls.py backstop.py classifier.py) \
-    tests/system/test_oracle.py::test_the_gate_says_what_the_kernel_does
-QEMU_GATE := $(addprefix tests/system/test_,gate.py life.py sources.py) tests/qemu/test_destroy.py
+QEMU_HOOKS := @tests/qemu/hooks.list
+QEMU_GATE := @tests/qemu/gate.list
 QEMU_LIMIT ?= 1800
 BYTECODE := $(CURDIR)/.cache/bytecode
 QEMU = IPSECGATE_TEST_BYTECODE=$(BYTECODE) $(BIN)/python -m ipsecgate.lab.guest --kernel qemu \
     --timeout $(QEMU_LIMIT) --results $(RESULTS) -- $(BIN)/pytest tests/qemu/test_kernel.py \
     --durations=5 $(ARGS)
 
-test-qemu: setup ## the hooks, the gate and the oracle again on a kernel with BPF JIT (slow)
-	@command -v qemu-system-x86_64 >/dev/null || \
-	    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends qemu-system-x86
-	$(BIN)/python -m ipsecgate.lab.debian
+# What unpacks Debian's kernels and starts them, and the hooks, compiled.
+qemu: setup
+	@command -v qemu-system-x86_64 >/dev/null && command -v zstd >/dev/null || \
+	    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends \
+	    qemu-system-x86 zstd
 	$(BIN)/python -c 'import pathlib, sys, ipsecgate.edges.bytecode as b; b.get(pathlib.Path(sys.argv[1]))' \
 	    $(BYTECODE)
+
+test-qemu: qemu ## the hooks, the gate and the oracle again on a kernel with BPF JIT (slow)
+	$(BIN)/python -m ipsecgate.lab.debian
 	$(BIN)/pytest tests/qemu/test_boot.py --junitxml=$(RESULTS)/qemu-boot.xml
 	$(QEMU) $(QEMU_HOOKS) --junitxml=$(RESULTS)/qemu-hooks.xml
 	$(QEMU) $(QEMU_GATE) --junitxml=$(RESULTS)/qemu-gate.xml
@@ -106,10 +109,13 @@ test-qemu: setup ## the hooks, the gate and the oracle again on a kernel with BP
 # `make demo` and `make test` on a host whose own kernel has ESP: Debian's under QEMU with systemd, an
 # IKE daemon with an SA and a gate of its own, which all stay as they were. HOST="'make demo'" does
 # less. All is emulated: it takes hours.
-test-host: setup .venv/.ready-tests installed ## the two commands on a host whose kernel has ESP (hours)
-	@command -v qemu-system-x86_64 >/dev/null || \
-	    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends qemu-system-x86
+test-host: qemu .venv/.ready-tests installed ## the two commands on a host whose kernel has ESP (hours)
 	$(BIN)/python -m tests.host $(HOST)
+
+# The same two lists on user-mode-linux and on the kernels of several Debians, one after the
+# other; MATRIX="trixie" runs only some. README has the table.
+matrix: qemu ## the kernel-facing tests on old and new kernels: README's table (very slow)
+	$(BIN)/python -m tests.matrix --into README.md $(MATRIX)
 
 # First 100,000 inputs by libFuzzer for each decoder, here and without root (python -m tests.fuzz
 # --help: seed, number, one target, one input); then 100,000 flows in a few minutes in the guest:

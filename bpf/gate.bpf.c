@@ -75,8 +75,9 @@ static __always_inline int refuse(const struct gate_key *flow, int reason,
 		count(GATE_AUDITED);
 		return 1;
 	}
+	/* Linux 7.3 loads only what can set no more than an errno. 0 would still be EPERM. */
 	if (error > EPERM)
-		bpf_set_retval(-(int)error);
+		bpf_set_retval(-(int)(error & MAX_ERRNO));
 	return 0;
 }
 

@@ -9,6 +9,7 @@
 #define __always_inline inline __attribute__((always_inline))
 
 #define EPERM 1
+#define MAX_ERRNO 4095 /* linux/err.h */
 #define AF_INET 4
 #define AF_INET6 6
 #define TCP 6

@@ -55,6 +55,7 @@ class _ProgLoadOpts(ct.Structure):
         ("kern_version", ct.c_uint32),
         ("attach_btf_id", ct.c_uint32),
         ("attach_prog_fd", ct.c_uint32),
+        ("attach_btf_obj_fd", ct.c_uint32),
         ("fd_array", ct.c_void_p),
         ("func_info", ct.c_void_p),
         ("func_info_cnt", ct.c_uint32),

@@ -1,27 +1,34 @@
-"""Debian's own kernel for `qemu`: downloaded and unpacked into the lab's cache, never installed.
+"""Debian's own kernels for `qemu`: downloaded and unpacked into the lab's cache, never installed.
 
-It has what user-mode-linux has not: the BPF JIT, BTF, and the configuration of real machines.
+They have what user-mode-linux has not: the BPF JIT, BTF, and the configuration of real machines.
+One is the newest of the running Debian; `archive` gets those of other suites.
+
+    python -m ipsecgate.lab.debian [SUITE...]
 """
 
 from __future__ import annotations
 
-import lzma
+import re
 import shutil
 import struct
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ipsecgate.errors import GateError
+from ipsecgate.lab.archive import Archive
 from ipsecgate.lab.kernel import Kernel, Progress, call, default_cache, locked
+from ipsecgate.lab.packed import unpack
 
 META = "linux-image-amd64"
-"""Depends on the newest kernel of the running Debian."""
+"""Depends on the newest kernel of its suite."""
+PARTS = re.compile(r"linux-(image|base|binary|modules)-[0-9]")
+"""The packages that hold one; since Linux 7.3 there are several, and the image's own is empty."""
 BUSYBOX = "busybox-static"
 """The first programs of a boot, when no file of the host is there yet."""
 QEMU = "qemu-system-x86_64"
-XZ_MAGIC = b"\xfd7zXZ\x00"
 AGAIN = "run apt-get update, then try again"
 
 
@@ -32,16 +39,21 @@ class DebianKernel(Kernel):
     busybox: Path
 
 
-def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) -> DebianKernel:
+def fetch(
+    cache: Path | None = None,
+    progress: Progress = lambda _text: None,
+    suite: str | None = None,
+) -> DebianKernel:
     """Return the kernel in `cache` (None: `default_cache`), downloading it if it is not there.
 
+    `suite` is one of Debian's, for example trixie-backports; None: what apt is set up for.
     What is there is whole, and stays: remove the folder to have a newer one.
     Raises: GateError if the packages can't be had, or QEMU is not installed.
     """
     if shutil.which(QEMU) is None:
         raise GateError(f"{QEMU} is not installed", hint="apt-get install qemu-system-x86")
     cache = default_cache() if cache is None else cache.absolute()
-    home = cache / META
+    home = cache / (META if suite is None else f"{META}-{suite}")
     if not home.is_dir():
         try:
             cache.mkdir(parents=True, exist_ok=True)
@@ -49,7 +61,7 @@ def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) ->
                 for leftover in cache.glob(f".{META}-*"):
                     shutil.rmtree(leftover)
                 if not home.is_dir():
-                    _unpack_into(cache, home, progress)
+                    _unpack_into(cache, home, progress, suite)
         except OSError as error:
             raise GateError(
                 f"the kernel cache can't be written: {error}",
@@ -59,56 +71,70 @@ def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) ->
 
 
 def uncompressed(image: bytes) -> bytes:
-    """Return the ELF file in a bzImage packed with xz; QEMU starts it in half the time.
+    """Return the ELF file in a bzImage packed with xz or zstd; QEMU starts it in half the time.
 
-    Source: the kernel's Documentation/arch/x86/boot.rst, "payload_offset".
-    Raises: ValueError.
+    Source: the kernel's Documentation/arch/x86/boot.rst, "payload_offset"; the payload ends
+    with the file's size (scripts/Makefile.lib, size_append).
+    Raises: ValueError; GateError if zstd(1) is needed and not installed.
     """
     if len(image) < 0x250 or image[0x202:0x206] != b"HdrS":
         raise ValueError("not a bzImage")
     offset, length = struct.unpack_from("<II", image, 0x248)
     begin = (image[0x1F1] + 1) * 512 + offset
     payload = image[begin : begin + length]
-    if not payload.startswith(XZ_MAGIC):
-        raise ValueError("not packed with xz")
-    unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-    try:
-        unpacked = unpacker.decompress(payload)
-    except lzma.LZMAError as error:
-        raise ValueError(str(error)) from error
-    if not unpacker.eof:
+    unpacked = unpack(payload[:-4])
+    if struct.pack("<I", len(unpacked)) != payload[-4:]:
         raise ValueError("cut short")
     return unpacked
 
 
-def _unpack_into(cache: Path, home: Path, progress: Progress) -> None:
+def _unpack_into(cache: Path, home: Path, progress: Progress, suite: str | None) -> None:
     aside = Path(tempfile.mkdtemp(prefix=f".{META}-", dir=cache))
     try:
         aside.chmod(0o755)
-        package = _newest(aside)
-        progress(f"downloading Debian's {package} into {home}")
-        call(["apt-get", "download", "--quiet", package, BUSYBOX], aside, AGAIN)
-        for archive in sorted(aside.glob("*.deb")):
-            call(["dpkg", "-x", archive.name, "."], aside, "remove the cache folder, try again")
-            archive.unlink()
-        image = next((aside / "boot").glob("vmlinuz-*"))
+        for name in ("bin", "lib"):  # newer packages have usr/lib, older ones lib
+            (aside / "usr" / name).mkdir(parents=True)
+            (aside / name).symlink_to(f"usr/{name}")
+        with Archive.of(suite) as archive:
+            packages = parts(archive)
+            progress(f"downloading Debian's {' '.join(packages)} into {home}")
+            archive.download(packages, aside)
+        call(["apt-get", "download", "--quiet", BUSYBOX], aside, AGAIN)
+        for package in sorted(aside.glob("*.deb")):
+            call(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
+            package.unlink()
+        image, release = _image(aside)
+        (aside / "boot").mkdir(exist_ok=True)
         (aside / "boot/vmlinux").write_bytes(uncompressed(image.read_bytes()))
-        release = image.name.removeprefix("vmlinuz-")
         call(["depmod", "--basedir", str(aside), release], aside, "apt-get install kmod")
         _look(aside)
         aside.rename(home)
-    except (ValueError, StopIteration) as error:
+    except ValueError as error:
         raise GateError(f"no kernel to be had from Debian: {error}", hint=AGAIN) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _newest(cwd: Path) -> str:
-    for line in call(["apt-cache", "depends", META], cwd, AGAIN).splitlines():
-        kind, _colon, name = line.strip().partition(": ")
-        if kind == "Depends" and name.startswith("linux-image-"):
-            return name
-    raise GateError(f"apt knows no {META}", hint=AGAIN)
+def parts(archive: Archive) -> list[str]:
+    """Return the names of the packages that make up the suite's newest kernel."""
+    found: dict[str, None] = {}
+    ask = [META]
+    while ask:
+        new = [name for name in archive.depends(ask.pop()) if PARTS.match(name)]
+        ask += [name for name in new if name not in found]
+        found |= dict.fromkeys(new)
+    if not found:
+        raise GateError(f"apt knows no {META}", hint=AGAIN)
+    return list(found)
+
+
+def _image(home: Path) -> tuple[Path, str]:
+    """Return the compressed kernel and its release."""
+    for path in sorted(home.glob("boot/vmlinuz-*")):
+        return path, path.name.removeprefix("vmlinuz-")
+    for path in sorted(home.glob("lib/modules/*/vmlinuz")):
+        return path, path.parent.name
+    raise ValueError("no vmlinuz in its packages")
 
 
 def _look(home: Path) -> DebianKernel:
@@ -120,16 +146,18 @@ def _look(home: Path) -> DebianKernel:
     return DebianKernel(binary, modules[-1], busybox)
 
 
-def main() -> int:
-    """Have the kernel ready, and say which it is."""
+def main(suites: Sequence[str]) -> int:
+    """Have the kernels of some suites ready (none: the running Debian's); say which they are."""
     try:
-        kernel = fetch(progress=lambda text: sys.stdout.write(f"{text}\n"))
+        wanted: Sequence[str | None] = suites or [None]
+        for suite in wanted:
+            kernel = fetch(progress=lambda text: sys.stdout.write(f"{text}\n"), suite=suite)
+            sys.stdout.write(f"Linux {kernel.release}: {kernel.binary}\n")
     except GateError as error:
         sys.stderr.write(f"{error.report()}\n")
         return 1
-    sys.stdout.write(f"Linux {kernel.release}: {kernel.binary}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +19,8 @@ from pathlib import Path
 from ipsecgate.errors import GateError
 
 PACKAGE = "user-mode-linux"
+MACHINES = ("x86_64", "i686")
+"""Those that Debian has it for."""
 
 Progress = Callable[[str], object]
 
@@ -54,6 +57,11 @@ def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) ->
     home = cache / PACKAGE
     if home.is_dir():
         return _look(home)
+    if platform.machine() not in MACHINES:
+        raise GateError(
+            f"Debian has no {PACKAGE} for {platform.machine()}",
+            hint="boot a kernel with ESP, such as Debian's own: then no test kernel is needed",
+        )
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / ".lock"):

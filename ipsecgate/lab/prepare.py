@@ -16,11 +16,12 @@ from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab import debian, guest, xstate
 from ipsecgate.lab.guest import KINDS
+from ipsecgate.lab.kernel import MACHINES
 
 
 def packages(kind: str) -> list[str]:
     """Return Debian's packages that this kind of test kernel needs and this machine lacks."""
-    if has_esp():
+    if has_esp() or platform.machine() not in MACHINES:
         return []
     if kind == "qemu":
         return [] if shutil.which(debian.QEMU) else ["qemu-system-x86"]
@@ -34,6 +35,11 @@ def boot(kind: str) -> str:
     """
     if has_esp():
         return f"Linux {platform.release()} has ESP: no test kernel is needed"
+    if platform.machine() not in MACHINES:
+        return (
+            f"this kernel has no ESP, and Debian has no user-mode-linux for {platform.machine()}:"
+            " boot a kernel with ESP, such as Debian's own, for the demo and the tests"
+        )
     kernel = KINDS[kind](progress=_say)
     seconds = guest.run(["true"], kernel=kernel).seconds
     remedy = " and a library for this CPU" if kind == "uml" and xstate.needed() else ""

@@ -19,6 +19,7 @@ from pathlib import Path
 from ipsecgate.errors import GateError
 from ipsecgate.lab.console import OnOutput, Output, ignore
 from ipsecgate.lab.debian import QEMU, DebianKernel
+from ipsecgate.lab.packed import unpack
 from ipsecgate.lab.uml import Uml, _leash
 
 INIT = Path(__file__).with_name("qemu-init.sh")
@@ -95,13 +96,14 @@ def command_line(
     return [
         *f"{command} -serial file:/dev/fd/{output}".split(),
         *("-kernel", str(kernel.binary), "-initrd", str(work / "initrd"), "-append", kernel_line),
-        *_shared("root", Path("/"), ",readonly=on"),
-        *_shared("work", work),
-        *_shared("results", results),
+        *shared("root", Path("/"), ",readonly=on"),
+        *shared("work", work),
+        *shared("results", results),
     ]
 
 
-def _shared(tag: str, path: Path, more: str = "") -> list[str]:
+def shared(tag: str, path: Path, more: str = "") -> list[str]:
+    """Return QEMU's words for a folder of the host's that the guest mounts by its tag."""
     where = str(path).replace(",", ",,")  # QEMU's way to say a comma
     local = f"local,id={tag},path={where},security_model=none,multidevs=remap{more}"
     return ["-fsdev", local, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
@@ -109,8 +111,16 @@ def _shared(tag: str, path: Path, more: str = "") -> list[str]:
 
 def initrd(kernel: DebianKernel) -> bytes:
     """Return the first root: modules, busybox, and the script that leaves it for the host's."""
-    modules = in_order((kernel.modules / "modules.dep").read_text(), MODULES)
-    files = {f"{Path(module).name}": (kernel.modules / module).read_bytes() for module in modules}
+    dependencies, builtin = (
+        (kernel.modules / f"modules.{name}").read_text() for name in ("dep", "builtin")
+    )
+    modules = in_order(dependencies, MODULES, builtin)
+    files = {
+        re.sub(r"\.ko\..*", ".ko", Path(module).name): unpack(
+            (kernel.modules / module).read_bytes()
+        )
+        for module in modules
+    }
     files["bin/busybox"] = kernel.busybox.read_bytes()
     files["init"] = first_script(list(files)[: len(modules)]).encode()
     return archive(("bin", "lower", "above", "root"), files, dict.fromkeys(TOOLS, "busybox"))
@@ -138,10 +148,11 @@ def first_script(modules: Sequence[str]) -> str:
     )
 
 
-def in_order(dependencies: str, names: Sequence[str]) -> list[str]:
+def in_order(dependencies: str, names: Sequence[str], builtin: str = "") -> list[str]:
     """Return the paths of modules `names` and all they need, each after what it needs.
 
-    `dependencies` is modules.dep (its format: modules.dep(5); the last named comes first).
+    `dependencies` is modules.dep (its format: modules.dep(5); the last named comes first),
+    `builtin` modules.builtin: those are left out.
     Raises: GateError if a module is not there.
     """
     needs: dict[str, list[str]] = {}
@@ -149,13 +160,20 @@ def in_order(dependencies: str, names: Sequence[str]) -> list[str]:
     for line in dependencies.splitlines():
         path, _colon, rest = line.partition(":")
         needs[path] = rest.split()
-        by_name[re.sub(r"\.ko.*", "", Path(path).name).replace("-", "_")] = path
+        by_name[_module(path)] = path
+    there = {_module(path) for path in builtin.splitlines()}
     paths: dict[str, None] = {}
     for name in names:
+        if name in there:
+            continue
         if name not in by_name:
             raise GateError(f"the test kernel has no module {name}", hint="take another kernel")
         paths.update(dict.fromkeys([*reversed(needs[by_name[name]]), by_name[name]]))
     return list(paths)
+
+
+def _module(path: str) -> str:
+    return re.sub(r"\.ko.*", "", Path(path).name).replace("-", "_")
 
 
 def archive(folders: Sequence[str], files: Mapping[str, bytes], links: Mapping[str, str]) -> bytes:

@@ -32,6 +32,11 @@ PIPE = subprocess.PIPE
 STANDER = Path(__file__).with_name("stander.py")
 FINE = {"tcp": "", "udp": ""}
 
+pytestmark = pytest.mark.skipif(
+    "User Mode Linux" in Path("/proc/cpuinfo").read_text(),
+    reason="missing: INET_DIAG_DESTROY in user-mode-linux",
+)
+
 
 class Stander:
     """A process whose sockets stand, gated or not."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ipsecgate.core.seccomp import ABIS
 from ipsecgate.edges.objects import HOOKS
 from ipsecgate.edges.pins import Pins
+from tests.headers import system_calls
 from tests.system.bed import PEER
 from tests.system.caller import Caller
 from tests.system.unit import PORT, Unit, caller, refused, unit
@@ -109,8 +112,8 @@ def allowed_calls(name: str) -> list[int]:
         for word in line.removeprefix("~").split():
             named = expand(word) if word.startswith("@") else {word}
             calls = calls - named if minus else calls | named
-    header = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h").read_text()
-    numbers = {n: int(v) for n, v in re.findall(r"#define __NR_(\w+) (\d+)", header)}
+    numbers = system_calls(platform.machine())
+    assert numbers is not None, "apt install linux-libc-dev"
     return sorted(numbers[call] for call in calls if call in numbers)
 
 
@@ -120,7 +123,7 @@ CONFINE = """
 import ctypes, struct
 def confine(calls, error):
     bpf = lambda code, k, jt=0, jf=0: struct.pack("=HBBI", code, jt, jf, k)
-    program = [bpf(0x20, 4), bpf(0x15, 0xC000003E, 1), bpf(0x06, 0x80000000), bpf(0x20, 0)]
+    program = [bpf(0x20, 4), bpf(0x15, ARCH, 1), bpf(0x06, 0x80000000), bpf(0x20, 0)]
     for call in calls:
         program += [bpf(0x15, call, 0, 1), bpf(0x06, 0x7FFF0000)]
     code = b"".join([*program, bpf(0x06, 0x00050000 | error)])
@@ -132,7 +135,7 @@ def confine(calls, error):
         _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
     fprog = Fprog(len(code) // 8, ctypes.addressof(text))
     assert not libc.prctl(22, 2, ctypes.byref(fprog), 0, 0), ctypes.get_errno()
-"""
+""".replace("ARCH", str(ABIS[platform.machine()].arch))
 
 
 def confined(name: str) -> str:

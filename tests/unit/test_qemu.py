@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.errors import GateError
-from ipsecgate.lab import debian
+from ipsecgate.lab import debian, packed
 from ipsecgate.lab.qemu import INIT, archive, command_line, first_script, in_order
 
 KERNEL = debian.DebianKernel(Path("/c d/boot/vmlinux"), Path("/m/6.1"), Path("/c d/bin/busybox"))
@@ -85,9 +85,10 @@ def test_a_kernel_is_unpacked_whole() -> None:
     [
         (b"", "not a bzImage"),
         (bytes(4096), "not a bzImage"),
-        (image(b"\x28\xb5\x2f\xfd zstd"), "not packed with xz"),
+        (image(b"\x04\x22\x4d\x18 lz4"), "neither xz nor zstd"),
+        (image(packed.ZSTD + b"nonsense" * 9), "."),
         (image(lzma.compress(b"x")[:20]), "cut short"),
-        (image(debian.XZ_MAGIC + b"nonsense" * 9), "."),
+        (image(packed.XZ + b"nonsense" * 9), "."),
     ],
 )
 def test_what_is_no_kernel_is_told(raw: bytes, said: str) -> None:

@@ -1,0 +1,150 @@
+"""What a kernel has, each thing tried in it: run in the guest, as root.
+
+python -m tests.matrix.features FILE      writes JSON: `Features`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ipsecgate.core.seccomp import program
+from ipsecgate.edges import bytecode, cgroups, libbpf, seccomp, sockets
+from ipsecgate.edges.objects import HOOKS
+
+HOST_BYTECODE = "IPSECGATE_TEST_BYTECODE"
+RIGHTS = "-all,+bpf,+net_admin,+perfmon"
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What was found. `compile_seconds` and `same_bytecode` are of BCC in that kernel.
+
+    `jit`: how /proc says that BPF programs are compiled, "" where they are interpreted.
+    `btf`: bytes of the kernel's types. `rights`: the hooks load with CAP_BPF, CAP_NET_ADMIN
+    and CAP_PERFMON alone. `ends_sockets`: for `live_flows = "destroy"`.
+    """
+
+    release: str
+    jit: str
+    btf: int
+    cgroup2: bool
+    xfrm_interfaces: bool
+    esp4: bool
+    esp6: bool
+    mptcp: bool
+    ends_sockets: bool
+    holds_calls: bool
+    rights: bool
+    compile_seconds: float
+    same_bytecode: bool
+
+
+def text(path: str) -> str:
+    """Return what a file of /proc or /sys says, "" if it is not there."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def works(*argv: str) -> bool:
+    """Tell whether a command succeeds in a network namespace of its own."""
+    done = subprocess.run(["unshare", "--net", *argv], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+def has_esp(local: str, remote: str) -> bool:
+    """Tell whether the kernel takes an ESP state with the cipher that strongSwan proposes first."""
+    with suppress(OSError):
+        socket.socket(socket.AF_INET6).close()  # brings its module, which ESP's does not
+    state = f"ip xfrm state add src {local} dst {remote} proto esp spi 0x100 mode tunnel aead"
+    return works(*state.split(), "rfc4106(gcm(aes))", "0x" + "11" * 20, "128")
+
+
+def ends_sockets() -> bool:
+    """Tell whether a socket can be ended from outside."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours:
+        ours.connect(("127.0.0.1", 9))
+        port = ours.getsockname()[1]
+        listed = [one for one in asyncio.run(sockets.standing()) if one.flow.sport == port]
+        try:
+            return asyncio.run(sockets.destroy(listed)) == 1
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return False
+
+
+def holds_calls() -> bool:
+    """Tell whether a filter for `exec` can be installed; in a child, as it stays."""
+    child = os.fork()
+    if not child:
+        try:
+            seccomp.install(program(seccomp.abi()))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def load_hooks() -> None:
+    """Load every program without attaching it. Raises: OSError with the verifier's words."""
+    code = bytecode.get(Path(os.environ[HOST_BYTECODE]))
+    maps = {name: libbpf.create_map(name, shape) for name, shape in code.maps.items()}
+    for hook, kind in HOOKS.items():
+        libbpf.load_program(hook, code.programs[hook].linked(maps), *kind)
+
+
+def loads_with_few_rights() -> bool:
+    """Tell whether the hooks load without CAP_SYS_ADMIN."""
+    script = "from tests.matrix.features import load_hooks; load_hooks()"
+    command = ["setpriv", f"--bounding-set={RIGHTS}", sys.executable, "-c", script]
+    done = subprocess.run(command, check=False)
+    return done.returncode == 0
+
+
+def compiled() -> tuple[float, bool]:
+    """Compile the hooks here: seconds, and whether that gave what the host's compiler gave."""
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        code = bytecode.get(Path(folder))
+    same = code.to_json() == bytecode.get(Path(os.environ[HOST_BYTECODE])).to_json()
+    return round(time.monotonic() - began, 1), same
+
+
+def found() -> Features:
+    """Try everything."""
+    jit = text("/proc/sys/net/core/bpf_jit_enable")
+    btf = Path("/sys/kernel/btf/vmlinux")
+    seconds, same = compiled()
+    return Features(
+        release=platform.release(),
+        jit=jit if jit != "0" else "",
+        btf=btf.stat().st_size if btf.exists() else 0,
+        cgroup2=cgroups.root().is_dir(),
+        xfrm_interfaces=works("sh", "-c", "ip link add ipsec0 type xfrm dev lo if_id 7"),
+        esp4=has_esp("192.0.2.1", "192.0.2.2"),
+        esp6=has_esp("2001:db8::1", "2001:db8::2"),
+        mptcp=bool(text("/proc/sys/net/mptcp/enabled")),
+        ends_sockets=ends_sockets(),
+        holds_calls=holds_calls(),
+        rights=loads_with_few_rights(),
+        compile_seconds=seconds,
+        same_bytecode=same,
+    )
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(asdict(found())))

@@ -1,0 +1,97 @@
+"""Debian's archive for another suite: apt is set up aside, with the machine's mirror."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.errors import GateError
+from ipsecgate.lab import archive, debian
+from ipsecgate.lab.archive import Archive
+
+TARGETS = """\
+Debian Debian-Security http://mirror.example/security/
+Example Example http://other.example/
+Debian Debian http://mirror.example/debian/
+"""
+DEPENDS = """\
+linux-image-amd64
+  Depends: linux-base-7.3.4+deb13-amd64
+  Depends: linux-image-7.3.4+deb13-amd64
+ |Depends: initramfs-tools
+  Depends: <linux-initramfs-tool>
+"""
+
+
+@pytest.fixture
+def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs in apt's place: they write down what they were told, and by which configuration."""
+    for name in ("apt-get", "apt-cache"):
+        program = tmp_path / name
+        program.write_text(
+            f"""#!/bin/sh
+echo "{name} $*" >>{tmp_path}/calls
+[ -z "$APT_CONFIG" ] || cat "${{APT_CONFIG%/*}}/sources.list" >>{tmp_path}/sources
+case "$1 $3" in
+    "indextargets"*) cat {tmp_path}/targets ;;
+    "depends linux-image-amd64") cat {tmp_path}/depends ;;
+    "update"*) exit $(cat {tmp_path}/status) ;;
+esac
+"""
+        )
+        program.chmod(0o755)
+    (tmp_path / "targets").write_text(TARGETS)
+    (tmp_path / "depends").write_text(DEPENDS)
+    (tmp_path / "status").write_text("0")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("APT_CONFIG", raising=False)
+    return tmp_path
+
+
+def test_another_suite_comes_from_the_machines_mirror_alone(apt: Path) -> None:
+    with Archive.of("trixie-backports") as suite:
+        assert debian.parts(suite) == [
+            *("linux-base-7.3.4+deb13-amd64", "linux-image-7.3.4+deb13-amd64"),
+        ]
+        own = suite.configuration
+    lines = {line.partition("] ")[2] or line for line in (apt / "sources").read_text().splitlines()}
+    assert {line.removeprefix("deb ") for line in lines} == {
+        "http://mirror.example/debian/ trixie-backports main"
+    }
+    assert own is not None
+    assert not own.exists(), "its lists are gone after"
+
+
+def test_the_running_debian_is_asked_as_it_is(apt: Path) -> None:
+    with Archive.of(None) as here:
+        assert debian.parts(here)
+    assert "update" not in (apt / "calls").read_text()
+    assert not (apt / "sources").exists()
+
+
+@pytest.mark.parametrize("suite", ["Trixie", "../x", "a b", "", "trixie\n"])
+def test_what_is_no_suite_is_told(apt: Path, suite: str) -> None:
+    with pytest.raises(GateError, match="not a suite"), Archive.of(suite):
+        pass
+    assert not (apt / "calls").exists()
+
+
+def test_a_suite_that_is_not_there_is_told(apt: Path) -> None:
+    (apt / "status").write_text("100")
+    with pytest.raises(GateError, match="apt-get update") as caught, Archive.of("nosuch"):
+        pass
+    assert "nosuch" in caught.value.hint
+
+
+def test_without_a_source_of_debian_that_is_told(apt: Path) -> None:
+    (apt / "targets").write_text("Example Example http://other.example/\n")
+    with pytest.raises(GateError, match="no source of Debian"):
+        archive.mirror()
+
+
+def test_no_kernel_is_told(apt: Path) -> None:
+    (apt / "depends").write_text("")
+    with pytest.raises(GateError, match="knows no linux-image"), Archive.of(None) as here:
+        debian.parts(here)
