@@ -23,13 +23,14 @@ from ipsecgate.core.seccomp import program
 from ipsecgate.edges import bytecode, cgroups, libbpf, seccomp, sockets
 from ipsecgate.edges.objects import HOOKS
 
-HOST_BYTECODE = "IPSECGATE_TEST_BYTECODE"
+BYTECODE = "IPSECGATE_TEST_BYTECODE"
 RIGHTS = "-all,+bpf,+net_admin,+perfmon"
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What was found. `compile_seconds` and `same_bytecode` are of BCC in that kernel.
+    """What was found. `compile_seconds` is BCC's in that kernel, `same_bytecode` that it made what
+    the tests load.
 
     `jit`: how /proc says that BPF programs are compiled, "" where they are interpreted.
     `btf`: bytes of the kernel's types. `rights`: the hooks load with CAP_BPF, CAP_NET_ADMIN
@@ -101,7 +102,7 @@ def holds_calls() -> bool:
 
 def load_hooks() -> None:
     """Load every program without attaching it. Raises: OSError with the verifier's words."""
-    code = bytecode.get(Path(os.environ[HOST_BYTECODE]))
+    code = bytecode.get(Path(os.environ[BYTECODE]))
     maps = {name: libbpf.create_map(name, shape) for name, shape in code.maps.items()}
     for hook, kind in HOOKS.items():
         libbpf.load_program(hook, code.programs[hook].linked(maps), *kind)
@@ -116,11 +117,11 @@ def loads_with_few_rights() -> bool:
 
 
 def compiled() -> tuple[float, bool]:
-    """Compile the hooks here: seconds, and whether that gave what the host's compiler gave."""
+    """Compile the hooks here: seconds, and whether that gave what the tests load."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         code = bytecode.get(Path(folder))
-    same = code.to_json() == bytecode.get(Path(os.environ[HOST_BYTECODE])).to_json()
+    same = code.to_json() == bytecode.get(Path(os.environ[BYTECODE])).to_json()
     return round(time.monotonic() - began, 1), same
 
 

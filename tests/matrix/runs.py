@@ -19,7 +19,7 @@ from ipsecgate.errors import GateError
 from ipsecgate.lab import debian, kernel
 from ipsecgate.lab.guest import run
 from tests.matrix import foreign
-from tests.matrix.features import HOST_BYTECODE
+from tests.matrix.features import BYTECODE as VARIABLE
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / ".cache/results/matrix"
@@ -101,10 +101,10 @@ def _guest(
     chosen: kernel.Kernel, command: list[str], folder: Path, say: Callable[[str], object]
 ) -> str:
     """Run a command in a guest; return why it did not come to its end, "" if it did."""
-    ours = {HOST_BYTECODE: str(BYTECODE)}
+    ours = {VARIABLE: str(BYTECODE)}
     try:
         if isinstance(chosen, foreign.ForeignKernel):
-            ours = {HOST_BYTECODE: str(folder / "bytecode")}  # another machine's, made there
+            ours = {VARIABLE: str(folder / "bytecode")}  # another machine's, made there
             foreign.run(chosen, ["python3", *command[1:]], ours, folder, LIMIT, say)
         else:
             env = {**os.environ, **ours}
