@@ -114,7 +114,8 @@ def neighbour(bed: Bed, name: str) -> Iterator[Caller]:
         for host, words in (
             (there, "link set far1 up"),
             (here, "link set far0 up"),
-            *((there, f"addr add {address} dev far1 nodad") for address in OTHER.values()),
+            (there, f"addr add {OTHER[4]} dev far1"),
+            (there, f"addr add {OTHER[6]} dev far1 nodad"),
             *(
                 (there, f"neigh add {address} lladdr {macs[0]} dev far1")
                 for address in HERE.values()
