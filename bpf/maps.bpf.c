@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * What the gate's files share: the maps, looking a flow up, telling of a refusal, and
- * what a socket remembers. The files are compiled as one, in this order: maps, gate,
+ * what a socket remembers. The files are compiled as one, in this order: maps, gate, packet,
  * backstop.
  */
 #include "gate.h"

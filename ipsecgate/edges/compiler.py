@@ -18,7 +18,7 @@ from ipsecgate.edges.bytecode import Bytecode, Program
 from ipsecgate.edges.libbpf import INSN_SIZE, MapShape, map_shape
 
 # One translation unit: BCC rewrites map accesses in the main file only, not in what it includes.
-FILES = ("maps.bpf.c", "gate.bpf.c", "backstop.bpf.c")
+FILES = ("maps.bpf.c", "gate.bpf.c", "packet.bpf.c", "backstop.bpf.c")
 
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
