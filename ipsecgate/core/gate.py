@@ -136,6 +136,8 @@ class Gate:
                 return self._follow_kernel()
             case on.IkeUp() | on.IkeDown():
                 return []  # its children are told one by one
+            case on.IkeUnread():
+                return [*self.ike.has_unread((event.reason,)), do.AskIke()]
             case on.NegotiationFailed():
                 name = (event.ike, event.child)
                 return self.negotiations.failed(name, event.cause) + self.enforced.refresh()
@@ -235,14 +237,13 @@ class Gate:
         if timer.kind == "half":
             return self._halves.timer(name, self._halved())
         item = self.negotiations.of.get(name)
-        stale = (
-            item is not None
-            and item.said_up
-            and item.coverage is Coverage.NEGOTIATING
-            and self.protection.is_stale(name, item.flow)
-        )
+        stale: list[on.ChildSa] = []
+        if item is not None and item.said_up and item.coverage is Coverage.NEGOTIATING:
+            stale = self.protection.stale(name, item.flow)
         moved = self.negotiations.timer(timer)
-        return [do.Terminate(*name), *moved] if stale and timer.kind == "limit" else moved
+        if timer.kind != "limit":
+            return moved
+        return [*(do.Terminate(*name, sa.unique) for sa in stale), *moved]
 
     # --- the configuration ------------------------------------------------------------
 
@@ -296,6 +297,8 @@ class Gate:
             )
         self.ike.error = ""
         self.ike.children = event.children
+        news += self.ike.has_unread(event.unread)
+        self.ike.unread = event.unread
         self.protection.ike_connected(event)
         if not self.settings.policies:
             news += self.enforced.learned.learn(event.children)

@@ -17,6 +17,7 @@ from ipsecgate.core.protection import Protection
 
 ORPHANS = 64  # flows that wait for a connection to be loaded
 WARNINGS = 256  # that are told once each
+UNREAD = 64  # the same, of what the daemon says
 
 
 class Ike:
@@ -27,11 +28,13 @@ class Ike:
     ) -> None:
         self.children: tuple[ChildConfig, ...] = ()
         self.error = "not connected yet"
+        self.unread: tuple[str, ...] = ()  # of what it lists: what was not understood
         self._enforced = enforced
         self._protection = protection
         self._negotiations = negotiations
         self._orphans: set[Flow] = set()  # refused, and no child known
         self._warned: set[tuple[str, Flow]] = set()
+        self._unread: tuple[str, ...] = ()  # that was told
 
     def ask(self, flow: Flow, place: int | None) -> list[do.Command]:
         """Have the child negotiated that would protect a refused flow."""
@@ -67,6 +70,14 @@ class Ike:
     def child(self, flow: Flow, policy: Policy) -> ChildConfig | None:
         """Return the child that would protect a flow of a policy, None if none is loaded."""
         return child_for(flow, self._protection.source_of(flow), policy, self.children)
+
+    def has_unread(self, reasons: tuple[str, ...]) -> list[do.Command]:
+        """Tell once what the daemon said and was not understood: it concerns nothing else."""
+        new = [reason for reason in reasons if reason not in self._unread]
+        self._unread = (*self._unread, *new)[-UNREAD:]
+        return [
+            do.Log("error", f"strongSwan says what is not understood: {reason}") for reason in new
+        ]
 
     def warn_anew(self) -> None:
         """Forget what was told: the policies are others."""

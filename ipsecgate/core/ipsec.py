@@ -63,6 +63,10 @@ class Template:
     daddr: Address | None = None
     optional: bool = False
 
+    def may_name(self, sa: SaId) -> bool:
+        """Tell whether it is this SA that it asks for, as far as it says which."""
+        return self.proto == sa.proto and self.spi in (0, sa.spi) and self.daddr in (None, sa.daddr)
+
 
 @dataclass(frozen=True, slots=True)
 class SpdKey:

@@ -1,8 +1,12 @@
 """What the gate knows of the kernel: SPD, SAD, and which SAs it trusts.
 
 An SA is trusted when it was seen coming in while the IKE daemon was connected,
-or when the daemon lists its SPI. After a daemon was killed its SAs stay in the
+or when the daemon lists it. After a daemon was killed its SAs stay in the
 kernel, reqids start at 1 again, and a stale SA would match a new policy.
+
+What the daemon lists and what the kernel has are matched by destination, SPI and
+protocol. An SPI alone is the choice of the peer that receives, and any other peer
+may choose the same.
 
 An SA counts only for what its peers agreed on, which may be less than its reqid
 covers: a trap and the SA that the peer narrowed share one, and the peer drops
@@ -46,7 +50,7 @@ class Mirror:
         self.inbound: dict[SpdKey, SpdEntry] = {}
         self.sas: dict[SaId, Sa] = {}
         self._trusted: set[SaId] = set()
-        self._known: dict[int, ChildSa] = {}  # by outbound SPI
+        self._known: dict[SaId, ChildSa] = {}  # by the outbound state
         self._ike = False
 
     def apply(self, event: XfrmEvent) -> bool:
@@ -102,13 +106,12 @@ class Mirror:
         has nothing is forgotten.
         """
         self._ike = True
-        there = {sa.spi for sa in self.sas}
-        kept = {spi: sa for spi, sa in self._known.items() if spi in there}
-        self._known = kept | {sa.spi_out: sa for sa in established}
+        kept = {one: sa for one, sa in self._known.items() if one in self.sas}
+        self._known = kept | {sa.outbound: sa for sa in established}
 
     def ike_adds(self, sa: ChildSa) -> None:
         """The daemon told of one more CHILD_SA."""
-        self._known[sa.spi_out] = sa
+        self._known[sa.outbound] = sa
 
     def ike_gone(self) -> None:
         """Nobody vouches for any SA until the daemon is back."""
@@ -121,7 +124,7 @@ class Mirror:
         return [
             sa
             for sa in self.sas.values()
-            if sa.id in self._trusted or (self._ike and sa.id.spi in self._known)
+            if sa.id in self._trusted or (self._ike and sa.id in self._known)
         ]
 
     def established(self, ike: str, child: str) -> list[ChildSa]:
@@ -133,12 +136,13 @@ class Mirror:
 
         Of two children for the same flows the policy names one, and the other protects nothing.
         """
-        named = any(
-            template.reqid == told.reqid and template.spi in (0, told.spi_out)
+        if told.outbound not in self.sas:
+            return True
+        return not any(
+            template.reqid == told.reqid and template.may_name(told.outbound)
             for entry in self.policies.values()
             for template in entry.templates
         )
-        return not named or told.spi_out not in {sa.spi for sa in self.sas}
 
     def halves(self) -> set[ChildSa]:
         """Return the CHILD_SAs that can send, and of which something is missing to receive.
@@ -146,12 +150,12 @@ class Mirror:
         That is the inbound state; and for each outbound policy that names the SA, as those of the
         daemon do, a policy for what answers. A lost IPComp state is not noticed.
         """
-        states = {(sa.id.spi, sa.reqid) for sa in self.sas.values()}
-        sending: dict[tuple[int, int], list[Selector]] = {}
+        states = {(sa.id, sa.reqid) for sa in self.sas.values()}
+        sending: dict[tuple[int, int], list[tuple[Template, Selector]]] = {}
         for entry in self.policies.values():
             for template in entry.templates:
                 named = template.spi, template.reqid
-                sending.setdefault(named, []).append(entry.key.selector)
+                sending.setdefault(named, []).append((template, entry.key.selector))
         receiving = {
             (entry.key.selector, template.reqid)
             for entry in self.inbound.values()
@@ -160,24 +164,26 @@ class Mirror:
         return {
             told
             for told in self._known.values()
-            if (told.spi_out, told.reqid) in states
+            if told.inbound is not None
+            and (told.outbound, told.reqid) in states
             and not (
-                (told.spi_in, told.reqid) in states
+                (told.inbound, told.reqid) in states
                 and all(
                     (selector.answer, told.reqid) in receiving
-                    for selector in sending.get((told.spi_out, told.reqid), ())
+                    for template, selector in sending.get((told.spi_out, told.reqid), ())
+                    if template.may_name(told.outbound)
                 )
             )
         }
 
     def outbound_sas(self) -> list[Sa]:
         """Return the trusted SAs without those the daemon calls inbound."""
-        inbound = {sa.spi_in for sa in self._known.values()}
-        return [sa for sa in self.trusted_sas() if sa.id.spi not in inbound]
+        inbound = {sa.inbound for sa in self._known.values()}
+        return [sa for sa in self.trusted_sas() if sa.id not in inbound]
 
     def child_of(self, sa: Sa) -> str | None:
         """Return "ike/child" as the daemon calls an SA, None before it told."""
-        known = self._known.get(sa.id.spi)
+        known = self._known.get(sa.id)
         return f"{known.ike}/{known.child}" if known else None
 
     def rules(self) -> list[Rule]:
@@ -199,19 +205,24 @@ class Mirror:
         return others
 
     def _agreed(self) -> Negotiated:
-        by_spi = cache(self._policies_by_spi)
+        naming = cache(self._naming)
 
         def agreed(sa: Sa, template: Template) -> Iterable[Ternary]:
-            spi = sa.id.spi
-            if spi in self._known:
-                return agreed_on(self._known[spi].local, self._known[spi].remote)
-            return (EVERYTHING,) if template.spi == spi else by_spi().get(spi, ())
+            if sa.id in self._known:
+                return agreed_on(self._known[sa.id].local, self._known[sa.id].remote)
+            if template.spi == sa.id.spi:
+                return (EVERYTHING,)
+            named = naming().get((sa.id.spi, sa.reqid), ())
+            return (region for other, region in named if other.may_name(sa.id))
 
         return agreed
 
-    def _policies_by_spi(self) -> dict[int, list[Ternary]]:
-        found: dict[int, list[Ternary]] = {}
+    def _naming(self) -> dict[tuple[int, int], list[tuple[Template, Ternary]]]:
+        """Return what policies name SPIs, by SPI and reqid: which template, for what flows."""
+        found: dict[tuple[int, int], list[tuple[Template, Ternary]]] = {}
         for entry in self.policies.values():
-            for spi in {template.spi for template in entry.templates} - {0}:
-                found.setdefault(spi, []).append(region_of(entry))
+            for template in entry.templates:
+                if template.spi:
+                    named = found.setdefault((template.spi, template.reqid), [])
+                    named.append((template, region_of(entry)))
         return found

@@ -110,10 +110,11 @@ class Protection:
         """Return the CHILD_SAs of which the kernel has lost what it needs to receive."""
         return set() if self.in_userland else self.mirror.halves()
 
-    def is_stale(self, name: tuple[str, str], flow: Flow) -> bool:
-        """Tell whether IKE believes in a child for this flow of which the kernel has nothing.
+    def stale(self, name: tuple[str, str], flow: Flow) -> list[on.ChildSa]:
+        """Return what IKE believes to protect this flow, and of which the kernel has nothing.
 
-        A flow outside what was negotiated is no reason, nor is a child's predecessor.
+        A flow outside what was negotiated is no reason, nor is a child's predecessor, nor are
+        the other peers of its configuration.
         """
         there = flow.daddr, flow.proto, flow.dport
         covering = [
@@ -121,4 +122,4 @@ class Protection:
             for sa in self.source.established(*name)
             if any(selector.contains(*there) for selector in sa.remote)
         ]
-        return bool(covering) and all(self.source.lacks(sa) for sa in covering)
+        return covering if all(self.source.lacks(sa) for sa in covering) else []

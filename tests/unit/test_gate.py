@@ -39,7 +39,15 @@ SA = Sa(SaId(PEER, 0xC0FFEE01, ESP), LOCAL, reqid=1, mode=Mode.TUNNEL)
 PINNED = replace(TRAP, templates=(replace(TRAP.templates[0], spi=SA.id.spi),))
 UP = (on.SaSet(SA), on.PolicySet(PINNED))
 LISTED = on.ChildSa(
-    "peer", "net", 1, 0x11, 0xC0FFEE01, PEER, (TrafficSelector(HERE),), (TrafficSelector(THERE),)
+    "peer",
+    "net",
+    1,
+    0x11,
+    0xC0FFEE01,
+    PEER,
+    (TrafficSelector(HERE),),
+    (TrafficSelector(THERE),),
+    local_host=LOCAL,
 )
 NAME = ("peer", "net")
 
