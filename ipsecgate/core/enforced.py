@@ -65,7 +65,8 @@ class Enforced:
         """What the operator should mend."""
         userland = self.settings.floor and self._protection.in_userland
         useless = ["gate.floor: has no effect where IKE does ESP itself"] if userland else []
-        return [*self._published.errors.values(), *self.learned.errors, *useless]
+        tables = [*self._published.errors.values(), *self._protection.errors]
+        return [*tables, *self.learned.errors, *useless]
 
     def refresh(self) -> list[do.Command]:
         """Bring the policy table up to date: policies, and the errno of their refusals."""

@@ -151,8 +151,9 @@ class Gate:
         return [*([do.Log("error", text)] if drift else []), *self._follow_kernel()]
 
     def _sources_resolved(self, event: on.SourcesResolved) -> list[do.Command]:
-        self.protection.resolved(event)
-        return [do.SetSources(event.sources), *self._follow_kernel(), *self._adopt()]
+        self.protection.resolved(event, self._destinations)
+        sources = tuple(self.protection.sources.items())
+        return [do.SetSources(sources), *self._follow_kernel(), *self._adopt()]
 
     # --- tables -------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ class Gate:
         if not self.protection.is_known(routed=bool(self._destinations)):
             return []
         before = self.published.live() if self.settings.destroy else set()
-        opened = self.published.spd(self.protection.source.agreed_rules())
+        opened = self.published.spd(self.protection.source)
         lost = [do.CutOff()] if before - self.published.live() else []
         moved = [
             command

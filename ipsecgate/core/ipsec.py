@@ -26,8 +26,12 @@ class Action(IntEnum):
 
 
 class Mode(IntEnum):
-    """XFRM_MODE_* of linux/xfrm.h; modes unknown here are refused by the decoder."""
+    """XFRM_MODE_* of linux/xfrm.h.
 
+    UNKNOWN is any that is not here: what has it protects nothing, and stands beside the others.
+    """
+
+    UNKNOWN = -1
     TRANSPORT = 0
     TUNNEL = 1
     ROUTEOPTIMIZATION = 2

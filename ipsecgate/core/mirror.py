@@ -21,7 +21,7 @@ with the very SPI that the policy names, and tells nobody; only a dump shows the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import cache
 
 from ipsecgate.core.events import (
@@ -185,6 +185,20 @@ class Mirror:
         """Return "ike/child" as the daemon calls an SA, None before it told."""
         known = self._known.get(sa.id)
         return f"{known.ike}/{known.child}" if known else None
+
+    def party_of(self, entry: SpdEntry) -> Hashable:
+        """Return who answers for a policy: its peer, else where it leads."""
+        ends = (template.daddr for template in entry.templates if template.daddr is not None)
+        return next(ends, entry.key.selector.dst)
+
+    def name_of(self, entry: SpdEntry) -> str:
+        """Return a policy's name: of the child that it belongs to, if the daemon told."""
+        selector = entry.key.selector
+        flows = f"{selector.src} to {selector.dst}"
+        for sa in self._known.values():
+            if any(t.reqid == sa.reqid and t.may_name(sa.outbound) for t in entry.templates):
+                return f"{sa.ike}/{sa.child} ({flows}, peer {sa.remote_host})"
+        return f"{flows} (peer {self.party_of(entry)})"
 
     def rules(self) -> list[Rule]:
         """Return the kernel's own answers, as far as its SAs are trusted."""

@@ -1,20 +1,37 @@
 """The hooks' two tables as they were published, and the commands that change them.
 
 Rules of this module: what only changes an entry is one write (`SetEntry`), all
-else a new table (`Publish`); rules that do not fit are replaced by stricter ones,
-and `errors` says so.
+else a new table (`Publish`); of rules that do not all fit some close (`core.fit`), and
+`errors` says which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 from ipsecgate.core import commands as do
+from ipsecgate.core.fit import fit_policies, fit_spd
 from ipsecgate.core.flow import Flow
 from ipsecgate.core.layout import Key, State, TableId, flow_key
-from ipsecgate.core.policy import Policy, policy_rules, protect_everything, protect_networks
+from ipsecgate.core.policy import Policy, policy_rules
 from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, compile_table
+
+NAMED = 8  # of what is closed, in a line
+
+
+class Witness(Protocol):
+    """Who knows what is protected: `Mirror` or `Userland`."""
+
+    def agreed_rules(self) -> list[Rule]:
+        """Return the SPD table as rules."""
+
+    def party_of(self, owner: Any, /) -> Hashable:
+        """Return who answers for the owner of a rule."""
+
+    def name_of(self, owner: Any, /) -> str:
+        """Return its name."""
 
 
 class Published:
@@ -26,9 +43,17 @@ class Published:
         self._policies: tuple[Policy, ...] = ()
         self._compiled = EMPTY  # the policies, before their errnos
 
-    def spd(self, rules: Iterable[Rule]) -> list[do.Command]:
-        """Bring the SPD table up to date; one that does not fit protects nothing."""
-        return self._publish(TableId.SPD, self._compile(TableId.SPD, rules))
+    def spd(self, source: Witness) -> list[do.Command]:
+        """Bring the SPD table up to date; whose rules do not fit is not protected."""
+        rules = source.agreed_rules()
+        self.errors.pop(TableId.SPD, None)
+        try:
+            table = compile_table(rules)
+        except TableFullError as error:
+            table, closed = fit_spd(rules, source.party_of)
+            names = _list(source.name_of(one) for one in closed)
+            self.errors[TableId.SPD] = f"SPD table: {error}; refused until they fit: {names}"
+        return self._publish(TableId.SPD, table)
 
     def policies(
         self, policies: tuple[Policy, ...], errnos: Mapping[int, int], default: int
@@ -36,12 +61,7 @@ class Published:
         """Bring the policy table up to date: policies, and by place what a refusal returns."""
         told: list[do.Command] = []
         if policies != self._policies:
-            self._compiled = self._compile(
-                TableId.POLICY,
-                policy_rules(policies, {}),
-                protect_networks(policies),
-                protect_everything(policies),
-            )
+            self._compiled = self._compile(policies)
             self._policies = policies
             if TableId.POLICY in self.errors:
                 told = [do.Log("error", self.errors[TableId.POLICY])]
@@ -61,16 +81,18 @@ class Published:
         entry = self.tables.get(TableId.SPD, EMPTY).classify(flow_key(flow))
         return entry is not None and entry.state is State.LIVE
 
-    def _compile(self, which: TableId, rules: Iterable[Rule], *stricter: Iterable[Rule]) -> Table:
-        """Return the rules as a table, or the first stricter ones that fit."""
-        self.errors.pop(which, None)
-        for choice in (rules, *stricter):
-            try:
-                return compile_table(choice)
-            except TableFullError as error:
-                text = f"{which.name} table: {error}; more is refused than need be"
-                self.errors.setdefault(which, text)
-        return EMPTY
+    def _compile(self, policies: Sequence[Policy]) -> Table:
+        """Return the policies as a table; those that do not fit are wider in it."""
+        self.errors.pop(TableId.POLICY, None)
+        try:
+            return compile_table(policy_rules(policies, {}))
+        except TableFullError as error:
+            table, widened = fit_policies(policies)
+            names = _list(policy.name for policy in widened)
+            self.errors[TableId.POLICY] = (
+                f"POLICY table: {error}; more is refused than need be, because of {names}"
+            )
+            return table
 
     def _publish(self, which: TableId, table: Table) -> list[do.Command]:
         old = self.tables.get(which)
@@ -82,3 +104,9 @@ class Published:
             for (index, key), entry in table.entries.items()
             if old.entries[index, key] != entry
         ]
+
+
+def _list(names: Iterable[str]) -> str:
+    """Return names in a line, not all if there are many."""
+    told = list(dict.fromkeys(names))
+    return ", ".join(told[:NAMED]) + (f" and {len(told) - NAMED} more" if told[NAMED:] else "")
