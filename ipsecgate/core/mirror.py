@@ -52,6 +52,8 @@ class Mirror:
         self._trusted: set[SaId] = set()
         self._known: dict[SaId, ChildSa] = {}  # by the outbound state
         self._ike = False
+        self._by_name: dict[tuple[str, str], list[ChildSa]] | None = None  # of those, when asked
+        self._asking: dict[int, list[Template]] | None = None  # outbound templates by reqid, too
 
     def apply(self, event: XfrmEvent) -> bool:
         """Take in one notification; return whether it may matter to what leaves.
@@ -61,13 +63,16 @@ class Mirror:
         match event:
             case PolicySet(entry):
                 self._policies(entry.key)[entry.key] = entry
+                self._asking = None
                 return entry.key.direction is Direction.OUT
             case PolicyGone(key):
                 self._policies(key).pop(key, None)
+                self._asking = None
                 return key.direction is Direction.OUT
             case PoliciesFlushed():
                 self.policies.clear()
                 self.inbound.clear()
+                self._asking = None
             case SaSet(sa) if not sa.larval:
                 self.sas[sa.id] = sa
                 if self._ike:
@@ -87,6 +92,7 @@ class Mirror:
         """
         before = self._things()
         self.policies, self.inbound = {}, {}
+        self._asking = None
         for entry in snapshot.policies:
             self._policies(entry.key)[entry.key] = entry
         self.sas = {sa.id: sa for sa in snapshot.sas if not sa.larval}
@@ -108,16 +114,19 @@ class Mirror:
         self._ike = True
         kept = {one: sa for one, sa in self._known.items() if one in self.sas}
         self._known = kept | {sa.outbound: sa for sa in established}
+        self._by_name = None
 
     def ike_adds(self, sa: ChildSa) -> None:
         """The daemon told of one more CHILD_SA."""
         self._known[sa.outbound] = sa
+        self._by_name = None
 
     def ike_gone(self) -> None:
         """Nobody vouches for any SA until the daemon is back."""
         self._ike = False
         self._trusted.clear()
         self._known = {}
+        self._by_name = None
 
     def trusted_sas(self) -> list[Sa]:
         """Return the SAs that may cover a flow."""
@@ -129,7 +138,11 @@ class Mirror:
 
     def established(self, ike: str, child: str) -> list[ChildSa]:
         """Return what the daemon says is established of a child."""
-        return [sa for sa in self._known.values() if (sa.ike, sa.child) == (ike, child)]
+        if self._by_name is None:
+            self._by_name = {}
+            for sa in self._known.values():
+                self._by_name.setdefault((sa.ike, sa.child), []).append(sa)
+        return self._by_name.get((ike, child), [])
 
     def lacks(self, told: ChildSa) -> bool:
         """Tell whether the kernel has not what the daemon says is established.
@@ -138,11 +151,13 @@ class Mirror:
         """
         if told.outbound not in self.sas:
             return True
-        return not any(
-            template.reqid == told.reqid and template.may_name(told.outbound)
-            for entry in self.policies.values()
-            for template in entry.templates
-        )
+        if self._asking is None:
+            self._asking = {}
+            for entry in self.policies.values():
+                for template in entry.templates:
+                    self._asking.setdefault(template.reqid, []).append(template)
+        asking = self._asking.get(told.reqid, ())
+        return not any(template.may_name(told.outbound) for template in asking)
 
     def halves(self) -> set[ChildSa]:
         """Return the CHILD_SAs that can send, and of which something is missing to receive.

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ipsecgate.core import events as on
 from ipsecgate.core.flow import Address, Flow, Network
-from ipsecgate.core.layout import SOURCES
+from ipsecgate.core.layout import SOURCES, Key, flow_key
 from ipsecgate.core.mirror import Mirror
 from ipsecgate.core.policy import SaSource
 from ipsecgate.core.published import Published
@@ -108,6 +108,11 @@ class Protection:
         if flow.saddr is not None:
             return flow.saddr
         return next(self._by_prefix.around(flow.daddr), (None, None))[1]
+
+    def key_of(self, flow: Flow) -> Key | None:
+        """Return a flow as the hooks look it up in the SPD table; None: its source is unknown."""
+        saddr = self.source_of(flow)
+        return None if saddr is None else flow_key(replace(flow, saddr=saddr))
 
     def is_live(self, flow: Flow) -> bool:
         """Tell whether the hooks would let a protected flow go now."""

@@ -16,7 +16,7 @@ from ipsecgate.core.fit import fit_policies, fit_spd
 from ipsecgate.core.flow import Flow
 from ipsecgate.core.layout import Key, State, TableId, flow_key
 from ipsecgate.core.policy import Policy, policy_rules
-from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, compile_table
+from ipsecgate.core.table import EMPTY, Rule, Table, TableFullError, Ternary, compile_table
 
 NAMED = 8  # of what is closed, in a line
 
@@ -40,8 +40,10 @@ class Published:
     def __init__(self) -> None:
         self.tables: dict[TableId, Table] = {}
         self.errors: dict[TableId, str] = {}
+        self.changed: list[Ternary] | None = []  # of the SPD table, last; None: anything
         self._policies: tuple[Policy, ...] = ()
         self._compiled = EMPTY  # the policies, before their errnos
+        self._places: dict[int, list[tuple[int, Key]]] = {}  # where each policy is in the table
 
     def spd(self, source: Witness) -> list[do.Command]:
         """Bring the SPD table up to date; whose rules do not fit is not protected."""
@@ -53,6 +55,7 @@ class Published:
             table, closed = fit_spd(rules, source.party_of)
             names = _list(source.name_of(one) for one in closed)
             self.errors[TableId.SPD] = f"SPD table: {error}; refused until they fit: {names}"
+        self.changed = _difference(self.tables.get(TableId.SPD), table)
         return self._publish(TableId.SPD, table)
 
     def policies(
@@ -63,6 +66,9 @@ class Published:
         if policies != self._policies:
             self._compiled = self._compile(policies)
             self._policies = policies
+            self._places = {}
+            for at, entry in self._compiled.entries.items():
+                self._places.setdefault(entry.id, []).append(at)
             if TableId.POLICY in self.errors:
                 told = [do.Log("error", self.errors[TableId.POLICY])]
         entries = {
@@ -70,6 +76,15 @@ class Published:
             for at, entry in self._compiled.entries.items()
         }
         return [*self._publish(TableId.POLICY, replace(self._compiled, entries=entries)), *told]
+
+    def errno(self, place: int, error: int) -> list[do.Command]:
+        """Have the refusals of one policy return another errno."""
+        table = self.tables[TableId.POLICY]
+        now = {at: replace(table.entries[at], error=error) for at in self._places.get(place, ())}
+        if all(table.entries[at] == entry for at, entry in now.items()):
+            return []
+        self.tables[TableId.POLICY] = replace(table, entries={**table.entries, **now})
+        return [do.SetEntry(TableId.POLICY, *at, entry) for at, entry in now.items()]
 
     def live(self) -> set[tuple[int, Key]]:
         """Return where in the SPD table a live SA protects."""
@@ -104,6 +119,26 @@ class Published:
             for (index, key), entry in table.entries.items()
             if old.entries[index, key] != entry
         ]
+
+
+def _difference(old: Table | None, new: Table) -> list[Ternary] | None:
+    """Return the regions outside which every flow gets the answer that it got; None: unknown.
+
+    A flow that no entry matches which came, went or changed meets the same ones, in the same
+    order, if the masks are in the same.
+    """
+    if old is None or any(len(set(one.masks)) < len(one.masks) for one in (old, new)):
+        return None
+    common = set(old.masks) & set(new.masks)
+    order = [[mask for mask in one.masks if mask in common] for one in (old, new)]
+    if order[0] != order[1]:
+        return None
+    before, now = (
+        {(one.masks[index], key): entry for (index, key), entry in one.entries.items()}
+        for one in (old, new)
+    )
+    changed = {at for at, _ in before.items() ^ now.items()}
+    return [Ternary(key, mask) for mask, key in changed]
 
 
 def _list(names: Iterable[str]) -> str:
