@@ -60,9 +60,9 @@ def child_sa(random: Random, ike: str) -> tuple[dict[str, Any], on.ChildSa]:
         "mode": "TUNNEL", "protocol": "ESP", "spi-in": f"{spi_in:08x}",
         "spi-out": f"{spi_out:08x}", "local-ts": here, "remote-ts": there,
     }  # fmt: skip
-    here, peer = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+    host, peer = ip_address("192.0.2.1"), ip_address("192.0.2.2")
     names = ike, name, reqid, spi_in, spi_out, peer, local, remote
-    return body, on.ChildSa(*names, unique=3, local_host=here)
+    return body, on.ChildSa(*names, unique=3, local_host=host)
 
 
 def conn(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
