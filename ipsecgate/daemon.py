@@ -90,7 +90,9 @@ class Daemon:
                 await asyncio.sleep(POLL)
                 continue
             self._trouble = ""
-            self._deliver(on.IkeConnected(children, established, client.daemon_pid, userland))
+            self._deliver(
+                on.IkeConnected(children, established, client.daemon_pid, userland, client.unread)
+            )
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL):
                     await self._news.wait()

@@ -26,8 +26,12 @@ class Action(IntEnum):
 
 
 class Mode(IntEnum):
-    """XFRM_MODE_* of linux/xfrm.h; modes unknown here are refused by the decoder."""
+    """XFRM_MODE_* of linux/xfrm.h.
 
+    UNKNOWN is any that is not here: what has it protects nothing, and stands beside the others.
+    """
+
+    UNKNOWN = -1
     TRANSPORT = 0
     TUNNEL = 1
     ROUTEOPTIMIZATION = 2
@@ -62,6 +66,10 @@ class Template:
     saddr: Address | None = None
     daddr: Address | None = None
     optional: bool = False
+
+    def may_name(self, sa: SaId) -> bool:
+        """Tell whether it is this SA that it asks for, as far as it says which."""
+        return self.proto == sa.proto and self.spi in (0, sa.spi) and self.daddr in (None, sa.daddr)
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,7 @@ def _templates(message: Message, attributes: Attributes) -> Iterator[Template]:
         )
         yield Template(
             proto=proto,
-            mode=_mode(message, mode, at + 48),
+            mode=_mode(mode),
             reqid=reqid,
             spi=int.from_bytes(spi, "big"),
             saddr=_address(message, family, saddr, at + 24) if any(saddr) else None,
@@ -235,7 +235,7 @@ def _sa(message: Message, at: int, attributes: Attributes) -> Sa:
         id=identity,
         saddr=_address(message, family, saddr, at + 212),
         reqid=reqid,
-        mode=_mode(message, mode, at + 214),
+        mode=_mode(mode),
         selector=_selector(message, sel, at),
         mark=_mark(message, attributes),
         if_id=_if_id(message, attributes),
@@ -295,11 +295,11 @@ def _address(message: Message, family: int, raw: bytes, family_at: int) -> Addre
         raise message.bad(str(error), family_at) from None
 
 
-def _mode(message: Message, number: int, at: int) -> Mode:
+def _mode(number: int) -> Mode:
     try:
         return Mode(number)
     except ValueError:
-        raise message.bad(f"mode {number}", at) from None
+        return Mode.UNKNOWN
 
 
 def _mark(message: Message, attributes: Attributes) -> Mark:

@@ -21,6 +21,7 @@ import re
 import select
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -41,8 +42,8 @@ DEADLINE = struct.Struct("=d")  # follows each notification; on CLOCK_MONOTONIC,
 SLOT = NOTIFICATION.size + DEADLINE.size
 AT_ONCE = 64  # calls taken in before the loop sees to others
 AGAIN = 1.0  # seconds within which an interrupted thread has called again
-WATCH = 0.1  # seconds between looks at what became of the held ones' threads
-WATCH_EACH = 0.001  # and as long again for each of them
+WATCH = 0.1  # seconds between rounds of looking what became of the held ones' threads
+WATCH_EACH = 0.001  # and as long in a round for each of them
 RETRY = 1.0  # seconds
 NAME = re.compile(r"hold-(\d+)-([\d.]+)")  # of a listener that is kept: its number, its limit
 
@@ -163,6 +164,7 @@ class Listeners:
         # Who will call again: its deadline, and until when that is remembered.
         self._again: dict[tuple[int, Flow], tuple[float, float]] = {}
         self._watch: asyncio.TimerHandle | None = None
+        self._round: deque[tuple[_Listener, CallMade]] = deque()  # of these still to be looked at
 
     def take(self, pid: int, fd: int, limit: float) -> None:
         """Take over a process's listener. Raises: OSError, ValueError if it is none."""
@@ -276,11 +278,17 @@ class Listeners:
     # --- what becomes of those that wait ----------------------------------------------
 
     def _look_after(self) -> None:
-        """Look for held calls whose threads were killed, or have a signal to handle."""
+        """Look for held calls whose threads were killed, or have a signal; a slice at a time."""
         now = time.monotonic()
-        self._again = {who: told for who, told in self._again.items() if now <= told[1]}
-        held = [(one, made) for one in self._of.values() for made, _ in one.held.values()]
-        for one, made in held:
+        if not self._round:
+            self._again = {who: told for who, told in self._again.items() if now <= told[1]}
+            self._round.extend(
+                (one, made) for one in self._of.values() for made, _ in one.held.values()
+            )
+        for _ in range(min(AT_ONCE, len(self._round))):
+            one, made = self._round.popleft()
+            if one.number not in self._of or made.call.id not in one.held:
+                continue  # answered meanwhile
             if not seccomp.is_waiting(one.fd, made.call.id):
                 one.forget(made.call.id)
                 self._tell(CallGone(made.call))
@@ -288,9 +296,10 @@ class Listeners:
                 deadline = one.held[made.call.id][1].when()
                 self._again[made.pid, made.flow] = deadline, now + AGAIN
                 self._tell(CallInterrupted(made.call))
-        pause = WATCH + len(held) * WATCH_EACH
+        pause = AT_ONCE * WATCH_EACH if self._round else WATCH
         loop = asyncio.get_running_loop()
-        self._watch = loop.call_later(pause, self._look_after) if held else None
+        any_held = any(one.held for one in self._of.values())
+        self._watch = loop.call_later(pause, self._look_after) if any_held else None
 
 
 def _stuck(question: Question) -> None:
