@@ -203,13 +203,13 @@ int egress(struct __sk_buff *skb)
 		return 1;
 	if (is_dhcp(&flow) || is_neighbour_discovery(&flow, hops))
 		return 1;
-	epoch = setting(GATE_EPOCH + GATE_POLICY);
+	epoch = setting_after(generation, GATE_EPOCH + GATE_POLICY);
 	if (!epoch) /* TCP asks at connect(): what stands may stand until policies are known */
 		return flow.proto == TCP ? 1 : block(skb, &flow, GATE_BLOCK_NOT_READY, 0);
 	policy = classify(GATE_POLICY, epoch, &flow);
 	if (!policy) {
 		/* TCP and UDP were asked, or answer what came from there. */
-		if (!setting(GATE_DENY) || flow.proto == TCP || flow.proto == UDP)
+		if (!setting_after(generation, GATE_DENY) || flow.proto == TCP || flow.proto == UDP)
 			return pass(sk, &flow, generation);
 		return block(skb, &flow, GATE_BLOCK_DEFAULT, 0);
 	}
