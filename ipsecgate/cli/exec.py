@@ -22,10 +22,11 @@ from ipsecgate.errors import GateError, UsageError
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as env(1) has it
 # What may be inherited and has the packets of somebody outside: by family, by name in /proc.
-SOCKETS = {
+SOCKETS: dict[int, str] = {
     socket.AF_INET: "an Internet socket",
     socket.AF_INET6: "an Internet socket",
     socket.AF_PACKET: "a packet socket",
+    44: "an AF_XDP socket",  # linux/socket.h
 }
 FILES = {
     r"anon_inode:\[io_uring\]": "an io_uring",
@@ -116,8 +117,9 @@ def _way_out(fd: int) -> str | None:
         if not os.get_inheritable(fd):
             return None
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            with socket.socket(fileno=os.dup(fd)) as sock:
-                return SOCKETS.get(sock.family)
+            # Family and type are given, not found out: some have no name to tell them by.
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(fd)) as sock:
+                return SOCKETS.get(sock.getsockopt(socket.SOL_SOCKET, seccomp.SO_DOMAIN))
         name = str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError:
         return None  # what listed the folder
