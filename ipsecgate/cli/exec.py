@@ -80,6 +80,8 @@ def exec_(
     refuse_ways_out()
     gated = loader.gated(app.paths)
     join(cgroups.resolve(cgroup).resolve() if cgroup else _default(gated), gated)
+    if not loader.is_gated(app.paths, os.getpid()):  # by a name that was another's meanwhile
+        raise GateError("the cgroup was made anew and is not gated yet", hint="run it again")
     with control.connected(app.paths.control) as ask:
         listener = seccomp.install(abi.program(seccomp.abi(), datagrams=udp))
         ask("hold", fd=listener, limit=hold)

@@ -53,6 +53,33 @@ def test_an_inherited_way_past_the_hooks_is_refused(unit: Unit) -> None:
     assert done.stdout == "ran\n", done.stderr
 
 
+ANEW = """
+from ipsecgate.edges import cgroups
+from ipsecgate.cli import main
+joining = cgroups.join
+def join(cgroup):
+    cgroup.rmdir()
+    cgroup.mkdir()
+    joining(cgroup)
+cgroups.join = join
+"""
+
+
+def test_a_command_does_not_run_in_a_cgroup_made_anew(unit: Unit) -> None:
+    """It may be, by whoever may make cgroups there, between a look at the name and joining."""
+    unit.configure("")
+    unit.start()
+    assert unit.hears("READY=1"), unit.log
+    assert unit.cli("attach", str(unit.cgroup)).returncode == 0  # hence not followed by its name
+    program = f"{ANEW}\nmain({unit.argv('exec', '--', 'echo', 'ran')!r})"
+    with unit.namespace.inside():
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "was made anew" in done.stderr
+
+
 @contextlib.contextmanager
 def crowd(path: Path, size: int, *says: bytes) -> Iterator[None]:
     """Have many clients of root's that say something and stay, those that are let in."""
