@@ -103,7 +103,7 @@ int egress(struct __sk_buff *skb)
 		return 1;
 	if (is_dhcp(&flow) || is_neighbour_discovery(skb, &flow, packet.hops))
 		return 1;
-	epoch = setting(GATE_EPOCH + GATE_POLICY);
+	epoch = setting_after(generation, GATE_EPOCH + GATE_POLICY);
 	if (!epoch) { /* TCP asks at connect(): what stands may stand until policies are known */
 		if (flow.proto == TCP && was_asked(skb, sk, &flow, &packet))
 			return 1;
@@ -111,7 +111,7 @@ int egress(struct __sk_buff *skb)
 	}
 	policy = classify(GATE_POLICY, epoch, &flow);
 	if (!policy) {
-		if (!setting(GATE_DENY) || was_asked(skb, sk, &flow, &packet))
+		if (!setting_after(generation, GATE_DENY) || was_asked(skb, sk, &flow, &packet))
 			return pass(sk, &flow, generation);
 		return block(skb, &flow, GATE_BLOCK_DEFAULT, 0);
 	}

@@ -141,7 +141,7 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_
 
 	if (is_associated(sk, flow, now.generation))
 		return allow(GATE_ALLOW_ASSOCIATED);
-	epoch = setting(GATE_EPOCH + GATE_POLICY);
+	epoch = setting_after(now.generation, GATE_EPOCH + GATE_POLICY);
 	policy = epoch ? classify(GATE_POLICY, epoch, flow) : 0;
 	if (policy && policy->state == GATE_BYPASS)
 		return allow(GATE_ALLOW_BYPASS);
@@ -163,7 +163,7 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_
 		return refuse(flow, GATE_REFUSE_NO_SOURCE, policy, hook);
 	if (same(routed.saddr, routed.daddr))
 		return allow(GATE_ALLOW_EXEMPT); /* the host's own address: never leaves it */
-	winner = classify(GATE_SPD, setting(GATE_EPOCH + GATE_SPD), &routed);
+	winner = classify(GATE_SPD, setting_after(now.generation, GATE_EPOCH + GATE_SPD), &routed);
 	if (!winner || winner->state != GATE_LIVE || is_over(winner->deadline))
 		return refuse(flow, GATE_REFUSE_UNCOVERED, policy, hook);
 	now.deadline = winner->deadline;

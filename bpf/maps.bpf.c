@@ -32,6 +32,14 @@ static __always_inline __u64 setting(int which)
 	return word ? *word : 0;
 }
 
+/* A setting that is read after the generation on any processor: its place depends on it (no
+ * generation has its highest bit), and loads that depend on each other are not reordered. What
+ * a socket remembers would else be of an old table and of the new generation. */
+static __always_inline __u64 setting_after(__u64 generation, int which)
+{
+	return setting(which + (int)(generation >> 63));
+}
+
 static __always_inline void count(int reason)
 {
 	__u64 *counter = counters.lookup(&reason);

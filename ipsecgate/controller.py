@@ -307,9 +307,15 @@ class Controller:
         self._later(self._warn_if_ungated(container))
 
     async def _warn_if_ungated(self, container: Container) -> None:
-        with suppress(ProcessLookupError, FileNotFoundError):  # it has ended already
-            if not await asyncio.to_thread(loader.is_gated, self._paths, container.pid):
-                log.warning("container %s is not in a gated cgroup: only held", container.name)
+        try:
+            gated = await asyncio.to_thread(loader.is_gated, self._paths, container.pid)
+        except (ProcessLookupError, FileNotFoundError):
+            return  # it has ended already
+        except (OSError, GateError) as error:  # a warning less, and nothing else less
+            log.warning("container %s: is its cgroup gated? %s", container.name, error)
+            return
+        if not gated:
+            log.warning("container %s is not in a gated cgroup: only held", container.name)
 
     async def _take_listener(self, request: control.Request) -> dict[str, Any]:
         self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))

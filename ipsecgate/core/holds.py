@@ -32,6 +32,7 @@ HOLD = 30.0  # seconds that a call is held where nobody says otherwise
 # Where the caller is not prepared to wait: a non-blocking socket's thread has other things
 # to do, and getaddrinfo() tries each address by a UDP connect().
 HOLD_IMPATIENT = 5.0
+HOLD_LONGEST = 1e8  # three years: what is more, or not a number at all, no timer can have
 FREE_FLOWS = 4096  # that are remembered
 
 

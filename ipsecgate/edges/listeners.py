@@ -72,7 +72,7 @@ class _Listener:
         self._let_go_spare()
         for slot in self._free:
             call, deadline = self._at(slot)
-            if call.pid and seccomp.is_waiting(self.fd, call.id):
+            if _is_there(call) and seccomp.is_waiting(self.fd, call.id):
                 self.slots[call.id] = slot
                 found.append((call, deadline))
             else:
@@ -101,7 +101,7 @@ class _Listener:
 
     def _let_go_spare(self) -> None:
         call, _ = self._at(self._spare)
-        if call.pid:
+        if _is_there(call):
             seccomp.answer(self.fd, call.id, None)
             self._clear(self._spare)
 
@@ -143,6 +143,11 @@ class _Listener:
         self._map[slot : slot + SLOT] = bytes(SLOT)
 
 
+def _is_there(call: Notification) -> bool:
+    """Tell a call from an empty slot. Its pid is 0 where the thread is in no namespace of ours."""
+    return call.arch != 0
+
+
 def _mapped(file: Path) -> mmap.mmap:
     trust.folder(file.parent, 0o700)
     fd = trust.open_file(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
@@ -176,6 +181,8 @@ class Listeners:
         try:
             if not seccomp.is_listener(fd):
                 raise ValueError("that descriptor is no seccomp listener")
+            if not 0 <= limit <= holds.HOLD_LONGEST:
+                raise ValueError(f"a call cannot be held for {limit:g} s")
             one = _Listener(number, fd, limit, self._folder / str(number))
         except BaseException:
             os.close(fd)

@@ -145,10 +145,11 @@ class Pins:
         """
         if not self.loaded:
             raise GateError(f"nothing is loaded in {self.root}", hint="ipsecgate load")
-        cgroup_id = cgroup.stat().st_ino
         made: list[Path] = []
         try:
             with opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as directory:
+                # Of what is open, not of the name: that may be another's by now.
+                cgroup_id = os.fstat(directory).st_ino
                 for hook in sorted(self.current.hooks() & HOOKS.keys()):
                     path = self.root / "links" / f"{hook}-{cgroup_id}"
                     if path.exists():
