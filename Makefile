@@ -80,7 +80,7 @@ test: setup .venv/.ready-tests installed ## the whole suite
 # Not part of the tests: QEMU and Debian's kernel (470 MB in the lab's cache) are only for this. Two
 # guests one after the other, each beginning with which kernel it is: what asks the hooks alone, and
 # the gate on two hosts. The hooks are compiled before, as that takes a minute under emulation.
-QEMU_HOOKS := $(addprefix tests/system/test_,layout.py hooks.py calls.py backstop.py classifier.py) \
+QEMU_HOOKS := $(addprefix tests/system/test_,layout.py hooks.py calls.py backstop.py forged.py astray.py classifier.py) \
     tests/system/test_oracle.py::test_the_gate_says_what_the_kernel_does
 QEMU_GATE := $(addprefix tests/system/test_,gate.py life.py sources.py) tests/qemu/test_destroy.py
 QEMU_LIMIT ?= 1800
