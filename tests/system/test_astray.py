@@ -58,16 +58,32 @@ def test_loopback_that_leaves(bed: Bed, attack: str, to: str, reason: Reason) ->
     bed.gated.forget()
 
 
+def blocked(bed: Bed) -> None:
+    """Wait until the default blocked a packet."""
+    deadline = time.monotonic() + 10
+    while not bed.counted(Reason.BLOCK_DEFAULT):
+        assert time.monotonic() < deadline, "no packet was sent that way, or it left"
+        time.sleep(0.02)
+
+
 def test_a_syn_ack_with_a_route(bed: Bed) -> None:
     """The server that is gated sets it, and any client of loopback makes it send."""
     bed.data.set(Setting.DENY, 1)
     assert bed.gated("forge tcp6 route listen", f"::1%{OTHER[6]}", 8080) == ""
     bed.free("tcp", "::1", 8080)
-    deadline = time.monotonic() + 10
-    while not bed.counted(Reason.BLOCK_DEFAULT):
-        assert time.monotonic() < deadline, "no SYN-ACK was sent that way"
-        time.sleep(0.02)
+    blocked(bed)
     bed.gated.forget()
+
+
+def test_a_route_of_a_connection_that_stands(bed: Bed) -> None:
+    bed.data.set(Setting.DENY, 1)
+    assert bed.free("forge tcp6 listen", "::1", 8080) == ""
+    assert bed.gated("forge tcp6 connect send", "::1", 8080) == ""
+    assert bed.free("forge accept receive", "::1") == ""
+    assert bed.gated("forge route send", f"::1%{OTHER[6]}") == ""
+    blocked(bed)
+    bed.gated.forget()
+    bed.free.forget()
 
 
 def test_deny_is_for_raw_sockets_too(bed: Bed) -> None:
