@@ -323,6 +323,7 @@ class Gate:
 
     def _ike_connected(self, event: on.IkeConnected) -> list[do.Command]:
         news: list[do.Command] = []
+        before = self.ike.error, self.protection.sa_source
         if self.ike.error:
             news = [do.ExemptIke(event.pid), do.Log("info", f"IKE daemon {event.pid} connected")]
         if self.settings.sa_source is SaSource.AUTO:
@@ -338,10 +339,11 @@ class Gate:
         self.ike.error = ""
         news += self.ike.has_unread(event.unread)
         self.ike.unread = event.unread
-        self.protection.ike_connected(event)
+        matters = self.protection.ike_connected(event)
+        matters |= before != (self.ike.error, self.protection.sa_source)
         if not self.settings.policies:
             news += self.enforced.learned.learn(event.children)
-        follow = self._follow_kernel()
+        follow = self._follow_kernel() if matters else []  # it is looked at often
         halves = self._halves.look(event.established, self._halved())
         asked = [*self._ask_sources(), *self.ike.ask_again()]
         return [*news, *follow, *halves, *asked, *self.enforced.refresh()]

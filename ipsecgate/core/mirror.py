@@ -105,16 +105,18 @@ class Mirror:
     def _things(self) -> set[SpdEntry | Sa]:
         return {*self.policies.values(), *self.inbound.values(), *self.sas.values()}
 
-    def ike_knows(self, established: Iterable[ChildSa]) -> None:
-        """The daemon is connected and lists these CHILD_SAs.
+    def ike_knows(self, established: Iterable[ChildSa]) -> bool:
+        """The daemon is connected and lists these CHILD_SAs; return whether that is news.
 
         The list may be older than what `ike_adds` was told: of SAs that the kernel
         has nothing is forgotten.
         """
+        before = self._ike, self._known
         self._ike = True
         kept = {one: sa for one, sa in self._known.items() if one in self.sas}
         self._known = kept | {sa.outbound: sa for sa in established}
         self._by_name = None
+        return before != (self._ike, self._known)
 
     def ike_adds(self, sa: ChildSa) -> None:
         """The daemon told of one more CHILD_SA."""

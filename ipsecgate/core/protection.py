@@ -87,11 +87,11 @@ class Protection:
         self.userland.routed(event.into_tun)
         self._tun = event.tun
 
-    def ike_connected(self, event: on.IkeConnected) -> None:
-        """Take in what the daemon has established."""
+    def ike_connected(self, event: on.IkeConnected) -> bool:
+        """Take in what the daemon has established; return whether that is news."""
         self.hears(event)
-        self.mirror.ike_knows(event.established)
-        self.userland.ike_knows(event.established)
+        news = self.mirror.ike_knows(event.established)
+        return self.userland.ike_knows(event.established) or news
 
     def ike_gone(self) -> None:
         """Nobody vouches for any SA."""

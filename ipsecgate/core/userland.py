@@ -43,13 +43,15 @@ class Userland:
         """Take in which destinations lead into the TUN device; the longest prefix counts."""
         self._into_tun = into_tun
 
-    def ike_knows(self, established: Iterable[ChildSa]) -> None:
-        """The daemon is connected and lists these CHILD_SAs."""
+    def ike_knows(self, established: Iterable[ChildSa]) -> bool:
+        """The daemon is connected and lists these CHILD_SAs; return whether that is news."""
+        before = self._up
         listed = {sa.spi_in: sa for sa in established}
         new = {spi: self._up[spi] for spi in self._new}
         self._up = new | {spi: sa for spi, sa in listed.items() if spi not in self._down}
         self._new.clear()
         self._down &= listed.keys()
+        return self._up != before
 
     def ike_adds(self, sa: ChildSa) -> None:
         """The daemon told of one more CHILD_SA."""

@@ -161,6 +161,22 @@ def test_many_children_told_at_one_go_are_followed_once(monkeypatch: pytest.Monk
     assert story.done["spd"] == 1
 
 
+def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who asks for what no child protects has the daemon looked at twenty times a second."""
+    story = Spied()
+    published = story.gate.published
+    monkeypatch.setattr(published, "spd", story.counting("spd", published.spd))
+    loaded = on.IkeConnected(tuple(map(child, range(MANY))), (), 42)
+    listed = on.ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
+    for seen, established in ((0, ()), (1, (listed,)), (1, (listed,)), (2, ())):
+        story.after(replace(loaded, established=established))
+        assert story.done["spd"] == seen
+    story.after(on.IkeGone("restarted"), loaded)
+    assert story.done["spd"] == 4
+
+
 def test_no_call_is_forgotten_and_no_child_misjudged() -> None:
     """Whatever happens, in whichever order: what was not looked at had not changed."""
     for seed in range(30):
