@@ -115,6 +115,9 @@ test-host: qemu .venv/.ready-tests installed ## the two commands on a host whose
 # The same two lists on user-mode-linux and on the kernels of several Debians, one after the
 # other; MATRIX="trixie" runs only some. README has the table.
 matrix: qemu ## the kernel-facing tests on old and new kernels: README's table (very slow)
+	@command -v qemu-system-aarch64 >/dev/null && command -v mmdebstrap >/dev/null || \
+	    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends \
+	    qemu-system-arm mmdebstrap
 	$(BIN)/python -m tests.matrix --into README.md $(MATRIX)
 
 # First 100,000 inputs by libFuzzer for each decoder, here and without root (python -m tests.fuzz
