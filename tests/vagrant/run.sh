@@ -49,8 +49,9 @@ prepare() {
 
 # libvirt without systemd, with everything it writes in a folder that goes away.
 start_libvirt() {
-    local own folder
-    own=$(mktemp -d "$cache/libvirt-XXXXXX")
+    local own=$cache/libvirt folder
+    rm -rf "$own"
+    mkdir "$own"
     ip link set lo up
     mount -t tmpfs tmpfs /run
     mkdir -p /run/dbus /run/lock /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt
@@ -119,7 +120,7 @@ inside() {
     start_libvirt
     cd "$checkout/vagrant"
     rm -rf "$VAGRANT_DOTFILE_PATH"
-    trap 'vagrant destroy --force >/dev/null 2>&1 || true; rm -rf "$cache"/libvirt-*/* || true' EXIT
+    trap 'rm -rf "$cache"/libvirt/lib/*' EXIT
     vagrant box add --force --name debian/bookworm64 "$box"
     say "vagrant up"
     vagrant up
@@ -141,4 +142,3 @@ fi
 [ "$(id -u)" -eq 0 ] || fail "run it as root"
 prepare
 unshare --net --mount --pid --fork --kill-child --mount-proc "$0" inside 2>&1 | tee "$log"
-rmdir "$cache"/libvirt-* 2>/dev/null || true
