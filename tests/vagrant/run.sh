@@ -53,6 +53,7 @@ start_libvirt() {
     rm -rf "$own"
     mkdir "$own"
     ip link set lo up
+    mount -t sysfs sysfs /sys  # of this network namespace
     mount -t tmpfs tmpfs /run
     mkdir -p /run/dbus /run/lock /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt
     for folder in etc lib cache log; do mkdir "$own/$folder"; done
@@ -60,6 +61,13 @@ start_libvirt() {
     mount --bind "$own/lib" /var/lib/libvirt
     mount --bind "$own/cache" /var/cache/libvirt
     mount --bind "$own/log" /var/log/libvirt
+    # It looks for its package's user even where it is told to take another.
+    cp /etc/passwd /etc/group "$own"
+    getent passwd libvirt-qemu >/dev/null || echo 'libvirt-qemu:x:64055:64055::/:/bin/false' >>"$own/passwd"
+    getent group libvirt-qemu >/dev/null || echo 'libvirt-qemu:x:64055:' >>"$own/group"
+    getent group kvm >/dev/null || echo 'kvm:x:64056:' >>"$own/group"
+    mount --bind "$own/passwd" /etc/passwd
+    mount --bind "$own/group" /etc/group
     printf 'auth_unix_rw = "none"\nauth_unix_ro = "none"\n' >/etc/libvirt/libvirtd.conf
     printf '%s\n' 'user = "root"' 'group = "root"' 'security_driver = "none"' 'namespaces = []' \
         'cgroup_controllers = []' 'remember_owner = 0' 'stdio_handler = "file"' >/etc/libvirt/qemu.conf
@@ -121,7 +129,7 @@ inside() {
     cd "$checkout/vagrant"
     rm -rf "$VAGRANT_DOTFILE_PATH"
     trap 'rm -rf "$cache"/libvirt/lib/*' EXIT
-    vagrant box add --force --name debian/bookworm64 "$box"
+    vagrant box add --force --name debian/bookworm64 "$box" >/dev/null
     say "vagrant up"
     vagrant up
     say "it is up"
