@@ -24,6 +24,9 @@ fail() {
     exit 1
 }
 
+# Vagrant draws thousands of bars.
+plain() { tr '\r' '\n' | grep --line-buffered -v 'Progress: [0-9]*%' || true; }
+
 prepare() {
     local package missing=() made_of
     cd "$checkout"
@@ -131,7 +134,7 @@ inside() {
     trap 'rm -rf "$cache"/libvirt/lib/*' EXIT
     vagrant box add --force --name debian/bookworm64 "$box" >/dev/null
     say "vagrant up"
-    vagrant up
+    vagrant up 2>&1 | plain
     say "it is up"
     shows_what_the_readme_says "as it was provisioned"
     say "vagrant reload gate"
