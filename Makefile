@@ -7,7 +7,7 @@ LIMIT ?= 2400
 # More for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-files installed demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos clients bench lint clean
+.PHONY: help setup install install-program install-files installed demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos clients bench vagrant-test lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -145,6 +145,10 @@ chaos: setup ## a thousand faults, a million connects, thousands of rekeys: noth
 bench: setup ## measurements: ratios and medians, on this machine
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection
 	$(BIN)/python -m bench.hold
+
+# Debian's Vagrant and libvirt in namespaces of their own; the box is made here, once (2 GB in .cache).
+vagrant-test: setup ## a real `vagrant up` of vagrant/, first connections, a boot (slow)
+	@tests/vagrant/run.sh
 
 lint: setup ## style and types only (they are part of the tests, too)
 	$(BIN)/ruff check
