@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import vici
-from vici.exception import CommandException
+from vici.exception import CommandException, SessionException
 
 from ipsecgate.core.flow import Address
 from ipsecgate.lab.netns import LabError
@@ -215,7 +215,13 @@ class Charon:
         """Open a VICI connection of its own. Raises: OSError if the daemon is away."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self.vici_socket))
-            yield vici.Session(sock)
+            try:
+                yield vici.Session(sock)
+            except SessionException as error:
+                # vici's own clean-up stumbles over the answer to a request that was interrupted.
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
 
     def configure(self, settings: str) -> None:
         """Have these lines in force beside the lab's own settings, instead of those before.

@@ -56,6 +56,6 @@ def test_interrupted_it_leaves_nothing_behind() -> None:
                 break
         assert left_behind() - before
         demo.send_signal(signal.SIGINT)
-        demo.stderr.read()
-        assert demo.wait(30) == 130
+        said = demo.stderr.read()
+        assert demo.wait(30) == 130, said
     assert left_behind() <= before
