@@ -7,6 +7,7 @@ devices, protocols written by hand. Each has a twin that must pass: real answers
 from __future__ import annotations
 
 import contextlib
+import platform
 import struct
 import subprocess
 import time
@@ -66,13 +67,22 @@ def blocked(bed: Bed) -> None:
         time.sleep(0.02)
 
 
+SYN_ACKS_ARE_ASKED_ABOUT = tuple(map(int, platform.release().split(".")[:2])) >= (6, 6)
+"""Older kernels run no program for what a socket that listens sends: docs/threat-model.md."""
+
+
 def test_a_syn_ack_with_a_route(bed: Bed) -> None:
     """The server that is gated sets it, and any client of loopback makes it send."""
     bed.data.set(Setting.DENY, 1)
-    assert bed.gated("forge tcp6 route listen", f"::1%{OTHER[6]}", 8080) == ""
-    bed.free("tcp", "::1", 8080)
-    blocked(bed)
-    bed.gated.forget()
+    try:
+        assert bed.gated("forge tcp6 route listen", f"::1%{OTHER[6]}", 8081) == ""
+        bed.free("tcp", "::1", 8081)
+        if SYN_ACKS_ARE_ASKED_ABOUT:
+            blocked(bed)
+        else:
+            assert bed.counted(Reason.BLOCK_DEFAULT) == 0
+    finally:
+        bed.gated.forget()
 
 
 def test_a_route_of_a_connection_that_stands(bed: Bed) -> None:
