@@ -31,7 +31,7 @@ PACKAGES = (
     *("linux-image-arm64", "linux-libc-dev", "busybox-static", "libc-bin", "coreutils", "dash"),
     *("bash", "sed", "grep", "findutils", "python3-bpfcc", "charon-systemd", "nftables"),
     *("strongswan-swanctl", "libcharon-extra-plugins", "iproute2", "kmod", "mount", "procps"),
-    *("util-linux", "iputils-ping"),
+    *("util-linux", "iputils-ping", "netbase"),
 )
 WHEELS = ("click", "pyroute2", "rich", "vici", "pytest", "pytest-asyncio", "hypothesis")
 PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_17_aarch64", "manylinux_2_28_aarch64")
