@@ -66,15 +66,6 @@ def blocked(bed: Bed) -> None:
         time.sleep(0.02)
 
 
-def test_a_syn_ack_with_a_route(bed: Bed) -> None:
-    """The server that is gated sets it, and any client of loopback makes it send."""
-    bed.data.set(Setting.DENY, 1)
-    assert bed.gated("forge tcp6 route listen", f"::1%{OTHER[6]}", 8080) == ""
-    bed.free("tcp", "::1", 8080)
-    blocked(bed)
-    bed.gated.forget()
-
-
 def test_a_route_of_a_connection_that_stands(bed: Bed) -> None:
     bed.data.set(Setting.DENY, 1)
     assert bed.free("forge tcp6 listen", "::1", 8080) == ""
