@@ -100,6 +100,8 @@ def _option(word: str, family: int, segment: str) -> tuple[int, int, int | bytes
             return socket.IPPROTO_IP, socket.IP_OPTIONS, raw
         case "record":  # RFC 791: the route
             return socket.IPPROTO_IP, socket.IP_OPTIONS, bytes([7, 7, 4, 0, 0, 0, 0, 0])
+        case "abort":  # when it is closed, and send nothing again
+            return socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0)
         case "device":
             return socket.SOL_SOCKET, socket.SO_BINDTODEVICE, DEVICE.encode()
         case "through":

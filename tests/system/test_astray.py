@@ -90,7 +90,7 @@ def test_a_route_of_a_connection_that_stands(bed: Bed) -> None:
     assert bed.free("forge tcp6 listen", "::1", 8080) == ""
     assert bed.gated("forge tcp6 connect send", "::1", 8080) == ""
     assert bed.free("forge accept receive", "::1") == ""
-    assert bed.gated("forge route send", f"::1%{OTHER[6]}") == ""
+    assert bed.gated("forge abort route send", f"::1%{OTHER[6]}") == ""
     blocked(bed)
     bed.gated.forget()
     bed.free.forget()
