@@ -30,8 +30,8 @@ static __always_inline int is_loopback(const struct gate_key *flow)
 	return !(d[0] | d[1] | d[2]) && (!d[3] || d[3] == bpf_htonl(1));
 }
 
-/* A host without an address asks for one: RFC 2131 section 4.1, RFC 8415 section 7.1.
- * Never past the link, and no SA could have it. */
+/* A host without an address asks for one: RFC 2131 section 4.1, RFC 8415 sections 7.1 and 7.2.
+ * Never past the link, and no SA could have it. Not everybody may use a client's ports. */
 static __always_inline int is_dhcp(const struct gate_key *flow)
 {
 	const __u32 *d = flow->daddr;
@@ -39,9 +39,9 @@ static __always_inline int is_dhcp(const struct gate_key *flow)
 	if (flow->proto != UDP)
 		return 0;
 	if (flow->family == AF_INET)
-		return flow->dport == bpf_htons(67) && d[3] == ~0U;
-	return flow->dport == bpf_htons(547) && d[0] == bpf_htonl(0xff020000) && !d[1] &&
-	       !d[2] && d[3] == bpf_htonl(0x00010002);
+		return flow->sport == bpf_htons(68) && flow->dport == bpf_htons(67) && d[3] == ~0U;
+	return flow->sport == bpf_htons(546) && flow->dport == bpf_htons(547) &&
+	       d[0] == bpf_htonl(0xff020000) && !d[1] && !d[2] && d[3] == bpf_htonl(0x00010002);
 }
 
 static __always_inline int is_daemon(void)
@@ -141,7 +141,7 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_
 
 	if (is_associated(sk, flow, now.generation))
 		return allow(GATE_ALLOW_ASSOCIATED);
-	epoch = setting(GATE_EPOCH + GATE_POLICY);
+	epoch = setting_after(now.generation, GATE_EPOCH + GATE_POLICY);
 	policy = epoch ? classify(GATE_POLICY, epoch, flow) : 0;
 	if (policy && policy->state == GATE_BYPASS)
 		return allow(GATE_ALLOW_BYPASS);
@@ -163,7 +163,7 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_
 		return refuse(flow, GATE_REFUSE_NO_SOURCE, policy, hook);
 	if (same(routed.saddr, routed.daddr))
 		return allow(GATE_ALLOW_EXEMPT); /* the host's own address: never leaves it */
-	winner = classify(GATE_SPD, setting(GATE_EPOCH + GATE_SPD), &routed);
+	winner = classify(GATE_SPD, setting_after(now.generation, GATE_EPOCH + GATE_SPD), &routed);
 	if (!winner || winner->state != GATE_LIVE || is_over(winner->deadline))
 		return refuse(flow, GATE_REFUSE_UNCOVERED, policy, hook);
 	now.deadline = winner->deadline;

@@ -109,7 +109,7 @@ struct gate_association {
 #define GATE_REFUSE_NETNS 10    /* from another network namespace: its SPD is not known */
 #define GATE_BLOCK_CLEAR 11     /* it must be protected, and was about to leave in clear */
 #define GATE_BLOCK_DISCARD 12
-#define GATE_BLOCK_DEFAULT 13   /* neither TCP nor UDP, and no policy names it */
+#define GATE_BLOCK_DEFAULT 13   /* no policy names it, and no hook was asked about it */
 #define GATE_BLOCK_NOT_READY 14
 #define GATE_BLOCK_UNREADABLE 15 /* a later fragment, a source route, too many headers */
 #define GATE_AUDITED 16         /* refusals that audit mode let go, besides their reason */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * What the gate's files share: the maps, looking a flow up, telling of a refusal, and
- * what a socket remembers. The files are compiled as one, in this order: maps, gate,
+ * what a socket remembers. The files are compiled as one, in this order: maps, gate, packet,
  * backstop.
  */
 #include "gate.h"
@@ -30,6 +30,14 @@ static __always_inline __u64 setting(int which)
 	__u64 *word = settings.lookup(&which);
 
 	return word ? *word : 0;
+}
+
+/* A setting that is read after the generation on any processor: its place depends on it (no
+ * generation has its highest bit), and loads that depend on each other are not reordered. What
+ * a socket remembers would else be of an old table and of the new generation. */
+static __always_inline __u64 setting_after(__u64 generation, int which)
+{
+	return setting(which + (int)(generation >> 63));
 }
 
 static __always_inline void count(int reason)

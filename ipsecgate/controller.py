@@ -3,8 +3,9 @@
     ring, held calls, XFRM, VICI, routes, timers
         --events--> Gate.step --commands--> maps, VICI, timers, answers to the held calls
 
-Rules of this module: no decisions. One queue, one consumer, so events are taken
-in one after the other. Whatever it cannot do ends the process; the hooks stay
+Rules of this module: no decisions. One inbox, one consumer, so events are taken
+in one after the other; between two slices of them the kernel is looked at, and what
+it told comes first (`core.inbox`). Whatever it cannot do ends the process; the hooks stay
 and keep refusing what no SA covers.
 """
 
@@ -24,6 +25,7 @@ from ipsecgate.core import commands as do
 from ipsecgate.core import events as on
 from ipsecgate.core.floor import tag_of
 from ipsecgate.core.gate import Gate
+from ipsecgate.core.inbox import Inbox
 from ipsecgate.core.layout import TableId
 from ipsecgate.core.oci import Container
 from ipsecgate.daemon import Daemon
@@ -44,8 +46,6 @@ from ipsecgate.service import Service
 from ipsecgate.targets import Targets
 
 log = logging.getLogger("ipsecgate")
-
-QUEUED_REFUSALS = 256
 
 
 async def run(paths: Paths, read: Callable[[], Config]) -> None:
@@ -82,11 +82,12 @@ class Controller:
         self._gate = Gate(config.settings, memory.recall(paths.remembered))
         self._data = Datapath(loader.pins_of(paths))
         self._hooks = Hooks(self._data)
-        self._queue: asyncio.Queue[on.Event] = asyncio.Queue()
+        self._inbox = Inbox()
+        self._news = asyncio.Event()  # something is in it
         self._timers: dict[on.Timer, asyncio.TimerHandle] = {}
         self._kernel = Kernel(config.settings.sa_source, self._on_kernel)
-        self._daemon = Daemon(config.vici, self._queue.put_nowait)
-        self._routes = Routes(self._queue.put_nowait)
+        self._daemon = Daemon(config.vici, self._put)
+        self._routes = Routes(self._put)
         self._listeners = Listeners(self._on_call, paths.holds)
         self._journal = Journal()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -152,18 +153,19 @@ class Controller:
             raise GateError("the controller is starting", hint="try again in a moment")
         targets = loader.check_targets(self._paths, config)
         self._adopted.clear()
-        self._queue.put_nowait(on.Reconfigured(config.settings))
+        self._put(on.Reconfigured(config.settings))
         await self._adopted.wait()
         self._config = config
         await self._targets.follow(targets)
 
     # --- events in ------------------------------------------------------------------
 
+    def _put(self, event: on.Event) -> None:
+        self._inbox.put(event)
+        self._news.set()
+
     def _on_refusal(self, refusal: on.FlowRefused) -> None:
-        # A process that tries every port must not hold up the kernel's news; what is
-        # dropped here the hook tells again.
-        if self._queue.qsize() < QUEUED_REFUSALS:
-            self._queue.put_nowait(refusal)
+        self._put(refusal)
         audit = self._gate.settings.audit
         self._journal.refusal(refusal, self._gate.policies, audit=audit)
 
@@ -172,18 +174,18 @@ class Controller:
         if isinstance(event, on.CallMade) and self._idle and self._gate.holds.is_free(event.flow):
             self._listeners.answer(event.call, None)
         else:
-            self._queue.put_nowait(event)
+            self._put(event)
 
     @property
     def _idle(self) -> bool:
         """Tell whether all that happened was decided, and all commands carried out."""
-        return self._waiting and self._queue.empty()
+        return self._waiting and not self._inbox
 
     def _check_hooks(self) -> None:
-        self._queue.put_nowait(on.CheckDue())
+        self._put(on.CheckDue())
 
     def _on_kernel(self, event: on.XfrmEvent | on.KernelSnapshot) -> None:
-        self._queue.put_nowait(event)
+        self._put(event)
         if isinstance(event, on.KernelSnapshot):
             self._daemon.look()  # which of these SAs does it vouch for?
 
@@ -191,9 +193,7 @@ class Controller:
         for command in self._gate.start():
             await self._execute(command)
         while True:
-            self._waiting = True
             events = await self._events()
-            self._waiting = False
             for command in self._gate.step(*events):
                 try:
                     await self._execute(command)
@@ -208,14 +208,18 @@ class Controller:
                 self._service.tell(report.line(self._gate))
 
     async def _events(self) -> list[on.Event]:
-        """Return what happened; nothing if nothing did for a pulse."""
-        events = []
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._service.pulse):
-                events.append(await self._queue.get())
-        while not self._queue.empty():
-            events.append(self._queue.get_nowait())
-        return events
+        """Return what is to be decided next; nothing if nothing happened for a pulse."""
+        if self._inbox or self._gate.holds.unsettled:
+            await asyncio.sleep(0)  # whoever has news, or asks something, has a turn
+        else:
+            self._news.clear()
+            self._waiting = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._service.pulse):
+                    await self._news.wait()
+            self._waiting = False
+        self._kernel.look()
+        return self._inbox.take()
 
     def _tell_ready(self) -> None:
         # The SPD table comes last: it waits until both the kernel and IKE were heard.
@@ -294,7 +298,7 @@ class Controller:
             running.cancel()
         if isinstance(command, do.StartTimer):
             self._timers[command.timer] = asyncio.get_running_loop().call_later(
-                command.seconds, self._queue.put_nowait, on.TimerFired(command.timer)
+                command.seconds, self._put, on.TimerFired(command.timer)
             )
 
     def _on_container(self, container: Container, listener: int) -> None:
@@ -303,9 +307,15 @@ class Controller:
         self._later(self._warn_if_ungated(container))
 
     async def _warn_if_ungated(self, container: Container) -> None:
-        with suppress(ProcessLookupError, FileNotFoundError):  # it has ended already
-            if not await asyncio.to_thread(loader.is_gated, self._paths, container.pid):
-                log.warning("container %s is not in a gated cgroup: only held", container.name)
+        try:
+            gated = await asyncio.to_thread(loader.is_gated, self._paths, container.pid)
+        except (ProcessLookupError, FileNotFoundError):
+            return  # it has ended already
+        except (OSError, GateError) as error:  # a warning less, and nothing else less
+            log.warning("container %s: is its cgroup gated? %s", container.name, error)
+            return
+        if not gated:
+            log.warning("container %s is not in a gated cgroup: only held", container.name)
 
     async def _take_listener(self, request: control.Request) -> dict[str, Any]:
         self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from ipsecgate.core import commands as do
@@ -17,7 +16,8 @@ from ipsecgate.edges.vici import IkeError, IkeUnreachableError
 log = logging.getLogger("ipsecgate")
 
 POLL = 2.0  # seconds between looks at the loaded connections: VICI has no event for them
-PAUSE = 0.05  # at least, however often somebody asks for a look
+PAUSE = 0.05  # at least, however often somebody asks for a look; twice that after each in vain,
+PAUSE_LAST = 0.5  # up to this
 RETRY = 0.5  # seconds until the daemon is tried again
 CONNECT = 5.0  # seconds it has to answer at first
 
@@ -73,6 +73,8 @@ class Daemon:
 
     async def _poll(self, client: IkeClient) -> None:
         userland: bool | None = None  # a daemon keeps its plugins as long as it lives
+        told: on.IkeConnected | None = None
+        pause = PAUSE
         while True:
             self._news.clear()
             try:
@@ -90,8 +92,14 @@ class Daemon:
                 await asyncio.sleep(POLL)
                 continue
             self._trouble = ""
-            self._deliver(on.IkeConnected(children, established, client.daemon_pid, userland))
-            with suppress(TimeoutError):
+            before, pid = told, client.daemon_pid
+            told = on.IkeConnected(children, established, pid, userland, client.unread)
+            self._deliver(told)
+            # Who asks for what no connection protects has it looked at again and again.
+            pause = PAUSE if told != before else min(2 * pause, PAUSE_LAST)
+            try:
                 async with asyncio.timeout(POLL):
                     await self._news.wait()
-            await asyncio.sleep(PAUSE)
+            except TimeoutError:
+                pause = PAUSE
+            await asyncio.sleep(pause)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +103,7 @@ def _kernel() -> str:
 
 
 def _is_compiled(paths: Paths) -> bool:
-    return (paths.cache / f"{bytecode.cache_key()}.json").is_file()
+    return bytecode.cached(paths.cache).is_file()
 
 
 def _compiler(paths: Paths) -> str:
@@ -128,8 +127,7 @@ def _bpffs(paths: Paths) -> str:
 
 def _hooks(paths: Paths) -> str:
     """Load the real programs, without pinning or attaching them."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = bytecode.get(paths.cache if _is_compiled(paths) else Path(folder))
+    code = bytecode.get(paths.cache) if _is_compiled(paths) else bytecode.compiled()
     fds = {}
     try:
         for name, shape in code.maps.items():

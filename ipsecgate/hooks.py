@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 
 from ipsecgate.core import commands as do
 from ipsecgate.core.layout import Setting, TableId
@@ -61,9 +60,14 @@ class Hooks:
     def _exempt(self, pid: int) -> None:
         """Exempt a process where it is now: some day its pid will be another's, elsewhere."""
         self._data.set(Setting.IKE, 0)
-        cgroup = 0
-        with suppress(OSError, GateError):  # it has ended, or cgroups cannot be seen from here
-            cgroup = cgroups.of(pid).stat().st_ino if pid else 0
+        if not pid:
+            return
+        try:
+            cgroup = cgroups.of(pid).stat().st_ino
+        except (OSError, GateError) as error:
+            # It has ended, so its pid may be another's already; or it is in no cgroup of ours.
+            log.warning("IKE daemon %d is not exempt, its cgroup is not known: %s", pid, error)
+            return
         self._data.set(Setting.IKE_CGROUP, cgroup)
         self._data.set(Setting.IKE, pid)
 

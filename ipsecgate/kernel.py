@@ -36,6 +36,11 @@ class Kernel:
         async with XfrmMonitor(self._deliver, _tell) as self._monitor:
             await self._monitor.run()
 
+    def look(self) -> None:
+        """Deliver at once what they have told so far."""
+        if self._monitor is not None:
+            self._monitor.look()
+
     async def check(self, also: Callable[[], None]) -> None:
         """Have what is known compared with what is, until cancelled; then do `also`."""
         while True:

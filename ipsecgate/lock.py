@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ipsecgate import trust
 from ipsecgate.errors import GateError
 
 
 @contextmanager
 def held(path: Path, *, wait: bool, busy: str) -> Iterator[None]:
     """Hold a lock file for the block. Raises: GateError saying `busy` if not `wait`."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    trust.folder(path.parent)
+    fd = trust.open_file(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

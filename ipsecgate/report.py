@@ -38,7 +38,11 @@ def of_gate(gate: Gate) -> Document:
         for (ike, child), item in gate.negotiations.of.items()
     }
     return {
-        "errors": [*gate.enforced.errors, *([f"IKE: {gate.ike.error}"] if gate.ike.error else [])],
+        "errors": [
+            *gate.enforced.errors,
+            *([f"IKE: {gate.ike.error}"] if gate.ike.error else []),
+            *(f"strongSwan says what is not understood: {reason}" for reason in gate.ike.unread),
+        ],
         "sa_source": _told(gate.protection.sa_source),
         "children": [f"{c.ike}/{c.child}" for c in gate.ike.children],
         "policies": [_policy(policy) for policy in gate.policies],

@@ -22,13 +22,12 @@ packages=(
 )
 # Clients as people use them, with the servers that they talk to. ecj compiles the Java client,
 # where javac would be 70 MB. For the units systemd-analyze and the system calls' numbers, for
-# the man page man.
+# the man page man. tcc builds what the test kernel needs on some CPUs.
 test_packages=(
     busybox-static curl default-jre-headless ecj git golang-go ncat netcat-openbsd nodejs
-    openssh-client openssh-server perl postgresql-15 postgresql-client-15 redis-server redis-tools
-    wget
+    openssh-client openssh-server perl postgresql redis-server redis-tools wget
     crun podman runc
-    linux-libc-dev man-db systemd
+    linux-libc-dev man-db systemd tcc
 )
 # The services that come with those packages.
 declare -A services=(
@@ -36,7 +35,7 @@ declare -A services=(
     [openssh-server]=ssh.service
     [podman]="podman.socket podman.service podman-restart.service
         podman-auto-update.timer podman-auto-update.service"
-    [postgresql-15]=postgresql.service
+    [postgresql]=postgresql.service
     [redis-server]=redis-server.service
 )
 case "${1-}" in
@@ -99,7 +98,10 @@ make_venv() {
 make_clients() {
     mkdir -p .cache/clients
     CGO_ENABLED=0 go build -trimpath -o .cache/clients/dial tests/clients/dial.go
-    ecj -17 -proc:none -d .cache/clients tests/clients/Dial.java
+    # Not by its own ecj(1): Debian 13's names only the first of the two archives it is in there.
+    local jars=/usr/share/java/eclipse-jdt-core
+    java -cp "$jars.jar:$jars-compiler-batch.jar" org.eclipse.jdt.internal.compiler.batch.Main \
+        -17 -proc:none -d .cache/clients tests/clients/Dial.java
 }
 
 missing=()
@@ -128,5 +130,26 @@ step "Python packages into .venv" make_venv
 if [ "$(id -u)" -eq 0 ] && [[ "$(apt-cache policy user-mode-linux 2>>"$log")" != *Candidate* ]]; then
     step "package lists" apt-get update --quiet
 fi
-step "test kernel" .venv/bin/python -m ipsecgate.lab.kernel
+prepare=(.venv/bin/python -m ipsecgate.lab.prepare)
+
+# What a test kernel needs beside its own package; $1 is why, the rest goes to `prepare`.
+install_for_kernel() {
+    local reason=$1 packages
+    shift
+    mapfile -t packages < <("${prepare[@]}" --packages "$@" 2>>"$log")
+    [ "${#packages[@]}" -gt 0 ] || return 0
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "setup: $reason. As root: apt-get install ${packages[*]}" >&2
+        exit 1
+    fi
+    echo "$reason"
+    step "installing ${packages[*]}" install_packages "${packages[@]}"
+}
+
+install_for_kernel "this CPU's registers need a library for the test kernel, and that a compiler"
+if ! step "test kernel" "${prepare[@]}"; then
+    tail -n 25 "$log"
+    install_for_kernel "trying QEMU instead" --kernel qemu
+    step "test kernel (QEMU)" "${prepare[@]}" --kernel qemu
+fi
 tail -n 1 "$log"

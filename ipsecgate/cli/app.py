@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import click
 
+from ipsecgate.core.printable import as_json, printable, printable_lines
 from ipsecgate.edges import config as configuration
 from ipsecgate.edges.config import Config
 from ipsecgate.errors import GateError
 from ipsecgate.paths import DEFAULT_CONFIG, DEFAULT_INSTANCE, Paths
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from rich.console import Console
 
 
@@ -43,14 +46,24 @@ class App:
 
     def document(self, data: Any) -> None:
         """Print one JSON document."""
-        click.echo(json.dumps(data, indent=2))
+        click.echo(as_json(data, indent=2))
 
     def done(self, text: str, **data: Any) -> None:
         """Say what a verb did, in words or as a document."""
         if self.json:
             self.document(data)
         else:
-            self.out.print(text)
+            self.out.print(printable(text))
+
+
+class _OneLine(logging.Formatter):
+    """A record is a line, whatever the text holds; only a traceback below it has more."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return printable_lines(super().formatException(ei))
 
 
 class _Lazy(click.Group):
@@ -123,11 +136,9 @@ def cli(
     Every option can be set in the environment: IPSECGATE_CONFIG, IPSECGATE_INSTANCE,
     IPSECGATE_BPFFS, IPSECGATE_RUN_DIR, IPSECGATE_CACHE_DIR.
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(levelname)s: %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     ctx.obj = App(
         paths=Paths(config or DEFAULT_CONFIG, instance, bpffs, run_dir, cache_dir),
         config_required=config is not None,
@@ -138,6 +149,7 @@ def cli(
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
+    sys.excepthook = _defect
     arguments = sys.argv[1:] if argv is None else argv
     try:
         code = cli.main(args=arguments, prog_name="ipsecgate", standalone_mode=False)
@@ -146,7 +158,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(130)
     except click.ClickException as error:
         if "--json" in arguments:
-            _explain(GateError(error.format_message()), as_json=True)
+            _explain(GateError(error.format_message()), document=True)
         else:
             error.show()
         sys.exit(error.exit_code)
@@ -164,19 +176,31 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(1)
 
 
+def _defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of what should not have happened; its text may be others', too."""
+    lines = "".join(traceback.format_exception(kind, error, trace)).rstrip()
+    sys.stderr.write(f"{printable_lines(lines)}\n")
+
+
 def _console(*, stderr: bool = False) -> Console:
     # Who has no screen does without: `run` lives long, and `exec` is in a hurry.
     from rich.console import Console  # noqa: PLC0415
 
-    return Console(stderr=stderr, highlight=False)
+    # No markup and no :emoji: codes: screens show text that others wrote, brackets and all.
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
-def _explain(error: GateError, as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps({"error": str(error), "hint": error.hint}), err=True)
+def _explain(error: GateError, document: bool) -> None:
+    if document:
+        told = {"error": str(error), "hint": error.hint}
+        if error.evidence:
+            told["evidence"] = error.evidence
+        click.echo(as_json(told), err=True)
         return
     console = _console(stderr=True)
     console.print("ipsecgate: ", style="bold red", end="")
-    console.print(str(error), markup=False, soft_wrap=True)
+    console.print(printable_lines(str(error)), soft_wrap=True)
+    for line in error.evidence.splitlines():
+        console.print(f"  {printable(line)}", soft_wrap=True)
     if error.hint:
-        console.print(f"  {error.hint}", style="dim", markup=False, soft_wrap=True)
+        console.print(f"  {printable_lines(error.hint)}", style="dim", soft_wrap=True)

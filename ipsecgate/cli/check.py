@@ -8,6 +8,7 @@ from rich.text import Text
 
 from ipsecgate import diagnosis
 from ipsecgate.cli.app import App
+from ipsecgate.core.printable import printable, printable_lines
 
 
 @click.command()
@@ -29,9 +30,9 @@ def check(app: App) -> int:
             table.add_column(column, overflow="fold")
         for finding in findings:
             state = Text("ok", "green") if finding.ok else Text("missing", "bold red")
-            found = Text(finding.found)
+            found = Text(printable_lines(finding.found))
             if not finding.ok:
-                found.append(f"\n{finding.hint}", style="yellow")
-            table.add_row(state, finding.name, found)
+                found.append(f"\n{printable_lines(finding.hint)}", style="yellow")
+            table.add_row(state, printable(finding.name), found)
         app.out.print(table)
     return max((f.exit_code for f in findings if not f.ok), default=0)

@@ -100,12 +100,15 @@ def _in_guest(delay: float, mode: str) -> Document:
         style="dim",
     )
 
+    def progress(text: str) -> None:
+        errors.print(text, style="dim", markup=False)
+
     def say(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
 
     options = ["--delay", str(delay), "--mode", mode]
-    command = [sys.executable, "-m", "ipsecgate", "--json", "demo", *options]
+    command = [sys.executable, "-P", "-m", "ipsecgate", "--json", "demo", *options]
     with tempfile.TemporaryDirectory() as folder:
         result = guest.run(
             ["sh", "-c", f'exec "$@" > "$IPSECGATE_RESULTS/{RESULT}"', "sh", *command],
@@ -113,6 +116,7 @@ def _in_guest(delay: float, mode: str) -> Document:
             results=Path(folder),
             on_output=say,
             terminal=sys.stderr.isatty(),
+            progress=progress,
         )
         try:
             told: Document = json.loads((Path(folder) / RESULT).read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -13,6 +12,7 @@ import click
 from rich.text import Text
 
 from ipsecgate.cli.app import App
+from ipsecgate.core.printable import as_json, printable_document
 from ipsecgate.edges import control
 
 PERIOD = 0.5  # seconds between two looks, when following
@@ -43,7 +43,7 @@ def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
         if denied and record["kind"] == "log":
             continue
         if app.json:
-            click.echo(json.dumps(record))
+            click.echo(as_json(record))
         else:
             app.out.print(line(record))
 
@@ -64,7 +64,8 @@ def _to_come(app: App, seq: int) -> Iterator[dict[str, Any]]:
 
 
 def line(record: dict[str, Any]) -> Text:
-    """Draw one event."""
+    """Draw one event, on one line."""
+    record = printable_document(record)
     when = datetime.fromtimestamp(record["time"]).astimezone()
     kind = record.get("level", record["kind"])
     text = Text.assemble(

@@ -16,11 +16,22 @@ import click
 from ipsecgate import loader
 from ipsecgate.cli.app import App
 from ipsecgate.core import seccomp as abi
-from ipsecgate.core.holds import HOLD
+from ipsecgate.core.holds import HOLD, HOLD_LONGEST
 from ipsecgate.edges import cgroups, control, seccomp
 from ipsecgate.errors import GateError, UsageError
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as env(1) has it
+# What may be inherited and has the packets of somebody outside: by family, by name in /proc.
+SOCKETS: dict[int, str] = {
+    socket.AF_INET: "an Internet socket",
+    socket.AF_INET6: "an Internet socket",
+    socket.AF_PACKET: "a packet socket",
+    44: "an AF_XDP socket",  # linux/socket.h
+}
+FILES = {
+    r"anon_inode:\[io_uring\]": "an io_uring",
+    r"/dev/(net/tun|tap\d+)": "a TAP device",
+}
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0}
 
 
@@ -37,7 +48,10 @@ def seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|)", text)
     if found is None:
         raise click.BadParameter(f"{text!r} is not a time such as 30s, 500ms or 2m")
-    return float(found[1]) * UNITS[found[2]]
+    long = float(found[1]) * UNITS[found[2]]
+    if long > HOLD_LONGEST:
+        raise click.BadParameter(f"{text!r} is for ever")
+    return long
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": True})
@@ -63,9 +77,11 @@ def exec_(
     EHOSTUNREACH. Without a controller the command is not run.
     """
     who = _user(user) if user is not None else None
-    refuse_internet_sockets()
+    refuse_ways_out()
     gated = loader.gated(app.paths)
     join(cgroups.resolve(cgroup).resolve() if cgroup else _default(gated), gated)
+    if not loader.is_gated(app.paths, os.getpid()):  # by a name that was another's meanwhile
+        raise GateError("the cgroup was made anew and is not gated yet", hint="run it again")
     with control.connected(app.paths.control) as ask:
         listener = seccomp.install(abi.program(seccomp.abi(), datagrams=udp))
         ask("hold", fd=listener, limit=hold)
@@ -82,29 +98,34 @@ def _user(name: str) -> pwd.struct_passwd:
         raise UsageError(f"there is no user {name!r}") from None
 
 
-def refuse_internet_sockets() -> None:
+def refuse_ways_out() -> None:
     """Refuse what the command would inherit and the hooks would not be asked about.
 
-    A socket stays in the cgroup in which it was made. Raises: GateError.
+    A socket stays in the cgroup in which it was made, and so do those of a ring, which can
+    be others' than its user's. Raises: GateError.
     """
     for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208
         fd = int(entry)
-        if _family(fd) in (socket.AF_INET, socket.AF_INET6):
+        if way := _way_out(fd):
             raise GateError(
-                f"descriptor {fd} is an Internet socket from outside the gated cgroup",
+                f"descriptor {fd} is {way} from outside the gated cgroup",
                 hint=f"the hooks would not see its flows: close it ({fd}<&- in a shell)",
             )
 
 
-def _family(fd: int) -> int | None:
-    """Return the family of a socket that a command would inherit; None: it is none."""
+def _way_out(fd: int) -> str | None:
+    """Return which way past the hooks a descriptor is that a command would inherit, if any."""
     try:
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode) or not os.get_inheritable(fd):
+        if not os.get_inheritable(fd):
             return None
-        with socket.socket(fileno=os.dup(fd)) as sock:
-            return sock.family
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            # Family and type are given, not found out: some have no name to tell them by.
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(fd)) as sock:
+                return SOCKETS.get(sock.getsockopt(socket.SOL_SOCKET, seccomp.SO_DOMAIN))
+        name = str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError:
         return None  # what listed the folder
+    return next((way for file, way in FILES.items() if re.fullmatch(file, name)), None)
 
 
 def _default(gated: Sequence[Path]) -> Path:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ipsecgate import report
 from ipsecgate.cli.app import App
+from ipsecgate.core.printable import printable_document
 from ipsecgate.errors import GateError
 
 COLOURS = {
@@ -39,7 +40,7 @@ def status(app: App) -> int:
     if app.json:
         app.document(document)
     else:
-        app.out.print(screen(document))
+        app.out.print(screen(printable_document(document)))
     attached = all(hook["attached"] for hook in document["hooks"])
     healthy = document["controller"]["alive"] and not document["errors"] and attached
     return 0 if healthy and document["published"] else 1

@@ -42,6 +42,7 @@ class Enforced:
         self._protection = protection
         self._negotiations = negotiations
         self._numbered: tuple[Policy, ...] = ()  # by these the negotiations' places count
+        self._errnos = settings.errnos
         self._floor: tuple[Policy, ...] | None = None  # the policies it is under, None: to be told
 
     @property
@@ -65,22 +66,31 @@ class Enforced:
         """What the operator should mend."""
         userland = self.settings.floor and self._protection.in_userland
         useless = ["gate.floor: has no effect where IKE does ESP itself"] if userland else []
-        return [*self._published.errors.values(), *self.learned.errors, *useless]
+        tables = [*self._published.errors.values(), *self._protection.errors]
+        return [*tables, *self.learned.errors, *useless]
 
     def refresh(self) -> list[do.Command]:
         """Bring the policy table up to date: policies, and the errno of their refusals."""
         if not self.policies:
             return []
         told: list[do.Command] = []
-        uncovered = self.settings.errnos.uncovered
-        if self._numbered != self.policies:
-            self._numbered = self.policies
-            told = self._published.policies(self.policies, {}, uncovered)
-            names = [policy.name for policy in self.policies]
-            told += self._negotiations.renumber(self._place_for, names)
-        errnos = {place: self._errno(place) for place in self._negotiations.places()}
-        told += self._published.policies(self.policies, errnos, uncovered)
+        if self._numbered is not self.policies or self._errnos != self.settings.errnos:
+            told = self._renumber()
+        for place in sorted(self._negotiations.moved_places()):
+            told += self._published.errno(place, self._errno(place))
         return told + self._keep_floor()
+
+    def _renumber(self) -> list[do.Command]:
+        """Publish the policies, and find anew which of them each negotiation is for."""
+        policies, uncovered = self.policies, self.settings.errnos.uncovered
+        told: list[do.Command] = []
+        if self._numbered != policies:
+            told = self._published.policies(policies, {}, uncovered)
+            self._numbered = policies
+            told += self._negotiations.renumber(self._place_for, [one.name for one in policies])
+        self._numbered, self._errnos = policies, self.settings.errnos
+        errnos = {place: self._errno(place) for place in self._negotiations.places()}
+        return told + self._published.policies(policies, errnos, uncovered)
 
     def place_of(self, flow: Flow) -> int | None:
         """Return the place of the policy that has a flow now."""
@@ -117,7 +127,7 @@ class Enforced:
             return []
         enforced = self.settings.floor and not self.settings.audit
         under = self.policies if enforced and not self._protection.in_userland else ()
-        if under == self._floor:
+        if under is self._floor or under == self._floor:
             return []
         self._floor = under
         return [do.SetFloor(floor_of(under))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ipsecgate.core.flow import Address, Flow, Network, TrafficSelector
-from ipsecgate.core.ipsec import Mode, Sa, SaId, SpdEntry, SpdKey
+from ipsecgate.core.ipsec import ESP, Mode, Sa, SaId, SpdEntry, SpdKey
 
 if TYPE_CHECKING:
     from ipsecgate.core.policy import Settings
@@ -129,6 +129,9 @@ class ChildSa:
     `local` and `remote` are the traffic selectors as negotiated: the peer may have
     narrowed them, and drops what is outside whatever the kernel's policy says. `unique`
     tells it from others of its configuration.
+
+    An SPI alone names nothing: its receiver chose it, so two peers may have chosen the same, and
+    a peer may choose any. `outbound` and `inbound` are the names of the kernel's two states.
     """
 
     ike: str
@@ -140,6 +143,20 @@ class ChildSa:
     local: tuple[TrafficSelector, ...] = ()
     remote: tuple[TrafficSelector, ...] = ()
     unique: int = 0
+    proto: int = ESP
+    local_host: Address | None = None  # None: not told
+
+    @property
+    def outbound(self) -> SaId:
+        """The state that sends."""
+        return SaId(self.remote_host, self.spi_out, self.proto)
+
+    @property
+    def inbound(self) -> SaId | None:
+        """The state that receives, None where its destination was not told."""
+        if self.local_host is None:
+            return None
+        return SaId(self.local_host, self.spi_in, self.proto)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +194,14 @@ class IkeConnected:
     """The IKE daemon answers: what it has loaded, what it has established, its pid.
 
     `userland`: it does ESP itself (kernel-libipsec), so the kernel knows no SA of its.
+    `unread`: what was not understood; it is in neither list, and says nothing of what is.
     """
 
     children: tuple[ChildConfig, ...]
     established: tuple[ChildSa, ...]
     pid: int
     userland: bool = False
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +228,23 @@ class NegotiationDone:
     child: str
 
 
-IkeEvent = ChildUp | ChildDown | IkeUp | IkeDown | IkeGone | NegotiationFailed | NegotiationDone
+@dataclass(frozen=True, slots=True)
+class IkeUnread:
+    """The IKE daemon told something that was not understood: what it lists says how it is."""
+
+    reason: str
+
+
+IkeEvent = (
+    ChildUp
+    | ChildDown
+    | IkeUp
+    | IkeDown
+    | IkeGone
+    | IkeUnread
+    | NegotiationFailed
+    | NegotiationDone
+)
 
 
 # --- the operator ------------------------------------------------------------------

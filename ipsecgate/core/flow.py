@@ -20,7 +20,7 @@ ICMP = (1, 58)
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 
 PORT_MASK = 0xFFFF
-DHCP = (("255.255.255.255", 67), ("ff02::1:2", 547))
+DHCP = (("255.255.255.255", 68, 67), ("ff02::1:2", 546, 547))
 ANY_V4 = IPv4Network("0.0.0.0/0")
 ANY_V6 = IPv6Network("::/0")
 
@@ -72,7 +72,7 @@ def is_exempt(flow: Flow) -> bool:
     """
     if flow.daddr.is_loopback or flow.daddr.is_unspecified:
         return True
-    return flow.proto == UDP and (str(flow.daddr), flow.dport) in DHCP
+    return flow.proto == UDP and (str(flow.daddr), flow.sport, flow.dport) in DHCP
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,12 @@ from ipsecgate.core.ike import Ike
 from ipsecgate.core.ipsec import Action, Direction, SpdEntry
 from ipsecgate.core.layout import TableId
 from ipsecgate.core.learned import Learned
-from ipsecgate.core.negotiations import Negotiations
+from ipsecgate.core.negotiations import Name, Negotiations
 from ipsecgate.core.policy import Policy, SaSource, Settings
 from ipsecgate.core.protection import Protection
 from ipsecgate.core.published import Published
 from ipsecgate.core.sources import Cover, prefix
+from ipsecgate.core.watched import Watched
 
 
 class Gate:
@@ -52,10 +53,14 @@ class Gate:
             settings, Learned(remembered), self.published, self.protection, self.negotiations
         )
         self.ike = Ike(self.enforced, self.protection, self.negotiations)
-        self.holds = Holds(settings.errnos, self._outlook)
+        self._watched = Watched(self.protection.key_of)
+        self.negotiations.watched = self._watched
+        self.holds = Holds(settings.errnos, self._outlook, self._watched)
         self._halves = Halves()
         self._destinations: tuple[Network, ...] = ()
+        self._cover = Cover(())  # of these
         self._told_tun: int | None = None  # a predecessor may have told another
+        self._rerouted = False  # and nobody has looked since at what is covered by which source
         self._next: Settings | None = None  # waits for the sources that it needs
 
     @property
@@ -82,16 +87,16 @@ class Gate:
         ask for comes last: a process that asks much must not hold up what closes a flow.
         """
         events = tuple(sorted(events, key=_is_asked))
-        only_calls = all(isinstance(event, on.CallEvent) for event in events)
-        if not only_calls:
+        if not all(isinstance(event, on.CallEvent | on.FlowRefused) for event in events):
             self.holds.forget()
+        before = self.policies
         commands: list[do.Command] = []
         matters = False
         for at, event in enumerate(events, 1):
-            if isinstance(event, on.XfrmEvent):
-                matters |= self.protection.mirror.apply(event)
-                last = not isinstance(events[at] if at < len(events) else None, on.XfrmEvent)
-                if matters and last:
+            if isinstance(event, _TOLD_TOGETHER):
+                matters |= self._hear(event)
+                following = events[at] if at < len(events) else None
+                if matters and not isinstance(following, _TOLD_TOGETHER):
                     commands += self._follow_kernel()
                     matters = False
                 if isinstance(event, on.PolicySet) and self._is_news(event.entry):
@@ -100,9 +105,21 @@ class Gate:
                 commands += self.holds.step(event)
             else:
                 commands += self._take(event)
-        if not only_calls:
-            commands += self.holds.settle()
-        return commands
+        if before is not self.policies:
+            self.holds.all_may()
+        self.holds.negotiations_moved(self.negotiations.moved())
+        return commands + self.holds.settle()
+
+    def _hear(self, event: on.XfrmEvent | on.ChildUp | on.ChildDown) -> bool:
+        """Take in what comes with more of its kind; return whether it may matter."""
+        match event:
+            case on.ChildUp():
+                self.protection.child_up(event.sa)
+            case on.ChildDown():
+                self.protection.userland.ike_drops(event.sa)
+            case _:
+                return self.protection.mirror.apply(event)
+        return True
 
     def _take(self, event: on.OtherEvent) -> list[do.Command]:
         match event:
@@ -128,14 +145,10 @@ class Gate:
         match event:
             case on.IkeGone():
                 return self._ike_gone(event)
-            case on.ChildUp():
-                self.protection.child_up(event.sa)
-                return self._follow_kernel()
-            case on.ChildDown():
-                self.protection.userland.ike_drops(event.sa)
-                return self._follow_kernel()
-            case on.IkeUp() | on.IkeDown():
-                return []  # its children are told one by one
+            case on.IkeUp() | on.IkeDown() | on.ChildUp() | on.ChildDown():
+                return []  # its children are told one by one, and heard together
+            case on.IkeUnread():
+                return [*self.ike.has_unread((event.reason,)), do.AskIke()]
             case on.NegotiationFailed():
                 name = (event.ike, event.child)
                 return self.negotiations.failed(name, event.cause) + self.enforced.refresh()
@@ -149,8 +162,12 @@ class Gate:
         return [*([do.Log("error", text)] if drift else []), *self._follow_kernel()]
 
     def _sources_resolved(self, event: on.SourcesResolved) -> list[do.Command]:
-        self.protection.resolved(event)
-        return [do.SetSources(event.sources), *self._follow_kernel(), *self._adopt()]
+        self.protection.resolved(event, self._destinations)
+        self._watched.route_anew()
+        self.holds.all_may()
+        self._rerouted = True
+        sources = tuple(self.protection.sources.items())
+        return [do.SetSources(sources), *self._follow_kernel(), *self._adopt()]
 
     # --- tables -------------------------------------------------------------------
 
@@ -163,14 +180,31 @@ class Gate:
         if not self.protection.is_known(routed=bool(self._destinations)):
             return []
         before = self.published.live() if self.settings.destroy else set()
-        opened = self.published.spd(self.protection.source.agreed_rules())
+        opened = self.published.spd(self.protection.source)
+        concerned = self._concerned()
         lost = [do.CutOff()] if before - self.published.live() else []
         moved = [
             command
-            for name, item in self.negotiations.of.items()
-            for command in self.negotiations.sa_is(name, live=self.protection.is_live(item.flow))
+            for name in concerned
+            for command in self.negotiations.sa_is(
+                name, live=self.protection.is_live(self.negotiations.of[name].flow)
+            )
         ]
         return [*self._tell_tun(), *opened, *lost, *moved, *self.enforced.refresh()]
+
+    def _concerned(self) -> list[Name]:
+        """Return the negotiations whose flows may be covered or uncovered now.
+
+        Held calls are looked at again for the same reason.
+        """
+        changed = self.published.changed
+        if changed is None or self._rerouted:
+            self._rerouted = False
+            self.holds.all_may()
+            return list(self.negotiations.of)
+        flows = self._watched.among(changed)
+        self.holds.these_may(flows)
+        return self.negotiations.names(flows)
 
     def _tell_tun(self) -> list[do.Command]:
         """What goes into the daemon's own device is not in clear, if it is the daemon's."""
@@ -185,18 +219,19 @@ class Gate:
         """
         if entry.action is not Action.PROTECT or entry.key.direction is not Direction.OUT:
             return False
-        return not all(template.spi for template in entry.templates) or not any(
-            entry.key.selector.dst.version == network.version
-            and entry.key.selector.dst.subnet_of(network)  # type: ignore[arg-type]
-            for network in self._destinations
+        return not all(template.spi for template in entry.templates) or not self._cover.contains(
+            prefix(entry.key.selector.dst)
         )
 
     def _ask_sources(self) -> list[do.Command]:
         wanted = self.enforced.networks(self.settings)
         if wanted == self._destinations or self._next is not None:
             return []
-        self._destinations = wanted
-        return [do.ResolveSources(wanted)]
+        return [self._resolve(wanted)]
+
+    def _resolve(self, destinations: tuple[Network, ...]) -> do.Command:
+        self._destinations, self._cover = destinations, Cover(destinations)
+        return do.ResolveSources(destinations)
 
     def is_cut_off(self, flow: Flow) -> bool:
         """Tell whether a flow that stands must be protected, and is not."""
@@ -205,19 +240,23 @@ class Gate:
 
     # --- held calls -----------------------------------------------------------------
 
-    def _outlook(self, flow: Flow) -> tuple[list[do.Command], Outlook]:
+    def _outlook(self, flow: Flow) -> tuple[list[do.Command], Outlook, Name | None]:
         """Return what a flow can expect, and have the SA negotiated that it needs."""
         if TableId.POLICY not in self.published.tables and not self.settings.audit:
-            return [], Outlook.PENDING  # the hooks refuse everything until the policies are known
+            # The hooks refuse everything until the policies are known.
+            return [], Outlook.IDLE, None
         place = self.enforced.place_of(flow)
         if place is None or not self._must_wait(flow, self.policies[place]):
-            return [], Outlook.FREE
+            return [], Outlook.FREE, None
         asked = self.ike.ask(flow, place)
         config = self.ike.child(flow, self.policies[place])
-        item = self.negotiations.of.get((config.ike, config.child)) if config else None
-        failed = item is not None and item.coverage is Coverage.BACK_OFF
+        name = (config.ike, config.child) if config else None
+        item = self.negotiations.of.get(name) if name else None
         refreshed = [*asked, *self.enforced.refresh()] if asked else []
-        return refreshed, Outlook.FAILED if failed else Outlook.PENDING
+        if item is not None and item.coverage is Coverage.BACK_OFF:
+            return refreshed, Outlook.FAILED, name
+        pending = item is not None and item.coverage is Coverage.NEGOTIATING
+        return refreshed, Outlook.PENDING if pending else Outlook.IDLE, name
 
     def _must_wait(self, flow: Flow, policy: Policy) -> bool:
         """Tell whether the hooks would refuse a flow, for want of an SA alone."""
@@ -235,14 +274,13 @@ class Gate:
         if timer.kind == "half":
             return self._halves.timer(name, self._halved())
         item = self.negotiations.of.get(name)
-        stale = (
-            item is not None
-            and item.said_up
-            and item.coverage is Coverage.NEGOTIATING
-            and self.protection.is_stale(name, item.flow)
-        )
+        stale: list[on.ChildSa] = []
+        if item is not None and item.said_up and item.coverage is Coverage.NEGOTIATING:
+            stale = self.protection.stale(name, item.flow)
         moved = self.negotiations.timer(timer)
-        return [do.Terminate(*name), *moved] if stale and timer.kind == "limit" else moved
+        if timer.kind != "limit":
+            return moved
+        return [*(do.Terminate(*name, sa.unique) for sa in stale), *moved]
 
     # --- the configuration ------------------------------------------------------------
 
@@ -258,8 +296,7 @@ class Gate:
         union = tuple(dict.fromkeys((*self._destinations, *wanted)))
         if union == self._destinations:
             return [*learned, *self._adopt()]
-        self._destinations = union
-        return [*learned, do.ResolveSources(union)]
+        return [*learned, self._resolve(union)]
 
     def _adopt(self) -> list[do.Command]:
         """Put the next configuration in force if its sources are known: the stricter part first."""
@@ -270,6 +307,7 @@ class Gate:
             return []
         self._next, self.enforced.settings = None, new
         self.holds.errnos = new.errnos
+        self.holds.all_may()
         self.ike.warn_anew()
         error = new.errnos.uncovered
         return [
@@ -285,6 +323,7 @@ class Gate:
 
     def _ike_connected(self, event: on.IkeConnected) -> list[do.Command]:
         news: list[do.Command] = []
+        before = self.ike.error, self.protection.sa_source
         if self.ike.error:
             news = [do.ExemptIke(event.pid), do.Log("info", f"IKE daemon {event.pid} connected")]
         if self.settings.sa_source is SaSource.AUTO:
@@ -294,12 +333,17 @@ class Gate:
             news.append(
                 do.Log("warning", f"sa_source = {self.settings.sa_source.value!r}, but IKE {esp}")
             )
+        if self.ike.has_loaded(event.children) or self.ike.error:
+            self.holds.all_may()
+        self.holds.idle_may()
         self.ike.error = ""
-        self.ike.children = event.children
-        self.protection.ike_connected(event)
+        news += self.ike.has_unread(event.unread)
+        self.ike.unread = event.unread
+        matters = self.protection.ike_connected(event)
+        matters |= before != (self.ike.error, self.protection.sa_source)
         if not self.settings.policies:
             news += self.enforced.learned.learn(event.children)
-        follow = self._follow_kernel()
+        follow = self._follow_kernel() if matters else []  # it is looked at often
         halves = self._halves.look(event.established, self._halved())
         asked = [*self._ask_sources(), *self.ike.ask_again()]
         return [*news, *follow, *halves, *asked, *self.enforced.refresh()]
@@ -330,6 +374,10 @@ class Gate:
             *self.negotiations.ike_gone(),
             *self.enforced.refresh(),
         ]
+
+
+# Several come at one go, and only their sum says what is protected.
+_TOLD_TOGETHER = on.XfrmEvent | on.ChildUp | on.ChildDown
 
 
 def _is_asked(event: on.Event) -> bool:

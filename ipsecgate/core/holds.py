@@ -4,9 +4,10 @@
                 IKE failed? an errno, at once
                 else held                      Hold: until its limit
 
-    anything that happens -> every held call is looked at again, in the same way
+    what it waits for changes -> it is looked at again, in the same way, a slice at a time
 
-Rules of this module: an answer opens nothing, the hooks look again; a call is only
+Rules of this module: what happens costs nothing for calls that it does not concern, and all
+calls for one flow are one; an answer opens nothing, the hooks look again; a call is only
 told to go on after the tables were written, so `Answer` follows them; no call is
 answered with what a client takes for success or for "wait" (EAGAIN, EINTR,
 EINPROGRESS).
@@ -14,20 +15,24 @@ EINPROGRESS).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 
 from ipsecgate.core import commands as do
 from ipsecgate.core.events import Call, CallEvent, CallExpired, CallGone, CallInterrupted, CallMade
 from ipsecgate.core.flow import Flow
+from ipsecgate.core.negotiations import Name
 from ipsecgate.core.policy import Errnos
 from ipsecgate.core.seccomp import ERESTARTNOINTR
+from ipsecgate.core.watched import Watched
 
 HOLD = 30.0  # seconds that a call is held where nobody says otherwise
 # Where the caller is not prepared to wait: a non-blocking socket's thread has other things
 # to do, and getaddrinfo() tries each address by a UDP connect().
 HOLD_IMPATIENT = 5.0
+HOLD_LONGEST = 1e8  # three years: what is more, or not a number at all, no timer can have
 FREE_FLOWS = 4096  # that are remembered
 
 
@@ -35,12 +40,17 @@ class Outlook(Enum):
     """What a flow can expect."""
 
     FREE = "no SA is needed, or it is there"
-    PENDING = "an SA may come"
+    PENDING = "an SA may come: it is being negotiated"
+    IDLE = "an SA may come, but nothing is under way"
     FAILED = "IKE failed"
 
 
-Look = Callable[[Flow], tuple[list[do.Command], Outlook]]
-"""Tell what a flow can expect, and what to do about it."""
+SLICE = 16  # flows that are looked at in one step
+
+Look = Callable[[Flow], tuple[list[do.Command], Outlook, Name | None]]
+"""Tell what a flow can expect, what to do about it, and which child it waits for, if any."""
+
+WAITING = (Outlook.PENDING, Outlook.IDLE)
 
 
 @dataclass
@@ -49,9 +59,15 @@ class Holds:
 
     errnos: Errnos
     look: Look
+    watched: Watched
     of: dict[Call, CallMade] = field(default_factory=dict)
     total: int = 0
     _free: set[Flow] = field(default_factory=set)  # that were seen to be, until anything happens
+    _calls: dict[Flow, dict[Call, None]] = field(default_factory=dict)  # that are held
+    _waits: dict[Flow, Name | None] = field(default_factory=dict)  # for which child each is held
+    _for: dict[Name | None, dict[Flow, None]] = field(default_factory=dict)  # the same, by child
+    _idle: dict[Flow, None] = field(default_factory=dict)  # for which nothing is under way
+    _due: dict[Flow, None] = field(default_factory=dict)  # to be looked at again
 
     def is_free(self, flow: Flow) -> bool:
         """Tell whether `step` would let a call for this flow go on, where that is known already.
@@ -68,31 +84,95 @@ class Holds:
         """Answer a call, or hold it; or take note that its time is over."""
         if not isinstance(event, CallMade):
             return self._ended(event)
-        asked, outlook = self.look(event.flow)
-        if outlook is Outlook.FREE and len(self._free) < FREE_FLOWS:
-            self._free.add(event.flow)
-        if outlook is not Outlook.PENDING:
-            return [*asked, self._answer(event.call, outlook)]
+        flow = event.flow
+        asked: list[do.Command] = []
+        if flow not in self._calls or flow in self._due or flow in self._idle:
+            asked, outlook, name = self.look(flow)
+            if outlook is Outlook.FREE and len(self._free) < FREE_FLOWS:
+                self._free.add(flow)
+            if outlook not in WAITING:
+                return [*asked, self._answer(event.call, outlook)]
+            self._wait(flow, outlook, name)
         self.of[event.call] = event
+        self._calls[flow][event.call] = None
         self.total += 1
         return [*asked, do.Hold(event)]
 
+    # --- what concerns which ----------------------------------------------------------
+
+    def all_may(self) -> None:
+        """Look at every flow again, by and by."""
+        self._due.update(dict.fromkeys(self._calls))
+
+    def these_may(self, flows: Iterable[Flow]) -> None:
+        """Look at these again, as far as a call for them is held."""
+        self._due.update((flow, None) for flow in flows if flow in self._calls)
+
+    def negotiations_moved(self, names: Iterable[Name]) -> None:
+        """Look at the flows again that wait for these children."""
+        for name in names:
+            self._due.update(self._for.get(name, {}))
+
+    def idle_may(self) -> None:
+        """Look at the flows again for which nothing is under way."""
+        self._due.update(self._idle)
+
+    @property
+    def unsettled(self) -> bool:
+        """Tell whether a flow is to be looked at again."""
+        return bool(self._due)
+
     def settle(self) -> list[do.Command]:
-        """Look at every held call again, and answer those that need not wait any more."""
-        asked: list[do.Command] = []
-        known: dict[Flow, Outlook] = {}
-        for flow in dict.fromkeys(made.flow for made in self.of.values()):
-            commands, known[flow] = self.look(flow)
+        """Look at a slice of those, and answer the calls that need not wait any more."""
+        told: list[do.Command] = []
+        for flow in list(islice(self._due, SLICE)):
+            del self._due[flow]
+            commands, outlook, name = self.look(flow)
             # The daemon is looked at every so often: what it has loaded now, it told.
-            asked.extend(c for c in commands if not isinstance(c, do.AskIke))
-        done = [c for c, made in self.of.items() if known[made.flow] is not Outlook.PENDING]
-        return [*asked, *(self._answer(call, known[self.of.pop(call).flow]) for call in done)]
+            told.extend(c for c in commands if not isinstance(c, do.AskIke))
+            if outlook in WAITING:
+                self._wait(flow, outlook, name)
+                continue
+            for call in self._calls[flow]:
+                del self.of[call]
+                told.append(self._answer(call, outlook))
+            self._forget(flow)
+        return told
+
+    def _wait(self, flow: Flow, outlook: Outlook, name: Name | None) -> None:
+        if flow not in self._calls:
+            self._calls[flow] = {}
+            self.watched.add(flow)
+        elif name != self._waits[flow]:
+            self._leave(flow)
+        self._waits[flow] = name
+        self._for.setdefault(name, {})[flow] = None
+        if outlook is Outlook.IDLE:
+            self._idle[flow] = None
+        else:
+            self._idle.pop(flow, None)
+
+    def _leave(self, flow: Flow) -> None:
+        name = self._waits.pop(flow)
+        del self._for[name][flow]
+        if not self._for[name]:
+            del self._for[name]
+
+    def _forget(self, flow: Flow) -> None:
+        self._leave(flow)
+        del self._calls[flow]
+        self._due.pop(flow, None)
+        self._idle.pop(flow, None)
+        self.watched.discard(flow)
 
     def _ended(self, event: CallExpired | CallInterrupted | CallGone) -> list[do.Command]:
         """A held call's time is over, for one reason or another."""
         made = self.of.pop(event.call, None)
         if made is None:
             return []  # answered in the same moment
+        del self._calls[made.flow][event.call]
+        if not self._calls[made.flow]:
+            self._forget(made.flow)
         match event:
             case CallExpired():
                 late = f"{made.flow} of {made.pid} was held for {made.limit:.1f} s"

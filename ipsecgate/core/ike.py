@@ -11,12 +11,13 @@ from ipsecgate.core.enforced import Enforced
 from ipsecgate.core.events import ChildConfig
 from ipsecgate.core.flow import Flow
 from ipsecgate.core.ipsec import Action
-from ipsecgate.core.negotiations import Negotiations, child_for
+from ipsecgate.core.negotiations import Loaded, Negotiations, child_for
 from ipsecgate.core.policy import Policy
 from ipsecgate.core.protection import Protection
 
 ORPHANS = 64  # flows that wait for a connection to be loaded
 WARNINGS = 256  # that are told once each
+UNREAD = 64  # the same, of what the daemon says
 
 
 class Ike:
@@ -25,13 +26,27 @@ class Ike:
     def __init__(
         self, enforced: Enforced, protection: Protection, negotiations: Negotiations
     ) -> None:
-        self.children: tuple[ChildConfig, ...] = ()
+        self.loaded = Loaded(())
         self.error = "not connected yet"
+        self.unread: tuple[str, ...] = ()  # of what it lists: what was not understood
         self._enforced = enforced
         self._protection = protection
         self._negotiations = negotiations
         self._orphans: set[Flow] = set()  # refused, and no child known
         self._warned: set[tuple[str, Flow]] = set()
+        self._unread: tuple[str, ...] = ()  # that was told
+
+    @property
+    def children(self) -> tuple[ChildConfig, ...]:
+        """What the daemon has loaded."""
+        return self.loaded.children
+
+    def has_loaded(self, children: tuple[ChildConfig, ...]) -> bool:
+        """Take in what the daemon has loaded; return whether that is news."""
+        news = children != self.loaded.children
+        if news:
+            self.loaded = Loaded(children)
+        return news
 
     def ask(self, flow: Flow, place: int | None) -> list[do.Command]:
         """Have the child negotiated that would protect a refused flow."""
@@ -42,6 +57,8 @@ class Ike:
             return []
         config = self.child(flow, policy)
         if config is not None:
+            if self._negotiations.is_settled((config.ike, config.child)):
+                return []
             if self._protection.is_up(config):
                 return self._warn(f"{config.ike}/{config.child} is up and does not protect", flow)
             return self._negotiations.ask((config.ike, config.child), flow, place, policy.name)
@@ -66,7 +83,16 @@ class Ike:
 
     def child(self, flow: Flow, policy: Policy) -> ChildConfig | None:
         """Return the child that would protect a flow of a policy, None if none is loaded."""
-        return child_for(flow, self._protection.source_of(flow), policy, self.children)
+        source = self._protection.source_of(flow)
+        return child_for(flow, source, policy, self.loaded.candidates(flow, policy))
+
+    def has_unread(self, reasons: tuple[str, ...]) -> list[do.Command]:
+        """Tell once what the daemon said and was not understood: it concerns nothing else."""
+        new = [reason for reason in reasons if reason not in self._unread]
+        self._unread = (*self._unread, *new)[-UNREAD:]
+        return [
+            do.Log("error", f"strongSwan says what is not understood: {reason}") for reason in new
+        ]
 
     def warn_anew(self) -> None:
         """Forget what was told: the policies are others."""

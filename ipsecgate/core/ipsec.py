@@ -26,8 +26,12 @@ class Action(IntEnum):
 
 
 class Mode(IntEnum):
-    """XFRM_MODE_* of linux/xfrm.h; modes unknown here are refused by the decoder."""
+    """XFRM_MODE_* of linux/xfrm.h.
 
+    UNKNOWN is any that is not here: what has it protects nothing, and stands beside the others.
+    """
+
+    UNKNOWN = -1
     TRANSPORT = 0
     TUNNEL = 1
     ROUTEOPTIMIZATION = 2
@@ -62,6 +66,10 @@ class Template:
     saddr: Address | None = None
     daddr: Address | None = None
     optional: bool = False
+
+    def may_name(self, sa: SaId) -> bool:
+        """Tell whether it is this SA that it asks for, as far as it says which."""
+        return self.proto == sa.proto and self.spi in (0, sa.spi) and self.daddr in (None, sa.daddr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,7 @@ class Sa:
     """A state of the SAD: struct xfrm_usersa_info with its attributes.
 
     `selector` None: the state's own selector has no family and matches every flow.
+    `cpu`: on which alone it protects what leaves (RFC 9611), None = on any.
     `larval`: no algorithm or SPI 0, so it protects nothing.
     `hard_lifetime`: seconds from installation to hard expiry, None = unlimited.
     `installed_at`: when that was, by the wall clock, seconds since the epoch.
@@ -119,6 +128,7 @@ class Sa:
     selector: Selector | None = None
     mark: Mark = field(default_factory=Mark)
     if_id: int = 0
+    cpu: int | None = None
     larval: bool = False
     hard_lifetime: int | None = None
     installed_at: int = 0

@@ -1,8 +1,12 @@
 """What the gate knows of the kernel: SPD, SAD, and which SAs it trusts.
 
 An SA is trusted when it was seen coming in while the IKE daemon was connected,
-or when the daemon lists its SPI. After a daemon was killed its SAs stay in the
+or when the daemon lists it. After a daemon was killed its SAs stay in the
 kernel, reqids start at 1 again, and a stale SA would match a new policy.
+
+What the daemon lists and what the kernel has are matched by destination, SPI and
+protocol. An SPI alone is the choice of the peer that receives, and any other peer
+may choose the same.
 
 An SA counts only for what its peers agreed on, which may be less than its reqid
 covers: a trap and the SA that the peer narrowed share one, and the peer drops
@@ -17,7 +21,7 @@ with the very SPI that the policy names, and tells nobody; only a dump shows the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import cache
 
 from ipsecgate.core.events import (
@@ -46,8 +50,10 @@ class Mirror:
         self.inbound: dict[SpdKey, SpdEntry] = {}
         self.sas: dict[SaId, Sa] = {}
         self._trusted: set[SaId] = set()
-        self._known: dict[int, ChildSa] = {}  # by outbound SPI
+        self._known: dict[SaId, ChildSa] = {}  # by the outbound state
         self._ike = False
+        self._by_name: dict[tuple[str, str], list[ChildSa]] | None = None  # of those, when asked
+        self._asking: dict[int, list[Template]] | None = None  # outbound templates by reqid, too
 
     def apply(self, event: XfrmEvent) -> bool:
         """Take in one notification; return whether it may matter to what leaves.
@@ -57,13 +63,16 @@ class Mirror:
         match event:
             case PolicySet(entry):
                 self._policies(entry.key)[entry.key] = entry
+                self._asking = None
                 return entry.key.direction is Direction.OUT
             case PolicyGone(key):
                 self._policies(key).pop(key, None)
+                self._asking = None
                 return key.direction is Direction.OUT
             case PoliciesFlushed():
                 self.policies.clear()
                 self.inbound.clear()
+                self._asking = None
             case SaSet(sa) if not sa.larval:
                 self.sas[sa.id] = sa
                 if self._ike:
@@ -83,6 +92,7 @@ class Mirror:
         """
         before = self._things()
         self.policies, self.inbound = {}, {}
+        self._asking = None
         for entry in snapshot.policies:
             self._policies(entry.key)[entry.key] = entry
         self.sas = {sa.id: sa for sa in snapshot.sas if not sa.larval}
@@ -95,50 +105,61 @@ class Mirror:
     def _things(self) -> set[SpdEntry | Sa]:
         return {*self.policies.values(), *self.inbound.values(), *self.sas.values()}
 
-    def ike_knows(self, established: Iterable[ChildSa]) -> None:
-        """The daemon is connected and lists these CHILD_SAs.
+    def ike_knows(self, established: Iterable[ChildSa]) -> bool:
+        """The daemon is connected and lists these CHILD_SAs; return whether that is news.
 
         The list may be older than what `ike_adds` was told: of SAs that the kernel
         has nothing is forgotten.
         """
+        before = self._ike, self._known
         self._ike = True
-        there = {sa.spi for sa in self.sas}
-        kept = {spi: sa for spi, sa in self._known.items() if spi in there}
-        self._known = kept | {sa.spi_out: sa for sa in established}
+        kept = {one: sa for one, sa in self._known.items() if one in self.sas}
+        self._known = kept | {sa.outbound: sa for sa in established}
+        self._by_name = None
+        return before != (self._ike, self._known)
 
     def ike_adds(self, sa: ChildSa) -> None:
         """The daemon told of one more CHILD_SA."""
-        self._known[sa.spi_out] = sa
+        self._known[sa.outbound] = sa
+        self._by_name = None
 
     def ike_gone(self) -> None:
         """Nobody vouches for any SA until the daemon is back."""
         self._ike = False
         self._trusted.clear()
         self._known = {}
+        self._by_name = None
 
     def trusted_sas(self) -> list[Sa]:
         """Return the SAs that may cover a flow."""
         return [
             sa
             for sa in self.sas.values()
-            if sa.id in self._trusted or (self._ike and sa.id.spi in self._known)
+            if sa.id in self._trusted or (self._ike and sa.id in self._known)
         ]
 
     def established(self, ike: str, child: str) -> list[ChildSa]:
         """Return what the daemon says is established of a child."""
-        return [sa for sa in self._known.values() if (sa.ike, sa.child) == (ike, child)]
+        if self._by_name is None:
+            self._by_name = {}
+            for sa in self._known.values():
+                self._by_name.setdefault((sa.ike, sa.child), []).append(sa)
+        return self._by_name.get((ike, child), [])
 
     def lacks(self, told: ChildSa) -> bool:
         """Tell whether the kernel has not what the daemon says is established.
 
         Of two children for the same flows the policy names one, and the other protects nothing.
         """
-        named = any(
-            template.reqid == told.reqid and template.spi in (0, told.spi_out)
-            for entry in self.policies.values()
-            for template in entry.templates
-        )
-        return not named or told.spi_out not in {sa.spi for sa in self.sas}
+        if told.outbound not in self.sas:
+            return True
+        if self._asking is None:
+            self._asking = {}
+            for entry in self.policies.values():
+                for template in entry.templates:
+                    self._asking.setdefault(template.reqid, []).append(template)
+        asking = self._asking.get(told.reqid, ())
+        return not any(template.may_name(told.outbound) for template in asking)
 
     def halves(self) -> set[ChildSa]:
         """Return the CHILD_SAs that can send, and of which something is missing to receive.
@@ -146,12 +167,12 @@ class Mirror:
         That is the inbound state; and for each outbound policy that names the SA, as those of the
         daemon do, a policy for what answers. A lost IPComp state is not noticed.
         """
-        states = {(sa.id.spi, sa.reqid) for sa in self.sas.values()}
-        sending: dict[tuple[int, int], list[Selector]] = {}
+        states = {(sa.id, sa.reqid) for sa in self.sas.values()}
+        sending: dict[tuple[int, int], list[tuple[Template, Selector]]] = {}
         for entry in self.policies.values():
             for template in entry.templates:
                 named = template.spi, template.reqid
-                sending.setdefault(named, []).append(entry.key.selector)
+                sending.setdefault(named, []).append((template, entry.key.selector))
         receiving = {
             (entry.key.selector, template.reqid)
             for entry in self.inbound.values()
@@ -160,25 +181,41 @@ class Mirror:
         return {
             told
             for told in self._known.values()
-            if (told.spi_out, told.reqid) in states
+            if told.inbound is not None
+            and (told.outbound, told.reqid) in states
             and not (
-                (told.spi_in, told.reqid) in states
+                (told.inbound, told.reqid) in states
                 and all(
                     (selector.answer, told.reqid) in receiving
-                    for selector in sending.get((told.spi_out, told.reqid), ())
+                    for template, selector in sending.get((told.spi_out, told.reqid), ())
+                    if template.may_name(told.outbound)
                 )
             )
         }
 
     def outbound_sas(self) -> list[Sa]:
         """Return the trusted SAs without those the daemon calls inbound."""
-        inbound = {sa.spi_in for sa in self._known.values()}
-        return [sa for sa in self.trusted_sas() if sa.id.spi not in inbound]
+        inbound = {sa.inbound for sa in self._known.values()}
+        return [sa for sa in self.trusted_sas() if sa.id not in inbound]
 
     def child_of(self, sa: Sa) -> str | None:
         """Return "ike/child" as the daemon calls an SA, None before it told."""
-        known = self._known.get(sa.id.spi)
+        known = self._known.get(sa.id)
         return f"{known.ike}/{known.child}" if known else None
+
+    def party_of(self, entry: SpdEntry) -> Hashable:
+        """Return who answers for a policy: its peer, else where it leads."""
+        ends = (template.daddr for template in entry.templates if template.daddr is not None)
+        return next(ends, entry.key.selector.dst)
+
+    def name_of(self, entry: SpdEntry) -> str:
+        """Return a policy's name: of the child that it belongs to, if the daemon told."""
+        selector = entry.key.selector
+        flows = f"{selector.src} to {selector.dst}"
+        for sa in self._known.values():
+            if any(t.reqid == sa.reqid and t.may_name(sa.outbound) for t in entry.templates):
+                return f"{sa.ike}/{sa.child} ({flows}, peer {sa.remote_host})"
+        return f"{flows} (peer {self.party_of(entry)})"
 
     def rules(self) -> list[Rule]:
         """Return the kernel's own answers, as far as its SAs are trusted."""
@@ -199,19 +236,24 @@ class Mirror:
         return others
 
     def _agreed(self) -> Negotiated:
-        by_spi = cache(self._policies_by_spi)
+        naming = cache(self._naming)
 
         def agreed(sa: Sa, template: Template) -> Iterable[Ternary]:
-            spi = sa.id.spi
-            if spi in self._known:
-                return agreed_on(self._known[spi].local, self._known[spi].remote)
-            return (EVERYTHING,) if template.spi == spi else by_spi().get(spi, ())
+            if sa.id in self._known:
+                return agreed_on(self._known[sa.id].local, self._known[sa.id].remote)
+            if template.spi == sa.id.spi:
+                return (EVERYTHING,)
+            named = naming().get((sa.id.spi, sa.reqid), ())
+            return (region for other, region in named if other.may_name(sa.id))
 
         return agreed
 
-    def _policies_by_spi(self) -> dict[int, list[Ternary]]:
-        found: dict[int, list[Ternary]] = {}
+    def _naming(self) -> dict[tuple[int, int], list[tuple[Template, Ternary]]]:
+        """Return what policies name SPIs, by SPI and reqid: which template, for what flows."""
+        found: dict[tuple[int, int], list[tuple[Template, Ternary]]] = {}
         for entry in self.policies.values():
-            for spi in {template.spi for template in entry.templates} - {0}:
-                found.setdefault(spi, []).append(region_of(entry))
+            for template in entry.templates:
+                if template.spi:
+                    named = found.setdefault((template.spi, template.reqid), [])
+                    named.append((template, region_of(entry)))
         return found

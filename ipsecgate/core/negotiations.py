@@ -13,8 +13,10 @@ from random import Random
 from ipsecgate.core import commands as do
 from ipsecgate.core.coverage import Coverage, Input, advance
 from ipsecgate.core.events import ChildConfig, Timer
-from ipsecgate.core.flow import Address, Flow, TrafficSelector
+from ipsecgate.core.flow import Address, Flow, Network, TrafficSelector
 from ipsecgate.core.policy import Policy
+from ipsecgate.core.sources import Longest
+from ipsecgate.core.watched import Watched
 
 LIMIT = 30.0  # seconds that IKE has to come to an end
 GRACE = 1.0  # seconds more for IKE to say so, or for the kernel to show what IKE said
@@ -53,6 +55,29 @@ def child_for(
     return fitting[0] if fitting else None
 
 
+class Loaded:
+    """The children that the daemon has loaded, found by name and by where a flow goes."""
+
+    def __init__(self, children: tuple[ChildConfig, ...]) -> None:
+        self.children = children
+        self._order = {config: at for at, config in enumerate(children)}
+        self._by_name: dict[str, list[ChildConfig]] = {}
+        found: dict[Network, list[ChildConfig]] = {}
+        for config in self._order:
+            for name in dict.fromkeys((config.child, f"{config.ike}/{config.child}")):
+                self._by_name.setdefault(name, []).append(config)
+            for network in dict.fromkeys(there.network for there in config.remote):
+                found.setdefault(network, []).append(config)
+        self._by_network = Longest(found.items())
+
+    def candidates(self, flow: Flow, policy: Policy) -> list[ChildConfig]:
+        """Return the children that `child_for` has to look at, in the order loaded."""
+        if policy.child is not None:
+            return self._by_name.get(policy.child, [])
+        near = {c for _, found in self._by_network.around(flow.daddr) for c in found}
+        return sorted(near, key=self._order.__getitem__)
+
+
 def _narrowness(selector: TrafficSelector) -> tuple[int, bool, int]:
     low, high = selector.ports
     return selector.network.prefixlen, selector.proto != 0, low - high
@@ -78,13 +103,58 @@ class Negotiations:
 
     random: Random = field(default_factory=Random)
     of: dict[Name, Negotiation] = field(default_factory=dict)
+    watched: Watched = field(default_factory=lambda: Watched(lambda _flow: None))
+    _by_flow: dict[Flow, set[Name]] = field(default_factory=dict)
+    _by_place: dict[int, set[Name]] = field(default_factory=dict)
+    _moved: set[Name] = field(default_factory=set)  # since somebody asked
+    _moved_places: set[int] = field(default_factory=set)
 
     def ask(self, name: Name, flow: Flow, place: int, policy: str) -> list[do.Command]:
         """A flow that this child would protect was refused."""
-        item = self.of.setdefault(name, Negotiation(flow, place, policy))
-        if item.coverage is Coverage.UNCOVERED:
+        item = self.of.get(name)
+        if item is None:
+            item = self.of[name] = Negotiation(flow, place, policy)
+            self._put(name)
+        elif item.coverage is Coverage.UNCOVERED:
+            self._take(name)
             item.flow, item.place, item.policy = flow, place, policy
+            self._put(name)
         return self._move(name, Input.ASKED)
+
+    def is_settled(self, name: Name) -> bool:
+        """Tell whether to ask for a child would change nothing: it is under way, or failed."""
+        item = self.of.get(name)
+        return item is not None and item.coverage in (Coverage.NEGOTIATING, Coverage.BACK_OFF)
+
+    def names(self, flows: Iterable[Flow]) -> list[Name]:
+        """Return the children whose coverage is judged by one of these flows."""
+        return sorted(name for flow in flows for name in self._by_flow.get(flow, ()))
+
+    def moved(self) -> set[Name]:
+        """Return whose coverage is another, since this was asked last."""
+        moved, self._moved = self._moved, set()
+        return moved
+
+    def moved_places(self) -> set[int]:
+        """Return the places of the policies of which one asked for such a child; the same."""
+        moved, self._moved_places = self._moved_places, set()
+        return moved
+
+    def _put(self, name: Name) -> None:
+        item = self.of[name]
+        self._by_flow.setdefault(item.flow, set()).add(name)
+        self._by_place.setdefault(item.place, set()).add(name)
+        self._moved_places.add(item.place)
+        self.watched.add(item.flow)
+
+    def _take(self, name: Name) -> None:
+        item = self.of[name]
+        self.watched.discard(item.flow)
+        self._moved_places.add(item.place)
+        for index, key in ((self._by_flow, item.flow), (self._by_place, item.place)):
+            index[key].discard(name)  # type: ignore[index]
+            if not index[key]:  # type: ignore[index]
+                del index[key]  # type: ignore[arg-type]
 
     def sa_is(self, name: Name, *, live: bool) -> list[do.Command]:
         """The kernel does, or does not, protect the child's flow now."""
@@ -131,23 +201,26 @@ class Negotiations:
         forgotten: list[do.Command] = []
         for name, item in list(self.of.items()):
             place = place_of(name, item.flow)
+            self._take(name)
             if place is None:
                 del self.of[name]
+                self._moved.add(name)
                 forgotten += [
                     do.StopTimer(Timer("limit", *name)),
                     do.StopTimer(Timer("retry", *name)),
                 ]
             else:
                 item.place, item.policy = place, names[place]
+                self._put(name)
         return forgotten
 
     def places(self) -> set[int]:
         """Return the places of the policies that ever asked."""
-        return {item.place for item in self.of.values()}
+        return set(self._by_place)
 
     def states(self, place: int) -> set[Coverage]:
         """Return the coverages of what a policy asked for."""
-        return {item.coverage for item in self.of.values() if item.place == place}
+        return {self.of[name].coverage for name in self._by_place.get(place, ())}
 
     def _move(self, name: Name, event: Input) -> list[do.Command]:
         """Advance, and return what the new state asks for."""
@@ -155,6 +228,8 @@ class Negotiations:
         before, item.coverage = item.coverage, advance(item.coverage, event)
         if before is item.coverage:
             return []
+        self._moved.add(name)
+        self._moved_places.add(item.place)
         label = "/".join(name)
         limit, retry = Timer("limit", *name), Timer("retry", *name)
         match item.coverage:

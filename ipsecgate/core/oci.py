@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ipsecgate.core.holds import HOLD
+from ipsecgate.core.holds import HOLD, HOLD_LONGEST
 from ipsecgate.core.seccomp import INET_LENGTHS
 
 Json = dict[str, Any]
@@ -185,7 +185,10 @@ def container(raw: bytes) -> Container | None:
     found = METADATA.fullmatch(metadata) if isinstance(metadata, str) else None
     if metadata and found is None:
         raise OciError(f"the container {name} has a profile of somebody else's")
-    return Container(name, pid, float(found[1]) if found else HOLD, fds.index(LISTENER))
+    hold = float(found[1]) if found else HOLD
+    if hold > HOLD_LONGEST:
+        raise OciError(f"the container {name} asks to be held for ever")
+    return Container(name, pid, hold, fds.index(LISTENER))
 
 
 def _of(state: object, key: str) -> object:

@@ -13,7 +13,7 @@ from enum import Enum
 from errno import EHOSTUNREACH, EPERM, ETIMEDOUT
 
 from ipsecgate.core.events import ChildConfig
-from ipsecgate.core.flow import ANY_V4, ANY_V6, PORT_MASK, TCP, Flow, Network, TrafficSelector
+from ipsecgate.core.flow import PORT_MASK, TCP, Flow, Network, TrafficSelector
 from ipsecgate.core.ipsec import Action
 from ipsecgate.core.layout import Entry, State
 from ipsecgate.core.table import Rule, Ternary, port_masks, ternary
@@ -108,29 +108,12 @@ def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
 def policy_rules(policies: Iterable[Policy], errors: Mapping[int, int]) -> list[Rule]:
     """Return the rules of the hook's policy table; `errors` by the policy's place."""
     return [
-        Rule(match, Entry(STATES[policy.action], errors.get(place, 0), place))
+        rule_of(policy, place, match, errors.get(place, 0))
         for place, policy in enumerate(policies)
         for match in policy.matches()
     ]
 
 
-def protect_networks(policies: Iterable[Policy]) -> list[Rule]:
-    """Return what holds when the policies do not fit the hooks' tables: protect all of it.
-
-    The networks whole, without protocol and ports. Raises nothing: the table may still be full.
-    """
-    policies = tuple(policies)
-    networks = [
-        (network, place)
-        for place, policy in enumerate(policies)
-        if policy.action is not Action.BYPASS
-        for network in policy.remote
-    ]
-    return [Rule(ternary(network), Entry(State.PROTECT, id=place)) for network, place in networks]
-
-
-def protect_everything(policies: Iterable[Policy]) -> list[Rule]:
-    """Return what holds when not even the networks fit; it asks for the first protect policy."""
-    places = [n for n, policy in enumerate(policies) if policy.action is Action.PROTECT]
-    entry = Entry(State.PROTECT, id=places[0] if places else 0)
-    return [Rule(ternary(network), entry) for network in (ANY_V4, ANY_V6)]
+def rule_of(policy: Policy, place: int, match: Ternary, error: int = 0) -> Rule:
+    """Return the rule of a policy for these flows."""
+    return Rule(match, Entry(STATES[policy.action], error, place))

@@ -6,14 +6,19 @@ of them is asked.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ipsecgate.core import events as on
 from ipsecgate.core.flow import Address, Flow, Network
+from ipsecgate.core.layout import SOURCES, Key, flow_key
 from ipsecgate.core.mirror import Mirror
 from ipsecgate.core.policy import SaSource
 from ipsecgate.core.published import Published
+from ipsecgate.core.sources import Longest, fit
 from ipsecgate.core.userland import Userland
+
+LOST = 8  # destinations whose sources do not fit, and that are named
 
 
 class Protection:
@@ -24,6 +29,8 @@ class Protection:
         self.userland = Userland()
         self.sa_source = source  # AUTO until the IKE daemon told
         self.sources: dict[Network, Address | None] = {}
+        self.errors: list[str] = []  # of the sources
+        self._by_prefix: Longest[Address | None] = Longest(())
         self.drift = 0  # policies and SAs that the kernel's events had not told as they are
         self._tun = 0
         self._published = published
@@ -66,18 +73,25 @@ class Protection:
         self.drift += drift
         return drift
 
-    def resolved(self, event: on.SourcesResolved) -> None:
-        """Take in where routing sends what."""
+    def resolved(self, event: on.SourcesResolved, destinations: Iterable[Network]) -> None:
+        """Take in where routing sends what; of what is too much, some are not known then."""
         self.hears(event)
-        self.sources = dict(event.sources)
+        sources, lost = fit(event.sources, destinations, SOURCES)
+        self.sources = dict(sources)
+        self._by_prefix = Longest(sources)
+        self.errors = [
+            f"{one}: in more pieces than the hooks' table of routes holds ({SOURCES}): what is "
+            "sent there by a socket that is not bound to an address is refused"
+            for one in lost[:LOST]
+        ]
         self.userland.routed(event.into_tun)
         self._tun = event.tun
 
-    def ike_connected(self, event: on.IkeConnected) -> None:
-        """Take in what the daemon has established."""
+    def ike_connected(self, event: on.IkeConnected) -> bool:
+        """Take in what the daemon has established; return whether that is news."""
         self.hears(event)
-        self.mirror.ike_knows(event.established)
-        self.userland.ike_knows(event.established)
+        news = self.mirror.ike_knows(event.established)
+        return self.userland.ike_knows(event.established) or news
 
     def ike_gone(self) -> None:
         """Nobody vouches for any SA."""
@@ -93,8 +107,12 @@ class Protection:
         """Return the flow's source: its own, else the one routing would choose."""
         if flow.saddr is not None:
             return flow.saddr
-        nets = [n for n in self.sources if flow.daddr in n]
-        return self.sources[max(nets, key=lambda n: n.prefixlen)] if nets else None
+        return next(self._by_prefix.around(flow.daddr), (None, None))[1]
+
+    def key_of(self, flow: Flow) -> Key | None:
+        """Return a flow as the hooks look it up in the SPD table; None: its source is unknown."""
+        saddr = self.source_of(flow)
+        return None if saddr is None else flow_key(replace(flow, saddr=saddr))
 
     def is_live(self, flow: Flow) -> bool:
         """Tell whether the hooks would let a protected flow go now."""
@@ -110,10 +128,11 @@ class Protection:
         """Return the CHILD_SAs of which the kernel has lost what it needs to receive."""
         return set() if self.in_userland else self.mirror.halves()
 
-    def is_stale(self, name: tuple[str, str], flow: Flow) -> bool:
-        """Tell whether IKE believes in a child for this flow of which the kernel has nothing.
+    def stale(self, name: tuple[str, str], flow: Flow) -> list[on.ChildSa]:
+        """Return what IKE believes to protect this flow, and of which the kernel has nothing.
 
-        A flow outside what was negotiated is no reason, nor is a child's predecessor.
+        A flow outside what was negotiated is no reason, nor is a child's predecessor, nor are
+        the other peers of its configuration.
         """
         there = flow.daddr, flow.proto, flow.dport
         covering = [
@@ -121,4 +140,4 @@ class Protection:
             for sa in self.source.established(*name)
             if any(selector.contains(*there) for selector in sa.remote)
         ]
-        return bool(covering) and all(self.source.lacks(sa) for sa in covering)
+        return covering if all(self.source.lacks(sa) for sa in covering) else []

@@ -13,9 +13,9 @@ right before the networks inside it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ipsecgate.core.flow import Address, Network
 
@@ -45,6 +45,25 @@ def network(one: Prefix) -> Network:
     """Return the network of a prefix."""
     version, first, bits = one
     return IPv4Network((first, bits)) if version == 4 else IPv6Network((first, bits))
+
+
+class Longest(Generic[T]):
+    """Values by network, found by the longest prefix: one look-up for each length there is."""
+
+    def __init__(self, items: Iterable[tuple[Network, T]]) -> None:
+        self._of: dict[int, dict[int, dict[int, tuple[Network, T]]]] = {4: {}, 6: {}}
+        for one, value in items:
+            first = int(one.network_address) >> one.max_prefixlen - one.prefixlen
+            self._of[one.version].setdefault(one.prefixlen, {})[first] = one, value
+        for version, lengths in self._of.items():
+            self._of[version] = dict(sorted(lengths.items(), reverse=True))
+
+    def around(self, address: Address, bits: int | None = None) -> Iterator[tuple[Network, T]]:
+        """Yield the networks that an address is in, or a network of so many bits, longest first."""
+        number, width = int(address), address.max_prefixlen
+        for length, found in self._of[address.version].items():
+            if (bits is None or length <= bits) and (number >> width - length) in found:
+                yield found[number >> width - length]
 
 
 class Cover:
@@ -110,6 +129,50 @@ def compress(sources: Iterable[tuple[Network, T]]) -> tuple[tuple[Network, T], .
             found.append((network_, source))
             around.append((network_, source))
     return tuple(found)
+
+
+def fit(
+    sources: Iterable[Source], destinations: Iterable[Network], limit: int
+) -> tuple[tuple[Source, ...], list[Network]]:
+    """Return at most so many sources, and the destinations that lost some: theirs is unknown.
+
+    Those in the most pieces come last. A piece is never left out alone: the network around it
+    would answer for it, and wrongly.
+    """
+    sources = tuple(sources)
+    if len(sources) <= limit:
+        return sources, []
+    known = Longest(sources)
+    destinations = tuple(destinations)
+    wanted = Longest((one, None) for one in destinations)
+    pieces: dict[Network, dict[Network, Address | None]] = {one: {} for one in destinations}
+    for one, source in sources:
+        owner = next(wanted.around(one.network_address, one.prefixlen), (one, None))[0]
+        pieces.setdefault(owner, {})[one] = source
+    for owner, theirs in pieces.items():  # its own may have been that of the network around it
+        around = next(known.around(owner.network_address, owner.prefixlen), (owner, None))[1]
+        theirs.setdefault(owner, around)
+    room, lost = limit - len(pieces), []
+    for owner in sorted(pieces, key=lambda one: len(pieces[one])):
+        room -= len(pieces[owner]) - 1
+        if room < 0:
+            room += len(pieces[owner]) - 1
+            pieces[owner] = {owner: None}
+            lost.append(owner)
+    found = [item for theirs in pieces.values() for item in theirs.items()]
+    if len(found) <= limit:
+        return tuple(found), lost
+    outer: dict[Network, list[Source]] = {}
+    for one, source in found:
+        *_, (outermost, _) = wanted.around(one.network_address, one.prefixlen)
+        outer.setdefault(outermost, []).append((one, source))
+    kept: list[Source] = []
+    for owner in sorted(outer, key=lambda one: len(outer[one])):
+        if len(kept) + len(outer[owner]) <= limit:
+            kept += outer[owner]
+        else:
+            lost.append(owner)
+    return tuple(kept), lost
 
 
 def _free(prefixes: Iterable[Prefix]) -> dict[Prefix, int]:

@@ -13,6 +13,7 @@ Rules of this module (validated against the kernel, see docs/protected.md):
 - `Negotiated` narrows once more: what the peers agreed on may be less than what the
   kernel would send, and the peer drops the rest.
 - A policy's mark is matched against the flow's, a state's against its policy's.
+- A rule that lets go is its policy's (`Rule.of`): where not all fit, it closes as a whole.
 - A flow has no interface id (it gets one inside an XFRM interface, which the
   hooks do not see), so policies that ask for one match none.
 
@@ -40,7 +41,7 @@ EVERYTHING = Ternary(Key(), Key())
 PORT_BLOCKS = 8  # a range that takes more is left as wide as the kernel has it
 # What the kernel chooses from: net.ipv4.ip_local_port_range as it is where nobody changed it.
 EPHEMERAL = range(32768, 61000)
-_ENDPOINTS_FROM_TEMPLATE = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS)
+_ENDPOINTS_FROM_TEMPLATE = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS, Mode.UNKNOWN)
 
 Ends = tuple[Address | None, Address | None]
 """Where an SA begins and ends."""
@@ -94,7 +95,8 @@ def live_regions(
             for part in _protected_by(template, ends, fitting, negotiated)
         ]
         regions = [region for region in narrowed if region is not None]
-    return sorted(regions, key=lambda region: -_end(region))
+    owned = (replace(region, of=entry) for region in regions)
+    return sorted(owned, key=lambda region: -_end(region))
 
 
 def _end(region: Rule) -> float:
@@ -118,10 +120,14 @@ def _protected_by(
     template: Template, ends: Ends | None, sas: Iterable[Sa], negotiated: Negotiated
 ) -> Iterator[Rule]:
     for sa in sas:
-        if sa.larval or (sa.id.proto, sa.mode) != (template.proto, template.mode):
+        if sa.larval or sa.mode is Mode.UNKNOWN:
+            continue
+        if (sa.id.proto, sa.mode) != (template.proto, template.mode):
             continue
         if template.spi not in (0, sa.id.spi):
             continue
+        if sa.cpu is not None:
+            continue  # who asks now may send from another
         if sa.selector is not None and sa.selector.ifindex:
             continue  # by which interface a flow leaves is not known here
         if ends is not None:

@@ -11,13 +11,14 @@ Rules of this module:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from ipsecgate.core.flow import PORT_MASK, Network, Selector
-from ipsecgate.core.layout import ENTRIES, TUPLES, Entry, Key, address_bits
+from ipsecgate.core.layout import ENTRIES, TUPLES, Entry, Key, State, address_bits
 
+LIMIT = ENTRIES // 4  # of a table: there are two, and each is built beside its predecessor
 _ALL_ADDRESS = (1 << 128) - 1
 
 
@@ -108,10 +109,14 @@ def port_masks(low: int, high: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Flows that match get this entry, unless an earlier rule has them."""
+    """Flows that match get this entry, unless an earlier rule has them.
+
+    `of` is whose it is: where not all rules fit, all that an owner lets go is closed together.
+    """
 
     match: Ternary
     entry: Entry
+    of: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +154,72 @@ def compile_table(rules: Iterable[Rule]) -> Table:
         groups[place].add(rule)
     if len(groups) > TUPLES:
         raise TableFullError(f"{len(groups)} distinct masks, the hooks hold {TUPLES}")
+    table = _table(groups)
+    if len(table.entries) > LIMIT:
+        raise TableFullError(f"{len(table.entries)} entries, a table holds {LIMIT}")
+    return table
+
+
+def compile_open(rules: Iterable[Rule]) -> tuple[Table, set[Any]]:
+    """Order as many rules into tuples as there is room for; return also whose are closed.
+
+    No live rule is behind one that found no room and has a flow of it. What is closed is dead
+    where it already was.
+    """
+    groups: list[_Group] = []
+    closed: set[Any] = set()
+    missing = Overlaps()
+    count = 0
+    for rule in rules:
+        if any(group.shadows(rule.match) for group in groups):
+            continue
+        place = _place(groups, rule.match)
+        full = count == LIMIT or place == TUPLES
+        if rule.entry.state is State.LIVE:
+            if full or rule.of in closed or missing.any(rule.match):
+                closed.add(rule.of)
+                continue
+        elif full:
+            missing.add(rule)
+            continue
+        if place == len(groups):
+            groups.append(_Group(rule.match.mask))
+        groups[place].add(rule)
+        count += 1
+    return _table(groups, closed), closed
+
+
+def _table(groups: list[_Group], closed: Container[Any] = ()) -> Table:
     entries = {
-        (index, value): rule.entry
+        (index, value): replace(rule.entry, state=State.DEAD, deadline=0)
+        if rule.of in closed and rule.entry.state is State.LIVE
+        else rule.entry
         for index, group in enumerate(groups)
         for value, rule in group.rules.items()
     }
-    if len(entries) > ENTRIES // 4:  # two tables, and each is built beside its predecessor
-        raise TableFullError(f"{len(entries)} entries, a table holds {ENTRIES // 4}")
     return Table(tuple(group.mask for group in groups), entries)
+
+
+class Overlaps:
+    """Rules that can be asked quickly whether they have a flow in common with another."""
+
+    def __init__(self) -> None:
+        self._groups: dict[Key, _Group] = {}
+
+    def add(self, rule: Rule) -> None:
+        """Put one in."""
+        mask = rule.match.mask
+        if mask not in self._groups:
+            self._groups[mask] = _Group(mask)
+        self._groups[mask].add(rule)
+
+    def masks(self, match: Ternary) -> Iterator[Key]:
+        """Yield the masks of those that do."""
+        return (mask for mask, group in self._groups.items() if group.overlaps(match))
+
+    def any(self, match: Ternary) -> bool:
+        """Tell whether any does."""
+        return next(self.masks(match), None) is not None
 
 
 class _Group:

@@ -18,7 +18,7 @@ It does not look at the kernel's databases, nor at ICMP's types.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import replace
 
 from ipsecgate.core.events import ChildSa
@@ -43,13 +43,15 @@ class Userland:
         """Take in which destinations lead into the TUN device; the longest prefix counts."""
         self._into_tun = into_tun
 
-    def ike_knows(self, established: Iterable[ChildSa]) -> None:
-        """The daemon is connected and lists these CHILD_SAs."""
+    def ike_knows(self, established: Iterable[ChildSa]) -> bool:
+        """The daemon is connected and lists these CHILD_SAs; return whether that is news."""
+        before = self._up
         listed = {sa.spi_in: sa for sa in established}
         new = {spi: self._up[spi] for spi in self._new}
         self._up = new | {spi: sa for spi, sa in listed.items() if spi not in self._down}
         self._new.clear()
         self._down &= listed.keys()
+        return self._up != before
 
     def ike_adds(self, sa: ChildSa) -> None:
         """The daemon told of one more CHILD_SA."""
@@ -77,6 +79,14 @@ class Userland:
         tunnels = Cover(network for network, into in self._into_tun if into)
         return not any(tunnels.touches(prefix(there.network)) for there in sa.remote)
 
+    def party_of(self, sa: ChildSa) -> Hashable:
+        """Return who answers for a CHILD_SA."""
+        return sa.remote_host
+
+    def name_of(self, sa: ChildSa) -> str:
+        """Return a CHILD_SA's name."""
+        return f"{sa.ike}/{sa.child} (peer {sa.remote_host})"
+
     def sas(self) -> list[ChildSa]:
         """Return every CHILD_SA that is up."""
         return list(self._up.values())
@@ -89,23 +99,26 @@ class Userland:
         a range of them only by chance.
         """
         agreed = sorted(
-            dict.fromkeys(
-                part
+            (
+                Rule(part, LIVE, of=sa)
                 for sa in self._up.values()
                 for part in agreed_on(sa.local, sa.remote, exact=True)
             ),
-            key=_width,
+            key=lambda rule: _width(rule.match),
         )
         tunnels = Cover(network for network, into in self._into_tun if into)
         rules: list[Rule] = []
         for network, into in sorted(self._into_tun, key=lambda item: -item[0].prefixlen):
             destination = ternary(network)
             if into:
-                for part in filter(None, map(destination.intersect, agreed)):
+                for rule in agreed:
+                    part = destination.intersect(rule.match)
+                    if part is None:
+                        continue
                     if part.mask.sport and not part.value.sport:
                         unbound = replace(part.mask, sport=PORT_MASK)
                         rules.append(Rule(Ternary(part.value, unbound), DEAD))
-                    rules.append(Rule(part, LIVE))
+                    rules.append(replace(rule, match=part))
             elif tunnels.contains(prefix(network)):
                 rules.append(Rule(destination, DEAD))  # an exception inside a tunnel's network
         return rules

@@ -3,11 +3,13 @@
 Rules of this module: parsed messages in, values out; no socket, no name look-up of its own:
 charon writes well-known ports and protocols as names, and `Names` turns them back. A selector
 that is not understood is an error, never left out: what is left out would not be protected.
+The error is that of its child alone: `apart` gives every child a message of its own.
 
     list-conn    {ike: {local_addrs: [...], remote_addrs: [...],
                         children: {child: {mode, local-ts: [...], remote-ts: [...]}}}}
-    list-sa      {ike: {remote-host, child-sas: {child-N: {name, uniqueid, reqid, state, protocol,
-                        spi-in, spi-out (hex), local-ts: [...], remote-ts: [...]}}}}
+    list-sa      {ike: {local-host, remote-host, child-sas: {child-N: {
+                        name, uniqueid, reqid, state, protocol, spi-in, spi-out (hex),
+                        local-ts: [...], remote-ts: [...]}}}}
     child-updown {up: yes?, ike: as in list-sa, with the one child}
     ike-updown   {up: yes?, ike: {uniqueid, remote-host, ...}}
 
@@ -35,7 +37,7 @@ from ipsecgate.core.events import (
     IkeUp,
 )
 from ipsecgate.core.flow import PORT_MASK, Network, TrafficSelector, parse_address
-from ipsecgate.core.ipsec import Mode
+from ipsecgate.core.ipsec import AH, ESP, Mode
 from ipsecgate.errors import GateError
 
 Section = Mapping[str, Any]
@@ -47,6 +49,7 @@ MODES = {
     "BEET": Mode.BEET,
     "IPTFS": Mode.IPTFS,
 }
+PROTOCOLS = {"ESP": ESP, "AH": AH}
 SHUNTS = frozenset({"PASS", "DROP"})
 USABLE = frozenset({"INSTALLED", "REKEYING", "REKEYED"})
 OPAQUE = (PORT_MASK, 0)
@@ -120,6 +123,20 @@ def sections(section: Section) -> Iterator[tuple[str, Section]]:
             yield name, value
 
 
+def apart(message: Section, children: str) -> Iterator[Section]:
+    """Yield the message once for each child of its section `children`, with that child alone.
+
+    So what one peer agreed to, or one connection says, is read whatever another's is like.
+    """
+    for ike, body in message.items():
+        found = body.get(children) if isinstance(body, Mapping) else None
+        if not isinstance(found, Mapping):
+            yield {ike: body}
+            continue
+        for name, child in found.items():
+            yield {ike: {**body, children: {name: child}}}
+
+
 # --- configurations -----------------------------------------------------------------
 
 
@@ -144,6 +161,25 @@ def child_configs(conn: Section, names: Names) -> Iterator[ChildConfig]:
                 local=selectors(texts(config, "local-ts"), local_addresses, names),
                 remote=selectors(texts(config, "remote-ts"), remote_addresses, names),
             )
+
+
+def widened(conn: Section) -> Section:
+    """Return a list-conn event with its traffic selectors as networks, for all protocols and ports.
+
+    For one whose protocols or ports are not understood: what it protects is among this.
+    """
+
+    def widen(child: Section) -> Section:
+        wide = {
+            side: [one.partition(b"[")[0] for one in child.get(side, ())]
+            for side in ("local-ts", "remote-ts")
+        }
+        return {**child, **wide}
+
+    return {
+        ike: {**body, "children": {n: widen(c) for n, c in sections(part(body, "children"))}}
+        for ike, body in sections(conn)
+    }
 
 
 def concrete(addresses: Sequence[str]) -> tuple[Network, ...]:
@@ -248,14 +284,18 @@ def _children(message: Section, names: Names) -> Iterator[tuple[ChildSa, str]]:
     for ike, body in sections(message):
         for _, child in sections(part(body, "child-sas")):
             if "spi-out" in child:
-                yield _child_sa(ike, text(body, "remote-host"), child, names), text(child, "state")
+                yield _child_sa(ike, body, child, names), text(child, "state")
 
 
-def _child_sa(ike: str, remote_host: str, child: Section, names: Names) -> ChildSa:
+def _child_sa(ike: str, body: Section, child: Section, names: Names) -> ChildSa:
     try:
-        peer = parse_address(remote_host)
+        here = parse_address(text(body, "local-host"))
+        peer = parse_address(text(body, "remote-host"))
     except ValueError as error:
         raise ViciError(f"CHILD_SA of {ike}: {str(error)[:80]}") from error
+    protocol = text(child, "protocol")
+    if protocol not in PROTOCOLS:
+        raise ViciError(f"CHILD_SA of {ike}: protocol {protocol[:40]!r}")
     return ChildSa(
         ike=ike,
         child=text(child, "name"),
@@ -266,6 +306,8 @@ def _child_sa(ike: str, remote_host: str, child: Section, names: Names) -> Child
         local=selectors(texts(child, "local-ts"), (), names),
         remote=selectors(texts(child, "remote-ts"), (), names),
         unique=number(child, "uniqueid"),
+        proto=PROTOCOLS[protocol],
+        local_host=here,
     )
 
 
@@ -279,10 +321,9 @@ def child_updown(message: Section, names: Names) -> Iterator[ChildUp | ChildDown
 def child_rekey(message: Section, names: Names) -> Iterator[ChildUp | ChildDown]:
     """Yield what a child-rekey event says: the new one, then the old. Raises: ViciError."""
     for ike, body in sections(message):
-        remote_host = text(body, "remote-host")
         for _, pair in sections(part(body, "child-sas")):
-            yield ChildUp(_child_sa(ike, remote_host, part(pair, "new"), names))
-            yield ChildDown(_child_sa(ike, remote_host, part(pair, "old"), names))
+            yield ChildUp(_child_sa(ike, body, part(pair, "new"), names))
+            yield ChildDown(_child_sa(ike, body, part(pair, "old"), names))
 
 
 def ike_updown(message: Section) -> Iterator[IkeUp | IkeDown]:

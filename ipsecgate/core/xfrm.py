@@ -64,6 +64,7 @@ EXPIRE, UPDPOLICY, UPDSA, POLEXPIRE, FLUSHSA, FLUSHPOLICY = range(0x18, 0x1E)
 MIGRATE = 0x21
 
 XFRMA_TMPL, XFRMA_SA, XFRMA_POLICY, XFRMA_POLICY_TYPE, XFRMA_MARK, XFRMA_IF_ID = 5, 6, 7, 16, 21, 31
+XFRMA_SA_PCPU = 35
 XFRMA_ALGORITHMS = frozenset({1, 2, 3, 18, 20})  # AUTH, CRYPT, COMP, AEAD, AUTH_TRUNC
 
 SELECTOR_SIZE, SA_SIZE, SA_ID_SIZE, POLICY_SIZE, POLICY_ID_SIZE = 56, 224, 24, 168, 64
@@ -214,7 +215,7 @@ def _templates(message: Message, attributes: Attributes) -> Iterator[Template]:
         )
         yield Template(
             proto=proto,
-            mode=_mode(message, mode, at + 48),
+            mode=_mode(mode),
             reqid=reqid,
             spi=int.from_bytes(spi, "big"),
             saddr=_address(message, family, saddr, at + 24) if any(saddr) else None,
@@ -234,10 +235,11 @@ def _sa(message: Message, at: int, attributes: Attributes) -> Sa:
         id=identity,
         saddr=_address(message, family, saddr, at + 212),
         reqid=reqid,
-        mode=_mode(message, mode, at + 214),
+        mode=_mode(mode),
         selector=_selector(message, sel, at),
         mark=_mark(message, attributes),
         if_id=_if_id(message, attributes),
+        cpu=_cpu(message, attributes),
         larval=identity.spi == 0 or XFRMA_ALGORITHMS.isdisjoint(attributes),
         hard_lifetime=None if lifetime in LIFETIME_UNLIMITED else lifetime,
         installed_at=added,
@@ -293,11 +295,11 @@ def _address(message: Message, family: int, raw: bytes, family_at: int) -> Addre
         raise message.bad(str(error), family_at) from None
 
 
-def _mode(message: Message, number: int, at: int) -> Mode:
+def _mode(number: int) -> Mode:
     try:
         return Mode(number)
     except ValueError:
-        raise message.bad(f"mode {number}", at) from None
+        return Mode.UNKNOWN
 
 
 def _mark(message: Message, attributes: Attributes) -> Mark:
@@ -308,6 +310,11 @@ def _mark(message: Message, attributes: Attributes) -> Mark:
 def _if_id(message: Message, attributes: Attributes) -> int:
     at = message.payload(attributes, XFRMA_IF_ID, _U32.size, "XFRMA_IF_ID")
     return 0 if at is None else int(_U32.unpack_from(message.data, at)[0])
+
+
+def _cpu(message: Message, attributes: Attributes) -> int | None:
+    at = message.payload(attributes, XFRMA_SA_PCPU, _U32.size, "XFRMA_SA_PCPU")
+    return None if at is None else int(_U32.unpack_from(message.data, at)[0])
 
 
 def _is_main(message: Message, attributes: Attributes) -> bool:

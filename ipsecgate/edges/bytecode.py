@@ -1,8 +1,8 @@
 """The hooks' bytecode, compiled ahead of time and kept by a hash of what made it.
 
 The compiler (`compiler`) runs as a process of its own: LLVM takes 60 MiB and a
-chdir(), and a warm start needs neither. A cached file is as trusted as the
-folder it lies in, so the folder must belong to root or to the caller.
+chdir(), and a warm start needs neither. A cached file must be one that no other
+user can change (see `trust`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import struct
-import subprocess
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ipsecgate import trust
 from ipsecgate.edges.libbpf import INSN_SIZE, MapShape
 from ipsecgate.errors import GateError, KernelLacksError
 
@@ -28,6 +28,12 @@ log = logging.getLogger("ipsecgate")
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBBCC = "libbcc.so.0"
+_COMPILER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ipsecgate.edges.compiler import main
+main(sys.argv[2])
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,31 +107,35 @@ def get(cache: Path) -> Bytecode:
 
     Raises: KernelLacksError without BCC, GateError if compiling fails.
     """
-    path = cache / f"{cache_key()}.json"
-    if path.is_file() and path.stat().st_uid in (0, os.geteuid()):
+    path = cached(cache)
+    if path.is_file():
+        trust.folder(path.parent)
         try:
-            return Bytecode.from_json(path.read_text())
+            return Bytecode.from_json(trust.read(path))
         except (ValueError, KeyError, TypeError):
             path.unlink()  # cut short by a full disk, say: make it again
-    return _compile(path)
+    bytecode = compiled()
+    _keep(path, bytecode)
+    return bytecode
 
 
-def _compile(path: Path) -> Bytecode:
+def cached(cache: Path) -> Path:
+    """Return the file in which the cache folder has this version's bytecode, or would have it."""
+    return cache / f"{cache_key()}.json"
+
+
+def compiled() -> Bytecode:
+    """Compile the hooks. Raises: KernelLacksError without BCC, GateError if it fails."""
     if not compiler_version():
         raise KernelLacksError(
             "the hooks are not compiled yet and BCC is not installed",
             hint="apt install python3-bpfcc",
         )
-    run = subprocess.run(
-        [sys.executable, "-m", "ipsecgate.edges.compiler", str(source_dir())],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(_PACKAGE.parent),
-            "BCC_KERNEL_SOURCE": str(source_dir()),
-        },
+    sources = str(source_dir())
+    # Isolated: neither the current folder nor PYTHONPATH decides which modules root runs.
+    run = trust.run(
+        [sys.executable, "-I", "-c", _COMPILER, str(_PACKAGE.parent), sources],
+        {"BCC_KERNEL_SOURCE": sources},
     )
     if run.returncode:
         last = "\n".join(run.stderr.strip().splitlines()[-12:])
@@ -133,14 +143,16 @@ def _compile(path: Path) -> Bytecode:
             f"compiling the hooks failed:\n{last}",
             hint="python3-bpfcc must be importable: use a venv made with --system-site-packages",
         )
-    bytecode = Bytecode.from_json(run.stdout)
+    return Bytecode.from_json(run.stdout)
+
+
+def _keep(path: Path, bytecode: Bytecode) -> None:
     aside = path.with_suffix(f".{os.getpid()}")
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        aside.write_text(run.stdout)
+        trust.folder(path.parent)
+        aside.write_text(bytecode.to_json())
         aside.replace(path)
     except OSError as error:  # a full disk, say: the next start compiles again
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         log.warning("cannot keep the compiled hooks in %s: %s", path.parent, error.strerror)
-    return bytecode

@@ -1,7 +1,7 @@
 """Compile bpf/*.bpf.c with BCC and print the bytecode: the only importer of bcc.
 
-Run as `python -m ipsecgate.edges.compiler SOURCES` with BCC_KERNEL_SOURCE set to
-SOURCES, whose include/ stands in for kernel headers. It needs bpf(2), because
+`bytecode` runs `main` in a process of its own, with BCC_KERNEL_SOURCE set to the
+sources, whose include/ stands in for kernel headers. It needs bpf(2), because
 BCC creates the maps as it compiles; they vanish with this process.
 """
 
@@ -18,7 +18,7 @@ from ipsecgate.edges.bytecode import Bytecode, Program
 from ipsecgate.edges.libbpf import INSN_SIZE, MapShape, map_shape
 
 # One translation unit: BCC rewrites map accesses in the main file only, not in what it includes.
-FILES = ("maps.bpf.c", "gate.bpf.c", "backstop.bpf.c")
+FILES = ("maps.bpf.c", "gate.bpf.c", "packet.bpf.c", "backstop.bpf.c")
 
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
@@ -67,5 +67,6 @@ def compile_hooks(sources: Path) -> Bytecode:
     return Bytecode(programs, shapes)
 
 
-if __name__ == "__main__":
-    sys.stdout.write(compile_hooks(Path(sys.argv[1])).to_json())
+def main(sources: str) -> None:
+    """Print the bytecode of the hooks in a folder as JSON."""
+    sys.stdout.write(compile_hooks(Path(sources)).to_json())

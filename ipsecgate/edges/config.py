@@ -16,6 +16,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeVar
 
+from ipsecgate import trust
 from ipsecgate.core.flow import PORT_MASK, PROTOCOLS, Network
 from ipsecgate.core.ipsec import Action
 from ipsecgate.core.policy import Errnos, Policy, SaSource, Settings, policy_rules
@@ -145,8 +146,9 @@ def load(path: Path, *, required: bool = True) -> Config:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(trust.read(path, follow=True))
+    except trust.UntrustedError as error:
+        raise UsageError(str(error), hint=error.hint) from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from error
     except RecursionError as error:

@@ -51,8 +51,10 @@ class Floor:
 async def keep(tag: int, wanted: tuple[FloorPolicy, ...]) -> None:
     """Make the floor with this tag be these policies, in this network namespace.
 
-    Raises: OSError, DecodeError.
+    One that the kernel does not take is not in the way of the others.
+    Raises: OSError, the first of them; DecodeError.
     """
+    failures: list[OSError] = []
     if not wanted and not has_xfrm():
         return
     async with Requests(NETLINK_XFRM) as requests:
@@ -63,11 +65,16 @@ async def keep(tag: int, wanted: tuple[FloorPolicy, ...]) -> None:
         }
         for one in wanted:
             if one not in there:
-                requests.ask(partial(encode_set, one, tag), _nothing)
+                try:
+                    requests.ask(partial(encode_set, one, tag), _nothing)
+                except OSError as error:
+                    failures.append(error)
         kept = {_identity(one) for one in wanted}
         for one in there:
             if _identity(one) not in kept:
                 requests.ask(partial(encode_delete, one, tag), _nothing)
+    if failures:
+        raise failures[0]
 
 
 def _identity(one: FloorPolicy) -> tuple[object, ...]:

@@ -3,14 +3,23 @@
 Rules of this module: events have a connection of their own, and are registered before
 `connect` returns, so what `established` doesn't show yet will be told. Commands share another
 one and run in order; negotiations have their own (`ipsecgate.edges.negotiation`). It doesn't
-reconnect: a client whose daemon is gone says `IkeGone` once and is done.
+reconnect: a client whose daemon is gone says `IkeGone` once and is done. What it does not
+understand of one child says nothing of the others: `unread` names it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +31,14 @@ from ipsecgate.core.events import (
     ChildUp,
     IkeEvent,
     IkeGone,
+    IkeUnread,
     NegotiationDone,
     NegotiationFailed,
 )
 from ipsecgate.core.vici import (
     Names,
     ViciError,
+    apart,
     child_configs,
     child_rekey,
     child_sas,
@@ -36,6 +47,7 @@ from ipsecgate.core.vici import (
     is_userland,
     sections,
     text,
+    widened,
 )
 from ipsecgate.core.vici_wire import Answer
 from ipsecgate.edges.negotiation import Negotiator
@@ -71,6 +83,7 @@ class IkeClient:
         self._negotiator = Negotiator(path, self.established, self._take_back)
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: asyncio.Queue[IkeEvent] = asyncio.Queue()
+        self._unread: dict[str, list[str]] = {}  # by command
 
     @classmethod
     async def connect(cls, path: Path) -> IkeClient:
@@ -132,15 +145,44 @@ class IkeClient:
     async def children(self) -> tuple[ChildConfig, ...]:
         """Return the children that are configured. There is no event: ask again to know.
 
-        Raises: IkeError, ViciError.
+        None is left out: of one whose selectors are not understood it is their networks.
+        Raises: IkeError, ViciError if not even these are.
         """
-        conns = await self._command("list-conns", {}, "list-conn")
-        return tuple(config for conn in conns for config in child_configs(conn, NAMES))
+        return await self._read("list-conns", "list-conn", "children", child_configs, widened)
 
     async def established(self) -> tuple[ChildSa, ...]:
-        """Return the CHILD_SAs that carry traffic. Raises: IkeError, ViciError."""
-        found = await self._command("list-sas", {}, "list-sa")
-        return tuple(sa for each in found for sa in child_sas(each, NAMES))
+        """Return the CHILD_SAs that carry traffic. Raises: IkeError."""
+        return await self._read("list-sas", "list-sa", "child-sas", child_sas)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """What was not understood of the last lists; it was left out of them."""
+        return tuple(reason for reasons in self._unread.values() for reason in reasons)
+
+    async def _read(
+        self,
+        command: str,
+        stream: str,
+        section: str,
+        read: Callable[..., Iterable[T]],
+        instead: Callable[[Message], Message] | None = None,
+    ) -> tuple[T, ...]:
+        """Run a command that lists children, and read each for itself.
+
+        `instead`: what is read of one that is not understood; without it, it is left out.
+        """
+        messages = await self._command(command, {}, stream)
+        found: list[T] = []
+        unread: list[str] = []
+        for one in (one for message in messages for one in apart(message, section)):
+            try:
+                found.extend(read(one, NAMES))
+            except ViciError as error:
+                unread.append(f"{_label(one, section)}: {error}")
+                if instead is not None:
+                    found.extend(read(instead(one), NAMES))
+        self._unread[command] = unread
+        return tuple(found)
 
     async def userland(self) -> bool:
         """Tell whether the daemon does ESP itself, by kernel-libipsec. Raises: IkeError."""
@@ -216,11 +258,11 @@ class IkeClient:
         reason = ""
         try:
             while True:
-                for event in _events(await self._event_source.receive()):
+                for event in _understood(await self._event_source.receive()):
                     if isinstance(event, ChildUp):
                         self._negotiator.came_up((event.sa.ike, event.sa.child))
                     self._events.put_nowait(event)
-        except (IkeError, ViciError) as error:
+        except IkeError as error:
             reason = str(error)
         self._close()
         self._events.put_nowait(IkeGone(reason))
@@ -234,6 +276,23 @@ class IkeClient:
         self._tasks.discard(task)
         if not task.cancelled():
             task.result()  # what it did not expect is for the loop's exception handler
+
+
+def _label(message: Message, section: str) -> str:
+    """Return what a message of `apart` is about."""
+    names = [*message]
+    for body in message.values():
+        if isinstance(body, Mapping) and isinstance(body.get(section), Mapping):
+            names += body[section]
+    return "/".join(names)
+
+
+def _understood(answer: Answer) -> list[IkeEvent]:
+    """Return what an event packet says, or that it was not understood."""
+    try:
+        return list(_events(answer))
+    except ViciError as error:
+        return [IkeUnread(str(error))]
 
 
 def _events(answer: Answer) -> Iterator[IkeEvent]:

@@ -21,10 +21,12 @@ import re
 import select
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from ipsecgate import trust
 from ipsecgate.core import holds
 from ipsecgate.core.events import Call, CallEvent, CallExpired, CallGone, CallInterrupted, CallMade
 from ipsecgate.core.flow import Flow
@@ -40,8 +42,8 @@ DEADLINE = struct.Struct("=d")  # follows each notification; on CLOCK_MONOTONIC,
 SLOT = NOTIFICATION.size + DEADLINE.size
 AT_ONCE = 64  # calls taken in before the loop sees to others
 AGAIN = 1.0  # seconds within which an interrupted thread has called again
-WATCH = 0.1  # seconds between looks at what became of the held ones' threads
-WATCH_EACH = 0.001  # and as long again for each of them
+WATCH = 0.1  # seconds between rounds of looking what became of the held ones' threads
+WATCH_EACH = 0.001  # and as long in a round for each of them
 RETRY = 1.0  # seconds
 NAME = re.compile(r"hold-(\d+)-([\d.]+)")  # of a listener that is kept: its number, its limit
 
@@ -70,7 +72,7 @@ class _Listener:
         self._let_go_spare()
         for slot in self._free:
             call, deadline = self._at(slot)
-            if call.pid and seccomp.is_waiting(self.fd, call.id):
+            if _is_there(call) and seccomp.is_waiting(self.fd, call.id):
                 self.slots[call.id] = slot
                 found.append((call, deadline))
             else:
@@ -99,7 +101,7 @@ class _Listener:
 
     def _let_go_spare(self) -> None:
         call, _ = self._at(self._spare)
-        if call.pid:
+        if _is_there(call):
             seccomp.answer(self.fd, call.id, None)
             self._clear(self._spare)
 
@@ -141,9 +143,14 @@ class _Listener:
         self._map[slot : slot + SLOT] = bytes(SLOT)
 
 
+def _is_there(call: Notification) -> bool:
+    """Tell a call from an empty slot. Its pid is 0 where the thread is in no namespace of ours."""
+    return call.arch != 0
+
+
 def _mapped(file: Path) -> mmap.mmap:
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    trust.folder(file.parent, 0o700)
+    fd = trust.open_file(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         os.posix_fallocate(fd, 0, SLOTS * SLOT)  # what is sparse can be missing when it is needed
         return mmap.mmap(fd, SLOTS * SLOT)
@@ -162,6 +169,7 @@ class Listeners:
         # Who will call again: its deadline, and until when that is remembered.
         self._again: dict[tuple[int, Flow], tuple[float, float]] = {}
         self._watch: asyncio.TimerHandle | None = None
+        self._round: deque[tuple[_Listener, CallMade]] = deque()  # of these still to be looked at
 
     def take(self, pid: int, fd: int, limit: float) -> None:
         """Take over a process's listener. Raises: OSError, ValueError if it is none."""
@@ -173,6 +181,8 @@ class Listeners:
         try:
             if not seccomp.is_listener(fd):
                 raise ValueError("that descriptor is no seccomp listener")
+            if not 0 <= limit <= holds.HOLD_LONGEST:
+                raise ValueError(f"a call cannot be held for {limit:g} s")
             one = _Listener(number, fd, limit, self._folder / str(number))
         except BaseException:
             os.close(fd)
@@ -275,11 +285,17 @@ class Listeners:
     # --- what becomes of those that wait ----------------------------------------------
 
     def _look_after(self) -> None:
-        """Look for held calls whose threads were killed, or have a signal to handle."""
+        """Look for held calls whose threads were killed, or have a signal; a slice at a time."""
         now = time.monotonic()
-        self._again = {who: told for who, told in self._again.items() if now <= told[1]}
-        held = [(one, made) for one in self._of.values() for made, _ in one.held.values()]
-        for one, made in held:
+        if not self._round:
+            self._again = {who: told for who, told in self._again.items() if now <= told[1]}
+            self._round.extend(
+                (one, made) for one in self._of.values() for made, _ in one.held.values()
+            )
+        for _ in range(min(AT_ONCE, len(self._round))):
+            one, made = self._round.popleft()
+            if one.number not in self._of or made.call.id not in one.held:
+                continue  # answered meanwhile
             if not seccomp.is_waiting(one.fd, made.call.id):
                 one.forget(made.call.id)
                 self._tell(CallGone(made.call))
@@ -287,9 +303,10 @@ class Listeners:
                 deadline = one.held[made.call.id][1].when()
                 self._again[made.pid, made.flow] = deadline, now + AGAIN
                 self._tell(CallInterrupted(made.call))
-        pause = WATCH + len(held) * WATCH_EACH
+        pause = AT_ONCE * WATCH_EACH if self._round else WATCH
         loop = asyncio.get_running_loop()
-        self._watch = loop.call_later(pause, self._look_after) if held else None
+        any_held = any(one.held for one in self._of.values())
+        self._watch = loop.call_later(pause, self._look_after) if any_held else None
 
 
 def _stuck(question: Question) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeVar
 
+from ipsecgate import trust
 from ipsecgate.core.events import ChildConfig
 from ipsecgate.core.flow import PORT_MASK, TrafficSelector
 from ipsecgate.core.ipsec import Mode
@@ -27,7 +28,7 @@ T = TypeVar("T")
 def recall(path: Path) -> tuple[ChildConfig, ...]:
     """Return what was kept, nothing if nothing ever was. Raises: GateError."""
     try:
-        items = _the(list, json.loads(path.read_text()))
+        items = _the(list, json.loads(trust.read(path)))
         return tuple(_child(_the(dict, item)) for item in items)
     except FileNotFoundError:
         return ()
@@ -47,7 +48,7 @@ def keep(path: Path, children: tuple[ChildConfig, ...]) -> None:
 def recall_targets(path: Path) -> tuple[str, ...]:
     """Return the targets that were kept, nothing if none ever were. Raises: GateError."""
     try:
-        return tuple(_the(str, item) for item in _the(list, json.loads(path.read_text())))
+        return tuple(_the(str, item) for item in _the(list, json.loads(trust.read(path))))
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, RecursionError) as error:
@@ -63,7 +64,7 @@ def keep_targets(path: Path, targets: tuple[str, ...]) -> None:
 
 
 def _write(path: Path, items: Sequence[Any]) -> None:
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    trust.folder(path.parent)
     aside = path.with_suffix(".new")
     try:
         with aside.open("w") as file:

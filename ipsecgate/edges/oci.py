@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
 import struct
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pathlib import Path
 from ipsecgate.core.oci import MESSAGE_LIMIT, Container, OciError, container
 from ipsecgate.edges.clients import listening
 
+PEERS = 256  # at a time, or a quarter of the descriptors: the kernel and IKE need some
 MAX_FDS = 4  # of a message: the listener, and what a later specification may add
 FD = struct.Struct("=i")
 ROOM = socket.CMSG_LEN(MAX_FDS * FD.size)
@@ -29,8 +31,20 @@ Told = Callable[[str], object]
 
 async def run(path: Path, taken: Taken, told: Told) -> None:
     """Take listeners in until cancelled; `told` hears what was wrong. Raises: OSError."""
+    serving: set[asyncio.Task[None]] = set()
+    room = min(PEERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+    def on_peer(peer: socket.socket) -> None:
+        if len(serving) >= room:
+            peer.close()
+            told(f"a container's listener was not taken: {room} runtimes have not sent theirs yet")
+            return
+        task = peers.create_task(_serve(peer, taken, told))
+        serving.add(task)
+        task.add_done_callback(serving.discard)
+
     async with asyncio.TaskGroup() as peers:
-        with listening(path, lambda peer: peers.create_task(_serve(peer, taken, told))):
+        with listening(path, on_peer):
             await asyncio.Event().wait()
 
 

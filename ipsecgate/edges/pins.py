@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ipsecgate import trust
 from ipsecgate.edges import libbpf
 from ipsecgate.edges.bytecode import Bytecode
 from ipsecgate.edges.mounts import type_of
@@ -46,9 +46,8 @@ def ensure_bpffs(path: Path) -> None:
     if type_of(path) == "bpf":
         return
     path.mkdir(parents=True, exist_ok=True)
-    run = subprocess.run(
-        ["mount", "-t", "bpf", "bpf", str(path)], capture_output=True, text=True, check=False
-    )
+    # Without a mode everybody may make folders in it, and so ours before we do.
+    run = trust.run(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", str(path)])
     if run.returncode:
         raise KernelLacksError(
             f"cannot mount bpffs on {path}: {run.stderr.strip()}",
@@ -83,7 +82,8 @@ class Pins:
         Raises: OSError (ENOSPC, EPERM …).
         """
         ensure_bpffs(self.bpffs)
-        (self.root / "links").mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self.root.parent, self.root, self.root / "links"):
+            trust.folder(folder, 0o700)
         self._finish()
         if self.next.any and not self.next.fit(bytecode):
             self.next.remove()
@@ -145,10 +145,11 @@ class Pins:
         """
         if not self.loaded:
             raise GateError(f"nothing is loaded in {self.root}", hint="ipsecgate load")
-        cgroup_id = cgroup.stat().st_ino
         made: list[Path] = []
         try:
             with opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as directory:
+                # Of what is open, not of the name: that may be another's by now.
+                cgroup_id = os.fstat(directory).st_ino
                 for hook in sorted(self.current.hooks() & HOOKS.keys()):
                     path = self.root / "links" / f"{hook}-{cgroup_id}"
                     if path.exists():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 from vici import Session
 
+from ipsecgate import trust
 from ipsecgate.core.vici import is_userland
 from ipsecgate.edges.mounts import type_of
 from ipsecgate.errors import GateError
@@ -51,17 +51,14 @@ def has_esp() -> bool:
     aead = ("aead", "rfc4106(gcm(aes))", "0x" + "11" * 20, "128")
     cbc = ("enc", "cbc(aes)", "0x" + "11" * 16, "auth", "hmac(sha256)", "0x" + "11" * 32)
     for tool in ("ip", "unshare"):
-        if shutil.which(tool) is None:
+        if shutil.which(tool, path=trust.ENVIRONMENT["PATH"]) is None:
             raise GateError(f"{tool} is not installed", hint="apt install iproute2 util-linux")
     namespace = ["unshare", "--net"]
     if os.geteuid() != 0:
         namespace += ["--user", "--map-root-user"]
     state = "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x100 mode tunnel"
     return any(
-        subprocess.run(
-            [*namespace, *state.split(), *algorithm], capture_output=True, check=False
-        ).returncode
-        == 0
+        trust.run([*namespace, *state.split(), *algorithm]).returncode == 0
         for algorithm in (aead, cbc)
     )
 

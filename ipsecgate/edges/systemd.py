@@ -11,6 +11,8 @@ import socket
 import time
 from contextlib import suppress
 
+from ipsecgate.core.printable import printable
+
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
@@ -29,7 +31,8 @@ def notify(*fds: int, **fields: object) -> bool:
         return False
     if address.startswith("@"):  # an abstract socket
         address = "\0" + address[1:]
-    message = "\n".join(f"{name}={value}" for name, value in fields.items())
+    # A line break in a value would be another field.
+    message = "\n".join(f"{name}={printable(str(value))}" for name, value in fields.items())
     with (
         suppress(OSError),
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,

@@ -112,6 +112,11 @@ class XfrmMonitor:
             self._socket.close()
             self._socket = None
 
+    def look(self) -> None:
+        """Take in at once what the kernel has notified so far, not in the loop's next turn."""
+        if self._socket is not None:
+            self._socket.drain()
+
     async def __aenter__(self) -> Self:
         await self.open()
         return self

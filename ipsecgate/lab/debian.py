@@ -154,7 +154,7 @@ def main(suites: Sequence[str]) -> int:
             kernel = fetch(progress=lambda text: sys.stdout.write(f"{text}\n"), suite=suite)
             sys.stdout.write(f"Linux {kernel.release}: {kernel.binary}\n")
     except GateError as error:
-        sys.stderr.write(f"{error}\nhint: {error.hint}\n")
+        sys.stderr.write(f"{error.report()}\n")
         return 1
     return 0
 

@@ -73,7 +73,7 @@ class Gated:
         paths = self.paths
         places = {"config": paths.config, "run-dir": paths.run, "cache-dir": paths.cache}
         options = [word for name, path in places.items() for word in (f"--{name}", str(path))]
-        return [sys.executable, "-m", "ipsecgate", *options, "-i", self.instance, *arguments]
+        return [sys.executable, "-P", "-m", "ipsecgate", *options, "-i", self.instance, *arguments]
 
     def start(
         self,

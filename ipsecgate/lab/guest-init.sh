@@ -3,11 +3,14 @@
 # Called as `sh WORK/init WORK`; WORK is a folder of the host that says what to do:
 #   settings   shell assignments: modules, release, results, terminal, rows, columns
 #   command    a shell script
+#   booted     made here when the command begins
 #   exit-code  written here
 # The console carries kernel and init messages, /dev/tty1 what the command prints.
 # A step that fails ends process 1, so the kernel panics and the host sees why.
 set -eu
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+# hostfs takes its folder as mount(2)'s data; in the newer calls no option may be a mere path.
+export LIBMOUNT_FORCE_MOUNT2=always
 work=$1
 . "$work/settings"
 
@@ -50,6 +53,7 @@ ulimit -n 65536
 exec 3<>/dev/tty1
 stty raw -opost -echo rows "$rows" cols "$columns" <&3
 run='sh /run/host/command; exit $?'
+: >/run/host/booted
 status=0
 if [ "$terminal" = yes ]; then
     setsid --wait sh -c "$run" </dev/null >&3 2>&1 3>&- || status=$?

@@ -7,6 +7,8 @@ Whatever ends `run`, the guest's processes and temporary folders are gone after.
 
     python -m ipsecgate.lab.guest [--always] [--timeout S] [--results DIR] -- CMD...
     python -m ipsecgate.lab.guest --kernel qemu ... -- CMD...    (see `debian`)
+
+Where user-mode-linux does not boot, QEMU is tried.
 """
 
 from __future__ import annotations
@@ -22,20 +24,24 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
-from ipsecgate.lab import debian
-from ipsecgate.lab.kernel import Kernel, fetch
+from ipsecgate.lab import debian, room
+from ipsecgate.lab.console import OnOutput, ignore
+from ipsecgate.lab.kernel import Kernel, Progress, fetch
 from ipsecgate.lab.qemu import Qemu
-from ipsecgate.lab.uml import MEMORY, GuestError, GuestHung, GuestPanicked, OnOutput, Uml, ignore
+from ipsecgate.lab.uml import MEMORY, GuestError, GuestHung, GuestPanicked, Uml
 
 __all__ = ["GuestError", "GuestHung", "GuestPanicked", "GuestResult", "run"]
 
 INIT = Path(__file__).with_name("guest-init.sh")
+SLOWER = 5
+"""How much more time a command has under QEMU: it runs at a fifth of the speed or faster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,7 @@ def run(
     terminal: bool = False,
     memory: int = MEMORY,
     kernel: Kernel | None = None,
+    progress: Progress = ignore,
 ) -> GuestResult:
     """Boot a guest, run `argv` in it as root, and return when the guest is gone.
 
@@ -70,10 +77,67 @@ def run(
     same path, in IPSECGATE_RESULTS; None: one that is thrown away. `on_output`
     gets whole lines, or a part of one when no more came for `IDLE` seconds.
     `terminal`: the command's stdout is a terminal of our terminal's size, else a
-    pipe. `memory`: MiB. `kernel` None: `fetch` it; `debian.fetch` for QEMU.
+    pipe. `memory`: MiB. `kernel` None: user-mode-linux, or QEMU where that does
+    not boot; `progress` is told so, and QEMU has `SLOWER` times the timeout.
     Raises: GuestHung; GuestPanicked; GateError if there is no kernel to be had.
     """
-    kernel = kernel or fetch()
+    run_in = partial(
+        _run,
+        argv,
+        env=env,
+        cwd=cwd,
+        results=results,
+        on_output=on_output,
+        terminal=terminal,
+        memory=memory,
+    )
+    if kernel is not None:
+        return run_in(kernel=kernel, timeout=timeout)
+    try:
+        return run_in(kernel=fetch(progress=progress), timeout=timeout)
+    except GuestError as error:
+        if error.booted:
+            raise
+        progress(f"{error}")
+        progress(error.evidence)
+        progress("trying QEMU, which is slower")
+        try:
+            return run_in(kernel=debian.fetch(progress=progress), timeout=timeout * SLOWER)
+        except GuestError as second:
+            if second.booted:
+                raise
+            raise _no_guest(error, second) from second
+        except GateError as second:
+            raise _no_guest(error, second) from second
+
+
+def _no_guest(first: GuestError, second: GateError) -> GuestError:
+    """Return the error of a machine on which neither kind of guest boots."""
+    evidence = (str(first), first.evidence, f"QEMU instead: {second}", second.evidence)
+    hint = (
+        second.hint if second.hint == first.hint else f"for QEMU: {second.hint}. Else: {first.hint}"
+    )
+    return GuestError(
+        "no test kernel boots on this machine",
+        hint=hint,
+        output=first.output,
+        evidence="\n".join(filter(None, evidence)),
+        booted=False,
+    )
+
+
+def _run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None,
+    cwd: Path | None,
+    timeout: float,
+    results: Path | None,
+    on_output: OnOutput,
+    terminal: bool,
+    memory: int,
+    kernel: Kernel,
+) -> GuestResult:
     began = time.monotonic()
     with _exit_on_sigterm(), _folder() as work:
         keep = (results or work / "results").absolute()
@@ -171,23 +235,26 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+KINDS = {"uml": fetch, "qemu": debian.fetch}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command where ESP is: here if this kernel has it, else (or --always) in a guest."""
+    """Run a command where ESP is: in a `room` if it is here, else (or --always) in a guest."""
     parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.guest", description=main.__doc__)
     parser.add_argument("--always", action="store_true", help="in a guest even if ESP is here")
-    parser.add_argument("--kernel", choices=("uml", "qemu"), help="qemu: always Debian's own")
+    parser.add_argument("--kernel", choices=KINDS, help="always in this kind of guest, no other")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds (600)")
     parser.add_argument("--results", type=Path, metavar="DIR", help="what the command leaves")
     parser.add_argument("--memory", type=int, default=MEMORY, metavar="MIB", help="(2048)")
     parser.add_argument("command", nargs="+", metavar="CMD")
     options = parser.parse_args(arguments)
     try:
-        find = debian.fetch if options.kernel == "qemu" else fetch
-        if find is fetch and not options.always and has_esp():
-            if options.results:
-                options.results.mkdir(parents=True, exist_ok=True)
-                os.environ["IPSECGATE_RESULTS"] = str(options.results.absolute())
-            os.execvp(options.command[0], options.command)  # noqa: S606
+        if options.kernel is None and not options.always and has_esp():
+            return room.run(options.command, options.timeout, options.results)
         return run(
             options.command,
             timeout=options.timeout,
@@ -195,11 +262,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             on_output=_say,
             terminal=sys.stdout.isatty(),
             memory=options.memory,
-            kernel=find(progress=lambda text: sys.stderr.write(f"{text}\n")),
+            kernel=KINDS[options.kernel](progress=_tell) if options.kernel else None,
+            progress=_tell,
         ).exit_code
     except GateError as error:
-        said = f"last output:\n{error.output}" if isinstance(error, GuestError) else ""
-        sys.stderr.write(f"{error}\nhint: {error.hint}\n{said}")
+        _tell(error.report())
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,4 @@
-"""The test kernel: does this machine's own do ESP, and if not, where is user-mode-linux?
+"""The test kernel: where user-mode-linux is, downloaded if it is not here.
 
 Nothing is installed: Debian's package is downloaded and unpacked into a cache folder.
 """
@@ -10,14 +10,12 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
 
 PACKAGE = "user-mode-linux"
@@ -129,26 +127,3 @@ def _look(home: Path) -> Kernel:
     if not binary.is_file() or not modules:
         raise GateError(f"no user-mode-linux in {home}", hint=f"remove {home} and try again")
     return Kernel(binary, modules[-1])
-
-
-def main() -> int:
-    """Say whether this machine's kernel does ESP; if not, have user-mode-linux ready."""
-    try:
-        if has_esp():
-            sys.stdout.write("this kernel does ESP: no test kernel is needed\n")
-        elif platform.machine() not in MACHINES:
-            sys.stdout.write(
-                f"this kernel has no ESP, and Debian has no {PACKAGE} for {platform.machine()}:"
-                " boot a kernel with ESP, such as Debian's own, for the demo and the tests\n"
-            )
-        else:
-            kernel = fetch(progress=lambda text: sys.stdout.write(f"{text}\n"))
-            sys.stdout.write(f"this kernel has no ESP: tests run in {kernel.binary}\n")
-    except GateError as error:
-        sys.stderr.write(f"{error}\nhint: {error.hint}\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

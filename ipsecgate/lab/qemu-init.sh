@@ -4,6 +4,7 @@
 # Called as `sh /run/host/init`; /run/host is the host's folder with
 #   settings   shell assignments: modules, release, results, terminal, rows, columns
 #   command    a shell script
+#   booted     made here when the command begins
 #   exit-code  written here
 # The console (ttyS0) carries kernel and init messages, ttyS1 what the command prints.
 # A step that fails ends process 1, so the kernel panics and the host sees why.
@@ -34,6 +35,7 @@ ulimit -n 65536
 exec 3<>/dev/ttyS1
 stty raw -opost -echo rows "$rows" cols "$columns" <&3
 run='sh /run/host/command; exit $?'
+: >/run/host/booted
 status=0
 if [ "$terminal" = yes ]; then
     setsid --wait sh -c "$run" </dev/null >&3 2>&1 3>&- || status=$?

@@ -14,14 +14,13 @@ import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 from ipsecgate.errors import GateError
+from ipsecgate.lab.console import OnOutput, Output, ignore
 from ipsecgate.lab.debian import QEMU, DebianKernel
 from ipsecgate.lab.packed import unpack
-from ipsecgate.lab.uml import OnOutput, Output, Uml, _leash, ignore
+from ipsecgate.lab.uml import Uml, _leash
 
 INIT = Path(__file__).with_name("qemu-init.sh")
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
@@ -34,8 +33,6 @@ FAST = (
     " random.trust_cpu=on"
 )
 """What a boot under emulation spends seconds on and nobody here uses."""
-LAST_WORDS = 5.0
-"""Seconds a kernel that panicked may take to say why."""
 SHARE = "trans=virtio,version=9p2000.L,msize=512000"
 
 
@@ -43,15 +40,28 @@ class Qemu(Uml):
     """A running QEMU, killed when the `with` block ends; to its user like `Uml`.
 
     `work` gets `init` and `initrd`; it has `settings`, as `guest.settings_file` writes them.
+    `init` is the script that goes on from the first one.
     """
 
+    kind = "QEMU with Linux"
+    boot_limit = 300.0
+    """Seconds until the command begins: 6 on a quiet machine."""
+
     def __init__(
-        self, kernel: DebianKernel, work: Path, memory: int, results: Path, on_output: OnOutput
+        self,
+        kernel: DebianKernel,
+        work: Path,
+        memory: int,
+        results: Path,
+        on_output: OnOutput,
+        *,
+        init: Path = INIT,
     ) -> None:
         self.output = Output(on_output)
         self._console = Output(ignore)
         self._work = work
-        (work / "init").write_bytes(INIT.read_bytes())
+        self._name = f"{self.kind} {kernel.release}"
+        (work / "init").write_bytes(init.read_bytes())
         (work / "initrd").write_bytes(initrd(kernel))
         self._reader, writer = os.pipe()
         try:
@@ -71,18 +81,6 @@ class Qemu(Uml):
         finally:
             os.close(writer)
 
-    def _panicked(self, message: str) -> NoReturn:
-        """Report it with all that was said: it comes byte by byte, and QEMU ends after it."""
-        console = self._process.stdout
-        if console is not None and not console.closed:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(LAST_WORDS)
-            os.set_blocking(console.fileno(), False)
-            with suppress(BlockingIOError):
-                while data := os.read(console.fileno(), 1 << 16):
-                    self._console.feed(data)
-        super()._panicked(message)
-
 
 def command_line(
     kernel: DebianKernel, work: Path, memory: int, results: Path, output: int
@@ -94,7 +92,7 @@ def command_line(
     command = f"{QEMU} -machine pc -accel tcg -cpu {CPU} -smp 1 -m {memory}"
     command += " -nodefaults -no-user-config -no-reboot -display none"
     command += " -serial file:/dev/stdout"
-    kernel_line = f"console=ttyS0 quiet panic=-1 {FAST}"
+    kernel_line = f"console=ttyS0 panic=-1 {FAST}"
     return [
         *f"{command} -serial file:/dev/fd/{output}".split(),
         *("-kernel", str(kernel.binary), "-initrd", str(work / "initrd"), "-append", kernel_line),

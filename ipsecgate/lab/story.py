@@ -16,7 +16,10 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from ipsecgate.edges import bytecode
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
@@ -101,7 +104,9 @@ def tell(
         for case in wanted:
             if case.gated and gate is None:
                 progress("the gate: its hooks on one cgroup of host a, its controller beside")
-                gate = stack.enter_context(Gated(lab))
+                hooks = Path(stack.enter_context(TemporaryDirectory(prefix=f"{lab.name}-hooks-")))
+                bytecode.get(hooks)  # however long that takes: a controller must be ready in time
+                gate = stack.enter_context(Gated(lab, cache=hooks))
             progress(f"{case}, {'with' if case.gated else 'without'} the gate")
             yield run(lab, case, gate if case.gated else None)
 

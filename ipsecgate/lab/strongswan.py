@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import vici
-from vici.exception import CommandException
+from vici.exception import CommandException, SessionException
 
 from ipsecgate.core.flow import Address
 from ipsecgate.lab.netns import LabError
@@ -31,9 +31,11 @@ DAEMON = Path("/usr/sbin/charon-systemd")
 PLUGINS = Path("/usr/lib/ipsec/plugins")
 # Only what PSK with the proposals below needs: in a slow guest each plugin costs start-up
 # time, and af-alg would probe every cipher of the kernel.
-LOAD = "random nonce aes sha1 sha2 hmac kdf gmp kernel-netlink socket-default vici"
+LOAD = "random nonce {crypto} {kernel} socket-default vici"
+# Who computes: from Debian 13 on libstrongswan has OpenSSL in place of strongSwan's own.
+CRYPTO = ("aes sha1 sha2 hmac kdf gmp", "openssl")
 # The first plugin with an IPsec backend is the one that is used; kernel-netlink has routes, too.
-LOAD_LIBIPSEC = LOAD.replace("kernel-netlink", "kernel-libipsec kernel-netlink")
+NETLINK, LIBIPSEC = "kernel-netlink", "kernel-libipsec kernel-netlink"
 TUN = Path("/dev/net/tun")
 IKE_PROPOSAL = "aes128-sha256-modp2048"
 ESP_PROPOSAL = "aes128-sha256"
@@ -143,8 +145,8 @@ class Charon:
         self.log = folder / "charon.log"
         self._launcher = launcher
         self._process: subprocess.Popen[bytes] | None = None
-        self._load = LOAD_LIBIPSEC if libipsec else LOAD
-        missing = [name for name in self._load.split() if not plugin(name).exists()]
+        self._load = plugins(LIBIPSEC if libipsec else NETLINK)
+        missing = absent(self._load)
         if missing or not DAEMON.exists():
             raise LabError(
                 f"strongSwan is not complete: {' '.join(missing) or DAEMON} missing",
@@ -213,7 +215,13 @@ class Charon:
         """Open a VICI connection of its own. Raises: OSError if the daemon is away."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self.vici_socket))
-            yield vici.Session(sock)
+            try:
+                yield vici.Session(sock)
+            except SessionException as error:
+                # vici's own clean-up stumbles over the answer to a request that was interrupted.
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
 
     def configure(self, settings: str) -> None:
         """Have these lines in force beside the lab's own settings, instead of those before.
@@ -316,6 +324,12 @@ class Charon:
             )
 
 
-def plugin(name: str) -> Path:
-    """Return where Debian keeps a plugin's library."""
-    return PLUGINS / f"libstrongswan-{name}.so"
+def plugins(kernel: str) -> str:
+    """Return the plugins to load, with this backend and whoever can compute here."""
+    crypto = min(CRYPTO, key=lambda names: len(absent(names)))
+    return LOAD.format(crypto=crypto, kernel=kernel)
+
+
+def absent(names: str) -> list[str]:
+    """Return the plugins that are not where Debian keeps them."""
+    return [name for name in names.split() if not (PLUGINS / f"libstrongswan-{name}.so").exists()]

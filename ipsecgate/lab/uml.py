@@ -6,50 +6,65 @@ caller may make one; only SIGKILL ends it. What runs inside is `guest`'s matter.
 
 from __future__ import annotations
 
-import codecs
 import functools
 import os
 import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TypedDict
 
 from ipsecgate.errors import GateError
+from ipsecgate.lab import xstate
+from ipsecgate.lab.console import PANIC, OnOutput, Output, ignore, last_lines
 from ipsecgate.lab.kernel import Kernel
 
 MEMORY = 2048
 """MiB a guest may use; its pages are a sparse file that is deleted while in use."""
 FAST = "initcall_blacklist=raid6_select_algo pty.legacy_count=0 zswap.enabled=0"
 """What a boot spends 1.2 s on and nobody here uses."""
-PANIC = "Kernel panic - not syncing"
 TAIL = 4000
 """Characters of each stream that an error carries."""
+LAST_WORDS = 5.0
+"""Seconds that a kernel may take to end after it panicked; it says why meanwhile."""
 IDLE = 0.1
 """Seconds after which an unfinished line is passed on."""
 
-OnOutput = Callable[[str], object]
+NO_BOOT = (
+    "the console's last line says which step failed. `make demo` and `make test` run without a"
+    " guest on a kernel that has ESP (Debian's has)"
+)
 
 
-def ignore(_text: str) -> None:
-    """Take no notice: the `on_output` of those who want none."""
+class _Facts(TypedDict):
+    """The arguments that every GuestError has."""
+
+    output: str
+    evidence: str
+    booted: bool
 
 
 class GuestError(GateError):
-    """The guest did not run the command to its end; `output` is the last it said."""
+    """The guest did not run the command to its end.
+
+    `output` is the end of what the command and the console said, `evidence` the
+    console's last lines. `booted`: the command had begun.
+    """
 
     exit_code = 125
 
-    def __init__(self, message: str, *, hint: str, output: str) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(
+        self, message: str, *, hint: str, output: str = "", evidence: str = "", booted: bool = True
+    ) -> None:
+        super().__init__(message, hint=hint, evidence=evidence)
         self.output = output
+        self.booted = booted
 
 
 class GuestHung(GuestError):  # noqa: N818
-    """The guest was killed because its time was up."""
+    """The guest was killed because its time was up, or it did not boot in time."""
 
     exit_code = 124
 
@@ -62,14 +77,24 @@ class Uml:
     """A running user-mode-linux, killed when the `with` block ends.
 
     `work` is a folder of the host's that has `init`, the shell script that is
-    the guest's process 1, and gets `exit-code` from it. The guest's /dev/tty1
-    goes to `on_output`, its console is kept for errors. `memory`: MiB.
+    the guest's process 1, and gets `booted` and `exit-code` from it. The guest's
+    /dev/tty1 goes to `on_output`, its console is kept for errors. `memory`: MiB.
+    Raises: GuestError if it needs a library that cannot be built (see `xstate`).
     """
+
+    kind = "user-mode-linux"
+    boot_limit = 120.0
+    """Seconds until the command begins: 3 on a quiet machine."""
 
     def __init__(self, kernel: Kernel, work: Path, memory: int, on_output: OnOutput) -> None:
         self.output = Output(on_output)
         self._console = Output(ignore)
         self._work = work
+        self._name = f"{self.kind} {kernel.release}"
+        try:
+            variables = xstate.environment()
+        except GateError as error:
+            raise GuestError(str(error), hint=error.hint, booted=False) from error
         self._reader, writer = os.pipe()
         try:
             self._process = subprocess.Popen(
@@ -78,7 +103,11 @@ class Uml:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(writer,),
-                env={"PATH": "/usr/bin:/bin", "TMPDIR": str(memory_folder(memory, work))},
+                env={
+                    "PATH": "/usr/bin:/bin",
+                    "TMPDIR": str(memory_folder(memory, work)),
+                    **variables,
+                },
                 cwd="/",
                 start_new_session=True,
             )
@@ -100,17 +129,15 @@ class Uml:
         Raises: GuestHung; GuestPanicked.
         """
         assert self._process.stdout is not None  # noqa: S101
-        deadline = time.monotonic() + timeout
+        began = time.monotonic()
         with selectors.DefaultSelector() as selector:
             selector.register(self._reader, selectors.EVENT_READ, self.output)
             selector.register(self._process.stdout, selectors.EVENT_READ, self._console)
             while selector.get_map():
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    hint = "see what it was doing; if it only needs longer, raise the timeout"
-                    message = f"the guest was killed after {timeout:g} s"
-                    raise GuestHung(message, hint=hint, output=self._tail())
-                ready = selector.select(min(left, IDLE))
+                spent = time.monotonic() - began
+                if spent > min(timeout, self.boot_limit) and (spent > timeout or not self.booted()):
+                    self._hung(min(timeout, spent))
+                ready = selector.select(min(max(timeout - spent, 0), IDLE))
                 if not ready:
                     self.output.flush()
                 for key, _events in ready:
@@ -120,22 +147,33 @@ class Uml:
                         selector.unregister(key.fileobj)
                 if PANIC in self._console.text:
                     self._read_rest()
-                    self._panicked("the guest's kernel panicked")
+                    self._panicked("panicked")
         self.output.flush()
 
     def _read_rest(self) -> None:
-        """Take in what the command wrote before the panic: the console may be read first."""
-        os.set_blocking(self._reader, False)
-        with suppress(BlockingIOError):
-            while data := os.read(self._reader, 1 << 16):
-                self.output.feed(data)
+        """Take in what came before the panic, and what the kernel says after its first line."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(LAST_WORDS)
+        assert self._process.stdout is not None  # noqa: S101
+        for fd, output in (
+            (self._reader, self.output),
+            (self._process.stdout.fileno(), self._console),
+        ):
+            os.set_blocking(fd, False)
+            with suppress(BlockingIOError):
+                while data := os.read(fd, 1 << 16):
+                    output.feed(data)
 
     def exit_code(self) -> int:
         """Return the command's exit code. Raises: GuestPanicked if it left none."""
         try:
             return int((self._work / "exit-code").read_text())
         except (OSError, ValueError):
-            self._panicked("the guest stopped before its command ended")
+            self._panicked("stopped")
+
+    def booted(self) -> bool:
+        """Tell whether the guest has come as far as its command."""
+        return (self._work / "booted").exists()
 
     def kill(self) -> None:
         """End every process of the guest, wait for it, close the streams.
@@ -156,43 +194,36 @@ class Uml:
         if self._process.stdout is not None:
             self._process.stdout.close()
 
-    def _tail(self) -> str:
-        return self.output.text[-TAIL:] + self._console.text[-TAIL:]
+    def _hung(self, seconds: float) -> NoReturn:
+        if self.booted():
+            message = f"the guest ({self._name}) was killed after {seconds:.0f} s"
+            hint = "if the command only needs longer, raise the timeout"
+        else:
+            message = (
+                f"the guest ({self._name}) did not boot within {seconds:.0f} s, and was killed"
+            )
+            hint = NO_BOOT
+        raise GuestHung(message, hint=hint, **self._facts())
 
-    def _panicked(self, message: str) -> NoReturn:
-        hint = "the kernel's own words stand after the command's"
-        raise GuestPanicked(message, hint=hint, output=self._tail())
+    def _panicked(self, happened: str) -> NoReturn:
+        """Report that the kernel panicked or stopped; `happened` says which."""
+        if self.booted():
+            when = "while its command ran"
+            hint = "run it again; if it happens again, report it with these lines"
+        else:
+            when = "before its command began"
+            hint = NO_BOOT
+        raise GuestPanicked(
+            f"the guest ({self._name}) {happened} {when}", hint=hint, **self._facts()
+        )
 
-
-class Output:
-    """Bytes to text: kept whole, and passed on line by line."""
-
-    def __init__(self, on_output: OnOutput) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._on_output = on_output
-        self._pending = ""
-        self._parts: list[str] = []
-
-    @property
-    def text(self) -> str:
-        """Everything so far."""
-        return "".join(self._parts)
-
-    def feed(self, data: bytes) -> None:
-        """Take what was read; no bytes: the stream's end. Passes whole lines on."""
-        text = self._decoder.decode(data, final=not data)
-        self._parts.append(text)
-        whole, newline, rest = (self._pending + text).rpartition("\n")
-        self._pending = rest
-        if newline:
-            for line in whole.split("\n"):
-                self._on_output(line + "\n")
-
-    def flush(self) -> None:
-        """Pass an unfinished line on."""
-        if self._pending:
-            pending, self._pending = self._pending, ""
-            self._on_output(pending)
+    def _facts(self) -> _Facts:
+        tail = self.output.text[-TAIL:] + self._console.text[-TAIL:]
+        return {
+            "output": tail,
+            "evidence": last_lines(self._name, self._console.text),
+            "booted": self.booted(),
+        }
 
 
 def kernel_arguments(kernel: Kernel, work: Path, memory: int, output: int) -> list[str]:
@@ -203,7 +234,7 @@ def kernel_arguments(kernel: Kernel, work: Path, memory: int, output: int) -> li
     return [
         str(kernel.binary),
         *f"mem={memory}M root=/dev/root rootfstype=hostfs rootflags=/ ro {FAST}".split(),
-        *f"quiet panic=-1 con=null con0=null,fd:1 con1=null,fd:{output}".split(),
+        *f"panic=-1 con=null con0=null,fd:1 con1=null,fd:{output}".split(),
         *f"uml_dir={work} umid=uml init=/bin/sh -- {work}/init {work}".split(),
     ]
 

@@ -61,7 +61,7 @@ def disk(cache: Path) -> Iterator[Path]:
     """Return a small disk with the compiled hooks of a cache."""
     bytecode.get(cache)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={CACHE_SIZE}", "none", folder]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={CACHE_SIZE},mode=755", "none", folder]
         subprocess.run(mount, check=True)
         try:
             for path in cache.iterdir():

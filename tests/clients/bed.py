@@ -79,7 +79,8 @@ class Outcome:
             return End.SERVED if self.served else End.BELIEVED
         if any(words.lower() in self.output.lower() for words in SAYS[error]):
             return End.TOLD
-        return End.VAGUE if self.client.vague in self.output else End.OTHER
+        vague = any(words in self.output for words in self.client.vague)
+        return End.VAGUE if vague else End.OTHER
 
     def words(self, error: str) -> str:
         """Return the line in which the client tells of `error`."""

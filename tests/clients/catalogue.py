@@ -52,13 +52,13 @@ SSH_OPTIONS = (
 class RealClient:
     """A client as its user would call it. `served`: a part of what it then prints.
 
-    `vague` is what one says that keeps the cause to itself: curl's code 7.
+    `vague` are the words of one that keeps the cause to itself: curl's for code 7, 7.x and 8.x.
     """
 
     name: str
     argv: tuple[str, ...]
     served: str = PAGE
-    vague: str = "Couldn't connect to server"
+    vague: tuple[str, ...] = ("Couldn't connect to server", "Could not connect to server")
 
 
 def piped(program: str, to: str) -> tuple[str, ...]:

@@ -72,6 +72,7 @@ class Containers:
             *(f"--{option}={path}" for option, path in places.items()),
             *f"--runtime={runtime} --cgroup-manager=cgroupfs --storage-driver=vfs".split(),
             *f"--events-backend=none run --rm --name={name} --network=host".split(),
+            "--log-driver=k8s-file",  # where process 1 is systemd it would need a journal
             *f"--cgroupns=host --cgroup-parent={self._cgroup}".split(),
             *f"--security-opt={security} --rootfs {self.root}".split(),
             *command,

@@ -21,7 +21,8 @@ from ipsecgate.lab.netns import LabError
 
 HTTP, GIT, SSH, POSTGRES, REDIS = 8080, 9418, 2222, 5432, 6379
 PAGE = "the page of host b"
-POSTGRES_BIN = Path("/usr/lib/postgresql/15/bin")
+POSTGRES_VERSIONS = Path("/usr/lib/postgresql")
+"""A folder for each version, named 15, 17 and so on; their programs are not in PATH."""
 READY_TIMEOUT = 60.0
 
 SSHD = """\
@@ -91,7 +92,8 @@ def postgres(folder: Path) -> list[str]:
     shutil.chown(data, "postgres")
     user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
     settle = ["--auth=trust", "--no-sync", "--no-instructions", "--locale=C", "-D", str(data)]
-    initdb = [*user, str(POSTGRES_BIN / "initdb"), *settle]
+    programs = max(POSTGRES_VERSIONS.iterdir(), key=lambda version: int(version.name)) / "bin"
+    initdb = [*user, str(programs / "initdb"), *settle]
     subprocess.run(initdb, check=True, capture_output=True, cwd="/")
     with (data / "pg_hba.conf").open("a") as rules:
         rules.write("host all all 0.0.0.0/0 trust\nhost all all ::/0 trust\n")
@@ -104,7 +106,7 @@ def postgres(folder: Path) -> list[str]:
         "autovacuum": "off",
     }
     options = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
-    return [*user, str(POSTGRES_BIN / "postgres"), "-D", str(data), *options]
+    return [*user, str(programs / "postgres"), "-D", str(data), *options]
 
 
 def redis(folder: Path) -> list[str]:

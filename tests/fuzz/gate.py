@@ -23,7 +23,15 @@ CHILD = on.ChildConfig(
     (TrafficSelector(ip_network("10.2.0.0/16")),),
 )  # fmt: skip
 UP = on.ChildSa(
-    "gw", "net", 1, 0xC0FFEE00, 0xC0FFEE01, ip_address("192.0.2.2"), CHILD.local, CHILD.remote
+    "gw",
+    "net",
+    1,
+    0xC0FFEE00,
+    0xC0FFEE01,
+    ip_address("192.0.2.2"),
+    CHILD.local,
+    CHILD.remote,
+    local_host=ip_address("192.0.2.1"),
 )
 KERNEL = on.KernelSnapshot((NET,), (OUT,))
 SOURCES = on.SourcesResolved(((ip_network("10.2.0.0/16"), ip_address("10.1.0.1")),))

@@ -60,8 +60,9 @@ def child_sa(random: Random, ike: str) -> tuple[dict[str, Any], on.ChildSa]:
         "mode": "TUNNEL", "protocol": "ESP", "spi-in": f"{spi_in:08x}",
         "spi-out": f"{spi_out:08x}", "local-ts": here, "remote-ts": there,
     }  # fmt: skip
-    peer = ip_address("192.0.2.2")
-    return body, on.ChildSa(ike, name, reqid, spi_in, spi_out, peer, local, remote, unique=3)
+    host, peer = ip_address("192.0.2.1"), ip_address("192.0.2.2")
+    names = ike, name, reqid, spi_in, spi_out, peer, local, remote
+    return body, on.ChildSa(*names, unique=3, local_host=host)
 
 
 def conn(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
@@ -81,7 +82,8 @@ def conn(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
 def sas(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
     event = random.choice(("list-sa", "child-updown", "child-rekey", "ike-updown"))
     up = random.random() < 0.5
-    ike = {"uniqueid": "12", "remote-host": "192.0.2.2", "state": "ESTABLISHED"}
+    hosts = {"local-host": "192.0.2.1", "remote-host": "192.0.2.2"}
+    ike = {"uniqueid": "12", **hosts, "state": "ESTABLISHED"}
     head = {"up": "yes"} if up and event.endswith("updown") else {}
     if event == "ike-updown":
         return event, {**head, "gw": ike}, [on.IkeUp("gw", 12) if up else on.IkeDown("gw", 12)]

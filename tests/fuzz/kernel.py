@@ -100,9 +100,12 @@ def _state(random: Random) -> tuple[bytes, on.XfrmEvent]:
     if random.random() < 0.2:
         return raw.message(raw.EXPIRE, body + b"\1" + bytes(7)), on.SaGone(identity)
     more, mark, if_id = _attributes(random)
+    cpu = random.choice((None, None, 0, 1))
+    if cpu is not None:
+        more += raw.attribute(raw.SA_PCPU, struct.pack("=I", cpu))
     sa = Sa(
-        identity, here, reqid, mode, None, mark, if_id, not (algorithm and spi), hard or None,
-        1_700_000_000,
+        identity, here, reqid, mode, None, mark, if_id, cpu, not (algorithm and spi),
+        hard or None, 1_700_000_000,
     )  # fmt: skip
     return raw.message(raw.NEWSA, body + more + (raw.CIPHER if algorithm else b"")), on.SaSet(sa)
 

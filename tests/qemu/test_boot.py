@@ -11,6 +11,8 @@ import pytest
 
 from ipsecgate.lab import debian
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
+from ipsecgate.lab.kernel import default_cache
+from tests.guest.broken import without_modules
 from tests.guest.processes import descendants, outlived
 from tests.guest.story import ODD, STORY, WITNESS, folder_of
 
@@ -115,3 +117,19 @@ def test_a_guest_that_stops_too_early_is_no_success(
         run(["sh", "-c", script], timeout=180, on_output=go_on, kernel=kernel)
     assert said in caught.value.output
     assert not folder_of(caught.value.output).exists()
+
+
+def test_qemu_is_taken_where_user_mode_linux_does_not_boot(
+    kernel: debian.DebianKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its modules are missing, so the real one panics before the command begins."""
+    without_modules(tmp_path)
+    (tmp_path / debian.META).symlink_to(default_cache() / debian.META)
+    monkeypatch.setenv("IPSECGATE_LAB_CACHE", str(tmp_path))
+    said: list[str] = []
+    result = run(["uname", "-r"], timeout=120, progress=said.append)
+    assert (result.exit_code, result.output) == (0, f"{kernel.release}\n")
+    told = "\n".join(said)
+    assert "panicked before its command began" in told
+    assert "overlay.ko" in told
+    assert said[-1] == "trying QEMU, which is slower"

@@ -124,9 +124,15 @@ def new_socket(call: str, family: int) -> socket.socket:
 
 
 def attempt(call: str, address: str, port: int, bind: str | None, options: list[list[int]]) -> None:
+    import forger  # type: ignore[import-not-found]  # noqa: PLC0415  beside this script
+
     if call == "forget":
         while kept:
             kept.popitem()[1].close()
+        forger.forget()
+        return
+    if call.startswith("forge "):
+        forger.steps(call.split()[1:], address, port)
         return
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = kept.get(call) or new_socket(call.removeprefix("kept "), family)

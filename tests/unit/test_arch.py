@@ -16,7 +16,7 @@ import pytest
 from ipsecgate.core.oci import ARCHITECTURES
 from ipsecgate.core.seccomp import ABIS
 from ipsecgate.errors import GateError
-from ipsecgate.lab import kernel
+from ipsecgate.lab import kernel, prepare
 from tests.headers import system_calls
 
 INCLUDE = Path("/usr/include")
@@ -65,8 +65,10 @@ def test_setup_goes_on_where_debian_has_no_test_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(kernel, "has_esp", lambda: False)
-    assert kernel.main() == 0
+    monkeypatch.setattr(prepare, "has_esp", lambda: False)
+    assert prepare.main(["--packages"]) == 0
+    assert capsys.readouterr().out == ""
+    assert prepare.main([]) == 0
     assert "no user-mode-linux for aarch64: boot a kernel with ESP" in capsys.readouterr().out
 
 

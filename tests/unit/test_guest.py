@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ipsecgate import trust
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
+from ipsecgate.lab.console import Output
 from ipsecgate.lab.guest import INIT, command_file, main, settings_file
 from ipsecgate.lab.kernel import PACKAGE, Kernel, default_cache, fetch
-from ipsecgate.lab.uml import Output, kernel_arguments, memory_folder
+from ipsecgate.lab.uml import kernel_arguments, memory_folder
 
 KERNEL = Kernel(Path("/c/usr/bin/linux.uml"), Path("/c d/usr/lib/uml/modules/6.1.176"))
 ODD = "two\nlines 'single' \"double\" $HOME `id` \\ ö \t!#"
@@ -119,6 +122,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/sbin:/usr/bin:/sbin:/bin")
+    monkeypatch.setitem(trust.ENVIRONMENT, "PATH", os.environ["PATH"])
     log = f"echo ${{0##*/}} >>{tmp_path}/calls"
     stand_in(folder / "apt-get", f"{log}; sleep 0.1; : >{PACKAGE}_1_amd64.deb")
     unpack = "mkdir -p usr/bin usr/lib/uml/modules/6.1.176; : >usr/bin/linux.uml"

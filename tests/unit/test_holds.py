@@ -171,19 +171,23 @@ def test_a_call_does_not_go_before_what_closes(trapped: Transcript) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "proto", "port", "exempt"),
+    ("address", "proto", "port", "source", "exempt"),
     [
-        ("127.255.255.255", 6, 1, True),
-        ("128.0.0.0", 6, 1, False),
-        ("126.255.255.255", 6, 1, False),
-        ("::", 6, 1, True),
-        ("::2", 6, 1, False),
-        ("255.255.255.255", UDP, 67, True),
-        ("255.255.255.255", UDP, 68, False),
-        ("255.255.255.255", 6, 67, False),
-        ("ff02::1:2", UDP, 547, True),
-        ("ff02::1:3", UDP, 547, False),
+        ("127.255.255.255", 6, 1, 0, True),
+        ("128.0.0.0", 6, 1, 0, False),
+        ("126.255.255.255", 6, 1, 0, False),
+        ("::", 6, 1, 0, True),
+        ("::2", 6, 1, 0, False),
+        ("255.255.255.255", UDP, 67, 68, True),
+        ("255.255.255.255", UDP, 67, 0, False),
+        ("255.255.255.255", UDP, 68, 68, False),
+        ("255.255.255.255", 6, 67, 68, False),
+        ("ff02::1:2", UDP, 547, 546, True),
+        ("ff02::1:2", UDP, 547, 547, False),
+        ("ff02::1:3", UDP, 547, 546, False),
     ],
 )
-def test_exempt_as_the_hooks_have_it(address: str, proto: int, port: int, exempt: bool) -> None:
-    assert is_exempt(Flow(ip_address(address), proto, port)) is exempt
+def test_exempt_as_the_hooks_have_it(
+    address: str, proto: int, port: int, source: int, exempt: bool
+) -> None:
+    assert is_exempt(Flow(ip_address(address), proto, port, sport=source)) is exempt

@@ -23,7 +23,13 @@ def test_tool_has_nothing_to_say(tool: str) -> None:
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
 
-@pytest.mark.parametrize("script", ["packaging/setup.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        *("packaging/setup.sh", ".ci/run", "vagrant/provision.sh", "vagrant/first-connection"),
+        *("tests/vagrant/box.sh", "tests/vagrant/run.sh"),
+    ],
+)
 def test_script_parses_and_may_be_run(script: str) -> None:
     path = ROOT / script
     subprocess.run(["bash", "-n", str(path)], check=True)

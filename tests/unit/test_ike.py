@@ -16,6 +16,7 @@ from ipsecgate.core.events import (
     ChildUp,
     IkeEvent,
     IkeGone,
+    IkeUnread,
     IkeUp,
     NegotiationDone,
     NegotiationFailed,
@@ -101,13 +102,25 @@ async def test_events_in_order_then_gone(charon: FakeCharon, client: IkeClient) 
         await client.established()
 
 
-async def test_a_message_that_is_not_understood_ends_the_session(
+async def test_a_child_that_is_not_understood_says_nothing_of_the_others(
     charon: FakeCharon, client: IkeClient
 ) -> None:
-    charon.raise_event("child-updown", ike_sa(**{"local-ts": ["10.0.0.0/8[nosuch/protocol]"]}))
-    (gone,) = await take(client)
-    assert isinstance(gone, IkeGone)
-    assert "nosuch" in gone.reason
+    odd = {"local-ts": ["10.0.0.0/8[nosuch/protocol]"]}
+    charon.raise_event("child-updown", ike_sa(**odd))
+    charon.raise_event("child-updown", UP)
+    unread, up = await take(client, 2)
+    assert isinstance(unread, IkeUnread)
+    assert "nosuch" in unread.reason
+    assert up == ChildUp(SA)
+
+    both = ike_sa()
+    both["gw"]["child-sas"]["odd-4"] = {**CHILD, **odd}
+    charon.handlers["list-sas"] = streaming("list-sa", ike_sa(reqid=b"x"), both)
+    assert await client.established() == (SA,)
+    assert [reason.partition(":")[0] for reason in client.unread] == ["gw/net-3", "gw/odd-4"]
+    charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
+    assert await client.established() == (SA,)
+    assert client.unread == ()
 
 
 @pytest.mark.parametrize(
@@ -159,8 +172,16 @@ async def test_a_selector_that_is_not_understood_is_not_left_out(
     charon: FakeCharon, client: IkeClient
 ) -> None:
     child = {**CHILD, "remote-ts": ["10.2.0.0/16[tcp/nosuch-service]"]}
-    charon.handlers["list-conns"] = streaming("list-conn", conn(children={"net": child}))
-    with pytest.raises(ViciError, match="nosuch-service"):
+    message = conn(children={"net": child, "other": CHILD})
+    charon.handlers["list-conns"] = streaming("list-conn", message)
+    net, other = await client.children()
+    assert [str(there.network) for there in net.remote] == ["10.2.0.0/16"]
+    assert net.remote[0].ports == (0, 65535), "whatever it is, it is in there"
+    assert other.remote[0].ports == (443, 443)
+    assert ["nosuch-service" in reason for reason in client.unread] == [True]
+    child["remote-ts"] = ["10.2.0.0/99[tcp/nosuch-service]"]
+    charon.handlers["list-conns"] = streaming("list-conn", message)
+    with pytest.raises(ViciError):
         await client.children()
 
 

@@ -34,9 +34,10 @@ OUTSIDE = {
 # Layer -> layers of ours that it may import.
 LAYERS = {
     "core": {"core", "errors"},
-    "edges": {"edges", "core", "errors"},
+    "edges": {"edges", "core", "errors", "trust"},
     "errors": set(),
-    "lock": {"errors"},
+    "lock": {"errors", "trust"},
+    "trust": {"errors"},
     "paths": {"errors"},
     "loader": {"edges", "core", "errors", "lock", "paths"},
     "report": {"edges", "core", "errors", "loader", "paths"},

@@ -190,6 +190,6 @@ def test_a_childs_predecessor_is_no_reason_to_delete_it(story: Transcript) -> No
     pinned = replace(PINNED, templates=(replace(TRAP.templates[0], spi=new.spi_out),))
     story.after(REFUSED, on.PolicySet(pinned), on.ChildUp(LISTED), on.ChildUp(new))
     assert live(story, ROUTED)
-    assert not story.gate.protection.is_stale(NAME, ROUTED)
+    assert not story.gate.protection.stale(NAME, ROUTED)
     story.after(on.PolicySet(TRAP), on.SaGone(replace(SA.id, spi=new.spi_out)))
-    assert not story.gate.protection.is_stale(NAME, ROUTED), "the trap takes any"
+    assert not story.gate.protection.stale(NAME, ROUTED), "the trap takes any"

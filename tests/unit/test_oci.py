@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipsecgate.core import oci
+from ipsecgate.core.holds import HOLD_LONGEST
 from ipsecgate.core.oci import ALLOW, NOTIFY, Container, OciError, container, profile
 from ipsecgate.core.seccomp import ABIS, INET_LENGTHS, Notification, destination
 from ipsecgate.edges import oci as edge
@@ -153,9 +154,11 @@ def test_a_part_of_a_message_is_none_yet() -> None:
         {"metadata": "somebody else's"},
         {"metadata": "ipsecgate hold=-1"},
         {"metadata": "ipsecgate hold=1e9"},
+        {"metadata": "ipsecgate hold=100000001"},
+        {"metadata": f"ipsecgate hold={'9' * 400}"},  # infinite
         {"metadata": 1},
     ],
-    ids=str,
+    ids=lambda change: str(change)[:60],
 )
 def test_a_message_that_no_runtime_sends_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(OciError):
@@ -183,7 +186,7 @@ def test_any_json_is_a_container_or_refused(value: object) -> None:
         made = container(raw)
     except OciError:
         return
-    assert made is None or (made.pid >= 0 and made.hold >= 0)
+    assert made is None or (made.pid >= 0 and 0 <= made.hold <= HOLD_LONGEST)
 
 
 # --- the socket -------------------------------------------------------------------------
@@ -277,3 +280,23 @@ async def test_a_runtime_that_only_connects_disturbs_nobody(tmp_path: Path) -> N
         assert here.told == []
         [(_, fd)] = here.taken
         os.close(fd)
+
+
+async def test_silent_runtimes_take_no_more_than_their_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge, "PEERS", 3)
+    async with agent(tmp_path / "s") as here:
+        silent = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        for each in silent:
+            each.connect(str(here.path))
+        await here.send(end=False)  # hung up on
+        assert len(here.told) == 1
+        silent.pop().close()
+        await asyncio.sleep(0.05)
+        with Path(os.devnull).open() as some:
+            await here.send(json.dumps(STATE).encode(), fds=(some.fileno(),), end=False)
+        [(_, fd)] = here.taken
+        os.close(fd)
+        for each in silent:
+            each.close()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipsecgate.core.flow import Address, Network
-from ipsecgate.core.sources import SPECIAL, Cover, compress, partition, prefix
+from ipsecgate.core.sources import SPECIAL, Cover, Longest, compress, fit, partition, prefix
 
 
 def nets(*texts: str) -> list[Network]:
@@ -156,3 +156,43 @@ def test_cost_is_that_of_sorting(protected: str) -> None:
     began = time.process_time()
     assert len(partition(nets(protected), routes)) == 100_001
     assert time.process_time() - began < 20
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Network:
+    bits = draw(st.integers(24, 32))
+    return ip_network((0x0A000000 | draw(st.integers(0, 255)) >> 32 - bits << 32 - bits, bits))
+
+
+LEFT, RIGHT = ip_address("10.0.0.1"), ip_address("10.0.0.2")
+
+
+def looked_up(sources: Iterable[tuple[Network, Address | None]], address: Address) -> object:
+    return next(Longest(sources).around(address), (None, None))[1]
+
+
+@given(st.lists(st.tuples(networks(), st.sampled_from((LEFT, RIGHT, None))), max_size=12),
+       st.lists(networks(), min_size=1, max_size=5), st.integers(1, 8))  # fmt: skip
+def test_what_does_not_fit_is_not_known_and_nothing_else_changes(
+    found: list[tuple[Network, Address | None]], destinations: list[Network], limit: int
+) -> None:
+    cover = Cover(destinations)
+    sources = [(one, source) for one, source in dict(found).items() if cover.contains(prefix(one))]
+    fitted, lost = fit(sources, destinations, limit)
+    assert len(fitted) <= limit
+    for one in (*destinations, *(one for one, _ in sources)):
+        for address in (one[0], one[-1]):
+            now = looked_up(fitted, address)
+            if any(address in gone for gone in lost):
+                assert now in (None, looked_up(sources, address))
+            else:
+                assert now == looked_up(sources, address)
+
+
+def test_the_destination_in_the_most_pieces_loses_its_own() -> None:
+    busy, calm = ip_network("10.1.0.0/16"), ip_network("10.1.128.0/17")
+    pieces = [(ip_network((int(busy[0]) + n, 32)), RIGHT) for n in range(1, 20)]
+    fitted, lost = fit([(busy, LEFT), *pieces], [busy, calm], 10)
+    assert lost == [busy]
+    assert looked_up(fitted, ip_address("10.1.0.1")) is None
+    assert looked_up(fitted, ip_address("10.1.200.1")) == LEFT

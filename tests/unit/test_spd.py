@@ -53,6 +53,7 @@ def test_policy_and_sa_protect() -> None:
         replace(SA, id=SaId(PEER, 0x1000, 51)),
         replace(SA, larval=True),
         replace(SA, if_id=7),
+        replace(SA, cpu=0),
         replace(SA, mark=Mark(5, 0xFF)),
         replace(SA, selector=selector(dst="10.2.1.0/24")),
     ],
@@ -196,6 +197,13 @@ def test_a_state_for_some_source_ports_does_not_protect_one_to_be_chosen() -> No
     assert not live([NET], [low], UNBOUND)
     assert live([NET], [low], replace(FLOW, sport=5000))
     assert live([NET], [low, replace(SA, id=SaId(PEER, 0x2000, ESP))], UNBOUND)
+
+
+def test_a_mode_that_is_not_known_protects_nothing_and_disturbs_nobody() -> None:
+    odd = replace(SA, id=SaId(PEER, 0x2000, ESP), reqid=2, mode=Mode.UNKNOWN)
+    there = policy(selector(dst="10.3.0.0/16"), replace(TUNNEL, reqid=2, mode=Mode.UNKNOWN))
+    assert not live([NET, there], [SA, odd], replace(FLOW, daddr=ip_address("10.3.0.9")))
+    assert live([NET, there], [SA, odd])
 
 
 def test_families_do_not_mix() -> None:

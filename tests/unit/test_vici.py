@@ -156,12 +156,14 @@ SA = ChildSa(
     *("gw", "net", 1, 0xC0FFEE01, 0xBEEF, ip_address("192.0.2.2")),
     *((ts("10.1.0.0/16"),), (ts("10.2.3.0/24", 6, (443, 443)),)),
     unique=3,
+    local_host=ip_address("192.0.2.1"),
 )
+HOSTS = {"local-host": b"192.0.2.1", "remote-host": b"192.0.2.2"}
 
 
 def ike_sa(**child: Any) -> dict[str, Any]:
     children = {"net-3": {**CHILD, **child}}
-    body = {"uniqueid": b"7", "state": b"ESTABLISHED", "remote-host": b"192.0.2.2"}
+    body = {"uniqueid": b"7", "state": b"ESTABLISHED", **HOSTS}
     return {"gw": {**body, "child-sas": children}}
 
 
@@ -205,6 +207,7 @@ def test_a_child_without_spis_yet_is_left_out() -> None:
         *({"reqid": reqid} for reqid in (b"", b"4294967296", b"-1", b"9" * 5000)),
         *({"remote-ts": ts} for ts in (b"10.0.0.0/8", {"x": b""})),
         {"name": [b"net"]},
+        {"protocol": b"IPCOMP"},
     ],
 )
 def test_a_broken_child_is_an_error(broken: dict[str, Any]) -> None:
@@ -215,7 +218,7 @@ def test_a_broken_child_is_an_error(broken: dict[str, Any]) -> None:
 @pytest.mark.parametrize("odd", [b"", [b"x"]])
 def test_a_value_where_a_section_should_be_is_an_error(odd: Any) -> None:
     """Each raised something else, which ended the following of events and nothing more."""
-    sa = {"remote-host": b"192.0.2.2", "uniqueid": b"7"}
+    sa = {**HOSTS, "uniqueid": b"7"}
     for message in (
         {"gw": {**sa, "child-sas": odd}},
         {"gw": {**sa, "child-sas": {"net": {"new": odd, "old": CHILD}}}},

@@ -111,7 +111,7 @@ def state(
 NEWSA, DELSA, NEWPOLICY, DELPOLICY = 0x10, 0x11, 0x13, 0x14
 EXPIRE, UPDPOLICY, UPDSA, POLEXPIRE, FLUSHSA, FLUSHPOLICY = 0x18, 0x19, 0x1A, 0x1B, 0x1C, 0x1D
 MIGRATE = 0x21
-TMPL, SA, POLICY, POLICY_TYPE, AEAD, MARK, IF_ID = 5, 6, 7, 16, 18, 21, 31
+TMPL, SA, POLICY, POLICY_TYPE, AEAD, MARK, IF_ID, SA_PCPU = 5, 6, 7, 16, 18, 21, 31, 35
 
 # --- each type once, and what it says ----------------------------------------------
 

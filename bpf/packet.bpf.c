@@ -1,0 +1,198 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * Reading a packet on its way out: its flow, and what of it is certain. Its sender may have
+ * written every byte, so whatever is believed of it is what the kernel alone could do.
+ */
+
+#define ICMP 1
+#define IGMP 2
+#define HOPOPTS 0
+#define ROUTING 43
+#define FRAGMENT 44
+#define ESP 50
+#define AH 51
+#define ICMPV6 58
+#define DSTOPTS 60
+#define SCTP 132
+#define DCCP 33
+#define UDPLITE 136
+
+#define EXTENSIONS 6 /* IPv6 headers that are looked behind */
+#define DISCOVERY 96 /* the longest of the kernel's neighbour discovery, IPv6 header included */
+
+struct ipv4 {
+	__u8 version_ihl;
+	__u8 tos;
+	__u16 length;
+	__u16 id;
+	__u16 fragment; /* 3 bits of flags, 13 of offset */
+	__u8 ttl;
+	__u8 proto;
+	__u16 checksum;
+	__u32 saddr;
+	__u32 daddr;
+};
+
+struct ipv6 {
+	__u32 flow;
+	__u16 length;
+	__u8 next;
+	__u8 hops;
+	__u32 saddr[4];
+	__u32 daddr[4];
+};
+
+/* What is behind the ports of UDP: ESP in UDP begins with its SPI, IKE with a zero. */
+struct udp_head {
+	__u16 sport;
+	__u16 dport;
+	__u16 length;
+	__u16 checksum;
+	__u32 spi;
+};
+
+/* What is known of a packet besides its flow. */
+struct packet {
+	int at;       /* where the transport's header begins, 0: it can't be read */
+	int proto_at; /* where the number of the transport's protocol is */
+	int hops;     /* IPv6's hop limit */
+	int routed;   /* it has a routing header */
+};
+
+/* Did XFRM make it? Nothing in the packet tells: a process can write all of it. The kernel
+ * has no link header yet, and its place in the socket buffer is unset; XFRM leaves there
+ * where it wrote the protocol's number (xfrm4_transport_output() and its like), and no
+ * process can. Whatever else has set it by now, a device that the packet went through,
+ * say, points elsewhere: then this tells no. */
+static __always_inline int is_of_xfrm(struct __sk_buff *skb, const struct packet *packet)
+{
+	__u64 there = 0;
+	__u64 here = 0;
+
+	return !bpf_skb_load_bytes_relative(skb, 0, &there, sizeof(there), BPF_HDR_START_MAC) &&
+	       !bpf_skb_load_bytes(skb, packet->proto_at, &here, sizeof(here)) && here == there;
+}
+
+/* Is it ESP in UDP? XFRM made it then, and the socket's own port is another: a datagram that
+ * was not worth compressing (RFC 3173) went through XFRM, too. */
+static __always_inline int is_encapsulated(struct __sk_buff *skb, struct bpf_sock *sk,
+					   const struct gate_key *flow,
+					   const struct packet *packet)
+{
+	struct udp_head head = {};
+
+	if (flow->proto != UDP || !is_of_xfrm(skb, packet))
+		return 0;
+	if (sk && sk->protocol == UDP && bpf_htons(sk->src_port) == flow->sport)
+		return 0;
+	return !bpf_skb_load_bytes(skb, packet->at, &head, sizeof(head)) && head.spi;
+}
+
+/* Neighbour discovery: RFC 4861 section 6.1, RFC 4890 section 4.4.1. The kernel's is short,
+ * the routers' (advertisement, redirect) stays on the link: a raw socket can write it, too. */
+static __always_inline int is_neighbour_discovery(struct __sk_buff *skb,
+						  const struct gate_key *flow, int hops)
+{
+	__u8 type = bpf_ntohs(flow->dport) >> 8;
+	__u32 to = bpf_ntohl(flow->daddr[0]);
+
+	if (flow->family != AF_INET6 || flow->proto != ICMPV6 || hops != 255)
+		return 0;
+	if (type == 133 || type == 135 || type == 136)
+		return skb->len <= DISCOVERY;
+	return (type == 134 || type == 137) && (to >> 22 == 0xfe80 >> 6 || to >> 16 == 0xff02);
+}
+
+/* Options may name another destination (a source route), and nothing else needs them but a
+ * router's alert, RFC 2113, of IGMP. */
+static __always_inline int is_alert(struct __sk_buff *skb, const struct ipv4 *ip)
+{
+	__u32 option = 0;
+
+	return (ip->version_ihl & 15) == 6 && ip->proto == IGMP &&
+	       !bpf_skb_load_bytes(skb, sizeof(*ip), &option, sizeof(option)) &&
+	       option == bpf_htonl(0x94040000);
+}
+
+/* Return where the transport's header begins, 0: this packet can't be read. */
+static __always_inline int read_v4(struct __sk_buff *skb, struct gate_key *flow,
+				   struct packet *packet)
+{
+	struct ipv4 ip = {};
+
+	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+		return 0;
+	flow->family = AF_INET;
+	flow->proto = ip.proto;
+	packet->proto_at = __builtin_offsetof(struct ipv4, proto);
+	map_v4(flow->saddr, ip.saddr);
+	map_v4(flow->daddr, ip.daddr);
+	if (ip.version_ihl >> 4 != 4 || (ip.version_ihl & 15) < 5)
+		return 0;
+	if (ip.fragment & bpf_htons(0x1fff))
+		return 0;
+	/* What XFRM made of the packet does not mind options. */
+	if ((ip.version_ihl & 15) > 5 && !is_alert(skb, &ip) && !is_of_xfrm(skb, packet))
+		return 0;
+	return (ip.version_ihl & 15) * 4;
+}
+
+static __always_inline int read_v6(struct __sk_buff *skb, struct gate_key *flow,
+				   struct packet *packet)
+{
+	int at = sizeof(struct ipv6);
+	struct ipv6 ip = {};
+
+	packet->proto_at = __builtin_offsetof(struct ipv6, next);
+	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
+		return 0;
+	flow->family = AF_INET6;
+	flow->proto = ip.next;
+	__builtin_memcpy(flow->saddr, ip.saddr, sizeof(ip.saddr));
+	__builtin_memcpy(flow->daddr, ip.daddr, sizeof(ip.daddr));
+	packet->hops = ip.hops;
+	if (*(__u8 *)&ip.flow >> 4 != 6)
+		return 0;
+	for (int i = 0; i < EXTENSIONS; i++) {
+		__u8 head[4] = {}; /* next header, length in 8 octets less one; of a fragment its offset */
+
+		if (flow->proto != HOPOPTS && flow->proto != ROUTING && flow->proto != DSTOPTS &&
+		    flow->proto != FRAGMENT)
+			return at;
+		if (bpf_skb_load_bytes(skb, at, head, sizeof(head)))
+			return 0;
+		if (flow->proto == ROUTING && head[3])
+			return 0; /* segments are left: it goes on, to another destination */
+		packet->routed |= flow->proto == ROUTING;
+		packet->proto_at = at;
+		if (flow->proto == FRAGMENT) {
+			if (head[2] | (head[3] & 0xf8))
+				return 0;
+			at += 8;
+		} else {
+			at += (head[1] + 1) * 8;
+		}
+		flow->proto = head[0];
+	}
+	return 0;
+}
+
+static __always_inline int read_ports(struct __sk_buff *skb, struct gate_key *flow, int at)
+{
+	__u16 words[2] = {};
+
+	switch (flow->proto) {
+	case TCP: case UDP: case UDPLITE: case SCTP: case DCCP:
+		if (bpf_skb_load_bytes(skb, at, words, sizeof(words)))
+			return 0;
+		flow->sport = words[0];
+		flow->dport = words[1];
+		return 1;
+	case ICMP: case ICMPV6: /* type and code, as RFC 7296 section 3.13.1 has them for a port */
+		if (bpf_skb_load_bytes(skb, at, words, sizeof(words[0])))
+			return 0;
+		flow->dport = words[0];
+		return 1;
+	}
+	return 1;
+}

@@ -1,0 +1,74 @@
+"""Have a kernel with ESP ready for the tests and the demo; `make setup` runs it.
+
+python -m ipsecgate.lab.prepare --packages      what must be installed first, a package a line
+python -m ipsecgate.lab.prepare [--kernel qemu] fetch the test kernel and boot it once
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+
+from ipsecgate.edges.probe import has_esp
+from ipsecgate.errors import GateError
+from ipsecgate.lab import debian, guest, xstate
+from ipsecgate.lab.guest import KINDS
+from ipsecgate.lab.kernel import MACHINES
+
+
+def packages(kind: str) -> list[str]:
+    """Return Debian's packages that this kind of test kernel needs and this machine lacks."""
+    if has_esp() or platform.machine() not in MACHINES:
+        return []
+    if kind == "qemu":
+        return [] if shutil.which(debian.QEMU) else ["qemu-system-x86"]
+    return ["tcc"] if xstate.needed() and xstate.compiler() is None else []
+
+
+def boot(kind: str) -> str:
+    """Boot the test kernel with a command that does nothing; return a line for the user.
+
+    Raises: GuestError if it does not boot; GateError if it cannot be had.
+    """
+    if has_esp():
+        return f"Linux {platform.release()} has ESP: no test kernel is needed"
+    if platform.machine() not in MACHINES:
+        return (
+            f"this kernel has no ESP, and Debian has no user-mode-linux for {platform.machine()}:"
+            " boot a kernel with ESP, such as Debian's own, for the demo and the tests"
+        )
+    kernel = KINDS[kind](progress=_say)
+    seconds = guest.run(["true"], kernel=kernel).seconds
+    remedy = " and a library for this CPU" if kind == "uml" and xstate.needed() else ""
+    return (
+        f"this kernel has no ESP: tests run in {kernel.binary}{remedy}"
+        f" (it booted in {seconds:.1f} s)"
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.prepare")
+    parser.add_argument("--packages", action="store_true", help="only print what is missing")
+    parser.add_argument("--kernel", choices=KINDS, default="uml")
+    options = parser.parse_args(arguments)
+    try:
+        if options.packages:
+            sys.stdout.writelines(f"{name}\n" for name in packages(options.kernel))
+        else:
+            sys.stdout.write(f"{boot(options.kernel)}\n")
+    except GateError as error:
+        sys.stderr.write(f"{error.report()}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

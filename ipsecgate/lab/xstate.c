@@ -1,0 +1,86 @@
+/* LD_PRELOAD for user-mode-linux on CPUs whose extended state is larger than it keeps (see xstate.py).
+ *
+ * User-mode-linux keeps 2,696 bytes of a task's XSAVE area. PTRACE_SETREGSET(NT_X86_XSTATE) takes the
+ * whole area or fails with EFAULT, and a CPU with AMX has 11,008 bytes. So when the kernel says EFAULT,
+ * read the task's whole area, lay the caller's bytes over its beginning, and write it all.
+ *
+ * Builds without any header, so that a compiler alone is enough (tcc has none).
+ * Source: Linux arch/x86/kernel/fpu/regset.c, xstateregs_set(); Intel SDM volume 1, 13.4 and 13.5.
+ */
+
+#define GETREGSET 0x4204
+#define SETREGSET 0x4205
+#define XSTATE 0x202 /* NT_X86_XSTATE */
+#define EFAULT 14
+#define BITMAP 512  /* offset of XSTATE_BV: which components the area holds; 8 bytes */
+#define LEGACY 2    /* components 0 and 1 are in the area's first 512 bytes */
+#define COMPONENTS 63
+
+struct vector {
+    void *base;
+    unsigned long length;
+};
+
+typedef long call(int request, ...);
+
+extern void *dlsym(void *handle, const char *name);
+extern int *__errno_location(void);
+
+/* Where component `number` begins in an uncompacted area and how long it is; 0 and 0 for none. */
+static void locate(unsigned number, unsigned *offset, unsigned *size)
+{
+    unsigned a, b, c, d;
+
+    __asm__ volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "0"(0xd), "2"(number));
+    *offset = b;
+    *size = a;
+}
+
+/* The components that lie wholly within an area's first `length` bytes, as bits of XSTATE_BV. */
+unsigned long components_within(unsigned long length)
+{
+    unsigned long within = (1UL << LEGACY) - 1;
+    unsigned number, offset, size;
+
+    for (number = LEGACY; number < COMPONENTS; number++) {
+        locate(number, &offset, &size);
+        if (size && offset && offset + size <= length)
+            within |= 1UL << number;
+    }
+    return within;
+}
+
+static long write_whole(call *next, int pid, const struct vector *given)
+{
+    static unsigned char area[1 << 16]; /* the kernel takes no more than its own size of it */
+    struct vector whole = {area, sizeof area};
+    const unsigned char *from = given->base;
+    unsigned long i;
+
+    if (given->length < BITMAP + 8 || given->length > sizeof area) {
+        *__errno_location() = EFAULT;
+        return -1;
+    }
+    if (next(GETREGSET, pid, (void *)XSTATE, &whole) != 0)
+        return -1;
+    for (i = 0; i < given->length; i++)
+        area[i] = from[i];
+    /* What the caller has no bytes of is another task's now: have the CPU start it afresh. */
+    *(unsigned long *)(area + BITMAP) &= components_within(given->length);
+    whole.length = sizeof area;
+    return next(SETREGSET, pid, (void *)XSTATE, &whole);
+}
+
+long ptrace(int request, int pid, void *address, void *data)
+{
+    static call *next;
+    long result;
+
+    if (!next)
+        next = (call *)dlsym((void *)-1L /* RTLD_NEXT */, "ptrace");
+    result = next(request, pid, address, data);
+    if (result == -1 && request == SETREGSET && address == (void *)XSTATE &&
+        *__errno_location() == EFAULT)
+        return write_whole(next, pid, data);
+    return result;
+}

@@ -1,0 +1,108 @@
+"""What root may read, write to and run: files, folders and programs that no other user can change.
+
+Rules of this module: the owner is root or the caller, and nobody else may write; a folder that
+fails is an error, never another folder. Programs run in / with `ENVIRONMENT`, so neither the
+current folder nor a variable decides which program or module is taken.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ipsecgate.errors import GateError
+
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+"""All that a program we start inherits: no PYTHONPATH, LD_PRELOAD, TMPDIR or BCC_KERNEL_SOURCE."""
+
+
+class UntrustedError(GateError):
+    """A file or folder that another user could change."""
+
+
+def run(
+    argv: Sequence[str], variables: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program of the system's to its end, its output captured.
+
+    `variables` are added to `ENVIRONMENT`. Raises: OSError if it cannot be started.
+    """
+    return subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+        env={**ENVIRONMENT, **(variables or {})},
+    )
+
+
+def folder(path: Path, mode: int = 0o755) -> Path:
+    """Return a folder of ours, made with its parents if it is missing.
+
+    Raises: UntrustedError; OSError if it cannot be made.
+    """
+    for missing in reversed([one for one in (path, *path.parents) if not one.exists()]):
+        missing.mkdir(mode=mode, exist_ok=True)
+    link = path.lstat()
+    if stat.S_ISLNK(link.st_mode) and not _owned(link):
+        raise _untrusted(path, link)
+    facts = path.stat()
+    if not stat.S_ISDIR(facts.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    if not _safe(facts):
+        raise _untrusted(path, facts)
+    return path
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY | os.O_NOFOLLOW) -> int:
+    """Open a regular file; return its descriptor, close-on-exec. A new one has mode 0600.
+
+    Raises: UntrustedError; OSError.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    try:
+        facts = os.fstat(fd)
+        if stat.S_ISDIR(facts.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not (stat.S_ISREG(facts.st_mode) and _safe(facts)):
+            raise _untrusted(path, facts)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read(path: Path, *, follow: bool = False) -> str:
+    """Return the text of a file; `follow`: it may be a symbolic link, whose target is judged.
+
+    Raises: UntrustedError; OSError; UnicodeDecodeError.
+    """
+    flags = os.O_RDONLY | (0 if follow else os.O_NOFOLLOW)
+    with open(open_file(path, flags), encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def _owned(facts: os.stat_result) -> bool:
+    return facts.st_uid in (0, os.geteuid())
+
+
+def _safe(facts: os.stat_result) -> bool:
+    """Tell whether nobody but the owner, root or we can write, the group being root's or ours."""
+    writable = facts.st_mode & stat.S_IWOTH
+    if facts.st_gid not in (0, os.getegid()):
+        writable |= facts.st_mode & stat.S_IWGRP
+    return _owned(facts) and not writable
+
+
+def _untrusted(path: Path, facts: os.stat_result) -> UntrustedError:
+    mode = stat.filemode(facts.st_mode)
+    return UntrustedError(
+        f"{path} is not trusted: {mode}, owned by user {facts.st_uid} and group {facts.st_gid}",
+        hint="another user could change it: see who made it, then remove it, or"
+        " `chown root:root` and `chmod go-w` it",
+    )

@@ -1,0 +1,16 @@
+"""A test kernel that panics for real before any command begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ipsecgate.lab.kernel import PACKAGE, fetch
+
+
+def without_modules(cache: Path) -> None:
+    """Put user-mode-linux into a lab cache without its modules: its first script cannot go on."""
+    real = fetch()
+    home = cache / PACKAGE
+    (home / "usr/bin").mkdir(parents=True)
+    (home / "usr/bin/linux.uml").symlink_to(real.binary)
+    (home / "usr/lib/uml/modules" / real.release).mkdir(parents=True)

@@ -1,0 +1,94 @@
+"""User-mode-linux on a CPU whose registers are more than it keeps: see tests/guest/amx.py."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.edges.probe import has_esp
+from ipsecgate.lab import xstate
+
+pytestmark = pytest.mark.skipif(
+    has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
+)
+
+GUEST = (
+    "from ipsecgate.lab.guest import main; sys.exit(main(['--kernel', 'uml', '--', *sys.argv[1:]]))"
+)
+WITHOUT_THE_LIBRARY = "from ipsecgate.lab import xstate; xstate.needed = lambda: False"
+SIZE = 2_000_000
+
+
+def in_guest(*argv: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a command in a guest, on a kernel that refuses as on a CPU with AMX."""
+    ours = [sys.executable, "-c", f"import sys; {before or 'pass'}; {GUEST}", *argv]
+    return subprocess.run(
+        [sys.executable, "-m", "tests.guest.amx", *ours],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def refusals(said: str) -> int:
+    return int(said.rpartition("CPU with AMX: ")[2].split()[0])
+
+
+def test_a_guest_boots_and_its_tasks_keep_their_registers() -> None:
+    """Three at a time: each has vector registers in use when another one is given the CPU."""
+    one = f"head -c {SIZE} /dev/zero | sha256sum"
+    done = in_guest("sh", "-c", f"for i in 1 2 3; do ({one}) & done; wait")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [hashlib.sha256(bytes(SIZE)).hexdigest(), "-"] * 3
+    assert refusals(done.stderr) > 100
+
+
+def test_without_the_library_it_panics_and_shows_its_console() -> None:
+    """What keeps the test above from passing for no reason."""
+    done = in_guest("true", before=WITHOUT_THE_LIBRARY)
+    assert done.returncode == 125
+    assert refusals(done.stderr) == 1
+    assert "panicked before its command began" in done.stderr
+    assert "Kernel panic - not syncing: Attempted to kill init!" in done.stderr
+    assert "ptrace set fp regs failed, errno = 14" in done.stderr
+
+
+def test_the_kernel_tells_whether_the_library_is_needed() -> None:
+    ask = "from ipsecgate.lab import xstate; print(xstate.fits())"
+    ours = [sys.executable, "-c", ask]
+    refused = [sys.executable, "-m", "tests.guest.amx", *ours]
+    flags = Path("/proc/cpuinfo").read_text().split()
+    here = subprocess.run(ours, capture_output=True, text=True, check=True).stdout
+    there = subprocess.run(refused, capture_output=True, text=True, check=True).stdout
+    assert (here, there) == (f"{'amx_tile' not in flags}\n", "False\n")
+
+
+@pytest.mark.parametrize("compiler", xstate.COMPILERS)
+def test_each_compiler_builds_it_and_it_knows_the_cpus_components(
+    compiler: str, tmp_path: Path
+) -> None:
+    """Bits of XSTATE_BV, offsets: Intel SDM volume 1, table 13-1 and CPUID leaf 0xd."""
+    assert shutil.which(compiler), "make setup installs tcc for the tests"
+    built = tmp_path / "xstate.so"
+    xstate.build(built, compiler)
+    within = ctypes.CDLL(str(built)).components_within
+    within.restype, within.argtypes = ctypes.c_ulong, (ctypes.c_ulong,)
+    x87_and_sse, avx, amx = 0b11, 1 << 2, 0b11 << 17
+    assert within(576) == x87_and_sse
+    assert within(576 + 255) & avx == 0
+    assert within(576 + 256) & avx == avx
+    assert within(xstate.KEPT) & amx == 0
+
+
+def test_the_library_is_built_once(tmp_path: Path) -> None:
+    first = xstate.library(tmp_path)
+    made = first.stat().st_mtime_ns
+    assert xstate.library(tmp_path) == first
+    assert first.stat().st_mtime_ns == made
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", first.name}

@@ -1,0 +1,90 @@
+"""The order of things, and the judgement."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ipsecgate.errors import GateError
+from tests.host.machine import CHECKOUT, boot
+
+RESULTS = CHECKOUT / ".cache/results/host"
+DEMO = "make demo"
+TEST = f"make test LIMIT=14400 RESULTS={RESULTS}"
+
+State = dict[str, dict[str, str]]
+
+
+def differences(before: State, after: State) -> Iterator[str]:
+    """Yield a line for everything that is not as it was."""
+    for what in sorted(before.keys() | after.keys()):
+        old, new = before.get(what, {}), after.get(what, {})
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                yield f"{what}: {name}: {old.get(name, 'not there')} -> {new.get(name, 'gone')}"
+
+
+def lacking(state: State) -> list[str]:
+    """Return what this host was to have of its own, and has not: then it would prove nothing."""
+    told = {what: "\n".join(entries) for what, entries in state.items()}
+    own = {
+        "xfrm state": ("spi 0x00000077", "192.0.2.1 dst 192.0.2.2", "192.0.2.2 dst 192.0.2.1"),
+        "xfrm policy": ("198.51.100.9/32", "action block", "dport 22"),
+        "rule": ("lookup 77",),
+        "rule of IPv6": ("lookup 77",),
+        "route": ("unreachable 203.0.113.0/24", "table 77", "own0"),
+        "pin": ("/sys/fs/bpf/ipsecgate/default/links/",),
+        "cgroup": ("/sys/fs/cgroup/own",),
+        "process": ("charon-systemd", "sleep infinity"),
+        "IKE": ("ESTABLISHED", "INSTALLED"),
+        "files of /etc": ("/etc/swanctl/conf.d/own.conf",),
+        "unit": ("strongswan.service", "peer.service"),
+        "BPF": ("program", "map", "link"),
+        "sysctl": ("/proc/sys/net/core/rmem_default",),
+    }
+    return [f"{w}: {text}" for w, texts in own.items() for text in texts if text not in told[w]]
+
+
+def judge(results: Path, commands: Sequence[str]) -> int:
+    """Print what differs from the state before; return how much does."""
+    states = [
+        json.loads((results / f"state-{number}.json").read_text())
+        for number in range(len(commands) + 1)
+    ]
+    found = [f"this host lacks {text}" for text in lacking(states[0])]
+    for command, after in zip(commands, states[1:], strict=True):
+        found += [f"after {command}: {line}" for line in differences(states[0], after)]
+    for line in found:
+        sys.stdout.write(f"{line}\n")
+    counts = ", ".join(f"{len(entries)} of {what}" for what, entries in states[0].items())
+    sys.stdout.write(f"compared: {counts}; {len(found)} differ\n")
+    return len(found)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Run the README's two commands on a host whose own kernel has ESP; it must stay as it was."""
+    parser = argparse.ArgumentParser(prog="python -m tests.host", description=main.__doc__)
+    parser.add_argument("--timeout", type=float, default=36000.0, metavar="S", help="(10 hours)")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("command", nargs="*", help=f"others than {DEMO} and {TEST}")
+    options = parser.parse_args()
+    commands = options.command or [DEMO, TEST]
+    results = options.results.absolute()
+    try:
+        code, _said = boot(commands, results, options.timeout, say)
+    except GateError as error:
+        sys.stderr.write(f"{error.report()}\n")
+        return error.exit_code
+    return code or (1 if judge(results, commands) else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

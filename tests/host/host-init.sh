@@ -1,0 +1,40 @@
+# The last steps before systemd is process 1 of the host (see qemu.py for the first ones).
+#
+# Called as `sh /run/host/init`; /run/host is a folder of the machine that runs QEMU, with
+#   settings   shell assignments: modules, release, results, terminal, rows, columns
+#   command    a shell script, which ttyS1 gets the output of
+#   booted     made here when the command begins
+#   exit-code  written here
+#   units      copied over the root: the host's own services and their configuration
+# A step that fails ends process 1, so the kernel panics and its words are shown.
+set -eu
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+. /run/host/settings
+
+mount -t proc proc /proc
+mkdir -p /lib/modules "$results"
+mount --bind "$modules" /lib/modules
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 results "$results"
+cp -a /run/host/units/. /
+: >/etc/fstab
+cat >/etc/systemd/system/commands.service <<END
+[Unit]
+After=basic.target host.service strongswan.service
+Requires=host.service strongswan.service
+[Service]
+Type=oneshot
+TimeoutStartSec=infinity
+LimitNOFILE=1024:524288
+StandardInput=null
+ExecStart=/bin/sh -c 'stty -F /dev/ttyS1 raw -opost -echo; : >/run/host/booted; \
+    sh /run/host/command >/dev/ttyS1 2>&1; \
+    echo \$? >/run/host/status'
+ExecStart=/bin/sh -c 'stty -F /dev/ttyS1 raw; mv /run/host/status /run/host/exit-code; \
+    echo o >/proc/sysrq-trigger'
+END
+cat >/etc/systemd/system/commands.target <<END
+[Unit]
+Requires=basic.target
+Wants=commands.service
+END
+exec env -i PATH="$PATH" /lib/systemd/systemd --unit=commands.target --show-status=yes

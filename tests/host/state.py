@@ -1,0 +1,210 @@
+"""What of a host must be as it was: written down as JSON, {what: {name: how it is}}.
+
+    /usr/bin/python3 state.py >FILE
+
+Standard library only, as root, on the host. What the kernel counts and the clock is left out;
+so are loaded modules, which stay, and the cgroup that this runs in, which is the commands' own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS, BPFFS = Path("/sys/fs/cgroup"), Path("/sys/fs/bpf")
+TEXTS = {
+    "xfrm state": "ip xfrm state",
+    "xfrm policy": "ip xfrm policy",
+    "xfrm policy default": "ip xfrm policy getdefault",
+    "rule": "ip rule",
+    "rule of IPv6": "ip -6 rule",
+    "route": "ip route show table all",
+    "route of IPv6": "ip -6 route show table all",
+    "address": "ip address",
+    "neighbour": "ip neighbour show nud permanent",
+    "namespace": "ip netns list",
+    "mount": "cat /proc/self/mountinfo",
+    "unit": "systemctl list-units --all --plain --no-legend --full",
+    "IPC": "cat /proc/sysvipc/shm /proc/sysvipc/sem /proc/sysvipc/msg",
+    "host name": "cat /proc/sys/kernel/hostname /proc/sys/kernel/domainname",
+    "socket": "ss --listening --no-header --tcp --udp --raw --numeric",
+    "IKE": "swanctl --list-sas --raw",
+    "IKE connection": "swanctl --list-conns",
+}
+# A command's own lines, a line's changing words.
+UNSTABLE = {
+    "unit": re.compile(r"^(commands\.|ipsecgate-room-|systemd-tmpfiles-clean|run-)"),
+    "IKE": re.compile(r"(established|time|since|rekey|life|install|use-in|use-out)[a-z-]*=\d+"),
+    "address": re.compile(r"^\s+valid_lft"),
+}
+# Folders, and what of them changes by itself, or is too much to look at.
+FILES = {
+    "/etc": None,
+    "/var": re.compile(r"^/var/(log/journal|lib/systemd/timers|lib/systemd/random-seed)"),
+    "/run": re.compile(r"^/run/(host/|systemd/(journal|units|transient|propagate)|log/|utmp)"),
+    "/tmp": None,
+    "/root": re.compile(r"^/root/[^/]+/."),
+    "/dev/shm": None,
+}
+CONTENT_BELOW = 1 << 20
+# What the kernel counts, or draws.
+SYSCTLS = re.compile(
+    r"/(random/|.*-state$|.*-nr$|.*nr_|.*_id$|ns_last_pid|pty/nr|.*flush$|.*stat.*|.*count$"
+    r"|.*/(net/netfilter|binfmt_misc)/)"
+)
+BPF_PROG_NEXT, BPF_MAP_NEXT, BPF_LINK_NEXT = 11, 12, 31  # linux/bpf.h, enum bpf_cmd
+SYS_BPF = 321
+
+
+def texts() -> Iterator[tuple[str, dict[str, str]]]:
+    for name, command in TEXTS.items():
+        run = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+        assert run.returncode == 0, (command, run.stderr)
+        unstable = UNSTABLE.get(name)
+        lines = run.stdout.splitlines()
+        if name == "IKE" and unstable:
+            lines = [unstable.sub("", line) for line in lines]
+        elif unstable:
+            lines = [line for line in lines if not unstable.match(line)]
+        counted: dict[str, str] = {}
+        for line in lines:
+            counted[line] = str(int(counted.get(line, "0")) + 1)
+        yield name, counted
+
+
+def files(top: str, unstable: re.Pattern[str] | None) -> dict[str, str]:
+    """Return every file: kind, mode, owner, and what is in it, its size if that is much."""
+    found = {}
+    for folder, folders, names in os.walk(top):
+        paths = {name: Path(folder, name) for name in [*folders, *names]}
+        if unstable is not None:
+            paths = {name: path for name, path in paths.items() if not unstable.match(str(path))}
+            folders[:] = [name for name in folders if name in paths]
+        for path in paths.values():
+            try:
+                found[str(path)] = described(path, top)
+            except FileNotFoundError:
+                continue
+    return found
+
+
+def described(path: Path, top: str) -> str:
+    info = path.lstat()
+    words = [stat.filemode(info.st_mode), f"{info.st_uid}:{info.st_gid}"]
+    if stat.S_ISLNK(info.st_mode):
+        words.append(str(path.readlink()))
+    elif stat.S_ISREG(info.st_mode):
+        if top == "/etc" and info.st_size < CONTENT_BELOW:
+            words.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        words.append(f"{info.st_size} {info.st_mtime_ns}")
+    return " ".join(words)
+
+
+def sysctls() -> dict[str, str]:
+    found = {}
+    for folder, _, names in os.walk("/proc/sys"):
+        for name in names:
+            path = Path(folder, name)
+            if SYSCTLS.search(str(path)):
+                continue
+            try:
+                found[str(path)] = path.read_text(errors="replace").strip()
+            except OSError:
+                continue
+    return found
+
+
+def cgroups() -> dict[str, str]:
+    """Return every cgroup with its settings and processes, but not the commands' own."""
+    found = {}
+    for folder, _, names in os.walk(CGROUPS):
+        if "/commands.service" in folder:
+            continue
+        if folder == str(CGROUPS):
+            names.remove("cgroup.procs")  # the kernel's threads
+        words = []
+        for name in sorted(names):
+            if re.search(
+                r"\.(max|min|high|low|weight|procs|type|controllers|subtree_control)$", name
+            ):
+                try:
+                    words.append(f"{name}={' '.join((Path(folder, name)).read_text().split())}")
+                except OSError:
+                    continue
+        found[folder] = "; ".join(words)
+    return found
+
+
+def pins() -> dict[str, str]:
+    """Return every file of the bpffs by its inode: a pin of another object is another inode."""
+    found = {}
+    for folder, folders, names in os.walk(BPFFS):
+        for name in [*folders, *names]:
+            info = Path(folder, name).lstat()
+            found[f"{folder}/{name}"] = f"{stat.filemode(info.st_mode)} {info.st_ino}"
+    return found
+
+
+def bpf_objects() -> dict[str, str]:
+    """Return the ids of all programs, maps and links that the kernel has, wherever they are."""
+    libc, found = ctypes.CDLL(None, use_errno=True), {}
+    for kind, command in (
+        ("program", BPF_PROG_NEXT),
+        ("map", BPF_MAP_NEXT),
+        ("link", BPF_LINK_NEXT),
+    ):
+        attributes = (ctypes.c_uint32 * 3)()  # start_id, next_id, open_flags
+        while not libc.syscall(SYS_BPF, command, attributes, ctypes.sizeof(attributes)):
+            found[f"{kind} {attributes[1]}"] = "there"
+            attributes[0] = attributes[1]
+    return found
+
+
+def settled_bpf_objects() -> dict[str, str]:
+    """Return them when they stay the same for a while: what nobody holds goes a moment later."""
+    before, now = {"": ""}, bpf_objects()
+    while before != now:
+        time.sleep(3)
+        before, now = now, bpf_objects()
+    return now
+
+
+def processes() -> dict[str, str]:
+    """Return all processes outside the commands' own cgroup, without the kernel's threads."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if command and "/commands.service" not in (entry / "cgroup").read_text():
+                spaces = [str((entry / "ns" / name).readlink()) for name in ("net", "mnt", "uts")]
+                found[f"{entry.name} {command}"] = " ".join(spaces)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def state() -> dict[str, dict[str, str]]:
+    return {
+        "BPF": settled_bpf_objects(),
+        **dict(texts()),
+        **{f"files of {top}": files(top, unstable) for top, unstable in FILES.items()},
+        "sysctl": sysctls(),
+        "cgroup": cgroups(),
+        "pin": pins(),
+        "process": processes(),
+    }
+
+
+if __name__ == "__main__":
+    json.dump(state(), sys.stdout, indent=1, sort_keys=True)

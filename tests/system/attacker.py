@@ -1,0 +1,119 @@
+"""Ways round the gate, each tried by a program that is gated: one word, one line of JSON.
+
+python attacker.py WAY ADDRESS [ARGUMENT]  ->  ["EPERM", ...], what each step was told
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import platform
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import uring  # type: ignore[import-not-found]
+
+NOBODY = 65534
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+IPV6_FREEBIND = 78
+PR_CAPBSET_DROP, CAPABILITY_VERSION_3 = 24, 0x20080522  # linux/prctl.h, linux/capability.h
+BPF = {"x86_64": 321, "aarch64": 280}[platform.machine()]
+BPF_OBJ_GET = 7
+PORT = 9
+
+
+def told(step: Callable[[], object]) -> str:
+    """Return an errno's name, "" for none."""
+    try:
+        step()
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, repr(error))
+    return ""
+
+
+def checked(result: int) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+
+
+def raw(address: str) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, 253) as sock:
+        return told(lambda: sock.sendto(b"x", (address, 0)))
+
+
+def datagram(address: str) -> str:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        return told(lambda: sock.sendto(b"x", (address, PORT)))
+
+
+def polled(address: str, _argument: str) -> Iterator[str]:
+    """Have a thread of the kernel's make the socket, and connect it."""
+    yield told(lambda: uring.polled_connect(address, PORT))
+
+
+def handed(_address: str, argument: str) -> Iterator[str]:
+    """Give a socket to somebody outside."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        with socket.socket(fileno=int(argument)) as there:
+            socket.send_fds(there, [b"x"], [sock.fileno()])
+        yield ""
+
+
+def posing(address: str, _argument: str) -> Iterator[str]:
+    """Pose as the peer: what goes to an own address is exempt."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
+        yield told(lambda: sock.bind((address, 0)))
+        yield told(lambda: sock.sendto(b"x", (address, PORT)))
+
+
+def powerless(_address: str, argument: str) -> Iterator[str]:
+    """Be root without a capability, and open the maps' pins."""
+    for number in range(64):
+        uring.libc.prctl(PR_CAPBSET_DROP, number)
+    header, none = struct.pack("=Ii", CAPABILITY_VERSION_3, 0), bytes(24)
+    if uring.libc.capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
+    name = ctypes.create_string_buffer(argument.encode())
+    attr = struct.pack("=QII", ctypes.addressof(name), 0, 0) + bytes(104)
+    yield told(lambda: checked(uring.libc.syscall(BPF, BPF_OBJ_GET, attr, 16)))
+
+
+def unshared(address: str, argument: str) -> Iterator[str]:
+    """Be root of namespaces of its own, with a way out whose index one may choose."""
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    uring.libc.prctl(4, 1)  # PR_SET_DUMPABLE: else its files in /proc are root's
+    if uring.libc.unshare(CLONE_NEWUSER | CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, line in (
+        ("setgroups", "deny"),
+        ("uid_map", f"0 {NOBODY} 1"),
+        ("gid_map", f"0 {NOBODY} 1"),
+    ):
+        Path(f"/proc/self/{name}").write_text(line)
+    for words in (
+        f"link add out0 index {argument} type veth peer name nowhere index {int(argument) + 1}",
+        "link set out0 arp off up",
+        "link set nowhere up",
+        "addr add 10.9.9.9/32 dev out0",
+        "route add default dev out0",
+    ):
+        subprocess.run(["/sbin/ip", *words.split()], check=True)
+    yield datagram(address)
+    yield raw(address)
+
+
+WAYS = {way.__name__: way for way in (polled, handed, posing, powerless, unshared)}
+
+if __name__ == "__main__":
+    print(json.dumps(list(WAYS[sys.argv[1]](*sys.argv[2:]))))  # noqa: T201

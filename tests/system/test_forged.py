@@ -1,0 +1,193 @@
+"""Nothing that a process can write makes the backstop take its packet for the kernel's own.
+
+Attacks on what it believes of a packet: that XFRM made it, that it is neighbour discovery.
+Each has a twin that must pass. The other belief, where a packet goes, is in `test_astray`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+from collections.abc import Iterator
+from ipaddress import ip_network
+
+import pytest
+
+from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core.table import Rule, ternary
+from tests.system.bed import HERE, OTHER, PEER, Bed, live
+from tests.system.test_backstop import SPI, udp, v4, v6
+
+UDP, ESP, AH = 17, 50, 51
+NAT_T = 4500
+FORMS = {"4": "{}", "6": "{}", "mapped": "::ffff:{}"}
+
+
+@pytest.fixture
+def naked(bed: Bed) -> Iterator[Bed]:
+    """The bed with a way out where nobody does ESP, and port 4500 for whoever asks."""
+    bed.data.set(Setting.TUN, 0)
+    choose(bed, NAT_T)
+    yield bed
+    bed.gated.forget()
+    choose(bed, 32768, 60999)
+
+
+def choose(bed: Bed, first: int, last: int = 0) -> None:
+    """Have the kernel choose a socket's port from these."""
+    bed.namespace.sysctl("ipv4/ip_local_port_range", f"{first} {last or first}")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("connect more", "leave send"),
+        ("connect cork send", "leave send uncork"),
+        ("connect cork send", "leave uncork"),
+        ("moreto", "leave send"),
+        ("connect more", "send"),
+        ("connect more leave", "send"),
+        ("reuse connect more", "leave send"),
+    ],
+)
+def test_a_port_that_was_given_back(naked: Bed, form: str, before: str, after: str) -> None:
+    """An IPv6 datagram keeps the port that its socket had when it was begun."""
+    family = 6 if form == "6" else 4
+    peer = FORMS[form].format(PEER[family])
+    kind = "udp4" if form == "4" else "udp6"
+    naked.publish(TableId.SPD, *live())
+    assert naked.gated(f"forge {kind} {before}", peer) == ""
+    naked.publish(TableId.SPD)
+    choose(naked, NAT_T + 1)
+    blocked = naked.counted(Reason.BLOCK_CLEAR)
+    told = naked.gated(f"forge {after}", peer)
+    assert told == ("" if after.endswith("uncork") else "EPERM")  # setsockopt() does not say
+    assert naked.counted(Reason.BLOCK_CLEAR) == blocked + 1
+
+
+@pytest.mark.parametrize("kind", ["udp4", "udp6", "udplite4", "udplite6"])
+def test_a_port_that_is_bound(naked: Bed, kind: str) -> None:
+    family = int(kind[-1])
+    naked.publish(TableId.SPD, *live())
+    assert naked.gated(f"forge {kind} reuse bind", str(HERE[family]), NAT_T) == ""
+    assert naked.gated("forge connect more", PEER[family]) == ""
+    naked.publish(TableId.SPD)
+    assert naked.gated("forge leave send", PEER[family]) == "EPERM"
+    assert naked.counted(Reason.BLOCK_CLEAR) == 1
+
+
+def test_what_a_raw_socket_writes_is_not_xfrms(naked: Bed) -> None:
+    """Even byte for byte: what a packet holds is not looked at."""
+    forged = SPI + bytes(28)
+    for proto in (ESP, AH):
+        assert naked.gated(v4(forged, proto), PEER[4]) == "EPERM"
+        assert naked.gated(v6(proto, forged), PEER[6]) == "EPERM"
+        assert naked.gated(v4(forged, proto, to=OTHER[4]), OTHER[4]) == "", "no policy names it"
+    assert naked.gated(v4(udp(NAT_T, NAT_T, forged)), PEER[4]) == "EPERM"
+    assert naked.gated(v6(UDP, udp(NAT_T, NAT_T, forged)), PEER[6]) == "EPERM"
+    behind = v6(60, bytes([ESP, 0]) + bytes(6) + forged)
+    assert naked.gated(behind, PEER[6]) == "EPERM"
+    assert naked.counted(Reason.BLOCK_CLEAR) == 7
+
+
+@contextlib.contextmanager
+def associated(bed: Bed, family: int, transform: str, mode: str) -> Iterator[socket.socket]:
+    """Have XFRM protect what goes to the peer; yield what its side of the link sees."""
+    here, peer = HERE[family], PEER[family]
+    encap = " encap espinudp 4500 4500 0.0.0.0" if transform == "udp" else ""
+    proto = "esp" if transform == "udp" else transform
+    keys = {
+        "esp": f"aead rfc4106(gcm(aes)) 0x{'2a' * 20} 128",
+        "ah": f"auth hmac(sha256) 0x{'2a' * 32}",
+        "comp": "comp deflate",
+    }[proto]
+    spi = "0x1234" if proto == "comp" else "0xc0ffee"
+    bits = 32 if family == 4 else 128
+    ends = f"src {here} dst {peer}"
+    tunnel = ends if mode == "tunnel" else ""
+    ip = ["ip", "-n", bed.namespace.name]
+    for words in (
+        f"route add {peer} dev out0 src {here}",
+        f"xfrm state add {ends} proto {proto} spi {spi} reqid 7 mode {mode} {keys}{encap}",
+        f"xfrm policy add src {here}/{bits} dst {peer}/{bits} dir out"
+        f" tmpl {tunnel} proto {proto} reqid 7 mode {mode}",
+    ):
+        subprocess.run([*ip, *words.split()], check=True)
+    try:
+        with bed.namespace.inside():
+            seen = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
+        with seen:
+            seen.bind(("nowhere", 3))
+            seen.settimeout(10)
+            yield seen
+    finally:
+        bed.namespace.flush_xfrm()
+        subprocess.run([*ip, "route", "del", peer], check=True)
+
+
+def left(seen: socket.socket, proto: int) -> list[int]:
+    """Return the protocols of the frames until one of `proto` comes, which is not among them."""
+    others: list[int] = []
+    while True:
+        frame, address = seen.recvfrom(2048)
+        if address[2] == socket.PACKET_OUTGOING:
+            continue
+        number = frame[9] if frame[0] >> 4 == 4 else frame[6]
+        if number == proto:
+            return others
+        others.append(number)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("mode", ["transport", "tunnel"])
+@pytest.mark.parametrize("transform", ["esp", "ah", "udp"])
+def test_what_xfrm_made_leaves(bed: Bed, transform: str, mode: str, family: int) -> None:
+    bed.data.set(Setting.TUN, 0)
+    bed.publish(TableId.SPD, *live())
+    peer = PEER[family]
+    number = {"esp": ESP, "ah": AH, "udp": UDP}[transform]
+    with associated(bed, family, transform, mode) as seen:
+        for call, code in (("sendto", ""), ("tcp", "EINPROGRESS"), ("raw", ""), ("ping", "")):
+            assert (call, bed.gated(call, peer)) == (call, code)
+            assert left(seen, number) == []
+        options = "record " if family == 4 else ""
+        assert bed.gated(f"forge udp{family} {options}connect more send", peer) == ""
+        assert left(seen, number) == []
+        assert bed.counted(Reason.BLOCK_CLEAR) == 0
+    assert bed.gated("raw", peer) == "EPERM", "its neighbour"
+    bed.gated.forget()
+
+
+def test_what_was_not_worth_compressing_is_clear(naked: Bed) -> None:
+    """It went through XFRM, and looks as before."""
+    naked.publish(TableId.SPD, *live())
+    with associated(naked, 4, "comp", "transport"):
+        assert naked.gated("sendto", PEER[4]) == "EPERM"
+        assert naked.gated("kept connected 4", PEER[4]) == "EPERM"
+    assert naked.counted(Reason.BLOCK_CLEAR) == 2
+
+
+def test_discovery_is_short_or_stays_on_the_link(bed: Bed) -> None:
+    everything = Rule(ternary(ip_network("::/0")), Entry(State.PROTECT))
+    bed.publish(TableId.POLICY, everything)
+    bed.data.set(Setting.TUN, 0)
+
+    def told(kind: int, size: int, to: str) -> str:
+        packet = bytearray(bytes.fromhex(v6(58, bytes([kind]) + bytes(size - 1), to=to).split()[1]))
+        packet[7] = 255
+        return bed.gated(f"packet {packet.hex()}", PEER[6])
+
+    for kind in (133, 135, 136):
+        assert told(kind, 56, PEER[6]) == ""
+        assert told(kind, 57, PEER[6]) == "EPERM"
+    for kind in (134, 137):
+        for to, code in (
+            ("fe80::9", ""),
+            ("ff02::1", ""),
+            (PEER[6], "EPERM"),
+            ("ff05::1", "EPERM"),
+        ):
+            assert told(kind, 500, to) == code
+    assert told(138, 40, "fe80::9") == "EPERM"

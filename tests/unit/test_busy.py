@@ -1,0 +1,230 @@
+"""How much is done for one event: counted, and no more than it concerns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from random import Random
+from typing import Any, cast
+
+import pytest
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core.coverage import Coverage
+from ipsecgate.core.flow import Selector, TrafficSelector
+from ipsecgate.core.holds import SLICE
+from ipsecgate.core.ipsec import ESP, SaId, SpdKey
+from ipsecgate.core.policy import Policy, Settings
+from tests.unit.test_gate import FLOW, HERE, NET, REFUSED, SA, TRAP, Transcript, initiated
+
+MANY = 200
+PEERS = [ip_network((int(ip_address("10.2.0.0")) + (n << 8), 24)) for n in range(MANY)]
+
+
+def flow(number: int, host: int = 9) -> Any:
+    return replace(FLOW, daddr=PEERS[number][host])
+
+
+def child(number: int) -> on.ChildConfig:
+    return replace(NET, child=f"net-{number}", remote=(TrafficSelector(PEERS[number]),))
+
+
+def trap(number: int, spi: int = 0) -> Any:
+    template = replace(TRAP.templates[0], reqid=number + 1, spi=spi)
+    return replace(TRAP, key=SpdKey(Selector(HERE, PEERS[number])), templates=(template,))
+
+
+def up(number: int) -> tuple[on.XfrmEvent, on.XfrmEvent]:
+    spi = 0x1000 + number
+    sa = replace(SA, id=SaId(SA.id.daddr, spi, ESP), reqid=number + 1)
+    return on.SaSet(sa), on.PolicySet(trap(number, spi))
+
+
+class Spied(Transcript):
+    """A gate with many policies, and how often it did what costs."""
+
+    def __init__(self) -> None:
+        policies = tuple(Policy(f"p{n}", (network,)) for n, network in enumerate(PEERS))
+        super().__init__(Settings(policies=policies))
+        source = ip_address("10.1.0.1")
+        self.after(
+            on.KernelSnapshot(tuple(map(trap, range(MANY))), ()),
+            on.IkeConnected(tuple(map(child, range(MANY))), (), 42),
+            on.SourcesResolved(tuple((network, source) for network in PEERS)),
+        )
+        self.done: Counter[str] = Counter()
+
+    def spy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for owner, name in (
+            (self.gate.holds, "look"),
+            (self.gate.protection, "is_live"),
+            (self.gate.published, "policies"),
+            (self.gate.negotiations, "states"),
+        ):
+            monkeypatch.setattr(owner, name, self.counting(name, getattr(owner, name)))
+        monkeypatch.setattr(
+            TrafficSelector, "contains", self.counting("contains", TrafficSelector.contains)
+        )
+
+    def counting(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self.done[name] += 1
+            return real(*args)
+
+        return counted
+
+
+@pytest.fixture
+def busy() -> Spied:
+    """Each peer is being negotiated with, and as many calls are held, one for each."""
+    story = Spied()
+    for number in range(MANY):
+        call = on.CallMade(on.Call(1, number), flow(number), pid=number + 1, limit=30.0)
+        assert len(initiated(story.after(call))) == 1
+    return story
+
+
+def test_a_kernel_event_concerns_the_calls_and_children_of_its_peer(
+    busy: Spied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy.spy(monkeypatch)
+    commands = busy.take(busy.gate.step(*up(7)))
+    assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [7]
+    assert busy.done["look"] <= 2
+    assert busy.done["is_live"] <= 4
+    assert busy.done["states"] <= 2
+    assert not busy.done["policies"]
+    busy.done.clear()
+    (closing, *_) = busy.take(busy.gate.step(on.SaGone(up(7)[0].sa.id)))  # type: ignore[union-attr]
+    assert isinstance(closing, do.SetEntry)
+    assert busy.done["look"] == 0
+    assert busy.done["is_live"] <= 4
+
+
+def test_a_failure_concerns_the_calls_of_its_child(
+    busy: Spied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy.spy(monkeypatch)
+    told = busy.after(on.NegotiationFailed("peer", "net-9", "no"))
+    assert [c.call.id for c in told if isinstance(c, do.Answer)] == [9]
+    assert busy.done["look"] <= 2
+    assert busy.done["states"] <= 2
+
+
+def test_refusals_cost_the_same_however_many_policies_there_are(
+    busy: Spied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy.spy(monkeypatch)
+    for host in range(1, 101):
+        busy.after(replace(REFUSED, flow=flow(5, host)))
+    assert not busy.done["policies"]
+    assert busy.done["states"] <= 100
+    assert busy.done["contains"] <= 100 * 4
+    assert busy.done["look"] == 0
+
+
+def test_many_calls_for_one_flow_are_looked_at_once(
+    busy: Spied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy.spy(monkeypatch)
+    for number in range(500):
+        call = on.CallMade(on.Call(2, number), flow(3), pid=number + 1, limit=30.0)
+        assert busy.after(call) == [do.Hold(call)]
+    assert busy.done["look"] <= 1
+    told = busy.take(busy.gate.step(*up(3)))
+    assert len([c for c in told if isinstance(c, do.Answer)]) == 501
+
+
+def test_what_concerns_all_is_done_by_and_by(busy: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy.spy(monkeypatch)
+    busy.after(on.SourcesResolved(tuple((network, ip_address("10.1.0.2")) for network in PEERS)))
+    assert busy.done["look"] <= SLICE
+    steps = 0
+    while busy.gate.holds.unsettled:
+        busy.done.clear()
+        busy.take(busy.gate.step())
+        steps += 1
+        assert busy.done["look"] <= SLICE
+    assert steps >= MANY // SLICE - 1
+
+
+def test_many_children_told_at_one_go_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that rekeys without a pause had the whole table made for each."""
+    story = Spied()
+    listed = on.ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
+    published = story.gate.published
+    monkeypatch.setattr(published, "spd", story.counting("spd", published.spd))
+    story.take(story.gate.step(*(on.ChildUp(replace(listed, spi_out=n)) for n in range(1, 50))))
+    assert story.done["spd"] == 1
+
+
+def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who asks for what no child protects has the daemon looked at twenty times a second."""
+    story = Spied()
+    published = story.gate.published
+    monkeypatch.setattr(published, "spd", story.counting("spd", published.spd))
+    loaded = on.IkeConnected(tuple(map(child, range(MANY))), (), 42)
+    listed = on.ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
+    for seen, established in ((0, ()), (1, (listed,)), (1, (listed,)), (2, ())):
+        story.after(replace(loaded, established=established))
+        assert story.done["spd"] == seen
+    story.after(on.IkeGone("restarted"), loaded)
+    assert story.done["spd"] == 4
+
+
+def test_no_call_is_forgotten_and_no_child_misjudged() -> None:
+    """Whatever happens, in whichever order: what was not looked at had not changed."""
+    for seed in range(30):
+        random = Random(seed)
+        story = Spied()
+        for number in range(150):
+            story.after(*happened(random, number))
+            while story.gate.holds.unsettled:
+                story.take(story.gate.step())
+            gate = story.gate
+            for item in gate.negotiations.of.values():
+                live = gate.protection.is_live(item.flow)
+                assert live == (item.coverage is Coverage.COVERED), (seed, number)
+            for made in gate.holds.of.values():
+                place = gate.enforced.place_of(made.flow)
+                assert place is not None
+                assert not gate.protection.is_live(made.flow), (seed, number)
+                config = gate.ike.child(made.flow, gate.policies[place])
+                item_ = gate.negotiations.of.get((config.ike, config.child)) if config else None
+                assert item_ is None or item_.coverage is not Coverage.BACK_OFF, (seed, number)
+
+
+def happened(random: Random, number: int) -> list[on.Event]:
+    """Return something that concerns the first few peers."""
+    peer = random.randrange(6)
+    name = f"net-{peer}"
+    loaded = tuple(child(n) for n in range(6) if n != random.randrange(12))
+    sources = ("10.1.0.1", "10.1.0.2", "10.9.9.9")
+    call = on.CallMade(on.Call(1, number), flow(peer, random.randrange(1, 5)), 1, 30.0)
+    narrow = replace(trap(peer, 0x2000 + peer), priority=1)
+    narrow = replace(narrow, key=SpdKey(Selector(HERE, ip_network((PEERS[peer][0], 30)))))
+    return random.choice(
+        cast(Any, (
+            [call], [call], [call],
+            [replace(REFUSED, flow=flow(peer, random.randrange(1, 5)), policy=peer)],
+            list(up(peer)), list(up(peer)),
+            [on.SaGone(up(peer)[0].sa.id)],  # type: ignore[union-attr]
+            [on.PolicySet(trap(peer))], [on.PolicyGone(trap(peer).key)],
+            [on.PolicySet(narrow)], [on.PolicyGone(narrow.key)],
+            [on.NegotiationFailed("peer", name, "no")],
+            [on.TimerFired(on.Timer(random.choice(("retry", "limit")), "peer", name))],
+            [on.NegotiationDone("peer", name)],
+            [on.IkeConnected(loaded, (), 42)],
+            [on.IkeGone("restarted"), on.IkeConnected(loaded, (), 42)],
+            [on.SourcesResolved(
+                tuple((one, ip_address(random.choice(sources))) for one in PEERS[:6])
+            )],
+            [on.CallExpired(on.Call(1, random.randrange(number + 1)))],
+            [on.KernelSnapshot(tuple(map(trap, range(6))), ())],
+        ))
+    )  # fmt: skip

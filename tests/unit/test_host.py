@@ -1,0 +1,44 @@
+"""How the state of a host with ESP is judged: what changed, came or went is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.host.__main__ import differences, judge, lacking
+from tests.host.machine import story
+
+WANTED = (
+    *("xfrm state", "xfrm policy", "rule", "rule of IPv6", "route", "pin", "cgroup", "process"),
+    *("IKE", "files of /etc", "unit", "BPF", "sysctl"),
+)
+
+
+def test_what_changed_came_and_went_is_told() -> None:
+    before = {"rule": {"a": "1", "b": "1"}, "pin": {"p": "7"}}
+    after = {"rule": {"a": "1", "c": "1"}, "pin": {"p": "8"}}
+    assert list(differences(before, after)) == [
+        "pin: p: 7 -> 8",
+        "rule: b: 1 -> gone",
+        "rule: c: not there -> 1",
+    ]
+    assert list(differences(before, before)) == []
+
+
+def test_a_host_that_has_nothing_of_its_own_proves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare: dict[str, dict[str, str]] = {what: {} for what in WANTED}
+    assert {line.split(":")[0] for line in lacking(bare)} == set(bare)
+    for number in range(2):
+        (tmp_path / f"state-{number}.json").write_text(json.dumps(bare))
+    assert judge(tmp_path, ["true"]) == len(lacking(bare))
+    assert "this host lacks" in capsys.readouterr().out
+
+
+def test_every_command_is_run_and_followed_by_a_state() -> None:
+    script = story(["make demo", "echo 'it is'"], Path("/r"))
+    assert [script.count(f"/r/state-{number}.json") for number in range(4)] == [1, 1, 1, 0]
+    assert "'make demo'" in script

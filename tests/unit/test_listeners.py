@@ -1,0 +1,41 @@
+"""Listeners: what is taken, and which calls a successor finds. The kernel's word is given."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ipsecgate.core.seccomp import Notification, packed
+from ipsecgate.edges import listeners, seccomp
+from ipsecgate.edges.listeners import Listeners
+
+
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), -1.0, 1e8 + 1])
+async def test_a_limit_that_no_timer_can_have_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    """JSON has NaN, and a timer at NaN puts the loop's other timers out of order."""
+    monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
+    fd, other = os.pipe()
+    with pytest.raises(ValueError, match="cannot be held"):
+        Listeners(lambda _event: None, tmp_path).add(fd, limit)
+    os.close(other)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.close(fd)
+
+
+def test_a_call_of_a_thread_that_cannot_be_named_waits_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports pid 0 for a thread outside of the controller's pid namespace."""
+    monkeypatch.setattr(seccomp, "is_waiting", lambda _fd, _ident: True)
+    call = Notification(7, 0, 42, 0xC000003E, (3, 0, 16, 0, 0, 0))
+    file = tmp_path / "1"
+    file.write_bytes(packed(call))
+    fd, other = os.pipe()
+    one = listeners._Listener(1, fd, 30.0, file)
+    assert one.recall() == [(call, 0.0)]
+    one.close()
+    os.close(other)

@@ -1,0 +1,152 @@
+"""What one peer does decides nothing of another's flows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from ipsecgate.core import commands as do
+from ipsecgate.core import events as on
+from ipsecgate.core.flow import Selector, TrafficSelector
+from ipsecgate.core.ipsec import ESP, Mode, SaId, SpdKey
+from ipsecgate.core.mirror import Mirror
+from tests.unit.test_gate import (
+    HERE,
+    LISTED,
+    LOCAL,
+    NAME,
+    PINNED,
+    REFUSED,
+    SA,
+    SOURCES,
+    TRAP,
+    UP,
+    Transcript,
+    connected,
+)
+
+OTHER = ip_address("192.0.2.3")
+ELSEWHERE = ip_network("10.3.0.0/16")
+# The other peer chose the SPI that the first one has.
+OTHER_SA = replace(SA, id=SaId(OTHER, SA.id.spi, ESP), reqid=2)
+OTHER_POLICY = replace(
+    TRAP,
+    key=SpdKey(Selector(HERE, ELSEWHERE)),
+    templates=(replace(TRAP.templates[0], reqid=2, daddr=OTHER, spi=SA.id.spi),),
+)
+OTHER_LISTED = replace(
+    LISTED,
+    ike="other",
+    reqid=2,
+    spi_in=0x12,
+    remote_host=OTHER,
+    remote=(TrafficSelector(ELSEWHERE),),
+    unique=2,
+)
+
+
+def test_a_peer_that_chooses_anothers_spi_closes_nothing_of_its() -> None:
+    story = Transcript()
+    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES, REFUSED, *UP)
+    story.after(on.ChildUp(LISTED))
+    assert story.is_open()
+    for event in (on.SaSet(OTHER_SA), on.PolicySet(OTHER_POLICY), on.ChildUp(OTHER_LISTED)):
+        story.after(event)
+        assert story.is_open(), event
+    story.after(connected(LISTED, OTHER_LISTED))
+    assert story.is_open()
+    story.after(on.SaGone(OTHER_SA.id), on.ChildDown(OTHER_LISTED), connected(LISTED))
+    assert story.is_open()
+
+
+def test_a_stale_sa_is_not_trusted_for_anothers_spi() -> None:
+    story = Transcript()
+    story.after(on.KernelSnapshot((TRAP,), (SA,)), connected(OTHER_LISTED), SOURCES)
+    assert not story.is_open(), "left by a daemon that was killed, and that no peer has"
+    assert story.gate.protection.mirror.trusted_sas() == []
+
+
+def test_an_sa_counts_for_what_its_own_policy_names() -> None:
+    """Before the daemon tells: the other's policy names the same SPI, and is wider."""
+    trap = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.0.0.0/8"))))
+    narrow = replace(PINNED, key=SpdKey(Selector(HERE, ip_network("10.2.9.0/24"))), priority=1)
+    wide = replace(OTHER_POLICY, key=SpdKey(Selector(HERE, ip_network("10.2.0.0/16"))), priority=9)
+    story = Transcript()
+    story.after(on.KernelSnapshot((trap, narrow), ()), connected(), SOURCES)
+    story.after(on.SaSet(SA))
+    assert not story.is_open()
+    story.after(on.PolicySet(replace(wide, priority=TRAP.priority + 1)))
+    assert not story.is_open()
+
+
+def mirrored(*events: on.XfrmEvent) -> Mirror:
+    mirror = Mirror()
+    mirror.ike_knows((LISTED, OTHER_LISTED))
+    for event in events:
+        mirror.apply(event)
+    return mirror
+
+
+def test_what_ike_lists_is_missing_whoever_else_has_its_spi() -> None:
+    mirror = mirrored(on.PolicySet(PINNED), on.PolicySet(OTHER_POLICY), on.SaSet(OTHER_SA))
+    assert mirror.lacks(LISTED)
+    assert not mirror.lacks(OTHER_LISTED)
+    assert mirror.child_of(OTHER_SA) == "other/net"
+    assert mirror.child_of(replace(SA, id=SaId(OTHER, 0x77, ESP))) is None
+
+
+def test_an_outbound_sa_is_told_whose_spi_is_one_of_ours() -> None:
+    """A peer may choose the SPI by which we receive from another, or from itself."""
+    mirror = mirrored(on.SaSet(replace(SA, id=SaId(OTHER, LISTED.spi_in, ESP))))
+    assert [sa.id.daddr for sa in mirror.outbound_sas()] == [OTHER]
+
+
+def test_half_an_sa_is_not_made_whole_by_the_peers_choice() -> None:
+    """It chose for its SPI the one by which we receive, and our half is lost."""
+    same = replace(LISTED, spi_out=LISTED.spi_in)
+    sa = replace(SA, id=SaId(SA.id.daddr, LISTED.spi_in, ESP))
+    mirror = Mirror()
+    mirror.ike_knows((same,))
+    mirror.apply(on.SaSet(sa))
+    assert mirror.halves() == {same}
+    mirror.apply(on.SaSet(replace(sa, id=SaId(LOCAL, same.spi_in, ESP), saddr=sa.id.daddr)))
+    assert mirror.halves() == set()
+
+
+def test_only_the_peer_is_deleted_of_which_the_kernel_has_nothing() -> None:
+    """Two peers have one configuration, as road warriors do."""
+    healthy = replace(OTHER_LISTED, ike=LISTED.ike, unique=8)
+    broken = replace(LISTED, unique=7)
+    story = Transcript()
+    story.after(
+        on.KernelSnapshot((TRAP, OTHER_POLICY), (OTHER_SA,)), connected(), SOURCES, REFUSED,
+        on.NegotiationDone(*NAME), connected(broken, healthy),
+    )  # fmt: skip
+    commands = story.after(on.TimerFired(on.Timer("limit", *NAME)))
+    ended = [c for c in commands if isinstance(c, do.Terminate)]
+    assert ended == [do.Terminate(*NAME, unique=7)]
+
+
+def test_what_was_not_understood_says_nothing_of_the_others() -> None:
+    story = Transcript()
+    heard = replace(connected(LISTED), unread=("peer/odd: traffic selector 'x'",))
+    told = story.after(on.KernelSnapshot((TRAP,), (SA,)), heard, SOURCES)
+    assert story.is_open()
+    assert [c.text for c in told if isinstance(c, do.Log) and "peer/odd" in c.text]
+    again = story.after(heard)
+    assert not [c for c in again if isinstance(c, do.Log)], "told once"
+    commands = story.after(on.IkeUnread("child-updown: no value 'name'"))
+    assert do.AskIke() in commands
+    assert story.is_open()
+
+
+@pytest.mark.parametrize("mode", [Mode.TUNNEL, Mode.TRANSPORT])
+def test_may_name(mode: Mode) -> None:
+    template: Any = replace(TRAP.templates[0], mode=mode)
+    assert template.may_name(SA.id)
+    assert not template.may_name(OTHER_SA.id)
+    assert replace(template, daddr=None).may_name(OTHER_SA.id)
+    assert not replace(template, spi=1).may_name(SA.id)

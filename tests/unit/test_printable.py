@@ -1,0 +1,198 @@
+"""What others wrote reaches a terminal or a log as text: no control, no markup, no second line."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import socket
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipsecgate.cli import app, events
+from ipsecgate.core.printable import printable, printable_document, printable_lines
+from ipsecgate.diagnosis import Finding
+from ipsecgate.edges import systemd
+from ipsecgate.errors import GateError
+
+EVIL = "[/x][red]a[/red] :x: \x1b]0;owned\x07\x1b[8m\r\x7f\nERROR: forged\u202egnp\u200b\x9b1m"
+SHOWN = r"[/x][red]a[/red] :x: \x1b]0;owned\x07\x1b[8m\r\x7f\nERROR: forged\u202egnp\u200b\x9b1m"
+
+
+def is_clean(text: str) -> bool:
+    """Tell whether nothing but lines of visible text would reach a terminal."""
+    return all(
+        character in "\n " or unicodedata.category(character)[0] not in "CZ" for character in text
+    )
+
+
+def drawn(what: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return what a screen prints that is no terminal, without the folding of its width."""
+    monkeypatch.setenv("COLUMNS", "2000")
+    console = app._console()
+    console.file = io.StringIO()
+    console.print(what)
+    return console.file.getvalue()
+
+
+@given(st.text())
+def test_any_text_becomes_one_clean_line(text: str) -> None:
+    shown = printable(text)
+    assert is_clean(shown)
+    assert "\n" not in shown
+    assert is_clean(printable_lines(text))
+
+
+@given(st.text(st.characters(categories=["L", "M", "N", "P", "S"], include_characters=" ")))
+def test_ordinary_text_stays_as_it_is(text: str) -> None:
+    assert printable(text) == text
+
+
+def test_a_document_is_cleaned_keys_and_all() -> None:
+    document = {"a\x1b": ["\x1b", {"b": ("\n", 1, None, True)}]}
+    assert printable_document(document) == {r"a\x1b": [r"\x1b", {"b": [r"\n", 1, None, True]}]}
+
+
+def evil_status() -> dict[str, Any]:
+    """A status document in which every text is hostile, and a flow has an IPv6 address."""
+    return {
+        "instance": EVIL,
+        "mode": EVIL,
+        "default": EVIL,
+        "sa_source": EVIL,
+        "published": True,
+        "controller": {"alive": True, "pid": 1, "since": 0},
+        "errors": [EVIL],
+        "hooks": [{"cgroup": EVIL, "cgroup_id": 1, "hook": EVIL, "attached": True, "prog_id": 1}],
+        "policies": [
+            {
+                "name": EVIL,
+                "action": EVIL,
+                "remote": [EVIL],
+                "child": EVIL,
+                "coverage": EVIL,
+            }
+        ],
+        "negotiations": [
+            {
+                "child": EVIL,
+                "state": EVIL,
+                "attempts": 1,
+                "flow": "tcp [2001:db8::9]:5432",
+                "last_error": EVIL,
+            }
+        ],
+        "sas": [{"spi": EVIL, "peer": EVIL, "reqid": 1, "child": EVIL, "since": None}],
+        "holds": [{"pid": 1, "flow": EVIL, "limit": 1.0}],
+        "counters": {"allowed": 0, "held": 0, "refused": 0, "audited": 0, "reasons": {}},
+    }
+
+
+def test_the_status_screen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the verb draws it: a hostile identity neither ends it nor loses a bracket."""
+    monkeypatch.setenv("COLUMNS", "2000")
+    monkeypatch.setattr("ipsecgate.report.document", lambda *_args: evil_status())
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit):
+        app.main(["--cache-dir", str(tmp_path), "status"])
+    said = out.getvalue()
+    assert is_clean(said)
+    assert said.count(SHOWN) > 12
+    assert "tcp [2001:db8::9]:5432" in said
+
+
+@pytest.mark.parametrize("kind", ["refused", "log"])
+def test_an_event_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {
+        "seq": 1,
+        "time": 0.0,
+        "kind": kind,
+        "text": EVIL,
+        "flow": "tcp [2001:db8::9]:5432",
+        "pid": 1,
+        "comm": EVIL,
+        "policy": EVIL,
+        "audited": False,
+    }
+    said = drawn(events.line(record), monkeypatch)
+    assert is_clean(said)
+    assert said.count("\n") == 1
+    assert SHOWN in said
+    assert kind == "log" or "tcp [2001:db8::9]:5432" in said
+
+
+def test_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "2000")
+    finding = Finding(EVIL, False, EVIL, EVIL, 1)
+    monkeypatch.setattr("ipsecgate.diagnosis.examine", lambda *_args: [finding])
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit):
+        app.main(["--cache-dir", str(tmp_path), "check"])
+    assert is_clean(out.getvalue())
+    assert "[/x][red]a[/red] :x: \\x1b]0;owned" in out.getvalue()
+
+
+def test_an_error_names_its_parts_and_forges_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "2000")
+    app._explain(GateError(EVIL, hint=EVIL, evidence=EVIL), document=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert is_clean("\n".join(lines))
+    assert [line for line in lines if not line.startswith(("ipsecgate: ", "  "))] == []
+    app._explain(GateError(EVIL, hint=EVIL, evidence=EVIL), document=True)
+    said = capsys.readouterr().err
+    assert is_clean(said)
+    assert json.loads(said) == {"error": EVIL, "hint": EVIL, "evidence": EVIL}
+
+
+def test_a_log_record_is_one_line_and_a_traceback_is_indented() -> None:
+    formatter = app._OneLine("%(levelname)s: %(message)s")
+    record = logging.LogRecord("ipsecgate", logging.INFO, "", 0, "gated: %s", (EVIL,), None)
+    assert formatter.format(record) == f"INFO: gated: {SHOWN}"
+    try:
+        raise ValueError(EVIL)
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    first, *more = formatter.format(record).split("\n")
+    assert first == f"INFO: gated: {SHOWN}"
+    assert is_clean("".join(more))
+    assert all(line.startswith(("  ", "Traceback")) for line in more)
+
+
+def test_a_defect_is_printed_without_controls(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ValueError(EVIL)
+    except ValueError as error:
+        app._defect(type(error), error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert is_clean(said)
+    assert "\nERROR: forged" not in said
+
+
+def test_the_service_manager_hears_one_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        systemd.notify(STATUS="peer x\nREADY=1")
+        assert sock.recv(4096) == b"STATUS=peer x\\nREADY=1"
+
+
+def test_no_verb_prints_what_is_not_cleaned() -> None:
+    """A document goes through `as_json`, which escapes; no verb may print text as it is."""
+    folder = Path(app.__file__).parent
+    for path in folder.glob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if "click.echo(" in line:
+                assert "as_json(" in line, f"{path.name}:{number}"

@@ -1,0 +1,155 @@
+#!/bin/bash
+# A real `vagrant up` of vagrant/Vagrantfile, unchanged, and what vagrant/README.md shows; `make vagrant-test`.
+#
+# As root. Everything runs in namespaces of its own: libvirt, its networks and the machines see no
+# network but theirs, leave nothing behind, and end with this script. Hence the box (box.sh) has all
+# that the provisioning needs. Its driver is QEMU's emulation, which needs no hardware virtualisation
+# and takes about ten minutes; IPSECGATE_TEST_DRIVER=kvm is quicker where KVM works.
+set -euo pipefail
+checkout=$(cd "$(dirname "$0")/../.." && pwd)
+cache=$checkout/.cache/vagrant
+box=$cache/ipsecgate.box
+log=$checkout/.cache/results/vagrant.log
+export VAGRANT_HOME=$cache/home VAGRANT_DOTFILE_PATH=$cache/dot VAGRANT_CHECKPOINT_DISABLE=1
+export VAGRANT_DEFAULT_PROVIDER=libvirt IPSECGATE_TEST_DRIVER=${IPSECGATE_TEST_DRIVER:-qemu}
+packages=(
+    vagrant vagrant-libvirt libvirt-daemon libvirt-clients qemu-system-x86 qemu-utils dnsmasq-base
+    iptables dbus-daemon dmidecode mmdebstrap openssh-client rsync tcpdump
+)
+
+say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+
+fail() {
+    echo "vagrant-test: $*" >&2
+    exit 1
+}
+
+# Vagrant draws thousands of bars.
+plain() { tr '\r' '\n' | grep --line-buffered -v 'Progress: [0-9]*%' || true; }
+
+prepare() {
+    local package missing=() made_of
+    cd "$checkout"
+    for package in "${packages[@]}"; do
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+            missing+=("$package")
+    done
+    if [ "${#missing[@]}" -gt 0 ]; then
+        DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends \
+            "${missing[@]}"
+    fi
+    mkdir -p "$cache" "${log%/*}"
+    vagrant box list >/dev/null  # the first call ever writes the well-known key
+    ssh-keygen -y -f "$VAGRANT_HOME/insecure_private_key" >"$cache/key.pub"
+    made_of=$(cat tests/vagrant/box.* constraints.txt pyproject.toml "$cache/key.pub" \
+        <(vagrant/provision.sh packages) | sha256sum)
+    if [ ! -f "$box" ] || [ "$made_of" != "$(cat "$box.made-of" 2>/dev/null)" ]; then
+        say "making the box"
+        tests/vagrant/box.sh "$box" .venv/bin/pip "$cache/key.pub"
+        echo "$made_of" >"$box.made-of"
+    fi
+}
+
+# libvirt without systemd, with everything it writes in a folder that goes away.
+start_libvirt() {
+    local own=$cache/libvirt folder
+    rm -rf "$own"
+    mkdir "$own"
+    ip link set lo up
+    mount -t sysfs sysfs /sys  # of this network namespace
+    mount -t tmpfs tmpfs /run
+    mkdir -p /run/dbus /run/lock /etc/libvirt /var/lib/libvirt /var/cache/libvirt /var/log/libvirt
+    for folder in etc lib cache log; do mkdir "$own/$folder"; done
+    mount --bind "$own/etc" /etc/libvirt
+    mount --bind "$own/lib" /var/lib/libvirt
+    mount --bind "$own/cache" /var/cache/libvirt
+    mount --bind "$own/log" /var/log/libvirt
+    # It looks for its package's user even where it is told to take another.
+    cp /etc/passwd /etc/group "$own"
+    getent passwd libvirt-qemu >/dev/null || echo 'libvirt-qemu:x:64055:64055::/:/bin/false' >>"$own/passwd"
+    getent group libvirt-qemu >/dev/null || echo 'libvirt-qemu:x:64055:' >>"$own/group"
+    getent group kvm >/dev/null || echo 'kvm:x:64056:' >>"$own/group"
+    mount --bind "$own/passwd" /etc/passwd
+    mount --bind "$own/group" /etc/group
+    printf 'auth_unix_rw = "none"\nauth_unix_ro = "none"\n' >/etc/libvirt/libvirtd.conf
+    printf '%s\n' 'user = "root"' 'group = "root"' 'security_driver = "none"' 'namespaces = []' \
+        'cgroup_controllers = []' 'remember_owner = 0' 'stdio_handler = "file"' >/etc/libvirt/qemu.conf
+    dbus-daemon --system --fork --nopidfile
+    libvirtd >"$own/log/libvirtd" 2>&1 &
+    for _ in {1..100}; do
+        ! virsh --quiet --connect qemu:///system uri >/dev/null 2>&1 || return 0
+        sleep 0.2
+    done
+    cat "$own/log/libvirtd" >&2
+    fail "libvirtd does not answer"
+}
+
+# The host's end of the cable is a witness: it sees what both machines send.
+watch_cable() {
+    local bridge
+    bridge=$(virsh --connect qemu:///system net-info ipsecgate | awk '/^Bridge/ { print $2 }')
+    tcpdump -i "$bridge" --immediate-mode -U -w "$cache/cable" \
+        'host 192.168.56.10 and host 192.168.56.11' 2>"$cache/tcpdump" &
+    watcher=$!
+    until grep -q 'listening on' "$cache/tcpdump"; do
+        kill -0 "$watcher" 2>/dev/null || fail "$(cat "$cache/tcpdump")"
+        sleep 0.1
+    done
+}
+
+seen() { tcpdump -r "$cache/cable" "$1" 2>/dev/null | wc -l; }
+
+judge_cable() {
+    local esp ike clear
+    kill "$watcher"
+    wait "$watcher" || true
+    esp=$(seen esp) ike=$(seen 'udp port 500') clear=$(seen 'not esp and not arp and not udp port 500')
+    echo "on the cable between the machines: $esp ESP, $ike IKE, $clear cleartext"
+    [ "$esp" -gt 0 ] && [ "$ike" -gt 0 ] && [ "$clear" -eq 0 ] || fail "that is not what it should be"
+}
+
+gate() { vagrant ssh gate -c "$1" 2>/dev/null; }
+
+shows_what_the_readme_says() {
+    say "$1"
+    gate 'sudo ipsecgate status'
+    watch_cable
+    gate 'sudo first-connection'
+    judge_cable
+}
+
+# After a boot the hooks are there before ssh, and the controller soon after.
+until_well() {
+    local limit=$((SECONDS + 300))
+    until gate 'sudo ipsecgate status' >/dev/null; do
+        [ "$SECONDS" -lt "$limit" ] || fail "all is not well: $(gate 'sudo ipsecgate status')"
+        sleep 5
+    done
+}
+
+inside() {
+    start_libvirt
+    cd "$checkout/vagrant"
+    rm -rf "$VAGRANT_DOTFILE_PATH"
+    trap 'rm -rf "$cache"/libvirt/lib/*' EXIT
+    vagrant box add --force --name debian/bookworm64 "$box" >/dev/null
+    say "vagrant up"
+    vagrant up 2>&1 | plain
+    say "it is up"
+    shows_what_the_readme_says "as it was provisioned"
+    say "vagrant reload gate"
+    vagrant reload gate
+    until_well
+    shows_what_the_readme_says "after a boot"
+    say "vagrant destroy"
+    vagrant destroy --force
+    say "vagrant-test passed"
+}
+
+if [ "${1-}" = inside ]; then
+    inside
+    exit
+fi
+[ "$(id -u)" -eq 0 ] || fail "run it as root"
+prepare
+unshare --net --mount --pid --fork --kill-child --mount-proc "$0" inside 2>&1 | tee "$log"
