@@ -88,6 +88,7 @@ start_libvirt() {
 watch_cable() {
     local bridge
     bridge=$(virsh --connect qemu:///system net-info ipsecgate | awk '/^Bridge/ { print $2 }')
+    : >"$cache/tcpdump"
     tcpdump -i "$bridge" --immediate-mode -U -w "$cache/cable" \
         'host 192.168.56.10 and host 192.168.56.11' 2>"$cache/tcpdump" &
     watcher=$!
@@ -103,7 +104,9 @@ judge_cable() {
     local esp ike clear
     kill "$watcher"
     wait "$watcher" || true
-    esp=$(seen esp) ike=$(seen 'udp port 500') clear=$(seen 'not esp and not arp and not udp port 500')
+    # IKE goes on at port 4500, behind four zeros where ESP in UDP has its SPI (RFC 3948, 2.2).
+    local is_ike='(udp port 500 or (udp port 4500 and udp[8:4] = 0))'
+    esp=$(seen esp) ike=$(seen "$is_ike") clear=$(seen "not esp and not arp and not $is_ike")
     echo "on the cable between the machines: $esp ESP, $ike IKE, $clear cleartext"
     [ "$esp" -gt 0 ] && [ "$ike" -gt 0 ] && [ "$clear" -eq 0 ] || fail "that is not what it should be"
 }
