@@ -17,7 +17,6 @@ import argparse
 import os
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -26,8 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from ipsecgate.edges.probe import has_esp
 from ipsecgate.errors import GateError
@@ -35,6 +32,7 @@ from ipsecgate.lab import debian, room
 from ipsecgate.lab.console import OnOutput, ignore
 from ipsecgate.lab.kernel import Kernel, Progress, fetch
 from ipsecgate.lab.qemu import Qemu
+from ipsecgate.lab.signals import exit_on_sigterm
 from ipsecgate.lab.uml import MEMORY, GuestError, GuestHung, GuestPanicked, Uml
 
 __all__ = ["GuestError", "GuestHung", "GuestPanicked", "GuestResult", "run"]
@@ -139,7 +137,7 @@ def _run(
     kernel: Kernel,
 ) -> GuestResult:
     began = time.monotonic()
-    with _exit_on_sigterm(), _folder() as work:
+    with exit_on_sigterm(), _folder() as work:
         keep = (results or work / "results").absolute()
         keep.mkdir(parents=True, exist_ok=True)
         variables = {**(os.environ if env is None else env), "IPSECGATE_RESULTS": str(keep)}
@@ -193,26 +191,6 @@ def _folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into SystemExit, so that `finally` runs; leave a caller's handler alone."""
-
-    def leave(number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    try:
-        ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        if ours:
-            signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: nobody can
-        ours = False
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _links(folder: Path) -> None:

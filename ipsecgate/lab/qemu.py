@@ -9,18 +9,17 @@ way from nothing to the host's files; qemu-init.sh goes on from there, and
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ipsecgate.errors import GateError
-from ipsecgate.lab.console import OnOutput, Output, ignore
+from ipsecgate.lab.console import OnOutput
 from ipsecgate.lab.debian import QEMU, DebianKernel
 from ipsecgate.lab.packed import unpack
-from ipsecgate.lab.uml import Uml, _leash
+from ipsecgate.lab.uml import Uml
 
 INIT = Path(__file__).with_name("qemu-init.sh")
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
@@ -57,29 +56,10 @@ class Qemu(Uml):
         *,
         init: Path = INIT,
     ) -> None:
-        self.output = Output(on_output)
-        self._console = Output(ignore)
-        self._work = work
-        self._name = f"{self.kind} {kernel.release}"
         (work / "init").write_bytes(init.read_bytes())
         (work / "initrd").write_bytes(initrd(kernel))
-        self._reader, writer = os.pipe()
-        try:
-            self._process = subprocess.Popen(
-                [*_leash(), *command_line(kernel, work, memory, results, writer)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=(writer,),
-                env={"PATH": "/usr/bin:/bin"},
-                cwd="/",
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self._reader)
-            raise
-        finally:
-            os.close(writer)
+        words = partial(command_line, kernel, work, memory, results)
+        self._start(kernel, work, on_output, words, {})
 
 
 def command_line(

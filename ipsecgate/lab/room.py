@@ -30,16 +30,15 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from ipsecgate.edges import cgroups as tree
 from ipsecgate.edges.mounts import mounted
 from ipsecgate.errors import GateError
 from ipsecgate.lab import cgroups
 from ipsecgate.lab.netns import is_leftover
+from ipsecgate.lab.signals import exit_on_sigterm
 
 PREFIX = "ipsecgate-room"
 # linux/sched.h, linux/mount.h, linux/prctl.h
@@ -103,7 +102,7 @@ def _run(argv: Sequence[str], timeout: float, base: Path) -> int:
     cgroup = base / f"{PREFIX}-{os.getpid()}"
     cgroup.mkdir()
     try:
-        with _exit_on_sigterm():
+        with exit_on_sigterm():
             return _wait(_start(argv, cgroup), timeout)
     finally:
         cgroups.discard(cgroup)
@@ -151,18 +150,6 @@ def _wait(pid: int, timeout: float) -> int:
         os.close(fd)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return code if code >= 0 else 128 - code
-
-
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    def leave(number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # --- within: the child, before it becomes the command ---------------------------------------

@@ -6,13 +6,14 @@ caller may make one; only SIGKILL ends it. What runs inside is `guest`'s matter.
 
 from __future__ import annotations
 
-import functools
 import os
 import selectors
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn, Self, TypedDict
 
@@ -87,27 +88,36 @@ class Uml:
     """Seconds until the command begins: 3 on a quiet machine."""
 
     def __init__(self, kernel: Kernel, work: Path, memory: int, on_output: OnOutput) -> None:
-        self.output = Output(on_output)
-        self._console = Output(ignore)
-        self._work = work
-        self._name = f"{self.kind} {kernel.release}"
         try:
             variables = xstate.environment()
         except GateError as error:
             raise GuestError(str(error), hint=error.hint, booted=False) from error
+        variables["TMPDIR"] = str(memory_folder(memory, work))
+        words = partial(kernel_arguments, kernel, work, memory)
+        self._start(kernel, work, on_output, words, variables)
+
+    def _start(
+        self,
+        kernel: Kernel,
+        work: Path,
+        on_output: OnOutput,
+        words: Callable[[int], list[str]],
+        variables: Mapping[str, str],
+    ) -> None:
+        """Start the process; `words` returns its command line, given the output's fd."""
+        self.output = Output(on_output)
+        self._console = Output(ignore)
+        self._work = work
+        self._name = f"{self.kind} {kernel.release}"
         self._reader, writer = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [*_leash(), *kernel_arguments(kernel, work, memory, writer)],
+                [*_leash(), *words(writer)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(writer,),
-                env={
-                    "PATH": "/usr/bin:/bin",
-                    "TMPDIR": str(memory_folder(memory, work)),
-                    **variables,
-                },
+                env={"PATH": "/usr/bin:/bin", **variables},
                 cwd="/",
                 start_new_session=True,
             )
@@ -257,7 +267,7 @@ def children_of(pid: int) -> list[int]:
     return []
 
 
-@functools.cache
+@cache
 def _leash() -> tuple[str, ...]:
     """Return the command prefix under which the guest dies with us, however we die.
 
