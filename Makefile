@@ -97,7 +97,7 @@ qemu: setup
 	@command -v qemu-system-x86_64 >/dev/null && command -v zstd >/dev/null || \
 	    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends \
 	    qemu-system-x86 zstd
-	$(BIN)/python -c 'import pathlib, sys, ipsecgate.edges.bytecode as b; b.get(pathlib.Path(sys.argv[1]))' \
+	$(BIN)/python -c 'import pathlib, sys, ipsecgate.edges.bpf.bytecode as b; b.get(pathlib.Path(sys.argv[1]))' \
 	    $(BYTECODE)
 
 test-qemu: qemu ## the hooks, the gate and the oracle again on a kernel with BPF JIT (slow)

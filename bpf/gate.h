@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The contract between the hooks and userspace; ipsecgate/core/layout.py mirrors
+ * The contract between the hooks and userspace; ipsecgate/core/tables/layout.py mirrors
  * it, and a test compares the two through the compiler's own view.
  *
  * Addresses are 16 bytes in wire order, IPv4 as ::ffff:a.b.c.d, whatever the

@@ -1,23 +1,25 @@
 """ipsecgate: no packet leaves an application towards a protected peer before IPsec is ready.
 
-One refused connection, through the house in one direction:
+One refused connection goes through the house in one direction:
 
-    bpf/gate.bpf.c          the hook refuses connect() or sendto(): EPERM, no packet exists
-      -> edges.datapath     its ring record becomes an event, FlowRefused
-      -> core.gate          which CHILD_SA would protect the flow? one Initiate
-      -> edges.ike          strongSwan negotiates over VICI
-      -> edges.xfrm         the kernel tells of the SA and of the policy that wins
-      -> core.gate          SPD joined with SAD: the flow is live, SetEntry or Publish
-      -> edges.datapath     one write, and the next attempt proceeds, inside ESP
+    bpf/gate.bpf.c             the hook refuses connect() or sendto() with EPERM; no packet exists
+      -> edges/bpf             a ring record becomes an event, FlowRefused
+      -> core/gate             finds the CHILD_SA that would protect the flow: one Initiate
+      -> edges/strongswan      strongSwan negotiates over VICI
+      -> edges/kernel          XFRM notifications: the new SA, and the policy that uses it
+      -> core/state            SPD joined with SAD: the flow is protected
+      -> core/gate             SetEntry or Publish
+      -> edges/bpf             one map write; the next attempt proceeds, inside ESP
 
-A held call comes the same way: edges.listeners tells of it before the kernel carries it out,
-and answers it after that one write. What it asks for stands in its caller's memory, which may
-keep whoever looks waiting: edges.looker has a process of its own look, edges.looking. Where
-strongSwan does ESP itself, edges.ike tells of the SA, and edges.routes whether the flow is
-sent into its tunnel.
+A held call takes the same way. `edges/holding` reports it before the kernel carries it out, and
+answers it after the map write.
 
-`core` decides and touches nothing; `edges` touch one thing each and decide nothing;
-`controller` carries events in and commands out, with the modules beside it for hands (`kernel`,
-`daemon`, `hooks`, `targets`, `reload`, `service`, `journal`); `cli` is for people; `lab` is two
-hosts with real IKE for the demo and the tests.
+    core         decides, and touches nothing outside
+    edges        touch one outside thing each, and decide nothing
+    controller   the long-lived process: carries events in and commands out
+    admin        the short-lived work: load, attach, status, check
+    cli          the commands that people type
+    lab          two hosts with real IKE and ESP, for the demo and the tests
+
+docs/architecture.md has the walk in full, by file and function.
 """

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import click
 
-from ipsecgate.core.printable import as_json, printable, printable_lines
-from ipsecgate.edges import config as configuration
-from ipsecgate.edges.config import Config
+from ipsecgate.edges.host import config as configuration
+from ipsecgate.edges.host.config import Config
 from ipsecgate.errors import GateError
 from ipsecgate.paths import DEFAULT_CONFIG, DEFAULT_INSTANCE, Paths
+from ipsecgate.printable import as_json, printable, printable_lines
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -6,9 +6,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from ipsecgate import diagnosis
+from ipsecgate.admin.check import examine
 from ipsecgate.cli.app import App
-from ipsecgate.core.printable import printable, printable_lines
+from ipsecgate.printable import printable, printable_lines
 
 
 @click.command()
@@ -19,7 +19,7 @@ def check(app: App) -> int:
     Exits with 4 if the kernel lacks something, 2 if the configuration is broken,
     1 if anything else is missing. Changes nothing.
     """
-    findings = diagnosis.examine(app.paths, app.config)
+    findings = examine(app.paths, app.config)
     if app.json:
         app.document(
             [{"name": f.name, "ok": f.ok, "found": f.found, "hint": f.hint} for f in findings]

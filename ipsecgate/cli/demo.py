@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ipsecgate.cli.app import App
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab import guest, story
 from ipsecgate.lab.hosts import MODES

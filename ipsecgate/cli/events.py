@@ -12,8 +12,8 @@ import click
 from rich.text import Text
 
 from ipsecgate.cli.app import App
-from ipsecgate.core.printable import as_json, printable_document
-from ipsecgate.edges import control
+from ipsecgate.edges.host import control
+from ipsecgate.printable import as_json, printable_document
 
 PERIOD = 0.5  # seconds between two looks, when following
 COLOURS = {"refused": "red", "blocked": "bold red", "warning": "yellow", "error": "bold red"}

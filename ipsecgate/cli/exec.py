@@ -13,11 +13,12 @@ from pathlib import Path
 
 import click
 
-from ipsecgate import loader
+from ipsecgate.admin import loader
 from ipsecgate.cli.app import App
-from ipsecgate.core import seccomp as abi
-from ipsecgate.core.holds import HOLD, HOLD_LONGEST
-from ipsecgate.edges import cgroups, control, seccomp
+from ipsecgate.core.codec import seccomp as abi
+from ipsecgate.core.model.policy import HOLD, HOLD_LONGEST
+from ipsecgate.edges.holding import seccomp
+from ipsecgate.edges.host import cgroups, control
 from ipsecgate.errors import GateError, UsageError
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as env(1) has it

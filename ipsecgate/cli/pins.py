@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ipsecgate import loader
+from ipsecgate.admin import loader
 from ipsecgate.cli.app import App
-from ipsecgate.edges import memory
+from ipsecgate.edges.host import saved_state
 from ipsecgate.errors import UsageError
 from ipsecgate.paths import Paths
 
@@ -36,7 +36,7 @@ def load(app: App, gate: bool) -> None:
 
 def _gate_as_before(paths: Paths, error: UsageError) -> None:
     """Gate what a controller gated last, at a boot whose configuration is broken. Raises."""
-    targets = memory.recall_targets(paths.targets)
+    targets = saved_state.recall_targets(paths.targets)
     if targets:
         loader.load(paths)
         gated = ", ".join(map(str, loader.attach_all(paths, targets))) or "nothing that exists"

@@ -9,9 +9,9 @@ import click
 
 from ipsecgate.cli.app import App
 from ipsecgate.cli.exec import seconds
-from ipsecgate.core import oci
-from ipsecgate.core.holds import HOLD
-from ipsecgate.edges import seccomp
+from ipsecgate.core.codec import oci
+from ipsecgate.core.model.policy import HOLD
+from ipsecgate.edges.holding import seccomp
 from ipsecgate.errors import UsageError
 
 

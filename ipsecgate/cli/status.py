@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ipsecgate import report
+from ipsecgate.admin.status import document as status_document
 from ipsecgate.cli.app import App
-from ipsecgate.core.printable import printable_document
 from ipsecgate.errors import GateError
+from ipsecgate.printable import printable_document
 
 COLOURS = {
     "covered": "green",
@@ -31,7 +31,7 @@ def status(app: App) -> int:
     Works with the controller dead, then with exit code 1.
     """
     try:
-        document = report.document(app.paths, app.config)
+        document = status_document(app.paths, app.config)
     except FileNotFoundError as error:
         raise GateError(
             f"nothing is loaded for instance {app.paths.instance!r}: nothing is gated",

@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from ipsecgate.edges.cgroups import root
+from ipsecgate.edges.host.cgroups import root
 from ipsecgate.errors import KernelLacksError
 
 REMOVAL_TIMEOUT = 30.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import Enum
 from ipaddress import ip_address
 
-from ipsecgate.core.flow import TCP, UDP, Address
-from ipsecgate.core.ipsec import AH, ESP
+from ipsecgate.core.model.flow import TCP, UDP, Address
+from ipsecgate.core.model.ipsec import AH, ESP
 
 ETHERNET = 14
 ETH_ARP = 0x0806

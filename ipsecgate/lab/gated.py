@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ipsecgate.core.layout import Reason
-from ipsecgate.edges import control
-from ipsecgate.edges.maps import Maps
-from ipsecgate.edges.pins import Pins
+from ipsecgate.core.tables.layout import Reason
+from ipsecgate.edges.bpf.maps import Maps
+from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.host import control
 from ipsecgate.errors import NoControllerError
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.netns import LabError

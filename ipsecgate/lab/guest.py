@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab import debian, room
 from ipsecgate.lab.console import OnOutput, ignore

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from ipsecgate.core.flow import Address
+from ipsecgate.core.model.flow import Address
 from ipsecgate.lab import traffic
 from ipsecgate.lab.endpoints import Client, Server
 from ipsecgate.lab.netns import Namespace

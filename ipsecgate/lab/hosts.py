@@ -25,8 +25,8 @@ from ipsecgate.lab.capture import Capture
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.netns import LabError, Namespace
 from ipsecgate.lab.path import FAMILIES, SITE_A, SITE_B
-from ipsecgate.lab.saready import SaWatch
 from ipsecgate.lab.strongswan import ConnSpec, connection
+from ipsecgate.lab.xfrm_watch import SaWatch
 
 __all__ = ["FAMILIES", "MODES", "Capture", "ConnSpec", "Host", "Lab", "LabError", "SaWatch"]
 
@@ -214,8 +214,8 @@ class Lab:
 
     def watch(self, host: Host | None = None) -> SaWatch:
         """Return a watch of a host's (a unless given) own XFRM events; start it."""
-        watched = host or self.a
-        watch = SaWatch(watched.namespace, set(watched.outer.values()))
+        flow_index = host or self.a
+        watch = SaWatch(flow_index.namespace, set(flow_index.outer.values()))
         self._stack.callback(watch.close)
         return watch
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 from pyroute2 import netns as pyroute2_netns
 
-from ipsecgate.core.flow import Address
+from ipsecgate.core.model.flow import Address
 from ipsecgate.errors import GateError
 
 RUN = Path("/run/netns")

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab import debian, guest, xstate
 from ipsecgate.lab.guest import KINDS

@@ -33,8 +33,8 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ipsecgate.edges import cgroups as tree
-from ipsecgate.edges.mounts import mounted
+from ipsecgate.edges.host import cgroups as tree
+from ipsecgate.edges.host.mounts import mounted
 from ipsecgate.errors import GateError
 from ipsecgate.lab import cgroups
 from ipsecgate.lab.netns import is_leftover

@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ipsecgate.edges import bytecode
+from ipsecgate.edges.bpf import bytecode
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab

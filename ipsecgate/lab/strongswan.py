@@ -24,7 +24,7 @@ from typing import Any
 import vici
 from vici.exception import CommandException, SessionException
 
-from ipsecgate.core.flow import Address
+from ipsecgate.core.model.flow import Address
 from ipsecgate.lab.netns import LabError
 
 DAEMON = Path("/usr/sbin/charon-systemd")

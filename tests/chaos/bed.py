@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ipsecgate.edges import bytecode
+from ipsecgate.edges.bpf import bytecode
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import Lab
@@ -18,7 +18,7 @@ from ipsecgate.lab.strongswan import HASTY
 from tests.chaos.voice import Voice
 from tests.chaos.world import NOWHERE, OPEN, PORT, SPECS, World, ip
 from tests.system.keeper import Keeper
-from tests.system.witness import Witness
+from tests.system.witness import ProtectionSource
 
 CACHE_SIZE = "512k"
 
@@ -40,7 +40,7 @@ def world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
             know_neighbour(host, lab.peer(host))
             host.charon.configure(HASTY)
         Voice(lab.b, World.argv("server", str(PORT)))
-        witness = Witness(lab.a.namespace, lab.a.outer.values())
+        witness = ProtectionSource(lab.a.namespace, lab.a.outer.values())
         stack.callback(witness.close)
         keeper = stack.enter_context(Keeper())
         gate = stack.enter_context(Gated(lab, cache=stack.enter_context(disk(cache))))

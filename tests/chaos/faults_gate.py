@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ipsecgate import loader
+from ipsecgate.admin import loader
 from ipsecgate.lab.uml import children_of
 from tests.chaos.fault import fault
 from tests.chaos.tools import (

@@ -11,7 +11,7 @@ from ipaddress import IPv6Network
 
 from pyroute2 import NetlinkError
 
-from ipsecgate.core.layout import ENTRY_SIZE, KEY_SIZE, SOURCES, pack_route, pack_source
+from ipsecgate.core.tables.layout import ENTRY_SIZE, KEY_SIZE, SOURCES, pack_route, pack_source
 from ipsecgate.lab.path import SITE_A, SITE_B
 from tests.chaos.fault import fault
 from tests.chaos.faults_operator import policies_named_then_derived

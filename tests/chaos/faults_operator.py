@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from ipsecgate import loader
+from ipsecgate.admin import loader
 from tests.chaos.fault import fault
 from tests.chaos.tools import (
     either,

@@ -28,12 +28,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ipsecgate.core.layout import LAYOUT, Setting, TableId
-from ipsecgate.core.table import compile_table
-from ipsecgate.edges import bytecode
-from ipsecgate.edges.bytecode import Bytecode
-from ipsecgate.edges.datapath import Datapath
-from ipsecgate.edges.pins import Pins
+from ipsecgate.core.tables.layout import LAYOUT, Setting, TableId
+from ipsecgate.core.tables.table import compile_table
+from ipsecgate.edges.bpf import bytecode
+from ipsecgate.edges.bpf.bytecode import Bytecode
+from ipsecgate.edges.bpf.datapath import Datapath
+from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.errors import GateError
 from tests.chaos.run import chosen_seed
 from tests.system.bed import HERE, PEER, THERE, Bed, live, protect
@@ -147,7 +147,7 @@ def native(cache: Path, rng: random.Random, attempts: int, turns: int) -> Hammer
     with make_bed(f"hammer-{os.getpid()}", cache) as bed:
         bed.renew()
         bed.publish(TableId.SPD, live()[0])
-        wire = watched(bed)
+        wire = flow_index(bed)
         step = -(-attempts // turns)
         with Hammer(bed.namespace.path, bed.cgroup, targets, WORKERS, step) as hammer:
             for _ in range(turns):
@@ -157,7 +157,7 @@ def native(cache: Path, rng: random.Random, attempts: int, turns: int) -> Hammer
     return hammer.result
 
 
-def watched(bed: Bed) -> socket.socket:
+def flow_index(bed: Bed) -> socket.socket:
     """Return a socket that sees what arrives at the other end of the way out, IPv6 only."""
     with bed.namespace.inside():
         wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from ipsecgate import loader
+from ipsecgate.admin import loader
 from tests.chaos.faults_operator import policies_named_then_derived
 from tests.chaos.hammer import Hammer, Hammered, Target
 from tests.chaos.tools import reload

@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from ipsecgate.edges.memory import recall
+from ipsecgate.edges.host.saved_state import recall
 from tests.chaos import faults_gate, faults_kernel, faults_operator, faults_scarce
 from tests.chaos.fault import Fault, draw
 from tests.chaos.tally import TOLERANCE

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ipsecgate.edges import cgroups
+from ipsecgate.edges.host import cgroups
 from tests.chaos.tools import controller
 from tests.chaos.world import World
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from ipsecgate.edges.maps import Maps
-from ipsecgate.edges.pins import Pins
+from ipsecgate.edges.bpf.maps import Maps
+from ipsecgate.edges.bpf.pins import Pins
 from tests.chaos.tools import storm_at_never, vici
 from tests.chaos.world import SPECS, World
 

@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from ipsecgate.lab.frames import Packet
-from ipsecgate.lab.saready import XfrmSeen
+from ipsecgate.lab.xfrm_watch import XfrmSeen
 
 TOLERANCE = 0.06  # seconds: how near to an edge of a gap nothing is certain
 CONNECTIONS = 2

@@ -18,8 +18,9 @@ from typing import Any
 from vici import Session
 from vici.exception import CommandException
 
-from ipsecgate.edges import control, libbpf
-from ipsecgate.edges.pins import Pins
+from ipsecgate.edges.bpf import libbpf
+from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.host import control
 from ipsecgate.errors import GateError
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.netns import NETLINK_XFRM

@@ -35,7 +35,7 @@ from tests.chaos import waiting
 from tests.chaos.tally import Span, Tally, kernel_gaps, spread
 from tests.chaos.voice import Voice
 from tests.system.keeper import Keeper
-from tests.system.witness import Witness
+from tests.system.witness import ProtectionSource
 
 PORT, CLOSED_PORT = 7400, 7401
 PERIOD, HELD_PERIOD = 0.05, 0.1
@@ -66,7 +66,7 @@ class World:
     speaker: Voice
     waiter: Voice  # its calls are held
 
-    def __init__(self, lab: Lab, gate: Gated, witness: Witness, keeper: Keeper) -> None:
+    def __init__(self, lab: Lab, gate: Gated, witness: ProtectionSource, keeper: Keeper) -> None:
         self.lab, self.gate, self.witness, self.keeper = lab, gate, witness, keeper
         self.route = lab.a.namespace.route()
         self.tally = Tally()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from ipsecgate.core.flow import Address
+from ipsecgate.core.model.flow import Address
 from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab

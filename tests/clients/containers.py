@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ipsecgate.edges import cgroups
+from ipsecgate.edges.host import cgroups
 
 BUSYBOX = Path("/bin/busybox")
 FOLDERS = ("bin", "dev", "etc", "proc", "run", "sys", "tmp", "var")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from ipsecgate.core import seccomp
-from ipsecgate.core.flow import unmap
+from ipsecgate.core.codec import seccomp
+from ipsecgate.core.model.flow import unmap
 from tests.fuzz.engine import Target
 from tests.fuzz.kernel import address
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ipsecgate.edges import control
+from ipsecgate.edges.host import control
 from ipsecgate.errors import GateError, NoControllerError
 from tests.fuzz.engine import Target
 from tests.fuzz.files import DEEP, KINDS, NUMBERS, TEXT

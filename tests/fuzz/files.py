@@ -12,12 +12,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ipsecgate.core import events as on
-from ipsecgate.core.flow import TrafficSelector
-from ipsecgate.core.gate import Gate
-from ipsecgate.core.ipsec import Action, Mode
-from ipsecgate.core.policy import Errnos, Policy, SaSource, Settings
-from ipsecgate.edges import config, memory
+from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import TrafficSelector
+from ipsecgate.core.model.ipsec import Action, ChildConfig, Mode
+from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
+from ipsecgate.edges.host import config, saved_state
 from ipsecgate.errors import GateError, UsageError
 from tests.fuzz import gate as gates
 from tests.fuzz.engine import Target, twist
@@ -161,13 +161,13 @@ class Memory(_Folder):
 
     def real(self, random: Random) -> tuple[bytes, Any]:
         children = tuple(
-            on.ChildConfig(
+            ChildConfig(
                 f"gw{number}", random.choice(("net", "Ω")), random.choice(list(Mode)),
                 self._side(random), self._side(random),
             )
             for number in range(random.choice((0, 1, 1, 2)))
         )  # fmt: skip
-        memory.keep(self._path, children)
+        saved_state.keep(self._path, children)
         return self._path.read_bytes(), children
 
     def damaged(self, random: Random) -> bytes:
@@ -188,7 +188,7 @@ class Memory(_Folder):
 
     def feed(self, data: bytes) -> Any:
         self._write(data)
-        children = memory.recall(self._path)
+        children = saved_state.recall(self._path)
         if data.strip() and not children:
             assert json.loads(data) == [], "a broken file is never an empty set"
         gate = Gate(Settings(), children)

@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 
-from ipsecgate.core import commands as do
-from ipsecgate.core import events as on
-from ipsecgate.core import layout
-from ipsecgate.core.flow import Flow, TrafficSelector
-from ipsecgate.core.gate import Gate
-from ipsecgate.core.ipsec import Mode
-from ipsecgate.core.policy import Policy, Settings
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import Flow, TrafficSelector
+from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
+from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.tables import layout
 from tests.unit.xfrm_bytes import NET, OUT
 
-CHILD = on.ChildConfig(
+CHILD = ChildConfig(
     "gw", "net", Mode.TUNNEL, (TrafficSelector(ip_network("10.1.0.0/16")),),
     (TrafficSelector(ip_network("10.2.0.0/16")),),
 )  # fmt: skip
-UP = on.ChildSa(
+UP = ChildSa(
     "gw",
     "net",
     1,
@@ -75,13 +75,13 @@ def write(command: do.Command) -> None:
 def fingerprint(gate: Gate) -> object:
     """Return all that decisions are made of."""
     return (
-        dict(gate.protection.mirror.policies),
-        dict(gate.protection.mirror.inbound),
-        dict(gate.protection.mirror.sas),
-        {sa.id for sa in gate.protection.mirror.trusted_sas()},
+        dict(gate.protection.kernel_state.policies),
+        dict(gate.protection.kernel_state.inbound),
+        dict(gate.protection.kernel_state.sas),
+        {sa.id for sa in gate.protection.kernel_state.trusted_sas()},
         {table: (content.masks, dict(content.entries))
-         for table, content in gate.published.tables.items()},
-        dict(gate.published.errors),
+         for table, content in gate.hook_tables.tables.items()},
+        dict(gate.hook_tables.errors),
         gate.policies,
         gate.ike.children,
         gate.ike.error,

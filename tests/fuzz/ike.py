@@ -8,12 +8,12 @@ from typing import Any
 
 from vici.protocol import Message
 
-from ipsecgate.core import events as on
-from ipsecgate.core import vici as meaning
-from ipsecgate.core.flow import TrafficSelector
-from ipsecgate.core.ipsec import Mode
-from ipsecgate.core.vici_wire import parse
-from ipsecgate.edges.vici import refusal
+from ipsecgate.core.codec import vici as meaning
+from ipsecgate.core.codec.vici_wire import parse
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import TrafficSelector
+from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
+from ipsecgate.edges.strongswan.vici import refusal
 from tests.fuzz import gate as gates
 from tests.fuzz.engine import Target, twist
 from tests.unit.test_vici import NAMES
@@ -51,7 +51,7 @@ def selectors(random: Random) -> tuple[list[str], tuple[TrafficSelector, ...]]:
     )
 
 
-def child_sa(random: Random, ike: str) -> tuple[dict[str, Any], on.ChildSa]:
+def child_sa(random: Random, ike: str) -> tuple[dict[str, Any], ChildSa]:
     spi_in, spi_out = random.randrange(1, 1 << 32), random.randrange(1, 1 << 32)
     reqid, name = random.randrange(1, 100), random.choice(("net", "host"))
     (here, local), (there, remote) = selectors(random), selectors(random)
@@ -62,7 +62,7 @@ def child_sa(random: Random, ike: str) -> tuple[dict[str, Any], on.ChildSa]:
     }  # fmt: skip
     host, peer = ip_address("192.0.2.1"), ip_address("192.0.2.2")
     names = ike, name, reqid, spi_in, spi_out, peer, local, remote
-    return body, on.ChildSa(*names, unique=3, local_host=host)
+    return body, ChildSa(*names, unique=3, local_host=host)
 
 
 def conn(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
@@ -76,7 +76,7 @@ def conn(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
         "local_addrs": ["192.0.2.1"], "remote_addrs": ["%any"], "version": "IKEv2",
         "children": children,
     }  # fmt: skip
-    return "list-conn", {"gw": body}, [on.ChildConfig("gw", "net", Mode[mode], local, remote)]
+    return "list-conn", {"gw": body}, [ChildConfig("gw", "net", Mode[mode], local, remote)]
 
 
 def sas(random: Random) -> tuple[str, dict[str, Any], list[Any]]:

@@ -7,10 +7,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from random import Random
 from typing import Any
 
-from ipsecgate.core import events as on
-from ipsecgate.core import layout, netlink, rtnetlink, xfrm
-from ipsecgate.core.flow import Address, Flow, Network, Selector
-from ipsecgate.core.ipsec import (
+from ipsecgate.core.codec import netlink, rtnetlink, xfrm
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import Address, Flow, Network, Selector
+from ipsecgate.core.model.ipsec import (
     ESP,
     Action,
     Direction,
@@ -22,6 +22,7 @@ from ipsecgate.core.ipsec import (
     SpdKey,
     Template,
 )
+from ipsecgate.core.tables import layout
 from tests.fuzz import gate as gates
 from tests.fuzz.engine import Target
 from tests.unit import xfrm_bytes as raw

@@ -6,8 +6,8 @@ import json
 from random import Random
 from typing import Any
 
-from ipsecgate.core import oci
-from ipsecgate.core.holds import HOLD
+from ipsecgate.core.codec import oci
+from ipsecgate.core.model.policy import HOLD
 from tests.fuzz.engine import Target
 from tests.fuzz.files import DEEP, KINDS, NUMBERS, TEXT
 

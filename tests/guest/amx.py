@@ -22,7 +22,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-from ipsecgate.core.seccomp import (
+from ipsecgate.core.codec.seccomp import (
     ARCH,
     ARGUMENTS,
     JUMP_EQUAL,
@@ -34,7 +34,7 @@ from ipsecgate.core.seccomp import (
     RETURN,
     notification,
 )
-from ipsecgate.edges.seccomp import abi, answer, install, read, receive
+from ipsecgate.edges.holding.seccomp import abi, answer, install, read, receive
 
 AREA = 11008
 """Bytes of the XSAVE area of a CPU with AMX."""

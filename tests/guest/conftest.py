@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ipsecgate.edges import bytecode
+from ipsecgate.edges.bpf import bytecode
 from tests.system.bed import Bed
 from tests.system.bed import bed as make_bed
 

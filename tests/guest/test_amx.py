@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab import xstate
 
 pytestmark = pytest.mark.skipif(

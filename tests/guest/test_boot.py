@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab import uml
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
 from tests.guest.processes import descendants, outlived

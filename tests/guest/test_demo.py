@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.edges.kernel.probe import has_esp
 from tests.guest.processes import descendants, outlived
 
 pytestmark = pytest.mark.skipif(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab import debian, guest
 from ipsecgate.lab.kernel import fetch
 from ipsecgate.lab.uml import GuestHung, GuestPanicked, Uml

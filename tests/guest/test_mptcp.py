@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.layout import Reason, TableId
+from ipsecgate.core.tables.layout import Reason, TableId
 from tests.system.bed import OTHER, PEER, Bed, live, went_out
 
 pytestmark = [

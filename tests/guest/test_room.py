@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges import cgroups
+from ipsecgate.edges.host import cgroups
 from ipsecgate.lab.room import CANNOT_RUN, PREFIX, TIMED_OUT, delegated, kept
 from tests.guest.processes import outlived
 from tests.system.life import until

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
-from ipsecgate.core.flow import TCP, UDP
-from ipsecgate.core.sockdiag import Standing
-from ipsecgate.edges import sockets
+from ipsecgate.core.codec.sockdiag import Standing
+from ipsecgate.core.model.flow import TCP, UDP
+from ipsecgate.edges.kernel import sockets
 from tests.system.bed import OTHER, PEER, Bed
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")

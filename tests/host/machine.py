@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ipsecgate.edges.bytecode import get
+from ipsecgate.edges.bpf.bytecode import get
 from ipsecgate.lab import debian
 from ipsecgate.lab.console import OnOutput
 from ipsecgate.lab.guest import command_file, settings_file

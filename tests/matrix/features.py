@@ -19,9 +19,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ipsecgate.core.seccomp import program
-from ipsecgate.edges import bytecode, cgroups, libbpf, seccomp, sockets
-from ipsecgate.edges.objects import HOOKS
+from ipsecgate.core.codec.seccomp import program
+from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf.objects import HOOKS
+from ipsecgate.edges.holding import seccomp
+from ipsecgate.edges.host import cgroups
+from ipsecgate.edges.kernel import sockets
 
 BYTECODE = "IPSECGATE_TEST_BYTECODE"
 RIGHTS = "-all,+bpf,+net_admin,+perfmon"

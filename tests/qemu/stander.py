@@ -48,17 +48,17 @@ def main() -> None:
         sock.settimeout(PATIENCE)
         sock.connect((address, port))
     say("ready" if not any(map(echo, socks.values())) else "no answer")
-    watched = dict(socks)
+    flow_index = dict(socks)
     while True:
-        ready = select.select([sys.stdin, *watched.values()], [], [])[0]
-        for name, sock in list(watched.items()):
+        ready = select.select([sys.stdin, *flow_index.values()], [], [])[0]
+        for name, sock in list(flow_index.items()):
             if sock in ready:
                 try:
                     error = "" if sock.recv(1) else "closed"
                 except OSError as raised:
                     error = named(raised)
                 say([name, error, time.monotonic()])
-                del watched[name]
+                del flow_index[name]
         if sys.stdin in ready:
             if not sys.stdin.readline():
                 return

@@ -18,7 +18,7 @@ import pytest
 
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.saready import SaWatch
+from ipsecgate.lab.xfrm_watch import SaWatch
 from tests.chaos.voice import Voice
 from tests.chaos.world import SPEAKER
 from tests.system.conftest import cache

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges import bytecode
-from ipsecgate.edges.objects import opened
-from ipsecgate.edges.pins import Pins
+from ipsecgate.edges.bpf import bytecode
+from ipsecgate.edges.bpf.objects import opened
+from ipsecgate.edges.bpf.pins import Pins
 
 JIT = Path("/proc/sys/net/core/bpf_jit_enable")
 BTF = Path("/sys/kernel/btf/vmlinux")

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
-from ipsecgate.core.events import FlowRefused
-from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
-from ipsecgate.core.table import Rule, compile_table, ternary
-from ipsecgate.edges import bytecode, cgroups
-from ipsecgate.edges.datapath import Datapath
-from ipsecgate.edges.pins import Pins
-from ipsecgate.edges.probe import netns_cookie
+from ipsecgate.core.model.events import FlowRefused
+from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core.tables.table import Rule, compile_table, ternary
+from ipsecgate.edges.bpf import bytecode
+from ipsecgate.edges.bpf.datapath import Datapath
+from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.host import cgroups
+from ipsecgate.edges.kernel.probe import netns_cookie
 from ipsecgate.lab import path
 from ipsecgate.lab.netns import Namespace
 from tests.system.caller import Caller

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges import bytecode
+from ipsecgate.edges.bpf import bytecode
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from tests.system.bed import Bed

@@ -30,9 +30,9 @@ from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Host, Lab
-from ipsecgate.lab.saready import XfrmSeen
+from ipsecgate.lab.xfrm_watch import XfrmSeen
 from tests.system.pulse import PERIOD, Attempt, Pulse, Target
-from tests.system.witness import Witness
+from tests.system.witness import ProtectionSource
 
 TOLERANCE = 0.03
 SETTLE = 0.15
@@ -184,7 +184,7 @@ class Life:
         self,
         lab: Lab,
         gate: Gated,
-        witness: Witness,
+        witness: ProtectionSource,
         name: str,
         targets: Sequence[Target],
         load: Callable[[], object],

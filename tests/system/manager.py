@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from ipsecgate.edges import control
-from ipsecgate.edges.pins import Pins
+from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.host import control
 from ipsecgate.errors import NoControllerError
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.uml import children_of

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from ipsecgate.core.events import PolicySet, SaSet
-from ipsecgate.edges.xfrm import Overrun, XfrmMonitor
+from ipsecgate.core.model.events import PolicySet, SaSet
+from ipsecgate.edges.kernel.xfrm import Overrun, XfrmMonitor
 from tests.until import until
 
 

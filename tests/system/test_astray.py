@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.layout import Reason, Setting
-from ipsecgate.edges import bytecode
-from ipsecgate.edges.maps import Maps
-from ipsecgate.edges.pins import Pins
+from ipsecgate.core.tables.layout import Reason, Setting
+from ipsecgate.edges.bpf import bytecode
+from ipsecgate.edges.bpf.maps import Maps
+from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.lab.netns import Namespace
 from tests.system.bed import HERE, OTHER, PEER, Bed
 from tests.system.caller import Caller

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.layout import Reason, Setting
-from ipsecgate.edges.objects import HOOKS
-from ipsecgate.hooks import Hooks
+from ipsecgate.controller.hook_writer import HookWriter
+from ipsecgate.core.tables.layout import Reason, Setting
+from ipsecgate.edges.bpf.objects import HOOKS
 from tests.system import attacker
 from tests.system.bed import OTHER, PEER, Bed
 
@@ -81,7 +81,7 @@ def test_an_ike_daemon_that_has_ended_is_not_exempt(bed: Bed) -> None:
     """Its pid may be anybody's by now, in any cgroup."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    hooks = Hooks(bed.data)
+    hooks = HookWriter(bed.data)
     hooks._exempt(gone.pid)
     assert bed.data.setting(Setting.IKE) == 0
     hooks._exempt(bed.gated.process.pid)

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ipsecgate.core.seccomp import program
-from ipsecgate.edges import control, oci, seccomp
+from ipsecgate.core.codec.seccomp import program
+from ipsecgate.edges.holding import oci, seccomp
+from ipsecgate.edges.host import control
 from tests.system import uring
 from tests.system.caller import Caller
 from tests.system.unit import Unit, caller, refused, unit

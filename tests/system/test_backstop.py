@@ -15,8 +15,8 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
-from ipsecgate.core.table import Rule, ternary
+from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core.tables.table import Rule, ternary
 from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect
 
 DATAGRAM = 17

@@ -12,7 +12,7 @@ import socket
 
 import pytest
 
-from ipsecgate.core.layout import Reason, Setting, TableId
+from ipsecgate.core.tables.layout import Reason, Setting, TableId
 from tests.system.bed import ELSEWHERE, HERE, OTHER, PEER, Bed, live, went_out
 from tests.system.caller import KINDS
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate import loader
-from ipsecgate.core.layout import TableId
-from ipsecgate.edges.bytecode import Bytecode
+from ipsecgate.admin import loader
+from ipsecgate.core.tables.layout import TableId
+from ipsecgate.edges.bpf.bytecode import Bytecode
 from tests.chaos import hammer, lives
 from tests.chaos.bed import world as make_world
 from tests.chaos.run import run

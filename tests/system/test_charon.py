@@ -11,7 +11,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core.events import (
+from ipsecgate.core.model.events import (
     ChildDown,
     ChildUp,
     IkeDown,
@@ -21,11 +21,11 @@ from ipsecgate.core.events import (
     NegotiationDone,
     NegotiationFailed,
 )
-from ipsecgate.core.flow import TrafficSelector
-from ipsecgate.core.ipsec import Mode
-from ipsecgate.edges import negotiation
-from ipsecgate.edges.ike import IkeClient
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.core.model.flow import TrafficSelector
+from ipsecgate.core.model.ipsec import Mode
+from ipsecgate.edges.kernel.probe import has_esp
+from ipsecgate.edges.strongswan import negotiation
+from ipsecgate.edges.strongswan.client import IkeClient
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.strongswan import connection
 

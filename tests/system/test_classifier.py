@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
-from ipsecgate.core.flow import ANY_V4, ANY_V6, Address, Flow, Network
-from ipsecgate.core.layout import Entry, State, TableId, flow_key
-from ipsecgate.core.table import Rule, Table, Ternary, compile_table, ternary
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Address, Flow, Network
+from ipsecgate.core.tables.layout import Entry, State, TableId, flow_key
+from ipsecgate.core.tables.table import Rule, Table, Ternary, compile_table, ternary
 from tests.system.oracle.bed import Bed
 from tests.system.oracle.bed import bed as make_bed
 from tests.system.oracle.judge import wire_words

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ipsecgate.cli import main
-from ipsecgate.edges import cgroups
-from ipsecgate.edges.objects import HOOKS
+from ipsecgate.edges.bpf.objects import HOOKS
+from ipsecgate.edges.host import cgroups
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 

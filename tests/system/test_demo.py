@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ipsecgate.edges import cgroups
+from ipsecgate.edges.host import cgroups
 from ipsecgate.lab.netns import RUN
 
 DEMO = (sys.executable, "-m", "ipsecgate", "--json", "demo", "--mode", "tunnel")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.core.events import (
+from ipsecgate.core.model.events import (
     KernelSnapshot,
     PoliciesFlushed,
     PolicyGone,
@@ -25,8 +25,8 @@ from ipsecgate.core.events import (
     SaSet,
     SasFlushed,
 )
-from ipsecgate.core.flow import Selector
-from ipsecgate.core.ipsec import (
+from ipsecgate.core.model.flow import Selector
+from ipsecgate.core.model.ipsec import (
     ESP,
     Action,
     Direction,
@@ -38,9 +38,9 @@ from ipsecgate.core.ipsec import (
     SpdKey,
     Template,
 )
-from ipsecgate.core.replay import replay
-from ipsecgate.edges.probe import has_esp
-from ipsecgate.edges.xfrm import XfrmMonitor
+from ipsecgate.core.state.replay import replay
+from ipsecgate.edges.kernel.probe import has_esp
+from ipsecgate.edges.kernel.xfrm import XfrmMonitor
 from ipsecgate.lab.netns import Namespace
 from tests.system.story import batch, following, ip
 from tests.until import until

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.floor import PRIORITY
+from ipsecgate.core.state.floor import PRIORITY
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab

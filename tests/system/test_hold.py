@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.holds import HOLD, HOLD_IMPATIENT
+from ipsecgate.core.model.policy import HOLD, HOLD_IMPATIENT
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, Lab
 from tests.system import held

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core import layout
-from ipsecgate.core.layout import INDEX, Entry, Reason, Setting, State, TableId
-from ipsecgate.core.table import EMPTY, Rule, compile_table, ternary
-from ipsecgate.edges import bytecode, libbpf
-from ipsecgate.edges.maps import Maps
-from ipsecgate.edges.objects import HOOKS, opened
-from ipsecgate.edges.pins import Pins
+from ipsecgate.core.tables import layout
+from ipsecgate.core.tables.layout import INDEX, Entry, Reason, Setting, State, TableId
+from ipsecgate.core.tables.table import EMPTY, Rule, compile_table, ternary
+from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf.maps import Maps
+from ipsecgate.edges.bpf.objects import HOOKS, opened
+from ipsecgate.edges.bpf.pins import Pins
 from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect, went_out
 
 CALLS = ("tcp", "udp connect", "sendto", "sendmsg")

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import pytest
 from vici.exception import CommandException
 
-from ipsecgate.edges import cgroups
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.edges.host import cgroups
+from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab.endpoints import Server
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
 from ipsecgate.lab.strongswan import HASTY

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges import cgroups
+from ipsecgate.edges.host import cgroups
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.netns import RUN
 from tests.system.life import until

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.core import layout
-from ipsecgate.edges import bytecode
-from ipsecgate.edges.compiler import layout as compiled_layout
+from ipsecgate.core.tables import layout
+from ipsecgate.edges.bpf import bytecode
+from ipsecgate.edges.bpf.compiler import layout as compiled_layout
 
 SIZES = {"unsigned int": 4, "unsigned short": 2, "unsigned char": 1, "unsigned long long": 8,
          "int": 4, "char": 1}  # fmt: skip

@@ -7,8 +7,8 @@ import struct
 
 import pytest
 
-from ipsecgate.edges import libbpf
-from ipsecgate.edges.objects import HOOKS
+from ipsecgate.edges.bpf import libbpf
+from ipsecgate.edges.bpf.objects import HOOKS
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
 

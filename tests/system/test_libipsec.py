@@ -18,15 +18,15 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.core.flow import UDP
-from ipsecgate.edges import seccomp
+from ipsecgate.core.model.flow import UDP
+from ipsecgate.edges.holding import seccomp
 from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import FAMILIES, ConnSpec, Lab
-from ipsecgate.lab.saready import SO_RCVBUFFORCE
+from ipsecgate.lab.xfrm_watch import SO_RCVBUFFORCE
 from tests.system.caller import called_again, hammering
 from tests.system.life import until
 from tests.system.opening import prepared

@@ -22,7 +22,7 @@ from ipsecgate.lab.strongswan import HASTY, connection
 from tests.system.holding import paused
 from tests.system.life import Life, ask, ike_sas, until
 from tests.system.pulse import KINDS, Target
-from tests.system.witness import Witness
+from tests.system.witness import ProtectionSource
 
 PORT, CLOSED_PORT = 7200, 7201
 LONG = 100  # ms, one way: what an SA's absence must outlast is twice the tolerance
@@ -51,8 +51,8 @@ def gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
 
 
 @pytest.fixture(scope="module")
-def witness(module_lab: Lab) -> Iterator[Witness]:
-    witness = Witness(module_lab.a.namespace, module_lab.a.outer.values())
+def witness(module_lab: Lab) -> Iterator[ProtectionSource]:
+    witness = ProtectionSource(module_lab.a.namespace, module_lab.a.outer.values())
     yield witness
     witness.close()
 
@@ -71,7 +71,7 @@ def targets(lab: Lab, spec: ConnSpec = SPEC) -> list[Target]:
 
 
 @pytest.fixture
-def life(lab: Lab, gate: Gated, witness: Witness, request: pytest.FixtureRequest) -> Begin:
+def life(lab: Lab, gate: Gated, witness: ProtectionSource, request: pytest.FixtureRequest) -> Begin:
     """Make a `Life` whose process speaks under the SA of a connection already."""
 
     def begin(

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.events import KernelSnapshot
-from ipsecgate.core.ipsec import ESP, Action, Mark, Mode, Sa, SpdEntry, Template
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.core.model.events import KernelSnapshot
+from ipsecgate.core.model.ipsec import ESP, Action, Mark, Mode, Sa, SpdEntry, Template
+from ipsecgate.edges.kernel.probe import has_esp
 from tests.system.oracle.bed import Bed
 from tests.system.oracle.bed import bed as make_bed
 from tests.system.oracle.judge import WrongAnswerError

@@ -14,9 +14,9 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core.events import SourcesResolved
-from ipsecgate.core.flow import Address, Network
-from ipsecgate.edges.routes import Routes
+from ipsecgate.core.model.events import SourcesResolved
+from ipsecgate.core.model.flow import Address, Network
+from ipsecgate.edges.kernel.routes import Routes
 from ipsecgate.lab.netns import Namespace
 from tests.system.story import batch, ip
 

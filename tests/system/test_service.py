@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.events import ChildConfig
-from ipsecgate.core.flow import TrafficSelector
-from ipsecgate.core.ipsec import Mode
-from ipsecgate.edges.memory import keep, recall
+from ipsecgate.core.model.flow import TrafficSelector
+from ipsecgate.core.model.ipsec import ChildConfig, Mode
+from ipsecgate.edges.host.saved_state import keep, recall
 from tests.system.bed import PEER, THERE
 from tests.system.caller import Caller
 from tests.system.unit import PORT, Unit, caller, refused, unit
@@ -49,7 +48,7 @@ def test_systemd_hears_that_it_is_ready_alive_and_stopping(unit: Unit, caller: C
 
 STUCK = """
 import asyncio
-from ipsecgate.controller import Controller
+from ipsecgate.controller.controller import Controller
 async def stuck(self, command):
     await asyncio.Event().wait()
 Controller._execute = stuck
@@ -75,7 +74,7 @@ async def defect(self):
 routes.Routes._tell = defect
 """
 STEP = """
-from ipsecgate.core.gate import Gate
+from ipsecgate.core.gate.gate import Gate
 def defect(self, *events):
     raise LookupError("a defect in a decision")
 Gate.step = defect

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.flow import Address
+from ipsecgate.core.model.flow import Address
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.saready import XfrmSeen
 from ipsecgate.lab.strongswan import End, connection
+from ipsecgate.lab.xfrm_watch import XfrmSeen
 from tests.system.life import REFUSALS, Life, Wanted, until
 from tests.system.pulse import KINDS, Target
-from tests.system.witness import Witness
+from tests.system.witness import ProtectionSource
 
 PORT, CLOSED_PORT = 7300, 7301
 REMOTE, THERE = "203.0.113.0/24", "203.0.113.1"
@@ -47,8 +47,8 @@ def gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
 
 
 @pytest.fixture(scope="module")
-def witness(module_lab: Lab) -> Iterator[Witness]:
-    witness = Witness(module_lab.a.namespace, outer(module_lab).values())
+def witness(module_lab: Lab) -> Iterator[ProtectionSource]:
+    witness = ProtectionSource(module_lab.a.namespace, outer(module_lab).values())
     yield witness
     witness.close()
 
@@ -65,7 +65,7 @@ Begin = Callable[..., Life]
 
 
 @pytest.fixture
-def life(lab: Lab, gate: Gated, witness: Witness, request: pytest.FixtureRequest) -> Begin:
+def life(lab: Lab, gate: Gated, witness: ProtectionSource, request: pytest.FixtureRequest) -> Begin:
     """Make a `Life` over the named tunnels; its process speaks bound to each, and unbound."""
 
     def begin(*names: str, start_action: str = "trap") -> Life:

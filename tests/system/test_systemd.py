@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.daemon import CONNECT
-from ipsecgate.edges.objects import HOOKS
-from ipsecgate.edges.pins import Pins
+from ipsecgate.controller.ike_follower import CONNECT
+from ipsecgate.edges.bpf.objects import HOOKS
+from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.lab import traffic
 from ipsecgate.lab.hosts import Lab
 from tests.system import held

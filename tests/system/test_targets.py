@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges import cgroups
-from ipsecgate.edges.inotify import Appeared, Folders, Vanished
-from ipsecgate.edges.objects import HOOKS
-from ipsecgate.edges.pins import Pins
+from ipsecgate.edges.bpf.objects import HOOKS
+from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.host import cgroups
+from ipsecgate.edges.host.inotify import Appeared, Folders, Vanished
 from tests.system.bed import OTHER, PEER, THERE
 from tests.system.caller import Caller
 from tests.system.unit import PORT, Unit, caller, refused, unit
@@ -231,17 +231,17 @@ def test_without_a_controller_reload_says_so(unit: Unit) -> None:
 
 
 def test_folders_that_come_and_go_are_told(folder: Path) -> None:
-    watched = Folders(folder, lambda path: path.name != "deaf")
+    flow_index = Folders(folder, lambda path: path.name != "deaf")
     (folder / "a/b").mkdir(parents=True)
     (folder / "deaf/c").mkdir(parents=True)
-    told = list(watched.news())
+    told = list(flow_index.news())
     assert {Appeared(folder / name) for name in ("a", "a/b", "deaf")} == set(told)
     (folder / "a/b/c").mkdir()
-    assert list(watched.news()) == [Appeared(folder / "a/b/c")]
+    assert list(flow_index.news()) == [Appeared(folder / "a/b/c")]
     (folder / "a/b/c").rmdir()
     (folder / "a/b").rmdir()
-    assert list(watched.news()) == [Vanished(folder / "a/b/c"), Vanished(folder / "a/b")]
+    assert list(flow_index.news()) == [Vanished(folder / "a/b/c"), Vanished(folder / "a/b")]
     (folder / "a/b").mkdir()
     (folder / "a/b/d").mkdir()
-    assert Appeared(folder / "a/b/d") in list(watched.news())
-    watched.close()
+    assert Appeared(folder / "a/b/d") in list(flow_index.news())
+    flow_index.close()

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.layout import INDEX, LAYOUT, SETTING, Setting, TableId
-from ipsecgate.core.table import compile_table
-from ipsecgate.edges import bytecode, libbpf
-from ipsecgate.edges.datapath import Datapath
-from ipsecgate.edges.objects import HOOKS, opened
-from ipsecgate.edges.pins import Pins
+from ipsecgate.core.tables.layout import INDEX, LAYOUT, SETTING, Setting, TableId
+from ipsecgate.core.tables.table import compile_table
+from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf.datapath import Datapath
+from ipsecgate.edges.bpf.objects import HOOKS, opened
+from ipsecgate.edges.bpf.pins import Pins
 from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect, went_out
 from tests.system.bed import bed as make_bed
 from tests.system.caller import called_again, hammering

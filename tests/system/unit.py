@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.edges import cgroups, control
-from ipsecgate.edges.pins import Pins
+from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.host import cgroups, control
 from ipsecgate.errors import NoControllerError
 from ipsecgate.lab.netns import Namespace
 from tests.system.bed import PEER, THERE

@@ -16,14 +16,14 @@ import time
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
 
-from ipsecgate.core.flow import Address
+from ipsecgate.core.model.flow import Address
 from ipsecgate.lab.netns import NETLINK_XFRM, Namespace
-from ipsecgate.lab.saready import BUFFER, GROUPS, SO_RCVBUFFORCE, XfrmSeen, parse
+from ipsecgate.lab.xfrm_watch import BUFFER, GROUPS, SO_RCVBUFFORCE, XfrmSeen, parse
 
 RTMGRP_IPV4_ROUTE = 0x40
 
 
-class Witness:
+class ProtectionSource:
     """Follow a namespace's XFRM events, and ROUTE for any change of its IPv4 routes.
 
     `local` are its addresses, to tell out from in.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.oci import ARCHITECTURES
-from ipsecgate.core.seccomp import ABIS
+from ipsecgate.core.codec.oci import ARCHITECTURES
+from ipsecgate.core.codec.seccomp import ABIS
 from ipsecgate.errors import GateError
 from ipsecgate.lab import kernel, prepare
 from tests.headers import system_calls

@@ -11,13 +11,13 @@ from typing import Any, cast
 
 import pytest
 
-from ipsecgate.core import commands as do
-from ipsecgate.core import events as on
-from ipsecgate.core.coverage import Coverage
-from ipsecgate.core.flow import Selector, TrafficSelector
-from ipsecgate.core.holds import SLICE
-from ipsecgate.core.ipsec import ESP, SaId, SpdKey
-from ipsecgate.core.policy import Policy, Settings
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.coverage import Coverage
+from ipsecgate.core.gate.holds import SLICE
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import Selector, TrafficSelector
+from ipsecgate.core.model.ipsec import ESP, ChildConfig, ChildSa, SaId, SpdKey
+from ipsecgate.core.model.policy import Policy, Settings
 from tests.unit.test_gate import FLOW, HERE, NET, REFUSED, SA, TRAP, Transcript, initiated
 
 MANY = 200
@@ -28,7 +28,7 @@ def flow(number: int, host: int = 9) -> Any:
     return replace(FLOW, daddr=PEERS[number][host])
 
 
-def child(number: int) -> on.ChildConfig:
+def child(number: int) -> ChildConfig:
     return replace(NET, child=f"net-{number}", remote=(TrafficSelector(PEERS[number]),))
 
 
@@ -61,7 +61,7 @@ class Spied(Transcript):
         for owner, name in (
             (self.gate.holds, "look"),
             (self.gate.protection, "is_live"),
-            (self.gate.published, "policies"),
+            (self.gate.hook_tables, "policies"),
             (self.gate.negotiations, "states"),
         ):
             monkeypatch.setattr(owner, name, self.counting(name, getattr(owner, name)))
@@ -154,9 +154,9 @@ def test_what_concerns_all_is_done_by_and_by(busy: Spied, monkeypatch: pytest.Mo
 def test_many_children_told_at_one_go_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that rekeys without a pause had the whole table made for each."""
     story = Spied()
-    listed = on.ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
-    published = story.gate.published
-    monkeypatch.setattr(published, "spd", story.counting("spd", published.spd))
+    listed = ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
+    hook_tables = story.gate.hook_tables
+    monkeypatch.setattr(hook_tables, "spd", story.counting("spd", hook_tables.spd))
     story.take(story.gate.step(*(on.ChildUp(replace(listed, spi_out=n)) for n in range(1, 50))))
     assert story.done["spd"] == 1
 
@@ -166,10 +166,10 @@ def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
 ) -> None:
     """Who asks for what no child protects has the daemon looked at twenty times a second."""
     story = Spied()
-    published = story.gate.published
-    monkeypatch.setattr(published, "spd", story.counting("spd", published.spd))
+    hook_tables = story.gate.hook_tables
+    monkeypatch.setattr(hook_tables, "spd", story.counting("spd", hook_tables.spd))
     loaded = on.IkeConnected(tuple(map(child, range(MANY))), (), 42)
-    listed = on.ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
+    listed = ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
     for seen, established in ((0, ()), (1, (listed,)), (1, (listed,)), (2, ())):
         story.after(replace(loaded, established=established))
         assert story.done["spd"] == seen
@@ -191,7 +191,7 @@ def test_no_call_is_forgotten_and_no_child_misjudged() -> None:
                 live = gate.protection.is_live(item.flow)
                 assert live == (item.coverage is Coverage.COVERED), (seed, number)
             for made in gate.holds.of.values():
-                place = gate.enforced.place_of(made.flow)
+                place = gate.policy_table.place_of(made.flow)
                 assert place is not None
                 assert not gate.protection.is_live(made.flow), (seed, number)
                 config = gate.ike.child(made.flow, gate.policies[place])

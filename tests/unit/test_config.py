@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.flow import TCP
-from ipsecgate.core.ipsec import Action
-from ipsecgate.core.policy import SaSource
-from ipsecgate.edges.config import Config, load
+from ipsecgate.core.model.flow import TCP
+from ipsecgate.core.model.ipsec import Action
+from ipsecgate.core.model.policy import SaSource
+from ipsecgate.edges.host.config import Config, load
 from ipsecgate.errors import UsageError
 
 WHOLE = """

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.edges import control
-from ipsecgate.edges.control import (
+from ipsecgate.edges.host import control
+from ipsecgate.edges.host.control import (
     CLIENTS,
     REQUEST_LIMIT,
     Request,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.coverage import (
+from ipsecgate.core.gate.coverage import (
     TRANSITIONS,
     Coverage,
     IllegalTransitionError,

@@ -7,9 +7,13 @@ from ipaddress import ip_network
 
 import pytest
 
-from ipsecgate.core import commands as do
-from ipsecgate.core import events as on
-from ipsecgate.core.floor import (
+from ipsecgate.core.codec.xfrm import NEWPOLICY, decode
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import TCP
+from ipsecgate.core.model.ipsec import Action, Direction, SpdEntry
+from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.state.floor import (
     PRIORITY,
     FloorPolicy,
     encode_delete,
@@ -19,11 +23,7 @@ from ipsecgate.core.floor import (
     ours,
     tag_of,
 )  # fmt: skip
-from ipsecgate.core.flow import TCP
-from ipsecgate.core.ipsec import Action, Direction, SpdEntry
-from ipsecgate.core.layout import TableId
-from ipsecgate.core.policy import Policy, Settings
-from ipsecgate.core.xfrm import NEWPOLICY, decode
+from ipsecgate.core.tables.layout import TableId
 from tests.unit import xfrm_bytes
 from tests.unit.test_gate import REFUSED, SOURCES, THERE, TRAP, UP, Transcript, connected
 
@@ -100,9 +100,9 @@ def floors(commands: list[do.Command]) -> list[do.SetFloor]:
 def test_it_changes_no_verdict_and_no_table() -> None:
     story = Transcript(Settings((PROTECT,), floor=True))
     story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    before = story.gate.published.tables[TableId.SPD]
+    before = story.gate.hook_tables.tables[TableId.SPD]
     assert not story.after(on.PolicySet(entry_of(BLOCK)))
-    assert story.gate.published.tables[TableId.SPD] == before
+    assert story.gate.hook_tables.tables[TableId.SPD] == before
     story.after(REFUSED, *UP)
     assert story.is_open()
     # A policy that is even further back is hidden by it.
@@ -133,7 +133,7 @@ def test_where_ike_does_esp_itself_there_is_none() -> None:
     story.after(on.KernelSnapshot((), ()), SOURCES)
     told = floors(story.after(on.IkeConnected((), (), pid=42, userland=True)))
     assert told[-1].policies == ()
-    assert any("gate.floor" in error for error in story.gate.enforced.errors)
+    assert any("gate.floor" in error for error in story.gate.policy_table.errors)
 
 
 def test_a_policy_for_what_comes_in_is_no_floor() -> None:

@@ -10,24 +10,33 @@ from random import Random
 
 import pytest
 
-from ipsecgate.core import commands as do
-from ipsecgate.core import events as on
-from ipsecgate.core.coverage import Coverage
-from ipsecgate.core.flow import TCP, Flow, Selector, TrafficSelector
-from ipsecgate.core.gate import Gate
-from ipsecgate.core.ipsec import ESP, Action, Mode, Sa, SaId, SpdEntry, SpdKey, Template
-from ipsecgate.core.layout import Entry, Key, Reason, State, TableId, flow_key
-from ipsecgate.core.negotiations import Negotiations
-from ipsecgate.core.policy import Policy, Settings
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.coverage import Coverage
+from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.gate.negotiations import Negotiations
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import TCP, Flow, Selector, TrafficSelector
+from ipsecgate.core.model.ipsec import (
+    ESP,
+    Action,
+    ChildConfig,
+    ChildSa,
+    Mode,
+    Sa,
+    SaId,
+    SpdEntry,
+    SpdKey,
+    Template,
+)
+from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.tables.layout import Entry, Key, Reason, State, TableId, flow_key
 
 LOCAL, PEER = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 HERE, THERE = ip_network("10.1.0.0/16"), ip_network("10.2.0.0/16")
 FLOW = Flow(ip_address("10.2.0.9"), TCP, 80)
 ROUTED = replace(FLOW, saddr=ip_address("10.1.0.1"))
 
-NET = on.ChildConfig(
-    "peer", "net", Mode.TUNNEL, (TrafficSelector(HERE),), (TrafficSelector(THERE),)
-)
+NET = ChildConfig("peer", "net", Mode.TUNNEL, (TrafficSelector(HERE),), (TrafficSelector(THERE),))
 TRAP = SpdEntry(
     SpdKey(Selector(HERE, THERE)),
     priority=383616,
@@ -38,7 +47,7 @@ SA = Sa(SaId(PEER, 0xC0FFEE01, ESP), LOCAL, reqid=1, mode=Mode.TUNNEL)
 # The policy that comes with the SA: it names the SPI, and takes the place of the trap.
 PINNED = replace(TRAP, templates=(replace(TRAP.templates[0], spi=SA.id.spi),))
 UP = (on.SaSet(SA), on.PolicySet(PINNED))
-LISTED = on.ChildSa(
+LISTED = ChildSa(
     "peer",
     "net",
     1,
@@ -59,7 +68,7 @@ class Transcript:
     """A gate, and the hooks' tables as its commands made them."""
 
     def __init__(
-        self, settings: Settings | None = None, remembered: Iterable[on.ChildConfig] = ()
+        self, settings: Settings | None = None, remembered: Iterable[ChildConfig] = ()
     ) -> None:
         self.gate = Gate(settings or Settings(), tuple(remembered), Negotiations(Random(1)))
         self.tables: dict[TableId, dict[tuple[int, Key], Entry]] = {}
@@ -80,7 +89,7 @@ class Transcript:
 
     def entry(self, table: TableId, flow: Flow) -> Entry | None:
         """Answer as the hook would, from what the commands wrote."""
-        masks = self.gate.published.tables[table].masks
+        masks = self.gate.hook_tables.tables[table].masks
         for index, mask in enumerate(masks):
             found = self.tables[table].get((index, flow_key(flow).masked(mask)))
             if found is not None:
@@ -99,7 +108,7 @@ class Transcript:
         return entry.error
 
 
-def connected(*established: on.ChildSa) -> on.IkeConnected:
+def connected(*established: ChildSa) -> on.IkeConnected:
     return on.IkeConnected((NET,), established, pid=42)
 
 
@@ -346,10 +355,10 @@ def test_tables_that_do_not_fit_refuse() -> None:
     entries = [story.entry(TableId.SPD, flow) for flow in flows]
     closed = [entry is None or entry.state is not State.LIVE for entry in entries]
     assert any(closed)
-    assert any("SPD table" in error for error in story.gate.enforced.errors)
+    assert any("SPD table" in error for error in story.gate.policy_table.errors)
     story.after(on.KernelSnapshot((TRAP,), (SA,)))
     assert story.is_open()
-    assert story.gate.enforced.errors == []
+    assert story.gate.policy_table.errors == []
 
 
 def test_a_policy_to_start_without_its_child_asks_no_more_than_it_is_told() -> None:
@@ -372,9 +381,9 @@ def test_what_must_be_protected_only_grows() -> None:
 
 def test_a_connection_whose_peer_is_not_known_is_told(trapped: Transcript) -> None:
     trapped.after(on.IkeConnected((NET, replace(NET, child="any", remote=())), (), pid=42))
-    assert any("connection peer/any" in error for error in trapped.gate.enforced.errors)
+    assert any("connection peer/any" in error for error in trapped.gate.policy_table.errors)
     trapped.after(connected())
-    assert trapped.gate.enforced.errors == []
+    assert trapped.gate.policy_table.errors == []
 
 
 def test_a_kernel_policy_of_an_unknown_connection_has_ike_looked_at(trapped: Transcript) -> None:
@@ -396,7 +405,7 @@ def test_policies_that_do_not_fit_protect_their_networks_whole() -> None:
         for n in (24, 16, 8)
     )
     story = Transcript(Settings(policies=wide))
-    assert any("POLICY table" in error for error in story.gate.enforced.errors)
+    assert any("POLICY table" in error for error in story.gate.policy_table.errors)
     inside = Flow(ip_address("10.9.9.9"), 17, 53, ip_address("10.1.0.1"))
     entry = story.entry(TableId.POLICY, inside)
     assert entry is not None
@@ -417,7 +426,7 @@ def test_a_check_that_tells_news_is_counted_and_mended(trapped: Transcript) -> N
 
 
 def test_a_check_compares_every_table(trapped: Transcript) -> None:
-    tables = trapped.gate.published.tables
+    tables = trapped.gate.hook_tables.tables
     assert tables.keys() == set(TableId)
     assert trapped.after(on.CheckDue()) == [do.Verify(*item) for item in tables.items()]
 
@@ -449,4 +458,4 @@ def test_policies_that_do_not_fit_even_as_networks_protect_everything() -> None:
     entry = story.entry(TableId.POLICY, replace(FLOW, daddr=ip_address("198.51.100.1")))
     assert entry is not None
     assert (entry.state, entry.id) == (State.PROTECT, 1)
-    assert "entries" in story.gate.enforced.errors[0]
+    assert "entries" in story.gate.policy_table.errors[0]

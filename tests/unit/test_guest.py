@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipsecgate import trust
-from ipsecgate.edges.probe import has_esp
+from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab.console import Output
 from ipsecgate.lab.guest import INIT, command_file, main, settings_file

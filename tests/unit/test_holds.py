@@ -8,12 +8,12 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipsecgate.core import commands as do
-from ipsecgate.core import events as on
-from ipsecgate.core.flow import UDP, Flow, is_exempt
-from ipsecgate.core.ipsec import Action
-from ipsecgate.core.policy import Policy, Settings
-from ipsecgate.core.seccomp import ERESTARTNOINTR
+from ipsecgate.core.codec.seccomp import ERESTARTNOINTR
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import UDP, Flow, is_exempt
+from ipsecgate.core.model.ipsec import Action
+from ipsecgate.core.model.policy import Policy, Settings
 from tests.unit.test_gate import (
     FLOW,
     NAME,
@@ -143,8 +143,8 @@ def test_who_is_gone_is_forgotten(trapped: Transcript) -> None:
 def test_held_before_anything_is_known() -> None:
     story = Transcript()
     assert story.after(MADE) == [do.Hold(MADE)]
-    learned = story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    assert initiated(learned) == [NAME]
+    derived = story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    assert initiated(derived) == [NAME]
     assert answers(story.take(story.gate.step(*UP))) == {CALL: None}
 
 

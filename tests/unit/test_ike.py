@@ -12,7 +12,8 @@ from unittest.mock import ANY
 
 import pytest
 
-from ipsecgate.core.events import (
+from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.model.events import (
     ChildUp,
     IkeEvent,
     IkeGone,
@@ -21,10 +22,9 @@ from ipsecgate.core.events import (
     NegotiationDone,
     NegotiationFailed,
 )
-from ipsecgate.core.vici import ViciError
-from ipsecgate.edges import negotiation, vici
-from ipsecgate.edges.ike import IkeClient
-from ipsecgate.edges.vici import IkeRefusedError, IkeUnreachableError
+from ipsecgate.edges.strongswan import negotiation, vici
+from ipsecgate.edges.strongswan.client import IkeClient
+from ipsecgate.edges.strongswan.vici import IkeRefusedError, IkeUnreachableError
 from tests.unit.fake_charon import YES, FakeCharon, Handler, Section, Session, no
 from tests.unit.test_vici import CHILD, SA, conn, ike_sa
 from tests.until import until

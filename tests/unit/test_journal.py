@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from ipaddress import ip_address
 
-from ipsecgate.core.events import FlowRefused
-from ipsecgate.core.flow import TCP, Flow
-from ipsecgate.core.layout import EXPLAINED, Reason
-from ipsecgate.core.policy import Policy
-from ipsecgate.journal import SIZE, Journal
+from ipsecgate.controller.journal import SIZE, Journal
+from ipsecgate.core.model.events import FlowRefused
+from ipsecgate.core.model.flow import TCP, Flow
+from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.tables.layout import EXPLAINED, Reason
 
 FLOW = Flow(ip_address("10.2.0.9"), TCP, 5432)
 POLICIES = (Policy("db", ()),)

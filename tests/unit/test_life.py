@@ -7,12 +7,12 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core import commands as do
-from ipsecgate.core import events as on
-from ipsecgate.core.flow import PORT_MASK, UDP, Flow, Selector, TrafficSelector
-from ipsecgate.core.ipsec import SpdKey
-from ipsecgate.core.layout import State, TableId, flow_key
-from ipsecgate.core.spd import agreed_on
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import PORT_MASK, UDP, Flow, Selector, TrafficSelector
+from ipsecgate.core.model.ipsec import SpdKey
+from ipsecgate.core.state.spd import agreed_on
+from ipsecgate.core.tables.layout import State, TableId, flow_key
 from tests.unit.test_gate import (
     HERE,
     LISTED,
@@ -167,7 +167,9 @@ def test_a_larval_state_is_not_the_sa_that_ike_believes_in(story: Transcript) ->
     assert initiated(story.after(REFUSED)) == [NAME]
     story.after(on.NegotiationDone(*NAME))
     assert do.Terminate(*NAME) in story.after(on.TimerFired(on.Timer("limit", *NAME)))
-    assert story.gate.protection.mirror.replace(on.KernelSnapshot((PINNED,), ())) == 0, "no drift"
+    assert story.gate.protection.kernel_state.replace(on.KernelSnapshot((PINNED,), ())) == 0, (
+        "no drift"
+    )
 
 
 def test_of_two_children_the_policy_names_one_and_its_state_is_lost(story: Transcript) -> None:

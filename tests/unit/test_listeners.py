@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.seccomp import Notification, packed
-from ipsecgate.edges import listeners, seccomp
-from ipsecgate.edges.listeners import Listeners
+from ipsecgate.core.codec.seccomp import Notification, packed
+from ipsecgate.edges.holding import listeners, seccomp
+from ipsecgate.edges.holding.listeners import Listeners
 
 
 @pytest.mark.parametrize("limit", [float("nan"), float("inf"), -1.0, 1e8 + 1])

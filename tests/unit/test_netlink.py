@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsecgate.core.netlink import DecodeError, DumpEnd, dump_end
-from ipsecgate.core.xfrm import encode_policy_dump, encode_sa_dump
+from ipsecgate.core.codec.netlink import DecodeError, DumpEnd, dump_end
+from ipsecgate.core.codec.xfrm import encode_policy_dump, encode_sa_dump
 from tests.unit.xfrm_bytes import NEWSA, message, state
 
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsecgate.core import oci
-from ipsecgate.core.holds import HOLD_LONGEST
-from ipsecgate.core.oci import ALLOW, NOTIFY, Container, OciError, container, profile
-from ipsecgate.core.seccomp import ABIS, INET_LENGTHS, Notification, destination
-from ipsecgate.edges import oci as edge
+from ipsecgate.core.codec import oci
+from ipsecgate.core.codec.oci import ALLOW, NOTIFY, Container, OciError, container, profile
+from ipsecgate.core.codec.seccomp import ABIS, INET_LENGTHS, Notification, destination
+from ipsecgate.core.model.policy import HOLD_LONGEST
+from ipsecgate.edges.holding import oci as edge
 from tests.until import until
 
 STATE: dict[str, Any] = {

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.core import commands as do
-from ipsecgate.core import events as on
-from ipsecgate.core.flow import Selector, TrafficSelector
-from ipsecgate.core.ipsec import ESP, Mode, SaId, SpdKey
-from ipsecgate.core.mirror import Mirror
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import Selector, TrafficSelector
+from ipsecgate.core.model.ipsec import ESP, Mode, SaId, SpdKey
+from ipsecgate.core.state.kernel_state import KernelState
 from tests.unit.test_gate import (
     HERE,
     LISTED,
@@ -66,7 +66,7 @@ def test_a_stale_sa_is_not_trusted_for_anothers_spi() -> None:
     story = Transcript()
     story.after(on.KernelSnapshot((TRAP,), (SA,)), connected(OTHER_LISTED), SOURCES)
     assert not story.is_open(), "left by a daemon that was killed, and that no peer has"
-    assert story.gate.protection.mirror.trusted_sas() == []
+    assert story.gate.protection.kernel_state.trusted_sas() == []
 
 
 def test_an_sa_counts_for_what_its_own_policy_names() -> None:
@@ -82,38 +82,38 @@ def test_an_sa_counts_for_what_its_own_policy_names() -> None:
     assert not story.is_open()
 
 
-def mirrored(*events: on.XfrmEvent) -> Mirror:
-    mirror = Mirror()
-    mirror.ike_knows((LISTED, OTHER_LISTED))
+def mirrored(*events: on.XfrmEvent) -> KernelState:
+    kernel_state = KernelState()
+    kernel_state.ike_knows((LISTED, OTHER_LISTED))
     for event in events:
-        mirror.apply(event)
-    return mirror
+        kernel_state.apply(event)
+    return kernel_state
 
 
 def test_what_ike_lists_is_missing_whoever_else_has_its_spi() -> None:
-    mirror = mirrored(on.PolicySet(PINNED), on.PolicySet(OTHER_POLICY), on.SaSet(OTHER_SA))
-    assert mirror.lacks(LISTED)
-    assert not mirror.lacks(OTHER_LISTED)
-    assert mirror.child_of(OTHER_SA) == "other/net"
-    assert mirror.child_of(replace(SA, id=SaId(OTHER, 0x77, ESP))) is None
+    kernel_state = mirrored(on.PolicySet(PINNED), on.PolicySet(OTHER_POLICY), on.SaSet(OTHER_SA))
+    assert kernel_state.lacks(LISTED)
+    assert not kernel_state.lacks(OTHER_LISTED)
+    assert kernel_state.child_of(OTHER_SA) == "other/net"
+    assert kernel_state.child_of(replace(SA, id=SaId(OTHER, 0x77, ESP))) is None
 
 
 def test_an_outbound_sa_is_told_whose_spi_is_one_of_ours() -> None:
     """A peer may choose the SPI by which we receive from another, or from itself."""
-    mirror = mirrored(on.SaSet(replace(SA, id=SaId(OTHER, LISTED.spi_in, ESP))))
-    assert [sa.id.daddr for sa in mirror.outbound_sas()] == [OTHER]
+    kernel_state = mirrored(on.SaSet(replace(SA, id=SaId(OTHER, LISTED.spi_in, ESP))))
+    assert [sa.id.daddr for sa in kernel_state.outbound_sas()] == [OTHER]
 
 
 def test_half_an_sa_is_not_made_whole_by_the_peers_choice() -> None:
     """It chose for its SPI the one by which we receive, and our half is lost."""
     same = replace(LISTED, spi_out=LISTED.spi_in)
     sa = replace(SA, id=SaId(SA.id.daddr, LISTED.spi_in, ESP))
-    mirror = Mirror()
-    mirror.ike_knows((same,))
-    mirror.apply(on.SaSet(sa))
-    assert mirror.halves() == {same}
-    mirror.apply(on.SaSet(replace(sa, id=SaId(LOCAL, same.spi_in, ESP), saddr=sa.id.daddr)))
-    assert mirror.halves() == set()
+    kernel_state = KernelState()
+    kernel_state.ike_knows((same,))
+    kernel_state.apply(on.SaSet(sa))
+    assert kernel_state.halves() == {same}
+    kernel_state.apply(on.SaSet(replace(sa, id=SaId(LOCAL, same.spi_in, ESP), saddr=sa.id.daddr)))
+    assert kernel_state.halves() == set()
 
 
 def test_only_the_peer_is_deleted_of_which_the_kernel_has_nothing() -> None:

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipsecgate.admin.check import Finding
 from ipsecgate.cli import app, events
-from ipsecgate.core.printable import printable, printable_document, printable_lines
-from ipsecgate.diagnosis import Finding
-from ipsecgate.edges import systemd
+from ipsecgate.edges.host import systemd
 from ipsecgate.errors import GateError
+from ipsecgate.printable import printable, printable_document, printable_lines
 
 EVIL = "[/x][red]a[/red] :x: \x1b]0;owned\x07\x1b[8m\r\x7f\nERROR: forged\u202egnp\u200b\x9b1m"
 SHOWN = r"[/x][red]a[/red] :x: \x1b]0;owned\x07\x1b[8m\r\x7f\nERROR: forged\u202egnp\u200b\x9b1m"
@@ -97,7 +97,7 @@ def evil_status() -> dict[str, Any]:
 def test_the_status_screen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As the verb draws it: a hostile identity neither ends it nor loses a bracket."""
     monkeypatch.setenv("COLUMNS", "2000")
-    monkeypatch.setattr("ipsecgate.report.document", lambda *_args: evil_status())
+    monkeypatch.setattr("ipsecgate.cli.status.status_document", lambda *_args: evil_status())
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     with pytest.raises(SystemExit):
@@ -131,7 +131,7 @@ def test_an_event_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "2000")
     finding = Finding(EVIL, False, EVIL, EVIL, 1)
-    monkeypatch.setattr("ipsecgate.diagnosis.examine", lambda *_args: [finding])
+    monkeypatch.setattr("ipsecgate.cli.check.examine", lambda *_args: [finding])
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     with pytest.raises(SystemExit):

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core import commands as do
-from ipsecgate.core import events as on
-from ipsecgate.core.coverage import Coverage
-from ipsecgate.core.flow import Flow
-from ipsecgate.core.ipsec import Action
-from ipsecgate.core.layout import State, TableId
-from ipsecgate.core.policy import Errnos, Policy, SaSource, Settings
-from ipsecgate.edges.config import Config
+from ipsecgate.controller.reload import Reload, refuse_what_needs_a_restart
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.coverage import Coverage
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.model.ipsec import Action
+from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
+from ipsecgate.core.tables.layout import State, TableId
+from ipsecgate.edges.host.config import Config
 from ipsecgate.errors import UsageError
-from ipsecgate.reload import Reload, refuse_what_needs_a_restart
 from tests.unit.test_gate import (
     FLOW,
     NAME,
@@ -60,8 +60,8 @@ def test_a_covered_flow_stays_live_and_is_published_once() -> None:
     story.after(REFUSED, *UP)
     assert story.is_open()
     commands = reload(story, FIRST, replace(PROTECT, name="renamed"))
-    published = [c for c in commands if isinstance(c, do.Publish)]
-    assert [c.table for c in published] == [TableId.POLICY], "the SPD table stays as it is"
+    hook_tables = [c for c in commands if isinstance(c, do.Publish)]
+    assert [c.table for c in hook_tables] == [TableId.POLICY], "the SPD table stays as it is"
     assert story.is_open()
     assert kinds(commands)[-1] is do.Adopted
     item = story.gate.negotiations.of[NAME]

@@ -7,7 +7,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core.events import (
+from ipsecgate.core.model.events import (
     KernelSnapshot,
     PoliciesFlushed,
     PolicyGone,
@@ -17,9 +17,9 @@ from ipsecgate.core.events import (
     SasFlushed,
     XfrmEvent,
 )
-from ipsecgate.core.flow import Selector
-from ipsecgate.core.ipsec import ESP, Action, Mode, Sa, SaId, SpdEntry, SpdKey
-from ipsecgate.core.replay import replay
+from ipsecgate.core.model.flow import Selector
+from ipsecgate.core.model.ipsec import ESP, Action, Mode, Sa, SaId, SpdEntry, SpdKey
+from ipsecgate.core.state.replay import replay
 
 KEY = SpdKey(Selector(ip_network("10.1.0.0/16"), ip_network("10.2.0.0/16")))
 NET = SpdEntry(KEY, 100, Action.PROTECT)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.core import layout
-from ipsecgate.core.events import FlowRefused
-from ipsecgate.core.layout import LayoutError, unpack_event
-from ipsecgate.edges import libbpf
+from ipsecgate.core.model.events import FlowRefused
+from ipsecgate.core.tables import layout
+from ipsecgate.core.tables.layout import LayoutError, unpack_event
+from ipsecgate.edges.bpf import libbpf
 from ipsecgate.errors import GateError
 
 GOOD = layout._EVENT.pack(

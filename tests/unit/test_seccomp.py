@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsecgate.core import seccomp
-from ipsecgate.core.seccomp import (
+from ipsecgate.core.codec import seccomp
+from ipsecgate.core.codec.seccomp import (
     ABIS,
     CONTINUE,
     RET_ALLOW,

@@ -13,8 +13,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from ipsecgate.edges import systemd
-from ipsecgate.service import PULSE, Service
+from ipsecgate.controller.service import PULSE, Service
+from ipsecgate.edges.host import systemd
 
 
 @pytest.fixture(params=["path", "abstract"])

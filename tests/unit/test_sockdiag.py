@@ -8,9 +8,9 @@ from socket import AF_INET, AF_INET6
 
 import pytest
 
-from ipsecgate.core.flow import TCP, UDP, Flow
-from ipsecgate.core.netlink import DecodeError
-from ipsecgate.core.sockdiag import Standing, decode_listing, encode_destroy, encode_listing
+from ipsecgate.core.codec.netlink import DecodeError
+from ipsecgate.core.codec.sockdiag import Standing, decode_listing, encode_destroy, encode_listing
+from ipsecgate.core.model.flow import TCP, UDP, Flow
 
 COOKIE = bytes(range(8))
 

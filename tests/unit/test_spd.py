@@ -8,11 +8,22 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.core.flow import TCP, UDP, Flow, Selector
-from ipsecgate.core.ipsec import COMP, ESP, Action, Mark, Mode, Sa, SaId, SpdEntry, SpdKey, Template
-from ipsecgate.core.layout import State, flow_key
-from ipsecgate.core.spd import spd_rules
-from ipsecgate.core.table import compile_table
+from ipsecgate.core.model.flow import TCP, UDP, Flow, Selector
+from ipsecgate.core.model.ipsec import (
+    COMP,
+    ESP,
+    Action,
+    Mark,
+    Mode,
+    Sa,
+    SaId,
+    SpdEntry,
+    SpdKey,
+    Template,
+)
+from ipsecgate.core.state.spd import spd_rules
+from ipsecgate.core.tables.layout import State, flow_key
+from ipsecgate.core.tables.table import compile_table
 
 LOCAL, PEER = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 TUNNEL = Template(ESP, Mode.TUNNEL, reqid=1, saddr=LOCAL, daddr=PEER)

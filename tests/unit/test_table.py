@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsecgate.core.layout import Entry, Key, State
-from ipsecgate.core.table import (
+from ipsecgate.core.tables.layout import Entry, Key, State
+from ipsecgate.core.tables.table import (
     Rule,
     TableFullError,
     Ternary,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate import loader
-from ipsecgate.edges import cgroups
+from ipsecgate.admin import loader
+from ipsecgate.controller.targets import Targets
+from ipsecgate.edges.host import cgroups
 from ipsecgate.errors import GateError
 from ipsecgate.paths import Paths
-from ipsecgate.targets import Targets
 
 
 async def test_pins_that_cannot_be_tidied_up_refuse_no_reload(

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ipsecgate import trust
-from ipsecgate.edges import bytecode, config, memory, pins
+from ipsecgate.edges.bpf import bytecode, pins
+from ipsecgate.edges.host import config, saved_state
 from ipsecgate.errors import UsageError
 from ipsecgate.lock import held
 
@@ -114,9 +115,9 @@ def test_a_program_gets_nothing_of_the_callers_environment(
 def test_each_place_refuses_what_others_may_write(file: Path, tmp_path: Path) -> None:
     file.chmod(0o666)
     with pytest.raises(trust.UntrustedError):
-        memory.recall(file)
+        saved_state.recall(file)
     with pytest.raises(trust.UntrustedError):
-        memory.recall_targets(file)
+        saved_state.recall_targets(file)
     with pytest.raises(trust.UntrustedError), held(file, wait=False, busy=""):
         pass
     with pytest.raises(UsageError, match="not trusted") as caught:

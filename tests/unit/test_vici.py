@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.core.causes import failure_cause
-from ipsecgate.core.events import ChildConfig, ChildDown, ChildSa, ChildUp, IkeDown, IkeUp
-from ipsecgate.core.flow import TrafficSelector
-from ipsecgate.core.ipsec import Mode
-from ipsecgate.core.vici import (
+from ipsecgate.core.codec.causes import failure_cause
+from ipsecgate.core.codec.vici import (
     Names,
     ViciError,
     child_configs,
@@ -22,6 +19,9 @@ from ipsecgate.core.vici import (
     is_userland,
     selectors,
 )
+from ipsecgate.core.model.events import ChildDown, ChildUp, IkeDown, IkeUp
+from ipsecgate.core.model.flow import TrafficSelector
+from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
 
 SERVICES = {("https", "tcp"): 443, ("domain", None): 53, ("iso-tsap", "tcp"): 102}
 PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "ipv6-icmp": 58}

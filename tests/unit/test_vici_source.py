@@ -8,14 +8,15 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core import commands as do
-from ipsecgate.core import events as on
-from ipsecgate.core.coverage import Coverage
-from ipsecgate.core.flow import PORT_MASK, TCP, UDP, Flow, Network, TrafficSelector
-from ipsecgate.core.layout import State, TableId, flow_key
-from ipsecgate.core.policy import SaSource, Settings
-from ipsecgate.core.table import EMPTY, compile_table
-from ipsecgate.core.userland import Userland
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.coverage import Coverage
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import PORT_MASK, TCP, UDP, Flow, Network, TrafficSelector
+from ipsecgate.core.model.ipsec import ChildSa
+from ipsecgate.core.model.policy import SaSource, Settings
+from ipsecgate.core.state.userland import Userland
+from ipsecgate.core.tables.layout import State, TableId, flow_key
+from ipsecgate.core.tables.table import EMPTY, compile_table
 from tests.unit.test_gate import (
     HERE,
     LISTED,
@@ -36,7 +37,7 @@ REKEYED = replace(LISTED, spi_in=0x12, spi_out=0xC0FFEE02)
 VICI = Settings(sa_source=SaSource.VICI)
 
 
-def connected(*established: on.ChildSa, userland: bool = True) -> on.IkeConnected:
+def connected(*established: ChildSa, userland: bool = True) -> on.IkeConnected:
     return on.IkeConnected((NET,), established, 42, userland)
 
 
@@ -57,7 +58,7 @@ def up(story: Transcript) -> None:
 
 
 def test_first_connection(story: Transcript) -> None:
-    assert TableId.SPD in story.gate.published.tables, "XFRM is not waited for"
+    assert TableId.SPD in story.gate.hook_tables.tables, "XFRM is not waited for"
     assert not story.is_open()
     assert initiated(story.after(REFUSED)) == [NAME]
     assert not any(isinstance(c, do.Publish) for c in story.after(TUNNEL)), "a route is no SA"
@@ -125,9 +126,9 @@ def test_an_old_list_revives_nothing_and_takes_nothing_away(story: Transcript) -
 
 def test_a_restarted_controller_takes_over_what_is_listed() -> None:
     story = Transcript(remembered=(NET,))
-    assert TableId.SPD not in story.gate.published.tables
+    assert TableId.SPD not in story.gate.hook_tables.tables
     for event in (connected(LISTED), TUNNEL):
-        assert TableId.SPD not in story.gate.published.tables, "half the truth"
+        assert TableId.SPD not in story.gate.hook_tables.tables, "half the truth"
         story.after(event)
     assert story.is_open()
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from vici.protocol import Message
 
-from ipsecgate.core.vici import ViciError
-from ipsecgate.core.vici_wire import DEPTH, Answer, parse
-from ipsecgate.edges.vici import refusal
+from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.codec.vici_wire import DEPTH, Answer, parse
+from ipsecgate.edges.strongswan.vici import refusal
 
 TREE: dict[str, Any] = {
     "gw": {"local_addrs": ["192.0.2.1", ""], "children": {"net": {"mode": "TUNNEL"}, "x": {}}},

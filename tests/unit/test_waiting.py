@@ -7,7 +7,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipsecgate.lab.saready import XfrmSeen
+from ipsecgate.lab.xfrm_watch import XfrmSeen
 from tests.chaos.tally import TOLERANCE, Span, Tally, kernel_gaps, spread
 from tests.chaos.waiting import LAG, LIMIT, Call, judge, take
 

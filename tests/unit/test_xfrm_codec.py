@@ -10,15 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsecgate.core.events import (
+from ipsecgate.core.codec.netlink import DecodeError
+from ipsecgate.core.codec.xfrm import decode
+from ipsecgate.core.model.events import (
     PolicyGone,
     PolicySet,
     SaSet,
     SasFlushed,
     XfrmEvent,
 )
-from ipsecgate.core.flow import Selector
-from ipsecgate.core.ipsec import (
+from ipsecgate.core.model.flow import Selector
+from ipsecgate.core.model.ipsec import (
     ESP,
     Action,
     Direction,
@@ -30,8 +32,6 @@ from ipsecgate.core.ipsec import (
     SpdKey,
     Template,
 )
-from ipsecgate.core.netlink import DecodeError
-from ipsecgate.core.xfrm import decode
 from tests.unit.xfrm_bytes import (
     ALL,
     CIPHER,

@@ -6,7 +6,7 @@ import struct
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from ipsecgate.core.events import (
+from ipsecgate.core.model.events import (
     PoliciesFlushed,
     PolicyGone,
     PolicySet,
@@ -15,8 +15,8 @@ from ipsecgate.core.events import (
     SasFlushed,
     XfrmEvent,
 )
-from ipsecgate.core.flow import Selector
-from ipsecgate.core.ipsec import ESP, Action, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.model.flow import Selector
+from ipsecgate.core.model.ipsec import ESP, Action, Mode, Sa, SaId, SpdEntry, SpdKey, Template
 
 V4, V6 = 2, 10
 FAMILY = {4: V4, 6: V6}

@@ -18,17 +18,18 @@ from collections.abc import Callable, Iterator
 from ipaddress import ip_network
 from pathlib import Path
 
-from ipsecgate.core.events import KernelSnapshot, PolicySet, SaSet
-from ipsecgate.core.flow import ANY_V4, ANY_V6, Address
-from ipsecgate.core.layout import Entry, Reason, Setting, State, TableId
-from ipsecgate.core.mirror import Mirror
-from ipsecgate.core.table import Rule, Table, compile_table, ternary
-from ipsecgate.edges import bytecode, cgroups
-from ipsecgate.edges.datapath import Datapath
-from ipsecgate.edges.pins import Pins
-from ipsecgate.edges.probe import netns_cookie
-from ipsecgate.edges.routes import Routes
-from ipsecgate.edges.xfrm import XfrmMonitor
+from ipsecgate.core.model.events import KernelSnapshot, PolicySet, SaSet
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Address
+from ipsecgate.core.state.kernel_state import KernelState
+from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
+from ipsecgate.edges.bpf import bytecode
+from ipsecgate.edges.bpf.datapath import Datapath
+from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.host import cgroups
+from ipsecgate.edges.kernel.probe import netns_cookie
+from ipsecgate.edges.kernel.routes import Routes
+from ipsecgate.edges.kernel.xfrm import XfrmMonitor
 from ipsecgate.lab import path
 from ipsecgate.lab.netns import Namespace
 from tests.system.oracle.caller import DEVICE, SO_MARK, Caller
@@ -104,13 +105,13 @@ class Bed:
         Every SA is trusted: what is tested is XFRM, not the IKE daemon's word.
         """
         snapshot = self.distort(await self.monitor.snapshot())
-        mirror = Mirror()
-        mirror.ike_knows(())
+        kernel_state = KernelState()
+        kernel_state.ike_knows(())
         for entry in snapshot.policies:
-            mirror.apply(PolicySet(entry))
+            kernel_state.apply(PolicySet(entry))
         for sa in snapshot.sas:
-            mirror.apply(SaSet(sa))
-        return compile_table(mirror.rules())
+            kernel_state.apply(SaSet(sa))
+        return compile_table(kernel_state.rules())
 
     def counted(self) -> tuple[int, int]:
         """Return how often the hooks have let go and refused so far, under an SA or not."""

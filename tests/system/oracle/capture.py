@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from ipaddress import ip_address
 
-from ipsecgate.core.flow import UDP, Address
-from ipsecgate.core.ipsec import AH, COMP, ESP
+from ipsecgate.core.model.flow import UDP, Address
+from ipsecgate.core.model.ipsec import AH, COMP, ESP
 from ipsecgate.lab.frames import ETHERNET, NATT_PORT, Kind, Transport, ipv4, ipv6, parse
 from ipsecgate.lab.netns import Namespace
 from tests.system.oracle.caller import MARKER

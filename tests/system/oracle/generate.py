@@ -11,7 +11,7 @@ from ipaddress import ip_address, ip_interface
 from random import Random
 from typing import Any, TypeVar
 
-from ipsecgate.core.flow import Address
+from ipsecgate.core.model.flow import Address
 from tests.system.oracle.world import (
     AH,
     BEET,

@@ -15,8 +15,8 @@ import errno
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ipsecgate.core.layout import TableId
-from ipsecgate.core.table import EMPTY, TableFullError
+from ipsecgate.core.tables.layout import TableId
+from ipsecgate.core.tables.table import EMPTY, TableFullError
 from tests.system.oracle.bed import REFUSAL, Bed
 from tests.system.oracle.caller import Caller
 from tests.system.oracle.capture import HarnessError, Sent, answer

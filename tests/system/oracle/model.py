@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from ipsecgate.core.flow import Address
+from ipsecgate.core.model.flow import Address
 from tests.system.oracle.world import (
     AH,
     BEET,

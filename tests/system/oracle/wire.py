@@ -10,7 +10,7 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from ipsecgate.core.flow import Address
+from ipsecgate.core.model.flow import Address
 from tests.system.oracle.world import AH, COMP, Life, Masked, Policy, Sel, State, Tmpl, World
 
 NETLINK_XFRM = 6

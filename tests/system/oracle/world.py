@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Interface, IPv6Interface
 
-from ipsecgate.core.flow import PROTOCOL_NAMES, Address
+from ipsecgate.core.model.flow import PROTOCOL_NAMES, Address
 
 Interface = IPv4Interface | IPv6Interface
 

@@ -1,0 +1,91 @@
+"""What the gate tells the hooks, carried out on their maps. No decisions."""
+
+from __future__ import annotations
+
+import logging
+
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model.policy import Settings
+from ipsecgate.core.tables.layout import Setting, TableId
+from ipsecgate.core.tables.table import EMPTY
+from ipsecgate.edges.bpf.datapath import Datapath
+from ipsecgate.edges.host import cgroups
+from ipsecgate.errors import GateError
+
+log = logging.getLogger("ipsecgate")
+
+
+class HookWriter:
+    """The controller's hand on the data path."""
+
+    def __init__(self, data: Datapath) -> None:
+        self._data = data
+        self.mended = 0  # entries that somebody else had changed
+
+    def begin(self, settings: Settings, netns: int) -> None:
+        """Say whose SPD it is, and set what can be stricter at once."""
+        self._data.set(Setting.NETNS, netns)
+        self._exempt(0)  # a predecessor's daemon may be gone, and its pid another's
+        self._data.set(Setting.ERROR, settings.errnos.uncovered)
+        if not settings.audit:
+            self._data.set(Setting.AUDIT, 0)
+        if settings.deny:
+            self._data.set(Setting.DENY, 1)
+
+    def relax(self, settings: Settings) -> None:
+        """Set what is laxer, now that the tables are in."""
+        self._data.set(Setting.AUDIT, int(settings.audit))
+        self._data.set(Setting.DENY, int(settings.deny))
+
+    async def execute(self, command: do.HookCommand) -> None:
+        """Carry a command out. Raises: OSError; GateError if a table cannot be published."""
+        match command:
+            case do.SetEntry():
+                self._data.set_entry(command.table, command.index, command.key, command.entry)
+            case do.Publish():
+                await self._publish(command)
+            case do.Verify():
+                await self._verify(command)
+            case do.SetModes():
+                self._data.set(Setting.AUDIT, int(command.audit))
+                self._data.set(Setting.DENY, int(command.deny))
+                self._data.set(Setting.ERROR, command.error)
+            case do.SetSources():
+                self._data.set_sources(command.sources)
+            case do.SetTun():
+                self._data.set(Setting.TUN, command.index)
+            case do.ExemptIke():
+                self._exempt(command.pid)
+
+    def _exempt(self, pid: int) -> None:
+        """Exempt a process where it is now: some day its pid will be another's, elsewhere."""
+        self._data.set(Setting.IKE, 0)
+        if not pid:
+            return
+        try:
+            cgroup = cgroups.of(pid).stat().st_ino
+        except (OSError, GateError) as error:
+            # It has ended, so its pid may be another's already; or it is in no cgroup of ours.
+            log.warning("IKE daemon %d is not exempt, its cgroup is not known: %s", pid, error)
+            return
+        self._data.set(Setting.IKE_CGROUP, cgroup)
+        self._data.set(Setting.IKE, pid)
+
+    async def _publish(self, command: do.Publish) -> None:
+        try:
+            await self._data.publish(command.table, command.content)
+        except OSError as error:
+            # An old SPD table may say "live" of what is gone: nothing is live, and we end.
+            if command.table is TableId.SPD:
+                await self._data.publish(TableId.SPD, EMPTY)
+            raise GateError(
+                f"cannot publish the {command.table.name} table: {error.strerror}",
+                hint="protected flows are refused until a controller runs again",
+            ) from error
+
+    async def _verify(self, command: do.Verify) -> None:
+        mended = await self._data.verify(command.table, command.content)
+        self.mended += mended
+        if mended:
+            name = command.table.name
+            log.error("%d entries of the %s table were not as published: mended", mended, name)

@@ -1,0 +1,66 @@
+"""Read the configuration anew, whole or not at all, while everything stays in force."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ipsecgate.edges.host import systemd
+from ipsecgate.edges.host.config import Config
+from ipsecgate.errors import GateError, UsageError
+
+log = logging.getLogger("ipsecgate")
+
+
+class Reload:
+    """Reads with `read` and puts in force with `adopt`; one at a time.
+
+    A configuration that is refused changes nothing; `errors` tells of it until one is taken.
+    """
+
+    def __init__(
+        self, read: Callable[[], Config], adopt: Callable[[Config], Awaitable[None]]
+    ) -> None:
+        self._read = read
+        self._adopt = adopt
+        self._turn = asyncio.Lock()
+        self.errors: list[str] = []
+
+    async def run(self) -> Mapping[str, Any]:
+        """Do it; return when the new configuration is in force. Raises: UsageError, GateError."""
+        async with self._turn:
+            systemd.reloading()
+            try:
+                config = await asyncio.to_thread(self._read)
+                await self._adopt(config)
+            except GateError as error:
+                self.errors = [f"the last reload was refused: {error}"]
+                log.error("reload refused: %s", error)
+                raise
+            finally:
+                systemd.notify(READY=1)
+            self.errors = []
+            log.info("reloaded")
+            return {"policies": len(config.settings.policies), "cgroups": list(config.cgroups)}
+
+    async def log(self) -> None:
+        """Do it for who only sent a signal: the log says how it ended."""
+        try:
+            await self.run()
+        except GateError:
+            return
+
+
+def refuse_what_needs_a_restart(file: Path, old: Config, new: Config) -> None:
+    """Refuse a change of what is followed from the start to the end. Raises: UsageError."""
+    before = {"vici": old.vici, "sa_source": old.settings.sa_source}
+    after = {"vici": new.vici, "sa_source": new.settings.sa_source}
+    for key, value in after.items():
+        if before[key] != value:
+            raise UsageError(
+                f"{file}: gate.{key}: cannot change while the controller runs",
+                hint="restart it: that opens nothing, and what is covered keeps flowing",
+            )

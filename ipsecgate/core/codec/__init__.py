@@ -1,0 +1,1 @@
+"""Bytes and text from outside into the domain's types, and back."""

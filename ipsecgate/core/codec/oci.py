@@ -1,0 +1,195 @@
+"""Containers: the seccomp profile that has their calls held, and what the runtime then says.
+
+    profile -> runtime -> the filter, and one message with its listener, to `listenerPath`
+
+The profile speaks of the same calls as `core.codec.seccomp`, in the words of libseccomp, which
+makes the filter there.
+
+Source: the OCI runtime specification, config-linux.md, "Seccomp" and "The Container
+Process State"; seccomp_rule_add(3).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ipsecgate.core.codec.seccomp import INET_LENGTHS
+from ipsecgate.core.model.policy import HOLD, HOLD_LONGEST
+
+Json = dict[str, Any]
+
+MESSAGE_LIMIT = 64 << 10  # bytes; annotations are in there
+ARCHITECTURES = {
+    "x86_64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"),
+    "aarch64": ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"),
+}
+FLAGS = ("SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",)
+LENGTHS = {"connect": 2, "sendto": 5}  # which argument is the address's length
+ALLOW, NOTIFY = "SCMP_ACT_ALLOW", "SCMP_ACT_NOTIFY"
+LISTENER = "seccompFd"
+METADATA = re.compile(r"ipsecgate hold=(\d+(?:\.\d+)?)")
+BITS = 8  # all of `INET_LENGTHS` fit
+LOW_HALF = 0xFFFFFFFF  # of an argument: all that is of a length
+
+
+class OciError(ValueError):
+    """A profile that cannot be extended, or a message that no runtime sends."""
+
+
+# --- the profile ------------------------------------------------------------------------
+
+UNFIT = (OciError, KeyError, TypeError, AttributeError)
+"""What `profile` raises of a base that is none."""
+
+
+def base(raw: bytes) -> Json:
+    """Read a profile that is to be extended. Raises: OciError."""
+    try:
+        read = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise OciError(f"no JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise OciError("no profile")
+    return read
+
+
+def profile(
+    listener: str,
+    hold: float,
+    machine: str,
+    *,
+    datagrams: bool = False,
+    flags: bool = True,
+    base: Json | None = None,
+) -> Json:
+    """Return the `linux.seccomp` of a container: its calls are held for `hold` seconds.
+
+    `datagrams`: sendmsg() and sendmmsg(), too. `flags`: have a call that is held not be
+    ended by a signal's handler. `base` is a profile that stays in force for all other calls;
+    None: all others are allowed. Raises: `UNFIT`.
+    """
+    if base is None:
+        base = {"defaultAction": ALLOW, "architectures": list(ARCHITECTURES[machine])}
+    names = [*LENGTHS, *(("sendmsg", "sendmmsg") if datagrams else ())]
+    rules, allowed = _without(base, names)
+    for name in names:
+        if name not in allowed:
+            raise OciError(f"{name} is not allowed by itself: its calls could not be held")
+        rules += [_rule(name, NOTIFY, each) for each in _internet(name)]
+        if base["defaultAction"] != ALLOW and name in LENGTHS:
+            rules += [_rule(name, ALLOW, each) for each in _others(LENGTHS[name])]
+    made = {**base, "syscalls": rules, "listenerPath": listener}
+    made["listenerMetadata"] = f"ipsecgate hold={hold:.3f}"
+    if flags:
+        made["flags"] = [*dict.fromkeys([*base.get("flags", ()), *FLAGS])]
+    return made
+
+
+def _without(base: Json, names: Sequence[str]) -> tuple[list[Json], set[str]]:
+    """Return the rules of a profile that are not about `names`, and which of these it allowed.
+
+    What is allowed only under conditions, or forbidden, is no call that could be held.
+    """
+    if base.get("listenerPath"):
+        raise OciError("the profile has a listener already")
+    allowed = set(names) if base["defaultAction"] == ALLOW else set()
+    rules: list[Json] = []
+    for rule in base.get("syscalls") or ():
+        ours = [name for name in rule["names"] if name in names]
+        if ours and (
+            rule["action"] != ALLOW or any(map(rule.get, ("args", "includes", "excludes")))
+        ):
+            raise OciError(f"the profile has a rule of its own for {', '.join(ours)}")
+        allowed.update(ours)
+        others = [name for name in rule["names"] if name not in names]
+        if others:
+            rules.append({**rule, "names": others})
+    return rules, allowed
+
+
+def _rule(name: str, action: str, condition: Json | None) -> Json:
+    return {"names": [name], "action": action, "args": [condition] if condition else []}
+
+
+def _internet(name: str) -> list[Json | None]:
+    """Return the conditions under which a call is held; None: always."""
+    if name not in LENGTHS:
+        return [None]
+    return [_masked(LENGTHS[name], length, LOW_HALF) for length in INET_LENGTHS]
+
+
+def _others(index: int) -> Iterator[Json]:
+    """Yield conditions of which every length but `INET_LENGTHS` meets one.
+
+    libseccomp has no "and" over one argument, but a mask: blocks of 2^n values it is.
+    """
+    yield {"index": index, "value": (1 << BITS) - 1, "op": "SCMP_CMP_GT"}
+    for first, mask in blocks(INET_LENGTHS):
+        yield _masked(index, first, mask)
+
+
+def _masked(index: int, value: int, mask: int) -> Json:
+    return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
+
+
+def blocks(without: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first value and the mask of each block; together all of `BITS` bits but some."""
+    todo = [(0, BITS)]
+    while todo:
+        first, bits = todo.pop()
+        if not any(first <= value < first + (1 << bits) for value in without):
+            yield first, LOW_HALF + 1 - (1 << bits)
+        elif bits:
+            todo += [(first, bits - 1), (first + (1 << bits - 1), bits - 1)]
+
+
+# --- the message ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A container: its process, for how long that one's calls are held.
+
+    `pid` 0: not told, as by `crun exec`.
+    `listener` is the place of the seccomp listener among the descriptors that came along.
+    """
+
+    name: str
+    pid: int
+    hold: float
+    listener: int
+
+
+def container(raw: bytes) -> Container | None:
+    """Read a container process state; None while its end is missing. Raises: OciError."""
+    if len(raw) > MESSAGE_LIMIT:
+        raise OciError(f"a message of more than {MESSAGE_LIMIT} bytes")
+    try:
+        state = json.loads(raw)
+    except ValueError:
+        return None
+    except RecursionError as error:
+        raise OciError("the message is no container process state") from error
+    if not isinstance(state, dict):
+        raise OciError("the message is no container process state")
+    pid, name = state.get("pid"), _of(state.get("state"), "id")
+    fds, metadata = state.get("fds"), state.get("metadata", "")
+    if type(pid) is not int or pid < 0 or not isinstance(name, str) or not name.isprintable():
+        raise OciError("the container has no process, or no name")
+    if not isinstance(fds, list) or fds.count(LISTENER) != 1:
+        raise OciError(f"the container {name} brings no {LISTENER}, or several")
+    found = METADATA.fullmatch(metadata) if isinstance(metadata, str) else None
+    if metadata and found is None:
+        raise OciError(f"the container {name} has a profile of somebody else's")
+    hold = float(found[1]) if found else HOLD
+    if hold > HOLD_LONGEST:
+        raise OciError(f"the container {name} asks to be held for ever")
+    return Container(name, pid, hold, fds.index(LISTENER))
+
+
+def _of(state: object, key: str) -> object:
+    return state.get(key) if isinstance(state, Mapping) else None

@@ -1,0 +1,190 @@
+"""seccomp user notification as bytes: the filter, what it reports, what is answered.
+
+    connect(), sendto()  -> reported if the address is as long as an Internet one: a
+                            filter sees numbers, never what a pointer points to
+    sendmsg(), sendmmsg()  -> reported always, where datagrams are asked for
+
+Rules of this module: a foreign architecture or x32 is let go, like everything that is
+not understood. Nothing is opened by that: the hooks are asked whichever way a call came.
+
+Source: seccomp_unotify(2); linux/seccomp.h, linux/filter.h, linux/audit.h.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+
+from ipsecgate.core.model.flow import Address, unmap
+
+
+@dataclass(frozen=True, slots=True)
+class Abi:
+    """A machine's AUDIT_ARCH_ number, and those of its system calls."""
+
+    arch: int
+    seccomp: int
+    connect: int
+    sendto: int
+    sendmsg: int
+    sendmmsg: int
+
+
+ABIS = {
+    "x86_64": Abi(0xC000003E, 317, connect=42, sendto=44, sendmsg=46, sendmmsg=307),
+    "aarch64": Abi(0xC00000B7, 277, connect=203, sendto=206, sendmsg=211, sendmmsg=269),
+}
+
+# struct sockaddr_in, sockaddr_in6 and sockaddr_storage.
+INET_LENGTHS = (16, 28, 128)
+AF_UNSPEC, AF_INET, AF_INET6 = 0, 2, 10
+
+RET_ALLOW, RET_USER_NOTIF = 0x7FFF0000, 0x7FC00000
+LOAD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+NR, ARCH, ARGUMENTS = 0, 4, 16  # in struct seccomp_data
+
+ERESTARTNOINTR = 513  # linux/errno.h, of the kernel alone: after the handler, call again
+NOTIFICATION = struct.Struct("=QIIiIQ6Q")
+RESPONSE = struct.Struct("=QqiI")
+CONTINUE = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
+
+_INSTRUCTION = struct.Struct("=HBBI")
+_NAME = struct.Struct("=QI")  # how struct msghdr, and so struct mmsghdr, begins
+
+Read = Callable[[int, int], bytes]
+"""Reads so many bytes of the caller's memory; what is not there is left out."""
+
+
+class NotificationError(ValueError):
+    """Bytes that no kernel can have written."""
+
+
+def program(abi: Abi, *, datagrams: bool = False) -> bytes:
+    """Return the filter as struct sock_filter[]; `datagrams`: sendmsg() and sendmmsg(), too."""
+    lines = [
+        (LOAD, 0, 0, ARCH),
+        (JUMP_EQUAL, 1, 0, abi.arch),
+        (RETURN, 0, 0, RET_ALLOW),
+        (LOAD, 0, 0, NR),
+        *_if_internet(abi.connect, 2),
+        *_if_internet(abi.sendto, 5),
+    ]
+    for number in (abi.sendmsg, abi.sendmmsg) if datagrams else ():
+        lines += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, RET_USER_NOTIF)]
+    lines.append((RETURN, 0, 0, RET_ALLOW))
+    return b"".join(_INSTRUCTION.pack(*line) for line in lines)
+
+
+def _if_internet(number: int, argument: int) -> Sequence[tuple[int, int, int, int]]:
+    """Report a call if the argument, an address length, is one of `INET_LENGTHS`."""
+    lengths = [
+        (JUMP_EQUAL, left, 0, length) for left, length in zip((3, 2, 1), INET_LENGTHS, strict=True)
+    ]
+    return [
+        (JUMP_EQUAL, 0, 6, number),
+        (LOAD, 0, 0, ARGUMENTS + 8 * argument),  # the low half: both machines are little-endian
+        *lengths,
+        (RETURN, 0, 0, RET_ALLOW),
+        (RETURN, 0, 0, RET_USER_NOTIF),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """A call that waits for an answer; `pid` is the calling thread's."""
+
+    id: int
+    pid: int
+    nr: int
+    arch: int
+    args: tuple[int, ...]
+
+    @property
+    def fd(self) -> int:
+        """Return the socket's descriptor, in the caller: the first argument of each."""
+        return self.args[0] & 0xFFFFFFFF
+
+
+def notification(raw: bytes) -> Notification:
+    """Read struct seccomp_notif. Raises: NotificationError."""
+    if len(raw) != NOTIFICATION.size:
+        raise NotificationError(f"notification of {len(raw)} bytes, not {NOTIFICATION.size}")
+    ident, pid, _flags, nr, arch, _ip, *args = NOTIFICATION.unpack(raw)
+    return Notification(ident, pid, nr, arch, tuple(args))
+
+
+def packed(call: Notification) -> bytes:
+    """Return what `notification` reads."""
+    return NOTIFICATION.pack(call.id, call.pid, 0, call.nr, call.arch, 0, *call.args)
+
+
+def response(ident: int, error: int | None) -> bytes:
+    """Return struct seccomp_notif_resp: fail with an errno, or None: go on."""
+    return RESPONSE.pack(ident, 0, -(error or 0), CONTINUE if error is None else 0)
+
+
+def destination(call: Notification, abi: Abi, read: Read) -> tuple[Address, int] | None:
+    """Return the address and port that a call names; None where it names none on the Internet.
+
+    Of sendmmsg()'s messages the first: it returns how many went, and the caller makes
+    another call for the one that was refused.
+    """
+    if call.arch != abi.arch:
+        return None  # a container's filter may report those, too
+    if call.nr == abi.connect:
+        where, length = call.args[1:3]
+    elif call.nr == abi.sendto:
+        where, length = call.args[4:6]
+    elif call.nr not in (abi.sendmsg, abi.sendmmsg):
+        return None
+    else:
+        header = read(call.args[1], _NAME.size)
+        if len(header) < _NAME.size:
+            return None  # the kernel will say EFAULT
+        where, length = _NAME.unpack(header)
+    length = min(length & 0xFFFFFFFF, max(INET_LENGTHS))
+    if not where or length < min(INET_LENGTHS):
+        return None
+    return sockaddr(read(where, length), to_send=call.nr != abi.connect)
+
+
+def sockaddr(raw: bytes, *, to_send: bool = False) -> tuple[Address, int] | None:
+    """Read struct sockaddr_in or sockaddr_in6, v4-mapped to IPv4; None for any other.
+
+    connect() takes AF_UNSPEC for "disconnect", what sends for AF_INET.
+    """
+    if len(raw) < 16:
+        return None
+    (family,), (port,) = struct.unpack_from("=H", raw), struct.unpack_from("!H", raw, 2)
+    if family == AF_INET or (family == AF_UNSPEC and to_send):
+        return IPv4Address(raw[4:8]), port
+    if family == AF_INET6 and len(raw) >= 24:
+        return unmap(IPv6Address(raw[8:24])), port
+    return None
+
+
+def has_signal(status: str) -> bool:
+    """Tell from /proc/TID/status whether the thread will surely run a signal handler.
+
+    A signal for the whole process may be another thread's to handle: it counts
+    where there is no other. Source: proc(5).
+    """
+    pending, shared, blocked, caught, threads = (
+        int(_word(status, name), 16) for name in ("SigPnd", "ShdPnd", "SigBlk", "SigCgt", "Threads")
+    )
+    return bool((pending | (shared if threads == 1 else 0)) & caught & ~blocked)
+
+
+def thread_group(status: str) -> int:
+    """Return from /proc/TID/status the pid of the process's first thread."""
+    return int(_word(status, "Tgid", "[0-9]{1,10}"))
+
+
+def _word(status: str, name: str, digits: str = "[0-9a-f]{1,16}") -> str:
+    found = re.search(rf"^{name}:\s*({digits})$", status, re.MULTILINE)
+    if found is None:
+        raise NotificationError(f"no {name} in a thread's status")
+    return found[1]

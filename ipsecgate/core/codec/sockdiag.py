@@ -1,0 +1,81 @@
+"""Sockets that stand: how the kernel lists those that are connected, and ends one.
+
+Rules of this module: bytes in, values out; only TCP and UDP, only sockets with a peer.
+
+Source: linux/inet_diag.h (struct inet_diag_req_v2, inet_diag_msg), linux/sock_diag.h.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from socket import AF_INET, AF_INET6
+
+from ipsecgate.core.codec.netlink import encode_ask, encode_dump, messages
+from ipsecgate.core.model.flow import TCP, UDP, Address, Flow, unmap
+
+SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
+INET_DIAG_MARK, INET_DIAG_CGROUP_ID = 15, 21
+# All but TIME_WAIT, CLOSE and LISTEN, which have nothing more to say: tcp_states.h.
+CONNECTED = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11, 12))
+KINDS = tuple((family, protocol) for family in (AF_INET, AF_INET6) for protocol in (TCP, UDP))
+
+_REQUEST = struct.Struct("=BBBBI")  # family, protocol, attributes, padding, states; then the id
+_ID = struct.Struct("!HH16s16s")  # ports, addresses; then interface and cookie, 48 bytes in all
+_ID_SIZE = 48
+_MESSAGE_SIZE = 4 + _ID_SIZE + 20
+_U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A connected socket: its flow, the id of its cgroup (None: not told), its name in netlink."""
+
+    flow: Flow
+    cgroup: int | None
+    family: int
+    id: bytes
+
+
+def encode_listing(family: int, protocol: int, sequence: int) -> bytes:
+    """Encode a request for the connected sockets of a family and protocol."""
+    body = _REQUEST.pack(family, protocol, 0, 0, CONNECTED) + bytes(_ID_SIZE)
+    return encode_dump(SOCK_DIAG_BY_FAMILY, body, sequence)
+
+
+def encode_destroy(socket: Standing, sequence: int) -> bytes:
+    """Encode the end of a socket: what it is doing fails with ECONNABORTED."""
+    body = _REQUEST.pack(socket.family, socket.flow.proto, 0, 0, CONNECTED) + socket.id
+    return encode_ask(SOCK_DESTROY, body, sequence)
+
+
+def decode_listing(protocol: int, datagram: bytes) -> Iterator[Standing]:
+    """Yield the sockets of a listing. Raises: DecodeError."""
+    for message in messages(datagram):
+        if message.type != SOCK_DIAG_BY_FAMILY:
+            continue
+        at = message.structure(_MESSAGE_SIZE, "inet_diag_msg")
+        family = datagram[at]
+        if family not in (AF_INET, AF_INET6):
+            raise message.bad("idiag_family", at)
+        raw = datagram[at + 4 : at + 4 + _ID_SIZE]
+        sport, dport, src, dst = _ID.unpack_from(raw)
+        attributes = message.attributes(_MESSAGE_SIZE)
+        mark = message.payload(attributes, INET_DIAG_MARK, _U32.size, "INET_DIAG_MARK")
+        cgroup = message.payload(attributes, INET_DIAG_CGROUP_ID, _U64.size, "INET_DIAG_CGROUP_ID")
+        flow = Flow(
+            daddr=_address(family, dst),
+            proto=protocol,
+            dport=dport,
+            saddr=_address(family, src),
+            sport=sport,
+            mark=0 if mark is None else _U32.unpack_from(datagram, mark)[0],
+        )
+        told = None if cgroup is None else _U64.unpack_from(datagram, cgroup)[0]
+        yield Standing(flow, told, family, raw)
+
+
+def _address(family: int, raw: bytes) -> Address:
+    return IPv4Address(raw[:4]) if family == AF_INET else unmap(IPv6Address(raw))

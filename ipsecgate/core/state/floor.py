@@ -1,0 +1,129 @@
+"""The host's floor: XFRM policies that block, behind all others, what no SA may leave without.
+
+For the networks of the protect policies, whatever process sends; a bypass policy before one is a
+policy that allows. They stand at the far end of the priorities in the operator's order, so any
+policy of the IKE daemon wins over them, and its sockets have policies of their own.
+
+Rules of this module: what is ours is told by its priority and by the tag in the host bits of its
+source, which is a network of 0 bits and so matches every address. The kernel takes policies of
+one selector for one, whatever their priorities: the tag keeps ours apart from everybody's.
+
+Source: linux/xfrm.h; xfrm_policy_insert_list(), selector_cmp().
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_network
+from zlib import crc32
+
+from ipsecgate.core.codec.netlink import encode_ask
+from ipsecgate.core.codec.xfrm import DELPOLICY, POLICY_BLOCK, UPDPOLICY
+from ipsecgate.core.model.flow import ANY_V6, PORT_MASK, Network
+from ipsecgate.core.model.ipsec import Action, Direction, SpdEntry
+from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.tables.table import port_masks
+
+PRIORITY = 0xFFFF_0000
+_LAST = 0xFFFF
+
+ICMPV6 = 58
+# Neighbour discovery's types 133 to 136, in the two aligned blocks that hold them.
+NEIGHBOURS = ((132, PORT_MASK & ~3), (136, PORT_MASK))
+LOOPBACK = ip_network("::1/128")  # unlike 127.0.0.1, the kernel asks its policies about it
+
+_FAMILY = {4: 2, 6: 10}
+_SELECTOR = struct.Struct("!16s16sHHHH")  # and then, in host order:
+_REST = struct.Struct("=HBBB3xiI")
+_LIFETIME = struct.pack("=8Q", *([2**64 - 1] * 4), *([0] * 4))  # XFRM_INF; no times
+_POLICY = struct.Struct("=IIBBBB4x")
+_POLICY_ID = struct.Struct("=IB3x")
+
+
+@dataclass(frozen=True, slots=True)
+class FloorPolicy:
+    """One policy of the floor; `place` orders them."""
+
+    place: int
+    block: bool
+    dst: Network
+    proto: int = 0
+    sport: tuple[int, int] = (0, 0)
+    dport: tuple[int, int] = (0, 0)
+
+
+def tag_of(instance: str) -> int:
+    """Return what an instance's policies are known by; never 0."""
+    return crc32(f"ipsecgate/{instance}".encode()) | 1
+
+
+def floor_of(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
+    """Return the floor under these policies."""
+    found: list[FloorPolicy] = []
+    for place, policy in enumerate(policies, 1):
+        if policy.action is Action.DISCARD:
+            continue  # nobody is promised anything about processes that are not gated
+        block = policy.action is Action.PROTECT
+        for network in policy.remote:
+            for value, mask in port_masks(*policy.ports):
+                dport = (value & mask, mask)
+                found.append(
+                    FloorPolicy(min(place, _LAST), block, network, policy.proto, dport=dport)
+                )
+    if not any(one.block for one in found):
+        return ()
+    if any(one.block and one.dst.version == 6 for one in found):
+        found[:0] = [
+            FloorPolicy(0, False, LOOPBACK),
+            *(FloorPolicy(0, False, ANY_V6, ICMPV6, sport=types) for types in NEIGHBOURS),
+        ]
+    return tuple(dict.fromkeys(found))
+
+
+def is_floor(entry: SpdEntry) -> bool:
+    """Tell whether a policy is a floor's, whichever instance's."""
+    key = entry.key
+    ours = key.direction is Direction.OUT and key.host_bits[0] != 0
+    return ours and entry.priority >= PRIORITY and not entry.templates
+
+
+def ours(entry: SpdEntry, tag: int) -> FloorPolicy | None:
+    """Return a policy of this floor as it was made, None for anybody else's."""
+    sel = entry.key.selector
+    if not is_floor(entry) or entry.key.host_bits != (tag, 0) or sel.src.prefixlen:
+        return None
+    return FloorPolicy(
+        entry.priority - PRIORITY,
+        entry.action is Action.DISCARD,
+        sel.dst,
+        sel.proto,
+        (sel.sport, sel.sport_mask),
+        (sel.dport, sel.dport_mask),
+    )
+
+
+def encode_set(one: FloorPolicy, tag: int, sequence: int) -> bytes:
+    """Encode XFRM_MSG_UPDPOLICY, which adds a policy or replaces it."""
+    action = POLICY_BLOCK if one.block else 0
+    tail = _POLICY.pack(PRIORITY + one.place, 0, Direction.OUT, action, 0, 0)
+    body = _selector(one, tag) + _LIFETIME + bytes(32) + tail
+    return encode_ask(UPDPOLICY, body, sequence)
+
+
+def encode_delete(one: FloorPolicy, tag: int, sequence: int) -> bytes:
+    """Encode XFRM_MSG_DELPOLICY, by selector."""
+    body = _selector(one, tag) + _POLICY_ID.pack(0, Direction.OUT)
+    return encode_ask(DELPOLICY, body, sequence)
+
+
+def _selector(one: FloorPolicy, tag: int) -> bytes:
+    """Return struct xfrm_selector, 56 bytes."""
+    size = one.dst.max_prefixlen // 8
+    return _SELECTOR.pack(
+        one.dst.network_address.packed.ljust(16, b"\0"),
+        tag.to_bytes(size).ljust(16, b"\0"),
+        *one.dport,
+        *one.sport,
+    ) + _REST.pack(_FAMILY[one.dst.version], one.dst.prefixlen, 0, one.proto, 0, 0)

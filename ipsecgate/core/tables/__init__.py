@@ -1,0 +1,1 @@
+"""What the hooks search: their maps' layout, and rules compiled into tables."""

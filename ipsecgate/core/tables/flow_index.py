@@ -1,0 +1,70 @@
+"""Flows that somebody waits for, found by what changed in the hooks' SPD table.
+
+Rules of this module: a change that concerns none of them costs nothing for each of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.tables.layout import Key
+from ipsecgate.core.tables.table import Ternary
+
+MASKS = 64  # by which the flows are indexed; then the indexes are made anew
+
+
+class FlowIndex:
+    """A set of flows; `key_of` says under which key the hooks look one up, None: unknown."""
+
+    def __init__(self, key_of: Callable[[Flow], Key | None]) -> None:
+        self._key_of = key_of
+        self._keys: dict[Flow, Key | None] = {}
+        self._times: Counter[Flow] = Counter()
+        self._indexes: dict[Key, dict[Key, set[Flow]]] = {}  # by mask, by what it keeps of a key
+
+    def add(self, flow: Flow) -> None:
+        """Watch a flow, once more if it is watched."""
+        self._times[flow] += 1
+        if flow not in self._keys:
+            self._keys[flow] = key = self._key_of(flow)
+            for mask, index in self._indexes.items():
+                if key is not None:
+                    index.setdefault(key.masked(mask), set()).add(flow)
+
+    def discard(self, flow: Flow) -> None:
+        """Watch it once less."""
+        self._times[flow] -= 1
+        if self._times[flow] > 0:
+            return
+        del self._times[flow]
+        key = self._keys.pop(flow)
+        for mask, index in self._indexes.items():
+            if key is not None:
+                index[key.masked(mask)].discard(flow)
+                if not index[key.masked(mask)]:
+                    del index[key.masked(mask)]
+
+    def route_anew(self) -> None:
+        """The sources are others, and so may be any key."""
+        self._keys = {flow: self._key_of(flow) for flow in self._keys}
+        self._indexes.clear()
+
+    def among(self, regions: Iterable[Ternary]) -> set[Flow]:
+        """Return the flows that lie in one of these regions."""
+        found: set[Flow] = set()
+        for region in regions:
+            found |= self._index(region.mask).get(region.value, set())
+        return found
+
+    def _index(self, mask: Key) -> dict[Key, set[Flow]]:
+        if mask not in self._indexes:
+            if len(self._indexes) >= MASKS:
+                self._indexes.clear()
+            index: dict[Key, set[Flow]] = {}
+            for flow, key in self._keys.items():
+                if key is not None:
+                    index.setdefault(key.masked(mask), set()).add(flow)
+            self._indexes[mask] = index
+        return self._indexes[mask]

@@ -1,0 +1,39 @@
+"""The operator's policies as rules of the hooks' policy table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ipsecgate.core.model.ipsec import Action
+from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.tables.layout import Entry, State
+from ipsecgate.core.tables.table import Rule, Ternary, port_masks, ternary
+
+STATES = {
+    Action.PROTECT: State.PROTECT,
+    Action.BYPASS: State.BYPASS,
+    Action.DISCARD: State.DISCARD,
+}
+
+
+def matches(policy: Policy) -> list[Ternary]:
+    """Return the flows that a policy names, in the hook's form."""
+    return [
+        ternary(network, proto=policy.proto, dport=block)
+        for network in policy.remote
+        for block in port_masks(*policy.ports)
+    ]
+
+
+def policy_rules(policies: Iterable[Policy], errors: Mapping[int, int]) -> list[Rule]:
+    """Return the rules of the hook's policy table; `errors` by the policy's place."""
+    return [
+        rule_of(policy, place, match, errors.get(place, 0))
+        for place, policy in enumerate(policies)
+        for match in matches(policy)
+    ]
+
+
+def rule_of(policy: Policy, place: int, match: Ternary, error: int = 0) -> Rule:
+    """Return the rule of a policy for these flows."""
+    return Rule(match, Entry(STATES[policy.action], error, place))

@@ -1,0 +1,1 @@
+"""The hooks: compiled, loaded, pinned, and their maps read and written through libbpf."""

@@ -1,0 +1,158 @@
+"""The hooks' bytecode, compiled ahead of time and kept by a hash of what made it.
+
+The compiler (`compiler`) runs as a process of its own: LLVM takes 60 MiB and a
+chdir(), and a warm start needs neither. A cached file must be one that no other
+user can change (see `trust`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import struct
+import sys
+from base64 import b64decode, b64encode
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ipsecgate import trust
+from ipsecgate.edges.bpf.libbpf import INSN_SIZE, MapShape
+from ipsecgate.errors import GateError, KernelLacksError
+
+log = logging.getLogger("ipsecgate")
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_LIBBCC = "libbcc.so.0"
+_COMPILER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ipsecgate.edges.bpf.compiler import main
+main(sys.argv[2])
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Instructions, and which of them (by index) load which map's descriptor."""
+
+    insns: bytes
+    maps: Mapping[int, str]
+
+    def linked(self, fds: Mapping[str, int]) -> bytes:
+        """Return the instructions with each map reference set to a descriptor."""
+        code = bytearray(self.insns)
+        for index, name in self.maps.items():
+            struct.pack_into("=i", code, index * INSN_SIZE + 4, fds[name])
+        return bytes(code)
+
+
+@dataclass(frozen=True, slots=True)
+class Bytecode:
+    """Everything the loader needs: programs by hook and maps by name."""
+
+    programs: Mapping[str, Program]
+    maps: Mapping[str, MapShape]
+
+    def to_json(self) -> str:
+        """Serialise for the cache."""
+        programs = {
+            name: {
+                "insns": b64encode(p.insns).decode(),
+                "maps": {str(i): m for i, m in p.maps.items()},
+            }
+            for name, p in self.programs.items()
+        }
+        return json.dumps(
+            {"programs": programs, "maps": {n: asdict(s) for n, s in self.maps.items()}}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Bytecode:
+        """Read what `to_json` wrote. Raises: ValueError, KeyError, TypeError."""
+        data = json.loads(text)
+        programs = {
+            name: Program(b64decode(p["insns"]), {int(i): m for i, m in p["maps"].items()})
+            for name, p in data["programs"].items()
+        }
+        return cls(programs, {name: MapShape(**shape) for name, shape in data["maps"].items()})
+
+
+def source_dir() -> Path:
+    """Return the folder of the C sources: packaged, or the checkout's bpf/."""
+    packaged = _PACKAGE / "_bpf"
+    return packaged if packaged.is_dir() else _PACKAGE.parent / "bpf"
+
+
+def compiler_version() -> str:
+    """Return libbcc's file version, "" where BCC is not installed."""
+    libraries = sorted(Path("/usr/lib").glob(f"*/{_LIBBCC}"))
+    return libraries[0].resolve().name if libraries else ""
+
+
+def cache_key() -> str:
+    """Hash of the sources, their compiler and the machine's architecture."""
+    digest = hashlib.sha256(f"{compiler_version()} {platform.machine()}\n".encode())
+    for path in sorted(source_dir().rglob("*.[ch]")):
+        digest.update(f"{path.relative_to(source_dir())}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def get(cache: Path) -> Bytecode:
+    """Return the bytecode, from the cache folder or compiled into it.
+
+    Raises: KernelLacksError without BCC, GateError if compiling fails.
+    """
+    path = cached(cache)
+    if path.is_file():
+        trust.folder(path.parent)
+        try:
+            return Bytecode.from_json(trust.read(path))
+        except (ValueError, KeyError, TypeError):
+            path.unlink()  # cut short by a full disk, say: make it again
+    bytecode = compiled()
+    _keep(path, bytecode)
+    return bytecode
+
+
+def cached(cache: Path) -> Path:
+    """Return the file in which the cache folder has this version's bytecode, or would have it."""
+    return cache / f"{cache_key()}.json"
+
+
+def compiled() -> Bytecode:
+    """Compile the hooks. Raises: KernelLacksError without BCC, GateError if it fails."""
+    if not compiler_version():
+        raise KernelLacksError(
+            "the hooks are not compiled yet and BCC is not installed",
+            hint="apt install python3-bpfcc",
+        )
+    sources = str(source_dir())
+    # Isolated: neither the current folder nor PYTHONPATH decides which modules root runs.
+    run = trust.run(
+        [sys.executable, "-I", "-c", _COMPILER, str(_PACKAGE.parent), sources],
+        {"BCC_KERNEL_SOURCE": sources},
+    )
+    if run.returncode:
+        last = "\n".join(run.stderr.strip().splitlines()[-12:])
+        raise GateError(
+            f"compiling the hooks failed:\n{last}",
+            hint="python3-bpfcc must be importable: use a venv made with --system-site-packages",
+        )
+    return Bytecode.from_json(run.stdout)
+
+
+def _keep(path: Path, bytecode: Bytecode) -> None:
+    aside = path.with_suffix(f".{os.getpid()}")
+    try:
+        trust.folder(path.parent)
+        aside.write_text(bytecode.to_json())
+        aside.replace(path)
+    except OSError as error:  # a full disk, say: the next start compiles again
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        log.warning("cannot keep the compiled hooks in %s: %s", path.parent, error.strerror)

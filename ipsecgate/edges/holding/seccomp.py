@@ -1,0 +1,228 @@
+"""seccomp's user notification, one thin wrapper a call; each explains its own errors.
+
+Source: seccomp(2), seccomp_unotify(2), pidfd_getfd(2), process_vm_readv(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import socket
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+from ipsecgate.core.codec.seccomp import ABIS, Abi, has_signal, response, thread_group
+from ipsecgate.core.model.flow import Address, parse_address
+from ipsecgate.errors import GateError, KernelLacksError
+
+# linux/seccomp.h
+SET_MODE_FILTER = 1
+NEW_LISTENER, WAIT_KILLABLE_RECV = 1 << 3, 1 << 5
+RECEIVE, SEND, ID_VALID = 0xC0502100, 0xC0182101, 0x40082102  # the ioctls
+# The same on every machine since Linux 5.1.
+PIDFD_GETFD = 438
+PIDFD_THREAD = os.O_EXCL  # Linux 6.9: any thread's, not only the first one's
+
+SO_MARK, SO_DOMAIN, SO_NETNS_COOKIE = 36, 39, 71  # asm-generic/socket.h
+IPPROTO_MPTCP = 262
+LISTENER_NAME = "anon_inode:seccomp notify"
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Program(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("lines", ctypes.c_char_p))
+
+
+class _Vector(ctypes.Structure):
+    """struct iovec."""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+@cache
+def abi() -> Abi:
+    """Return this machine's numbers. Raises: KernelLacksError."""
+    machine = platform.machine()
+    if machine not in ABIS:
+        raise KernelLacksError(
+            f"system calls cannot be held on {machine}", hint=f"only on {', '.join(ABIS)}"
+        )
+    return ABIS[machine]
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def install(program: bytes) -> int:
+    """Put this thread and all that it starts under a filter; return the listener, close-on-exec.
+
+    A call that was taken for a look waits there for the answer: no signal that has a
+    handler ends it. Raises: GateError, KernelLacksError.
+    """
+    filters = _Program(len(program) // 8, program)
+    flags = NEW_LISTENER | WAIT_KILLABLE_RECV
+    number = abi().seccomp
+    try:
+        return _check(
+            _libc.syscall(number, SET_MODE_FILTER, flags, ctypes.byref(filters)), "seccomp"
+        )
+    except OSError as error:
+        match error.errno:
+            case errno.EBUSY:
+                raise GateError(
+                    "the calls of this process are held by somebody already",
+                    hint="one seccomp listener a process tree: not `exec` inside of `exec`, or "
+                    "of a container with a listener",
+                ) from error
+            case errno.EACCES:
+                raise GateError(
+                    "a seccomp filter needs CAP_SYS_ADMIN", hint="run it as root"
+                ) from (error)
+            case errno.EINVAL | errno.ENOSYS:
+                raise KernelLacksError(
+                    "the kernel cannot hold system calls",
+                    hint="Linux 5.19 or newer with CONFIG_SECCOMP_FILTER",
+                ) from error
+        raise GateError(f"cannot install the filter: {error.strerror}") from error
+
+
+def is_listener(fd: int) -> bool:
+    """Tell whether a descriptor is a listener."""
+    return str(Path(f"/proc/self/fd/{fd}").readlink()) == LISTENER_NAME
+
+
+def receive(listener: int, buffer: int) -> bool:
+    """Have the kernel write struct seccomp_notif to an address of ours, zero until now.
+
+    False: the caller went away meanwhile. Waits where there is none: poll first.
+    Raises: OSError.
+    """
+    if _libc.ioctl(listener, RECEIVE, ctypes.c_void_p(buffer)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOENT, errno.EINTR):
+        return False
+    raise OSError(number, f"seccomp listener: {os.strerror(number)}")
+
+
+def answer(listener: int, ident: int, error: int | None) -> None:
+    """Answer a call; one that nobody waits for any more is none. Raises: OSError."""
+    with suppress(FileNotFoundError):
+        fcntl.ioctl(listener, SEND, response(ident, error))
+
+
+def is_waiting(listener: int, ident: int) -> bool:
+    """Tell whether a call still waits for its answer."""
+    try:
+        fcntl.ioctl(listener, ID_VALID, ident.to_bytes(8, sys.byteorder))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read(pid: int, address: int, length: int) -> bytes:
+    """Read another process's memory; what is not mapped there is left out. Raises: OSError."""
+    buffer = ctypes.create_string_buffer(length)
+    here = _Vector(ctypes.addressof(buffer), length)
+    there = _Vector(address, length)
+    copied = _libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+    return buffer.raw[: _check(copied, "process_vm_readv")]
+
+
+def take(pid: int, fd: int) -> int:
+    """Return a descriptor of our own for what a thread of another process has open.
+
+    Raises: OSError; EBADF where the thread has no such descriptor.
+    """
+    process = _open_process(pid)
+    try:
+        return _check(_libc.syscall(PIDFD_GETFD, process, fd, 0), "pidfd_getfd")
+    finally:
+        os.close(process)
+
+
+def _open_process(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid, PIDFD_THREAD)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+    first = thread_group(_status(pid))  # it has the same descriptors
+    return os.pidfd_open(first)
+
+
+def is_interrupted(pid: int) -> bool:
+    """Tell whether a thread that waits will surely run a signal handler."""
+    try:
+        return has_signal(_status(pid))
+    except OSError:
+        return False
+
+
+def _status(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text(errors="replace")
+
+
+@lru_cache(maxsize=256)
+def _bound(host: str) -> Address | None:
+    address = parse_address(host.partition("%")[0])
+    return None if address.is_unspecified else address
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """What of a socket decides about its flows: `saddr` None and `sport` 0: not bound."""
+
+    proto: int
+    saddr: Address | None
+    sport: int
+    mark: int
+    blocking: bool
+    netns: int
+
+
+def look(fd: int) -> Socket:
+    """Look at an Internet socket, and close this descriptor of it.
+
+    Raises: OSError; ValueError if it is none: any socket can be given an Internet address.
+    """
+    try:
+        # Family and type are given, not found out: getsockname() fits any with the longest name.
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
+    with sock:
+        if sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN) not in (socket.AF_INET, socket.AF_INET6):
+            raise ValueError("no Internet socket")
+        proto = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+        mark = sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
+        netns = sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+        blocking = not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+        host, port, *_ = sock.getsockname()
+    return Socket(
+        socket.IPPROTO_TCP if proto == IPPROTO_MPTCP else proto,
+        _bound(host),
+        port,
+        mark,
+        blocking,
+        int.from_bytes(netns, sys.byteorder),
+    )

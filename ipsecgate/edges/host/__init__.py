@@ -1,0 +1,1 @@
+"""The machine: configuration, cgroups, systemd, sockets and files."""

@@ -1,0 +1,113 @@
+"""Find cgroups of the unified hierarchy: by path, systemd unit, container or id."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ipsecgate.edges.host.mounts import mounted
+from ipsecgate.errors import GateError, KernelLacksError, UsageError
+
+
+def root() -> Path:
+    """Return where cgroup2 is mounted. Raises: KernelLacksError."""
+    for path, kind in mounted():
+        if kind == "cgroup2":
+            return path
+    raise KernelLacksError(
+        "no cgroup2 hierarchy is mounted",
+        hint="mount -t cgroup2 cgroup2 /sys/fs/cgroup (`ip netns exec` hides it: use nsenter)",
+    )
+
+
+def find(target: str) -> list[Path]:
+    """Return the cgroups that a target names now: a path, unit:NAME, container:ID.
+
+    Runtimes nest a cgroup of the same name in a container's: the outermost holds all.
+    """
+    if not is_pattern(target):
+        return [Path(target)] if (Path(target) / "cgroup.procs").is_file() else []
+    found = [path for path in walk() if names(target, path)]
+    return [p for p in found if not any(o != p and p.is_relative_to(o) for o in found)]
+
+
+def is_pattern(target: str) -> bool:
+    """Tell whether a target names cgroups by their last name, wherever they are."""
+    return target.startswith(("unit:", "container:"))
+
+
+def names(target: str, path: Path) -> bool:
+    """Tell whether a target names this cgroup, whether there is one or not."""
+    kind, _, name = target.partition(":")
+    match kind:
+        case "unit":
+            return path.name == (name if "." in name else f"{name}.service")
+        case "container":
+            return len(name) >= 6 and name in path.name
+    return path == Path(target)
+
+
+def resolve(target: str) -> Path:
+    """Return the one cgroup that a target names.
+
+    Raises: UsageError if there is none, or more than one.
+    """
+    found = find(target)
+    if not found and not is_pattern(target):
+        raise UsageError(
+            f"{target} is not a cgroup2 folder",
+            hint=f"a path below {root()}, unit:NAME or container:ID",
+        )
+    if len(found) != 1:
+        several = ", ".join(str(p) for p in found[:4])
+        raise UsageError(f"{target} names {len(found)} cgroups{': ' + several if several else ''}")
+    return found[0]
+
+
+def own() -> Path:
+    """Return the cgroup of this process."""
+    return of(os.getpid())
+
+
+def of(pid: int) -> Path:
+    """Return the cgroup of a process. Raises: KernelLacksError, OSError."""
+    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+        number, _, path = line.split(":", 2)
+        if number == "0":
+            return root() / path.strip("/")
+    raise KernelLacksError(f"process {pid} is in no cgroup of the unified hierarchy")
+
+
+def join(cgroup: Path) -> None:
+    """Move this process into a cgroup. Raises: GateError."""
+    try:
+        # One write(2): a buffered one would tell what went wrong when it is too late.
+        fd = os.open(cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, b"0")
+        finally:
+            os.close(fd)
+    except OSError as error:
+        hint = "run it as root"
+        if error.errno == errno.EBUSY:
+            hint = "it has cgroups with resource controllers below it: name one of those"
+        raise GateError(f"cannot join {cgroup}: {error.strerror}", hint=hint) from error
+
+
+def walk() -> Iterator[Path]:
+    """Yield every cgroup, parents first."""
+    for folder, _, _ in os.walk(root()):
+        yield Path(folder)
+
+
+def by_id() -> dict[int, Path]:
+    """Return every cgroup by its id, which is its folder's inode number."""
+    found = {}
+    for path in walk():
+        try:
+            found[path.stat().st_ino] = path
+        except FileNotFoundError:
+            continue  # removed while walking
+    return found

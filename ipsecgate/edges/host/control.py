@@ -1,0 +1,173 @@
+"""The controller's socket: one line of JSON asked, one line of JSON answered.
+
+    {"verb": "status"}  ->  {"ok": {...}}
+                        or  {"error": "...", "hint": "what to do", "code": exit code}
+
+Root only: the socket's mode says so, and each peer's credentials are checked. A verb
+may name a descriptor of the peer's by number: sending it along (SCM_RIGHTS) takes a
+sendmsg(), which may be what the peer has just given up to us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ipsecgate.edges.host.unix_sockets import listening
+from ipsecgate.errors import GateError, NoControllerError, UsageError
+
+REQUEST_LIMIT = 4096
+ANSWER_LIMIT = 16 << 20
+CLIENTS = 64  # at a time, or a quarter of the descriptors: the kernel and IKE need some
+_TIME_LIMIT = 5.0
+_WORK_LIMIT = 60.0  # for a verb that changes something
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked, verb and all, and by which process."""
+
+    words: Mapping[str, Any]
+    pid: int
+
+
+Handler = Callable[[Request], Awaitable[Mapping[str, Any]]]
+Ask = Callable[..., dict[str, Any]]
+
+
+@asynccontextmanager
+async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[None]:
+    """Answer the verbs on a socket while the block runs. Raises: OSError."""
+    tasks: set[asyncio.Task[None]] = set()
+    room = min(CLIENTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+
+    def on_client(client: socket.socket) -> None:
+        if len(tasks) >= room:
+            client.close()
+            return
+        task = asyncio.create_task(_serve(client, verbs))
+        tasks.add(task)
+        task.add_done_callback(on_end)
+
+    def on_end(task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
+        if not task.cancelled():
+            task.result()  # a defect is the loop's, hence the service's
+
+    with listening(path, on_client):
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def _serve(client: socket.socket, verbs: Mapping[str, Handler]) -> None:
+    reader, writer = await asyncio.open_unix_connection(sock=client, limit=REQUEST_LIMIT)
+    try:
+        async with asyncio.timeout(_TIME_LIMIT):
+            line = await reader.readline()
+        answer = await _answer(writer, line, verbs)
+        async with asyncio.timeout(_TIME_LIMIT):
+            writer.write(json.dumps(answer).encode() + b"\n")
+            writer.close()
+            await writer.wait_closed()
+    except (ValueError, OSError, TimeoutError):
+        pass  # a peer that does not speak the protocol, or went away
+    finally:
+        writer.transport.abort()  # close() alone waits for a peer that does not read
+
+
+async def _answer(
+    writer: asyncio.StreamWriter, line: bytes, verbs: Mapping[str, Handler]
+) -> dict[str, Any]:
+    credentials = writer.get_extra_info("socket").getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, 12
+    )
+    pid, uid, _gid = struct.unpack("=iII", credentials)
+    if uid not in (0, os.geteuid()):
+        return {"error": "root only"}
+    try:
+        request = json.loads(line)
+        handler = verbs[request["verb"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {"error": f'expected {{"verb": one of {", ".join(verbs)}}}'}
+    try:
+        async with asyncio.timeout(_WORK_LIMIT):
+            return {"ok": await handler(Request(request, pid))}
+    except GateError as error:
+        return {"error": str(error), "hint": error.hint, "code": error.exit_code}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def ask(path: Path, verb: str, limit: float = _TIME_LIMIT) -> dict[str, Any]:
+    """Ask the controller, return its answer. Raises: NoControllerError, UsageError, GateError."""
+    with connected(path, limit) as asking:
+        return asking(verb)
+
+
+@contextmanager
+def connected(path: Path, limit: float = _TIME_LIMIT) -> Iterator[Ask]:
+    """Connect to the controller, to ask it one thing: the verb, and words by name.
+
+    What asks makes no connect(), and no sendto() with an address. `limit`: seconds.
+    Raises: NoControllerError, here and when it is asked; GateError if it refuses.
+    """
+
+    def asking(verb: str, **words: Any) -> dict[str, Any]:
+        try:
+            sock.sendall(json.dumps({"verb": verb, **words}).encode() + b"\n")
+            with sock.makefile("rb") as stream:
+                line = stream.readline(ANSWER_LIMIT)
+        except OSError as error:
+            raise _nobody(path, error) from error
+        return understood(path, verb, line)
+
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(limit)
+        try:
+            sock.connect(os.fspath(path))
+        except OSError as error:
+            raise _nobody(path, error) from error
+        yield asking
+
+
+def _nobody(path: Path, error: OSError) -> NoControllerError:
+    return NoControllerError(
+        f"no controller answers on {path}: {error.strerror or error}",
+        hint="start it: `ipsecgate run`, or the service `ipsecgate`",
+    )
+
+
+def understood(path: Path, verb: str, line: bytes) -> dict[str, Any]:
+    """Return what the controller's answer holds.
+
+    Raises: NoControllerError, UsageError, GateError.
+    """
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise NoControllerError(f"the controller on {path} hung up") from error
+    match answer:
+        case {"ok": dict(result)}:
+            return result
+        case {"error": str(reason), "hint": str(hint), "code": UsageError.exit_code}:
+            raise UsageError(reason, hint=hint)
+        case {"error": str(reason)}:
+            raise GateError(
+                f"the controller refused {verb}: {reason}", hint=str(answer.get("hint", ""))[:500]
+            )
+    raise GateError(
+        f"the controller on {path} gave an answer that is none",
+        hint="is it of another version? start it again: the hooks refuse meanwhile",
+    )

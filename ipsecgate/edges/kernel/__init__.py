@@ -1,0 +1,1 @@
+"""The kernel over netlink: XFRM, routes, sockets."""

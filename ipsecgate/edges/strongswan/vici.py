@@ -1,0 +1,166 @@
+"""One VICI connection over asyncio: packets of strongSwan's control protocol, nothing more.
+
+Rules of this module: PyPI's `vici` writes packets and messages; its reader, which skips what it
+does not know, and its blocking session are not used. On one connection a command's answer comes
+before the next command is read, and events come in between. A packet longer than VICI allows, or
+one that can't be parsed, ends the connection: what follows it means nothing.
+
+Source: README.md of strongSwan's vici plugin, "Protocol description".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vici import protocol
+
+from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.codec.vici_wire import CMD_RESPONSE, EVENT_CONFIRM, Answer, parse
+from ipsecgate.errors import GateError
+
+MAX_PACKET: int = protocol.Transport.MAX_SEGMENT  # 512 KiB
+OLD = "strongSwan 5.9 or later is needed"
+
+Message = Mapping[str, Any]
+
+_LENGTH = struct.Struct("!I")
+_PEER_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+
+
+class IkeError(GateError):
+    """The IKE daemon can't do what was asked."""
+
+
+class IkeUnreachableError(IkeError):
+    """The connection to the IKE daemon can't be made, or broke."""
+
+
+class IkeRefusedError(IkeError):
+    """The IKE daemon answered "no" to a command."""
+
+
+class ViciConnection:
+    """A connection to the daemon at `path`; made by `open`."""
+
+    def __init__(self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self.path = path
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, path: Path) -> ViciConnection:
+        """Connect. Raises: IkeUnreachableError."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(path, limit=MAX_PACKET)
+        except OSError as error:
+            raise _unreachable(path, error.strerror or str(error)) from error
+        return cls(path, reader, writer)
+
+    @property
+    def peer_pid(self) -> int:
+        """The process that listened on the socket: the daemon's, 0 if it is in no view of ours.
+
+        Source: SO_PEERCRED in unix(7).
+        """
+        sock = self._writer.get_extra_info("socket")
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+        return int(_PEER_CREDENTIALS.unpack(raw)[0])
+
+    def close(self) -> None:
+        """Close without waiting."""
+        self._writer.close()
+
+    def send(self, packet: bytes) -> None:
+        """Queue a packet; requests are small. Raises: IkeUnreachableError."""
+        if self._writer.is_closing():
+            raise _unreachable(self.path, "connection closed")
+        self._writer.write(_LENGTH.pack(len(packet)) + packet)
+
+    async def receive(self) -> Answer:
+        """Wait for a packet. Raises: IkeUnreachableError."""
+        try:
+            (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+            if not 0 < length <= MAX_PACKET:
+                raise ViciError(f"a packet of {length} bytes")
+            return parse(await self._reader.readexactly(length))
+        except asyncio.IncompleteReadError:
+            raise _unreachable(self.path, "the daemon closed the connection") from None
+        except OSError as error:
+            raise _unreachable(self.path, os.strerror(error.errno or 0)) from error
+        except ViciError as error:
+            self.close()
+            raise _unreachable(self.path, f"not understood: {error}") from error
+
+    async def register(self, event: str) -> None:
+        """Ask for an event.
+
+        Raises: IkeRefusedError if the daemon doesn't know it; IkeUnreachableError.
+        """
+        self.send(protocol.Packet.register_event(event))
+        answer = await self._answer([])
+        if answer.kind != EVENT_CONFIRM:
+            raise IkeRefusedError(f"strongSwan has no event {event!r}", hint=OLD)
+
+    async def exchange(
+        self, command: str, message: Message, stream: str | None = None
+    ) -> tuple[Message, list[Message]]:
+        """Run a command; return its answer and the events of that name it streamed.
+
+        Raises: IkeRefusedError if the daemon doesn't know it; IkeUnreachableError.
+        """
+        if stream is not None:
+            await self.register(stream)
+        self.send(protocol.Packet.request(command, protocol.Message.serialize(message)))
+        events: list[Message] = []
+        answer = await self._answer(events)
+        if stream is not None:
+            self.send(protocol.Packet.unregister_event(stream))
+            await self._answer([])
+        if answer.kind != CMD_RESPONSE:
+            raise IkeRefusedError(f"strongSwan has no command {command!r}", hint=OLD)
+        return answer.message, events
+
+    async def request(
+        self, command: str, message: Message, stream: str | None = None
+    ) -> list[Message]:
+        """Run a command; return the events of that name it streamed.
+
+        Raises: IkeRefusedError, with the daemon's own words if it says no; IkeUnreachableError.
+        """
+        answer, events = await self.exchange(command, message, stream)
+        if (reason := refusal(answer)) is not None:
+            raise IkeRefusedError(f"{command}: {reason}", hint="see strongSwan's log")
+        return events
+
+    async def _answer(self, events: list[Message]) -> Answer:
+        while (answer := await self.receive()).event is not None:
+            events.append(answer.message)
+        return answer
+
+
+def refusal(answer: Message) -> str | None:
+    """Return why the daemon says no in an answer, None if it does not."""
+    if answer.get("success", b"yes") == b"yes":
+        return None
+    reason = answer.get("errmsg")
+    return reason.decode(errors="replace") if isinstance(reason, bytes) else "no reason given"
+
+
+def _unreachable(path: Path, reason: str) -> IkeUnreachableError:
+    return IkeUnreachableError(
+        f"strongSwan at {path}: {reason}",
+        hint="is strongSwan running, with the vici plugin and this socket?",
+    )
+
+
+def no_answer(path: Path, limit: float) -> IkeUnreachableError:
+    """Return the error of a daemon that kept silent for that many seconds."""
+    return IkeUnreachableError(
+        f"strongSwan at {path}: no answer in {limit:g} s", hint="is charon hung? see its log"
+    )

@@ -1,0 +1,85 @@
+"""What an application asks for never stands before what the kernel tells."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+
+from ipsecgate.core.gate.event_queue import REFUSALS, SLICE, EventQueue
+from ipsecgate.core.model import events as on
+from tests.unit.test_gate import FLOW, NAME, REFUSED, SA, SOURCES, connected
+
+ASKED = on.FlowRefused | on.CallEvent
+
+
+def refused(number: int) -> on.FlowRefused:
+    return replace(REFUSED, flow=replace(FLOW, daddr=ip_address("10.2.0.0") + number))
+
+
+def called(number: int) -> on.CallMade:
+    return on.CallMade(on.Call(1, number), refused(number).flow, number, 30.0)
+
+
+@pytest.mark.parametrize("ask", [refused, called])
+def test_the_kernel_waits_for_a_slice_at_most(ask: type) -> None:
+    inbox = EventQueue()
+    for number in range(200):
+        inbox.put(ask(number))
+    began = inbox.take()
+    inbox.put(on.SaGone(SA.id))
+    assert len(began) <= SLICE
+    assert inbox.take() == [on.SaGone(SA.id)]
+    inbox.put(on.SaSet(SA))
+    inbox.put(on.SaGone(SA.id))
+    assert inbox.take() == [on.SaSet(SA), on.SaGone(SA.id)], "in order, and at one go"
+
+
+def test_every_source_has_its_turn_and_keeps_its_order() -> None:
+    inbox = EventQueue()
+    told: list[on.Event] = []
+    for number in range(3 * SLICE):
+        for event in (
+            called(number),
+            on.NegotiationFailed(*NAME, f"{number}"),
+            on.TimerFired(on.Timer("limit", "peer", f"{number}")),
+        ):
+            inbox.put(event)
+            told.append(event)
+    kinds = []
+    taken: list[on.Event] = []
+    while slice_ := inbox.take():
+        assert len(slice_) <= SLICE
+        kinds.append(type(slice_[0]))
+        taken += slice_
+    assert len(set(kinds[:3])) == 3, "none waits for another's end"
+    for kind in set(kinds):
+        of_kind = [event for event in told if isinstance(event, kind)]
+        assert [event for event in taken if isinstance(event, kind)] == of_kind
+    assert len(inbox) == 0
+
+
+def test_a_refusal_that_waits_is_not_told_again() -> None:
+    inbox = EventQueue()
+    for port in range(1, 1000):
+        inbox.put(replace(REFUSED, flow=replace(FLOW, sport=port), pid=port))
+    assert len(inbox) == 1
+    inbox.put(replace(REFUSED, policy=1))
+    assert len(inbox) == 2
+    assert len(inbox.take()) == 2
+    inbox.put(REFUSED)
+    assert inbox.take() == [REFUSED]
+
+
+def test_refusals_are_limited_and_nothing_else_is() -> None:
+    inbox = EventQueue()
+    for number in range(2 * REFUSALS):
+        inbox.put(refused(number))
+    assert len(inbox) == REFUSALS
+    for number in range(2 * REFUSALS):
+        inbox.put(called(number))
+    assert len(inbox) == 3 * REFUSALS
+    for event in (SOURCES, connected(), on.CheckDue()):
+        inbox.put(event)
+    assert len(inbox) == 3 * REFUSALS + 3

@@ -1,0 +1,228 @@
+"""A child of which the kernel has lost the half that comes in: told, deleted, but in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.one_way import FIRST
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import PORT_MASK, UDP, Selector
+from ipsecgate.core.model.ipsec import COMP, ESP, Direction, SaId, SpdEntry, SpdKey
+from ipsecgate.core.model.policy import Policy, SaSource, Settings
+from tests.unit.test_gate import (
+    HERE,
+    LISTED,
+    LOCAL,
+    NAME,
+    PEER,
+    PINNED,
+    SA,
+    SOURCES,
+    TRAP,
+    Transcript,
+)
+from tests.unit.test_gate import connected as connected_to
+
+TIMER = on.Timer("half", *NAME)
+FIRED = on.TimerFired(TIMER)
+CHILD = replace(LISTED, unique=3)
+DELETED = do.Terminate(*NAME, 3)
+INBOUND = replace(SA, id=SaId(LOCAL, CHILD.spi_in, ESP), saddr=PEER)
+
+
+def receiving(entry: SpdEntry, **other: object) -> SpdEntry:
+    """What strongSwan makes beside an outbound policy; `other` is in its selector."""
+    template = replace(entry.templates[0], spi=0, saddr=PEER, daddr=LOCAL)
+    back = replace(entry.key.selector.answer, **other)  # type: ignore[arg-type]
+    key = replace(entry.key, selector=back, direction=Direction.IN)
+    return SpdEntry(key, entry.priority, entry.action, (template,))
+
+
+IN = receiving(PINNED)
+STATES = (SA, INBOUND)
+POLICIES = (PINNED, IN)
+CONNECTED = connected_to(CHILD)
+
+
+def story(
+    policies: Iterable[SpdEntry] = POLICIES, *, settings: Settings | None = None
+) -> Transcript:
+    told = Transcript(settings)
+    told.after(on.KernelSnapshot(tuple(policies), STATES), CONNECTED, SOURCES)
+    return told
+
+
+def timers(commands: list[do.Command]) -> list[float]:
+    started = [c for c in commands if isinstance(c, do.StartTimer) and c.timer == TIMER]
+    return [c.seconds for c in started]
+
+
+def deleted(commands: list[do.Command]) -> list[do.Terminate]:
+    return [c for c in commands if isinstance(c, do.Terminate)]
+
+
+def test_a_whole_child_is_left_alone() -> None:
+    whole = story()
+    commands = whole.after(CONNECTED, on.KernelSnapshot(POLICIES, STATES, check=True), FIRED)
+    assert not timers(commands)
+    assert not deleted(commands)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [on.PolicyGone(IN.key), on.SaGone(INBOUND.id)],
+    ids=["policy", "state"],
+)
+def test_half_of_one_is_deleted_and_told(lost: on.XfrmEvent) -> None:
+    half = story()
+    assert half.after(lost) == [], "what leaves is as it was"
+    assert timers(half.after(CONNECTED)) == [FIRST]
+    assert not timers(half.after(CONNECTED)), "the timer runs"
+    told, command = half.after(FIRED)
+    assert command == DELETED
+    assert isinstance(told, do.Log)
+    assert told.level == "warning"
+    assert "peer/net: the kernel has lost the inbound half" in told.text
+    assert half.is_open(), "until IKE deletes it"
+
+
+def test_a_flush_that_met_an_sa_being_installed() -> None:
+    """Found by chaos: the outbound policy comes after it, all that came before is gone."""
+    half = story()
+    half.after(on.PoliciesFlushed(), on.KernelSnapshot((), STATES), on.PolicySet(PINNED))
+    half.after(CONNECTED)
+    assert deleted(half.after(FIRED)) == [DELETED]
+
+
+def test_while_it_is_installed_a_child_is_half_for_a_moment() -> None:
+    begun = Transcript()
+    begun.after(on.KernelSnapshot((TRAP,), (SA,)), CONNECTED, SOURCES)
+    assert timers(begun.after(CONNECTED)) == [], "the first look began it"
+    begun.after(on.SaSet(INBOUND), *(on.PolicySet(entry) for entry in POLICIES))
+    assert not deleted(begun.after(FIRED))
+    assert not timers(begun.after(CONNECTED))
+
+
+def test_its_successor_is_another_child() -> None:
+    half = story()
+    half.after(on.PolicyGone(IN.key), CONNECTED)
+    successor = replace(CHILD, unique=4, spi_in=0x12, spi_out=0xC0FFEE02)
+    half.after(
+        on.SaGone(SA.id),
+        on.SaSet(replace(SA, id=replace(SA.id, spi=successor.spi_out))),
+        connected_to(successor),
+    )
+    assert not deleted(half.after(FIRED))
+
+
+def test_the_one_that_is_half_is_deleted_and_not_its_namesakes() -> None:
+    """A gateway has one connection for many peers."""
+    other = replace(CHILD, unique=9, reqid=2, spi_in=0x22, spi_out=0xC0FFEE22)
+    half = story()
+    half.after(on.SaSet(replace(SA, id=replace(SA.id, spi=other.spi_out), reqid=2)))
+    half.after(connected_to(CHILD, other))
+    assert deleted(half.after(FIRED)) == [do.Terminate(*NAME, 9)]
+
+
+def test_one_that_comes_back_half_is_given_longer_and_then_left_alone() -> None:
+    half = story()
+    half.after(on.PolicyGone(IN.key))
+    pauses, told = [], []
+    for _ in range(6):
+        pauses += timers(half.after(CONNECTED))
+        told += half.after(FIRED)
+    assert pauses == [2, 4, 8, 16]
+    assert deleted(told) == [DELETED] * 3
+    assert isinstance(told[-1], do.Log)
+    assert "left alone" in told[-1].text
+    half.after(on.PolicySet(IN), CONNECTED)
+    assert timers(half.after(on.PolicyGone(IN.key), CONNECTED)) == [FIRST]
+    assert deleted(half.after(FIRED)) == [DELETED]
+
+
+def test_one_that_the_daemon_lists_no_more_is_being_deleted() -> None:
+    """A peer that is silent keeps its SAs in the kernel until it answers."""
+    half = story()
+    half.after(on.PolicyGone(IN.key), CONNECTED, connected_to())
+    assert not deleted(half.after(FIRED))
+    assert not timers(half.after(connected_to()))
+
+
+def test_nobody_is_half_while_the_daemon_is_away() -> None:
+    half = story([PINNED])
+    half.after(on.IkeGone("killed"))
+    assert not deleted(half.after(FIRED))
+
+
+def test_what_need_not_be_protected_is_the_operators_affair() -> None:
+    elsewhere = Policy("elsewhere", (ip_network("10.9.0.0/16"),))
+    for settings in (Settings((elsewhere,)), Settings(audit=True)):
+        half = story([PINNED], settings=settings)
+        assert not timers(half.after(CONNECTED))
+        assert not deleted(half.after(FIRED))
+
+
+def test_policies_that_the_daemon_did_not_make_may_be_one_sided() -> None:
+    """With `policies = no` they are the operator's; only the states are the daemon's."""
+    by_hand = story([TRAP])
+    assert not deleted(by_hand.after(FIRED))
+    by_hand.after(on.SaGone(INBOUND.id), CONNECTED)
+    assert deleted(by_hand.after(FIRED)) == [DELETED]
+
+
+CHOSEN = PINNED.key.selector
+PORTS = replace(CHOSEN, proto=UDP, sport=7, sport_mask=PORT_MASK, dport=53, dport_mask=0xFFF0)
+TYPE = replace(CHOSEN, proto=1, sport=8, sport_mask=PORT_MASK)
+TYPE_0 = replace(CHOSEN, proto=1, sport_mask=PORT_MASK)  # code 0, and named at one end only
+DEVICE = replace(CHOSEN, ifindex=4)
+BACK = {
+    PORTS: replace(CHOSEN.answer, proto=UDP, sport=53, sport_mask=0xFFF0, dport=7,
+                   dport_mask=PORT_MASK),
+    TYPE: replace(CHOSEN.answer, proto=1, sport=8, sport_mask=PORT_MASK),
+    TYPE_0: replace(CHOSEN.answer, proto=1, dport_mask=PORT_MASK),
+    DEVICE: CHOSEN.answer,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("selector", BACK, ids=["ports", "ICMP type", "ICMP type 0", "device"])
+def test_what_answers_a_selector(selector: Selector) -> None:
+    assert selector.answer == BACK[selector]
+    entry = replace(PINNED, key=SpdKey(selector))
+    assert not deleted(story([entry, receiving(entry)]).after(FIRED))
+    assert deleted(story([entry, receiving(entry, proto=99)]).after(FIRED)) == [DELETED]
+
+
+def test_two_peers_that_chose_one_spi() -> None:
+    """It names an SA only together with the destination."""
+    far = ip_address("192.0.2.77")
+    other = replace(CHILD, unique=9, reqid=2, spi_in=0x22, remote_host=far)
+    away = replace(
+        PINNED,
+        key=SpdKey(Selector(HERE, ip_network("10.7.0.0/16"))),
+        templates=(replace(PINNED.templates[0], reqid=2, daddr=far),),
+    )
+    states = (
+        *STATES,
+        replace(SA, id=replace(SA.id, daddr=far), reqid=2),
+        replace(INBOUND, id=replace(INBOUND.id, spi=0x22), saddr=far, reqid=2),
+    )
+    whole = Transcript()
+    snapshot = on.KernelSnapshot((*POLICIES, away, receiving(away)), states)
+    whole.after(snapshot, connected_to(CHILD, other), SOURCES)
+    assert not deleted(whole.after(FIRED))
+
+
+def test_compression_is_another_state_of_the_same_child() -> None:
+    comp = replace(PINNED.templates[0], proto=COMP, spi=0x77)
+    entry = replace(PINNED, templates=(comp, *PINNED.templates))
+    assert not deleted(story([entry, receiving(entry)]).after(FIRED))
+
+
+def test_where_ike_does_esp_itself_the_kernel_has_nothing_to_lose() -> None:
+    userland = story([PINNED], settings=Settings(sa_source=SaSource.VICI))
+    assert not deleted(userland.after(CONNECTED, FIRED))

@@ -1,0 +1,206 @@
+"""Which destinations to ask about, against the definition, over random sets of networks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ipsecgate.core.model.flow import Address, Network
+from ipsecgate.core.model.prefixes import (
+    SPECIAL,
+    LongestPrefix,
+    PrefixSet,
+    compress,
+    fit,
+    partition,
+    prefix,
+)
+
+
+def nets(*texts: str) -> list[Network]:
+    return [ip_network(text) for text in texts]
+
+
+def asked(protected: list[Network], prefixes: list[Network]) -> dict[str, str]:
+    return {str(net): str(address) for net, address in partition(protected, prefixes)}
+
+
+def test_a_protected_network_is_asked_about_once() -> None:
+    wide = nets("0.0.0.0/0", "10.0.0.0/8", "192.0.2.0/24", "::/0")
+    assert asked(nets("10.2.0.0/16", "2001:db8::/32"), wide) == {
+        "10.2.0.0/16": "10.2.0.0",
+        "2001:db8::/32": "2001:db8::",
+    }
+
+
+def test_a_route_inside_is_asked_about_apart() -> None:
+    assert asked(nets("10.2.0.0/16"), nets("10.2.0.0/24", "10.2.7.0/24", "10.2.0.0/16")) == {
+        "10.2.0.0/16": "10.2.1.0",
+        "10.2.0.0/24": "10.2.0.0",
+        "10.2.7.0/24": "10.2.7.0",
+    }
+
+
+def test_what_is_covered_by_smaller_ones_is_left_out() -> None:
+    assert asked(nets("10.2.0.0/24"), nets("10.2.0.0/25", "10.2.0.128/26", "10.2.0.192/26")) == {
+        "10.2.0.0/25": "10.2.0.0",
+        "10.2.0.128/26": "10.2.0.128",
+        "10.2.0.192/26": "10.2.0.192",
+    }
+
+
+def test_a_single_host() -> None:
+    assert asked(nets("192.0.2.2/32"), nets("192.0.2.0/24")) == {"192.0.2.2/32": "192.0.2.2"}
+    assert asked([], nets("10.0.0.0/8")) == {}
+
+
+def test_everything_is_not_asked_about_at_addresses_with_a_meaning() -> None:
+    assert asked(nets("0.0.0.0/0", "::/0"), nets("127.0.0.0/8")) == {
+        "0.0.0.0/0": "1.0.0.0",
+        "127.0.0.0/8": "127.0.0.0",
+        "::/0": "::2",
+    }
+
+
+def test_a_special_network_is_asked_about_where_it_is() -> None:
+    assert asked(nets("224.0.0.0/4", "ff02::/16"), []) == {
+        "224.0.0.0/4": "224.0.0.0",
+        "ff02::/16": "ff02::",
+    }
+    assert asked(nets("126.0.0.0/7"), nets("126.0.0.0/8"))["126.0.0.0/7"] == "127.0.0.0"
+
+
+V4 = st.builds(
+    lambda low, bits: ip_network((0x7EFFFF80 + low, bits), strict=False),
+    st.integers(0, 255),
+    st.integers(20, 32),
+)
+V6 = st.builds(
+    lambda low, bits: (
+        ip_network((ip_address("2001:db8::").packed, 0), strict=False)
+        if bits == 0
+        else IPv6Network((int(ip_address("2001:db8::")) + low, bits), strict=False)
+    ),
+    st.integers(0, 63),
+    st.one_of(st.just(0), st.integers(120, 128)),
+)
+NETWORKS = st.lists(st.one_of(V4, V6), max_size=12)
+
+
+@given(NETWORKS, NETWORKS)
+def test_against_the_definition(protected: list[Network], prefixes: list[Network]) -> None:
+    expected = set(protected) | {
+        one for one in prefixes if any(inside(one, other) for other in protected)
+    }
+    found = partition(protected, prefixes)
+    addresses = dict(found)
+    assert len(addresses) == len(found)
+    assert addresses.keys() <= expected
+    for net in expected:
+        smaller = [one for one in expected if one != net and inside(one, net)]
+        left = net.num_addresses - size(smaller)
+        assert (net in addresses) == (left > 0)
+        if left:
+            address = addresses[net]
+            assert address in net
+            assert not any(address in one for one in smaller)
+            special = [one for one in SPECIAL if one != net and inside(one, net)]
+            if any(address in one for one in special):
+                assert size(smaller + special) == net.num_addresses
+
+
+def inside(inner: Network, outer: Network) -> bool:
+    return inner.version == outer.version and inner.subnet_of(outer)  # type: ignore[arg-type]
+
+
+def size(networks: list[Network]) -> int:
+    """Count the addresses in any of these; they are of one family."""
+    whole: Iterable[Network] = collapse_addresses(networks)  # type: ignore[type-var]
+    return sum(one.num_addresses for one in whole)
+
+
+@given(st.dictionaries(st.one_of(V4, V6), st.sampled_from([*"abc", None]), max_size=12), V4, V6)
+def test_compress_changes_no_answer(
+    table: dict[Network, str | None], four: IPv4Network, six: IPv6Network
+) -> None:
+    sources = {"a": ip_address("192.0.2.1"), "b": ip_address("192.0.2.2"), "c": ip_address("::c")}
+    full = {net: sources[name] if name else None for net, name in table.items()}
+    small = dict(compress(full.items()))
+    assert small.items() <= full.items()
+    for address in {*four, *six} if six.prefixlen else {*four}:
+        assert lookup(small, address) == lookup(full, address)
+    for net in small:
+        without = {other: source for other, source in small.items() if other != net}
+        assert lookup(without, net.network_address) != lookup(small, net.network_address) or any(
+            other.network_address == net.network_address for other in without
+        )
+
+
+def lookup(table: dict[Network, Address | None], address: Address) -> tuple[bool, Address | None]:
+    """Return whether a network has the address, and the longest one's source."""
+    nets_ = [net for net in table if address in net]
+    return (True, table[max(nets_, key=lambda net: net.prefixlen)]) if nets_ else (False, None)
+
+
+@given(NETWORKS, st.one_of(V4, V6))
+def test_cover(networks: list[Network], one: Network) -> None:
+    cover = PrefixSet(networks)
+    assert cover.contains(prefix(one)) == any(inside(one, other) for other in networks)
+    assert cover.touches(prefix(one)) == any(
+        inside(one, other) or inside(other, one) for other in networks
+    )
+
+
+@pytest.mark.parametrize("protected", ["10.0.0.0/8", "0.0.0.0/0"])
+def test_cost_is_that_of_sorting(protected: str) -> None:
+    """A hundred thousand routes nested in each other: seconds at most, not hours."""
+    routes: list[Network] = [IPv4Network((0x0A000000 + 256 * i, 24)) for i in range(50_000)]
+    routes += [IPv4Network((0x0A000000 + 256 * i, 25)) for i in range(50_000)]
+    began = time.process_time()
+    assert len(partition(nets(protected), routes)) == 100_001
+    assert time.process_time() - began < 20
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Network:
+    bits = draw(st.integers(24, 32))
+    return ip_network((0x0A000000 | draw(st.integers(0, 255)) >> 32 - bits << 32 - bits, bits))
+
+
+LEFT, RIGHT = ip_address("10.0.0.1"), ip_address("10.0.0.2")
+
+
+def looked_up(sources: Iterable[tuple[Network, Address | None]], address: Address) -> object:
+    return next(LongestPrefix(sources).around(address), (None, None))[1]
+
+
+@given(st.lists(st.tuples(networks(), st.sampled_from((LEFT, RIGHT, None))), max_size=12),
+       st.lists(networks(), min_size=1, max_size=5), st.integers(1, 8))  # fmt: skip
+def test_what_does_not_fit_is_not_known_and_nothing_else_changes(
+    found: list[tuple[Network, Address | None]], destinations: list[Network], limit: int
+) -> None:
+    cover = PrefixSet(destinations)
+    sources = [(one, source) for one, source in dict(found).items() if cover.contains(prefix(one))]
+    fitted, lost = fit(sources, destinations, limit)
+    assert len(fitted) <= limit
+    for one in (*destinations, *(one for one, _ in sources)):
+        for address in (one[0], one[-1]):
+            now = looked_up(fitted, address)
+            if any(address in gone for gone in lost):
+                assert now in (None, looked_up(sources, address))
+            else:
+                assert now == looked_up(sources, address)
+
+
+def test_the_destination_in_the_most_pieces_loses_its_own() -> None:
+    busy, calm = ip_network("10.1.0.0/16"), ip_network("10.1.128.0/17")
+    pieces = [(ip_network((int(busy[0]) + n, 32)), RIGHT) for n in range(1, 20)]
+    fitted, lost = fit([(busy, LEFT), *pieces], [busy, calm], 10)
+    assert lost == [busy]
+    assert looked_up(fitted, ip_address("10.1.0.1")) is None
+    assert looked_up(fitted, ip_address("10.1.200.1")) == LEFT
