@@ -27,7 +27,7 @@ test_packages=(
     busybox-static curl default-jre-headless ecj git golang-go ncat netcat-openbsd nodejs
     openssh-client openssh-server perl postgresql redis-server redis-tools wget
     crun podman runc
-    linux-libc-dev man-db systemd tcc
+    linux-libc-dev man-db systemd tcc zstd
 )
 # The services that come with those packages.
 declare -A services=(
