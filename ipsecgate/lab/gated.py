@@ -111,7 +111,7 @@ class Gated:
         """Run a verb of the command line in host a. Raises: CalledProcessError if `check`."""
         return self.lab.a.run(self.argv(*arguments), check=check)
 
-    def holding(self, *command: str, options: Sequence[str] = ()) -> list[str]:
+    def exec_argv(self, *command: str, options: Sequence[str] = ()) -> list[str]:
         """Return the words that run a command by `ipsecgate exec`, for `Host.run` and `popen`."""
         return self.argv("exec", *options, "--", *command)
 

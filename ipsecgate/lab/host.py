@@ -10,10 +10,11 @@ from typing import IO
 
 from ipsecgate.core.model.flow import Address
 from ipsecgate.lab import traffic
+from ipsecgate.lab.charon import Charon
+from ipsecgate.lab.connections import ConnSpec, End
 from ipsecgate.lab.endpoints import Client, Server
 from ipsecgate.lab.netns import Namespace
 from ipsecgate.lab.path import FAMILIES, Site
-from ipsecgate.lab.strongswan import Charon, ConnSpec, End
 
 Stream = int | IO[str] | None
 

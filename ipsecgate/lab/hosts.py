@@ -22,13 +22,13 @@ from typing import ClassVar, Self
 
 from ipsecgate.lab import cgroups, netns, path
 from ipsecgate.lab.capture import Capture
+from ipsecgate.lab.connections import ConnSpec, connection
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.netns import LabError, Namespace
 from ipsecgate.lab.path import FAMILIES, SITE_A, SITE_B
-from ipsecgate.lab.strongswan import ConnSpec, connection
-from ipsecgate.lab.xfrm_watch import SaWatch
+from ipsecgate.lab.xfrm_watch import XfrmWatch
 
-__all__ = ["FAMILIES", "MODES", "Capture", "ConnSpec", "Host", "Lab", "LabError", "SaWatch"]
+__all__ = ["FAMILIES", "MODES", "Capture", "ConnSpec", "Host", "Lab", "LabError", "XfrmWatch"]
 
 MODES = ("transport", "tunnel")
 PREFIX = "ipsecgate-lab"
@@ -155,7 +155,7 @@ class Lab:
         began = time.monotonic()
         spaces = (self.a.namespace, self.b.namespace)
         while not all(space.tcp_is_quiet() for space in spaces):
-            owed = any(space.owes_a_close() for space in spaces)
+            owed = any(space.has_close_wait() for space in spaces)
             if time.monotonic() > began + (CLOSE_TIMEOUT if owed else QUIET_TIMEOUT):
                 break
             time.sleep(0.01)
@@ -212,10 +212,10 @@ class Lab:
         self._stack.callback(capture.close)
         return capture
 
-    def watch(self, host: Host | None = None) -> SaWatch:
+    def watch(self, host: Host | None = None) -> XfrmWatch:
         """Return a watch of a host's (a unless given) own XFRM events; start it."""
         watched = host or self.a
-        watch = SaWatch(watched.namespace, set(watched.outer.values()))
+        watch = XfrmWatch(watched.namespace, set(watched.outer.values()))
         self._stack.callback(watch.close)
         return watch
 

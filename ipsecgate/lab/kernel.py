@@ -90,14 +90,14 @@ def _unpack_into(cache: Path, home: Path, progress: Progress) -> None:
     try:
         aside.chmod(0o755)
         progress(f"downloading Debian's {PACKAGE} into {home}")
-        call(
+        run_tool(
             ["apt-get", "download", "--quiet", PACKAGE],
             aside,
             f"run apt-get update; {PACKAGE} is in Debian's main section (or set"
             " IPSECGATE_LAB_CACHE to a folder that has it unpacked)",
         )
         package = next(aside.glob("*.deb"))
-        call(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
+        run_tool(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
         package.unlink()
         _look(aside)
         aside.rename(home)
@@ -105,7 +105,7 @@ def _unpack_into(cache: Path, home: Path, progress: Progress) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def call(argv: list[str], cwd: Path, hint: str) -> str:
+def run_tool(argv: list[str], cwd: Path, hint: str) -> str:
     """Run `argv`, return what it printed. Raises: GateError, with `hint` if it failed."""
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)

@@ -100,7 +100,7 @@ class Namespace:
         """
         return self._tcp_states().isdisjoint(UNQUIET)
 
-    def owes_a_close(self) -> bool:
+    def has_close_wait(self) -> bool:
         """Tell whether a process here has not closed yet what its peer did."""
         return CLOSE_WAIT in self._tcp_states()
 

@@ -51,7 +51,7 @@ PR_SET_PDEATHSIG = 1
 EMPTY = {"/run": "755", "/tmp": "1777", "/var/tmp": "1777", "/dev/shm": "1777"}  # noqa: S108
 """What is in memory and empty at first; the first of them before the layers, the others after."""
 LAYERED = ("/etc", "/var")
-"""What is the host's, with what is written kept in memory."""
+"""What is the host's, with what is written hidden_folders in memory."""
 LAYERS = Path("/run/room")
 FILES = 65536
 """Open files that a process may have, as in a guest; fewer where the host allows fewer."""
@@ -98,7 +98,7 @@ def _run(argv: Sequence[str], timeout: float, base: Path) -> int:
     """Make the room's cgroup in `base`, run the command, end all that it left, tidy up."""
     sweep()
     with contextlib.suppress(OSError):  # tests that need controllers say so
-        share(base)
+        delegate_controllers(base)
     cgroup = base / f"{PREFIX}-{os.getpid()}"
     cgroup.mkdir()
     try:
@@ -121,7 +121,7 @@ def _start(argv: Sequence[str], cgroup: Path) -> int:
         return pid
     try:
         _die_with_parent()
-        enter(cgroup, kept([Path.cwd(), *needed()]))
+        enter(cgroup, hidden_folders([Path.cwd(), *required_folders()]))
         os.execvp(argv[0], list(argv))  # noqa: S606
     except GateError as error:
         sys.stderr.write(f"{error.report()}\n")
@@ -155,7 +155,7 @@ def _wait(pid: int, timeout: float) -> int:
 # --- within: the child, before it becomes the command ---------------------------------------
 
 
-def needed() -> list[Path]:
+def required_folders() -> list[Path]:
     """Return the folders that a command of ours needs as they are: program, Python, results."""
     results = os.environ.get("IPSECGATE_RESULTS")
     return [
@@ -165,7 +165,7 @@ def needed() -> list[Path]:
     ]
 
 
-def kept(folders: Iterable[Path]) -> list[Path]:
+def hidden_folders(folders: Iterable[Path]) -> list[Path]:
     """Return those that the room would hide, the outermost of them only."""
     hidden = {one for one in folders if any(Path(top) in one.parents for top in (*EMPTY, *LAYERED))}
     return sorted(one for one in hidden if not any(other in one.parents for other in hidden))
@@ -246,7 +246,7 @@ def _own_scope() -> Path:
     return scope
 
 
-def share(base: Path) -> None:
+def delegate_controllers(base: Path) -> None:
     """Give what is in a cgroup the controllers that it has itself. Raises: OSError."""
     controllers = (base / "cgroup.controllers").read_text().split()
     (base / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))

@@ -52,7 +52,7 @@ WANTED_POLICY = ("NEWPOLICY", "UPDPOLICY")
 
 
 @dataclass(frozen=True, slots=True)
-class XfrmSeen:
+class XfrmEvent:
     """One event: `name` as in linux/xfrm.h without XFRM_MSG_; `time` on CLOCK_MONOTONIC.
 
     `outbound` is None where the message doesn't say; `spi` is for a policy what its first
@@ -69,7 +69,7 @@ class XfrmSeen:
     hard: bool = False
 
 
-class SaWatch:
+class XfrmWatch:
     """A watch of one host's XFRM events; `local` are its addresses, to tell out from in."""
 
     def __init__(self, namespace: Namespace, local: Iterable[Address]) -> None:
@@ -79,7 +79,7 @@ class SaWatch:
         self._reader: threading.Thread | None = None
         self._ended = threading.Event()
         self._news = threading.Condition()
-        self._events: list[XfrmSeen] = []
+        self._events: list[XfrmEvent] = []
         self._lost: OSError | None = None
 
     def __enter__(self) -> Self:
@@ -113,7 +113,7 @@ class SaWatch:
             self._socket.close()
             self._socket = None
 
-    def events(self) -> tuple[XfrmSeen, ...]:
+    def events(self) -> tuple[XfrmEvent, ...]:
         """Return what was seen so far. Raises: LabError if the kernel dropped events."""
         with self._news:
             if self._lost is not None:
@@ -155,7 +155,7 @@ class SaWatch:
                 self._news.notify_all()
 
 
-def parse(data: bytes, now: float, local: set[Address]) -> Iterator[XfrmSeen]:
+def parse(data: bytes, now: float, local: set[Address]) -> Iterator[XfrmEvent]:
     """Read a datagram of XFRM notifications; types that are not in `NAMES` are left out."""
     at = 0
     while at + HEADER <= len(data):
@@ -166,7 +166,7 @@ def parse(data: bytes, now: float, local: set[Address]) -> Iterator[XfrmSeen]:
             yield _event(NAMES[number], body, now, local)
 
 
-def _event(name: str, body: bytes, now: float, local: set[Address]) -> XfrmSeen:
+def _event(name: str, body: bytes, now: float, local: set[Address]) -> XfrmEvent:
     with contextlib.suppress(struct.error, IndexError, ValueError):
         if name in ("NEWSA", "UPDSA", "EXPIRE"):
             (family,) = struct.unpack_from("=H", body, SA_FAMILY)
@@ -174,18 +174,18 @@ def _event(name: str, body: bytes, now: float, local: set[Address]) -> XfrmSeen:
             daddr = _address(body, SA_ID, family)
             (spi,) = struct.unpack_from("!I", body, SA_ID + 16)
             hard = name == "EXPIRE" and body[EXPIRE_HARD] != 0
-            return XfrmSeen(now, name, saddr in local, saddr, daddr, spi, hard)
+            return XfrmEvent(now, name, saddr in local, saddr, daddr, spi, hard)
         if name == "DELSA":
             spi, family = struct.unpack_from("!I", body, 16)[0], body[20]
             daddr = _address(body, 0, family)
-            return XfrmSeen(now, name, daddr not in local, None, daddr, spi)
+            return XfrmEvent(now, name, daddr not in local, None, daddr, spi)
         if name in ("NEWPOLICY", "UPDPOLICY", "DELPOLICY"):
             at = POLICY_ID_DIR if name == "DELPOLICY" else POLICY_DIR
             (family,) = struct.unpack_from("=H", body, POLICY_FAMILY)
             saddr, daddr = _address(body, 16, family), _address(body, 0, family)
             spi = _named(body[POLICY_SIZE:]) if name != "DELPOLICY" else 0
-            return XfrmSeen(now, name, body[at] == POLICY_OUT, saddr, daddr, spi)
-    return XfrmSeen(now, name)
+            return XfrmEvent(now, name, body[at] == POLICY_OUT, saddr, daddr, spi)
+    return XfrmEvent(now, name)
 
 
 def _named(attributes: bytes) -> int:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from ipsecgate.errors import GateError
-from ipsecgate.lab.kernel import call, default_cache, locked
+from ipsecgate.lab.kernel import default_cache, locked, run_tool
 
 SOURCE = Path(__file__).with_name("xstate.c")
 COMPILERS = ("cc", "tcc")
@@ -116,7 +116,9 @@ def build(built: Path, with_compiler: str | None = None) -> None:
     aside = built.with_name(f".{built.name}-{os.getpid()}")
     try:
         options = ["-shared", "-fPIC", "-nostdlib", "-o", str(aside)]
-        call([program, *options, str(SOURCE)], built.parent, f"see whether {program} works at all")
+        run_tool(
+            [program, *options, str(SOURCE)], built.parent, f"see whether {program} works at all"
+        )
         aside.rename(built)
     finally:
         with suppress(FileNotFoundError):

@@ -120,4 +120,4 @@ def test_fragments_are_never_taken_for_ike() -> None:
     ],
 )
 def test_a_complaint_is_about_what_came_to_its_sender(frame: bytes, expected: bool) -> None:
-    assert seen(frame).complains is expected
+    assert seen(frame).is_unreachable is expected

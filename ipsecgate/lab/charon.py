@@ -17,14 +17,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import vici
 from vici.exception import CommandException, SessionException
 
-from ipsecgate.core.model.flow import Address
 from ipsecgate.lab.netns import LabError
 
 DAEMON = Path("/usr/sbin/charon-systemd")
@@ -37,8 +35,6 @@ CRYPTO = ("aes sha1 sha2 hmac kdf gmp", "openssl")
 # The first plugin with an IPsec backend is the one that is used; kernel-netlink has routes, too.
 NETLINK, LIBIPSEC = "kernel-netlink", "kernel-libipsec kernel-netlink"
 TUN = Path("/dev/net/tun")
-IKE_PROPOSAL = "aes128-sha256-modp2048"
-ESP_PROPOSAL = "aes128-sha256"
 START_TIMEOUT = 60.0
 OTHERS_TIMEOUT = 5.0
 HASTY = "retransmit_tries = 1"  # for `Charon.configure`
@@ -70,68 +66,6 @@ charon-systemd {{
 """
 
 
-@dataclass(frozen=True, slots=True)
-class ConnSpec:
-    """A connection with one child, seen from the host that loads it.
-
-    `mode` is transport or tunnel, `family` 4 or 6, `start_action` trap, none or start. The
-    traffic selectors default to the outer addresses (transport) or the inner networks
-    (tunnel), every protocol; they are strongSwan's texts, such as 192.0.2.2[tcp/5432].
-    `options` and `child_options` go into the configuration as they are.
-    """
-
-    name: str
-    mode: str = "transport"
-    family: int = 4
-    start_action: str = "none"
-    child: str = ""
-    local_ts: tuple[str, ...] = ()
-    remote_ts: tuple[str, ...] = ()
-    ike_proposals: tuple[str, ...] = (IKE_PROPOSAL,)
-    esp_proposals: tuple[str, ...] = (ESP_PROPOSAL,)
-    options: Mapping[str, str] = field(default_factory=dict)
-    child_options: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def child_name(self) -> str:
-        """The name of the child: the connection's own unless `child` says otherwise."""
-        return self.child or self.name
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """One end of a connection: its IKE identity and address, and what it protects."""
-
-    identity: str
-    address: Address
-    selectors: tuple[str, ...]
-
-
-def connection(spec: ConnSpec, local: End, remote: End, start_action: str) -> dict[str, Any]:
-    """Return the section that VICI's load-conn takes for `spec` between two ends."""
-    return {
-        spec.name: {
-            "version": "2",
-            "local_addrs": [str(local.address)],
-            "remote_addrs": [str(remote.address)],
-            "proposals": list(spec.ike_proposals),
-            "local": {"auth": "psk", "id": local.identity},
-            "remote": {"auth": "psk", "id": remote.identity},
-            **spec.options,
-            "children": {
-                spec.child_name: {
-                    "mode": spec.mode,
-                    "local_ts": list(local.selectors),
-                    "remote_ts": list(remote.selectors),
-                    "esp_proposals": list(spec.esp_proposals),
-                    "start_action": start_action,
-                    **spec.child_options,
-                }
-            },
-        }
-    }
-
-
 class Charon:
     """A charon-systemd with everything it owns in one folder.
 
@@ -146,7 +80,7 @@ class Charon:
         self._launcher = launcher
         self._process: subprocess.Popen[bytes] | None = None
         self._load = plugins(LIBIPSEC if libipsec else NETLINK)
-        missing = absent(self._load)
+        missing = missing_plugins(self._load)
         if missing or not DAEMON.exists():
             raise LabError(
                 f"strongSwan is not complete: {' '.join(missing) or DAEMON} missing",
@@ -326,10 +260,10 @@ class Charon:
 
 def plugins(kernel: str) -> str:
     """Return the plugins to load, with this backend and whoever can compute here."""
-    crypto = min(CRYPTO, key=lambda names: len(absent(names)))
+    crypto = min(CRYPTO, key=lambda names: len(missing_plugins(names)))
     return LOAD.format(crypto=crypto, kernel=kernel)
 
 
-def absent(names: str) -> list[str]:
+def missing_plugins(names: str) -> list[str]:
     """Return the plugins that are not where Debian keeps them."""
     return [name for name in names.split() if not (PLUGINS / f"libstrongswan-{name}.so").exists()]

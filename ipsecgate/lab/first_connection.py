@@ -87,7 +87,7 @@ def cases(
     ]
 
 
-def tell(
+def measure_all(
     wanted: Sequence[Case], delay: float, progress: Progress = lambda _: None
 ) -> Generator[Outcome, None, None]:
     """Build the lab, run the cases in order, yield what was measured, take all down.
@@ -108,10 +108,10 @@ def tell(
                 bytecode.get(hooks)  # however long that takes: a controller must be ready in time
                 gate = stack.enter_context(Gated(lab, cache=hooks))
             progress(f"{case}, {'with' if case.gated else 'without'} the gate")
-            yield run(lab, case, gate if case.gated else None)
+            yield measure(lab, case, gate if case.gated else None)
 
 
-def run(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
+def measure(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
     """Measure one case on an idle lab. Raises: LabError."""
     lab.reset()
     spec = ConnSpec(f"{case.mode}-{case.family}", case.mode, case.family, start_action="trap")
