@@ -1,4 +1,4 @@
-"""Connections of the lab: what a test asks for, and the section that VICI loads for it.
+"""Connections of the lab: a short specification, and the VICI section that it becomes.
 
 Pure: nothing here talks to a daemon.
 """
@@ -17,12 +17,12 @@ ESP_PROPOSAL = "aes128-sha256"
 
 @dataclass(frozen=True, slots=True)
 class ConnSpec:
-    """A connection with one child, seen from the host that loads it.
+    """A connection with one child, from the viewpoint of the host that loads it.
 
-    `mode` is transport or tunnel, `family` 4 or 6, `start_action` trap, none or start. The
-    traffic selectors default to the outer addresses (transport) or the inner networks
-    (tunnel), every protocol; they are strongSwan's texts, such as 192.0.2.2[tcp/5432].
-    `options` and `child_options` go into the configuration as they are.
+    `mode`: transport or tunnel. `family`: 4 or 6. `start_action`: trap, none or start. Traffic
+    selectors default to the outer addresses (transport) or the inner networks (tunnel) with every
+    protocol; their syntax is strongSwan's, such as 192.0.2.2[tcp/5432]. `options` and
+    `child_options` are copied into the configuration.
     """
 
     name: str
@@ -39,13 +39,13 @@ class ConnSpec:
 
     @property
     def child_name(self) -> str:
-        """The name of the child: the connection's own unless `child` says otherwise."""
+        """The name of the child: `child`, or the connection's name if that is empty."""
         return self.child or self.name
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One end of a connection: its IKE identity and address, and what it protects."""
+    """One end of a connection: IKE identity, address, and traffic selectors."""
 
     identity: str
     address: Address
@@ -53,7 +53,7 @@ class End:
 
 
 def connection(spec: ConnSpec, local: End, remote: End, start_action: str) -> dict[str, Any]:
-    """Return the section that VICI's load-conn takes for `spec` between two ends."""
+    """Return the VICI load-conn section for `spec` between two ends."""
     return {
         spec.name: {
             "version": "2",

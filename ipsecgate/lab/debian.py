@@ -1,7 +1,7 @@
 """Debian's own kernels for `qemu`, downloaded and unpacked into the lab's cache, never installed.
 
-Unlike user-mode-linux they have the BPF JIT, BTF, and the configuration of real machines. By default
-this is the newest kernel of the running Debian; `archive` downloads those of other suites.
+Unlike user-mode-linux they have the BPF JIT, BTF, and the configuration of real machines. The
+default is the newest kernel of the running Debian; `archive` downloads those of other suites.
 
     python -m ipsecgate.lab.debian [SUITE...]
 """
@@ -67,7 +67,7 @@ def fetch(
                 f"cannot write the kernel cache: {error}",
                 hint="name a writable folder in IPSECGATE_LAB_CACHE",
             ) from error
-    return _look(home)
+    return _unpacked_kernel(home)
 
 
 def uncompressed(image: bytes) -> bytes:
@@ -107,7 +107,7 @@ def _unpack_into(cache: Path, home: Path, progress: Progress, suite: str | None)
         (aside / "boot").mkdir(exist_ok=True)
         (aside / "boot/vmlinux").write_bytes(uncompressed(image.read_bytes()))
         run_tool(["depmod", "--basedir", str(aside), release], aside, "apt-get install kmod")
-        _look(aside)
+        _unpacked_kernel(aside)
         aside.rename(home)
     except ValueError as error:
         raise GateError(f"cannot unpack Debian's kernel: {error}", hint=AGAIN) from error
@@ -137,7 +137,7 @@ def _image(home: Path) -> tuple[Path, str]:
     raise ValueError("its packages have no vmlinuz")
 
 
-def _look(home: Path) -> DebianKernel:
+def _unpacked_kernel(home: Path) -> DebianKernel:
     binary = home / "boot/vmlinux"
     busybox = home / "bin/busybox"
     modules = sorted((home / "lib/modules").glob("[0-9]*"))
@@ -147,7 +147,7 @@ def _look(home: Path) -> DebianKernel:
 
 
 def main(suites: Sequence[str]) -> int:
-    """Download the kernels of suites (none given: the running Debian's) and print their releases."""
+    """Download the kernels of the suites (default: the running Debian's); print their releases."""
     try:
         wanted: Sequence[str | None] = suites or [None]
         for suite in wanted:

@@ -70,7 +70,7 @@ class Packet:
 
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """What IP carries: protocol number and bytes. `first`: not a later fragment, so it has ports."""
+    """What IP carries: protocol and bytes. `first`: not a later fragment, so it has ports."""
 
     proto: int
     body: bytes
@@ -114,7 +114,7 @@ def kind_of(upper: Transport, sport: int, dport: int) -> Kind:
 
 
 def kind_of_unreachable(upper: Transport) -> Kind:
-    """Classify an "unreachable" by what it quotes: a kernel without an IKE daemon answers IKE so."""
+    """Classify an "unreachable" by what it quotes: kernels without an IKE daemon answer IKE so."""
     try:
         quoted = (ipv4 if upper.proto == ICMP else ipv6)(upper.body[8:])
         ports = struct.unpack_from("!HH", quoted.body) if quoted.proto == UDP else (0, 0)

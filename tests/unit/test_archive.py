@@ -73,7 +73,7 @@ def test_the_running_debian_is_asked_as_it_is(apt: Path) -> None:
 
 @pytest.mark.parametrize("suite", ["Trixie", "../x", "a b", "", "trixie\n"])
 def test_what_is_no_suite_is_told(apt: Path, suite: str) -> None:
-    with pytest.raises(GateError, match="not a suite"), Archive.for_suite(suite):
+    with pytest.raises(GateError, match="not a Debian suite"), Archive.for_suite(suite):
         pass
     assert not (apt / "calls").exists()
 
