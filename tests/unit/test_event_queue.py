@@ -9,7 +9,7 @@ import pytest
 
 from ipsecgate.core.gate.event_queue import REFUSALS, SLICE, EventQueue
 from ipsecgate.core.model import events as on
-from tests.unit.test_gate import FLOW, NAME, REFUSED, SA, SOURCES, connected
+from tests.unit.transcript import FLOW, NAME, REFUSED, SA, SOURCES, connected
 
 ASKED = on.FlowRefused | on.CallEvent
 
