@@ -87,7 +87,7 @@ def test_a_suite_that_is_not_there_is_told(apt: Path) -> None:
 
 def test_without_a_source_of_debian_that_is_told(apt: Path) -> None:
     (apt / "targets").write_text("Example Example http://other.example/\n")
-    with pytest.raises(GateError, match="no source of Debian"):
+    with pytest.raises(GateError, match="no Debian mirror"):
         archive.mirror()
 
 
