@@ -58,7 +58,9 @@ def flows(draw: st.DrawFn) -> Key:
 
 
 @given(st.lists(ternaries(), max_size=12), st.lists(flows(), min_size=1, max_size=20))
-def test_compiled_equals_first_match(matches: list[Ternary], keys: list[Key]) -> None:
+def test_the_compiled_table_equals_a_first_match_search(
+    matches: list[Ternary], keys: list[Key]
+) -> None:
     rules = [Rule(match, Entry(State.PROTECT, id=i)) for i, match in enumerate(matches)]
     table = compile_table(rules)
     for key in keys:
@@ -67,7 +69,7 @@ def test_compiled_equals_first_match(matches: list[Ternary], keys: list[Key]) ->
 
 
 @given(ternaries(), ternaries(), flows())
-def test_intersection_is_both(a: Ternary, b: Ternary, key: Key) -> None:
+def test_an_intersection_matches_what_both_match(a: Ternary, b: Ternary, key: Key) -> None:
     both = a.intersect(b)
     assert (both is not None and both.matches(key)) == (a.matches(key) and b.matches(key))
 
@@ -88,7 +90,7 @@ def test_rules_of_one_mask_share_a_tuple() -> None:
     assert len(table.masks) == 1
 
 
-def test_too_many_masks_is_an_error_that_says_so() -> None:
+def test_too_many_masks_are_an_error() -> None:
     rules = [
         Rule(ternary(ip_network(f"2001:db8::/{n}", strict=False)), Entry(State.LIVE, id=n))
         for n in range(64, 30, -1)
