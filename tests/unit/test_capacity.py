@@ -22,7 +22,7 @@ from ipsecgate.core.tables.capacity import fit_policies, fit_spd
 from ipsecgate.core.tables.layout import Entry, Key, State, TableId, flow_key
 from ipsecgate.core.tables.policy_rules import matches, policy_rules
 from ipsecgate.core.tables.table import Rule, Ternary
-from tests.unit.test_table import flows, ternaries
+from tests.unit.random_rules import flows, ternaries
 from tests.unit.transcript import (
     LISTED,
     ROUTED,

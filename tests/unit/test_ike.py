@@ -26,7 +26,7 @@ from ipsecgate.edges.strongswan import negotiation, vici
 from ipsecgate.edges.strongswan.client import IkeClient
 from ipsecgate.edges.strongswan.vici import IkeRefusedError, IkeUnreachableError
 from tests.unit.fake_charon import YES, FakeCharon, Handler, Section, Session, no
-from tests.unit.test_vici import CHILD, SA, conn, ike_sa
+from tests.unit.vici_messages import CHILD, SA, conn, ike_sa
 from tests.until import until
 
 UP: Section = {"up": "yes", **ike_sa()}

@@ -17,44 +17,7 @@ from ipsecgate.core.tables.table import (
     port_masks,
     ternary,
 )
-
-# A tiny universe, so that random rules overlap, nest and shadow each other.
-_PREFIX = st.integers(0, 3)
-
-
-@st.composite
-def ternaries(draw: st.DrawFn) -> Ternary:
-    family = draw(st.sampled_from((4, 6)))
-
-    def network() -> str:
-        length, bits = draw(_PREFIX), draw(st.integers(0, 7))
-        bits &= 7 << (3 - length)
-        if family == 4:
-            return f"{bits << 5}.0.0.0/{length}"
-        return f"{bits << 13:x}::/{length}"
-
-    low = draw(st.sampled_from((0, 4, 5, 6)))
-    port = draw(st.sampled_from(((0, 0), (low & 0xFFFE, 0xFFFE), (low, 0xFFFF))))
-    return ternary(
-        ip_network(network()),
-        src=draw(st.none() | st.just(ip_network(network()))),
-        proto=draw(st.sampled_from((0, 6, 17))),
-        dport=port,
-    )
-
-
-@st.composite
-def flows(draw: st.DrawFn) -> Key:
-    family = draw(st.sampled_from((4, 6)))
-    shift, base = (29, 0xFFFF << 32) if family == 4 else (125, 0)
-    return Key(
-        base | draw(st.integers(0, 7)) << shift,
-        base | draw(st.integers(0, 7)) << shift,
-        0,
-        draw(st.integers(0, 7)),
-        draw(st.sampled_from((6, 17))),
-        family,
-    )
+from tests.unit.random_rules import flows, ternaries
 
 
 @given(st.lists(ternaries(), max_size=12), st.lists(flows(), min_size=1, max_size=20))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
 
 from ipsecgate.core.codec.causes import failure_cause
 from ipsecgate.core.codec.vici import (
-    Names,
     ViciError,
     child_configs,
     child_rekey,
@@ -22,31 +21,9 @@ from ipsecgate.core.codec.vici import (
 from ipsecgate.core.model.events import ChildDown, ChildUp, IkeDown, IkeUp
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
+from tests.unit.vici_messages import CHILD, HOSTS, NAMES, SA, conn, ike_sa, ts
 
-SERVICES = {("https", "tcp"): 443, ("domain", None): 53, ("iso-tsap", "tcp"): 102}
-PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "ipv6-icmp": 58}
-
-
-def protocol(name: str) -> int:
-    try:
-        return PROTOCOLS[name]
-    except KeyError:
-        raise OSError("protocol not found") from None
-
-
-def service(name: str, proto: str | None) -> int:
-    try:
-        return SERVICES[name, proto]
-    except KeyError:
-        raise OSError("service/proto not found") from None
-
-
-NAMES = Names(protocol, service)
 PEER = ip_network("192.0.2.2")
-
-
-def ts(network: str, proto: int = 0, ports: tuple[int, int] = (0, 65535)) -> TrafficSelector:
-    return TrafficSelector(ip_network(network), proto, ports)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +69,6 @@ def test_an_invalid_traffic_selector_is_an_error(written: str) -> None:
     assert caught.value.hint
 
 
-def conn(**body: Any) -> dict[str, Any]:
-    child = {"mode": b"TUNNEL", "local-ts": [b"10.1.0.0/16"], "remote-ts": [b"10.2.0.0/16"]}
-    children = body.pop("children", {"net": child})
-    addresses = {"local_addrs": [b"192.0.2.1"], "remote_addrs": [b"192.0.2.2"]}
-    return {"gw": {**addresses, "version": b"IKEv2", "local-1": {"class": b"psk"}, **body,
-                   "children": children}}  # fmt: skip
-
-
 def test_a_child_configuration_is_parsed() -> None:
     assert list(child_configs(conn(), NAMES)) == [
         ChildConfig("gw", "net", Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
@@ -138,33 +107,6 @@ def test_a_shunt_is_not_a_child_configuration(mode: bytes) -> None:
 def test_a_child_without_a_mode_is_an_error(child: dict[str, Any]) -> None:
     with pytest.raises(ViciError):
         list(child_configs(conn(children={"c": child}), NAMES))
-
-
-CHILD = {
-    "name": b"net",
-    "uniqueid": b"3",
-    "reqid": b"1",
-    "state": b"INSTALLED",
-    "mode": b"TUNNEL",
-    "protocol": b"ESP",
-    "spi-in": b"c0ffee01",
-    "spi-out": b"0000beef",
-    "local-ts": [b"10.1.0.0/16"],
-    "remote-ts": [b"10.2.3.0/24[tcp/https]"],
-}
-SA = ChildSa(
-    *("gw", "net", 1, 0xC0FFEE01, 0xBEEF, ip_address("192.0.2.2")),
-    *((ts("10.1.0.0/16"),), (ts("10.2.3.0/24", 6, (443, 443)),)),
-    unique=3,
-    local_host=ip_address("192.0.2.1"),
-)
-HOSTS = {"local-host": b"192.0.2.1", "remote-host": b"192.0.2.2"}
-
-
-def ike_sa(**child: Any) -> dict[str, Any]:
-    children = {"net-3": {**CHILD, **child}}
-    body = {"uniqueid": b"7", "state": b"ESTABLISHED", **HOSTS}
-    return {"gw": {**body, "child-sas": children}}
 
 
 @pytest.mark.parametrize(
