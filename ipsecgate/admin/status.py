@@ -27,15 +27,15 @@ Document = dict[str, Any]
 def of_gate(gate: Gate) -> Document:
     """Return what only the controller knows."""
     negotiations = {
-        f"{ike}/{child}": {
-            "child": f"{ike}/{child}",
+        name: {
+            "child": str(name),
             "state": item.coverage.value,
             "attempts": item.attempts,
             "last_error": item.last_error,
             "flow": str(item.flow),
             "policy": item.policy,
         }
-        for (ike, child), item in gate.negotiations.of.items()
+        for name, item in gate.negotiations.of.items()
     }
     return {
         "errors": [
@@ -44,7 +44,7 @@ def of_gate(gate: Gate) -> Document:
             *(f"strongSwan says what is not understood: {reason}" for reason in gate.ike.unread),
         ],
         "sa_source": _told(gate.protection.sa_source),
-        "children": [f"{c.ike}/{c.child}" for c in gate.ike.children],
+        "children": [str(c.name) for c in gate.ike.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": list(negotiations.values()),
         "sas": _sas(gate),
@@ -76,20 +76,21 @@ def _sas(gate: Gate) -> list[Document]:
                 "spi": f"{sa.spi_out:08x}",
                 "reqid": sa.reqid,
                 "peer": str(sa.remote_host),
-                "child": f"{sa.ike}/{sa.child}",
+                "child": str(sa.name),
                 "since": None,
             }
             for sa in gate.protection.userland.sas()
         ]
+    kernel_state = gate.protection.kernel_state
     return [
         {
             "spi": f"{sa.id.spi:08x}",
             "reqid": sa.reqid,
             "peer": str(sa.id.daddr),
-            "child": gate.protection.kernel_state.child_of(sa),
+            "child": str(name) if (name := kernel_state.child_of(sa)) else None,
             "since": sa.installed_at,
         }
-        for sa in gate.protection.kernel_state.outbound_sas()
+        for sa in kernel_state.outbound_sas()
     ]
 
 

@@ -20,6 +20,7 @@ from ipsecgate.core.model.ipsec import (
     ESP,
     Action,
     ChildConfig,
+    ChildName,
     ChildSa,
     Mode,
     Sa,
@@ -36,7 +37,8 @@ HERE, THERE = ip_network("10.1.0.0/16"), ip_network("10.2.0.0/16")
 FLOW = Flow(ip_address("10.2.0.9"), TCP, 80)
 ROUTED = replace(FLOW, saddr=ip_address("10.1.0.1"))
 
-NET = ChildConfig("peer", "net", Mode.TUNNEL, (TrafficSelector(HERE),), (TrafficSelector(THERE),))
+NAME = ChildName("peer", "net")
+NET = ChildConfig(NAME, Mode.TUNNEL, (TrafficSelector(HERE),), (TrafficSelector(THERE),))
 TRAP = SpdEntry(
     SpdKey(Selector(HERE, THERE)),
     priority=383616,
@@ -48,8 +50,7 @@ SA = Sa(SaId(PEER, 0xC0FFEE01, ESP), LOCAL, reqid=1, mode=Mode.TUNNEL)
 PINNED = replace(TRAP, templates=(replace(TRAP.templates[0], spi=SA.id.spi),))
 UP = (on.SaSet(SA), on.PolicySet(PINNED))
 LISTED = ChildSa(
-    "peer",
-    "net",
+    NAME,
     1,
     0x11,
     0xC0FFEE01,
@@ -58,7 +59,6 @@ LISTED = ChildSa(
     (TrafficSelector(THERE),),
     local_host=LOCAL,
 )
-NAME = ("peer", "net")
 
 REFUSED = on.FlowRefused(FLOW, Reason.REFUSE_UNCOVERED, policy=0, pid=9, comm="curl", cgroup=1)
 SOURCES = on.SourcesResolved(((THERE, ip_address("10.1.0.1")),))
@@ -120,8 +120,8 @@ def trapped() -> Transcript:
     return story
 
 
-def initiated(commands: Iterable[do.Command]) -> list[tuple[str, str]]:
-    return [(c.ike, c.child) for c in commands if isinstance(c, do.Initiate)]
+def initiated(commands: Iterable[do.Command]) -> list[ChildName]:
+    return [c.name for c in commands if isinstance(c, do.Initiate)]
 
 
 def test_first_connection(trapped: Transcript) -> None:
@@ -226,7 +226,7 @@ def test_a_restarted_controller_waits_for_both_truths() -> None:
 def test_failure_backs_off_and_tells_the_errno(trapped: Transcript) -> None:
     assert trapped.errno == EPERM
     trapped.after(REFUSED)
-    commands = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
+    commands = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
     pauses = [c.seconds for c in commands if isinstance(c, do.StartTimer)]
     assert len(pauses) == 1
     assert 0.75 <= pauses[0] <= 1.25
@@ -234,13 +234,13 @@ def test_failure_backs_off_and_tells_the_errno(trapped: Transcript) -> None:
     assert trapped.gate.negotiations.of[NAME].last_error == "AUTHENTICATION_FAILED"
     assert initiated(trapped.after(REFUSED)) == []
 
-    trapped.after(on.TimerFired(on.Timer("retry", *NAME)))
+    trapped.after(on.TimerFired(on.Timer("retry", NAME)))
     assert trapped.errno == EPERM
     assert initiated(trapped.after(REFUSED)) == [NAME]
 
 
 def test_a_silent_peer_runs_into_the_limit(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.TimerFired(on.Timer("limit", *NAME)))
+    trapped.after(REFUSED, on.TimerFired(on.Timer("limit", NAME)))
     item = trapped.gate.negotiations.of[NAME]
     assert item.coverage is Coverage.BACK_OFF
     assert "no answer from IKE" in item.last_error
@@ -251,18 +251,18 @@ def test_a_child_that_is_up_for_ike_only_is_deleted(trapped: Transcript, within:
     """Somebody flushed the kernel's databases; IKE would answer "up" for ever."""
     remote = THERE if within else ip_network("10.2.7.0/24")
     listed = replace(LISTED, remote=(TrafficSelector(remote),))
-    commands = trapped.after(REFUSED, on.NegotiationDone(*NAME))
+    commands = trapped.after(REFUSED, on.NegotiationDone(NAME))
     assert do.AskIke() in commands
-    commands = trapped.after(connected(listed), on.TimerFired(on.Timer("limit", *NAME)))
-    assert (do.Terminate(*NAME) in commands) == within
+    commands = trapped.after(connected(listed), on.TimerFired(on.Timer("limit", NAME)))
+    assert (do.Terminate(NAME) in commands) == within
     item = trapped.gate.negotiations.of[NAME]
     assert item.coverage is Coverage.BACK_OFF
     assert "up, says IKE" in item.last_error
 
 
 def test_done_before_the_kernel_shows_it_is_not_a_failure(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.NegotiationDone(*NAME), *UP)
-    trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    trapped.after(REFUSED, on.NegotiationDone(NAME), *UP)
+    trapped.after(on.TimerFired(on.Timer("limit", NAME)))
     assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
 
 
@@ -270,9 +270,9 @@ def test_back_off_grows_to_its_limit(trapped: Transcript) -> None:
     pauses = []
     for _ in range(10):
         trapped.after(REFUSED)
-        commands = trapped.after(on.NegotiationFailed(*NAME, "no"))
+        commands = trapped.after(on.NegotiationFailed(NAME, "no"))
         pauses += [c.seconds for c in commands if isinstance(c, do.StartTimer)]
-        trapped.after(on.TimerFired(on.Timer("retry", *NAME)))
+        trapped.after(on.TimerFired(on.Timer("retry", NAME)))
     assert pauses[0] < pauses[3] < pauses[5]
     assert max(pauses) <= 75
 
@@ -380,7 +380,9 @@ def test_what_must_be_protected_only_grows() -> None:
 
 
 def test_a_connection_whose_peer_is_not_known_is_told(trapped: Transcript) -> None:
-    trapped.after(on.IkeConnected((NET, replace(NET, child="any", remote=())), (), pid=42))
+    trapped.after(
+        on.IkeConnected((NET, replace(NET, name=ChildName("peer", "any"), remote=())), (), pid=42)
+    )
     assert any("connection peer/any" in error for error in trapped.gate.policy_table.errors)
     trapped.after(connected())
     assert trapped.gate.policy_table.errors == []

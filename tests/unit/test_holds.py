@@ -115,7 +115,7 @@ def test_own_addresses_need_no_sa(trapped: Transcript) -> None:
 
 def test_a_failure_is_told_to_all_at_once(trapped: Transcript) -> None:
     trapped.after(made(1), made(2))
-    told = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
+    told = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
     assert answers(told) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
     assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in told)
     assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "in back-off, too"

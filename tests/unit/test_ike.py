@@ -22,6 +22,7 @@ from ipsecgate.core.model.events import (
     NegotiationDone,
     NegotiationFailed,
 )
+from ipsecgate.core.model.ipsec import ChildName
 from ipsecgate.edges.strongswan import negotiation, vici
 from ipsecgate.edges.strongswan.client import IkeClient
 from ipsecgate.edges.strongswan.vici import IkeRefusedError, IkeUnreachableError
@@ -76,7 +77,7 @@ async def take(client: IkeClient, count: int = 1) -> list[IkeEvent]:
 async def test_children_and_established(charon: FakeCharon, client: IkeClient) -> None:
     charon.handlers["list-conns"] = streaming("list-conn", conn(), conn())
     charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
-    assert [config.child for config in await client.children()] == ["net", "net"]
+    assert [config.name.child for config in await client.children()] == ["net", "net"]
     assert await client.established() == (SA,)
     assert client.daemon_pid == os.getpid()
 
@@ -190,7 +191,7 @@ async def test_a_selector_that_is_not_understood_is_not_left_out(
 
 async def negotiate(charon: FakeCharon, client: IkeClient, limit: float = 5) -> list[Section]:
     """Initiate, and return the requests that it made once there was nothing to wait for."""
-    await client.initiate("gw", "net", limit)
+    await client.initiate(ChildName("gw", "net"), limit)
     await until(lambda: len(client._tasks) <= 1)
     return [asked for name, asked in charon.requests if name == "initiate"]
 
@@ -209,7 +210,7 @@ async def test_success_costs_one_silent_request(charon: FakeCharon, client: IkeC
     assert asked == [{"ike": "gw", "child": "net", "timeout": ANY, "loglevel": "-1"}]
     assert 0 < int(asked[0]["timeout"]) <= 5000
     assert [name for name, _ in charon.requests] == ["initiate"]
-    assert await take(client, 2) == [ChildUp(SA), NegotiationDone("gw", "net")]
+    assert await take(client, 2) == [ChildUp(SA), NegotiationDone(ChildName("gw", "net"))]
     assert quiet(client)
 
 
@@ -226,7 +227,7 @@ async def test_a_failure_is_repeated_to_hear_its_cause(
     assert "loglevel" in silent
     assert "loglevel" not in logged
     cause = "the peer accepts none of our traffic selectors"
-    assert await take(client) == [NegotiationFailed("gw", "net", cause)]
+    assert await take(client) == [NegotiationFailed(ChildName("gw", "net"), cause)]
 
 
 async def test_a_refusal_with_a_reason_is_not_repeated(
@@ -235,14 +236,14 @@ async def test_a_refusal_with_a_reason_is_not_repeated(
     reason = "CHILD_SA config 'net' not found"
     charon.handlers["initiate"] = answering(no(reason))
     await negotiate(charon, client)
-    assert await take(client) == [NegotiationFailed("gw", "net", reason)]
+    assert await take(client) == [NegotiationFailed(ChildName("gw", "net"), reason)]
 
 
 async def test_a_duplicate_is_no_failure(charon: FakeCharon, client: IkeClient) -> None:
     charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
     charon.handlers["initiate"] = answering(no("establishing CHILD_SA 'net' failed"))
     assert len(await negotiate(charon, client)) == 1
-    assert await take(client) == [NegotiationDone("gw", "net")]
+    assert await take(client) == [NegotiationDone(ChildName("gw", "net"))]
     assert quiet(client)
 
 
@@ -293,7 +294,7 @@ async def test_only_a_few_wait_in_charon(charon: FakeCharon, client: IkeClient) 
 
     charon.handlers["initiate"] = initiate
     for number in range(10):
-        await client.initiate("gw", f"net-{number}", 2)
+        await client.initiate(ChildName("gw", f"net-{number}"), 2)
     (failed,) = await take(client)
     assert isinstance(failed, NegotiationFailed)  # one that did not wait: its limit ran out
     waits = [asked["timeout"] for name, asked in charon.requests if name == "initiate"]
@@ -307,7 +308,7 @@ async def test_the_daemon_goes_while_negotiating(charon: FakeCharon, client: Ike
         return YES
 
     charon.handlers["initiate"] = initiate
-    await client.initiate("gw", "net", 5)
+    await client.initiate(ChildName("gw", "net"), 5)
     (first,) = await take(client)
     assert isinstance(first, IkeGone | NegotiationFailed)
     if isinstance(first, NegotiationFailed):

@@ -10,7 +10,7 @@ import pytest
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import PORT_MASK, UDP, Flow, Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import SpdKey
+from ipsecgate.core.model.ipsec import ChildName, SpdKey
 from ipsecgate.core.state.spd import agreed_on
 from ipsecgate.core.tables.layout import State, TableId, flow_key
 from tests.unit.test_gate import (
@@ -119,7 +119,7 @@ def test_what_two_traffic_selectors_have_in_common(
 # --- a narrower child --------------------------------------------------------------------
 
 HOST = ip_network("10.2.0.9/32")
-NARROWER = replace(NET, child="host", remote=(TrafficSelector(HOST),))
+NARROWER = replace(NET, name=ChildName("peer", "host"), remote=(TrafficSelector(HOST),))
 
 
 def test_the_narrower_child_is_negotiated_as_its_trap_wins(story: Transcript) -> None:
@@ -144,10 +144,10 @@ def test_a_child_that_the_kernel_has_too_is_neither_asked_for_nor_deleted(
     story.after(REFUSED, *UP, on.ChildUp(LISTED))
     bypass = replace(PINNED, key=SpdKey(Selector(HERE, HOST)), priority=1, templates=())
     story.after(on.PolicySet(bypass))
-    commands = story.after(REFUSED, on.NegotiationDone(*NAME), connected(LISTED))
-    commands += story.after(on.TimerFired(on.Timer("limit", *NAME)))
+    commands = story.after(REFUSED, on.NegotiationDone(NAME), connected(LISTED))
+    commands += story.after(on.TimerFired(on.Timer("limit", NAME)))
     assert initiated(commands) == []
-    assert do.Terminate(*NAME) not in commands
+    assert do.Terminate(NAME) not in commands
     assert live(story, replace(ROUTED, daddr=ip_address("10.2.0.8")))
 
 
@@ -165,8 +165,8 @@ def test_a_larval_state_is_not_the_sa_that_ike_believes_in(story: Transcript) ->
     story.after(on.KernelSnapshot((PINNED,), (replace(SA, larval=True),)), connected(LISTED))
     assert not live(story, ROUTED)
     assert initiated(story.after(REFUSED)) == [NAME]
-    story.after(on.NegotiationDone(*NAME))
-    assert do.Terminate(*NAME) in story.after(on.TimerFired(on.Timer("limit", *NAME)))
+    story.after(on.NegotiationDone(NAME))
+    assert do.Terminate(NAME) in story.after(on.TimerFired(on.Timer("limit", NAME)))
     assert story.gate.protection.kernel_state.replace(on.KernelSnapshot((PINNED,), ())) == 0, (
         "no drift"
     )
@@ -181,8 +181,8 @@ def test_of_two_children_the_policy_names_one_and_its_state_is_lost(story: Trans
     story.after(on.SaGone(SA.id), connected(LISTED, twin))
     assert not live(story, ROUTED)
     assert initiated(story.after(REFUSED)) == [NAME]
-    story.after(on.NegotiationDone(*NAME))
-    assert do.Terminate(*NAME) in story.after(on.TimerFired(on.Timer("limit", *NAME)))
+    story.after(on.NegotiationDone(NAME))
+    assert do.Terminate(NAME) in story.after(on.TimerFired(on.Timer("limit", NAME)))
 
 
 def test_a_childs_predecessor_is_no_reason_to_delete_it(story: Transcript) -> None:

@@ -28,10 +28,10 @@ from tests.unit.test_gate import (
 )
 from tests.unit.test_gate import connected as connected_to
 
-TIMER = on.Timer("half", *NAME)
+TIMER = on.Timer("one-way", NAME)
 FIRED = on.TimerFired(TIMER)
 CHILD = replace(LISTED, unique=3)
-DELETED = do.Terminate(*NAME, 3)
+DELETED = do.Terminate(NAME, 3)
 INBOUND = replace(SA, id=SaId(LOCAL, CHILD.spi_in, ESP), saddr=PEER)
 
 
@@ -126,7 +126,7 @@ def test_the_one_that_is_half_is_deleted_and_not_its_namesakes() -> None:
     half = story()
     half.after(on.SaSet(replace(SA, id=replace(SA.id, spi=other.spi_out), reqid=2)))
     half.after(connected_to(CHILD, other))
-    assert deleted(half.after(FIRED)) == [do.Terminate(*NAME, 9)]
+    assert deleted(half.after(FIRED)) == [do.Terminate(NAME, 9)]
 
 
 def test_one_that_comes_back_half_is_given_longer_and_then_left_alone() -> None:

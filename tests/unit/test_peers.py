@@ -11,7 +11,7 @@ import pytest
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import ESP, Mode, SaId, SpdKey
+from ipsecgate.core.model.ipsec import ESP, ChildName, Mode, SaId, SpdKey
 from ipsecgate.core.state.kernel_state import KernelState
 from tests.unit.test_gate import (
     HERE,
@@ -39,7 +39,7 @@ OTHER_POLICY = replace(
 )
 OTHER_LISTED = replace(
     LISTED,
-    ike="other",
+    name=ChildName("other", LISTED.name.child),
     reqid=2,
     spi_in=0x12,
     remote_host=OTHER,
@@ -94,7 +94,7 @@ def test_what_ike_lists_is_missing_whoever_else_has_its_spi() -> None:
     kernel_state = mirrored(on.PolicySet(PINNED), on.PolicySet(OTHER_POLICY), on.SaSet(OTHER_SA))
     assert kernel_state.lacks(LISTED)
     assert not kernel_state.lacks(OTHER_LISTED)
-    assert kernel_state.child_of(OTHER_SA) == "other/net"
+    assert kernel_state.child_of(OTHER_SA) == OTHER_LISTED.name
     assert kernel_state.child_of(replace(SA, id=SaId(OTHER, 0x77, ESP))) is None
 
 
@@ -118,16 +118,16 @@ def test_half_an_sa_is_not_made_whole_by_the_peers_choice() -> None:
 
 def test_only_the_peer_is_deleted_of_which_the_kernel_has_nothing() -> None:
     """Two peers have one configuration, as road warriors do."""
-    healthy = replace(OTHER_LISTED, ike=LISTED.ike, unique=8)
+    healthy = replace(OTHER_LISTED, name=LISTED.name, unique=8)
     broken = replace(LISTED, unique=7)
     story = Transcript()
     story.after(
         on.KernelSnapshot((TRAP, OTHER_POLICY), (OTHER_SA,)), connected(), SOURCES, REFUSED,
-        on.NegotiationDone(*NAME), connected(broken, healthy),
+        on.NegotiationDone(NAME), connected(broken, healthy),
     )  # fmt: skip
-    commands = story.after(on.TimerFired(on.Timer("limit", *NAME)))
+    commands = story.after(on.TimerFired(on.Timer("limit", NAME)))
     ended = [c for c in commands if isinstance(c, do.Terminate)]
-    assert ended == [do.Terminate(*NAME, unique=7)]
+    assert ended == [do.Terminate(NAME, unique=7)]
 
 
 def test_what_was_not_understood_says_nothing_of_the_others() -> None:

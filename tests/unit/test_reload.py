@@ -119,7 +119,7 @@ def test_a_negotiation_keeps_its_flow_not_its_place() -> None:
     bypassed = story.entry(TableId.POLICY, replace(ROUTED, daddr=ip_address("10.3.0.9")))
     assert bypassed is not None
     assert bypassed.error == EPERM
-    story.after(on.NegotiationFailed(*NAME, "no"))
+    story.after(on.NegotiationFailed(NAME, "no"))
     entry = story.entry(TableId.POLICY, ROUTED)
     assert entry is not None
     assert entry.error == EHOSTUNREACH
@@ -136,12 +136,12 @@ def test_a_negotiation_keeps_its_flow_not_its_place() -> None:
 )
 def test_a_negotiation_that_no_policy_asks_for_is_forgotten(policies: tuple[Policy, ...]) -> None:
     story = running(PROTECT)
-    story.after(REFUSED, on.NegotiationFailed(*NAME, "no"))
+    story.after(REFUSED, on.NegotiationFailed(NAME, "no"))
     reload(story, *policies)
     commands = story.after(BOTH)
     assert not story.gate.negotiations.of
-    timer = on.Timer("retry", *NAME)
-    assert initiated(story.after(on.TimerFired(timer), on.NegotiationFailed(*NAME, "late"))) == []
+    timer = on.Timer("retry", NAME)
+    assert initiated(story.after(on.TimerFired(timer), on.NegotiationFailed(NAME, "late"))) == []
     del commands
 
 

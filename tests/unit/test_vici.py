@@ -21,7 +21,7 @@ from ipsecgate.core.codec.vici import (
 )
 from ipsecgate.core.model.events import ChildDown, ChildUp, IkeDown, IkeUp
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
 
 SERVICES = {("https", "tcp"): 443, ("domain", None): 53, ("iso-tsap", "tcp"): 102}
 PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "ipv6-icmp": 58}
@@ -102,7 +102,7 @@ def conn(**body: Any) -> dict[str, Any]:
 
 def test_child_configs() -> None:
     assert list(child_configs(conn(), NAMES)) == [
-        ChildConfig("gw", "net", Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
+        ChildConfig(ChildName("gw", "net"), Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
     ]
     assert list(child_configs(conn(children={}), NAMES)) == []
 
@@ -153,7 +153,7 @@ CHILD = {
     "remote-ts": [b"10.2.3.0/24[tcp/https]"],
 }
 SA = ChildSa(
-    *("gw", "net", 1, 0xC0FFEE01, 0xBEEF, ip_address("192.0.2.2")),
+    *(ChildName("gw", "net"), 1, 0xC0FFEE01, 0xBEEF, ip_address("192.0.2.2")),
     *((ts("10.1.0.0/16"),), (ts("10.2.3.0/24", 6, (443, 443)),)),
     unique=3,
     local_host=ip_address("192.0.2.1"),

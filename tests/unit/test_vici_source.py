@@ -173,17 +173,17 @@ def test_taken_for_userland_a_daemon_with_kernel_esp_opens_nothing() -> None:
 
 
 def test_a_child_without_a_route_is_deleted_and_made_anew(story: Transcript) -> None:
-    story.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(*NAME))
-    commands = story.after(on.TimerFired(on.Timer("limit", *NAME)))
-    assert do.Terminate(*NAME) in commands
-    story.after(on.TimerFired(on.Timer("retry", *NAME)))
+    story.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(NAME))
+    commands = story.after(on.TimerFired(on.Timer("limit", NAME)))
+    assert do.Terminate(NAME) in commands
+    story.after(on.TimerFired(on.Timer("retry", NAME)))
     assert initiated(story.after(REFUSED)) == [NAME]
 
 
 def test_a_child_that_has_its_route_is_not(story: Transcript) -> None:
-    story.after(REFUSED, on.NegotiationDone(*NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
-    commands = story.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", *NAME)))
-    assert do.Terminate(*NAME) not in commands
+    story.after(REFUSED, on.NegotiationDone(NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
+    commands = story.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", NAME)))
+    assert do.Terminate(NAME) not in commands
     assert story.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF, "another source"
 
 
