@@ -62,13 +62,13 @@ def test_a_decision_that_never_ends_is_not_called_alive(unit: Unit) -> None:
 
 
 CALLBACK = """
-from ipsecgate.edges import datapath
+from ipsecgate.edges.bpf import datapath
 def defect(record):
     raise LookupError("a defect in a callback")
 datapath.layout.unpack_event = defect
 """
 TASK = """
-from ipsecgate.edges import routes
+from ipsecgate.edges.kernel import routes
 async def defect(self):
     raise LookupError("a defect in a task")
 routes.Routes._tell = defect
