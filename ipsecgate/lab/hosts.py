@@ -214,8 +214,8 @@ class Lab:
 
     def watch(self, host: Host | None = None) -> SaWatch:
         """Return a watch of a host's (a unless given) own XFRM events; start it."""
-        flow_index = host or self.a
-        watch = SaWatch(flow_index.namespace, set(flow_index.outer.values()))
+        watched = host or self.a
+        watch = SaWatch(watched.namespace, set(watched.outer.values()))
         self._stack.callback(watch.close)
         return watch
 

@@ -18,7 +18,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import ESP, ChildConfig, ChildName, ChildSa, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
-from tests.unit.test_gate import FLOW, HERE, NET, REFUSED, SA, TRAP, Transcript, initiated
+from tests.unit.transcript import FLOW, HERE, NET, REFUSED, SA, TRAP, Transcript, initiated
 
 MANY = 200
 PEERS = [ip_network((int(ip_address("10.2.0.0")) + (n << 8), 24)) for n in range(MANY)]
@@ -82,25 +82,25 @@ class Spied(Transcript):
 @pytest.fixture
 def busy() -> Spied:
     """Each peer is being negotiated with, and as many calls are held, one for each."""
-    story = Spied()
+    transcript = Spied()
     for number in range(MANY):
         call = on.CallMade(on.Call(1, number), flow(number), pid=number + 1, limit=30.0)
-        assert len(initiated(story.after(call))) == 1
-    return story
+        assert len(initiated(transcript.after(call))) == 1
+    return transcript
 
 
 def test_a_kernel_event_concerns_the_calls_and_children_of_its_peer(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
-    commands = busy.take(busy.gate.step(*up(7)))
+    commands = busy.after_together(*up(7))
     assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [7]
     assert busy.done["look"] <= 2
     assert busy.done["is_live"] <= 4
     assert busy.done["states"] <= 2
     assert not busy.done["policies"]
     busy.done.clear()
-    (closing, *_) = busy.take(busy.gate.step(on.SaGone(up(7)[0].sa.id)))  # type: ignore[union-attr]
+    (closing, *_) = busy.after_together(on.SaGone(up(7)[0].sa.id))  # type: ignore[union-attr]
     assert isinstance(closing, do.SetEntry)
     assert busy.done["look"] == 0
     assert busy.done["is_live"] <= 4
@@ -136,7 +136,7 @@ def test_many_calls_for_one_flow_are_looked_at_once(
         call = on.CallMade(on.Call(2, number), flow(3), pid=number + 1, limit=30.0)
         assert busy.after(call) == [do.Hold(call)]
     assert busy.done["look"] <= 1
-    told = busy.take(busy.gate.step(*up(3)))
+    told = busy.after_together(*up(3))
     assert len([c for c in told if isinstance(c, do.Answer)]) == 501
 
 
@@ -147,7 +147,7 @@ def test_what_concerns_all_is_done_by_and_by(busy: Spied, monkeypatch: pytest.Mo
     steps = 0
     while busy.gate.holds.unsettled:
         busy.done.clear()
-        busy.take(busy.gate.step())
+        busy.after_together()
         steps += 1
         assert busy.done["look"] <= SLICE
     assert steps >= MANY // SLICE - 1
@@ -155,40 +155,40 @@ def test_what_concerns_all_is_done_by_and_by(busy: Spied, monkeypatch: pytest.Mo
 
 def test_many_children_told_at_one_go_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that rekeys without a pause had the whole table made for each."""
-    story = Spied()
+    transcript = Spied()
     listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
-    hook_tables = story.gate.hook_tables
-    monkeypatch.setattr(hook_tables, "spd", story.counting("spd", hook_tables.spd))
-    story.take(story.gate.step(*(on.ChildUp(replace(listed, spi_out=n)) for n in range(1, 50))))
-    assert story.done["spd"] == 1
+    hook_tables = transcript.gate.hook_tables
+    monkeypatch.setattr(hook_tables, "spd", transcript.counting("spd", hook_tables.spd))
+    transcript.after_together(*(on.ChildUp(replace(listed, spi_out=n)) for n in range(1, 50)))
+    assert transcript.done["spd"] == 1
 
 
 def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who asks for what no child protects has the daemon looked at twenty times a second."""
-    story = Spied()
-    hook_tables = story.gate.hook_tables
-    monkeypatch.setattr(hook_tables, "spd", story.counting("spd", hook_tables.spd))
+    transcript = Spied()
+    hook_tables = transcript.gate.hook_tables
+    monkeypatch.setattr(hook_tables, "spd", transcript.counting("spd", hook_tables.spd))
     loaded = on.IkeConnected(tuple(map(child, range(MANY))), (), 42)
     listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
     for seen, established in ((0, ()), (1, (listed,)), (1, (listed,)), (2, ())):
-        story.after(replace(loaded, established=established))
-        assert story.done["spd"] == seen
-    story.after(on.IkeGone("restarted"), loaded)
-    assert story.done["spd"] == 4
+        transcript.after(replace(loaded, established=established))
+        assert transcript.done["spd"] == seen
+    transcript.after(on.IkeGone("restarted"), loaded)
+    assert transcript.done["spd"] == 4
 
 
 def test_no_call_is_forgotten_and_no_child_misjudged() -> None:
     """Whatever happens, in whichever order: what was not looked at had not changed."""
     for seed in range(30):
         random = Random(seed)
-        story = Spied()
+        transcript = Spied()
         for number in range(150):
-            story.after(*happened(random, number))
-            while story.gate.holds.unsettled:
-                story.take(story.gate.step())
-            gate = story.gate
+            transcript.after(*happened(random, number))
+            while transcript.gate.holds.unsettled:
+                transcript.after_together()
+            gate = transcript.gate
             for item in gate.negotiations.of.values():
                 live = gate.protection.is_live(item.flow)
                 assert live == (item.coverage is Coverage.COVERED), (seed, number)

@@ -22,7 +22,8 @@ from ipsecgate.core.tables.capacity import fit_policies, fit_spd
 from ipsecgate.core.tables.layout import Entry, Key, State, TableId, flow_key
 from ipsecgate.core.tables.policy_rules import matches, policy_rules
 from ipsecgate.core.tables.table import Rule, Ternary
-from tests.unit.test_gate import (
+from tests.unit.test_table import flows, ternaries
+from tests.unit.transcript import (
     LISTED,
     ROUTED,
     SA,
@@ -31,7 +32,6 @@ from tests.unit.test_gate import (
     Transcript,
     connected,
 )
-from tests.unit.test_table import flows, ternaries
 
 STRICT = {None: 0, State.BYPASS: 0, State.PROTECT: 1, State.DISCARD: 2}
 FEW = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -150,16 +150,16 @@ def test_a_peer_that_negotiates_a_range_of_addresses_closes_itself_alone() -> No
     )  # fmt: skip
     theirs = replace(ROUTED, daddr=ip_address("10.7.0.11"), saddr=ip_address("10.1.0.20"))
     for exact, both in ((told.remote, False), (told.remote[:3], True)):
-        story = Transcript()
+        transcript = Transcript()
         fits = replace(told, local=told.local[:3], remote=exact) if both else told
         kernel = on.KernelSnapshot((TRAP, policy), (SA, sa))
-        story.after(kernel, connected(LISTED, fits), SOURCES)
-        assert story.is_open()
-        entry = story.entry(TableId.SPD, theirs)
+        transcript.after(kernel, connected(LISTED, fits), SOURCES)
+        assert transcript.is_open()
+        entry = transcript.entry(TableId.SPD, theirs)
         assert (entry is not None and entry.state is State.LIVE) == both
-        named = [error for error in story.gate.policy_table.errors if "range/net" in error]
+        named = [error for error in transcript.gate.policy_table.errors if "range/net" in error]
         assert bool(named) != both
-        assert not any("peer/net" in error for error in story.gate.policy_table.errors)
+        assert not any("peer/net" in error for error in transcript.gate.policy_table.errors)
 
 
 def test_a_peer_with_many_children_closes_its_own() -> None:
@@ -178,11 +178,11 @@ def test_a_peer_with_many_children_closes_its_own() -> None:
     sa = replace(SA, id=SaId(other, 0x2000, ESP), reqid=2)
     told = replace(LISTED, reqid=2, spi_out=0x2000, remote_host=other,
                    remote=(TrafficSelector(ip_network("10.7.0.0/16")),))  # fmt: skip
-    story = Transcript()
+    transcript = Transcript()
     kernel = on.KernelSnapshot((*many, TRAP), (SA, sa))
-    story.after(kernel, connected(LISTED, told), SOURCES)
-    assert story.is_open()
-    assert any("and " in error for error in story.gate.policy_table.errors)
+    transcript.after(kernel, connected(LISTED, told), SOURCES)
+    assert transcript.is_open()
+    assert any("and " in error for error in transcript.gate.policy_table.errors)
 
 
 def test_a_closed_policy_is_in_front_of_those_behind_it() -> None:
@@ -217,18 +217,18 @@ def test_a_policy_with_too_many_masks_widens_alone() -> None:
     third = replace(big, name="third", remote=(ip_network("10.7.0.0/18"),), ports=(1, 1022))
     beside = Policy("beside", (ip_network("10.9.1.0/24"),), Action.BYPASS, proto=UDP)
     inside = Policy("inside", (ip_network("10.9.2.0/24"),), Action.BYPASS)
-    story = Transcript(Settings(policies=(big, other, third, beside, inside)))
+    transcript = Transcript(Settings(policies=(big, other, third, beside, inside)))
     base = replace(ROUTED, daddr=ip_address("10.9.3.3"))
     udp = replace(base, proto=UDP)
-    assert story.entry(TableId.POLICY, base) == Entry(State.PROTECT, 1, 0)
+    assert transcript.entry(TableId.POLICY, base) == Entry(State.PROTECT, 1, 0)
     far = replace(base, daddr=ip_address("10.10.0.1"))
-    assert story.entry(TableId.POLICY, far) is None, "what no policy names is as ever"
-    at = story.entry(TableId.POLICY, replace(udp, daddr=ip_address("10.9.1.1")))
+    assert transcript.entry(TableId.POLICY, far) is None, "what no policy names is as ever"
+    at = transcript.entry(TableId.POLICY, replace(udp, daddr=ip_address("10.9.1.1")))
     assert at is not None
     assert at.state is State.BYPASS, "it shares no flow with what was widened"
-    at = story.entry(TableId.POLICY, replace(base, daddr=ip_address("10.9.2.1")))
+    at = transcript.entry(TableId.POLICY, replace(base, daddr=ip_address("10.9.2.1")))
     assert at is not None
     assert at.state is State.PROTECT, "first match wins"
-    (error,) = story.gate.policy_table.errors
+    (error,) = transcript.gate.policy_table.errors
     assert "POLICY table" in error
     assert error.endswith("because of big")

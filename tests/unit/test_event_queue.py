@@ -10,7 +10,7 @@ import pytest
 from ipsecgate.core.gate.event_queue import REFUSALS, SLICE, EventQueue
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.ipsec import ChildName
-from tests.unit.test_gate import FLOW, NAME, REFUSED, SA, SOURCES, connected
+from tests.unit.transcript import FLOW, NAME, REFUSED, SA, SOURCES, connected
 
 ASKED = on.FlowRefused | on.CallEvent
 

@@ -25,7 +25,7 @@ from ipsecgate.core.state.floor import (
 )  # fmt: skip
 from ipsecgate.core.tables.layout import TableId
 from tests.unit import xfrm_bytes
-from tests.unit.test_gate import REFUSED, SOURCES, THERE, TRAP, UP, Transcript, connected
+from tests.unit.transcript import REFUSED, SOURCES, THERE, TRAP, UP, Transcript, connected
 
 TAG = tag_of("default")
 PROTECT = Policy("db", (THERE,))
@@ -98,42 +98,42 @@ def floors(commands: list[do.Command]) -> list[do.SetFloor]:
 
 
 def test_it_changes_no_verdict_and_no_table() -> None:
-    story = Transcript(Settings((PROTECT,), floor=True))
-    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    before = story.gate.hook_tables.tables[TableId.SPD]
-    assert not story.after(on.PolicySet(entry_of(BLOCK)))
-    assert story.gate.hook_tables.tables[TableId.SPD] == before
-    story.after(REFUSED, *UP)
-    assert story.is_open()
+    transcript = Transcript(Settings((PROTECT,), floor=True))
+    transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    before = transcript.gate.hook_tables.tables[TableId.SPD]
+    assert not transcript.after(on.PolicySet(entry_of(BLOCK)))
+    assert transcript.gate.hook_tables.tables[TableId.SPD] == before
+    transcript.after(REFUSED, *UP)
+    assert transcript.is_open()
     # A policy that is even further back is hidden by it.
-    story.after(on.PolicyGone(TRAP.key))
-    assert not story.is_open()
-    story.after(on.PolicySet(replace(UP[1].entry, priority=2**32 - 1)))
-    assert not story.is_open()
+    transcript.after(on.PolicyGone(TRAP.key))
+    assert not transcript.is_open()
+    transcript.after(on.PolicySet(replace(UP[1].entry, priority=2**32 - 1)))
+    assert not transcript.is_open()
 
 
 def test_it_follows_the_policies_and_what_others_do_to_it() -> None:
-    story = Transcript(Settings((PROTECT,), floor=True))
-    told = floors(story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES))
+    transcript = Transcript(Settings((PROTECT,), floor=True))
+    told = floors(transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES))
     assert told
     assert {one.policies for one in told} == {(BLOCK,)}
-    assert not floors(story.after(connected(), SOURCES)), "it is known"
-    assert floors(story.after(on.KernelSnapshot((), ()))), "after a flush"
+    assert not floors(transcript.after(connected(), SOURCES)), "it is known"
+    assert floors(transcript.after(on.KernelSnapshot((), ()))), "after a flush"
     more = Settings((PROTECT, Policy("six", (SIX,))), floor=True)
     there = on.SourcesResolved((*SOURCES.sources, (SIX, None)))
-    assert len(floors(story.after(on.Reconfigured(more), there))[-1].policies) == 5
-    assert floors(story.after(on.Reconfigured(Settings((PROTECT,)))))[-1].policies == ()
-    assert floors(story.after(on.Reconfigured(Settings((PROTECT,), floor=True))))
+    assert len(floors(transcript.after(on.Reconfigured(more), there))[-1].policies) == 5
+    assert floors(transcript.after(on.Reconfigured(Settings((PROTECT,)))))[-1].policies == ()
+    assert floors(transcript.after(on.Reconfigured(Settings((PROTECT,), floor=True))))
     audit = Settings((PROTECT,), floor=True, audit=True)
-    assert floors(story.after(on.Reconfigured(audit)))[-1].policies == (), "nothing is refused"
+    assert floors(transcript.after(on.Reconfigured(audit)))[-1].policies == (), "nothing is refused"
 
 
 def test_where_ike_does_esp_itself_there_is_none() -> None:
-    story = Transcript(Settings((PROTECT,), floor=True))
-    story.after(on.KernelSnapshot((), ()), SOURCES)
-    told = floors(story.after(on.IkeConnected((), (), pid=42, userland=True)))
+    transcript = Transcript(Settings((PROTECT,), floor=True))
+    transcript.after(on.KernelSnapshot((), ()), SOURCES)
+    told = floors(transcript.after(on.IkeConnected((), (), pid=42, userland=True)))
     assert told[-1].policies == ()
-    assert any("gate.floor" in error for error in story.gate.policy_table.errors)
+    assert any("gate.floor" in error for error in transcript.gate.policy_table.errors)
 
 
 def test_a_policy_for_what_comes_in_is_no_floor() -> None:

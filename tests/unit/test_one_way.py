@@ -14,7 +14,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import PORT_MASK, UDP, Selector
 from ipsecgate.core.model.ipsec import COMP, ESP, Direction, SaId, SpdEntry, SpdKey
 from ipsecgate.core.model.policy import Policy, SaSource, Settings
-from tests.unit.test_gate import (
+from tests.unit.transcript import (
     HERE,
     LISTED,
     LOCAL,
@@ -26,7 +26,7 @@ from tests.unit.test_gate import (
     TRAP,
     Transcript,
 )
-from tests.unit.test_gate import connected as connected_to
+from tests.unit.transcript import connected as connected_to
 
 TIMER = on.Timer("one-way", NAME)
 FIRED = on.TimerFired(TIMER)
@@ -49,12 +49,12 @@ POLICIES = (PINNED, IN)
 CONNECTED = connected_to(CHILD)
 
 
-def story(
+def established(
     policies: Iterable[SpdEntry] = POLICIES, *, settings: Settings | None = None
 ) -> Transcript:
-    told = Transcript(settings)
-    told.after(on.KernelSnapshot(tuple(policies), STATES), CONNECTED, SOURCES)
-    return told
+    transcript = Transcript(settings)
+    transcript.after(on.KernelSnapshot(tuple(policies), STATES), CONNECTED, SOURCES)
+    return transcript
 
 
 def timers(commands: list[do.Command]) -> list[float]:
@@ -67,7 +67,7 @@ def deleted(commands: list[do.Command]) -> list[do.Terminate]:
 
 
 def test_a_whole_child_is_left_alone() -> None:
-    whole = story()
+    whole = established()
     commands = whole.after(CONNECTED, on.KernelSnapshot(POLICIES, STATES, check=True), FIRED)
     assert not timers(commands)
     assert not deleted(commands)
@@ -79,7 +79,7 @@ def test_a_whole_child_is_left_alone() -> None:
     ids=["policy", "state"],
 )
 def test_half_of_one_is_deleted_and_told(lost: on.XfrmEvent) -> None:
-    half = story()
+    half = established()
     assert half.after(lost) == [], "what leaves is as it was"
     assert timers(half.after(CONNECTED)) == [FIRST]
     assert not timers(half.after(CONNECTED)), "the timer runs"
@@ -93,7 +93,7 @@ def test_half_of_one_is_deleted_and_told(lost: on.XfrmEvent) -> None:
 
 def test_a_flush_that_met_an_sa_being_installed() -> None:
     """Found by chaos: the outbound policy comes after it, all that came before is gone."""
-    half = story()
+    half = established()
     half.after(on.PoliciesFlushed(), on.KernelSnapshot((), STATES), on.PolicySet(PINNED))
     half.after(CONNECTED)
     assert deleted(half.after(FIRED)) == [DELETED]
@@ -109,7 +109,7 @@ def test_while_it_is_installed_a_child_is_half_for_a_moment() -> None:
 
 
 def test_its_successor_is_another_child() -> None:
-    half = story()
+    half = established()
     half.after(on.PolicyGone(IN.key), CONNECTED)
     successor = replace(CHILD, unique=4, spi_in=0x12, spi_out=0xC0FFEE02)
     half.after(
@@ -123,14 +123,14 @@ def test_its_successor_is_another_child() -> None:
 def test_the_one_that_is_half_is_deleted_and_not_its_namesakes() -> None:
     """A gateway has one connection for many peers."""
     other = replace(CHILD, unique=9, reqid=2, spi_in=0x22, spi_out=0xC0FFEE22)
-    half = story()
+    half = established()
     half.after(on.SaSet(replace(SA, id=replace(SA.id, spi=other.spi_out), reqid=2)))
     half.after(connected_to(CHILD, other))
     assert deleted(half.after(FIRED)) == [do.Terminate(NAME, 9)]
 
 
 def test_one_that_comes_back_half_is_given_longer_and_then_left_alone() -> None:
-    half = story()
+    half = established()
     half.after(on.PolicyGone(IN.key))
     pauses, told = [], []
     for _ in range(6):
@@ -147,14 +147,14 @@ def test_one_that_comes_back_half_is_given_longer_and_then_left_alone() -> None:
 
 def test_one_that_the_daemon_lists_no_more_is_being_deleted() -> None:
     """A peer that is silent keeps its SAs in the kernel until it answers."""
-    half = story()
+    half = established()
     half.after(on.PolicyGone(IN.key), CONNECTED, connected_to())
     assert not deleted(half.after(FIRED))
     assert not timers(half.after(connected_to()))
 
 
 def test_nobody_is_half_while_the_daemon_is_away() -> None:
-    half = story([PINNED])
+    half = established([PINNED])
     half.after(on.IkeGone("killed"))
     assert not deleted(half.after(FIRED))
 
@@ -162,14 +162,14 @@ def test_nobody_is_half_while_the_daemon_is_away() -> None:
 def test_what_need_not_be_protected_is_the_operators_affair() -> None:
     elsewhere = Policy("elsewhere", (ip_network("10.9.0.0/16"),))
     for settings in (Settings((elsewhere,)), Settings(audit=True)):
-        half = story([PINNED], settings=settings)
+        half = established([PINNED], settings=settings)
         assert not timers(half.after(CONNECTED))
         assert not deleted(half.after(FIRED))
 
 
 def test_policies_that_the_daemon_did_not_make_may_be_one_sided() -> None:
     """With `policies = no` they are the operator's; only the states are the daemon's."""
-    by_hand = story([TRAP])
+    by_hand = established([TRAP])
     assert not deleted(by_hand.after(FIRED))
     by_hand.after(on.SaGone(INBOUND.id), CONNECTED)
     assert deleted(by_hand.after(FIRED)) == [DELETED]
@@ -193,8 +193,8 @@ BACK = {
 def test_what_answers_a_selector(selector: Selector) -> None:
     assert selector.answer == BACK[selector]
     entry = replace(PINNED, key=SpdKey(selector))
-    assert not deleted(story([entry, receiving(entry)]).after(FIRED))
-    assert deleted(story([entry, receiving(entry, proto=99)]).after(FIRED)) == [DELETED]
+    assert not deleted(established([entry, receiving(entry)]).after(FIRED))
+    assert deleted(established([entry, receiving(entry, proto=99)]).after(FIRED)) == [DELETED]
 
 
 def test_two_peers_that_chose_one_spi() -> None:
@@ -220,9 +220,9 @@ def test_two_peers_that_chose_one_spi() -> None:
 def test_compression_is_another_state_of_the_same_child() -> None:
     comp = replace(PINNED.templates[0], proto=COMP, spi=0x77)
     entry = replace(PINNED, templates=(comp, *PINNED.templates))
-    assert not deleted(story([entry, receiving(entry)]).after(FIRED))
+    assert not deleted(established([entry, receiving(entry)]).after(FIRED))
 
 
 def test_where_ike_does_esp_itself_the_kernel_has_nothing_to_lose() -> None:
-    userland = story([PINNED], settings=Settings(sa_source=SaSource.VICI))
+    userland = established([PINNED], settings=Settings(sa_source=SaSource.VICI))
     assert not deleted(userland.after(CONNECTED, FIRED))

@@ -13,7 +13,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import ESP, ChildName, Mode, SaId, SpdKey
 from ipsecgate.core.state.kernel_state import KernelState
-from tests.unit.test_gate import (
+from tests.unit.transcript import (
     HERE,
     LISTED,
     LOCAL,
@@ -39,7 +39,7 @@ OTHER_POLICY = replace(
 )
 OTHER_LISTED = replace(
     LISTED,
-    name=ChildName("other", LISTED.name.child),
+    name=ChildName("other", "net"),
     reqid=2,
     spi_in=0x12,
     remote_host=OTHER,
@@ -49,24 +49,24 @@ OTHER_LISTED = replace(
 
 
 def test_a_peer_that_chooses_anothers_spi_closes_nothing_of_its() -> None:
-    story = Transcript()
-    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES, REFUSED, *UP)
-    story.after(on.ChildUp(LISTED))
-    assert story.is_open()
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES, REFUSED, *UP)
+    transcript.after(on.ChildUp(LISTED))
+    assert transcript.is_open()
     for event in (on.SaSet(OTHER_SA), on.PolicySet(OTHER_POLICY), on.ChildUp(OTHER_LISTED)):
-        story.after(event)
-        assert story.is_open(), event
-    story.after(connected(LISTED, OTHER_LISTED))
-    assert story.is_open()
-    story.after(on.SaGone(OTHER_SA.id), on.ChildDown(OTHER_LISTED), connected(LISTED))
-    assert story.is_open()
+        transcript.after(event)
+        assert transcript.is_open(), event
+    transcript.after(connected(LISTED, OTHER_LISTED))
+    assert transcript.is_open()
+    transcript.after(on.SaGone(OTHER_SA.id), on.ChildDown(OTHER_LISTED), connected(LISTED))
+    assert transcript.is_open()
 
 
 def test_a_stale_sa_is_not_trusted_for_anothers_spi() -> None:
-    story = Transcript()
-    story.after(on.KernelSnapshot((TRAP,), (SA,)), connected(OTHER_LISTED), SOURCES)
-    assert not story.is_open(), "left by a daemon that was killed, and that no peer has"
-    assert story.gate.protection.kernel_state.trusted_sas() == []
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((TRAP,), (SA,)), connected(OTHER_LISTED), SOURCES)
+    assert not transcript.is_open(), "left by a daemon that was killed, and that no peer has"
+    assert transcript.gate.protection.kernel_state.trusted_sas() == []
 
 
 def test_an_sa_counts_for_what_its_own_policy_names() -> None:
@@ -74,12 +74,12 @@ def test_an_sa_counts_for_what_its_own_policy_names() -> None:
     trap = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.0.0.0/8"))))
     narrow = replace(PINNED, key=SpdKey(Selector(HERE, ip_network("10.2.9.0/24"))), priority=1)
     wide = replace(OTHER_POLICY, key=SpdKey(Selector(HERE, ip_network("10.2.0.0/16"))), priority=9)
-    story = Transcript()
-    story.after(on.KernelSnapshot((trap, narrow), ()), connected(), SOURCES)
-    story.after(on.SaSet(SA))
-    assert not story.is_open()
-    story.after(on.PolicySet(replace(wide, priority=TRAP.priority + 1)))
-    assert not story.is_open()
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((trap, narrow), ()), connected(), SOURCES)
+    transcript.after(on.SaSet(SA))
+    assert not transcript.is_open()
+    transcript.after(on.PolicySet(replace(wide, priority=TRAP.priority + 1)))
+    assert not transcript.is_open()
 
 
 def mirrored(*events: on.XfrmEvent) -> KernelState:
@@ -120,27 +120,27 @@ def test_only_the_peer_is_deleted_of_which_the_kernel_has_nothing() -> None:
     """Two peers have one configuration, as road warriors do."""
     healthy = replace(OTHER_LISTED, name=LISTED.name, unique=8)
     broken = replace(LISTED, unique=7)
-    story = Transcript()
-    story.after(
+    transcript = Transcript()
+    transcript.after(
         on.KernelSnapshot((TRAP, OTHER_POLICY), (OTHER_SA,)), connected(), SOURCES, REFUSED,
         on.NegotiationDone(NAME), connected(broken, healthy),
     )  # fmt: skip
-    commands = story.after(on.TimerFired(on.Timer("limit", NAME)))
+    commands = transcript.after(on.TimerFired(on.Timer("limit", NAME)))
     ended = [c for c in commands if isinstance(c, do.Terminate)]
     assert ended == [do.Terminate(NAME, unique=7)]
 
 
 def test_what_was_not_understood_says_nothing_of_the_others() -> None:
-    story = Transcript()
+    transcript = Transcript()
     heard = replace(connected(LISTED), unread=("peer/odd: traffic selector 'x'",))
-    told = story.after(on.KernelSnapshot((TRAP,), (SA,)), heard, SOURCES)
-    assert story.is_open()
+    told = transcript.after(on.KernelSnapshot((TRAP,), (SA,)), heard, SOURCES)
+    assert transcript.is_open()
     assert [c.text for c in told if isinstance(c, do.Log) and "peer/odd" in c.text]
-    again = story.after(heard)
+    again = transcript.after(heard)
     assert not [c for c in again if isinstance(c, do.Log)], "told once"
-    commands = story.after(on.IkeUnread("child-updown: no value 'name'"))
+    commands = transcript.after(on.IkeUnread("child-updown: no value 'name'"))
     assert do.AskIke() in commands
-    assert story.is_open()
+    assert transcript.is_open()
 
 
 @pytest.mark.parametrize("mode", [Mode.TUNNEL, Mode.TRANSPORT])

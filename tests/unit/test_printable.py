@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipsecgate.admin.check import Finding
+from ipsecgate.admin.status_document import Status
 from ipsecgate.cli import app, events
 from ipsecgate.edges.host import systemd
 from ipsecgate.errors import GateError
@@ -59,12 +60,12 @@ def test_a_document_is_cleaned_keys_and_all() -> None:
     assert printable_document(document) == {r"a\x1b": [r"\x1b", {"b": [r"\n", 1, None, True]}]}
 
 
-def evil_status() -> dict[str, Any]:
+def evil_status() -> Status:
     """A status document in which every text is hostile, and a flow has an IPv6 address."""
     return {
         "instance": EVIL,
-        "mode": EVIL,
-        "default": EVIL,
+        "mode": "enforce",
+        "default": "allow",
         "sa_source": EVIL,
         "published": True,
         "controller": {"alive": True, "pid": 1, "since": 0},
@@ -86,18 +87,29 @@ def evil_status() -> dict[str, Any]:
                 "attempts": 1,
                 "flow": "tcp [2001:db8::9]:5432",
                 "last_error": EVIL,
+                "policy": EVIL,
             }
         ],
         "sas": [{"spi": EVIL, "peer": EVIL, "reqid": 1, "child": EVIL, "since": None}],
         "holds": [{"pid": 1, "flow": EVIL, "limit": 1.0}],
-        "counters": {"allowed": 0, "held": 0, "refused": 0, "audited": 0, "reasons": {}},
+        "drift": {"kernel": 0, "maps": 0},
+        "counters": {
+            "allowed": 0,
+            "held": 0,
+            "refused": 0,
+            "audited": 0,
+            "leaked_blocked": 0,
+            "leaked_audited": 0,
+            "events_lost": 0,
+            "reasons": {f"refuse_{EVIL}": 1},
+        },
     }
 
 
 def test_the_status_screen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As the verb draws it: a hostile identity neither ends it nor loses a bracket."""
     monkeypatch.setenv("COLUMNS", "2000")
-    monkeypatch.setattr("ipsecgate.cli.status.status_document", lambda *_args: evil_status())
+    monkeypatch.setattr("ipsecgate.cli.status.status_of", lambda *_args: evil_status())
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     with pytest.raises(SystemExit):

@@ -17,7 +17,7 @@ from ipsecgate.core.model.policy import SaSource, Settings
 from ipsecgate.core.state.userland import Userland
 from ipsecgate.core.tables.layout import State, TableId, flow_key
 from ipsecgate.core.tables.table import EMPTY, compile_table
-from tests.unit.test_gate import (
+from tests.unit.transcript import (
     HERE,
     LISTED,
     LOCAL,
@@ -42,37 +42,37 @@ def connected(*established: ChildSa, userland: bool = True) -> on.IkeConnected:
 
 
 @pytest.fixture(params=[Settings(), VICI], ids=["found out", "configured"])
-def story(request: pytest.FixtureRequest) -> Transcript:
+def transcript(request: pytest.FixtureRequest) -> Transcript:
     """IKE connected, no SA, so no route either; nobody ever told of the kernel."""
-    story = Transcript(request.param)
-    story.after(connected(), SOURCES)
-    return story
+    transcript = Transcript(request.param)
+    transcript.after(connected(), SOURCES)
+    return transcript
 
 
-def up(story: Transcript) -> None:
-    story.after(REFUSED, TUNNEL, on.ChildUp(LISTED))
-    assert story.is_open()
+def up(transcript: Transcript) -> None:
+    transcript.after(REFUSED, TUNNEL, on.ChildUp(LISTED))
+    assert transcript.is_open()
 
 
 # --- opening and closing ---------------------------------------------------------------
 
 
-def test_first_connection(story: Transcript) -> None:
-    assert TableId.SPD in story.gate.hook_tables.tables, "XFRM is not waited for"
-    assert not story.is_open()
-    assert initiated(story.after(REFUSED)) == [NAME]
-    assert not any(isinstance(c, do.Publish) for c in story.after(TUNNEL)), "a route is no SA"
-    opened = story.after(on.ChildUp(LISTED))
+def test_first_connection(transcript: Transcript) -> None:
+    assert TableId.SPD in transcript.gate.hook_tables.tables, "XFRM is not waited for"
+    assert not transcript.is_open()
+    assert initiated(transcript.after(REFUSED)) == [NAME]
+    assert not any(isinstance(c, do.Publish) for c in transcript.after(TUNNEL)), "a route is no SA"
+    opened = transcript.after(on.ChildUp(LISTED))
     assert isinstance(opened[0], do.Publish)
-    assert story.is_open()
-    assert story.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+    assert transcript.is_open()
+    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.COVERED
 
 
-def test_the_sa_without_its_route_does_not_open(story: Transcript) -> None:
-    story.after(REFUSED, on.ChildUp(LISTED))
-    assert not story.is_open()
-    story.after(TUNNEL)
-    assert story.is_open()
+def test_the_sa_without_its_route_does_not_open(transcript: Transcript) -> None:
+    transcript.after(REFUSED, on.ChildUp(LISTED))
+    assert not transcript.is_open()
+    transcript.after(TUNNEL)
+    assert transcript.is_open()
 
 
 @pytest.mark.parametrize(
@@ -86,71 +86,71 @@ def test_the_sa_without_its_route_does_not_open(story: Transcript) -> None:
     ],
     ids=["down", "gone", "no tunnel", "route elsewhere", "not listed"],
 )
-def test_what_closes_a_flow(story: Transcript, closing: Sequence[on.Event]) -> None:
-    up(story)
-    commands = story.after(*closing)
-    assert not story.is_open()
+def test_what_closes_a_flow(transcript: Transcript, closing: Sequence[on.Event]) -> None:
+    up(transcript)
+    commands = transcript.after(*closing)
+    assert not transcript.is_open()
     assert isinstance(commands[0], do.Publish | do.SetSources), "before all else"
-    assert story.gate.negotiations.of[NAME].coverage is Coverage.UNCOVERED
-    story.after(connected(), TUNNEL, on.ChildUp(REKEYED))
-    assert story.is_open()
+    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.UNCOVERED
+    transcript.after(connected(), TUNNEL, on.ChildUp(REKEYED))
+    assert transcript.is_open()
 
 
-def test_rekeying_has_no_gap(story: Transcript) -> None:
-    up(story)
+def test_rekeying_has_no_gap(transcript: Transcript) -> None:
+    up(transcript)
     for event in (on.ChildUp(REKEYED), on.ChildDown(LISTED), connected(REKEYED)):
-        story.after(event)
-        assert story.is_open()
-    story.after(on.ChildDown(REKEYED))
-    assert not story.is_open()
+        transcript.after(event)
+        assert transcript.is_open()
+    transcript.after(on.ChildDown(REKEYED))
+    assert not transcript.is_open()
 
 
-def test_of_two_sas_of_a_child_the_last_one_closes(story: Transcript) -> None:
-    up(story)
-    story.after(on.ChildUp(REKEYED), on.ChildDown(REKEYED))
-    assert story.is_open()
+def test_of_two_sas_of_a_child_the_last_one_closes(transcript: Transcript) -> None:
+    up(transcript)
+    transcript.after(on.ChildUp(REKEYED), on.ChildDown(REKEYED))
+    assert transcript.is_open()
 
 
 # --- lists that are older than events ----------------------------------------------------
 
 
-def test_an_old_list_revives_nothing_and_takes_nothing_away(story: Transcript) -> None:
-    up(story)
-    story.after(connected())
-    assert story.is_open(), "made before the child came up"
-    story.after(on.ChildDown(LISTED), connected(LISTED))
-    assert not story.is_open(), "made before it went down"
-    story.after(connected(), connected(LISTED))
-    assert story.is_open(), "and yet an SPI may be used again"
+def test_an_old_list_revives_nothing_and_takes_nothing_away(transcript: Transcript) -> None:
+    up(transcript)
+    transcript.after(connected())
+    assert transcript.is_open(), "made before the child came up"
+    transcript.after(on.ChildDown(LISTED), connected(LISTED))
+    assert not transcript.is_open(), "made before it went down"
+    transcript.after(connected(), connected(LISTED))
+    assert transcript.is_open(), "and yet an SPI may be used again"
 
 
 def test_a_restarted_controller_takes_over_what_is_listed() -> None:
-    story = Transcript(remembered=(NET,))
-    assert TableId.SPD not in story.gate.hook_tables.tables
+    transcript = Transcript(remembered=(NET,))
+    assert TableId.SPD not in transcript.gate.hook_tables.tables
     for event in (connected(LISTED), TUNNEL):
-        assert TableId.SPD not in story.gate.hook_tables.tables, "half the truth"
-        story.after(event)
-    assert story.is_open()
+        assert TableId.SPD not in transcript.gate.hook_tables.tables, "half the truth"
+        transcript.after(event)
+    assert transcript.is_open()
 
 
 # --- which source ------------------------------------------------------------------------
 
 
-def chosen(story: Transcript) -> str:
-    return story.gate.protection.sa_source.value
+def chosen(transcript: Transcript) -> str:
+    return transcript.gate.protection.sa_source.value
 
 
 def test_auto_goes_with_the_daemon() -> None:
-    story = Transcript()
-    assert chosen(story) == "auto"
-    story.after(on.KernelSnapshot((), ()), connected(LISTED), TUNNEL)
-    assert chosen(story) == "vici"
-    assert story.is_open()
-    story.after(on.IkeGone("restarted"), connected(LISTED, userland=False))
-    assert chosen(story) == "xfrm"
-    assert not story.is_open(), "the kernel does not have it"
-    story.after(*UP)
-    assert story.is_open()
+    transcript = Transcript()
+    assert chosen(transcript) == "auto"
+    transcript.after(on.KernelSnapshot((), ()), connected(LISTED), TUNNEL)
+    assert chosen(transcript) == "vici"
+    assert transcript.is_open()
+    transcript.after(on.IkeGone("restarted"), connected(LISTED, userland=False))
+    assert chosen(transcript) == "xfrm"
+    assert not transcript.is_open(), "the kernel does not have it"
+    transcript.after(*UP)
+    assert transcript.is_open()
 
 
 @pytest.mark.parametrize("userland", [True, False])
@@ -158,33 +158,33 @@ def test_auto_goes_with_the_daemon() -> None:
 def test_what_is_configured_holds_and_a_contradiction_is_told(
     source: SaSource, userland: bool
 ) -> None:
-    story = Transcript(Settings(sa_source=source))
-    commands = story.after(connected(userland=userland), on.KernelSnapshot((), ()))
+    transcript = Transcript(Settings(sa_source=source))
+    commands = transcript.after(connected(userland=userland), on.KernelSnapshot((), ()))
     warned = [c for c in commands if isinstance(c, do.Log) and c.level == "warning"]
     assert len(warned) == (userland is not (source is SaSource.VICI))
-    assert story.gate.protection.sa_source is source
+    assert transcript.gate.protection.sa_source is source
 
 
 def test_taken_for_userland_a_daemon_with_kernel_esp_opens_nothing() -> None:
     """It has no TUN device, so no route leads into one."""
-    story = Transcript(VICI)
-    story.after(connected(LISTED, userland=False), SOURCES, on.ChildUp(LISTED))
-    assert not story.is_open()
+    transcript = Transcript(VICI)
+    transcript.after(connected(LISTED, userland=False), SOURCES, on.ChildUp(LISTED))
+    assert not transcript.is_open()
 
 
-def test_a_child_without_a_route_is_deleted_and_made_anew(story: Transcript) -> None:
-    story.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(NAME))
-    commands = story.after(on.TimerFired(on.Timer("limit", NAME)))
+def test_a_child_without_a_route_is_deleted_and_made_anew(transcript: Transcript) -> None:
+    transcript.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(NAME))
+    commands = transcript.after(on.TimerFired(on.Timer("limit", NAME)))
     assert do.Terminate(NAME) in commands
-    story.after(on.TimerFired(on.Timer("retry", NAME)))
-    assert initiated(story.after(REFUSED)) == [NAME]
+    transcript.after(on.TimerFired(on.Timer("retry", NAME)))
+    assert initiated(transcript.after(REFUSED)) == [NAME]
 
 
-def test_a_child_that_has_its_route_is_not(story: Transcript) -> None:
-    story.after(REFUSED, on.NegotiationDone(NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
-    commands = story.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", NAME)))
+def test_a_child_that_has_its_route_is_not(transcript: Transcript) -> None:
+    transcript.after(REFUSED, on.NegotiationDone(NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
+    commands = transcript.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", NAME)))
     assert do.Terminate(NAME) not in commands
-    assert story.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF, "another source"
+    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF, "another source"
 
 
 # --- which flows -------------------------------------------------------------------------
