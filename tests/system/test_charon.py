@@ -26,8 +26,8 @@ from ipsecgate.core.model.ipsec import ChildName, Mode
 from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.edges.strongswan import negotiation
 from ipsecgate.edges.strongswan.client import IkeClient
+from ipsecgate.lab.connections import connection
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.strongswan import connection
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
