@@ -57,7 +57,7 @@ def test_an_inherited_way_past_the_hooks_is_refused(unit: Unit) -> None:
 
 
 ANEW = """
-from ipsecgate.edges import cgroups
+from ipsecgate.edges.host import cgroups
 from ipsecgate.cli import main
 joining = cgroups.join
 def join(cgroup):

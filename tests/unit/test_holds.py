@@ -110,7 +110,7 @@ def test_a_call_to_an_own_address_continues_at_once(trapped: Transcript) -> None
 
 def test_a_failed_negotiation_fails_every_held_call(trapped: Transcript) -> None:
     trapped.after(made(1), made(2))
-    told = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
+    told = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
     assert answers(told) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
     assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in told)
     assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "in back-off, too"
