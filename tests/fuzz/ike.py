@@ -16,7 +16,7 @@ from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
 from ipsecgate.edges.strongswan.vici import refusal
 from tests.fuzz import gate as gates
 from tests.fuzz.engine import Target, twist
-from tests.unit.test_vici import NAMES
+from tests.unit.vici_messages import NAMES
 
 EVENT, RESPONSE = 7, 1
 SELECTORS = (

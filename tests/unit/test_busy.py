@@ -87,7 +87,7 @@ def busy() -> Spied:
     return transcript
 
 
-def test_a_kernel_event_concerns_the_calls_and_children_of_its_peer(
+def test_a_kernel_event_reevaluates_only_the_calls_and_children_of_its_peer(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
@@ -104,7 +104,7 @@ def test_a_kernel_event_concerns_the_calls_and_children_of_its_peer(
     assert busy.done["is_live"] <= 4
 
 
-def test_a_failure_concerns_the_calls_of_its_child(
+def test_a_failure_reevaluates_only_the_calls_of_its_child(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
@@ -114,7 +114,7 @@ def test_a_failure_concerns_the_calls_of_its_child(
     assert busy.done["states"] <= 2
 
 
-def test_refusals_cost_the_same_however_many_policies_there_are(
+def test_a_refusal_costs_the_same_with_any_number_of_policies(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
@@ -126,7 +126,7 @@ def test_refusals_cost_the_same_however_many_policies_there_are(
     assert busy.done["look"] == 0
 
 
-def test_many_calls_for_one_flow_are_looked_at_once(
+def test_many_calls_for_one_flow_are_evaluated_once(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
@@ -138,7 +138,9 @@ def test_many_calls_for_one_flow_are_looked_at_once(
     assert len([c for c in told if isinstance(c, do.Answer)]) == 501
 
 
-def test_what_concerns_all_is_done_by_and_by(busy: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_that_affects_every_call_is_worked_off_in_slices(
+    busy: Spied, monkeypatch: pytest.MonkeyPatch
+) -> None:
     busy.spy(monkeypatch)
     busy.after(on.SourcesResolved(tuple((network, ip_address("10.1.0.2")) for network in PEERS)))
     assert busy.done["look"] <= SLICE
@@ -151,7 +153,7 @@ def test_what_concerns_all_is_done_by_and_by(busy: Spied, monkeypatch: pytest.Mo
     assert steps >= MANY // SLICE - 1
 
 
-def test_many_children_told_at_one_go_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that rekeys without a pause had the whole table made for each."""
     transcript = Spied()
     listed = ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
@@ -161,7 +163,7 @@ def test_many_children_told_at_one_go_are_followed_once(monkeypatch: pytest.Monk
     assert transcript.done["spd"] == 1
 
 
-def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
+def test_a_list_of_sas_without_changes_rebuilds_no_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who asks for what no child protects has the daemon looked at twenty times a second."""
@@ -177,7 +179,7 @@ def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
     assert transcript.done["spd"] == 4
 
 
-def test_no_call_is_forgotten_and_no_child_misjudged() -> None:
+def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> None:
     """Whatever happens, in whichever order: what was not looked at had not changed."""
     for seed in range(30):
         random = Random(seed)

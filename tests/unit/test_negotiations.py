@@ -52,7 +52,7 @@ def test_after_a_failure_the_gate_backs_off_with_another_errno(trapped: Transcri
     assert initiated(trapped.after(REFUSED)) == [NAME]
 
 
-def test_a_negotiation_that_ike_never_answers_ends_at_its_limit(trapped: Transcript) -> None:
+def test_a_negotiation_without_an_answer_ends_at_its_limit(trapped: Transcript) -> None:
     trapped.after(REFUSED, on.TimerFired(on.Timer("limit", *NAME)))
     item = trapped.gate.negotiations.of[NAME]
     assert item.coverage is Coverage.BACK_OFF
@@ -60,7 +60,7 @@ def test_a_negotiation_that_ike_never_answers_ends_at_its_limit(trapped: Transcr
 
 
 @pytest.mark.parametrize("within", [True, False])
-def test_a_child_that_only_ike_has_is_deleted_when_the_limit_ends(
+def test_a_child_that_only_the_daemon_has_is_deleted_at_the_limit(
     trapped: Transcript, within: bool
 ) -> None:
     """Somebody flushed the kernel's databases; IKE would answer "up" for ever."""

@@ -27,7 +27,7 @@ CHILDREN = (
 )
 
 
-def test_what_is_kept_is_recalled(tmp_path: Path) -> None:
+def test_saved_children_are_read_back(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "children.json"
     assert recall(file) == ()
     keep(file, CHILDREN)
@@ -72,7 +72,7 @@ def test_a_broken_selector_is_an_error(tmp_path: Path, broken: str) -> None:
         recall(file)
 
 
-def test_half_of_a_character_is_no_name(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_not_a_name(tmp_path: Path) -> None:
     file = tmp_path / "children.json"
     file.write_text(
         r'[{"ike": "\ud800", "child": "net", "mode": "TUNNEL", "local": [], "remote": []}]'
@@ -81,7 +81,7 @@ def test_half_of_a_character_is_no_name(tmp_path: Path) -> None:
         recall(file)
 
 
-def test_a_cut_file_is_an_error(tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "children.json"
     keep(file, CHILDREN)
     whole = file.read_text()
@@ -91,7 +91,7 @@ def test_a_cut_file_is_an_error(tmp_path: Path) -> None:
             recall(file)
 
 
-def test_targets_that_are_kept_are_recalled(tmp_path: Path) -> None:
+def test_saved_targets_are_read_back(tmp_path: Path) -> None:
     file = tmp_path / "cgroups.json"
     assert recall_targets(file) == ()
     keep_targets(file, ("unit:a.service", "/sys/fs/cgroup/b"))
