@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ipsecgate.core.codec.vici import Names, selectors
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP, UDP, Flow, Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
+from ipsecgate.core.model.ipsec import ESP, Action, ChildName, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.state.spd import DEAD, LIVE
 from ipsecgate.core.tables import capacity, table
@@ -145,7 +145,7 @@ def test_a_peer_that_negotiates_an_address_range_closes_only_its_own_flows() -> 
     policy = replace(TRAP, key=key, priority=TRAP.priority - 16, templates=(template,))
     sa = replace(SA, id=SaId(other, 0x2000, ESP), reqid=2)
     listed = replace(
-        LISTED, ike="range", reqid=2, spi_out=0x2000, remote_host=other,
+        LISTED, name=ChildName("range", "net"), reqid=2, spi_out=0x2000, remote_host=other,
         local=ranged("1"), remote=ranged("7"),
     )  # fmt: skip
     theirs = replace(ROUTED, daddr=ip_address("10.7.0.11"), saddr=ip_address("10.1.0.20"))

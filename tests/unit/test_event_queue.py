@@ -9,6 +9,7 @@ import pytest
 
 from ipsecgate.core.gate.event_queue import REFUSALS, SLICE, EventQueue
 from ipsecgate.core.model import events as on
+from ipsecgate.core.model.ipsec import ChildName
 from tests.unit.transcript import FLOW, NAME, REFUSED, SA, SOURCES, connected
 
 ASKED = on.FlowRefused | on.CallEvent
@@ -42,8 +43,8 @@ def test_every_source_gets_its_turn_and_keeps_its_order() -> None:
     for number in range(3 * SLICE):
         for event in (
             called(number),
-            on.NegotiationFailed(*NAME, f"{number}"),
-            on.TimerFired(on.Timer("limit", "peer", f"{number}")),
+            on.NegotiationFailed(NAME, f"{number}"),
+            on.TimerFired(on.Timer("limit", ChildName("peer", f"{number}"))),
         ):
             inbox.put(event)
             queued.append(event)

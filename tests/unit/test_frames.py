@@ -122,4 +122,4 @@ def test_fragments_are_never_taken_for_ike() -> None:
 def test_an_icmp_error_complains_about_a_packet_that_reached_its_sender(
     frame: bytes, expected: bool
 ) -> None:
-    assert seen(frame).complains is expected
+    assert seen(frame).is_unreachable is expected

@@ -203,7 +203,7 @@ def test_without_apt_the_hint_names_the_cache(
 
 def test_a_cache_path_below_a_file_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(GateError, match="can't be written"):
+    with pytest.raises(GateError, match="cannot write the kernel cache"):
         fetch(tmp_path / "file" / "cache")
 
 

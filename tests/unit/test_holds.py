@@ -110,7 +110,7 @@ def test_a_call_to_an_own_address_continues_at_once(trapped: Transcript) -> None
 
 def test_a_failed_negotiation_fails_every_held_call(trapped: Transcript) -> None:
     trapped.after(made(1), made(2))
-    commands = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
+    commands = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
     assert answers(commands) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
     assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in commands)
     assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "during back-off"

@@ -10,7 +10,7 @@ import pytest
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import PORT_MASK, UDP, Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import SpdKey
+from ipsecgate.core.model.ipsec import ChildName, SpdKey
 from ipsecgate.core.state.spd import agreed_on
 from ipsecgate.core.tables.layout import flow_key
 from tests.unit.transcript import (
@@ -109,7 +109,7 @@ def test_the_negotiated_flows_are_in_both_traffic_selectors(
 # --- a narrower child --------------------------------------------------------------------
 
 HOST = ip_network("10.2.0.9/32")
-NARROWER = replace(NET, child="host", remote=(TrafficSelector(HOST),))
+NARROWER = replace(NET, name=ChildName("peer", "host"), remote=(TrafficSelector(HOST),))
 
 
 def test_the_narrower_child_is_negotiated_when_its_trap_wins(trapped: Transcript) -> None:
@@ -134,10 +134,10 @@ def test_a_healthy_child_is_neither_negotiated_nor_deleted_when_another_policy_w
     trapped.after(REFUSED, *UP, on.ChildUp(LISTED))
     bypass = replace(PINNED, key=SpdKey(Selector(HERE, HOST)), priority=1, templates=())
     trapped.after(on.PolicySet(bypass))
-    commands = trapped.after(REFUSED, on.NegotiationDone(*NAME), connected(LISTED))
-    commands += trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    commands = trapped.after(REFUSED, on.NegotiationDone(NAME), connected(LISTED))
+    commands += trapped.after(on.TimerFired(on.Timer("limit", NAME)))
     assert initiated(commands) == []
-    assert do.Terminate(*NAME) not in commands
+    assert do.Terminate(NAME) not in commands
     assert trapped.is_open(replace(ROUTED, daddr=ip_address("10.2.0.8")))
 
 
@@ -155,8 +155,8 @@ def test_a_larval_state_is_not_the_sa_that_the_daemon_lists(trapped: Transcript)
     trapped.after(on.KernelSnapshot((PINNED,), (replace(SA, larval=True),)), connected(LISTED))
     assert not trapped.is_open(ROUTED)
     assert initiated(trapped.after(REFUSED)) == [NAME]
-    trapped.after(on.NegotiationDone(*NAME))
-    assert do.Terminate(*NAME) in trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    trapped.after(on.NegotiationDone(NAME))
+    assert do.Terminate(NAME) in trapped.after(on.TimerFired(on.Timer("limit", NAME)))
     assert trapped.gate.protection.kernel_state.replace(on.KernelSnapshot((PINNED,), ())) == 0, (
         "no drift"
     )
@@ -173,8 +173,8 @@ def test_a_child_whose_state_is_lost_is_deleted_although_its_twin_is_intact(
     trapped.after(on.SaGone(SA.id), connected(LISTED, twin))
     assert not trapped.is_open(ROUTED)
     assert initiated(trapped.after(REFUSED)) == [NAME]
-    trapped.after(on.NegotiationDone(*NAME))
-    assert do.Terminate(*NAME) in trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    trapped.after(on.NegotiationDone(NAME))
+    assert do.Terminate(NAME) in trapped.after(on.TimerFired(on.Timer("limit", NAME)))
 
 
 def test_a_rekeyed_childs_predecessor_does_not_make_it_stale(trapped: Transcript) -> None:

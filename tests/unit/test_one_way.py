@@ -31,10 +31,10 @@ from tests.unit.transcript import (
 )
 from tests.unit.transcript import connected as connected_to
 
-TIMER = on.Timer("half", *NAME)
+TIMER = on.Timer("one-way", NAME)
 FIRED = on.TimerFired(TIMER)
 CHILD = replace(LISTED, unique=3)
-DELETED = do.Terminate(*NAME, 3)
+DELETED = do.Terminate(NAME, 3)
 INBOUND = replace(SA, id=SaId(LOCAL, CHILD.spi_in, ESP), saddr=PEER)
 
 
@@ -129,7 +129,7 @@ def test_only_the_one_way_child_is_deleted_of_several_with_one_configuration() -
     half = established()
     half.after(on.SaSet(replace(SA, id=replace(SA.id, spi=other.spi_out), reqid=2)))
     half.after(connected_to(CHILD, other))
-    assert deleted(half.after(FIRED)) == [do.Terminate(*NAME, 9)]
+    assert deleted(half.after(FIRED)) == [do.Terminate(NAME, 9)]
 
 
 def test_a_child_that_stays_one_way_is_given_longer_each_time_and_then_left_alone() -> None:

@@ -11,7 +11,7 @@ import pytest
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import ESP, Mode, SaId, SpdKey
+from ipsecgate.core.model.ipsec import ESP, ChildName, Mode, SaId, SpdKey
 from ipsecgate.core.state.kernel_state import KernelState
 from tests.unit.transcript import (
     HERE,
@@ -39,7 +39,7 @@ OTHER_POLICY = replace(
 )
 OTHER_LISTED = replace(
     LISTED,
-    ike="other",
+    name=ChildName("other", "net"),
     reqid=2,
     spi_in=0x12,
     remote_host=OTHER,
@@ -94,7 +94,7 @@ def test_a_listed_sa_is_missing_even_if_another_peer_has_its_spi() -> None:
     kernel_state = mirrored(on.PolicySet(PINNED), on.PolicySet(OTHER_POLICY), on.SaSet(OTHER_SA))
     assert kernel_state.lacks(LISTED)
     assert not kernel_state.lacks(OTHER_LISTED)
-    assert kernel_state.child_of(OTHER_SA) == "other/net"
+    assert kernel_state.child_of(OTHER_SA) == OTHER_LISTED.name
     assert kernel_state.child_of(replace(SA, id=SaId(OTHER, 0x77, ESP))) is None
 
 
@@ -118,16 +118,16 @@ def test_a_peer_cannot_hide_a_one_way_child_by_choosing_our_spi() -> None:
 
 def test_of_two_peers_only_the_one_without_kernel_state_is_deleted() -> None:
     """Two road warriors share one configuration."""
-    healthy = replace(OTHER_LISTED, ike=LISTED.ike, unique=8)
+    healthy = replace(OTHER_LISTED, name=LISTED.name, unique=8)
     broken = replace(LISTED, unique=7)
     transcript = Transcript()
     transcript.after(
         on.KernelSnapshot((TRAP, OTHER_POLICY), (OTHER_SA,)), connected(), SOURCES, REFUSED,
-        on.NegotiationDone(*NAME), connected(broken, healthy),
+        on.NegotiationDone(NAME), connected(broken, healthy),
     )  # fmt: skip
-    commands = transcript.after(on.TimerFired(on.Timer("limit", *NAME)))
+    commands = transcript.after(on.TimerFired(on.Timer("limit", NAME)))
     ended = [c for c in commands if isinstance(c, do.Terminate)]
-    assert ended == [do.Terminate(*NAME, unique=7)]
+    assert ended == [do.Terminate(NAME, unique=7)]
 
 
 def test_an_unparsed_child_is_logged_once_and_does_not_affect_the_others() -> None:

@@ -87,7 +87,7 @@ def test_a_kernel_is_unpacked_whole() -> None:
         (b"", "not a bzImage"),
         (bytes(4096), "not a bzImage"),
         (image(b"\x04\x22\x4d\x18 lz4"), "neither xz nor zstd"),
-        (image(lzma.compress(b"x")[:20]), "cut short"),
+        (image(lzma.compress(b"x")[:20]), "truncated"),
         (image(packed.XZ + b"nonsense" * 9), "."),
     ],
 )

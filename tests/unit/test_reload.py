@@ -119,7 +119,7 @@ def test_a_negotiation_follows_its_policy_to_another_position() -> None:
     bypassed = transcript.entry(TableId.POLICY, replace(ROUTED, daddr=ip_address("10.3.0.9")))
     assert bypassed is not None
     assert bypassed.error == EPERM
-    transcript.after(on.NegotiationFailed(*NAME, "no"))
+    transcript.after(on.NegotiationFailed(NAME, "no"))
     entry = transcript.entry(TableId.POLICY, ROUTED)
     assert entry is not None
     assert entry.error == EHOSTUNREACH
@@ -138,13 +138,13 @@ def test_a_negotiation_that_no_policy_asks_for_any_more_is_forgotten(
     policies: tuple[Policy, ...],
 ) -> None:
     transcript = running(PROTECT)
-    transcript.after(REFUSED, on.NegotiationFailed(*NAME, "no"))
+    transcript.after(REFUSED, on.NegotiationFailed(NAME, "no"))
     reload(transcript, *policies)
     commands = transcript.after(BOTH)
     assert not transcript.gate.negotiations.of
-    timer = on.Timer("retry", *NAME)
+    timer = on.Timer("retry", NAME)
     assert (
-        initiated(transcript.after(on.TimerFired(timer), on.NegotiationFailed(*NAME, "late"))) == []
+        initiated(transcript.after(on.TimerFired(timer), on.NegotiationFailed(NAME, "late"))) == []
     )
     del commands
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
 from ipsecgate.edges.host.saved_state import keep, keep_targets, recall, recall_targets
 from ipsecgate.errors import GateError
 
 CHILDREN = (
     ChildConfig(
-        "gw",
-        "net",
+        ChildName("gw", "net"),
         Mode.TUNNEL,
         (TrafficSelector(ip_network("10.1.0.0/16")),),
         (
@@ -23,7 +22,7 @@ CHILDREN = (
             TrafficSelector(ip_network("2001:db8::/32")),
         ),
     ),
-    ChildConfig("gw", "none", Mode.TRANSPORT, (), ()),
+    ChildConfig(ChildName("gw", "none"), Mode.TRANSPORT, (), ()),
 )
 
 

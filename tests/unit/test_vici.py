@@ -20,7 +20,7 @@ from ipsecgate.core.codec.vici import (
 )
 from ipsecgate.core.model.events import ChildDown, ChildUp, IkeDown, IkeUp
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
 from tests.unit.vici_messages import CHILD, HOSTS, NAMES, SA, conn, ike_sa, ts
 
 PEER = ip_network("192.0.2.2")
@@ -71,7 +71,7 @@ def test_an_invalid_traffic_selector_is_an_error(written: str) -> None:
 
 def test_a_child_configuration_is_parsed() -> None:
     assert list(child_configs(conn(), NAMES)) == [
-        ChildConfig("gw", "net", Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
+        ChildConfig(ChildName("gw", "net"), Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
     ]
     assert list(child_configs(conn(children={}), NAMES)) == []
 

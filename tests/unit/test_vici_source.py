@@ -177,20 +177,19 @@ def test_a_kernel_daemon_configured_as_userspace_opens_nothing() -> None:
 
 
 def test_a_child_without_its_route_is_deleted_and_negotiated_again(transcript: Transcript) -> None:
-    transcript.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(*NAME))
-    commands = transcript.after(on.TimerFired(on.Timer("limit", *NAME)))
-    assert do.Terminate(*NAME) in commands
-    transcript.after(on.TimerFired(on.Timer("retry", *NAME)))
+    transcript.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(NAME))
+    commands = transcript.after(on.TimerFired(on.Timer("limit", NAME)))
+    assert do.Terminate(NAME) in commands
+    transcript.after(on.TimerFired(on.Timer("retry", NAME)))
     assert initiated(transcript.after(REFUSED)) == [NAME]
 
 
 def test_a_child_that_has_its_route_is_not_deleted(transcript: Transcript) -> None:
-    transcript.after(REFUSED, on.NegotiationDone(*NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
-    commands = transcript.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", *NAME)))
-    assert do.Terminate(*NAME) not in commands
-    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF, (
-        "the route chooses an unprotected source"
-    )
+    transcript.after(REFUSED, on.NegotiationDone(NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
+    commands = transcript.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", NAME)))
+    assert do.Terminate(NAME) not in commands
+    # The route chooses a source that the SA does not protect.
+    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF
 
 
 # --- selectors and routes ----------------------------------------------------------------

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipsecgate.lab.xfrm_watch import XfrmSeen
+from ipsecgate.lab.xfrm_watch import XfrmEvent
 from tests.chaos.tally import TOLERANCE, Span, Tally, kernel_gaps, spread
 from tests.chaos.waiting import LAG, LIMIT, Call, judge, take
 
@@ -39,14 +39,14 @@ HERE, THERE = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 
 def test_the_kernel_covers_from_the_policy_that_names_an_sa_until_either_is_gone() -> None:
     events = [
-        XfrmSeen(1, "NEWPOLICY", True, HERE, THERE),  # a trap
-        XfrmSeen(2, "NEWSA", True, HERE, THERE, 7),
-        XfrmSeen(3, "UPDPOLICY", True, HERE, THERE, 7),
-        XfrmSeen(4, "NEWSA", True, HERE, THERE, 8),  # a rekey
-        XfrmSeen(5, "UPDPOLICY", True, HERE, THERE, 8),
-        XfrmSeen(6, "DELSA", True, None, THERE, 7),
-        XfrmSeen(7, "UPDPOLICY", True, HERE, THERE),  # the end: the trap again
-        XfrmSeen(8, "DELSA", True, None, THERE, 8),
+        XfrmEvent(1, "NEWPOLICY", True, HERE, THERE),  # a trap
+        XfrmEvent(2, "NEWSA", True, HERE, THERE, 7),
+        XfrmEvent(3, "UPDPOLICY", True, HERE, THERE, 7),
+        XfrmEvent(4, "NEWSA", True, HERE, THERE, 8),  # a rekey
+        XfrmEvent(5, "UPDPOLICY", True, HERE, THERE, 8),
+        XfrmEvent(6, "DELSA", True, None, THERE, 7),
+        XfrmEvent(7, "UPDPOLICY", True, HERE, THERE),  # the end: the trap again
+        XfrmEvent(8, "DELSA", True, None, THERE, 8),
     ]
     ours = {(HERE, THERE)}
     assert kernel_gaps(events, 4, ours) == [(-math.inf, 3), (7, math.inf)]
