@@ -1,4 +1,4 @@
-"""The IKE client against a peer with real VICI packets: events, commands, ends of negotiations."""
+"""The IKE client against a fake charon with real VICI packets: events, commands, negotiations."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ipsecgate.core.model.events import (
     NegotiationDone,
     NegotiationFailed,
 )
+from ipsecgate.core.model.ipsec import ChildName
 from ipsecgate.edges.strongswan import negotiation, vici
 from ipsecgate.edges.strongswan.client import IkeClient
 from ipsecgate.edges.strongswan.vici import IkeRefusedError, IkeUnreachableError
@@ -76,7 +77,7 @@ async def take(client: IkeClient, count: int = 1) -> list[IkeEvent]:
 async def test_configurations_and_sas_are_listed(charon: FakeCharon, client: IkeClient) -> None:
     charon.handlers["list-conns"] = streaming("list-conn", conn(), conn())
     charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
-    assert [config.child for config in await client.children()] == ["net", "net"]
+    assert [config.name.child for config in await client.children()] == ["net", "net"]
     assert await client.established() == (SA,)
     assert client.daemon_pid == os.getpid()
 
@@ -180,7 +181,7 @@ async def test_a_selector_with_unknown_ports_protects_the_whole_network(
     charon.handlers["list-conns"] = streaming("list-conn", message)
     net, other = await client.children()
     assert [str(there.network) for there in net.remote] == ["10.2.0.0/16"]
-    assert net.remote[0].ports == (0, 65535), "whatever it is, it is in there"
+    assert net.remote[0].ports == (0, 65535), "every port, as the service is unknown"
     assert other.remote[0].ports == (443, 443)
     assert ["nosuch-service" in reason for reason in client.unread] == [True]
     child["remote-ts"] = ["10.2.0.0/99[tcp/nosuch-service]"]
@@ -193,8 +194,8 @@ async def test_a_selector_with_unknown_ports_protects_the_whole_network(
 
 
 async def negotiate(charon: FakeCharon, client: IkeClient, limit: float = 5) -> list[Section]:
-    """Initiate, and return the requests that it made once there was nothing to wait for."""
-    await client.initiate("gw", "net", limit)
+    """Initiate, wait until the client is idle, and return its initiate requests."""
+    await client.initiate(ChildName("gw", "net"), limit)
     await until(lambda: len(client._tasks) <= 1)
     return [asked for name, asked in charon.requests if name == "initiate"]
 
@@ -215,7 +216,7 @@ async def test_a_successful_negotiation_costs_one_silent_request(
     assert asked == [{"ike": "gw", "child": "net", "timeout": ANY, "loglevel": "-1"}]
     assert 0 < int(asked[0]["timeout"]) <= 5000
     assert [name for name, _ in charon.requests] == ["initiate"]
-    assert await take(client, 2) == [ChildUp(SA), NegotiationDone("gw", "net")]
+    assert await take(client, 2) == [ChildUp(SA), NegotiationDone(ChildName("gw", "net"))]
     assert quiet(client)
 
 
@@ -232,7 +233,7 @@ async def test_a_failed_negotiation_is_repeated_once_to_log_its_cause(
     assert "loglevel" in silent
     assert "loglevel" not in logged
     cause = "the peer accepts none of our traffic selectors"
-    assert await take(client) == [NegotiationFailed("gw", "net", cause)]
+    assert await take(client) == [NegotiationFailed(ChildName("gw", "net"), cause)]
 
 
 async def test_a_negotiation_refused_with_a_reason_is_not_repeated(
@@ -241,7 +242,7 @@ async def test_a_negotiation_refused_with_a_reason_is_not_repeated(
     reason = "CHILD_SA config 'net' not found"
     charon.handlers["initiate"] = answering(no(reason))
     await negotiate(charon, client)
-    assert await take(client) == [NegotiationFailed("gw", "net", reason)]
+    assert await take(client) == [NegotiationFailed(ChildName("gw", "net"), reason)]
 
 
 async def test_a_failure_whose_child_is_already_up_counts_as_done(
@@ -250,7 +251,7 @@ async def test_a_failure_whose_child_is_already_up_counts_as_done(
     charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
     charon.handlers["initiate"] = answering(no("establishing CHILD_SA 'net' failed"))
     assert len(await negotiate(charon, client)) == 1
-    assert await take(client) == [NegotiationDone("gw", "net")]
+    assert await take(client) == [NegotiationDone(ChildName("gw", "net"))]
     assert quiet(client)
 
 
@@ -305,9 +306,9 @@ async def test_only_a_few_negotiations_wait_inside_the_daemon(
 
     charon.handlers["initiate"] = initiate
     for number in range(10):
-        await client.initiate("gw", f"net-{number}", 2)
+        await client.initiate(ChildName("gw", f"net-{number}"), 2)
     (failed,) = await take(client)
-    assert isinstance(failed, NegotiationFailed)  # one that did not wait: its limit ran out
+    assert isinstance(failed, NegotiationFailed)  # one that did not wait inside charon
     waits = [asked["timeout"] for name, asked in charon.requests if name == "initiate"]
     assert waits[negotiation.MAX_WAITING :] == ["-1"] * 6
     assert all(0 < int(limit) <= 2000 for limit in waits[: negotiation.MAX_WAITING])
@@ -321,7 +322,7 @@ async def test_the_daemon_may_end_during_a_negotiation(
         return YES
 
     charon.handlers["initiate"] = initiate
-    await client.initiate("gw", "net", 5)
+    await client.initiate(ChildName("gw", "net"), 5)
     (first,) = await take(client)
     assert isinstance(first, IkeGone | NegotiationFailed)
     if isinstance(first, NegotiationFailed):

@@ -39,7 +39,7 @@ def test_a_hundred_refused_flows_start_one_negotiation(trapped: Transcript) -> N
 def test_after_a_failure_the_gate_backs_off_with_another_errno(trapped: Transcript) -> None:
     assert trapped.errno == EPERM
     trapped.after(REFUSED)
-    commands = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
+    commands = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
     pauses = [c.seconds for c in commands if isinstance(c, do.StartTimer)]
     assert len(pauses) == 1
     assert 0.75 <= pauses[0] <= 1.25
@@ -47,13 +47,13 @@ def test_after_a_failure_the_gate_backs_off_with_another_errno(trapped: Transcri
     assert trapped.gate.negotiations.of[NAME].last_error == "AUTHENTICATION_FAILED"
     assert initiated(trapped.after(REFUSED)) == []
 
-    trapped.after(on.TimerFired(on.Timer("retry", *NAME)))
+    trapped.after(on.TimerFired(on.Timer("retry", NAME)))
     assert trapped.errno == EPERM
     assert initiated(trapped.after(REFUSED)) == [NAME]
 
 
 def test_a_negotiation_without_an_answer_ends_at_its_limit(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.TimerFired(on.Timer("limit", *NAME)))
+    trapped.after(REFUSED, on.TimerFired(on.Timer("limit", NAME)))
     item = trapped.gate.negotiations.of[NAME]
     assert item.coverage is Coverage.BACK_OFF
     assert "no answer from IKE" in item.last_error
@@ -66,18 +66,18 @@ def test_a_child_that_only_the_daemon_has_is_deleted_at_the_limit(
     """Somebody flushed the kernel's databases; IKE would answer "up" for ever."""
     remote = THERE if within else ip_network("10.2.7.0/24")
     listed = replace(LISTED, remote=(TrafficSelector(remote),))
-    commands = trapped.after(REFUSED, on.NegotiationDone(*NAME))
+    commands = trapped.after(REFUSED, on.NegotiationDone(NAME))
     assert do.AskIke() in commands
-    commands = trapped.after(connected(listed), on.TimerFired(on.Timer("limit", *NAME)))
-    assert (do.Terminate(*NAME) in commands) == within
+    commands = trapped.after(connected(listed), on.TimerFired(on.Timer("limit", NAME)))
+    assert (do.Terminate(NAME) in commands) == within
     item = trapped.gate.negotiations.of[NAME]
     assert item.coverage is Coverage.BACK_OFF
     assert "up, says IKE" in item.last_error
 
 
 def test_a_negotiation_may_be_done_before_the_kernel_reports_the_sa(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.NegotiationDone(*NAME), *UP)
-    trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    trapped.after(REFUSED, on.NegotiationDone(NAME), *UP)
+    trapped.after(on.TimerFired(on.Timer("limit", NAME)))
     assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
 
 
@@ -85,9 +85,9 @@ def test_the_back_off_grows_up_to_its_limit(trapped: Transcript) -> None:
     pauses = []
     for _ in range(10):
         trapped.after(REFUSED)
-        commands = trapped.after(on.NegotiationFailed(*NAME, "no"))
+        commands = trapped.after(on.NegotiationFailed(NAME, "no"))
         pauses += [c.seconds for c in commands if isinstance(c, do.StartTimer)]
-        trapped.after(on.TimerFired(on.Timer("retry", *NAME)))
+        trapped.after(on.TimerFired(on.Timer("retry", NAME)))
     assert pauses[0] < pauses[3] < pauses[5]
     assert max(pauses) <= 75
 
@@ -111,7 +111,7 @@ def test_a_flow_that_no_child_protects_is_logged_once_and_not_negotiated(
     assert [c.text for c in commands if isinstance(c, do.Log)] == [
         "no CHILD_SA that is loaded would protect tcp 10.2.0.9:80"
     ]
-    assert trapped.after(connected()) == [], "told once"
+    assert trapped.after(connected()) == [], "logged once"
 
 
 def test_a_connection_loaded_a_moment_ago_is_found_for_the_refused_flow(
@@ -135,6 +135,6 @@ def test_a_policy_with_start_waits_for_its_child_without_polling_the_daemon() ->
 def test_a_kernel_policy_of_an_unknown_connection_makes_the_gate_ask_the_daemon(
     trapped: Transcript,
 ) -> None:
-    news = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.3.0.0/16"))))
-    assert do.AskIke() in trapped.after(on.PolicySet(news))
+    new_policy = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.3.0.0/16"))))
+    assert do.AskIke() in trapped.after(on.PolicySet(new_policy))
     assert do.AskIke() not in trapped.after(on.PolicySet(PINNED))

@@ -1,4 +1,4 @@
-"""QEMU's parts that need no QEMU: what it is told, what it starts from, where that comes from."""
+"""The parts of the QEMU guest that need no QEMU: command line, initramfs, kernel image, modules."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_kernel_is_unpacked_whole() -> None:
         (b"", "not a bzImage"),
         (bytes(4096), "not a bzImage"),
         (image(b"\x04\x22\x4d\x18 lz4"), "neither xz nor zstd"),
-        (image(lzma.compress(b"x")[:20]), "cut short"),
+        (image(lzma.compress(b"x")[:20]), "truncated"),
         (image(packed.XZ + b"nonsense" * 9), "."),
     ],
 )

@@ -1,4 +1,4 @@
-"""What VICI messages mean: selectors, configurations, SAs, causes of failure."""
+"""The meaning of VICI messages: selectors, configurations, SAs, events, causes of failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ipsecgate.core.codec.vici import (
 )
 from ipsecgate.core.model.events import ChildDown, ChildUp, IkeDown, IkeUp
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
 from tests.unit.vici_messages import CHILD, HOSTS, NAMES, SA, conn, ike_sa, ts
 
 PEER = ip_network("192.0.2.2")
@@ -71,7 +71,7 @@ def test_an_invalid_traffic_selector_is_an_error(written: str) -> None:
 
 def test_a_child_configuration_is_parsed() -> None:
     assert list(child_configs(conn(), NAMES)) == [
-        ChildConfig("gw", "net", Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
+        ChildConfig(ChildName("gw", "net"), Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
     ]
     assert list(child_configs(conn(children={}), NAMES)) == []
 
@@ -159,7 +159,7 @@ def test_a_malformed_child_is_an_error(broken: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("odd", [b"", [b"x"]])
 def test_a_value_where_a_section_should_be_is_an_error(odd: Any) -> None:
-    """Each raised something else, which ended the following of events and nothing more."""
+    """Each once raised another error, which silently ended the reading of events."""
     sa = {**HOSTS, "uniqueid": b"7"}
     for message in (
         {"gw": {**sa, "child-sas": odd}},

@@ -7,9 +7,9 @@ from typing import Any
 
 from ipsecgate.core.codec.vici import Names
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import ChildSa
+from ipsecgate.core.model.ipsec import ChildName, ChildSa
 
-# What /etc/services and /etc/protocols would answer.
+# The /etc/services and /etc/protocols of these tests.
 SERVICES = {("https", "tcp"): 443, ("domain", None): 53, ("iso-tsap", "tcp"): 102}
 PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "ipv6-icmp": 58}
 
@@ -59,7 +59,7 @@ CHILD = {
 }
 # CHILD as the codec parses it.
 SA = ChildSa(
-    *("gw", "net", 1, 0xC0FFEE01, 0xBEEF, ip_address("192.0.2.2")),
+    *(ChildName("gw", "net"), 1, 0xC0FFEE01, 0xBEEF, ip_address("192.0.2.2")),
     *((ts("10.1.0.0/16"),), (ts("10.2.3.0/24", 6, (443, 443)),)),
     unique=3,
     local_host=ip_address("192.0.2.1"),
