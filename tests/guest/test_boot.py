@@ -17,7 +17,7 @@ from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab import uml
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
 from tests.guest.probe_script import MARKER_FILE, ODD, SCRIPT, folder_of
-from tests.guest.processes import descendants, outlived
+from tests.processes import descendants, outlived
 
 pytestmark = pytest.mark.skipif(
     has_esp(), reason="this kernel has ESP: nothing runs in a guest here"

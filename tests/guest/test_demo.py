@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.edges.kernel.probe import has_esp
-from tests.guest.processes import descendants, outlived
+from tests.processes import descendants, outlived
 
 pytestmark = pytest.mark.skipif(
     has_esp(), reason="this kernel has ESP: the demo needs no guest here"

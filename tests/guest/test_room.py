@@ -13,7 +13,7 @@ import pytest
 
 from ipsecgate.edges.host import cgroups
 from ipsecgate.lab.room import CANNOT_RUN, PREFIX, TIMED_OUT, delegated, hidden_folders
-from tests.guest.processes import outlived
+from tests.processes import outlived
 from tests.system.life import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")

@@ -14,7 +14,7 @@ from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
 from ipsecgate.lab.kernel import default_cache
 from tests.guest.broken import without_modules
 from tests.guest.probe_script import MARKER_FILE, ODD, SCRIPT, folder_of
-from tests.guest.processes import descendants, outlived
+from tests.processes import descendants, outlived
 
 pytestmark = pytest.mark.skipif(
     shutil.which(debian.QEMU) is None, reason="QEMU is not installed: see make test-qemu"

@@ -19,8 +19,8 @@ import pytest
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.xfrm_watch import XfrmWatch
-from tests.chaos.voice import Voice
-from tests.chaos.world import SPEAKER
+from tests.chaos.reporter import Reporter
+from tests.chaos.world import SENDER
 from tests.system.conftest import cache
 from tests.system.life import ask, until
 
@@ -65,7 +65,7 @@ def lab() -> Iterator[Lab]:
     with Lab("ipsecgate-test-destroy") as lab:
         lab.warm_up(("tunnel",), (4,))
         lab.warm_up(("transport",), (6,))
-        Voice(lab.b, [sys.executable, "-S", "-I", str(SPEAKER), "server", str(PORT)])
+        Reporter(lab.b, [sys.executable, "-S", "-I", str(SENDER), "server", str(PORT)])
         yield lab
 
 
