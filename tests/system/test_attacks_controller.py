@@ -34,8 +34,8 @@ def exec_with(unit: Unit, fd: int) -> subprocess.CompletedProcess[str]:
 WAYS: dict[str, Callable[[], int]] = {
     "an Internet socket": lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).detach(),
     "a packet socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).detach(),
-    "an io_uring": uring.new,
-    "a TAP device": lambda: os.open("/dev/net/tun", os.O_RDWR),
+    "an io_uring instance": uring.new,
+    "a TUN or TAP device": lambda: os.open("/dev/net/tun", os.O_RDWR),
 }
 
 
@@ -56,7 +56,7 @@ def test_an_inherited_way_past_the_hooks_is_refused(unit: Unit) -> None:
 
 
 ANEW = """
-from ipsecgate.edges import cgroups
+from ipsecgate.edges.host import cgroups
 from ipsecgate.cli import main
 joining = cgroups.join
 def join(cgroup):
@@ -79,7 +79,7 @@ def test_a_command_does_not_run_in_a_cgroup_made_anew(unit: Unit) -> None:
             [sys.executable, "-c", program], capture_output=True, text=True, check=False
         )
     assert (done.returncode, done.stdout) == (1, "")
-    assert "was made anew" in done.stderr
+    assert "removed and created again" in done.stderr
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def test_many_at_once(unit: Unit, folder: Path) -> None:
 def test_without_inotify_it_is_looked_for(unit: Unit, folder: Path) -> None:
     unit.configure(f'cgroups = ["{folder}/late"]\n{POLICY}')
     unit.start(
-        code="from ipsecgate.edges import inotify\n"
+        code="from ipsecgate.edges.host import inotify\n"
         "inotify._libc.inotify_add_watch = lambda *words: -1\n"
     )
     assert unit.hears("READY=1"), unit.log
