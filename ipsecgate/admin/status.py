@@ -50,7 +50,7 @@ def controller_status(
         "drift": Drift(kernel=gate.protection.drift, maps=changed_entries),
         "errors": [*_gate_errors(gate), *errors],
         "sa_source": _sa_source(gate.protection.sa_source),
-        "children": [f"{c.ike}/{c.child}" for c in gate.ike.children],
+        "children": [str(c.name) for c in gate.ike.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": _negotiations(gate),
         "sas": _userspace_sas(gate) if gate.protection.in_userland else _kernel_sas(gate),
@@ -86,14 +86,14 @@ def _gate_errors(gate: Gate) -> list[str]:
 def _negotiations(gate: Gate) -> list[Negotiation]:
     return [
         {
-            "child": f"{ike}/{child}",
+            "child": str(name),
             "state": item.coverage.value,
             "attempts": item.attempts,
             "last_error": item.last_error,
             "flow": str(item.flow),
             "policy": item.policy,
         }
-        for (ike, child), item in gate.negotiations.of.items()
+        for name, item in gate.negotiations.of.items()
     ]
 
 
@@ -103,7 +103,7 @@ def _userspace_sas(gate: Gate) -> list[Sa]:
             "spi": f"{sa.spi_out:08x}",
             "reqid": sa.reqid,
             "peer": str(sa.remote_host),
-            "child": f"{sa.ike}/{sa.child}",
+            "child": str(sa.name),
             "since": None,
         }
         for sa in gate.protection.userland.sas()
@@ -111,15 +111,16 @@ def _userspace_sas(gate: Gate) -> list[Sa]:
 
 
 def _kernel_sas(gate: Gate) -> list[Sa]:
+    kernel_state = gate.protection.kernel_state
     return [
         {
             "spi": f"{sa.id.spi:08x}",
             "reqid": sa.reqid,
             "peer": str(sa.id.daddr),
-            "child": gate.protection.kernel_state.child_of(sa),
+            "child": str(name) if (name := kernel_state.child_of(sa)) else None,
             "since": sa.installed_at,
         }
-        for sa in gate.protection.kernel_state.outbound_sas()
+        for sa in kernel_state.outbound_sas()
     ]
 
 

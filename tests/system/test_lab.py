@@ -17,9 +17,9 @@ from vici.exception import CommandException
 
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.kernel.probe import has_esp
+from ipsecgate.lab.charon import HASTY
 from ipsecgate.lab.endpoints import Server
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
-from ipsecgate.lab.strongswan import HASTY
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from ipsecgate.lab.charon import HASTY
+from ipsecgate.lab.connections import connection
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.strongswan import HASTY, connection
 from tests.system.holding import paused
 from tests.system.life import Life, ask, ike_sas, until
 from tests.system.pulse import KINDS, Target

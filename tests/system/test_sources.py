@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.core.model.flow import Address
+from ipsecgate.lab.connections import End, connection
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.strongswan import End, connection
-from ipsecgate.lab.xfrm_watch import XfrmSeen
+from ipsecgate.lab.xfrm_watch import XfrmEvent
 from tests.system.life import REFUSALS, Life, Wanted, until
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import ProtectionSource
@@ -104,7 +104,7 @@ def of(lab: Lab, name: str) -> Wanted:
     """Tell a tunnel's SAs (by their outer source) and policies (by their inner network)."""
     mine = {outer(lab)[name], type(outer(lab)[name])(NETWORKS[name].split("/")[0])}
 
-    def wanted(event: XfrmSeen) -> bool:
+    def wanted(event: XfrmEvent) -> bool:
         return event.saddr in mine
 
     return wanted

@@ -16,7 +16,7 @@ from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.holds import SLICE
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import ESP, ChildConfig, ChildSa, SaId, SpdKey
+from ipsecgate.core.model.ipsec import ESP, ChildConfig, ChildName, ChildSa, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from tests.unit.transcript import FLOW, HERE, NET, REFUSED, SA, TRAP, Transcript, initiated
 
@@ -29,7 +29,9 @@ def flow(number: int, host: int = 9) -> Any:
 
 
 def child(number: int) -> ChildConfig:
-    return replace(NET, child=f"net-{number}", remote=(TrafficSelector(PEERS[number]),))
+    return replace(
+        NET, name=ChildName("peer", f"net-{number}"), remote=(TrafficSelector(PEERS[number]),)
+    )
 
 
 def trap(number: int, spi: int = 0) -> Any:
@@ -87,7 +89,7 @@ def busy() -> Spied:
     return transcript
 
 
-def test_a_kernel_event_concerns_the_calls_and_children_of_its_peer(
+def test_a_kernel_event_reevaluates_only_the_calls_and_children_of_its_peer(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
@@ -104,17 +106,17 @@ def test_a_kernel_event_concerns_the_calls_and_children_of_its_peer(
     assert busy.done["is_live"] <= 4
 
 
-def test_a_failure_concerns_the_calls_of_its_child(
+def test_a_failure_reevaluates_only_the_calls_of_its_child(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
-    told = busy.after(on.NegotiationFailed("peer", "net-9", "no"))
+    told = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), "no"))
     assert [c.call.id for c in told if isinstance(c, do.Answer)] == [9]
     assert busy.done["look"] <= 2
     assert busy.done["states"] <= 2
 
 
-def test_refusals_cost_the_same_however_many_policies_there_are(
+def test_a_refusal_costs_the_same_with_any_number_of_policies(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
@@ -126,7 +128,7 @@ def test_refusals_cost_the_same_however_many_policies_there_are(
     assert busy.done["look"] == 0
 
 
-def test_many_calls_for_one_flow_are_looked_at_once(
+def test_many_calls_for_one_flow_are_evaluated_once(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
@@ -138,7 +140,9 @@ def test_many_calls_for_one_flow_are_looked_at_once(
     assert len([c for c in told if isinstance(c, do.Answer)]) == 501
 
 
-def test_what_concerns_all_is_done_by_and_by(busy: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_that_affects_every_call_is_worked_off_in_slices(
+    busy: Spied, monkeypatch: pytest.MonkeyPatch
+) -> None:
     busy.spy(monkeypatch)
     busy.after(on.SourcesResolved(tuple((network, ip_address("10.1.0.2")) for network in PEERS)))
     assert busy.done["look"] <= SLICE
@@ -151,17 +155,17 @@ def test_what_concerns_all_is_done_by_and_by(busy: Spied, monkeypatch: pytest.Mo
     assert steps >= MANY // SLICE - 1
 
 
-def test_many_children_told_at_one_go_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer that rekeys without a pause had the whole table made for each."""
     transcript = Spied()
-    listed = ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
+    listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
     hook_tables = transcript.gate.hook_tables
     monkeypatch.setattr(hook_tables, "spd", transcript.counting("spd", hook_tables.spd))
     transcript.after_together(*(on.ChildUp(replace(listed, spi_out=n)) for n in range(1, 50)))
     assert transcript.done["spd"] == 1
 
 
-def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
+def test_a_list_of_sas_without_changes_rebuilds_no_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who asks for what no child protects has the daemon looked at twenty times a second."""
@@ -169,7 +173,7 @@ def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
     hook_tables = transcript.gate.hook_tables
     monkeypatch.setattr(hook_tables, "spd", transcript.counting("spd", hook_tables.spd))
     loaded = on.IkeConnected(tuple(map(child, range(MANY))), (), 42)
-    listed = ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
+    listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
     for seen, established in ((0, ()), (1, (listed,)), (1, (listed,)), (2, ())):
         transcript.after(replace(loaded, established=established))
         assert transcript.done["spd"] == seen
@@ -177,7 +181,7 @@ def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
     assert transcript.done["spd"] == 4
 
 
-def test_no_call_is_forgotten_and_no_child_misjudged() -> None:
+def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> None:
     """Whatever happens, in whichever order: what was not looked at had not changed."""
     for seed in range(30):
         random = Random(seed)
@@ -195,14 +199,14 @@ def test_no_call_is_forgotten_and_no_child_misjudged() -> None:
                 assert place is not None
                 assert not gate.protection.is_live(made.flow), (seed, number)
                 config = gate.ike.child(made.flow, gate.policies[place])
-                item_ = gate.negotiations.of.get((config.ike, config.child)) if config else None
+                item_ = gate.negotiations.of.get(config.name) if config else None
                 assert item_ is None or item_.coverage is not Coverage.BACK_OFF, (seed, number)
 
 
 def happened(random: Random, number: int) -> list[on.Event]:
     """Return something that concerns the first few peers."""
     peer = random.randrange(6)
-    name = f"net-{peer}"
+    name = child(peer).name
     loaded = tuple(child(n) for n in range(6) if n != random.randrange(12))
     sources = ("10.1.0.1", "10.1.0.2", "10.9.9.9")
     call = on.CallMade(on.Call(1, number), flow(peer, random.randrange(1, 5)), 1, 30.0)
@@ -216,9 +220,9 @@ def happened(random: Random, number: int) -> list[on.Event]:
             [on.SaGone(up(peer)[0].sa.id)],  # type: ignore[union-attr]
             [on.PolicySet(trap(peer))], [on.PolicyGone(trap(peer).key)],
             [on.PolicySet(narrow)], [on.PolicyGone(narrow.key)],
-            [on.NegotiationFailed("peer", name, "no")],
-            [on.TimerFired(on.Timer(random.choice(("retry", "limit")), "peer", name))],
-            [on.NegotiationDone("peer", name)],
+            [on.NegotiationFailed(name, "no")],
+            [on.TimerFired(on.Timer(random.choice(("retry", "limit")), name))],
+            [on.NegotiationDone(name)],
             [on.IkeConnected(loaded, (), 42)],
             [on.IkeGone("restarted"), on.IkeConnected(loaded, (), 42)],
             [on.SourcesResolved(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ipsecgate.core.codec.vici import Names, selectors
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP, UDP, Flow, Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
+from ipsecgate.core.model.ipsec import ESP, Action, ChildName, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.state.spd import DEAD, LIVE
 from ipsecgate.core.tables import capacity, table
@@ -22,7 +22,7 @@ from ipsecgate.core.tables.capacity import fit_policies, fit_spd
 from ipsecgate.core.tables.layout import Entry, Key, State, TableId, flow_key
 from ipsecgate.core.tables.policy_rules import matches, policy_rules
 from ipsecgate.core.tables.table import Rule, Ternary
-from tests.unit.test_table import flows, ternaries
+from tests.unit.random_rules import flows, ternaries
 from tests.unit.transcript import (
     LISTED,
     ROUTED,
@@ -63,7 +63,7 @@ def owned(draw: st.DrawFn) -> list[Rule]:
 
 @FEW
 @given(owned(), st.lists(flows(), min_size=1, max_size=30), st.integers(1, 8))
-def test_what_is_not_closed_is_judged_as_ever(
+def test_a_selector_that_fits_keeps_its_verdicts_when_others_are_closed(
     small: None, rules: list[Rule], keys: list[Key], parties: int
 ) -> None:
     made, closed = fit_spd(rules, lambda owner: owner % parties)
@@ -101,7 +101,7 @@ KEYS = [
 
 @FEW
 @given(operators())
-def test_a_policy_that_does_not_fit_is_stricter_and_behind(
+def test_a_policy_that_does_not_fit_only_becomes_stricter(
     small: None, policies: list[Policy]
 ) -> None:
     rules = policy_rules(policies, {})
@@ -137,7 +137,7 @@ def ranged(net: str) -> tuple[TrafficSelector, ...]:
     return selectors([f"10.{net}.0.10..10.{net}.0.250"], (), PORT_NAMES)
 
 
-def test_a_peer_that_negotiates_a_range_of_addresses_closes_itself_alone() -> None:
+def test_a_peer_that_negotiates_an_address_range_closes_only_its_own_flows() -> None:
     """51 masks, where the hooks hold 32: every flow of every peer was refused."""
     other = ip_address("192.0.2.3")
     key = SpdKey(Selector(ip_network("10.1.0.0/24"), ip_network("10.7.0.0/24")))
@@ -145,7 +145,7 @@ def test_a_peer_that_negotiates_a_range_of_addresses_closes_itself_alone() -> No
     policy = replace(TRAP, key=key, priority=TRAP.priority - 16, templates=(template,))
     sa = replace(SA, id=SaId(other, 0x2000, ESP), reqid=2)
     told = replace(
-        LISTED, ike="range", reqid=2, spi_out=0x2000, remote_host=other,
+        LISTED, name=ChildName("range", "net"), reqid=2, spi_out=0x2000, remote_host=other,
         local=ranged("1"), remote=ranged("7"),
     )  # fmt: skip
     theirs = replace(ROUTED, daddr=ip_address("10.7.0.11"), saddr=ip_address("10.1.0.20"))
@@ -162,7 +162,7 @@ def test_a_peer_that_negotiates_a_range_of_addresses_closes_itself_alone() -> No
         assert not any("peer/net" in error for error in transcript.gate.policy_table.errors)
 
 
-def test_a_peer_with_many_children_closes_its_own() -> None:
+def test_a_peer_with_many_selectors_closes_only_its_own_flows() -> None:
     """Each of them is modest; together they are not."""
     other = ip_address("192.0.2.3")
     many = tuple(
@@ -185,7 +185,7 @@ def test_a_peer_with_many_children_closes_its_own() -> None:
     assert any("and " in error for error in transcript.gate.policy_table.errors)
 
 
-def test_a_closed_policy_is_in_front_of_those_behind_it() -> None:
+def test_a_closed_selector_still_hides_the_ones_behind_it() -> None:
     """What a wider one would let go, the kernel would send by the narrower: refused."""
     parts = [
         Ternary(Key(family=4, dport=n), Key(family=0xFF, dport=0xFFFF, sport=n)) for n in range(40)
@@ -201,7 +201,7 @@ def test_a_closed_policy_is_in_front_of_those_behind_it() -> None:
     assert made.classify(Key(family=4, proto=17)) == LIVE
 
 
-def test_more_entries_than_a_table_holds() -> None:
+def test_entries_beyond_the_table_limit_are_closed() -> None:
     one = Ternary(Key(family=4), Key(family=0xFF, daddr=0xFFFFFFFF))
     rules = [
         Rule(replace(one, value=Key(family=4, daddr=n)), LIVE, n) for n in range(table.LIMIT + 9)
@@ -211,7 +211,7 @@ def test_more_entries_than_a_table_holds() -> None:
     assert len(closed) == 9
 
 
-def test_a_policy_with_too_many_masks_widens_alone() -> None:
+def test_a_policy_with_too_many_masks_is_the_only_one_widened() -> None:
     big = Policy("big", (ip_network("10.9.0.0/16"),), proto=TCP, ports=(1, 65534))
     other = replace(big, name="other", remote=(ip_network("10.8.0.0/17"),), ports=(1, 254))
     third = replace(big, name="third", remote=(ip_network("10.7.0.0/18"),), ports=(1, 1022))

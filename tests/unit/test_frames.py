@@ -75,12 +75,12 @@ def seen(frame: bytes) -> Packet:
         (bytes(12) + b"\x08\x00" + bytes(3), Kind.CLEAR),
     ],
 )
-def test_kind(frame: bytes, kind: Kind) -> None:
+def test_each_frame_has_its_kind(frame: bytes, kind: Kind) -> None:
     assert seen(frame).kind is kind
 
 
 @pytest.mark.parametrize("frame", [v4(6, tcp(1024, 5432, 0x02)), v6(6, tcp(1024, 5432, 0xC2))])
-def test_syn(frame: bytes) -> None:
+def test_a_syn_is_recognised_with_its_ports(frame: bytes) -> None:
     packet = seen(frame)
     assert packet.is_syn
     assert (packet.proto, packet.sport, packet.dport) == (6, 1024, 5432)
@@ -88,12 +88,12 @@ def test_syn(frame: bytes) -> None:
     assert str(packet.daddr) in (B4, B6)
 
 
-def test_syn_ack_is_no_syn() -> None:
+def test_a_syn_ack_is_not_a_syn() -> None:
     assert not seen(v4(6, tcp(1, 2, 0x12))).is_syn
     assert not seen(v4(17, udp(1, 2))).is_syn
 
 
-def test_options_are_skipped() -> None:
+def test_ip_options_are_skipped() -> None:
     assert seen(v4(17, udp(7, 8), options=bytes(8))).dport == 8
 
 
@@ -119,5 +119,7 @@ def test_fragments_are_never_taken_for_ike() -> None:
         (v4(17, b"\x03" + bytes(7) + bytes(16) + ip_address(A4).packed), False),
     ],
 )
-def test_a_complaint_is_about_what_came_to_its_sender(frame: bytes, expected: bool) -> None:
-    assert seen(frame).complains is expected
+def test_an_icmp_error_complains_about_a_packet_that_reached_its_sender(
+    frame: bytes, expected: bool
+) -> None:
+    assert seen(frame).is_unreachable is expected

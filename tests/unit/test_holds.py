@@ -42,7 +42,9 @@ def answers(commands: list[do.Command]) -> dict[on.Call, int | None]:
     return told
 
 
-def test_held_until_covered_and_answered_after_the_map(trapped: Transcript) -> None:
+def test_a_call_is_held_until_covered_and_answered_after_the_table_is_written(
+    trapped: Transcript,
+) -> None:
     asked = trapped.after(MADE)
     assert initiated(asked) == [NAME]
     assert do.Hold(MADE) in asked
@@ -56,7 +58,7 @@ def test_held_until_covered_and_answered_after_the_map(trapped: Transcript) -> N
     assert trapped.gate.holds.total == 1
 
 
-def test_many_calls_are_one_negotiation(trapped: Transcript) -> None:
+def test_many_held_calls_start_one_negotiation(trapped: Transcript) -> None:
     asked = trapped.after(*(made(n) for n in range(500)))
     assert initiated(asked) == [NAME]
     told = answers(trapped.after_together(*UP))
@@ -64,7 +66,7 @@ def test_many_calls_are_one_negotiation(trapped: Transcript) -> None:
     assert set(told.values()) == {None}
 
 
-def test_a_covered_flow_goes_on_at_once_and_is_known_to_be_free(trapped: Transcript) -> None:
+def test_a_call_for_a_covered_flow_continues_at_once(trapped: Transcript) -> None:
     trapped.after_together(*UP)
     assert not trapped.gate.holds.is_free(FLOW), "nobody asked yet"
     assert trapped.after(MADE) == [do.Answer(CALL, None)]
@@ -83,12 +85,12 @@ def test_a_covered_flow_goes_on_at_once_and_is_known_to_be_free(trapped: Transcr
         Flow(ip_address("0.0.0.0"), 6, 80),
     ],
 )
-def test_what_needs_no_sa_goes_on(trapped: Transcript, flow: Flow) -> None:
+def test_a_call_that_needs_no_sa_continues_at_once(trapped: Transcript, flow: Flow) -> None:
     assert trapped.after(replace(MADE, flow=flow)) == [do.Answer(CALL, None)]
 
 
 @pytest.mark.parametrize("action", [Action.BYPASS, Action.DISCARD])
-def test_what_the_hook_decides_alone_goes_on(action: Action) -> None:
+def test_a_call_that_the_hook_decides_alone_continues_at_once(action: Action) -> None:
     transcript = Transcript(Settings(policies=(Policy("p", (THERE,), action),)))
     transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
     assert transcript.after(MADE) == [do.Answer(CALL, None)]
@@ -100,40 +102,40 @@ def test_audit_mode_holds_nothing() -> None:
     assert transcript.after(MADE) == [do.Answer(CALL, None)]
 
 
-def test_own_addresses_need_no_sa(trapped: Transcript) -> None:
+def test_a_call_to_an_own_address_continues_at_once(trapped: Transcript) -> None:
     own = ip_address("10.2.0.1")
     trapped.after(on.SourcesResolved(((THERE, own),)))
     assert trapped.after(replace(MADE, flow=replace(FLOW, daddr=own))) == [do.Answer(CALL, None)]
 
 
-def test_a_failure_is_told_to_all_at_once(trapped: Transcript) -> None:
+def test_a_failed_negotiation_fails_every_held_call(trapped: Transcript) -> None:
     trapped.after(made(1), made(2))
-    told = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
+    told = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
     assert answers(told) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
     assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in told)
     assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "in back-off, too"
 
 
-def test_a_hold_ends_at_its_limit(trapped: Transcript) -> None:
+def test_a_held_call_times_out_at_its_limit(trapped: Transcript) -> None:
     trapped.after(MADE)
     assert answers(trapped.after(on.CallExpired(CALL))) == {CALL: ETIMEDOUT}
     assert trapped.after(on.CallExpired(CALL)) == []
     assert not answers(trapped.after_together(*UP))
 
 
-def test_an_interrupted_call_comes_again(trapped: Transcript) -> None:
+def test_an_interrupted_call_is_restarted(trapped: Transcript) -> None:
     trapped.after(MADE)
     assert answers(trapped.after(on.CallInterrupted(CALL))) == {CALL: ERESTARTNOINTR}
     assert trapped.after(on.CallInterrupted(CALL)) == [], "without a signal 513 would leak"
 
 
-def test_who_is_gone_is_forgotten(trapped: Transcript) -> None:
+def test_the_call_of_a_dead_process_is_forgotten(trapped: Transcript) -> None:
     trapped.after(MADE)
     assert trapped.after(on.CallGone(CALL)) == []
     assert not trapped.gate.holds.of
 
 
-def test_held_before_anything_is_known() -> None:
+def test_a_call_is_held_before_kernel_and_daemon_have_answered() -> None:
     transcript = Transcript()
     assert transcript.after(MADE) == [do.Hold(MADE)]
     derived = transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
@@ -141,13 +143,13 @@ def test_held_before_anything_is_known() -> None:
     assert answers(transcript.after_together(*UP)) == {CALL: None}
 
 
-def test_held_while_the_daemon_is_gone_and_asked_for_when_it_is_back(trapped: Transcript) -> None:
+def test_a_call_held_without_a_daemon_is_negotiated_when_it_returns(trapped: Transcript) -> None:
     trapped.after(on.IkeGone("crashed"))
     assert not initiated(trapped.after(MADE))
     assert initiated(trapped.after(connected())) == [NAME]
 
 
-def test_held_until_a_connection_is_loaded() -> None:
+def test_a_call_without_a_connection_is_held_until_one_is_loaded() -> None:
     transcript = Transcript(Settings(policies=(Policy("p", (THERE,)),)))
     transcript.after(on.KernelSnapshot((), ()), on.IkeConnected((), (), 42), SOURCES)
     asked = transcript.after(MADE)
@@ -157,7 +159,7 @@ def test_held_until_a_connection_is_loaded() -> None:
     assert initiated(transcript.after(on.IkeConnected((NET,), (), 42))) == [NAME]
 
 
-def test_a_call_does_not_go_before_what_closes(trapped: Transcript) -> None:
+def test_a_call_in_the_same_batch_as_a_closing_is_not_let_through(trapped: Transcript) -> None:
     trapped.after_together(*UP)
     told = trapped.after_together(MADE, on.SaGone(UP[0].sa.id))
     assert not answers(told)
@@ -180,7 +182,7 @@ def test_a_call_does_not_go_before_what_closes(trapped: Transcript) -> None:
         ("ff02::1:3", UDP, 547, 546, False),
     ],
 )
-def test_exempt_as_the_hooks_have_it(
+def test_the_same_destinations_are_exempt_as_in_the_hooks(
     address: str, proto: int, port: int, source: int, exempt: bool
 ) -> None:
     assert is_exempt(Flow(ip_address(address), proto, port, sport=source)) is exempt

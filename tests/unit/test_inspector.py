@@ -83,7 +83,7 @@ def bed(monkeypatch: pytest.MonkeyPatch) -> type[Bed]:
     return Bed
 
 
-async def test_what_was_seen_is_told_in_order(bed: type[Bed]) -> None:
+async def test_answers_are_delivered_in_order(bed: type[Bed]) -> None:
     one = bed()
     one.ask(1, 2)
     assert one.process.hear() == [], "nobody is ready"
@@ -97,7 +97,7 @@ async def test_what_was_seen_is_told_in_order(bed: type[Bed]) -> None:
     one.eye.close()
 
 
-async def test_not_more_is_asked_than_there_is_room_for(bed: type[Bed]) -> None:
+async def test_no_more_questions_are_sent_than_fit(bed: type[Bed]) -> None:
     one = bed()
     one.process.say()
     await settled()
@@ -111,7 +111,9 @@ async def test_not_more_is_asked_than_there_is_room_for(bed: type[Bed]) -> None:
     one.eye.close()
 
 
-async def test_who_keeps_it_waiting_is_let_go_until_that_is_over(bed: type[Bed]) -> None:
+async def test_a_call_that_blocks_the_inspector_is_released_and_nothing_is_asked_meanwhile(
+    bed: type[Bed],
+) -> None:
     one = bed()
     one.process.say()
     await settled()
@@ -137,7 +139,7 @@ async def test_who_keeps_it_waiting_is_let_go_until_that_is_over(bed: type[Bed])
     one.eye.close()
 
 
-async def test_an_answer_in_time_begins_a_new_time(bed: type[Bed]) -> None:
+async def test_each_answer_restarts_the_time_limit(bed: type[Bed]) -> None:
     one = bed()
     one.process.say()
     one.ask(*range(4))
@@ -150,7 +152,7 @@ async def test_an_answer_in_time_begins_a_new_time(bed: type[Bed]) -> None:
     one.eye.close()
 
 
-async def test_a_process_that_dies_is_asked_about_no_call_twice(bed: type[Bed]) -> None:
+async def test_the_call_at_which_the_inspector_died_is_not_asked_again(bed: type[Bed]) -> None:
     """Of which it may have died; the others' turn comes with the next process."""
     one = bed()
     one.process.say()
@@ -165,7 +167,7 @@ async def test_a_process_that_dies_is_asked_about_no_call_twice(bed: type[Bed]) 
     one.eye.close()
 
 
-async def test_where_there_can_be_no_process_calls_go_on(bed: type[Bed]) -> None:
+async def test_calls_continue_while_no_inspector_can_be_started(bed: type[Bed]) -> None:
     one = bed()
     one.process.can = False
     one.process.ends[-1].close()
@@ -180,7 +182,7 @@ async def test_where_there_can_be_no_process_calls_go_on(bed: type[Bed]) -> None
     one.eye.close()
 
 
-async def test_one_that_never_becomes_ready_is_not_waited_for(bed: type[Bed]) -> None:
+async def test_calls_do_not_wait_for_an_inspector_that_never_becomes_ready(bed: type[Bed]) -> None:
     one = bed()
     one.ask(1)
     await until(lambda: one.told)

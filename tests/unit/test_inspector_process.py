@@ -21,26 +21,26 @@ FLOWS = st.builds(Flow, ADDRESSES, st.integers(0, 255), PORTS, st.none() | ADDRE
 
 
 @given(FLOWS, st.booleans())
-def test_what_was_seen_is_what_is_heard(flow: Flow, patient: bool) -> None:
+def test_an_encoded_answer_decodes_to_itself(flow: Flow, patient: bool) -> None:
     assert decode(encode((flow, patient))) == (flow, patient)
 
 
-def test_nothing_is_nothing() -> None:
+def test_an_empty_answer_decodes_to_none() -> None:
     assert decode(encode(None)) is None
 
 
 @given(st.binary(min_size=ANSWER.size, max_size=ANSWER.size))
-def test_any_bytes_are_a_flow_or_nothing(raw: bytes) -> None:
+def test_any_bytes_decode_to_a_flow_or_none(raw: bytes) -> None:
     found = decode(raw)
     assert found is None or encode(found)[1:] == raw[1:]
 
 
 @pytest.mark.parametrize("length", [0, ANSWER.size - 1, ANSWER.size + 1])
-def test_other_lengths_say_nothing(length: int) -> None:
+def test_an_answer_of_another_length_decodes_to_none(length: int) -> None:
     assert decode(b"\2" * length) is None
 
 
 @given(st.builds(Notification, st.integers(0, 2**64 - 1), WORDS, st.integers(0, 999), WORDS,
                  st.tuples(*[st.integers(0, 2**64 - 1)] * 6)))  # fmt: skip
-def test_a_call_is_asked_about_as_the_kernel_told_it(call: Notification) -> None:
+def test_a_notification_is_packed_as_the_kernel_wrote_it(call: Notification) -> None:
     assert notification(packed(call)) == call

@@ -10,7 +10,7 @@ import pytest
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import PORT_MASK, UDP, Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import SpdKey
+from ipsecgate.core.model.ipsec import ChildName, SpdKey
 from ipsecgate.core.state.spd import agreed_on
 from ipsecgate.core.tables.layout import flow_key
 from tests.unit.transcript import (
@@ -40,7 +40,7 @@ AGREED = replace(LISTED, remote=(TrafficSelector(NARROW),))
 # --- what the peer agreed to -----------------------------------------------------------
 
 
-def test_outside_of_what_the_peer_agreed_to_nothing_is_ever_open(trapped: Transcript) -> None:
+def test_nothing_outside_the_negotiated_selectors_is_ever_open(trapped: Transcript) -> None:
     """The kernel would send it all, by the trap and the SA of its reqid; the peer drops it."""
     for event in (on.SaSet(SA), on.PolicySet(NARROWED), on.ChildUp(AGREED), connected(AGREED)):
         trapped.after(event)
@@ -48,7 +48,9 @@ def test_outside_of_what_the_peer_agreed_to_nothing_is_ever_open(trapped: Transc
     assert trapped.is_open(ROUTED)
 
 
-def test_the_policy_that_names_the_sa_opens_before_ike_tells(trapped: Transcript) -> None:
+def test_the_kernel_policy_that_names_the_sa_opens_before_the_daemon_reports_it(
+    trapped: Transcript,
+) -> None:
     assert not trapped.is_open(ROUTED)
     trapped.after(on.SaSet(SA))
     assert not trapped.is_open(ROUTED)
@@ -56,7 +58,7 @@ def test_the_policy_that_names_the_sa_opens_before_ike_tells(trapped: Transcript
     assert trapped.is_open(ROUTED)
 
 
-def test_an_sa_that_no_policy_names_waits_for_ike(trapped: Transcript) -> None:
+def test_an_sa_that_no_policy_names_waits_for_the_daemon(trapped: Transcript) -> None:
     """One policy for several SAs, as with one SA a processor, names none of them."""
     trapped.after(on.SaSet(SA))
     assert not trapped.is_open(ROUTED)
@@ -65,7 +67,9 @@ def test_an_sa_that_no_policy_names_waits_for_ike(trapped: Transcript) -> None:
     assert trapped.is_open(OUTSIDE)
 
 
-def test_ports_that_the_kernel_rounds_up_are_exact_once_ike_told(trapped: Transcript) -> None:
+def test_port_ranges_that_the_kernel_widens_are_exact_once_the_daemon_reports_them(
+    trapped: Transcript,
+) -> None:
     rounded = Selector(HERE, THERE, UDP, dport=5296, dport_mask=0xFFF0)
     trapped.after(on.SaSet(SA), on.PolicySet(replace(NARROWED, key=SpdKey(rounded))))
     selector = TrafficSelector(THERE, UDP, (5300, 5307))
@@ -74,7 +78,7 @@ def test_ports_that_the_kernel_rounds_up_are_exact_once_ike_told(trapped: Transc
     assert found == set(range(5300, 5308))
 
 
-def test_a_list_made_before_a_child_came_up_does_not_forget_it(trapped: Transcript) -> None:
+def test_a_list_made_before_a_child_came_up_does_not_remove_it(trapped: Transcript) -> None:
     trapped.after(on.SaSet(SA), on.ChildUp(LISTED), connected())
     assert trapped.is_open(ROUTED)
     trapped.after(on.SaGone(SA.id), connected(), on.SaSet(SA))
@@ -93,7 +97,7 @@ def test_a_list_made_before_a_child_came_up_does_not_forget_it(trapped: Transcri
         (TrafficSelector(HERE), TrafficSelector(THERE, 0, (1, PORT_MASK)), {0, 80, PORT_MASK}),
     ],
 )
-def test_what_two_traffic_selectors_have_in_common(
+def test_the_negotiated_flows_are_in_both_traffic_selectors(
     local: TrafficSelector, remote: TrafficSelector, expected: set[int]
 ) -> None:
     parts = agreed_on((local,), (remote,))
@@ -105,10 +109,10 @@ def test_what_two_traffic_selectors_have_in_common(
 # --- a narrower child --------------------------------------------------------------------
 
 HOST = ip_network("10.2.0.9/32")
-NARROWER = replace(NET, child="host", remote=(TrafficSelector(HOST),))
+NARROWER = replace(NET, name=ChildName("peer", "host"), remote=(TrafficSelector(HOST),))
 
 
-def test_the_narrower_child_is_negotiated_as_its_trap_wins(trapped: Transcript) -> None:
+def test_the_narrower_child_is_negotiated_when_its_trap_wins(trapped: Transcript) -> None:
     trapped.after(REFUSED, *UP)
     trap = replace(
         TRAP,
@@ -123,21 +127,21 @@ def test_the_narrower_child_is_negotiated_as_its_trap_wins(trapped: Transcript) 
     assert initiated(trapped.after(REFUSED)) == [("peer", "host")]
 
 
-def test_a_child_that_the_kernel_has_too_is_neither_asked_for_nor_deleted(
+def test_a_healthy_child_is_neither_negotiated_nor_deleted_when_another_policy_wins(
     trapped: Transcript,
 ) -> None:
     """Its flow is refused because another policy won: it is not the child that is missing."""
     trapped.after(REFUSED, *UP, on.ChildUp(LISTED))
     bypass = replace(PINNED, key=SpdKey(Selector(HERE, HOST)), priority=1, templates=())
     trapped.after(on.PolicySet(bypass))
-    commands = trapped.after(REFUSED, on.NegotiationDone(*NAME), connected(LISTED))
-    commands += trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    commands = trapped.after(REFUSED, on.NegotiationDone(NAME), connected(LISTED))
+    commands += trapped.after(on.TimerFired(on.Timer("limit", NAME)))
     assert initiated(commands) == []
-    assert do.Terminate(*NAME) not in commands
+    assert do.Terminate(NAME) not in commands
     assert trapped.is_open(replace(ROUTED, daddr=ip_address("10.2.0.8")))
 
 
-def test_a_trap_that_comes_in_makes_the_gate_look_for_its_child(trapped: Transcript) -> None:
+def test_a_new_trap_makes_the_gate_ask_for_its_child(trapped: Transcript) -> None:
     narrower = replace(TRAP, key=SpdKey(Selector(HERE, HOST)), priority=TRAP.priority - 2000)
     assert do.AskIke() in trapped.after(on.PolicySet(narrower))
 
@@ -145,20 +149,22 @@ def test_a_trap_that_comes_in_makes_the_gate_look_for_its_child(trapped: Transcr
 # --- the kernel emptied --------------------------------------------------------------------
 
 
-def test_a_larval_state_is_not_the_sa_that_ike_believes_in(trapped: Transcript) -> None:
+def test_a_larval_state_is_not_the_sa_that_the_daemon_lists(trapped: Transcript) -> None:
     """After a flush the next packet leaves one, with the SPI of the policy. Found by chaos."""
     trapped.after(REFUSED, *UP, on.ChildUp(LISTED))
     trapped.after(on.KernelSnapshot((PINNED,), (replace(SA, larval=True),)), connected(LISTED))
     assert not trapped.is_open(ROUTED)
     assert initiated(trapped.after(REFUSED)) == [NAME]
-    trapped.after(on.NegotiationDone(*NAME))
-    assert do.Terminate(*NAME) in trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    trapped.after(on.NegotiationDone(NAME))
+    assert do.Terminate(NAME) in trapped.after(on.TimerFired(on.Timer("limit", NAME)))
     assert trapped.gate.protection.kernel_state.replace(on.KernelSnapshot((PINNED,), ())) == 0, (
         "no drift"
     )
 
 
-def test_of_two_children_the_policy_names_one_and_its_state_is_lost(trapped: Transcript) -> None:
+def test_a_child_whose_state_is_lost_is_deleted_although_its_twin_is_intact(
+    trapped: Transcript,
+) -> None:
     """Where both ends began at once, and one state was deleted by hand. Found by chaos."""
     twin = replace(LISTED, spi_in=0x12, spi_out=0xC0FFEE02)
     other = replace(SA, id=replace(SA.id, spi=twin.spi_out))
@@ -167,11 +173,11 @@ def test_of_two_children_the_policy_names_one_and_its_state_is_lost(trapped: Tra
     trapped.after(on.SaGone(SA.id), connected(LISTED, twin))
     assert not trapped.is_open(ROUTED)
     assert initiated(trapped.after(REFUSED)) == [NAME]
-    trapped.after(on.NegotiationDone(*NAME))
-    assert do.Terminate(*NAME) in trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    trapped.after(on.NegotiationDone(NAME))
+    assert do.Terminate(NAME) in trapped.after(on.TimerFired(on.Timer("limit", NAME)))
 
 
-def test_a_childs_predecessor_is_no_reason_to_delete_it(trapped: Transcript) -> None:
+def test_a_rekeyed_childs_predecessor_does_not_make_it_stale(trapped: Transcript) -> None:
     """The kernel has the successor, and another policy won."""
     new = replace(LISTED, spi_in=0x12, spi_out=0xC0FFEE02)
     trapped.after(on.SaSet(SA), on.SaSet(replace(SA, id=replace(SA.id, spi=new.spi_out))))

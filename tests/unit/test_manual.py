@@ -54,12 +54,12 @@ def test_the_list_of_verbs_has_the_first_line_of_each_help() -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_completions_ask_the_program(shell: str) -> None:
+def test_completions_call_the_program(shell: str) -> None:
     script = completion(shell)
     assert f"_IPSECGATE_COMPLETE={shell}_complete" in script
 
 
-def test_bash_takes_its_completion(tmp_path: Path) -> None:
+def test_bash_accepts_its_completion(tmp_path: Path) -> None:
     script = tmp_path / "ipsecgate"
     script.write_text(completion("bash"))
     done = subprocess.run(

@@ -39,7 +39,7 @@ def test_a_hundred_refused_flows_start_one_negotiation(trapped: Transcript) -> N
 def test_after_a_failure_the_gate_backs_off_with_another_errno(trapped: Transcript) -> None:
     assert trapped.errno == EPERM
     trapped.after(REFUSED)
-    commands = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
+    commands = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
     pauses = [c.seconds for c in commands if isinstance(c, do.StartTimer)]
     assert len(pauses) == 1
     assert 0.75 <= pauses[0] <= 1.25
@@ -47,37 +47,37 @@ def test_after_a_failure_the_gate_backs_off_with_another_errno(trapped: Transcri
     assert trapped.gate.negotiations.of[NAME].last_error == "AUTHENTICATION_FAILED"
     assert initiated(trapped.after(REFUSED)) == []
 
-    trapped.after(on.TimerFired(on.Timer("retry", *NAME)))
+    trapped.after(on.TimerFired(on.Timer("retry", NAME)))
     assert trapped.errno == EPERM
     assert initiated(trapped.after(REFUSED)) == [NAME]
 
 
-def test_a_negotiation_that_ike_never_answers_ends_at_its_limit(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.TimerFired(on.Timer("limit", *NAME)))
+def test_a_negotiation_without_an_answer_ends_at_its_limit(trapped: Transcript) -> None:
+    trapped.after(REFUSED, on.TimerFired(on.Timer("limit", NAME)))
     item = trapped.gate.negotiations.of[NAME]
     assert item.coverage is Coverage.BACK_OFF
     assert "no answer from IKE" in item.last_error
 
 
 @pytest.mark.parametrize("within", [True, False])
-def test_a_child_that_only_ike_has_is_deleted_when_the_limit_ends(
+def test_a_child_that_only_the_daemon_has_is_deleted_at_the_limit(
     trapped: Transcript, within: bool
 ) -> None:
     """Somebody flushed the kernel's databases; IKE would answer "up" for ever."""
     remote = THERE if within else ip_network("10.2.7.0/24")
     listed = replace(LISTED, remote=(TrafficSelector(remote),))
-    commands = trapped.after(REFUSED, on.NegotiationDone(*NAME))
+    commands = trapped.after(REFUSED, on.NegotiationDone(NAME))
     assert do.AskIke() in commands
-    commands = trapped.after(connected(listed), on.TimerFired(on.Timer("limit", *NAME)))
-    assert (do.Terminate(*NAME) in commands) == within
+    commands = trapped.after(connected(listed), on.TimerFired(on.Timer("limit", NAME)))
+    assert (do.Terminate(NAME) in commands) == within
     item = trapped.gate.negotiations.of[NAME]
     assert item.coverage is Coverage.BACK_OFF
     assert "up, says IKE" in item.last_error
 
 
 def test_a_negotiation_may_be_done_before_the_kernel_reports_the_sa(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.NegotiationDone(*NAME), *UP)
-    trapped.after(on.TimerFired(on.Timer("limit", *NAME)))
+    trapped.after(REFUSED, on.NegotiationDone(NAME), *UP)
+    trapped.after(on.TimerFired(on.Timer("limit", NAME)))
     assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
 
 
@@ -85,9 +85,9 @@ def test_the_back_off_grows_up_to_its_limit(trapped: Transcript) -> None:
     pauses = []
     for _ in range(10):
         trapped.after(REFUSED)
-        commands = trapped.after(on.NegotiationFailed(*NAME, "no"))
+        commands = trapped.after(on.NegotiationFailed(NAME, "no"))
         pauses += [c.seconds for c in commands if isinstance(c, do.StartTimer)]
-        trapped.after(on.TimerFired(on.Timer("retry", *NAME)))
+        trapped.after(on.TimerFired(on.Timer("retry", NAME)))
     assert pauses[0] < pauses[3] < pauses[5]
     assert max(pauses) <= 75
 

@@ -28,10 +28,10 @@ from tests.unit.transcript import (
 )
 from tests.unit.transcript import connected as connected_to
 
-TIMER = on.Timer("half", *NAME)
+TIMER = on.Timer("one-way", NAME)
 FIRED = on.TimerFired(TIMER)
 CHILD = replace(LISTED, unique=3)
-DELETED = do.Terminate(*NAME, 3)
+DELETED = do.Terminate(NAME, 3)
 INBOUND = replace(SA, id=SaId(LOCAL, CHILD.spi_in, ESP), saddr=PEER)
 
 
@@ -78,7 +78,7 @@ def test_a_whole_child_is_left_alone() -> None:
     [on.PolicyGone(IN.key), on.SaGone(INBOUND.id)],
     ids=["policy", "state"],
 )
-def test_half_of_one_is_deleted_and_told(lost: on.XfrmEvent) -> None:
+def test_a_one_way_child_is_logged_and_deleted(lost: on.XfrmEvent) -> None:
     half = established()
     assert half.after(lost) == [], "what leaves is as it was"
     assert timers(half.after(CONNECTED)) == [FIRST]
@@ -91,7 +91,7 @@ def test_half_of_one_is_deleted_and_told(lost: on.XfrmEvent) -> None:
     assert half.is_open(), "until IKE deletes it"
 
 
-def test_a_flush_that_met_an_sa_being_installed() -> None:
+def test_a_flush_during_an_installation_leaves_a_one_way_child_that_is_deleted() -> None:
     """Found by chaos: the outbound policy comes after it, all that came before is gone."""
     half = established()
     half.after(on.PoliciesFlushed(), on.KernelSnapshot((), STATES), on.PolicySet(PINNED))
@@ -99,7 +99,7 @@ def test_a_flush_that_met_an_sa_being_installed() -> None:
     assert deleted(half.after(FIRED)) == [DELETED]
 
 
-def test_while_it_is_installed_a_child_is_half_for_a_moment() -> None:
+def test_a_child_is_not_deleted_while_it_is_being_installed() -> None:
     begun = Transcript()
     begun.after(on.KernelSnapshot((TRAP,), (SA,)), CONNECTED, SOURCES)
     assert timers(begun.after(CONNECTED)) == [], "the first look began it"
@@ -108,7 +108,7 @@ def test_while_it_is_installed_a_child_is_half_for_a_moment() -> None:
     assert not timers(begun.after(CONNECTED))
 
 
-def test_its_successor_is_another_child() -> None:
+def test_the_successor_of_a_one_way_child_is_not_deleted() -> None:
     half = established()
     half.after(on.PolicyGone(IN.key), CONNECTED)
     successor = replace(CHILD, unique=4, spi_in=0x12, spi_out=0xC0FFEE02)
@@ -120,16 +120,16 @@ def test_its_successor_is_another_child() -> None:
     assert not deleted(half.after(FIRED))
 
 
-def test_the_one_that_is_half_is_deleted_and_not_its_namesakes() -> None:
+def test_only_the_one_way_child_is_deleted_of_several_with_one_configuration() -> None:
     """A gateway has one connection for many peers."""
     other = replace(CHILD, unique=9, reqid=2, spi_in=0x22, spi_out=0xC0FFEE22)
     half = established()
     half.after(on.SaSet(replace(SA, id=replace(SA.id, spi=other.spi_out), reqid=2)))
     half.after(connected_to(CHILD, other))
-    assert deleted(half.after(FIRED)) == [do.Terminate(*NAME, 9)]
+    assert deleted(half.after(FIRED)) == [do.Terminate(NAME, 9)]
 
 
-def test_one_that_comes_back_half_is_given_longer_and_then_left_alone() -> None:
+def test_a_child_that_stays_one_way_is_given_longer_each_time_and_then_left_alone() -> None:
     half = established()
     half.after(on.PolicyGone(IN.key))
     pauses, told = [], []
@@ -145,7 +145,7 @@ def test_one_that_comes_back_half_is_given_longer_and_then_left_alone() -> None:
     assert deleted(half.after(FIRED)) == [DELETED]
 
 
-def test_one_that_the_daemon_lists_no_more_is_being_deleted() -> None:
+def test_a_child_that_the_daemon_no_longer_lists_is_not_deleted_again() -> None:
     """A peer that is silent keeps its SAs in the kernel until it answers."""
     half = established()
     half.after(on.PolicyGone(IN.key), CONNECTED, connected_to())
@@ -153,13 +153,13 @@ def test_one_that_the_daemon_lists_no_more_is_being_deleted() -> None:
     assert not timers(half.after(connected_to()))
 
 
-def test_nobody_is_half_while_the_daemon_is_away() -> None:
+def test_no_child_is_deleted_while_the_daemon_is_gone() -> None:
     half = established([PINNED])
     half.after(on.IkeGone("killed"))
     assert not deleted(half.after(FIRED))
 
 
-def test_what_need_not_be_protected_is_the_operators_affair() -> None:
+def test_a_one_way_child_that_no_policy_protects_is_left_alone() -> None:
     elsewhere = Policy("elsewhere", (ip_network("10.9.0.0/16"),))
     for settings in (Settings((elsewhere,)), Settings(audit=True)):
         half = established([PINNED], settings=settings)
@@ -167,7 +167,7 @@ def test_what_need_not_be_protected_is_the_operators_affair() -> None:
         assert not deleted(half.after(FIRED))
 
 
-def test_policies_that_the_daemon_did_not_make_may_be_one_sided() -> None:
+def test_kernel_policies_made_by_hand_may_be_one_sided() -> None:
     """With `policies = no` they are the operator's; only the states are the daemon's."""
     by_hand = established([TRAP])
     assert not deleted(by_hand.after(FIRED))
@@ -190,14 +190,14 @@ BACK = {
 
 
 @pytest.mark.parametrize("selector", BACK, ids=["ports", "ICMP type", "ICMP type 0", "device"])
-def test_what_answers_a_selector(selector: Selector) -> None:
+def test_the_answering_policy_has_the_reversed_selector(selector: Selector) -> None:
     assert selector.answer == BACK[selector]
     entry = replace(PINNED, key=SpdKey(selector))
     assert not deleted(established([entry, receiving(entry)]).after(FIRED))
     assert deleted(established([entry, receiving(entry, proto=99)]).after(FIRED)) == [DELETED]
 
 
-def test_two_peers_that_chose_one_spi() -> None:
+def test_an_spi_that_two_peers_chose_makes_neither_child_one_way() -> None:
     """It names an SA only together with the destination."""
     far = ip_address("192.0.2.77")
     other = replace(CHILD, unique=9, reqid=2, spi_in=0x22, remote_host=far)
@@ -217,12 +217,12 @@ def test_two_peers_that_chose_one_spi() -> None:
     assert not deleted(whole.after(FIRED))
 
 
-def test_compression_is_another_state_of_the_same_child() -> None:
+def test_a_compression_template_does_not_make_a_child_one_way() -> None:
     comp = replace(PINNED.templates[0], proto=COMP, spi=0x77)
     entry = replace(PINNED, templates=(comp, *PINNED.templates))
     assert not deleted(established([entry, receiving(entry)]).after(FIRED))
 
 
-def test_where_ike_does_esp_itself_the_kernel_has_nothing_to_lose() -> None:
+def test_with_userspace_esp_no_child_is_one_way() -> None:
     userland = established([PINNED], settings=Settings(sa_source=SaSource.VICI))
     assert not deleted(userland.after(CONNECTED, FIRED))

@@ -11,7 +11,7 @@ import pytest
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import ESP, Mode, SaId, SpdKey
+from ipsecgate.core.model.ipsec import ESP, ChildName, Mode, SaId, SpdKey
 from ipsecgate.core.state.kernel_state import KernelState
 from tests.unit.transcript import (
     HERE,
@@ -39,7 +39,7 @@ OTHER_POLICY = replace(
 )
 OTHER_LISTED = replace(
     LISTED,
-    ike="other",
+    name=ChildName("other", "net"),
     reqid=2,
     spi_in=0x12,
     remote_host=OTHER,
@@ -48,7 +48,7 @@ OTHER_LISTED = replace(
 )
 
 
-def test_a_peer_that_chooses_anothers_spi_closes_nothing_of_its() -> None:
+def test_a_peer_that_chooses_the_spi_of_another_closes_none_of_its_flows() -> None:
     transcript = Transcript()
     transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES, REFUSED, *UP)
     transcript.after(on.ChildUp(LISTED))
@@ -62,14 +62,14 @@ def test_a_peer_that_chooses_anothers_spi_closes_nothing_of_its() -> None:
     assert transcript.is_open()
 
 
-def test_a_stale_sa_is_not_trusted_for_anothers_spi() -> None:
+def test_a_stale_sa_is_not_confirmed_by_another_peers_equal_spi() -> None:
     transcript = Transcript()
     transcript.after(on.KernelSnapshot((TRAP,), (SA,)), connected(OTHER_LISTED), SOURCES)
     assert not transcript.is_open(), "left by a daemon that was killed, and that no peer has"
     assert transcript.gate.protection.kernel_state.trusted_sas() == []
 
 
-def test_an_sa_counts_for_what_its_own_policy_names() -> None:
+def test_an_sa_protects_only_the_flows_of_its_own_policy() -> None:
     """Before the daemon tells: the other's policy names the same SPI, and is wider."""
     trap = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.0.0.0/8"))))
     narrow = replace(PINNED, key=SpdKey(Selector(HERE, ip_network("10.2.9.0/24"))), priority=1)
@@ -90,21 +90,21 @@ def mirrored(*events: on.XfrmEvent) -> KernelState:
     return kernel_state
 
 
-def test_what_ike_lists_is_missing_whoever_else_has_its_spi() -> None:
+def test_a_listed_sa_is_missing_even_if_another_peer_has_its_spi() -> None:
     kernel_state = mirrored(on.PolicySet(PINNED), on.PolicySet(OTHER_POLICY), on.SaSet(OTHER_SA))
     assert kernel_state.lacks(LISTED)
     assert not kernel_state.lacks(OTHER_LISTED)
-    assert kernel_state.child_of(OTHER_SA) == "other/net"
+    assert kernel_state.child_of(OTHER_SA) == OTHER_LISTED.name
     assert kernel_state.child_of(replace(SA, id=SaId(OTHER, 0x77, ESP))) is None
 
 
-def test_an_outbound_sa_is_told_whose_spi_is_one_of_ours() -> None:
+def test_an_outbound_sa_with_an_inbound_spi_of_ours_is_still_listed() -> None:
     """A peer may choose the SPI by which we receive from another, or from itself."""
     kernel_state = mirrored(on.SaSet(replace(SA, id=SaId(OTHER, LISTED.spi_in, ESP))))
     assert [sa.id.daddr for sa in kernel_state.outbound_sas()] == [OTHER]
 
 
-def test_half_an_sa_is_not_made_whole_by_the_peers_choice() -> None:
+def test_a_peer_cannot_hide_a_one_way_child_by_choosing_our_spi() -> None:
     """It chose for its SPI the one by which we receive, and our half is lost."""
     same = replace(LISTED, spi_out=LISTED.spi_in)
     sa = replace(SA, id=SaId(SA.id.daddr, LISTED.spi_in, ESP))
@@ -116,21 +116,21 @@ def test_half_an_sa_is_not_made_whole_by_the_peers_choice() -> None:
     assert kernel_state.halves() == set()
 
 
-def test_only_the_peer_is_deleted_of_which_the_kernel_has_nothing() -> None:
+def test_of_two_peers_only_the_one_without_kernel_state_is_deleted() -> None:
     """Two peers have one configuration, as road warriors do."""
-    healthy = replace(OTHER_LISTED, ike=LISTED.ike, unique=8)
+    healthy = replace(OTHER_LISTED, name=LISTED.name, unique=8)
     broken = replace(LISTED, unique=7)
     transcript = Transcript()
     transcript.after(
         on.KernelSnapshot((TRAP, OTHER_POLICY), (OTHER_SA,)), connected(), SOURCES, REFUSED,
-        on.NegotiationDone(*NAME), connected(broken, healthy),
+        on.NegotiationDone(NAME), connected(broken, healthy),
     )  # fmt: skip
-    commands = transcript.after(on.TimerFired(on.Timer("limit", *NAME)))
+    commands = transcript.after(on.TimerFired(on.Timer("limit", NAME)))
     ended = [c for c in commands if isinstance(c, do.Terminate)]
-    assert ended == [do.Terminate(*NAME, unique=7)]
+    assert ended == [do.Terminate(NAME, unique=7)]
 
 
-def test_what_was_not_understood_says_nothing_of_the_others() -> None:
+def test_an_unparsed_child_is_logged_once_and_does_not_affect_the_others() -> None:
     transcript = Transcript()
     heard = replace(connected(LISTED), unread=("peer/odd: traffic selector 'x'",))
     told = transcript.after(on.KernelSnapshot((TRAP,), (SA,)), heard, SOURCES)
@@ -144,7 +144,7 @@ def test_what_was_not_understood_says_nothing_of_the_others() -> None:
 
 
 @pytest.mark.parametrize("mode", [Mode.TUNNEL, Mode.TRANSPORT])
-def test_may_name(mode: Mode) -> None:
+def test_a_template_names_an_sa_of_its_own_peer_only(mode: Mode) -> None:
     template: Any = replace(TRAP.templates[0], mode=mode)
     assert template.may_name(SA.id)
     assert not template.may_name(OTHER_SA.id)

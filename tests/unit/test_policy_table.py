@@ -9,7 +9,7 @@ from ipaddress import ip_address, ip_network
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP, Flow, Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import Action, SpdKey
+from ipsecgate.core.model.ipsec import Action, ChildName, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.tables.layout import Entry, State, TableId
 from tests.unit.transcript import (
@@ -81,7 +81,9 @@ def test_a_derived_policy_never_becomes_narrower() -> None:
 
 
 def test_a_connection_whose_peer_is_unknown_is_reported_as_an_error(trapped: Transcript) -> None:
-    trapped.after(on.IkeConnected((NET, replace(NET, child="any", remote=())), (), pid=42))
+    trapped.after(
+        on.IkeConnected((NET, replace(NET, name=ChildName("peer", "any"), remote=())), (), pid=42)
+    )
     assert any("connection peer/any" in error for error in trapped.gate.policy_table.errors)
     trapped.after(connected())
     assert trapped.gate.policy_table.errors == []

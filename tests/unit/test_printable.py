@@ -55,7 +55,7 @@ def test_ordinary_text_stays_as_it_is(text: str) -> None:
     assert printable(text) == text
 
 
-def test_a_document_is_cleaned_keys_and_all() -> None:
+def test_a_document_is_cleaned_including_its_keys() -> None:
     document = {"a\x1b": ["\x1b", {"b": ("\n", 1, None, True)}]}
     assert printable_document(document) == {r"a\x1b": [r"\x1b", {"b": [r"\n", 1, None, True]}]}
 
@@ -106,7 +106,7 @@ def evil_status() -> Status:
     }
 
 
-def test_the_status_screen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_status_screen_is_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As the verb draws it: a hostile identity neither ends it nor loses a bracket."""
     monkeypatch.setenv("COLUMNS", "2000")
     monkeypatch.setattr("ipsecgate.cli.status.status_of", lambda *_args: evil_status())
@@ -121,7 +121,7 @@ def test_the_status_screen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["refused", "log"])
-def test_an_event_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_is_one_clean_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     record = {
         "seq": 1,
         "time": 0.0,
@@ -140,7 +140,7 @@ def test_an_event_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert kind == "log" or "tcp [2001:db8::9]:5432" in said
 
 
-def test_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_check_screen_is_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "2000")
     finding = Finding(EVIL, False, EVIL, EVIL, 1)
     monkeypatch.setattr("ipsecgate.cli.check.examine", lambda *_args: [finding])
@@ -152,7 +152,7 @@ def test_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "[/x][red]a[/red] :x: \\x1b]0;owned" in out.getvalue()
 
 
-def test_an_error_names_its_parts_and_forges_none(
+def test_an_error_cannot_forge_lines_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "2000")
@@ -180,7 +180,9 @@ def test_a_log_record_is_one_line_and_a_traceback_is_indented() -> None:
     assert all(line.startswith(("  ", "Traceback")) for line in more)
 
 
-def test_a_defect_is_printed_without_controls(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_traceback_is_printed_without_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     try:
         raise ValueError(EVIL)
     except ValueError as error:
@@ -191,7 +193,7 @@ def test_a_defect_is_printed_without_controls(capsys: pytest.CaptureFixture[str]
     assert "\nERROR: forged" not in said
 
 
-def test_the_service_manager_hears_one_field(
+def test_a_status_cannot_smuggle_a_field_to_the_service_manager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -201,7 +203,7 @@ def test_the_service_manager_hears_one_field(
         assert sock.recv(4096) == b"STATUS=peer x\\nREADY=1"
 
 
-def test_no_verb_prints_what_is_not_cleaned() -> None:
+def test_no_verb_prints_text_that_is_not_cleaned() -> None:
     """A document goes through `as_json`, which escapes; no verb may print text as it is."""
     folder = Path(app.__file__).parent
     for path in folder.glob("*.py"):

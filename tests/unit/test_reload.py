@@ -55,7 +55,7 @@ def kinds(commands: Iterable[do.Command]) -> list[type[do.Command]]:
     return [type(command) for command in commands]
 
 
-def test_a_covered_flow_stays_live_and_is_published_once() -> None:
+def test_a_covered_flow_stays_open_and_its_policies_are_published_once() -> None:
     transcript = running(PROTECT)
     transcript.after(REFUSED, *UP)
     assert transcript.is_open()
@@ -68,7 +68,7 @@ def test_a_covered_flow_stays_live_and_is_published_once() -> None:
     assert (item.place, item.policy, item.coverage) == (1, "renamed", Coverage.COVERED)
 
 
-def test_what_is_stricter_comes_first_and_what_is_laxer_last() -> None:
+def test_stricter_modes_are_set_first_and_laxer_ones_last() -> None:
     transcript = running(PROTECT, audit=True, deny=False)
     commands = reload(transcript, PROTECT, FIRST, audit=False, deny=True)
     modes = [c for c in commands if isinstance(c, do.SetModes)]
@@ -103,13 +103,13 @@ def test_a_newly_protected_network_waits_for_its_source() -> None:
     assert entry.state is State.PROTECT
 
 
-def test_a_network_that_is_protected_no_more_is_not_followed_any_more() -> None:
+def test_the_route_of_a_network_no_longer_protected_is_not_followed() -> None:
     transcript = running(PROTECT, Policy("more", (ELSEWHERE,)))
     transcript.after(BOTH)
     assert do.ResolveSources((THERE,)) in reload(transcript, PROTECT)
 
 
-def test_a_negotiation_keeps_its_flow_not_its_place() -> None:
+def test_a_negotiation_follows_its_policy_to_another_position() -> None:
     transcript = running(PROTECT)
     transcript.after(REFUSED)
     reload(transcript, FIRST, PROTECT, errnos=Errnos(negotiating=EACCES))
@@ -119,7 +119,7 @@ def test_a_negotiation_keeps_its_flow_not_its_place() -> None:
     bypassed = transcript.entry(TableId.POLICY, replace(ROUTED, daddr=ip_address("10.3.0.9")))
     assert bypassed is not None
     assert bypassed.error == EPERM
-    transcript.after(on.NegotiationFailed(*NAME, "no"))
+    transcript.after(on.NegotiationFailed(NAME, "no"))
     entry = transcript.entry(TableId.POLICY, ROUTED)
     assert entry is not None
     assert entry.error == EHOSTUNREACH
@@ -134,27 +134,29 @@ def test_a_negotiation_keeps_its_flow_not_its_place() -> None:
     ],
     ids=["discarded", "other-child", "no-policy"],
 )
-def test_a_negotiation_that_no_policy_asks_for_is_forgotten(policies: tuple[Policy, ...]) -> None:
+def test_a_negotiation_that_no_policy_asks_for_any_more_is_forgotten(
+    policies: tuple[Policy, ...],
+) -> None:
     transcript = running(PROTECT)
-    transcript.after(REFUSED, on.NegotiationFailed(*NAME, "no"))
+    transcript.after(REFUSED, on.NegotiationFailed(NAME, "no"))
     reload(transcript, *policies)
     commands = transcript.after(BOTH)
     assert not transcript.gate.negotiations.of
-    timer = on.Timer("retry", *NAME)
+    timer = on.Timer("retry", NAME)
     assert (
-        initiated(transcript.after(on.TimerFired(timer), on.NegotiationFailed(*NAME, "late"))) == []
+        initiated(transcript.after(on.TimerFired(timer), on.NegotiationFailed(NAME, "late"))) == []
     )
     del commands
 
 
-def test_a_refusal_told_before_the_reload_is_judged_by_the_policies_of_now() -> None:
+def test_a_refusal_from_before_the_reload_is_judged_by_the_new_policies() -> None:
     transcript = running(PROTECT)
     reload(transcript, FIRST, PROTECT)
     assert initiated(transcript.after(REFUSED)) == [NAME], "its place was 0, which is a bypass now"
     assert transcript.gate.negotiations.of[NAME].policy == "db"
 
 
-def test_from_policies_to_what_ike_has_loaded() -> None:
+def test_without_configured_policies_the_loaded_connections_apply() -> None:
     transcript = running(FIRST)
     commands = reload(transcript)
     assert do.ResolveSources((THERE,)) in commands
@@ -163,7 +165,7 @@ def test_from_policies_to_what_ike_has_loaded() -> None:
     assert kinds(commands)[-1] is do.Adopted
 
 
-def test_from_policies_to_nobody_knows_what_protects_everything() -> None:
+def test_without_policies_and_without_a_daemon_everything_is_protected() -> None:
     transcript = Transcript(Settings((FIRST,)))
     transcript.after(on.KernelSnapshot((), ()), on.IkeGone("no"))
     reload(transcript)
@@ -182,7 +184,7 @@ def test_from_policies_to_nobody_knows_what_protects_everything() -> None:
 # --- the shell's part -------------------------------------------------------------------
 
 
-async def test_what_cannot_be_read_is_not_adopted() -> None:
+async def test_a_configuration_that_cannot_be_read_is_not_adopted() -> None:
     adopted: list[Config] = []
     texts: Iterator[Config | UsageError] = iter(
         [UsageError("x.toml: policy[1].remote: names no network"), Config()]
@@ -214,7 +216,7 @@ async def test_what_cannot_be_read_is_not_adopted() -> None:
         (Config(settings=Settings(sa_source=SaSource.VICI)), "gate.sa_source"),
     ],
 )
-def test_what_needs_a_restart_is_refused(new: Config, key: str) -> None:
+def test_a_setting_that_needs_a_restart_is_refused(new: Config, key: str) -> None:
     refuse_what_needs_a_restart(Path("f.toml"), Config(), Config(cgroups=("unit:x",)))
     with pytest.raises(UsageError, match=f"f.toml: {key}"):
         refuse_what_needs_a_restart(Path("f.toml"), Config(), new)

@@ -69,7 +69,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     return made
 
 
-def test_a_bad_record_is_told(library: Library) -> None:
+def test_a_malformed_record_raises_once(library: Library) -> None:
     found: list[FlowRefused] = []
     ring = libbpf.Ring(0, lambda record: found.append(unpack_event(record)))
     library.waiting = [GOOD, BAD]

@@ -13,7 +13,7 @@ from ipsecgate.errors import GateError
 from ipsecgate.paths import Paths
 
 
-async def test_pins_that_cannot_be_tidied_up_refuse_no_reload(
+async def test_a_failed_cleanup_of_pins_does_not_stop_a_reload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With no descriptors left policies were in force, and cgroups not: told as refused."""

@@ -27,13 +27,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_of_ours_is_read_as_it_is(file: Path) -> None:
+def test_a_trusted_file_is_read_unchanged(file: Path) -> None:
     file.write_bytes("ö\r\n".encode())
     assert trust.read(file) == "ö\r\n"
 
 
 @pytest.mark.parametrize("mode", [0o602, 0o622, 0o666])
-def test_what_others_may_write_is_refused(file: Path, mode: int) -> None:
+def test_a_file_that_others_may_write_is_refused(file: Path, mode: int) -> None:
     file.chmod(mode)
     with pytest.raises(trust.UntrustedError, match="not trusted") as caught:
         trust.read(file)
@@ -44,14 +44,16 @@ def test_what_others_may_write_is_refused(file: Path, mode: int) -> None:
 
 @as_root
 @pytest.mark.parametrize(("owner", "group", "mode"), [(STRANGER, 0, 0o600), (0, STRANGER, 0o660)])
-def test_what_another_user_owns_is_refused(file: Path, owner: int, group: int, mode: int) -> None:
+def test_a_file_that_another_user_owns_is_refused(
+    file: Path, owner: int, group: int, mode: int
+) -> None:
     file.chmod(mode)
     os.chown(file, owner, group)
     with pytest.raises(trust.UntrustedError, match=f"user {owner} and group {group}"):
         trust.read(file)
 
 
-def test_a_link_and_what_is_no_file_are_refused(file: Path, tmp_path: Path) -> None:
+def test_links_fifos_and_folders_are_refused_as_files(file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(file)
     with pytest.raises(OSError, match="symbolic links"):
@@ -64,7 +66,7 @@ def test_a_link_and_what_is_no_file_are_refused(file: Path, tmp_path: Path) -> N
         trust.read(tmp_path)
 
 
-def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+def test_a_folder_is_created_with_its_parents(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         made = trust.folder(tmp_path / "a/b", 0o700)
@@ -83,7 +85,7 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
 
 
 @as_root
-def test_another_users_link_to_a_folder_of_ours_is_refused(tmp_path: Path) -> None:
+def test_another_users_link_to_a_trusted_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to("ours")
     assert trust.folder(tmp_path / "link").resolve() == tmp_path / "ours"
@@ -92,7 +94,7 @@ def test_another_users_link_to_a_folder_of_ours_is_refused(tmp_path: Path) -> No
         trust.folder(tmp_path / "link")
 
 
-def test_a_program_gets_nothing_of_the_callers_environment(
+def test_a_program_inherits_nothing_from_the_callers_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evil = tmp_path / "ip"
@@ -112,7 +114,7 @@ def test_a_program_gets_nothing_of_the_callers_environment(
 # --- the places that depend on it ------------------------------------------------
 
 
-def test_each_place_refuses_what_others_may_write(file: Path, tmp_path: Path) -> None:
+def test_every_reader_refuses_a_file_that_others_may_write(file: Path, tmp_path: Path) -> None:
     file.chmod(0o666)
     with pytest.raises(trust.UntrustedError):
         saved_state.recall(file)
@@ -141,7 +143,7 @@ def test_pins_are_not_made_in_a_folder_that_others_may_write(
         pins.Pins(tmp_path, "default").load(bytecode.Bytecode({}, {}))
 
 
-def test_the_compiler_imports_nothing_from_where_it_is_called(
+def test_the_compiler_imports_nothing_from_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The modules that it needs are all here, in a stranger's form."""

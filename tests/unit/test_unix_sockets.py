@@ -37,7 +37,7 @@ def client(path: Path) -> socket.socket:
     return made
 
 
-async def test_clients_are_taken_until_it_ends(tmp_path: Path) -> None:
+async def test_clients_are_accepted_until_the_listener_ends(tmp_path: Path) -> None:
     path, taken = tmp_path / "x.sock", list[socket.socket]()
     path.touch()  # a predecessor's
     with listening(path, taken.append):
@@ -50,7 +50,7 @@ async def test_clients_are_taken_until_it_ends(tmp_path: Path) -> None:
         one.close()
 
 
-async def test_no_room_is_told_once_and_tried_again(
+async def test_without_descriptors_accepting_is_logged_once_and_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A server of asyncio's has a hundred timers and lines in the log after the first try."""
@@ -82,14 +82,14 @@ async def test_no_room_is_told_once_and_tried_again(
     taken[0].close()
 
 
-async def test_it_ends_while_somebody_waits(tmp_path: Path) -> None:
+async def test_a_listener_can_end_while_a_client_waits(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     with listening(path, lambda one: one.close()), client(path), no_descriptors():
         await asyncio.sleep(0.02)
     await asyncio.sleep(0)
 
 
-async def test_another_error_is_a_defect(tmp_path: Path) -> None:
+async def test_any_other_error_reaches_the_exception_handler(tmp_path: Path) -> None:
     found: list[BaseException] = []
     asyncio.get_running_loop().set_exception_handler(
         lambda loop, context: found.append(context["exception"])

@@ -57,7 +57,9 @@ def up(transcript: Transcript) -> None:
 # --- opening and closing ---------------------------------------------------------------
 
 
-def test_first_connection(transcript: Transcript) -> None:
+def test_a_flow_opens_once_its_sa_is_up_and_its_route_leads_into_the_tunnel(
+    transcript: Transcript,
+) -> None:
     assert TableId.SPD in transcript.gate.hook_tables.tables, "XFRM is not waited for"
     assert not transcript.is_open()
     assert initiated(transcript.after(REFUSED)) == [NAME]
@@ -68,7 +70,7 @@ def test_first_connection(transcript: Transcript) -> None:
     assert transcript.gate.negotiations.of[NAME].coverage is Coverage.COVERED
 
 
-def test_the_sa_without_its_route_does_not_open(transcript: Transcript) -> None:
+def test_an_sa_without_its_route_opens_nothing(transcript: Transcript) -> None:
     transcript.after(REFUSED, on.ChildUp(LISTED))
     assert not transcript.is_open()
     transcript.after(TUNNEL)
@@ -86,7 +88,9 @@ def test_the_sa_without_its_route_does_not_open(transcript: Transcript) -> None:
     ],
     ids=["down", "gone", "no tunnel", "route elsewhere", "not listed"],
 )
-def test_what_closes_a_flow(transcript: Transcript, closing: Sequence[on.Event]) -> None:
+def test_a_flow_closes_before_anything_else_is_done(
+    transcript: Transcript, closing: Sequence[on.Event]
+) -> None:
     up(transcript)
     commands = transcript.after(*closing)
     assert not transcript.is_open()
@@ -96,7 +100,7 @@ def test_what_closes_a_flow(transcript: Transcript, closing: Sequence[on.Event])
     assert transcript.is_open()
 
 
-def test_rekeying_has_no_gap(transcript: Transcript) -> None:
+def test_the_flow_stays_open_during_a_rekey(transcript: Transcript) -> None:
     up(transcript)
     for event in (on.ChildUp(REKEYED), on.ChildDown(LISTED), connected(REKEYED)):
         transcript.after(event)
@@ -105,7 +109,7 @@ def test_rekeying_has_no_gap(transcript: Transcript) -> None:
     assert not transcript.is_open()
 
 
-def test_of_two_sas_of_a_child_the_last_one_closes(transcript: Transcript) -> None:
+def test_of_two_sas_of_one_child_the_last_to_go_closes_the_flow(transcript: Transcript) -> None:
     up(transcript)
     transcript.after(on.ChildUp(REKEYED), on.ChildDown(REKEYED))
     assert transcript.is_open()
@@ -114,7 +118,7 @@ def test_of_two_sas_of_a_child_the_last_one_closes(transcript: Transcript) -> No
 # --- lists that are older than events ----------------------------------------------------
 
 
-def test_an_old_list_revives_nothing_and_takes_nothing_away(transcript: Transcript) -> None:
+def test_a_list_older_than_an_event_changes_nothing(transcript: Transcript) -> None:
     up(transcript)
     transcript.after(connected())
     assert transcript.is_open(), "made before the child came up"
@@ -124,7 +128,7 @@ def test_an_old_list_revives_nothing_and_takes_nothing_away(transcript: Transcri
     assert transcript.is_open(), "and yet an SPI may be used again"
 
 
-def test_a_restarted_controller_takes_over_what_is_listed() -> None:
+def test_a_restarted_controller_opens_for_the_listed_sas() -> None:
     transcript = Transcript(remembered=(NET,))
     assert TableId.SPD not in transcript.gate.hook_tables.tables
     for event in (connected(LISTED), TUNNEL):
@@ -140,7 +144,7 @@ def chosen(transcript: Transcript) -> str:
     return transcript.gate.protection.sa_source.value
 
 
-def test_auto_goes_with_the_daemon() -> None:
+def test_the_automatic_source_follows_the_daemon() -> None:
     transcript = Transcript()
     assert chosen(transcript) == "auto"
     transcript.after(on.KernelSnapshot((), ()), connected(LISTED), TUNNEL)
@@ -155,7 +159,7 @@ def test_auto_goes_with_the_daemon() -> None:
 
 @pytest.mark.parametrize("userland", [True, False])
 @pytest.mark.parametrize("source", [SaSource.XFRM, SaSource.VICI])
-def test_what_is_configured_holds_and_a_contradiction_is_told(
+def test_a_configured_source_is_kept_and_a_contradiction_is_logged(
     source: SaSource, userland: bool
 ) -> None:
     transcript = Transcript(Settings(sa_source=source))
@@ -165,25 +169,25 @@ def test_what_is_configured_holds_and_a_contradiction_is_told(
     assert transcript.gate.protection.sa_source is source
 
 
-def test_taken_for_userland_a_daemon_with_kernel_esp_opens_nothing() -> None:
+def test_a_kernel_daemon_configured_as_userspace_opens_nothing() -> None:
     """It has no TUN device, so no route leads into one."""
     transcript = Transcript(VICI)
     transcript.after(connected(LISTED, userland=False), SOURCES, on.ChildUp(LISTED))
     assert not transcript.is_open()
 
 
-def test_a_child_without_a_route_is_deleted_and_made_anew(transcript: Transcript) -> None:
-    transcript.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(*NAME))
-    commands = transcript.after(on.TimerFired(on.Timer("limit", *NAME)))
-    assert do.Terminate(*NAME) in commands
-    transcript.after(on.TimerFired(on.Timer("retry", *NAME)))
+def test_a_child_without_its_route_is_deleted_and_negotiated_again(transcript: Transcript) -> None:
+    transcript.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(NAME))
+    commands = transcript.after(on.TimerFired(on.Timer("limit", NAME)))
+    assert do.Terminate(NAME) in commands
+    transcript.after(on.TimerFired(on.Timer("retry", NAME)))
     assert initiated(transcript.after(REFUSED)) == [NAME]
 
 
-def test_a_child_that_has_its_route_is_not(transcript: Transcript) -> None:
-    transcript.after(REFUSED, on.NegotiationDone(*NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
-    commands = transcript.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", *NAME)))
-    assert do.Terminate(*NAME) not in commands
+def test_a_child_that_has_its_route_is_not_deleted(transcript: Transcript) -> None:
+    transcript.after(REFUSED, on.NegotiationDone(NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
+    commands = transcript.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", NAME)))
+    assert do.Terminate(NAME) not in commands
     assert transcript.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF, "another source"
 
 
@@ -213,7 +217,7 @@ def to(port: int, address: str = "10.2.0.9", proto: int = TCP, sport: int = 0) -
     return Flow(daddr, proto, port, saddr, sport)
 
 
-def test_ports_are_exact() -> None:
+def test_port_ranges_are_exact() -> None:
     flows = [to(7999), to(8000), to(8003), to(8004), to(8000, proto=UDP), to(8000, "10.3.0.1")]
     assert states(flows, [TrafficSelector(HERE)], [HTTP]) == [
         False,
@@ -225,7 +229,7 @@ def test_ports_are_exact() -> None:
     ]
 
 
-def test_a_wide_range_of_ports_is_exact_too() -> None:
+def test_wide_port_ranges_are_exact() -> None:
     many = TrafficSelector(THERE, TCP, (1, 65534))
     flows = [to(0), to(1), to(40000), to(65534), to(65535)]
     assert states(flows, [TrafficSelector(HERE)], [many]) == [False, True, True, True, False]
@@ -238,7 +242,7 @@ def test_families_do_not_mix() -> None:
     assert states(flows, local, remote) == [True, False, True, False]
 
 
-def test_the_source_must_be_inside() -> None:
+def test_the_source_must_be_inside_the_local_selector() -> None:
     elsewhere = replace(ROUTED, saddr=LOCAL)
     assert states([ROUTED, elsewhere], [TrafficSelector(HERE)], [TrafficSelector(THERE)]) == [
         True,
@@ -246,7 +250,7 @@ def test_the_source_must_be_inside() -> None:
     ]
 
 
-def test_a_source_port_that_is_still_to_be_chosen_is_in_no_range() -> None:
+def test_an_unbound_source_port_is_in_no_range() -> None:
     low = TrafficSelector(HERE, TCP, (0, 1023))
     flows = [to(80), to(80, sport=1), to(80, sport=1023), to(80, sport=1024)]
     assert states(flows, [low], [TrafficSelector(THERE)]) == [False, True, True, False]
@@ -261,7 +265,9 @@ def test_a_source_port_that_is_still_to_be_chosen_is_in_no_range() -> None:
     ],
     ids=["OPAQUE", "ICMP types"],
 )
-def test_what_no_hook_can_tell_apart_is_not_protected(selector: TrafficSelector) -> None:
+def test_a_selector_that_the_hooks_cannot_express_protects_nothing(
+    selector: TrafficSelector,
+) -> None:
     flows = [to(0), to(0x800, proto=1), to(PORT_MASK)]
     assert not any(states(flows, [TrafficSelector(HERE)], [selector]))
 

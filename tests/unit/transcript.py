@@ -27,6 +27,7 @@ from ipsecgate.core.model.ipsec import (
     ESP,
     Action,
     ChildConfig,
+    ChildName,
     ChildSa,
     Mode,
     Sa,
@@ -44,8 +45,8 @@ HERE, THERE = ip_network("10.1.0.0/16"), ip_network("10.2.0.0/16")
 FLOW = Flow(ip_address("10.2.0.9"), TCP, 80)
 ROUTED = replace(FLOW, saddr=ip_address("10.1.0.1"))
 
-NAME = ("peer", "net")
-NET = ChildConfig(*NAME, Mode.TUNNEL, (TrafficSelector(HERE),), (TrafficSelector(THERE),))
+NAME = ChildName("peer", "net")
+NET = ChildConfig(NAME, Mode.TUNNEL, (TrafficSelector(HERE),), (TrafficSelector(THERE),))
 # strongSwan's kernel policy while there is no SA (start_action = trap): no SPI.
 TRAP = SpdEntry(
     SpdKey(Selector(HERE, THERE)),
@@ -59,7 +60,7 @@ PINNED = replace(TRAP, templates=(replace(TRAP.templates[0], spi=SA.id.spi),))
 UP = (on.SaSet(SA), on.PolicySet(PINNED))
 # The same SA as the IKE daemon lists it.
 LISTED = ChildSa(
-    *NAME,
+    NAME,
     reqid=1,
     spi_in=0x11,
     spi_out=SA.id.spi,
@@ -133,6 +134,6 @@ def connected(*established: ChildSa) -> on.IkeConnected:
     return on.IkeConnected((NET,), established, pid=42)
 
 
-def initiated(commands: Iterable[do.Command]) -> list[tuple[str, str]]:
+def initiated(commands: Iterable[do.Command]) -> list[ChildName]:
     """Return the children whose negotiation the commands start."""
-    return [(c.ike, c.child) for c in commands if isinstance(c, do.Initiate)]
+    return [c.name for c in commands if isinstance(c, do.Initiate)]
