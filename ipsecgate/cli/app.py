@@ -84,7 +84,7 @@ class _Verbs(click.Group):
             "profile",
             "Print a seccomp profile that has a container's calls held.",
         ),
-        "status": ("status", "Show hooks, policies and their coverage, SAs and counters."),
+        "status": ("status", "Show hooks, policies and coverage, SAs, held calls and counters."),
         "events": ("events", "Show what was refused or blocked, and why."),
         "check": ("check", "Check that this machine has what the gate needs."),
         "demo": ("demo", "Compare first connections with and without the gate."),
