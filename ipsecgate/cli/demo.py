@@ -191,7 +191,7 @@ def summary(outcomes: Sequence[first_connection.Outcome], document: Document) ->
         pad_edge=False,
     )
     table.add_column("\nConnection", no_wrap=True)
-    for name in ("SA up\nms", "Connected\nms", "Packets\nlost", "Packets\nin clear"):
+    for name in ("SA up\nms", "Connect\nms", "Packets\nlost", "Packets\nin clear"):
         table.add_column(name, justify="right", no_wrap=True)
         table.add_column(
             "\nwith", justify="right", header_style="bold cyan", no_wrap=True, min_width=4
