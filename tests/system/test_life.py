@@ -25,6 +25,8 @@ from tests.system.life import Life, ask, ike_sas, until
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import ProtectionSource
 
+pytestmark = pytest.mark.second_guest
+
 PORT, CLOSED_PORT = 7200, 7201
 LONG = 100  # ms, one way: what an SA's absence must outlast is twice the tolerance
 SPEC = ConnSpec("net", "tunnel", 4, start_action="trap")

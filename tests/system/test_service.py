@@ -28,6 +28,8 @@ from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]
 
+pytestmark = pytest.mark.second_guest
+
 
 def test_systemd_hears_that_it_is_ready_alive_and_stopping(unit: Unit, caller: Caller) -> None:
     unit.start(env={"WATCHDOG_USEC": "200000"})

@@ -23,6 +23,8 @@ from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]
 
+pytestmark = pytest.mark.second_guest
+
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "packaging/systemd"
 EXPOSURE = {
