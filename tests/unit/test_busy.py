@@ -1,4 +1,4 @@
-"""How much is done for one event: counted, and no more than it concerns."""
+"""The work done for one event, counted: it must not grow with unrelated policies and calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def up(number: int) -> tuple[on.XfrmEvent, on.XfrmEvent]:
 
 
 class Spied(Transcript):
-    """A gate with many policies, and how often it did what costs."""
+    """A gate with many policies that counts its calls of expensive functions."""
 
     def __init__(self) -> None:
         policies = tuple(Policy(f"p{n}", (network,)) for n, network in enumerate(PEERS))
@@ -81,7 +81,7 @@ class Spied(Transcript):
 
 @pytest.fixture
 def busy() -> Spied:
-    """Each peer is being negotiated with, and as many calls are held, one for each."""
+    """A negotiation with each of the peers, and one held call for each."""
     transcript = Spied()
     for number in range(MANY):
         call = on.CallMade(on.Call(1, number), flow(number), pid=number + 1, limit=30.0)
@@ -110,8 +110,8 @@ def test_a_failure_reevaluates_only_the_calls_of_its_child(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
-    told = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), "no"))
-    assert [c.call.id for c in told if isinstance(c, do.Answer)] == [9]
+    commands = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), "no"))
+    assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [9]
     assert busy.done["look"] <= 2
     assert busy.done["states"] <= 2
 
@@ -136,8 +136,8 @@ def test_many_calls_for_one_flow_are_evaluated_once(
         call = on.CallMade(on.Call(2, number), flow(3), pid=number + 1, limit=30.0)
         assert busy.after(call) == [do.Hold(call)]
     assert busy.done["look"] <= 1
-    told = busy.after_together(*up(3))
-    assert len([c for c in told if isinstance(c, do.Answer)]) == 501
+    commands = busy.after_together(*up(3))
+    assert len([c for c in commands if isinstance(c, do.Answer)]) == 501
 
 
 def test_a_change_that_affects_every_call_is_worked_off_in_slices(
@@ -156,7 +156,7 @@ def test_a_change_that_affects_every_call_is_worked_off_in_slices(
 
 
 def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that rekeys without a pause had the whole table made for each."""
+    """Otherwise a peer that rekeys without a pause has the whole table rebuilt for each SA."""
     transcript = Spied()
     listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
     hook_tables = transcript.gate.hook_tables
@@ -168,7 +168,7 @@ def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.M
 def test_a_list_of_sas_without_changes_rebuilds_no_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Who asks for what no child protects has the daemon looked at twenty times a second."""
+    """A refused flow that no child protects makes the gate ask the daemon twenty times a second."""
     transcript = Spied()
     hook_tables = transcript.gate.hook_tables
     monkeypatch.setattr(hook_tables, "spd", transcript.counting("spd", hook_tables.spd))
@@ -182,12 +182,12 @@ def test_a_list_of_sas_without_changes_rebuilds_no_table(
 
 
 def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> None:
-    """Whatever happens, in whichever order: what was not looked at had not changed."""
+    """Random events in random order: everything that was not re-evaluated had not changed."""
     for seed in range(30):
         random = Random(seed)
         transcript = Spied()
         for number in range(150):
-            transcript.after(*happened(random, number))
+            transcript.after(*random_events(random, number))
             while transcript.gate.holds.unsettled:
                 transcript.after_together()
             gate = transcript.gate
@@ -203,8 +203,8 @@ def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> 
                 assert item_ is None or item_.coverage is not Coverage.BACK_OFF, (seed, number)
 
 
-def happened(random: Random, number: int) -> list[on.Event]:
-    """Return something that concerns the first few peers."""
+def random_events(random: Random, number: int) -> list[on.Event]:
+    """Return random events about the first few peers."""
     peer = random.randrange(6)
     name = child(peer).name
     loaded = tuple(child(n) for n in range(6) if n != random.randrange(12))

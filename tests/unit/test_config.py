@@ -1,4 +1,4 @@
-"""A configuration is read whole, or refused whole with file and key."""
+"""A configuration file is read completely, or refused with the file and the key."""
 
 from __future__ import annotations
 
@@ -187,5 +187,5 @@ def test_the_example_in_the_readme_is_valid_and_shows_the_defaults(tmp_path: Pat
     config = load(tmp_path / "c.toml")
     assert [p.name for p in config.settings.policies] == ["db"]
     default = Config().settings
-    assert config.settings.errnos == default.errnos, "it shows the defaults"
+    assert config.settings.errnos == default.errnos, "the example shows the defaults"
     assert config.settings.sa_source is default.sa_source is SaSource.AUTO

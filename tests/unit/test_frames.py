@@ -1,4 +1,4 @@
-"""What a frame is: each harmless kind has a neighbour that must count as a leak."""
+"""Captured frames: each harmless kind is paired with a similar frame that must count as a leak."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def seen(frame: bytes) -> Packet:
         (v4(17, udp(4501, 4501, b"\0\0\0\1esp")), Kind.CLEAR),
         (v6(58, bytes([135]) + bytes(23)), Kind.LINK),
         (v6(58, bytes([128]) + bytes(7)), Kind.CLEAR),
-        # What a kernel answers IKE and ESP with where no daemon is; and all else.
+        # ICMP errors about IKE and ESP, as from a host without a daemon; other ICMP is a leak.
         (v4(1, b"\x03" + bytes(7) + v4(17, udp(500, 500))[14:]), Kind.IKE),
         (v4(1, b"\x03" + bytes(7) + v4(17, udp(4500, 4500, b"\0\0\0\1esp"))[14:]), Kind.IKE),
         (v4(1, b"\x03" + bytes(7) + v4(50, bytes(8))[14:]), Kind.IKE),
@@ -98,7 +98,7 @@ def test_ip_options_are_skipped() -> None:
 
 
 def test_fragments_are_never_taken_for_ike() -> None:
-    # The bytes at the ports' place are data here: they must not excuse the packet.
+    # In a later fragment the bytes where the ports would be are data.
     later = seen(v4(17, udp(500, 500), fragment=185))
     assert (later.kind, later.dport) == (Kind.CLEAR, 0)
     extension = struct.pack("!BBHI", 17, 0, 185 << 3, 1)

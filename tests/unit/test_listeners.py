@@ -1,4 +1,4 @@
-"""Listeners: what is taken, and which calls a successor finds. The kernel's word is given."""
+"""Listeners: which are accepted, and which calls a new controller recovers. The kernel is faked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ipsecgate.edges.holding.listeners import Listeners
 async def test_a_limit_that_no_timer_accepts_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
-    """JSON has NaN, and a timer at NaN puts the loop's other timers out of order."""
+    """JSON allows NaN, and a timer at NaN breaks the order of the loop's other timers."""
     monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
     fd, other = os.pipe()
     with pytest.raises(ValueError, match="cannot be held"):

@@ -1,4 +1,4 @@
-"""The man page and the completions say what the command line has."""
+"""The man page and the shell completions match the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def screen(tmp_path_factory: pytest.TempPathFactory) -> str:
         ["man", "--warnings", "--encoding=ascii", "-l", str(page)], capture_output=True, text=True,
         check=True, env={"PATH": "/usr/bin:/bin", "MANWIDTH": "200", "LC_ALL": "C"},
     )  # fmt: skip
-    assert not done.stderr, "troff has something to say"
+    assert not done.stderr, "troff prints no warning"
     return done.stdout
 
 

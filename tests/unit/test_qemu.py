@@ -1,4 +1,4 @@
-"""QEMU's parts that need no QEMU: what it is told, what it starts from, where that comes from."""
+"""The parts of the QEMU guest that need no QEMU: command line, initramfs, kernel image, modules."""
 
 from __future__ import annotations
 

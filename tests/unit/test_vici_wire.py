@@ -1,4 +1,4 @@
-"""VICI packets: PyPI's `vici` writes them, ours reads them, whole or not at all."""
+"""VICI packets written by the `vici` package from PyPI and parsed by ours, strictly."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_packet_written_by_the_vici_library_is_parsed() -> None:
     ids=repr,
 )
 def test_a_malformed_packet_is_an_error(packet: bytes) -> None:
-    """A reader that skips an unknown element, or keeps one of two, loses what it was about."""
+    """Skipping an unknown element, or keeping one of two, would lose a part of the message."""
     with pytest.raises(ViciError, match="before byte"):
         parse(packet)
 
