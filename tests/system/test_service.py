@@ -22,8 +22,8 @@ import pytest
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
 from ipsecgate.edges.host.saved_state import keep, recall
-from tests.system.bed import PEER, THERE
 from tests.system.caller import Caller
+from tests.system.hooked_cgroup import PEER, THERE
 from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]

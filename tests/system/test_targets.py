@@ -16,8 +16,8 @@ from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.host.inotify import Appeared, Folders, Vanished
-from tests.system.bed import OTHER, PEER, THERE
 from tests.system.caller import Caller
+from tests.system.hooked_cgroup import OTHER, PEER, THERE
 from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]

@@ -17,8 +17,8 @@ from ipsecgate.core.codec.seccomp import ABIS
 from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.pins import Pins
 from tests.headers import system_calls
-from tests.system.bed import PEER
 from tests.system.caller import Caller
+from tests.system.hooked_cgroup import PEER
 from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]
