@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_every_verb_and_option_is_in_the_man_page(screen: str) -> None:
         for parameter in command.params:
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 for name in parameter.opts:
-                    assert name in screen
+                    assert re.search(rf"(?<![\w-]){name}(?![\w-])", screen), name
     for name, _ in commands():
         assert f"   {name} [OPTIONS]" in screen
 
