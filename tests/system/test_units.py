@@ -182,7 +182,7 @@ def test_a_boot_with_a_broken_configuration_gates_what_was_gated(
     unit.config.write_text("[gate")
     told = in_unit(unit, "ipsecgate-load.service", "load", "--attach")
     assert told.returncode == 2
-    assert f"gated as before: {unit.cgroup}" in " ".join(told.stderr.split())
+    assert f"now gated: {unit.cgroup}" in " ".join(told.stderr.split())
     assert refused(caller)
 
 
