@@ -35,8 +35,8 @@ def exec_with(controller: ControllerProcess, fd: int) -> subprocess.CompletedPro
 WAYS: dict[str, Callable[[], int]] = {
     "an Internet socket": lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).detach(),
     "a packet socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).detach(),
-    "an io_uring": uring.new,
-    "a TAP device": lambda: os.open("/dev/net/tun", os.O_RDWR),
+    "an io_uring instance": uring.new,
+    "a TUN or TAP device": lambda: os.open("/dev/net/tun", os.O_RDWR),
 }
 
 
@@ -84,7 +84,7 @@ def test_a_command_does_not_run_in_a_recreated_cgroup(controller: ControllerProc
             [sys.executable, "-c", program], capture_output=True, text=True, check=False
         )
     assert (done.returncode, done.stdout) == (1, "")
-    assert "was made anew" in done.stderr
+    assert "removed and created again" in done.stderr
 
 
 @contextlib.contextmanager
@@ -161,11 +161,11 @@ def test_a_runtime_with_an_absurd_pid_does_not_end_the_controller(
         socket.send_fds(runtime, [raw.encode()], [listener])
         os.close(listener)
         assert controller.eventually(
-            lambda: "container odd: its calls are held" in controller.log
+            lambda: "holding the calls of container odd" in controller.log
         ), controller.log
-    assert controller.eventually(lambda: "container odd: is its cgroup gated?" in controller.log), (
-        controller.log
-    )
+    assert controller.eventually(
+        lambda: "cannot check whether container odd is gated" in controller.log
+    ), controller.log
     assert controller.ask()["ready"]
     assert controller.process is not None
     assert controller.process.poll() is None

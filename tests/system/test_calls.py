@@ -63,7 +63,7 @@ def test_calls_that_no_hook_sees_are_blocked_by_the_backstop(
     hooked: HookedCgroup, call: str, family: int
 ) -> None:
     if call == "udplite" and not has_udplite():
-        pytest.skip("missing: UDP-Lite in the kernel (7.3 has it no more)")
+        pytest.skip("missing: UDP-Lite in the kernel (removed in Linux 7.3)")
     before = sum(hooked.data.counters().values())
     assert went_out(hooked.gated(call, PEER[family]))
     assert sum(hooked.data.counters().values()) == before, "no hook saw it"

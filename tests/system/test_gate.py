@@ -350,4 +350,4 @@ def test_events_show_each_refusal_with_its_policy_and_the_negotiation(
     assert {event["kind"] for event in denied} <= {"refused", "blocked"}
     screen = gate.cli("events").stdout
     assert f"tcp {to}:{PORT}" in screen
-    assert "a packet was about to leave in clear" in screen
+    assert "a packet would have left in clear" in screen

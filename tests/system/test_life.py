@@ -225,7 +225,7 @@ def test_a_one_way_child_is_deleted_and_negotiated_again(
     what, *direction = lost.split()
     ends = [str(lab.b.outer[spec.family]), "dst", str(lab.a.outer[spec.family])]
     where = ["dir", *direction] if direction else ["src", *ends]
-    told = f"{spec.name}/{spec.child_name}: the kernel has lost the inbound half"
+    told = f"{spec.name}/{spec.child_name}: the kernel has lost its inbound SA"
     before = gate.log.read_text().count(told)
     with observe(spec) as observed:
         assert inbound(lab, spec)

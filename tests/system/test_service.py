@@ -182,7 +182,7 @@ def test_the_hooks_load_although_a_full_disk_cannot_keep_them(
         controller.start()
         assert controller.hears("READY=1", 180), controller.log
         assert refused(caller)
-        assert "cannot keep the compiled hooks" in controller.log
+        assert "cannot save the compiled hooks" in controller.log
         controller.end()
         assert {each.name for each in full.glob("*.json")} <= {f"{controller.name}.cgroups.json"}
     finally:

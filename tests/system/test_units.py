@@ -188,7 +188,7 @@ def test_a_boot_with_a_broken_configuration_gates_the_previous_targets(
     controller.config.write_text("[gate")
     told = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
     assert told.returncode == 2
-    assert f"gated as before: {controller.cgroup}" in " ".join(told.stderr.split())
+    assert f"now gated: {controller.cgroup}" in " ".join(told.stderr.split())
     assert refused(caller)
 
 

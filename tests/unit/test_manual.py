@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from ipsecgate.cli.app import cli
 from ipsecgate.cli.manual import SHELLS, commands, completion, man_page
@@ -41,6 +42,16 @@ def test_every_verb_is_explained(screen: str) -> None:
     for _, command in commands():
         assert command.help
         assert " ".join(command.help.split()[:5]) in squeezed
+
+
+def test_the_list_of_verbs_has_the_first_line_of_each_help() -> None:
+    """`ipsecgate --help` prints it without importing the verbs."""
+    summaries = {name: summary for name, (_, summary) in cli.verbs.items()}
+    assert summaries == {name: (each.help or "").partition("\n")[0] for name, each in commands()}
+    screen = CliRunner().invoke(cli, ["--help"], terminal_width=120).output
+    for name, summary in summaries.items():
+        assert f"  {name}  " in screen
+        assert f"  {summary}\n" in screen
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -186,7 +186,7 @@ def test_a_traceback_is_printed_without_control_characters(
     try:
         raise ValueError(EVIL)
     except ValueError as error:
-        app._defect(type(error), error, error.__traceback__)
+        app._print_defect(type(error), error, error.__traceback__)
     said = capsys.readouterr().err
     assert said.startswith("Traceback")
     assert is_clean(said)

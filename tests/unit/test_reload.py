@@ -185,7 +185,7 @@ def test_without_policies_and_without_a_daemon_everything_is_protected() -> None
 async def test_a_configuration_that_cannot_be_read_is_not_adopted() -> None:
     adopted: list[Config] = []
     texts: Iterator[Config | UsageError] = iter(
-        [UsageError("x.toml: policy[1].remote: names no network"), Config()]
+        [UsageError("x.toml: policy[1].remote: must name at least one network"), Config()]
     )
 
     def read() -> Config:
@@ -198,10 +198,10 @@ async def test_a_configuration_that_cannot_be_read_is_not_adopted() -> None:
         adopted.append(config)
 
     reload = Reload(read, adopt)
-    with pytest.raises(UsageError, match="names no network"):
+    with pytest.raises(UsageError, match="must name at least one network"):
         await reload.run()
     assert not adopted
-    assert "names no network" in reload.errors[0]
+    assert "must name at least one network" in reload.errors[0]
     await reload.run()
     assert adopted == [Config()]
     assert reload.errors == []
