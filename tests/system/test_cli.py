@@ -78,7 +78,8 @@ def test_load_attach_detach_unload(run: Run, cgroup: Path, unique: str) -> None:
     assert run("status").code == 1
     assert run("attach", str(cgroup)).code == 1, "nothing is loaded"
 
-    assert run("load").code == 0
+    loaded = run("load")
+    assert (loaded.code, loaded.out) == (0, f"loaded: {pins}\n")
     assert (pins / "maps/entries").exists()
     assert run("--json", "attach", str(cgroup)).json == {"attached": str(cgroup)}
     status = run("--json", "status")

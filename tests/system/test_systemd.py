@@ -79,7 +79,8 @@ def test_all_is_well(systemd: Manager) -> None:
     assert told.returncode == 0, told.stdout + told.stderr
     assert "Controller  running, pid" in told.stdout
     systemd.until(
-        lambda: systemd.show(SERVICE, "StatusText").endswith("children covered"), "it says otherwise"
+        lambda: systemd.show(SERVICE, "StatusText").endswith("children covered"),
+        "it says otherwise",
     )
     assert systemd.show(SERVICE, "NRestarts") == "0"
 

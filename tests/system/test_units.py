@@ -165,7 +165,7 @@ def test_early_boot_needs_no_more_than_its_unit_has(unit: Unit, caller: Caller) 
     assert caller("tcp", PEER[4], PORT) == "EINPROGRESS", "nothing is loaded yet"
     told = in_unit(unit, "ipsecgate-load.service", "load", "--attach")
     assert told.returncode == 0, told.stderr
-    assert f"gated: {unit.cgroup}" in " ".join(told.stdout.split())
+    assert f"gated: {unit.cgroup}" in told.stdout.splitlines()
     assert {a.hook for a in Pins(Path("/sys/fs/bpf"), unit.name).attachments()} == set(HOOKS)
     assert refused(caller)
     assert refused_at(caller, "192.0.2.99"), "what no policy names, too: nothing is published"
