@@ -59,7 +59,7 @@ def test_gated(hooked: HookedCgroup, call: str, family: int | str) -> None:
 @pytest.mark.parametrize("call", NOT_GATED)
 def test_only_the_backstop_sees(hooked: HookedCgroup, call: str, family: int) -> None:
     if call == "udplite" and not has_udplite():
-        pytest.skip("missing: UDP-Lite in the kernel (7.3 has it no more)")
+        pytest.skip("missing: UDP-Lite in the kernel (removed in Linux 7.3)")
     before = sum(hooked.data.counters().values())
     assert went_out(hooked.gated(call, PEER[family]))
     assert sum(hooked.data.counters().values()) == before, "no hook saw it"
