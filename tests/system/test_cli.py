@@ -18,8 +18,8 @@ from ipsecgate.lab import traffic
 from ipsecgate.lab.endpoints import Client
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from tests.system.holding import PORT, client, start, stopped, wait_held
-from tests.system.opening import prepared
+from tests.system.connections import load_connection
+from tests.system.under_exec import PORT, client, start, stopped, wait_held
 from tests.typed_document import mismatches
 
 
@@ -148,7 +148,7 @@ def test_an_unreadable_configuration_changes_nothing(run: Run, tmp_path: Path, u
     assert not (Path("/sys/fs/bpf/ipsecgate") / unique).exists()
 
 
-def test_a_target_that_does_not_exist_is_a_usage_error(run: Run) -> None:
+def test_a_target_that_does_not_exist_is_an_error(run: Run) -> None:
     run("load")
     for target in ("/sys/fs/cgroup/none", "/tmp", "unit:none", "container:abcdef123456"):
         assert run("attach", target).code == 2
@@ -157,7 +157,7 @@ def test_a_target_that_does_not_exist_is_a_usage_error(run: Run) -> None:
     assert run("unload").code == 0
 
 
-def test_everything_is_ok_on_a_kernel_with_esp(cache: Path) -> None:
+def test_check_finds_everything_ok_on_a_kernel_with_esp(cache: Path) -> None:
     with Lab("ipsecgate-test-cli") as lab, Gated(lab, cache=cache) as gate:
         result = gate.cli("--json", "check")
         findings = json.loads(result.stdout)
@@ -186,7 +186,10 @@ def test_the_status_has_its_declared_type(cache: Path) -> None:
     with Lab("ipsecgate-test-cli") as lab, Gated(lab, cache=cache) as gate:
         lab.warm_up()
         lab.b.serve("tcp-server", PORT)
-        covered, uncovered = prepared(lab, gate, "tunnel"), prepared(lab, gate, "transport")
+        covered, uncovered = (
+            load_connection(lab, gate, "tunnel"),
+            load_connection(lab, gate, "transport"),
+        )
         assert client(lab, gate, "tcp-client", covered)["echoed"]
         gate.config.write_text("[gate")
         assert gate.cli("reload", check=False).returncode == 2
