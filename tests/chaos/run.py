@@ -195,7 +195,7 @@ def table(
         f"{tally.longest:.1f} s; {len(tally.late)} did not end, {len(tally.unexpected)} failed "
         f"with an undocumented error\n"
     )
-    unsaved = world.gate.log.read_text().count("cannot keep")
+    unsaved = world.gate.log.read_text().count("cannot write")
     out.write(f"the controller could not save its state {unsaved} times\n")
     errors = ", ".join(f"{name} {count}" for name, count in sorted(tally.errors.items()))
     out.write(f"calls returned: {errors}\n")

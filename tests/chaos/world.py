@@ -30,8 +30,8 @@ from tests.chaos import held_calls
 from tests.chaos.reporter import Reporter
 from tests.chaos.tally import Span, Tally, kernel_gaps, widen
 from tests.chaos.targets import KINDS, NEVER, NOWHERE, OPEN, PORT, PROTECTED, SPECS, Target, covered
-from tests.system.keeper import Keeper
-from tests.system.witness import ProtectionSource
+from tests.system.fd_store import FdStore
+from tests.system.kernel_events import KernelEvents
 
 PERIOD, HELD_PERIOD = 0.05, 0.1
 RECOVERY = 40.0
@@ -49,8 +49,8 @@ class World:
     sender: Reporter
     held_sender: Reporter
 
-    def __init__(self, lab: Lab, gate: Gated, witness: ProtectionSource, keeper: Keeper) -> None:
-        self.lab, self.gate, self.witness, self.keeper = lab, gate, witness, keeper
+    def __init__(self, lab: Lab, gate: Gated, kernel_events: KernelEvents, store: FdStore) -> None:
+        self.lab, self.gate, self.kernel_events, self.store = lab, gate, kernel_events, store
         self.route = lab.a.namespace.route()
         self.tally = Tally()
         self.disturbed: list[Span] = []  # when refusals are excused
@@ -90,15 +90,15 @@ class World:
         host, gate = self.lab.a, self.gate
         targets = json.dumps(self.held_targets)
         argv = [sys.executable, "-S", "-I", str(HELD_SENDER), str(HELD_PERIOD), targets]
-        self.keeper.take()  # its queue is short: make room for the listener
+        self.store.take()  # its queue is short: make room for the listener
         self.held_sender = Reporter(
             host, gate.exec_argv(*argv, options=["--hold", f"{held_calls.HOLD:g}s"])
         )
         self.sender = Reporter(
             host, self.argv("sender", str(PERIOD), json.dumps(self.targets)), gate.cgroup
         )
-        self.keeper.take()
-        assert self.keeper.kept, "unless its listener is kept, it ends with the first controller"
+        self.store.take()
+        assert self.store.kept, "unless its listener is kept, it ends with the first controller"
         self.disturbed.append((-math.inf, self.recover()))
         self.judge()
 
@@ -108,7 +108,7 @@ class World:
 
     def start_gate(self) -> None:
         """Start a controller as a service manager would, and wait until it is ready."""
-        self.keeper.start(self.gate)
+        self.store.start(self.gate)
 
     def mend(self) -> None:
         """Restart every dead process and load missing connections, as a service manager would."""
@@ -207,7 +207,7 @@ class World:
         blocked = self._blocks()
         self.tally.blocked += blocked - self._blocked
         self._blocked = blocked
-        events = self.witness.events()
+        events = self.kernel_events.events()
         gaps = {family: kernel_gaps(events, family, self.policies) for family in (4, 6)}
         for report, target in zip(reports, self.targets, strict=True):
             spans = [*self.disturbed, *gaps[6 if ":" in target[1] else 4]]

@@ -14,7 +14,7 @@ import pytest
 from ipsecgate.edges.host import cgroups
 from ipsecgate.lab.room import CANNOT_RUN, PREFIX, TIMED_OUT, delegated, hidden_folders
 from tests.processes import outlived
-from tests.system.life import until
+from tests.until import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
 
@@ -49,7 +49,7 @@ def _nothing_stays() -> object:
     before = room_cgroups()
     yield
     # systemd removes a scope when its last process has ended.
-    until(lambda: room_cgroups() == before, "a cgroup stays")
+    wait_until(lambda: room_cgroups() == before, "a cgroup stays")
 
 
 def test_a_room_is_isolated(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from ipsecgate.lab.xfrm_watch import XfrmWatch
 from tests.chaos.reporter import Reporter
 from tests.chaos.world import SENDER
 from tests.system.conftest import cache
-from tests.system.life import ask, until
+from tests.system.strongswan import vici
+from tests.until import wait_until
 
 __all__ = ["cache"]
 
@@ -103,17 +104,17 @@ def test_a_flow_without_an_sa_is_destroyed_promptly(
         other = OpenSockets(lab, lab.b.address(spec), None)
 
         lab.a.charon.rekey(spec.child_name)
-        until(lambda: len(deleted(watch)) == 1, "not rekeyed")
+        wait_until(lambda: len(deleted(watch)) == 1, "not rekeyed")
         assert gated.echo() == other.echo() == FINE, "the new SA came before the old one went"
 
-        ask(lab.a if side == "a" else lab.b, "terminate", child=spec.child_name)
+        vici(lab.a if side == "a" else lab.b, "terminate", child=spec.child_name)
         reports = [gated.next_report(), gated.next_report()]
         ends = {name: (error, when) for name, error, when in reports}
         assert {name: error for name, (error, _) in ends.items()} == {
             "tcp": "ECONNABORTED",
             "udp": "ECONNABORTED",
         }
-        until(lambda: len(deleted(watch)) == 2, "not deleted")
+        wait_until(lambda: len(deleted(watch)) == 2, "not deleted")
         assert max(when for _, when in ends.values()) - deleted(watch)[1] < SOON
         assert gated.echo() == {"tcp": "EPIPE", "udp": "EDESTADDRREQ"}
 

@@ -26,7 +26,7 @@ from tests.chaos.tally import Tally
 from tests.chaos.targets import NEVER
 from tests.chaos.world import World
 from tests.system.hooked_cgroup import HookedCgroup, live
-from tests.system.life import until
+from tests.until import wait_until
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 FAULTS = int(os.environ.get("CHAOS_FAULTS", "30"))
@@ -41,7 +41,7 @@ def world(cache: Path) -> Iterator[World]:
         yield made
 
 
-def test_faults(world: World) -> None:
+def test_no_fault_lets_a_packet_out(world: World) -> None:
     assert run(world, SEED, FAULTS, sys.stdout) >= FAULTS
 
 
@@ -65,7 +65,7 @@ def test_a_leak_is_detected(world: World) -> None:
         return all(r["good"] > began for r, (_, address, _) in reports if address == NEVER)
 
     loader.detach(world.gate.paths, str(world.gate.cgroup))
-    until(is_let_go, "no call to an uncovered target succeeded")
+    wait_until(is_let_go, "no call to an uncovered target succeeded")
     loader.attach(world.gate.paths, str(world.gate.cgroup))
     world.judge()
     assert world.tally.leaked
@@ -80,7 +80,7 @@ def test_replaced_hooks_under_constant_calls(cache: Path) -> None:
     result.check(ATTEMPTS, TURNS)
 
 
-def test_a_moment_without_hooks_is_caught(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moment_without_hooks_is_detected(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def taken_off_and_put_on(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
         hooked.pins.detach(hooked.cgroup.stat().st_ino)
         time.sleep(MOMENT)
@@ -94,7 +94,7 @@ def test_a_moment_without_hooks_is_caught(cache: Path, monkeypatch: pytest.Monke
         result.check(ATTEMPTS, TURNS)
 
 
-def test_a_table_that_is_emptied_before_it_is_replaced_is_caught(
+def test_a_table_emptied_before_it_is_replaced_is_detected(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def emptied(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
