@@ -53,7 +53,7 @@ def waits_in_the_kernel(pid: int) -> bool:
 
 
 def said(gate: Gated) -> bool:
-    return "keeps whoever looks at its call waiting" in gate.log.read_text()
+    return "blocks the inspection of its call" in gate.log.read_text()
 
 
 @pytest.mark.parametrize(("call", "waits_for"), [("served", READ), ("posing", FLUSH)])

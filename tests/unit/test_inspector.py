@@ -1,9 +1,12 @@
-"""An eye, with the test as the process at the other end: what was seen, or that nobody could."""
+"""The inspector, with the test in the place of its process: each call's finding, or None."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+from collections.abc import AsyncIterator
+from functools import partial
 from ipaddress import IPv4Address
 
 import pytest
@@ -11,24 +14,25 @@ import pytest
 from ipsecgate.core.codec.seccomp import NOTIFICATION, Notification, notification
 from ipsecgate.core.model.flow import TCP, Flow
 from ipsecgate.edges.holding import inspector
-from ipsecgate.edges.holding.inspector import Inspector, InspectorProcess, Question
-from ipsecgate.edges.holding.inspector_process import Found, encode
+from ipsecgate.edges.holding.inspector import Inspector, InspectorProcess
+from ipsecgate.edges.holding.inspector_main import Finding, encode
 from tests.until import until
 
-FOUND = (Flow(IPv4Address("192.0.2.1"), TCP, 80), True)
+FINDING = Finding(Flow(IPv4Address("192.0.2.1"), TCP, 80), blocking=True)
 MANY = 100
+THREAD = 1000  # added to a call's id
 
 
 class Process(InspectorProcess):
-    """Whoever connects is answered by the test."""
+    """A process whose answers the test sends."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ends: list[socket.socket] = []
-        self.can = True
+        self.can_start = True
 
     def connect(self) -> socket.socket | None:
-        if not self.can:
+        if not self.can_start:
             return None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -36,39 +40,46 @@ class Process(InspectorProcess):
         self.ends.append(theirs)
         return ours
 
-    def hear(self) -> list[int]:
-        """Return the numbers of the calls that the newest end was asked about."""
-        heard = []
+    def received(self) -> list[int]:
+        """Return the ids of the calls that arrived at the newest connection."""
+        ids = []
         while True:
             try:
-                heard.append(notification(self.ends[-1].recv(NOTIFICATION.size)).id)
+                ids.append(notification(self.ends[-1].recv(NOTIFICATION.size)).id)
             except BlockingIOError:
-                return heard
+                return ids
 
-    def say(self, found: Found | None = None, times: int = 1) -> None:
+    def answer(self, finding: Finding | None = None, times: int = 1) -> None:
         for _ in range(times):
-            self.ends[-1].send(encode(found))
+            self.ends[-1].send(encode(finding))
 
 
 class Bed:
-    """An eye and what it told."""
+    """An inspector, its findings and the threads that it warned about."""
 
-    def __init__(self) -> None:
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
         self.process = Process()
-        self.told: list[tuple[int, Found | None]] = []
-        self.stuck: list[int] = []
-        self.eye = Inspector(self.process, self._looked, lambda one: self.stuck.append(one.call.id))
+        self.findings: list[tuple[int, Finding | None]] = []
+        self.inspector = Inspector(self.process)
+        self._caplog = caplog
 
-    def _looked(self, question: Question, found: Found | None) -> None:
-        self.told.append((question.call.id, found))
-
-    def ask(self, *numbers: int) -> None:
+    def inspect(self, *numbers: int) -> None:
         for number in numbers:
-            self.eye.ask(Notification(number, 1, 42, 0, (0,) * 6))
+            call = Notification(number, THREAD + number, 42, 0, (0,) * 6)
+            self.inspector.inspect(call, partial(self._on_finding, number))
+
+    def _on_finding(self, number: int, finding: Finding | None) -> None:
+        self.findings.append((number, finding))
+
+    @property
+    def blocked(self) -> list[int]:
+        """The ids of the calls whose threads were reported to block the inspection."""
+        threads = [re.match(r"thread (\d+) blocks", text) for text in self._caplog.messages]
+        return [int(found[1]) - THREAD for found in threads if found]
 
 
 async def settled() -> None:
-    """What is in the sockets is read, one message a turn of the loop."""
+    """Let the loop read all that is in the sockets: one message a turn."""
     for _ in range(2 * MANY):
         await asyncio.sleep(0)
 
@@ -78,112 +89,101 @@ async def ticks(count: int) -> None:
 
 
 @pytest.fixture
-def bed(monkeypatch: pytest.MonkeyPatch) -> type[Bed]:
+async def bed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[Bed]:
     monkeypatch.setattr(inspector, "TICK", 0.02)
-    return Bed
+    one = Bed(caplog)
+    yield one
+    one.inspector.close()
 
 
-async def test_what_was_seen_is_told_in_order(bed: type[Bed]) -> None:
-    one = bed()
-    one.ask(1, 2)
-    assert one.process.hear() == [], "nobody is ready"
-    one.process.say()
+async def test_findings_arrive_in_order(bed: Bed) -> None:
+    bed.inspect(1, 2)
+    assert bed.process.received() == [], "the process is not ready yet"
+    bed.process.answer()
     await settled()
-    assert one.process.hear() == [1, 2]
-    one.process.say(FOUND)
-    one.process.say(None)
+    assert bed.process.received() == [1, 2]
+    bed.process.answer(FINDING)
+    bed.process.answer(None)
     await settled()
-    assert one.told == [(1, FOUND), (2, None)]
-    one.eye.close()
+    assert bed.findings == [(1, FINDING), (2, None)]
 
 
-async def test_not_more_is_asked_than_there_is_room_for(bed: type[Bed]) -> None:
-    one = bed()
-    one.process.say()
+async def test_no_more_calls_are_sent_than_the_socket_holds(bed: Bed) -> None:
+    bed.process.answer()
     await settled()
-    one.ask(*range(MANY))
-    heard = one.process.hear()
-    assert heard == list(range(inspector.IN_FLIGHT))
-    one.process.say(FOUND, MANY - 1)
+    bed.inspect(*range(MANY))
+    assert bed.process.received() == list(range(inspector.IN_FLIGHT))
+    bed.process.answer(FINDING, MANY - 1)
     await settled()
-    assert one.process.hear() == list(range(inspector.IN_FLIGHT, MANY))
-    assert [number for number, _ in one.told] == list(range(MANY - 1))
-    one.eye.close()
+    assert bed.process.received() == list(range(inspector.IN_FLIGHT, MANY))
+    assert [number for number, _ in bed.findings] == list(range(MANY - 1))
 
 
-async def test_who_keeps_it_waiting_is_let_go_until_that_is_over(bed: type[Bed]) -> None:
-    one = bed()
-    one.process.say()
+async def test_calls_go_on_while_one_blocks_the_inspection(bed: Bed) -> None:
+    bed.process.answer()
     await settled()
-    one.ask(1, 2)
-    await until(lambda: one.stuck)
-    assert one.stuck == [1]
-    assert one.told == [(1, None), (2, None)]
-    one.ask(3)
-    assert one.told[2:] == [(3, None)]
-    one.process.hear()
-    one.process.say(FOUND)
+    bed.inspect(1, 2)
+    await until(lambda: bed.blocked)
+    assert bed.blocked == [1]
+    assert bed.findings == [(1, None), (2, None)]
+    bed.inspect(3)
+    assert bed.findings[2:] == [(3, None)]
+    bed.process.received()
+    bed.process.answer(FINDING)
     await settled()
-    one.ask(4)
-    assert one.told[3:] == [(4, None)], "the second answer is to come"
-    one.process.say(FOUND)
+    bed.inspect(4)
+    assert bed.findings[3:] == [(4, None)], "the second answer has not arrived yet"
+    bed.process.answer(FINDING)
     await settled()
-    one.ask(5)
-    assert one.process.hear() == [5]
-    one.process.say(FOUND)
+    bed.inspect(5)
+    assert bed.process.received() == [5]
+    bed.process.answer(FINDING)
     await settled()
-    assert one.told[4:] == [(5, FOUND)]
-    assert one.stuck == [1]
-    one.eye.close()
+    assert bed.findings[4:] == [(5, FINDING)]
+    assert bed.blocked == [1]
 
 
-async def test_an_answer_in_time_begins_a_new_time(bed: type[Bed]) -> None:
-    one = bed()
-    one.process.say()
-    one.ask(*range(4))
+async def test_each_answer_restarts_the_time_limit(bed: Bed) -> None:
+    bed.process.answer()
+    bed.inspect(*range(4))
     for _ in range(3):
         await ticks(inspector.TICKS - 3)
-        one.process.say(FOUND)
+        bed.process.answer(FINDING)
         await settled()
-    assert one.stuck == []
-    assert one.told == [(number, FOUND) for number in range(3)]
-    one.eye.close()
+    assert bed.blocked == []
+    assert bed.findings == [(number, FINDING) for number in range(3)]
 
 
-async def test_a_process_that_dies_is_asked_about_no_call_twice(bed: type[Bed]) -> None:
-    """Of which it may have died; the others' turn comes with the next process."""
-    one = bed()
-    one.process.say()
+async def test_a_call_that_may_have_killed_the_process_is_not_sent_again(bed: Bed) -> None:
+    """The calls behind it are sent to the next process."""
+    bed.process.answer()
     await settled()
-    one.ask(1, 2)
-    one.process.ends[-1].close()
+    bed.inspect(1, 2)
+    bed.process.ends[-1].close()
     await settled()
-    assert one.told == [(1, None)]
-    one.process.say()
+    assert bed.findings == [(1, None)]
+    bed.process.answer()
     await settled()
-    assert one.process.hear() == [2]
-    one.eye.close()
+    assert bed.process.received() == [2]
 
 
-async def test_where_there_can_be_no_process_calls_go_on(bed: type[Bed]) -> None:
-    one = bed()
-    one.process.can = False
-    one.process.ends[-1].close()
+async def test_calls_go_on_if_no_process_can_start(bed: Bed) -> None:
+    bed.process.can_start = False
+    bed.process.ends[-1].close()
     await settled()
-    one.ask(1)
-    assert one.told == [(1, None)]
-    one.process.can = True
-    one.ask(2)
-    one.process.say()
+    bed.inspect(1)
+    assert bed.findings == [(1, None)]
+    bed.process.can_start = True
+    bed.inspect(2)
+    bed.process.answer()
     await settled()
-    assert one.process.hear() == [2]
-    one.eye.close()
+    assert bed.process.received() == [2]
 
 
-async def test_one_that_never_becomes_ready_is_not_waited_for(bed: type[Bed]) -> None:
-    one = bed()
-    one.ask(1)
-    await until(lambda: one.told)
-    assert one.told == [(1, None)]
-    assert one.stuck == []
-    one.eye.close()
+async def test_calls_go_on_if_the_process_never_becomes_ready(bed: Bed) -> None:
+    bed.inspect(1)
+    await until(lambda: bed.findings)
+    assert bed.findings == [(1, None)]
+    assert bed.blocked == []

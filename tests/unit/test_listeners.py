@@ -1,4 +1,4 @@
-"""Listeners: what is taken, and which calls a successor finds. The kernel's word is given."""
+"""Listeners: which are accepted, and which calls a successor finds. The kernel is faked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.core.codec.seccomp import Notification, packed
-from ipsecgate.edges.holding import listeners, seccomp
+from ipsecgate.edges.holding import seccomp
+from ipsecgate.edges.holding.listener import Listener
 from ipsecgate.edges.holding.listeners import Listeners
 
 
@@ -35,7 +36,7 @@ def test_a_call_of_a_thread_that_cannot_be_named_waits_like_any_other(
     file = tmp_path / "1"
     file.write_bytes(packed(call))
     fd, other = os.pipe()
-    one = listeners._Listener(1, fd, 30.0, file)
-    assert one.recall() == [(call, 0.0)]
-    one.close()
+    found = Listener(1, fd, 30.0, file)
+    assert found.recall() == [(call, 0.0)]
+    found.close()
     os.close(other)

@@ -1,4 +1,4 @@
-"""What the process that looks says, as bytes: whole, or nothing."""
+"""The inspector process's answers as bytes: a whole finding, or nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ipsecgate.core.codec.seccomp import Notification, notification, packed
 from ipsecgate.core.model.flow import Flow, unmap
-from ipsecgate.edges.holding.inspector_process import ANSWER, decode, encode
+from ipsecgate.edges.holding.inspector_main import ANSWER, Finding, decode, encode
 
 PORTS = st.integers(0, 2**16 - 1)
 WORDS = st.integers(0, 2**32 - 1)
@@ -21,26 +21,27 @@ FLOWS = st.builds(Flow, ADDRESSES, st.integers(0, 255), PORTS, st.none() | ADDRE
 
 
 @given(FLOWS, st.booleans())
-def test_what_was_seen_is_what_is_heard(flow: Flow, patient: bool) -> None:
-    assert decode(encode((flow, patient))) == (flow, patient)
+def test_a_finding_survives_encoding(flow: Flow, blocking: bool) -> None:
+    finding = Finding(flow, blocking)
+    assert decode(encode(finding)) == finding
 
 
-def test_nothing_is_nothing() -> None:
+def test_nothing_survives_encoding() -> None:
     assert decode(encode(None)) is None
 
 
 @given(st.binary(min_size=ANSWER.size, max_size=ANSWER.size))
-def test_any_bytes_are_a_flow_or_nothing(raw: bytes) -> None:
-    found = decode(raw)
-    assert found is None or encode(found)[1:] == raw[1:]
+def test_any_bytes_are_a_finding_or_nothing(raw: bytes) -> None:
+    finding = decode(raw)
+    assert finding is None or encode(finding)[1:] == raw[1:]
 
 
 @pytest.mark.parametrize("length", [0, ANSWER.size - 1, ANSWER.size + 1])
-def test_other_lengths_say_nothing(length: int) -> None:
+def test_bytes_of_another_length_are_nothing(length: int) -> None:
     assert decode(b"\2" * length) is None
 
 
 @given(st.builds(Notification, st.integers(0, 2**64 - 1), WORDS, st.integers(0, 999), WORDS,
                  st.tuples(*[st.integers(0, 2**64 - 1)] * 6)))  # fmt: skip
-def test_a_call_is_asked_about_as_the_kernel_told_it(call: Notification) -> None:
+def test_a_notification_survives_encoding(call: Notification) -> None:
     assert notification(packed(call)) == call
