@@ -84,7 +84,7 @@ class HookWriter:
             ) from error
 
     async def _verify(self, command: do.Verify) -> None:
-        mended = await self._data.verify(command.table, command.content)
+        mended = await self._data.repair(command.table, command.content)
         self.mended += mended
         if mended:
             name = command.table.name

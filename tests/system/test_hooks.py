@@ -20,7 +20,7 @@ import pytest
 from ipsecgate.core.tables import layout
 from ipsecgate.core.tables.layout import INDEX, Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import EMPTY, Rule, compile_table, ternary
-from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf import bytecode, libbpf, ring
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.objects import HOOKS, opened
 from ipsecgate.edges.bpf.pins import Pins
@@ -297,7 +297,7 @@ def test_a_table_that_somebody_changed_is_mended_and_counted(bed: Bed) -> None:
     bed.publish(TableId.POLICY, *protect(), Rule(ternary(THERE[4], proto=6), Entry(State.BYPASS)))
 
     def verify() -> int:
-        return asyncio.run(bed.data.verify(TableId.POLICY, wanted))
+        return asyncio.run(bed.data.repair(TableId.POLICY, wanted))
 
     assert verify() == 0
     space = layout.space(TableId.POLICY, bed.data.setting(Setting.POLICY_EPOCH))
@@ -339,7 +339,7 @@ def test_a_flood_of_refusals_does_not_keep_its_reader(bed: Bed) -> None:
     hosts = [str(ip_address("2001:db8:b::") + number) for number in range(1, 301)]
     assert {bed.gated("sendto", host) for host in hosts} == {"EPERM"}
     bed.data.drain()
-    assert len(bed.refusals) == libbpf.AT_ONCE
+    assert len(bed.refusals) == ring.BATCH
     bed.data.drain()
     assert [str(told.flow.daddr) for told in bed.refusals] == hosts
 

@@ -172,7 +172,7 @@ def test_a_full_disk(unit: Unit, caller: Caller, tmp_path: Path) -> None:
         unit.start()
         assert unit.hears("READY=1", 180), unit.log
         assert refused(caller)
-        assert "cannot keep the compiled hooks" in unit.log
+        assert "cannot cache the compiled hooks" in unit.log
         unit.end()
         assert {each.name for each in full.glob("*.json")} <= {f"{unit.name}.cgroups.json"}
     finally:

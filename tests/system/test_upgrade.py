@@ -154,7 +154,7 @@ def test_killed_anywhere_the_next_load_finishes_it(
     while not done:
         with contextlib.suppress(Killed), killed_at(monkeypatch, steps):
             other.load(code)
-            if other.next.any:
+            if other.next.exists:
                 take_over(old).close()
             other.switch()
             done = True

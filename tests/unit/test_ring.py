@@ -15,6 +15,7 @@ from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.tables import layout
 from ipsecgate.core.tables.layout import LayoutError, unpack_event
 from ipsecgate.edges.bpf import libbpf
+from ipsecgate.edges.bpf.ring import Ring
 from ipsecgate.errors import GateError
 
 GOOD = layout._EVENT.pack(
@@ -42,13 +43,13 @@ def test_a_value_of_another_size_is_an_error(unpack: Callable[[bytes], object], 
 
 
 class Library:
-    """libbpf, as far as a ring asks it: it calls back from C with what is waiting."""
+    """The part of libbpf that a ring uses: passes waiting records to the callback, from C."""
 
     def __init__(self) -> None:
         self.waiting: list[bytes] = []
 
     def ring_buffer__new(self, _fd: int, callback: Any, *_: object) -> int:
-        self._call = ct.cast(callback, libbpf._RingCallback)  # as C has it: by address
+        self._call = ct.cast(callback, libbpf.RingCallback)  # as C has it: by address
         return 1
 
     def ring_buffer__epoll_fd(self, _ring: int) -> int:
@@ -65,19 +66,19 @@ class Library:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     made = Library()
-    monkeypatch.setattr(libbpf, "_library", lambda: made)
+    monkeypatch.setattr(libbpf, "library", lambda: made)
     return made
 
 
-def test_a_bad_record_is_told(library: Library) -> None:
+def test_a_bad_record_raises(library: Library) -> None:
     found: list[FlowRefused] = []
-    ring = libbpf.Ring(0, lambda record: found.append(unpack_event(record)))
+    ring = Ring(0, lambda record: found.append(unpack_event(record)))
     library.waiting = [GOOD, BAD]
     with pytest.raises(LayoutError, match=f"event of {len(BAD)} bytes"):
         ring.consume()
     assert [event.comm for event in found] == ["curl"]
     library.waiting = [GOOD]
-    assert ring.consume() == 1, "told once"
+    assert ring.consume() == 1, "raised only once"
 
 
 def test_a_lifetime_of_centuries_fits_the_map() -> None:
