@@ -17,24 +17,33 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from ipsecgate.lab import story
+from ipsecgate.lab import first_connection
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 
-CASE = story.Case("tcp", 4, "tunnel", gated=True)
+CASE = first_connection.Case("tcp", 4, "tunnel", gated=True)
 
 
-def measure(lab: Lab, gate: Gated, delay: float, rounds: int) -> list[list[story.Outcome]]:
+def in_turns(
+    lab: Lab, gate: Gated, delay: float, rounds: int
+) -> list[list[first_connection.Outcome]]:
     """Return the outcomes without and with the gate, taken in turns."""
     lab.set_delay(delay)
     pairs = [
-        [story.run(lab, replace(CASE, gated=False), None), story.run(lab, CASE, gate)]
+        [
+            first_connection.measure(lab, replace(CASE, gated=False), None),
+            first_connection.measure(lab, CASE, gate),
+        ]
         for _ in range(rounds)
     ]
     return [list(side) for side in zip(*pairs, strict=True)]
 
 
-def row(delay: float, stock: Sequence[story.Outcome], gated: Sequence[story.Outcome]) -> list[str]:
+def row(
+    delay: float,
+    stock: Sequence[first_connection.Outcome],
+    gated: Sequence[first_connection.Outcome],
+) -> list[str]:
     """Return a line of the table."""
     took = [median(o.connected or float("inf") for o in side) for side in (stock, gated)]
     released = [o.released for o in gated if o.released is not None]
@@ -62,7 +71,7 @@ def main() -> None:
         lab.warm_up(["tunnel"], [4])
         with Gated(lab) as gate:
             for delay in options.delays:
-                table.add_row(*row(delay, *measure(lab, gate, delay, options.rounds)))
+                table.add_row(*row(delay, *in_turns(lab, gate, delay, options.rounds)))
     Console().print(table)
 
 

@@ -38,7 +38,7 @@ def cost(lab: Lab, gate: Gated, calls: int) -> list[dict[str, float]]:
     ways = [
         lab.a.run(client),
         lab.a.run(client, cgroup=gate.cgroup),
-        lab.a.run(gate.holding(*client)),
+        lab.a.run(gate.exec_argv(*client)),
     ]
     return [json.loads(done.stdout) for done in ways]
 
@@ -50,7 +50,7 @@ def release(lab: Lab, gate: Gated, threads: int) -> float:
         time.sleep(0.01)
     os.kill(lab.a.charon.pid, signal.SIGSTOP)
     client = [*CLIENT, str(lab.b.address(SPEC)), str(PORT), str(threads), "threads"]
-    process = lab.a.popen(gate.holding(*client), stdout=subprocess.PIPE)
+    process = lab.a.popen(gate.exec_argv(*client), stdout=subprocess.PIPE)
     while len(gate.ask()["holds"]) < threads:
         time.sleep(0.05)
     spread = gate.spread(threads, lambda: os.kill(lab.a.charon.pid, signal.SIGCONT))
@@ -74,7 +74,7 @@ def main() -> None:
             lab.load(SPEC)
             gate.wait_policy(SPEC.name)
             first = [*CLIENT, str(lab.b.address(SPEC)), str(PORT), "1"]
-            lab.a.run(gate.holding(*first))  # from now on it is covered
+            lab.a.run(gate.exec_argv(*first))  # from now on it is covered
             rounds = [cost(lab, gate, options.calls) for _ in range(options.rounds)]
             spreads = [release(lab, gate, options.threads) for _ in range(options.rounds)]
             memory = gate.memory()

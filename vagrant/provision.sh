@@ -107,8 +107,8 @@ END
     systemctl daemon-reload
     say "compiling the hooks (once)"
     ipsecgate load
-    systemctl enable --quiet ipsecgate-load.service ipsecgate.controller.service web-proxy.socket web-proxy.service
-    systemctl restart ipsecgate-load.service ipsecgate.controller.service web-proxy.socket web-proxy.service
+    systemctl enable --quiet ipsecgate-load.service ipsecgate.service web-proxy.socket web-proxy.service
+    systemctl restart ipsecgate-load.service ipsecgate.service web-proxy.socket web-proxy.service
 }
 
 serve() {

@@ -1,4 +1,7 @@
-"""What the gate needs of a machine, each need tried for real. Changes nothing."""
+"""Check what the gate needs of a machine, by trying each need. Changes nothing.
+
+The checks run in the order in which one depends on another.
+"""
 
 from __future__ import annotations
 
@@ -24,47 +27,42 @@ OLDEST_KERNEL = (6, 1)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One need: what was found, and what to do where it is not met."""
+    """The result of one check. `hint` says what to do if it is not `ok`."""
 
     name: str
     ok: bool
     found: str
     hint: str = ""
-    exit_code: int = 1
-
-
-class _MissingError(Exception):
-    def __init__(self, found: str, hint: str, exit_code: int = 1) -> None:
-        super().__init__(found)
-        self.finding = (found, hint, exit_code)
+    exit_code: int = 1  # of `ipsecgate check`, if this is the worst finding
 
 
 def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
-    """Try every need, in the order in which one rests on the other."""
+    """Run every check. `read_config` reads the configuration."""
     config = Config()
+    userspace_esp = False
 
     def configuration() -> str:
         nonlocal config
         config = read_config()
         check_targets(paths, config)
         policies = len(config.settings.policies)
-        where = paths.config if paths.config.exists() else f"none at {paths.config}, defaults"
-        return f"{where}: {f'{policies} policies' if policies else 'policies from connections'}"
-
-    userland = False
+        text = str(paths.config) if paths.config.exists() else f"no {paths.config}: defaults"
+        if not policies:
+            return f"{text}; policies are derived from strongSwan's connections"
+        return f"{text}; {policies} {'policy' if policies == 1 else 'policies'}"
 
     def strongswan() -> str:
-        nonlocal userland
-        found, userland = _strongswan(config.vici)
-        return f"{found}, {'does ESP itself' if userland else 'has the kernel do ESP'}"
+        nonlocal userspace_esp
+        daemon, userspace_esp = _strongswan(config.vici)
+        return f"{daemon}; ESP is done by {'strongSwan' if userspace_esp else 'the kernel'}"
 
-    def unless_userland(need: Callable[[], str]) -> str:
+    def for_kernel_esp(check: Callable[[], str]) -> str:
         source = config.settings.sa_source
-        if source is SaSource.VICI or (source is SaSource.AUTO and userland):
-            return "not needed: strongSwan does ESP itself"
-        return need()
+        if source is SaSource.VICI or (source is SaSource.AUTO and userspace_esp):
+            return "not needed: strongSwan does ESP"
+        return check()
 
-    tries: list[tuple[str, Callable[[], str]]] = [
+    checks: list[tuple[str, Callable[[], str]]] = [
         ("root", _root),
         ("kernel", _kernel),
         ("compiler", lambda: _compiler(paths)),
@@ -73,35 +71,34 @@ def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
         ("hooks", lambda: _hooks(paths)),
         ("configuration", configuration),
         ("strongswan", strongswan),
-        ("xfrm", lambda: unless_userland(_xfrm)),
-        ("esp", lambda: unless_userland(_esp)),
+        ("xfrm", lambda: for_kernel_esp(_xfrm)),
+        ("esp", lambda: for_kernel_esp(_esp)),
     ]
-    return [_try(name, need) for name, need in tries]
+    return [_run(name, check) for name, check in checks]
 
 
-def _try(name: str, need: Callable[[], str]) -> Finding:
+def _run(name: str, check: Callable[[], str]) -> Finding:
+    """Run a check, which returns what it found. Its errors become a finding that is not `ok`."""
     try:
-        return Finding(name, ok=True, found=need())
-    except _MissingError as missing:
-        found, hint, exit_code = missing.finding
-        return Finding(name, False, found, hint, exit_code)
+        return Finding(name, ok=True, found=check())
     except GateError as error:
         return Finding(name, False, str(error), error.hint, error.exit_code)
     except OSError as error:
-        return Finding(name, False, error.strerror or str(error), "run it as root")
+        hint = "run it as root" if isinstance(error, PermissionError) else ""
+        return Finding(name, False, error.strerror or str(error), hint)
 
 
 def _root() -> str:
     if os.geteuid():
-        raise _MissingError(f"user id {os.geteuid()}", "run it as root")
-    return "yes"
+        raise GateError(f"running as user id {os.geteuid()}", hint="run it as root")
+    return "running as root"
 
 
 def _kernel() -> str:
     release = platform.release()
     numbers = tuple(int(n) for n in release.split("-")[0].split(".")[:2])
     if numbers < OLDEST_KERNEL:
-        raise _MissingError(release, "Linux 6.1 or newer is needed", KernelLacksError.exit_code)
+        raise KernelLacksError(f"Linux {release}", hint="boot Linux 6.1 or newer")
     return f"Linux {release}"
 
 
@@ -111,25 +108,25 @@ def _is_compiled(paths: Paths) -> bool:
 
 def _compiler(paths: Paths) -> str:
     if _is_compiled(paths):
-        return f"not needed: bytecode in {paths.cache}"
+        return f"not needed: the compiled hooks are in {paths.cache}"
     if not bytecode.compiler_version():
-        raise _MissingError("BCC is not installed", "apt install python3-bpfcc")
+        raise GateError("BCC is not installed", hint="apt install python3-bpfcc")
     return f"BCC ({bytecode.compiler_version()})"
 
 
 def _bpffs(paths: Paths) -> str:
     if "bpf" not in Path("/proc/filesystems").read_text().split():
-        raise _MissingError(
-            "the kernel has no bpffs", "CONFIG_BPF_SYSCALL is needed", KernelLacksError.exit_code
+        raise KernelLacksError(
+            "the kernel has no bpffs", hint="boot a kernel with CONFIG_BPF_SYSCALL"
         )
     if mounts.type_of(paths.bpffs) != "bpf":
-        return f"not mounted on {paths.bpffs} yet: load and run do that"
-    loaded = "is" if pins_of(paths).loaded else "is not"
-    return f"{paths.bpffs}, instance {paths.instance} {loaded} loaded"
+        return f"not mounted on {paths.bpffs} yet: `ipsecgate load` and `run` mount it"
+    loaded = "" if pins_of(paths).loaded else "not "
+    return f"{paths.bpffs}; hooks of instance {paths.instance} {loaded}loaded"
 
 
 def _hooks(paths: Paths) -> str:
-    """Load the real programs, without pinning or attaching them."""
+    """Load the programs, without pinning or attaching them."""
     code = bytecode.get(paths.cache) if _is_compiled(paths) else bytecode.compiled()
     fds = {}
     try:
@@ -139,43 +136,43 @@ def _hooks(paths: Paths) -> str:
             linked = code.programs[hook].linked(fds)
             os.close(libbpf.load_program(hook, linked, *kind))
     except OSError as error:
-        raise _MissingError(
+        raise KernelLacksError(
             str(error.strerror),
-            "the kernel needs CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF, the caller CAP_BPF",
-            KernelLacksError.exit_code,
+            hint="boot a kernel with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF, and run it with "
+            "CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON",
         ) from error
     finally:
         for fd in fds.values():
             os.close(fd)
-    return f"{', '.join(HOOKS)} load"
+    return f"the kernel accepts {', '.join(HOOKS)}"
 
 
 def _xfrm() -> str:
     if not probe.has_xfrm():
-        raise _MissingError(
-            "no NETLINK_XFRM",
-            "modprobe xfrm_user, or a kernel with CONFIG_XFRM_USER",
-            KernelLacksError.exit_code,
+        raise KernelLacksError(
+            "the kernel has no XFRM netlink interface",
+            hint="modprobe xfrm_user, or boot a kernel with CONFIG_XFRM_USER",
         )
-    return "SPD and SAD can be read"
+    return "the kernel has the XFRM netlink interface"
 
 
 def _esp() -> str:
     if not probe.has_esp():
-        raise _MissingError(
+        raise KernelLacksError(
             f"Linux {platform.release()} cannot install an ESP SA",
-            "modprobe esp4 esp6, or boot a kernel with CONFIG_INET_ESP and CONFIG_INET6_ESP; "
-            "`ipsecgate demo` brings a test kernel of its own",
-            KernelLacksError.exit_code,
+            hint="modprobe esp4 esp6, or boot a kernel with CONFIG_INET_ESP and "
+            "CONFIG_INET6_ESP; `ipsecgate demo` brings its own test kernel",
         )
-    return "an ESP SA can be installed"
+    return "the kernel can install an ESP SA"
 
 
 def _strongswan(vici: Path) -> tuple[str, bool]:
     try:
         return ike_daemon(vici)
     except OSError as error:
-        hint = "systemctl start strongswan (charon-systemd with the vici plugin)"
+        hint = "systemctl start strongswan; it needs charon-systemd and the vici plugin"
         if vici != DEFAULT_VICI:
-            hint += "; [gate] vici names the socket"
-        raise _MissingError(f"nobody answers on {vici}: {error.strerror or error}", hint) from error
+            hint += "; gate.vici in the configuration names the socket"
+        raise GateError(
+            f"strongSwan does not answer on {vici}: {error.strerror or error}", hint=hint
+        ) from error

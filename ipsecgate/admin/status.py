@@ -1,103 +1,134 @@
-"""What `status` tells, as one document: pinned maps first, the controller's word beside.
+"""Assemble the status document: pinned maps, and what the controller reports.
 
-Field names are stable once released. Works with the controller dead; what only
-a controller can know is then empty, and `controller.alive` is false.
+Works without a controller: its part is then empty, `controller.alive` is false, and the policies
+come from the configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 from ipsecgate.admin.loader import pins_of
+from ipsecgate.admin.status_document import (
+    ConfiguredPolicy,
+    Controller,
+    ControllerStatus,
+    Drift,
+    GateState,
+    Hold,
+    Hook,
+    HookCounters,
+    Negotiation,
+    Process,
+    Sa,
+    Status,
+)
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model.policy import Policy, SaSource, derived
 from ipsecgate.core.tables.layout import Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Table, Ternary
 from ipsecgate.edges.bpf.maps import Maps
+from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups, control, saved_state
 from ipsecgate.edges.host.config import Config
 from ipsecgate.errors import NoControllerError, UsageError
 from ipsecgate.paths import Paths
 
-Document = dict[str, Any]
+
+def controller_status(
+    gate: Gate, process: Process, *, changed_entries: int, errors: Sequence[str]
+) -> ControllerStatus:
+    """Return the controller's part of the document.
+
+    `changed_entries`: hook-table entries that something else had changed and that were repaired.
+    `errors`: those that the gate does not know.
+    """
+    return {
+        **process,
+        "drift": Drift(kernel=gate.protection.drift, maps=changed_entries),
+        "errors": [*_gate_errors(gate), *errors],
+        "sa_source": _sa_source(gate.protection.sa_source),
+        "children": [str(c.name) for c in gate.ike.children],
+        "policies": [_policy(policy) for policy in gate.policies],
+        "negotiations": _negotiations(gate),
+        "sas": _userspace_sas(gate) if gate.protection.in_userland else _kernel_sas(gate),
+        "held": gate.holds.total,
+        "holds": [
+            Hold(pid=made.pid, flow=str(made.flow), limit=made.limit)
+            for made in gate.holds.of.values()
+        ],
+    }
 
 
-def of_gate(gate: Gate) -> Document:
-    """Return what only the controller knows."""
-    negotiations = {
-        f"{ike}/{child}": {
-            "child": f"{ike}/{child}",
+def summary(gate: Gate) -> str:
+    """Return the state of the gate in one line, for the service manager."""
+    if gate.ike.error:
+        return f"Protected flows are refused: strongSwan: {gate.ike.error}"
+    if gate.policy_table.errors:
+        return gate.policy_table.errors[0]
+    negotiations = gate.negotiations.of.values()
+    covered = sum(item.coverage is Coverage.COVERED for item in negotiations)
+    text = f"{len(gate.policies)} policies; {covered} of {len(negotiations)} children covered"
+    last_error = next((item.last_error for item in negotiations if item.last_error), "")
+    return f"{text}; {last_error}" if last_error else text
+
+
+def _gate_errors(gate: Gate) -> list[str]:
+    return [
+        *gate.policy_table.errors,
+        *([f"strongSwan: {gate.ike.error}"] if gate.ike.error else []),
+        *(f"strongSwan says what is not understood: {reason}" for reason in gate.ike.unread),
+    ]
+
+
+def _negotiations(gate: Gate) -> list[Negotiation]:
+    return [
+        {
+            "child": str(name),
             "state": item.coverage.value,
             "attempts": item.attempts,
             "last_error": item.last_error,
             "flow": str(item.flow),
             "policy": item.policy,
         }
-        for (ike, child), item in gate.negotiations.of.items()
-    }
-    return {
-        "errors": [
-            *gate.policy_table.errors,
-            *([f"IKE: {gate.ike.error}"] if gate.ike.error else []),
-            *(f"strongSwan says what is not understood: {reason}" for reason in gate.ike.unread),
-        ],
-        "sa_source": _told(gate.protection.sa_source),
-        "children": [f"{c.ike}/{c.child}" for c in gate.ike.children],
-        "policies": [_policy(policy) for policy in gate.policies],
-        "negotiations": list(negotiations.values()),
-        "sas": _sas(gate),
-        "held": gate.holds.total,
-        "holds": [
-            {"pid": made.pid, "flow": str(made.flow), "limit": made.limit}
-            for made in gate.holds.of.values()
-        ],
-    }
+        for name, item in gate.negotiations.of.items()
+    ]
 
 
-def line(gate: Gate) -> str:
-    """Return how it goes, in one line."""
-    if gate.ike.error:
-        return f"protected flows are refused: IKE: {gate.ike.error}"
-    if gate.policy_table.errors:
-        return gate.policy_table.errors[0]
-    negotiations = gate.negotiations.of.values()
-    covered = sum(item.coverage is Coverage.COVERED for item in negotiations)
-    trouble = next((item.last_error for item in negotiations if item.last_error), "")
-    text = f"{len(gate.policies)} policies; {covered} of {len(negotiations)} children asked for up"
-    return f"{text}; {trouble}" if trouble else text
+def _userspace_sas(gate: Gate) -> list[Sa]:
+    return [
+        {
+            "spi": f"{sa.spi_out:08x}",
+            "reqid": sa.reqid,
+            "peer": str(sa.remote_host),
+            "child": str(sa.name),
+            "since": None,
+        }
+        for sa in gate.protection.userland.sas()
+    ]
 
 
-def _sas(gate: Gate) -> list[Document]:
-    if gate.protection.in_userland:
-        return [
-            {
-                "spi": f"{sa.spi_out:08x}",
-                "reqid": sa.reqid,
-                "peer": str(sa.remote_host),
-                "child": f"{sa.ike}/{sa.child}",
-                "since": None,
-            }
-            for sa in gate.protection.userland.sas()
-        ]
+def _kernel_sas(gate: Gate) -> list[Sa]:
+    kernel_state = gate.protection.kernel_state
     return [
         {
             "spi": f"{sa.id.spi:08x}",
             "reqid": sa.reqid,
             "peer": str(sa.id.daddr),
-            "child": gate.protection.kernel_state.child_of(sa),
+            "child": str(name) if (name := kernel_state.child_of(sa)) else None,
             "since": sa.installed_at,
         }
-        for sa in gate.protection.kernel_state.outbound_sas()
+        for sa in kernel_state.outbound_sas()
     ]
 
 
-def _told(source: SaSource) -> str | None:
+def _sa_source(source: SaSource) -> str | None:
     return None if source is SaSource.AUTO else source.value
 
 
-def _policy(policy: Policy) -> Document:
+def _policy(policy: Policy) -> ConfiguredPolicy:
     return {
         "name": policy.name,
         "action": policy.action.name.lower(),
@@ -106,68 +137,80 @@ def _policy(policy: Policy) -> Document:
     }
 
 
-def document(paths: Paths, read: Callable[[], Config]) -> Document:
-    """Return the whole status; `read` reads the configuration, where no controller tells.
+def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
+    """Return the whole document. `read_config` is only called if no controller answers.
 
-    Raises: OSError if nothing is loaded.
+    Raises: FileNotFoundError if nothing is loaded; OSError.
     """
+    gate: GateState
+    controller: Controller
     try:
-        told = control.ask(paths.control, "status")
-        controller = {"alive": True, "pid": told["pid"], "since": told["since"]}
+        answer = cast(ControllerStatus, control.ask(paths.control, "status"))
+        gate, controller = answer, Controller(alive=True, pid=answer["pid"], since=answer["since"])
     except NoControllerError:
-        told = _without_controller(paths, read)
-        controller = {"alive": False, "pid": None, "since": None}
+        gate = _without_controller(paths, read_config)
+        controller = Controller(alive=False, pid=None, since=None)
     pins = pins_of(paths)
     with Maps(pins) as maps:
-        counters = maps.counters()
+        counters = hook_counters(maps.counters())
         spd = maps.table(TableId.SPD)
         policy_table = maps.table(TableId.POLICY)
         audit = bool(maps.setting(Setting.AUDIT))
-        default = "deny" if maps.setting(Setting.DENY) else "allow"
+        deny = bool(maps.setting(Setting.DENY))
     covered = _covered(policy_table, spd)
-    for place, policy in enumerate(told["policies"]):
-        policy["coverage"] = _coverage(policy, place in covered, told.get("negotiations", ()))
-    paths_by_id = cgroups.by_id()
     return {
         "instance": paths.instance,
         "mode": "audit" if audit else "enforce",
-        "default": default,
-        "sa_source": told["sa_source"],
+        "default": "deny" if deny else "allow",
+        "sa_source": gate["sa_source"],
         "published": policy_table is not None,
         "controller": controller,
-        "errors": told.get("errors", []),
-        "hooks": [
-            {
-                "cgroup": str(paths_by_id.get(a.cgroup_id, "")),
-                "cgroup_id": a.cgroup_id,
-                "hook": a.hook,
-                "attached": a.cgroup_id in paths_by_id,
-                "prog_id": a.prog_id,
-            }
-            for a in pins.attachments()
+        "errors": gate["errors"],
+        "hooks": _hooks(pins),
+        "policies": [
+            {**policy, "coverage": _coverage(policy, place in covered, gate["negotiations"])}
+            for place, policy in enumerate(gate["policies"])
         ],
-        "policies": told["policies"],
-        "counters": totals(counters) | {"held": told.get("held", 0)},
-        "drift": told.get("drift"),
-        "negotiations": told.get("negotiations", []),
-        "sas": told.get("sas", []),
-        "holds": told.get("holds", []),
+        "counters": {**counters, "held": gate["held"]},
+        "drift": gate["drift"],
+        "negotiations": gate["negotiations"],
+        "sas": gate["sas"],
+        "holds": gate["holds"],
     }
 
 
-def _without_controller(paths: Paths, read: Callable[[], Config]) -> Document:
-    """Return what the configuration, and what was remembered, say; one that is broken is told."""
+def _without_controller(paths: Paths, read_config: Callable[[], Config]) -> GateState:
+    """Return the configured or remembered policies; a broken configuration becomes an error."""
     config, errors = Config(), []
     try:
-        config = read()
+        config = read_config()
     except UsageError as error:
         errors.append(str(error))
     policies = config.settings.policies or derived(saved_state.recall(paths.remembered))
     return {
-        "policies": [_policy(policy) for policy in policies],
-        "sa_source": _told(config.settings.sa_source),
         "errors": errors,
+        "sa_source": _sa_source(config.settings.sa_source),
+        "policies": [_policy(policy) for policy in policies],
+        "negotiations": [],
+        "sas": [],
+        "held": 0,
+        "holds": [],
+        "drift": None,
     }
+
+
+def _hooks(pins: Pins) -> list[Hook]:
+    paths_by_id = cgroups.by_id()
+    return [
+        {
+            "cgroup": str(paths_by_id.get(attachment.cgroup_id, "")),
+            "cgroup_id": attachment.cgroup_id,
+            "hook": attachment.hook,
+            "attached": attachment.cgroup_id in paths_by_id,
+            "prog_id": attachment.prog_id,
+        }
+        for attachment in pins.attachments()
+    ]
 
 
 def _covered(policies: Table | None, spd: Table | None) -> set[int]:
@@ -175,7 +218,9 @@ def _covered(policies: Table | None, spd: Table | None) -> set[int]:
     if policies is None or spd is None:
         return set()
     live = [
-        Ternary(key, spd.masks[i]) for (i, key), e in spd.entries.items() if e.state is State.LIVE
+        Ternary(key, spd.masks[i])
+        for (i, key), entry in spd.entries.items()
+        if entry.state is State.LIVE
     ]
     return {
         entry.id
@@ -185,7 +230,7 @@ def _covered(policies: Table | None, spd: Table | None) -> set[int]:
 
 
 def _coverage(
-    policy: Mapping[str, Any], covered: bool, negotiations: Iterable[Mapping[str, Any]]
+    policy: ConfiguredPolicy, covered: bool, negotiations: Iterable[Negotiation]
 ) -> str | None:
     if policy["action"] != "protect":
         return None
@@ -196,17 +241,17 @@ def _coverage(
     return next((state for state in pending if state in states), Coverage.UNCOVERED.value)
 
 
-def totals(counters: Mapping[Reason, int]) -> Document:
-    """Return the counters by what users ask for, and by reason."""
+def hook_counters(counters: Mapping[Reason, int]) -> HookCounters:
+    """Return the hooks' counters, added up by result, and each by its reason."""
 
-    def of(prefix: str, reasons: Iterable[Reason] = Reason) -> int:
-        return sum(counters[r] for r in reasons if r.name.startswith(prefix))
+    def total(prefix: str) -> int:
+        return sum(count for reason, count in counters.items() if reason.name.startswith(prefix))
 
     return {
-        "allowed": of("ALLOW") + counters[Reason.AUDITED],
-        "refused": of("REFUSE") - counters[Reason.AUDITED],
+        "allowed": total("ALLOW") + counters[Reason.AUDITED],
+        "refused": total("REFUSE") - counters[Reason.AUDITED],
         "audited": counters[Reason.AUDITED],
-        "leaked_blocked": of("BLOCK") - counters[Reason.AUDITED_PACKETS],
+        "leaked_blocked": total("BLOCK") - counters[Reason.AUDITED_PACKETS],
         "leaked_audited": counters[Reason.AUDITED_PACKETS],
         "events_lost": counters[Reason.EVENTS_LOST],
         "reasons": {r.name.lower(): counters[r] for r in Reason if r < Reason.AUDITED},

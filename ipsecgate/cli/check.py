@@ -1,8 +1,10 @@
-"""check: can this machine do it? One line each: ok, or missing and what to do."""
+"""check: does this machine have what the gate needs? One line for each need."""
 
 from __future__ import annotations
 
 import click
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -14,10 +16,11 @@ from ipsecgate.printable import printable, printable_lines
 @click.command()
 @click.pass_obj
 def check(app: App) -> int:
-    """Check kernel, bpffs, cgroup2, strongSwan and configuration.
+    """Check that this machine has what the gate needs.
 
-    Exits with 4 if the kernel lacks something, 2 if the configuration is broken,
-    1 if anything else is missing. Changes nothing.
+    Tries kernel, bpffs, cgroup2, hooks, configuration, strongSwan and ESP, and changes
+    nothing. Exits with 4 if the kernel lacks something, with 2 if the configuration is
+    invalid, and with 1 if anything else is missing.
     """
     findings = examine(app.paths, app.config)
     if app.json:
@@ -29,10 +32,11 @@ def check(app: App) -> int:
         for column in ("state", "name", "found"):
             table.add_column(column, overflow="fold")
         for finding in findings:
-            state = Text("ok", "green") if finding.ok else Text("missing", "bold red")
-            found = Text(printable_lines(finding.found))
-            if not finding.ok:
-                found.append(f"\n{printable_lines(finding.hint)}", style="yellow")
-            table.add_row(state, printable(finding.name), found)
+            state = Text("ok", "green") if finding.ok else Text("failed", "bold red")
+            found: list[RenderableType] = [Text(printable_lines(finding.found))]
+            if finding.hint:
+                hint = Text(printable_lines(finding.hint), "yellow")
+                found.append(Padding(hint, (0, 0, 0, 2)))
+            table.add_row(state, printable(finding.name), Group(*found))
         app.out.print(table)
     return max((f.exit_code for f in findings if not f.ok), default=0)

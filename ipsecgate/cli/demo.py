@@ -26,7 +26,7 @@ from rich.text import Text
 from ipsecgate.cli.app import App
 from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
-from ipsecgate.lab import guest, story
+from ipsecgate.lab import first_connection, guest
 from ipsecgate.lab.hosts import MODES
 
 Document = dict[str, Any]
@@ -51,7 +51,8 @@ def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
     else:
         told = _in_guest(delay, mode)
     outcomes = [
-        story.Outcome(**{**case, "case": story.Case(**case["case"])}) for case in told["cases"]
+        first_connection.Outcome(**{**case, "case": first_connection.Case(**case["case"])})
+        for case in told["cases"]
     ]
     if app.json:
         app.document(told)
@@ -65,11 +66,11 @@ def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
 
 
 def _here(delay: float, mode: str, console: Console) -> Document:
-    """Run the story under a live timeline, return its document."""
+    """Run the demo under a live timeline, return its document."""
     if os.geteuid():
         raise GateError("the demo makes network namespaces", hint="run it as root")
-    wanted = story.cases(modes=MODES if mode == "both" else (mode,))
-    outcomes: list[story.Outcome] = []
+    wanted = first_connection.cases(modes=MODES if mode == "both" else (mode,))
+    outcomes: list[first_connection.Outcome] = []
     spinner = Spinner("dots", "")
 
     def progress(text: str) -> None:
@@ -79,7 +80,7 @@ def _here(delay: float, mode: str, console: Console) -> Document:
 
     with (
         Live(spinner, console=console, transient=True, refresh_per_second=8),
-        contextlib.closing(story.tell(wanted, delay, progress)) as told,
+        contextlib.closing(first_connection.measure_all(wanted, delay, progress)) as told,
     ):
         for outcome in told:
             outcomes.append(outcome)
@@ -87,13 +88,13 @@ def _here(delay: float, mode: str, console: Console) -> Document:
     return {
         "kernel": platform.release(),
         "delay_ms": delay,
-        "datagrams": story.DATAGRAMS,
+        "datagrams": first_connection.DATAGRAMS,
         "cases": [asdict(outcome) for outcome in outcomes],
     }
 
 
 def _in_guest(delay: float, mode: str) -> Document:
-    """Run the story in a test kernel: its timeline on our stderr, its document back."""
+    """Run the demo in a test kernel: its timeline on our stderr, its document back."""
     errors = Console(stderr=True, highlight=False)
     errors.print(
         f"Linux {platform.release()} has no ESP: running in a test kernel (user-mode-linux)",
@@ -128,7 +129,7 @@ def _in_guest(delay: float, mode: str) -> Document:
     return told
 
 
-def _clean(outcome: story.Outcome) -> bool:
+def _clean(outcome: first_connection.Outcome) -> bool:
     return not (
         outcome.syn_retransmissions
         or outcome.datagrams_lost
@@ -137,7 +138,7 @@ def _clean(outcome: story.Outcome) -> bool:
     )
 
 
-def line(outcome: story.Outcome) -> Text:
+def line(outcome: first_connection.Outcome) -> Text:
     """Return one event of the timeline."""
     good = _clean(outcome)
     text = Text.assemble(
@@ -150,10 +151,10 @@ def line(outcome: story.Outcome) -> Text:
     if outcome.case.protocol == "tcp":
         text.append(f"connected {_ms(outcome.connected):>4} ms, ")
         return text.append(f"{outcome.syn_retransmissions} SYN sent again")
-    return text.append(f"{outcome.datagrams_lost} of {story.DATAGRAMS} datagrams lost")
+    return text.append(f"{outcome.datagrams_lost} of {first_connection.DATAGRAMS} datagrams lost")
 
 
-def _short(case: story.Case) -> str:
+def _short(case: first_connection.Case) -> str:
     return f"{case.protocol.upper()} IPv{case.family} {case.mode}"
 
 
@@ -161,7 +162,7 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
-def closing(outcomes: Sequence[story.Outcome], told: Document) -> RenderableType:
+def closing(outcomes: Sequence[first_connection.Outcome], told: Document) -> RenderableType:
     """Return the closing table, and in words what was done where.
 
     Each figure twice: without the gate, and with it.
@@ -180,7 +181,7 @@ def closing(outcomes: Sequence[story.Outcome], told: Document) -> RenderableType
         table.add_column(
             "\nwith", justify="right", header_style="bold cyan", no_wrap=True, min_width=4
         )
-    by_case: dict[str, list[story.Outcome]] = {}
+    by_case: dict[str, list[first_connection.Outcome]] = {}
     for outcome in outcomes:
         by_case.setdefault(_short(outcome.case), []).append(outcome)
     for name, pair in by_case.items():
@@ -189,7 +190,7 @@ def closing(outcomes: Sequence[story.Outcome], told: Document) -> RenderableType
     return Group(table, *_words(outcomes, told))
 
 
-def _cells(outcome: story.Outcome) -> list[Text]:
+def _cells(outcome: first_connection.Outcome) -> list[Text]:
     tcp = outcome.case.protocol == "tcp"
     lost = outcome.syn_retransmissions if tcp else outcome.datagrams_lost
     return [
@@ -200,7 +201,7 @@ def _cells(outcome: story.Outcome) -> list[Text]:
     ]
 
 
-def _words(outcomes: Sequence[story.Outcome], told: Document) -> list[Text]:
+def _words(outcomes: Sequence[first_connection.Outcome], told: Document) -> list[Text]:
     gated = [o for o in outcomes if o.case.gated]
     released = [o.released for o in gated if o.released is not None]
     lines = [

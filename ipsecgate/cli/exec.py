@@ -79,7 +79,7 @@ def exec_(
     """
     who = _user(user) if user is not None else None
     refuse_ways_out()
-    gated = loader.gated(app.paths)
+    gated = loader.gated_cgroups(app.paths)
     join(cgroups.resolve(cgroup).resolve() if cgroup else _default(gated), gated)
     if not loader.is_gated(app.paths, os.getpid()):  # by a name that was another's meanwhile
         raise GateError("the cgroup was made anew and is not gated yet", hint="run it again")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
 
 import click
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ipsecgate.admin.status import document as status_document
+from ipsecgate.admin.status import status_of
+from ipsecgate.admin.status_document import Counters, Hold, Hook, Negotiation, Policy, Sa, Status
 from ipsecgate.cli.app import App
 from ipsecgate.errors import GateError
 from ipsecgate.printable import printable_document
@@ -26,16 +26,18 @@ COLOURS = {
 @click.command()
 @click.pass_obj
 def status(app: App) -> int:
-    """Show the gate: hooks, policies and their coverage, SAs, counters.
+    """Show hooks, policies and their coverage, SAs, held calls and counters.
 
-    Works with the controller dead, then with exit code 1.
+    Exits with 0 if the gate is healthy. Exits with 1 if no controller runs, if a gated
+    cgroup has been removed, or if an error is shown.
     """
     try:
-        document = status_document(app.paths, app.config)
+        document = status_of(app.paths, app.config)
     except FileNotFoundError as error:
         raise GateError(
-            f"nothing is loaded for instance {app.paths.instance!r}: nothing is gated",
-            hint="ipsecgate run, or ipsecgate load",
+            f"the hooks of instance {app.paths.instance!r} are not loaded: nothing is gated",
+            hint="start the controller with `ipsecgate run`, or only load the hooks with "
+            "`ipsecgate load`",
         ) from error
     if app.json:
         app.document(document)
@@ -46,63 +48,70 @@ def status(app: App) -> int:
     return 0 if healthy and document["published"] else 1
 
 
-def screen(document: dict[str, Any]) -> RenderableType:
-    """Draw a status document."""
-    parts: list[RenderableType] = [_headline(document)]
-    parts += [Text(f"  {error}", style="red") for error in document["errors"]]
-    if not document["published"]:
-        parts.append(
-            Text("  no policy is known yet: whatever is not loopback is refused", style="red")
-        )
-    parts += [_hooks(document), _policies(document)]
+def screen(document: Status) -> RenderableType:
+    """Draw a status document whose texts are printable."""
+    parts: list[RenderableType] = [
+        _summary(document),
+        _hooks(document["hooks"]),
+        _policies(document["policies"]),
+    ]
     if document["negotiations"]:
-        parts.append(_negotiations(document))
+        parts.append(_negotiations(document["negotiations"]))
     if document["sas"]:
-        parts.append(_sas(document))
+        parts.append(_sas(document["sas"]))
     if document["holds"]:
-        parts.append(_holds(document))
-    parts.append(_counters(document))
+        parts.append(_holds(document["holds"]))
+    parts.append(_counters(document["counters"]))
     return Group(*parts)
 
 
-def _headline(document: dict[str, Any]) -> Text:
+def _summary(document: Status) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("Instance", document["instance"])
+    table.add_row("Mode", f"{document['mode']}, default {document['default']}")
+    table.add_row("SA source", document["sa_source"] or "not known until strongSwan answers")
     controller = document["controller"]
-    line = Text.assemble(
-        ("ipsecgate", "bold"), f" {document['instance']}  mode ", (document["mode"], "bold")
-    )
-    line.append(f"  default {document['default']}  SAs by ")
-    line.append(document["sa_source"] or "whom IKE will tell", style="bold")
-    line.append("  controller ")
     if controller["alive"]:
-        line.append(f"running (pid {controller['pid']})", style="green")
+        table.add_row("Controller", Text(f"running, pid {controller['pid']}", "green"))
     else:
-        line.append("dead: what is covered stays covered, nothing new opens", style="bold red")
-    return line
+        text = "not running: covered flows go on, all other protected flows are refused"
+        table.add_row("Controller", Text(text, "bold red"))
+    if not document["published"]:
+        text = "none yet: all traffic is refused, except to loopback addresses"
+        table.add_row("Policies", Text(text, "red"))
+    for number, error in enumerate(document["errors"]):
+        table.add_row("" if number else "Errors", Text(error, "red"))
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
     for column in columns:
         table.add_column(column, header_style="dim", overflow="fold")
     return table
 
 
-def _hooks(document: dict[str, Any]) -> Table:
+def _hooks(hooks: list[Hook]) -> Table:
     by_cgroup: dict[str, list[str]] = {}
-    for hook in document["hooks"]:
+    for hook in hooks:
         name = hook["cgroup"] or f"removed cgroup {hook['cgroup_id']}: attach its successor"
         by_cgroup.setdefault(name, []).append(hook["hook"])
-    table = _table("\ngated cgroups", "cgroup", "hooks")
-    for cgroup, hooks in by_cgroup.items():
-        table.add_row(cgroup, " ".join(hooks))
+    table = _table("Gated cgroups", "Cgroup", "Hooks")
+    for cgroup, names in by_cgroup.items():
+        table.add_row(cgroup, " ".join(names))
     if not by_cgroup:
-        table.add_row(Text("none: ipsecgate attach, or cgroups in the configuration", "yellow"), "")
+        text = "none: run `ipsecgate attach`, or set gate.cgroups in the configuration"
+        table.add_row(Text(text, "yellow"), "")
     return table
 
 
-def _policies(document: dict[str, Any]) -> Table:
-    table = _table("\npolicies", "name", "action", "remote", "child", "coverage")
-    for policy in document["policies"]:
+def _policies(policies: list[Policy]) -> Table:
+    table = _table("Policies", "Name", "Action", "Remote", "Child", "Coverage")
+    for policy in policies:
         coverage = policy["coverage"] or ""
         table.add_row(
             policy["name"],
@@ -114,9 +123,9 @@ def _policies(document: dict[str, Any]) -> Table:
     return table
 
 
-def _negotiations(document: dict[str, Any]) -> Table:
-    table = _table("\nnegotiations", "child", "state", "attempts", "for", "last error")
-    for item in document["negotiations"]:
+def _negotiations(negotiations: list[Negotiation]) -> Table:
+    table = _table("Negotiations", "Child", "State", "Attempts", "Flow", "Last error")
+    for item in negotiations:
         table.add_row(
             item["child"],
             Text(item["state"], COLOURS.get(item["state"], "")),
@@ -127,37 +136,45 @@ def _negotiations(document: dict[str, Any]) -> Table:
     return table
 
 
-def _sas(document: dict[str, Any]) -> Table:
-    table = _table("\nSAs", "spi", "peer", "reqid", "child", "since")
-    for sa in document["sas"]:
-        table.add_row(
-            sa["spi"], sa["peer"], str(sa["reqid"]), sa["child"] or "", _time(sa["since"])
-        )
+def _sas(sas: list[Sa]) -> Table:
+    table = _table("SAs", "SPI", "Peer", "Reqid", "Child", "Since")
+    for sa in sas:
+        since = "" if sa["since"] is None else _local_time(sa["since"])
+        table.add_row(sa["spi"], sa["peer"], str(sa["reqid"]), sa["child"] or "", since)
     return table
 
 
-def _holds(document: dict[str, Any]) -> Table:
-    table = _table("\nheld calls", "thread", "flow", "at most")
-    for hold in document["holds"]:
+def _holds(holds: list[Hold]) -> Table:
+    table = _table("Held calls", "Thread", "Flow", "Limit")
+    for hold in holds:
         table.add_row(str(hold["pid"]), hold["flow"], f"{hold['limit']:.1f} s")
     return table
 
 
-def _time(seconds: float | None) -> str:
-    """Write a time by the operator's clock; None: VICI does not tell since when an SA is."""
-    if seconds is None:
-        return ""
+def _local_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
 
 
-def _counters(document: dict[str, Any]) -> Table:
-    counters = document["counters"]
-    table = _table("\nrequests", "allowed", "held", "refused", "audited", "why")
-    why = ", ".join(
-        f"{count} {name.split('_', 1)[1].replace('_', ' ')}"
-        for name, count in counters["reasons"].items()
-        if count
-    )
-    counts = (str(counters[name]) for name in ("allowed", "held", "refused", "audited"))
-    table.add_row(*counts, why or "none")
+def _counters(counters: Counters) -> Table:
+    table = _table("Counters", "", "Count", "Reasons")
+    table.columns[1].justify = "right"
+    reasons = counters["reasons"]
+    for name, count, prefix, audited in (
+        ("requests allowed", counters["allowed"], "allow_", 0),
+        ("requests refused", counters["refused"], "refuse_", counters["audited"]),
+        ("requests held", counters["held"], None, 0),
+        ("packets blocked", counters["leaked_blocked"], "block_", counters["leaked_audited"]),
+    ):
+        why = [] if prefix is None else _by_reason(reasons, prefix)
+        if audited:
+            why.append(f"{audited} of these let through in audit mode")
+        table.add_row(name, str(count), ", ".join(why))
     return table
+
+
+def _by_reason(reasons: dict[str, int], prefix: str) -> list[str]:
+    return [
+        f"{count} {name.removeprefix(prefix).replace('_', ' ')}"
+        for name, count in reasons.items()
+        if count and name.startswith(prefix)
+    ]

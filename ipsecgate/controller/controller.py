@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from ipsecgate.admin import loader, status
+from ipsecgate.admin.status_document import ControllerStatus, Process
 from ipsecgate.controller.hook_writer import HookWriter
 from ipsecgate.controller.ike_follower import IkeFollower
 from ipsecgate.controller.journal import Journal
@@ -207,7 +208,7 @@ class Controller:
             self._tell_ready()
             if self._service.alive():
                 self._retry()
-                self._service.tell(status.line(self._gate))
+                self._service.tell(status.summary(self._gate))
 
     async def _events(self) -> list[on.Event]:
         """Return what is to be decided next; nothing if nothing happened for a pulse."""
@@ -229,7 +230,7 @@ class Controller:
             self._ready = True
             self._hooks.relax(self._config.settings)
             loader.switch(self._paths)
-            self._service.tell(status.line(self._gate))
+            self._service.tell(status.summary(self._gate))
             self._service.ready()
             log.info("ready")
 
@@ -326,15 +327,21 @@ class Controller:
     async def _tell_events(self, request: control.Request) -> dict[str, Any]:
         return {"events": self._journal.since(int(request.words["since"]))}
 
-    async def _status(self, _request: control.Request) -> dict[str, Any]:
-        known = {"pid": os.getpid(), "since": self._since, "ready": self._ready}
-        known |= {"tasks": len(asyncio.all_tasks()), "timers": len(self._timers)}
-        drift = {"kernel": self._gate.protection.drift, "maps": self._hooks.mended}
-        told = status.of_gate(self._gate)
+    async def _status(self, _request: control.Request) -> ControllerStatus:
+        process = Process(
+            pid=os.getpid(),
+            since=self._since,
+            ready=self._ready,
+            tasks=len(asyncio.all_tasks()),
+            timers=len(self._timers),
+        )
+        errors = [*self._targets.errors, *self._reload.errors, *self._floor.errors]
         if self._unkept is not None:
-            told["errors"].append(
-                f"{self._paths.remembered} cannot be written: a restart without IKE would "
-                "protect what it says, not what is loaded"
+            errors.insert(
+                0,
+                f"{self._paths.remembered} cannot be written: after a restart without strongSwan "
+                "the gate would protect the older set of policies that the file holds",
             )
-        told["errors"] += [*self._targets.errors, *self._reload.errors, *self._floor.errors]
-        return {**known, "drift": drift, **told}
+        return status.controller_status(
+            self._gate, process, changed_entries=self._hooks.mended, errors=errors
+        )

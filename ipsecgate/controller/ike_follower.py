@@ -44,9 +44,9 @@ class IkeFollower:
             case do.AskIke():
                 self.look()
             case do.Initiate():
-                await self._client.initiate(command.ike, command.child, command.limit)
+                await self._client.initiate(command.name, command.limit)
             case do.Terminate():
-                self._client.terminate_soon(command.ike, command.child, command.unique)
+                self._client.terminate_soon(command.name, command.unique)
 
     async def run(self) -> None:
         """Follow it until cancelled."""

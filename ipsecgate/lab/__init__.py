@@ -1,1 +1,1 @@
-"""A laboratory on one machine: two hosts with real IKE and ESP, and a kernel that has ESP."""
+"""A laboratory on one machine: two hosts with real IKE and ESP, on a kernel that has ESP."""

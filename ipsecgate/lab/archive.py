@@ -1,7 +1,7 @@
-"""Debian's archive through apt: as this machine has it, or another suite with lists of its own.
+"""Download Debian packages with apt, from this machine's suite or from another one.
 
-Rules of this module: the machine's own sources, lists and trust stay as they are. The mirror
-is the one that they name.
+Rules of this module: the machine's own apt sources, lists and keys are never changed. Another
+suite gets package lists of its own and comes from the mirror that the machine already uses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from ipsecgate.errors import GateError
-from ipsecgate.lab.kernel import call
+from ipsecgate.lab.kernel import run_tool
 
 KEYS = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 SUITE = re.compile(r"[a-z]+(-[a-z]+)*")
@@ -24,14 +24,14 @@ UPDATE = "run apt-get update, then try again"
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """Packages as apt knows them; `configuration` is its own apt.conf(5), None: the machine's."""
+    """A Debian suite as apt sees it. `configuration`: an apt.conf(5), None for the machine's."""
 
     configuration: Path | None = None
 
     @classmethod
     @contextmanager
-    def of(cls, suite: str | None) -> Iterator[Self]:
-        """Look into `suite` with lists that are gone after; None: what the machine looks into.
+    def for_suite(cls, suite: str | None) -> Iterator[Self]:
+        """Yield the archive of `suite`, with temporary package lists; None: the machine's own.
 
         Raises: GateError if there is no such suite.
         """
@@ -39,7 +39,7 @@ class Archive:
             yield cls()
             return
         if not SUITE.fullmatch(suite):
-            raise GateError(f"not a suite of Debian: {suite}", hint="for example: trixie-backports")
+            raise GateError(f"not a Debian suite: {suite}", hint="for example: trixie-backports")
         with tempfile.TemporaryDirectory(prefix="ipsecgate-apt-") as folder:
             archive = cls(_configured(Path(folder), suite, mirror()))
             hint = f"is there a {suite} on the mirror that /etc/apt names?"
@@ -47,31 +47,32 @@ class Archive:
             yield archive
 
     def depends(self, package: str) -> list[str]:
-        """Return the names of what a package needs, alternatives left out."""
-        said = self._apt(["apt-cache", "depends", "--important", package], Path("/"), UPDATE)
-        return re.findall(r"^ *Depends: ([^<\s]+)$", said, re.MULTILINE)
+        """Return the names of the packages that a package depends on, without alternatives."""
+        output = self._apt(["apt-cache", "depends", "--important", package], Path("/"), UPDATE)
+        return re.findall(r"^ *Depends: ([^<\s]+)$", output, re.MULTILINE)
 
     def download(self, packages: Sequence[str], into: Path) -> None:
-        """Put the packages' files into a folder."""
+        """Download the .deb files of packages into a folder."""
         self._apt(["apt-get", "download", "--quiet", *packages], into, UPDATE)
 
     def _apt(self, argv: Sequence[str], cwd: Path, hint: str) -> str:
         own = [] if self.configuration is None else ["env", f"APT_CONFIG={self.configuration}"]
-        return call([*own, *argv], cwd, hint)
+        return run_tool([*own, *argv], cwd, hint)
 
 
 def mirror() -> str:
-    """Return the address that the machine has Debian from."""
+    """Return the URL of the Debian mirror that this machine uses."""
     form = "$(ORIGIN) $(LABEL) $(REPO_URI)"
-    said = call(["apt-get", "indextargets", "--format", form], Path("/"), UPDATE)
-    found = re.search(r"^Debian Debian (\S+)$", said, re.MULTILINE)
+    output = run_tool(["apt-get", "indextargets", "--format", form], Path("/"), UPDATE)
+    found = re.search(r"^Debian Debian (\S+)$", output, re.MULTILINE)
     if found is None:
-        raise GateError("apt has no source of Debian", hint="add one to /etc/apt, apt-get update")
+        hint = "add one to /etc/apt, then run apt-get update"
+        raise GateError("apt has no Debian mirror", hint=hint)
     return found[1]
 
 
 def _configured(folder: Path, suite: str, mirror: str) -> Path:
-    """Write an apt.conf with nothing but one suite, and return its path."""
+    """Write an apt.conf that knows only one suite, and return its path."""
     for part in ("state/lists/partial", "cache/archives/partial"):
         (folder / part).mkdir(parents=True)
     trust = f"[signed-by={KEYS}] " if KEYS.is_file() else ""

@@ -1,9 +1,9 @@
-"""What really went over the path: every frame the hosts sent each other, each one once.
+"""Capture every frame that the hosts send each other, once each.
 
-Each host's frames are taken where they enter the bridge, on ingress only. (A host's own
-interface would show tunnelled packets a second time, decrypted, as if they were in clear.)
-The sockets hold 64 MiB each and are emptied in batches, to disturb little what is measured;
-a frame that the kernel had to drop is an error, because it might have been the leak.
+The capture sees a host's frames where they enter the bridge, on ingress only. (The host's own
+interface would show tunnelled packets a second time, decrypted, as if they had been sent in clear.)
+Each socket buffers 64 MiB and is drained in batches, to disturb the measurement little. A frame
+that the kernel dropped is an error, because it might have been the leak.
 """
 
 from __future__ import annotations
@@ -38,44 +38,44 @@ Frame = tuple[str, int, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """The packets of a capture in the order of their time stamps."""
+    """The packets of a capture, ordered by timestamp."""
 
     packets: tuple[Packet, ...]
 
-    def of(self, kind: Kind, sender: str | None = None) -> tuple[Packet, ...]:
-        """Return the packets of a kind, of one sender or of both."""
+    def of_kind(self, kind: Kind, sender: str | None = None) -> tuple[Packet, ...]:
+        """Return the packets of a kind, from one sender (a, b) or from both."""
         return tuple(p for p in self.packets if p.kind is kind and sender in (None, p.sender))
 
     @property
     def clear(self) -> tuple[Packet, ...]:
-        """What anybody on the path could read: neither ESP, IKE nor the link's own."""
-        return self.of(Kind.CLEAR)
+        """Packets that anybody on the path could read: not ESP, not IKE, not link housekeeping."""
+        return self.of_kind(Kind.CLEAR)
 
     @property
     def syns(self) -> tuple[Packet, ...]:
-        """TCP SYNs in clear."""
+        """TCP SYNs sent in clear."""
         return tuple(p for p in self.clear if p.is_syn)
 
     @property
     def esp(self) -> tuple[Packet, ...]:
-        """Protected packets, also those in UDP."""
-        return self.of(Kind.ESP)
+        """Protected packets: ESP and AH, including ESP in UDP."""
+        return self.of_kind(Kind.ESP)
 
     @property
     def ike(self) -> tuple[Packet, ...]:
         """IKE messages."""
-        return self.of(Kind.IKE)
+        return self.of_kind(Kind.IKE)
 
     def counts(self) -> dict[str, int]:
-        """Return how many packets there are of each kind, by the kind's name."""
+        """Return the number of packets by the kind's name, 0 included."""
         found = collections.Counter(packet.kind for packet in self.packets)
         return {kind.value: found[kind] for kind in Kind}
 
 
 class Capture:
-    """A capture on the bridge ports of a path; `ports` gives each sender's.
+    """A capture on the bridge ports of a path. `ports`: sender (a, b) to port name.
 
-    Used as `with Capture(…) as capture: …; seen = capture.stop()`, or start() and stop().
+    Use it as `with Capture(…) as capture: …; seen = capture.stop()`, or with start() and stop().
     """
 
     def __init__(self, path: Namespace, ports: Mapping[str, str]) -> None:
@@ -99,29 +99,31 @@ class Capture:
         self.close()
 
     def start(self) -> None:
-        """Open the sockets; a frame sent after the return is captured."""
+        """Open the sockets. Frames sent after this returns are captured."""
         with self._path.inside():
             for sender, port in self._ports.items():
                 self._sockets[sender] = _open(port)
-        # The kernel starts to stamp packets a moment later, by a work queue.
+        # The kernel turns timestamps on a moment later, from a work queue.
         time.sleep(STAMPS_ON)
         self._reader = threading.Thread(target=self._read, name="capture", daemon=True)
         self._reader.start()
 
     def stop(self) -> Captured:
-        """End the capture. Raises: LabError if the kernel dropped a frame."""
-        # Frames still under way in the hosts' queues are not waited for: that is up to
-        # the caller, who knows the path's delay.
+        """End the capture. Raises: LabError if the kernel dropped a frame.
+
+        This does not wait for frames that are still in the hosts' queues. The caller must, because
+        it knows the delay of the path.
+        """
         self._join()
         for sender, sock in self._sockets.items():
             statistics = sock.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8)
             _, dropped = struct.unpack("=II", statistics)
             if dropped:
-                raise LabError(f"the capture lost {dropped} frames of {sender}")
+                raise LabError(f"the capture lost {dropped} frames from {sender}")
         frames, self._frames = sorted(self._frames, key=lambda frame: frame[1]), []
         self.close()
-        # REALTIME may be stepped, MONOTONIC not: convert with the offset of now.
-        # Whoever loses the processor between the two clocks reads too little.
+        # CLOCK_REALTIME may be stepped, CLOCK_MONOTONIC may not: convert with the current offset.
+        # A preemption between the two reads makes the offset too small, so take the largest.
         offset = max(time.time_ns() - time.monotonic_ns() for _ in range(5))
         packets = [
             parse(data, sender, (wall - offset) / 1e9, wall) for sender, wall, data in frames
@@ -129,7 +131,7 @@ class Capture:
         return Captured(tuple(packets))
 
     def close(self) -> None:
-        """Give up the capture, if it still runs."""
+        """Abandon the capture if it is still running."""
         self._join()
         for sock in self._sockets.values():
             sock.close()
@@ -144,7 +146,7 @@ class Capture:
     def _read(self) -> None:
         more = True
         while more:
-            # One more round after the end was asked for: what was queued by then counts.
+            # Drain once more after stop() or close(): frames that are already queued count.
             more = not self._ended.wait(BATCH_PAUSE)
             for sender, sock in self._sockets.items():
                 self._drain(sender, sock)
@@ -157,7 +159,8 @@ class Capture:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno != errno.ENETDOWN:  # told once; it is bound again when it is up
+                # The kernel reports this once, and binds the socket again when the port is up.
+                if error.errno != errno.ENETDOWN:
                     raise
                 continue
             wall = 0
@@ -169,8 +172,8 @@ class Capture:
 
 
 def _open(port: str) -> socket.socket:
-    """Open a socket that sees what enters `port`, from the moment of its return."""
-    # Protocol 0 first: a socket bound later would also see other ports' frames.
+    """Open a socket that receives the frames that enter `port` from now on."""
+    # Open it with protocol 0: with ETH_P_ALL it would receive every port's frames until bind().
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)

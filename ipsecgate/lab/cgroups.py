@@ -1,4 +1,4 @@
-"""The cgroups (v2) of a lab: one folder under the mount, made on demand, removed whole."""
+"""The cgroups (v2) of a lab: one subtree, created on demand and removed as a whole."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ REMOVAL_TIMEOUT = 30.0
 
 
 def tops() -> list[Path]:
-    """Return the cgroups right under the mount; none if cgroup2 is not mounted."""
+    """Return the cgroups directly below the mount; an empty list if cgroup2 is not mounted."""
     with contextlib.suppress(KernelLacksError):
         return [entry for entry in root().iterdir() if entry.is_dir()]
     return []
 
 
 class Tree:
-    """The cgroups of one lab, below one that bears its name."""
+    """The cgroups of one lab, below a cgroup of the lab's name."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._root: Path | None = None
 
     def make(self, name: str) -> Path:
-        """Make a cgroup, its parents as needed; an existing one is returned as it is.
+        """Create a cgroup and its parents, unless they exist, and return its path.
 
         Raises: KernelLacksError if cgroup2 is not mounted.
         """
@@ -40,13 +40,13 @@ class Tree:
         return path
 
     def remove(self) -> None:
-        """Kill what is left in the cgroups and remove them."""
+        """Kill the processes in the cgroups and remove them all."""
         if self._root is not None:
             discard(self._root)
 
 
 def members(folder: Path) -> list[int]:
-    """Return the processes in a cgroup, the threads if it is a threaded one."""
+    """Return the process ids in a cgroup, or the thread ids if the cgroup is threaded."""
     try:
         return [int(pid) for pid in (folder / "cgroup.procs").read_text().split()]
     except OSError:
@@ -54,9 +54,9 @@ def members(folder: Path) -> list[int]:
 
 
 def discard(top: Path) -> None:
-    """Remove a cgroup with all below it, and kill its processes, by pid.
+    """Kill the processes in a cgroup and below, by pid, and remove the whole subtree.
 
-    Raises: OSError if one stays busy.
+    Raises: OSError if a cgroup is still busy after `REMOVAL_TIMEOUT` seconds.
     """
     deadline = time.monotonic() + REMOVAL_TIMEOUT
     for folder, _, _ in os.walk(top, topdown=False):

@@ -1,4 +1,4 @@
-"""The lab's clients: they keep trying where they are refused, and tell what they met."""
+"""The lab's clients: they retry refused calls and report every attempt."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ PAUSE = 0.001
 
 
 class OutOfTimeError(Exception):
-    """The limit has passed."""
+    """The time limit has passed."""
 
 
 class GaveUpError(Exception):
-    """An errno that is not in the list of those to try again after."""
+    """A call failed with an errno that is not on the retry list."""
 
 
 class Tries:
-    """The attempts of a client: how many, when the first, what each error was."""
+    """The attempts of a client: their number, the first times, and a count of each errno."""
 
     def __init__(self, retry: str) -> None:
         self.retry = {getattr(errno, name) for name in retry.split(",") if name.startswith("E")}
@@ -37,9 +37,9 @@ class Tries:
         self.first_success: float | None = None
 
     def call(self, operation: Callable[[], object]) -> tuple[float, float]:
-        """Repeat an operation until it succeeds; return the last one's start and end.
+        """Repeat an operation until it succeeds; return the start and end of that last attempt.
 
-        Raises: GaveUpError on an errno that is not to be tried again.
+        Raises: GaveUpError on an errno that is not on the retry list.
         """
         while True:
             self.attempts += 1
@@ -73,7 +73,7 @@ class Tries:
 
 
 def limited(seconds: float, body: Callable[[], None]) -> str | None:
-    """Run `body`; return None, the errno it gave up on, or "limit" when time ran out."""
+    """Run `body`; return None, the errno that it failed with, or "limit" when time ran out."""
 
     def alarm(*_: object) -> None:
         raise OutOfTimeError
@@ -123,9 +123,9 @@ def tcp_client(options: Options) -> Report:
 
 
 def udp_client(options: Options) -> Report:
-    """Send numbered datagrams at a fixed rate; one that is refused is sent again.
+    """Send numbered datagrams at a fixed rate, and resend refused ones.
 
-    A refusal holds back those behind it, as in an application that sends in order; they are
+    A refusal delays the datagrams behind it, as in an application that sends in order. They are
     not sent in a burst afterwards.
     """
     tries = Tries(options.retry or RETRY_UDP)

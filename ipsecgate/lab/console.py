@@ -1,4 +1,4 @@
-"""A guest's streams as text: passed on line by line, and their ends for errors."""
+"""A guest's output as text: passed on line by line, and its last lines for error reports."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 PANIC = "Kernel panic - not syncing"
 LINES = 20
-"""Lines of the console that an error shows."""
+"""How many console lines an error report shows."""
 
 OnOutput = Callable[[str], object]
 
 
 def ignore(_text: str) -> None:
-    """Take no notice: the `on_output` of those who want none."""
+    """Ignore output: an `on_output` that does nothing."""
 
 
 class Output:
-    """Bytes to text: kept whole, and passed on line by line."""
+    """Decodes a byte stream as UTF-8, keeps all the text, and passes it on line by line."""
 
     def __init__(self, on_output: OnOutput) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -27,11 +27,11 @@ class Output:
 
     @property
     def text(self) -> str:
-        """Everything so far."""
+        """All text so far."""
         return "".join(self._parts)
 
     def feed(self, data: bytes) -> None:
-        """Take what was read; no bytes: the stream's end. Passes whole lines on."""
+        """Add bytes that were read (none: the end of the stream) and pass whole lines on."""
         text = self._decoder.decode(data, final=not data)
         self._parts.append(text)
         whole, newline, rest = (self._pending + text).rpartition("\n")
@@ -48,9 +48,9 @@ class Output:
 
 
 def last_lines(name: str, text: str) -> str:
-    """Return the console's last `LINES` lines under a heading, or that it said nothing.
+    """Return the last `LINES` lines of the console under a heading, or say that it is empty.
 
-    A panic's line is the last: the stack below it would push out what led there.
+    A panic message counts as the last line: the stack trace below it would push out the cause.
     """
     before, panic, after = text.partition(PANIC)
     end = before + panic + after.partition("\n")[0]

@@ -1,7 +1,7 @@
-"""Debian's own kernels for `qemu`: downloaded and unpacked into the lab's cache, never installed.
+"""Debian's own kernels for `qemu`, downloaded and unpacked into the lab's cache, never installed.
 
-They have what user-mode-linux has not: the BPF JIT, BTF, and the configuration of real machines.
-One is the newest of the running Debian; `archive` gets those of other suites.
+Unlike user-mode-linux they have the BPF JIT, BTF, and the configuration of real machines. The
+default is the newest kernel of the running Debian; `archive` downloads those of other suites.
 
     python -m ipsecgate.lab.debian [SUITE...]
 """
@@ -19,22 +19,22 @@ from pathlib import Path
 
 from ipsecgate.errors import GateError
 from ipsecgate.lab.archive import Archive
-from ipsecgate.lab.kernel import Kernel, Progress, call, default_cache, locked
+from ipsecgate.lab.kernel import Kernel, Progress, default_cache, locked, run_tool
 from ipsecgate.lab.packed import unpack
 
 META = "linux-image-amd64"
-"""Depends on the newest kernel of its suite."""
+"""The meta-package that depends on the newest kernel of its suite."""
 PARTS = re.compile(r"linux-(image|base|binary|modules)-[0-9]")
-"""The packages that hold one; since Linux 7.3 there are several, and the image's own is empty."""
+"""The packages of a kernel. Since Linux 7.3 there are several, and linux-image itself is empty."""
 BUSYBOX = "busybox-static"
-"""The first programs of a boot, when no file of the host is there yet."""
+"""The programs for the start of the boot, before the host's files are mounted."""
 QEMU = "qemu-system-x86_64"
 AGAIN = "run apt-get update, then try again"
 
 
 @dataclass(frozen=True, slots=True)
 class DebianKernel(Kernel):
-    """An unpacked linux-image package: uncompressed kernel, modules with their modules.dep."""
+    """An unpacked linux-image package: the uncompressed kernel, and modules with modules.dep."""
 
     busybox: Path
 
@@ -44,11 +44,11 @@ def fetch(
     progress: Progress = lambda _text: None,
     suite: str | None = None,
 ) -> DebianKernel:
-    """Return the kernel in `cache` (None: `default_cache`), downloading it if it is not there.
+    """Return the kernel in `cache` (None: `default_cache`); download it if it is missing.
 
-    `suite` is one of Debian's, for example trixie-backports; None: what apt is set up for.
-    What is there is whole, and stays: remove the folder to have a newer one.
-    Raises: GateError if the packages can't be had, or QEMU is not installed.
+    `suite` is a Debian suite, for example trixie-backports; None: the one that apt is set up for.
+    A cached kernel is complete and never updated: remove its folder to get a newer one.
+    Raises: GateError if the packages cannot be downloaded, or QEMU is not installed.
     """
     if shutil.which(QEMU) is None:
         raise GateError(f"{QEMU} is not installed", hint="apt-get install qemu-system-x86")
@@ -64,14 +64,14 @@ def fetch(
                     _unpack_into(cache, home, progress, suite)
         except OSError as error:
             raise GateError(
-                f"the kernel cache can't be written: {error}",
+                f"cannot write the kernel cache: {error}",
                 hint="name a writable folder in IPSECGATE_LAB_CACHE",
             ) from error
-    return _look(home)
+    return _unpacked_kernel(home)
 
 
 def uncompressed(image: bytes) -> bytes:
-    """Return the ELF file in a bzImage packed with xz or zstd; QEMU starts it in half the time.
+    """Return the ELF file inside a bzImage (xz or zstd). QEMU boots it in half the time.
 
     Source: the kernel's Documentation/arch/x86/boot.rst, "payload_offset"; the payload ends
     with the file's size (scripts/Makefile.lib, size_append).
@@ -84,7 +84,7 @@ def uncompressed(image: bytes) -> bytes:
     payload = image[begin : begin + length]
     unpacked = unpack(payload[:-4])
     if struct.pack("<I", len(unpacked)) != payload[-4:]:
-        raise ValueError("cut short")
+        raise ValueError("the image is truncated")
     return unpacked
 
 
@@ -95,27 +95,27 @@ def _unpack_into(cache: Path, home: Path, progress: Progress, suite: str | None)
         for name in ("bin", "lib"):  # newer packages have usr/lib, older ones lib
             (aside / "usr" / name).mkdir(parents=True)
             (aside / name).symlink_to(f"usr/{name}")
-        with Archive.of(suite) as archive:
-            packages = parts(archive)
+        with Archive.for_suite(suite) as archive:
+            packages = kernel_packages(archive)
             progress(f"downloading Debian's {' '.join(packages)} into {home}")
             archive.download(packages, aside)
-        call(["apt-get", "download", "--quiet", BUSYBOX], aside, AGAIN)
+        run_tool(["apt-get", "download", "--quiet", BUSYBOX], aside, AGAIN)
         for package in sorted(aside.glob("*.deb")):
-            call(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
+            run_tool(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
             package.unlink()
         image, release = _image(aside)
         (aside / "boot").mkdir(exist_ok=True)
         (aside / "boot/vmlinux").write_bytes(uncompressed(image.read_bytes()))
-        call(["depmod", "--basedir", str(aside), release], aside, "apt-get install kmod")
-        _look(aside)
+        run_tool(["depmod", "--basedir", str(aside), release], aside, "apt-get install kmod")
+        _unpacked_kernel(aside)
         aside.rename(home)
     except ValueError as error:
-        raise GateError(f"no kernel to be had from Debian: {error}", hint=AGAIN) from error
+        raise GateError(f"cannot unpack Debian's kernel: {error}", hint=AGAIN) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def parts(archive: Archive) -> list[str]:
+def kernel_packages(archive: Archive) -> list[str]:
     """Return the names of the packages that make up the suite's newest kernel."""
     found: dict[str, None] = {}
     ask = [META]
@@ -134,20 +134,20 @@ def _image(home: Path) -> tuple[Path, str]:
         return path, path.name.removeprefix("vmlinuz-")
     for path in sorted(home.glob("lib/modules/*/vmlinuz")):
         return path, path.parent.name
-    raise ValueError("no vmlinuz in its packages")
+    raise ValueError("its packages have no vmlinuz")
 
 
-def _look(home: Path) -> DebianKernel:
+def _unpacked_kernel(home: Path) -> DebianKernel:
     binary = home / "boot/vmlinux"
     busybox = home / "bin/busybox"
     modules = sorted((home / "lib/modules").glob("[0-9]*"))
     if not binary.is_file() or not busybox.is_file() or not modules:
-        raise GateError(f"no kernel in {home}", hint=f"remove {home} and try again")
+        raise GateError(f"no complete kernel in {home}", hint=f"remove {home} and try again")
     return DebianKernel(binary, modules[-1], busybox)
 
 
 def main(suites: Sequence[str]) -> int:
-    """Have the kernels of some suites ready (none: the running Debian's); say which they are."""
+    """Download the kernels of the suites (default: the running Debian's); print their releases."""
     try:
         wanted: Sequence[str | None] = suites or [None]
         for suite in wanted:

@@ -1,4 +1,4 @@
-"""The lab's side of a client or server process: start was `Host`'s, here are its answers."""
+"""The lab's side of a client or server process: its reports. `Host` starts the process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Report = dict[str, Any]
 
 
 class Server:
-    """A running tcp-server or udp-server; ready when this is constructed.
+    """A running tcp-server or udp-server. Construction waits until it is ready.
 
-    Raises: LabError if it ended or kept silent.
+    Raises: LabError if it ends or does not answer in time.
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -39,10 +39,10 @@ class Server:
         self.stop()
 
     def report(self, expect: int = 0, settle: float = 0.0) -> Report:
-        """Return what was counted since the last report.
+        """Return the counts since the last report.
 
-        A udp-server waits until `expect` distinct datagrams are in, or until none came for
-        `settle` seconds.
+        A udp-server first waits until it has `expect` distinct datagrams, or until none has arrived
+        for `settle` seconds.
         """
         if self.process.stdin is None:
             raise LabError("the server has no input")
@@ -63,10 +63,10 @@ class Server:
     def _line(self, timeout: float) -> Report:
         output = self.process.stdout
         if output is None or not select.select([output], [], [], timeout)[0]:
-            raise LabError(f"no answer from the server in {timeout:.0f} s")
+            raise LabError(f"the server did not answer within {timeout:.0f} s")
         line = output.readline()
         if not line:
-            raise LabError(f"the server ended with {self.process.wait()}")
+            raise LabError(f"the server exited with {self.process.wait()}")
         report: Report = json.loads(line)
         return report
 
@@ -78,12 +78,12 @@ class Client:
         self.process = process
 
     def result(self, timeout: float = 200.0) -> Report:
-        """Wait for the client's report; its own limit comes first.
+        """Wait for the client's report. The client's own limit should be the shorter one.
 
-        Raises: LabError if it ended without one; TimeoutExpired.
+        Raises: LabError if it exits without a report; TimeoutExpired.
         """
-        said, _ = self.process.communicate(timeout=timeout)
-        if not said:
-            raise LabError(f"the client ended with {self.process.returncode} and no report")
-        report: Report = json.loads(said)
+        output, _ = self.process.communicate(timeout=timeout)
+        if not output:
+            raise LabError(f"the client exited with {self.process.returncode} and no report")
+        report: Report = json.loads(output)
         return report

@@ -1,7 +1,7 @@
-"""What a frame on the path is: IKE, ESP, housekeeping of the link, or in clear.
+"""Classify a frame on the path: IKE, ESP, link housekeeping, or cleartext.
 
-Pure: bytes in, a `Packet` out. Anything that is not known to be harmless is CLEAR, a
-fragment of an unknown datagram too: a mistake here must look like a leak, never hide one.
+Pure: bytes in, a `Packet` out. Anything not known to be harmless is CLEAR, including a fragment
+of an unknown datagram: a mistake here must look like a leak, never hide one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SYN, ACK = 0x02, 0x10
 
 
 class Kind(Enum):
-    """What a frame is to somebody who watches for leaks."""
+    """The kind of a frame, as a watch for leaks sees it."""
 
     IKE = "ike"
     ESP = "esp"
@@ -38,12 +38,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """One frame, seen once, where it entered the path.
+    """One frame, captured once, where it entered the path.
 
-    `sender` is the host it came from (a, b). `wall_ns` is the kernel's own stamp
-    (CLOCK_REALTIME); `time` is the same on CLOCK_MONOTONIC, in seconds. `flags` are TCP's.
-    `complains`: an ICMP "unreachable" about a datagram to its sender, the kernel's own.
-    Ports are 0 where the protocol has none, and in fragments after the first.
+    `sender` is the host that sent it (a, b). `wall_ns` is the kernel's timestamp (CLOCK_REALTIME,
+    nanoseconds); `time` is the same moment on CLOCK_MONOTONIC, in seconds. `flags` are TCP's.
+    `is_unreachable`: an ICMP "unreachable" about a datagram that its sender received, which only a
+    kernel sends. Ports are 0 in protocols without ports and in fragments after the first.
     """
 
     sender: str
@@ -56,11 +56,11 @@ class Packet:
     sport: int = 0
     dport: int = 0
     flags: int = 0
-    complains: bool = False
+    is_unreachable: bool = False
 
     @property
     def is_syn(self) -> bool:
-        """Tell whether this is TCP's first step: SYN without ACK."""
+        """Return whether this opens a TCP connection: SYN without ACK."""
         return self.proto == TCP and self.flags & (SYN | ACK) == SYN
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class Packet:
 
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """Where a packet's upper layer starts: its protocol and bytes, `first` if not cut off."""
+    """What IP carries: protocol and bytes. `first`: not a later fragment, so it has ports."""
 
     proto: int
     body: bytes
@@ -97,13 +97,13 @@ def ipv6(data: bytes) -> Transport:
 
 
 def kind_of(upper: Transport, sport: int, dport: int) -> Kind:
-    """Classify what is above IP."""
+    """Classify what IP carries."""
     if upper.proto in (ESP, AH):
         return Kind.ESP
     if upper.proto == ICMPV6 and upper.body[:1] and upper.body[0] in HOUSEKEEPING:
         return Kind.LINK
     if upper.body[:1] == UNREACHABLE.get(upper.proto):
-        return answered(upper)
+        return kind_of_unreachable(upper)
     if upper.proto == UDP and IKE_PORT in (sport, dport):
         return Kind.IKE
     if upper.proto == UDP and NATT_PORT in (sport, dport):
@@ -113,8 +113,8 @@ def kind_of(upper: Transport, sport: int, dport: int) -> Kind:
     return Kind.CLEAR
 
 
-def answered(upper: Transport) -> Kind:
-    """Classify an "unreachable" by what it quotes: so a kernel answers IKE where no daemon is."""
+def kind_of_unreachable(upper: Transport) -> Kind:
+    """Classify an "unreachable" by what it quotes: kernels without an IKE daemon answer IKE so."""
     try:
         quoted = (ipv4 if upper.proto == ICMP else ipv6)(upper.body[8:])
         ports = struct.unpack_from("!HH", quoted.body) if quoted.proto == UDP else (0, 0)
@@ -123,8 +123,8 @@ def answered(upper: Transport) -> Kind:
     return Kind.CLEAR if kind_of(quoted, *ports) is Kind.CLEAR else Kind.IKE
 
 
-def complains(upper: Transport, saddr: bytes) -> bool:
-    """Tell an "unreachable" about what came to its sender: the kernel makes it, no process."""
+def is_unreachable(upper: Transport, saddr: bytes) -> bool:
+    """Return whether this is an "unreachable" about a packet to its sender, made by a kernel."""
     if not upper.first or upper.body[:1] != UNREACHABLE.get(upper.proto):
         return False
     quoted = upper.body[8:]
@@ -132,7 +132,7 @@ def complains(upper: Transport, saddr: bytes) -> bool:
 
 
 def parse(frame: bytes, sender: str, time: float, wall_ns: int) -> Packet:
-    """Read an Ethernet frame, of which `frame` may be the first bytes only."""
+    """Parse an Ethernet frame. `frame` may be truncated."""
     (ethertype,) = struct.unpack_from("!H", frame, 12)
     data = frame[ETHERNET:]
     if ethertype == ETH_ARP:
@@ -162,5 +162,5 @@ def parse(frame: bytes, sender: str, time: float, wall_ns: int) -> Packet:
         sport,
         dport,
         flags,
-        complains(upper, saddr),
+        is_unreachable(upper, saddr),
     )

@@ -1,4 +1,4 @@
-"""A real gate on host a of a lab: `ipsecgate run` as its own process, all its own places."""
+"""A real gate on host a of a lab: `ipsecgate run` in its own process, with its own folders."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _instances = itertools.count(1)
 
 
 class Gated:
-    """A gate with one gated cgroup, `cgroup`. Gone at the end of the `with`, pins and all.
+    """A gate with one gated cgroup, `cgroup`. The end of the `with` removes it, pins included.
 
-    `policies` is TOML that is added to the configuration, keys of [gate] first. `cache`
-    keeps the compiled hooks from one gate to the next; None: compiled anew.
+    `policies` is TOML that is appended to the configuration's [gate] table, so keys of [gate]
+    come first. `cache` keeps compiled hooks from one gate to the next; None: compile them again.
     """
 
     def __init__(self, lab: Lab, *, policies: str = "", cache: Path | None = None) -> None:
@@ -69,7 +69,7 @@ class Gated:
         self.close()
 
     def argv(self, *arguments: str) -> list[str]:
-        """Return the command that runs a verb of this gate."""
+        """Return the command line that runs a CLI verb on this gate."""
         paths = self.paths
         places = {"config": paths.config, "run-dir": paths.run, "cache-dir": paths.cache}
         options = [word for name, path in places.items() for word in (f"--{name}", str(path))]
@@ -81,9 +81,9 @@ class Gated:
         env: Mapping[str, str] | None = None,
         fds: Sequence[int] = (),
     ) -> None:
-        """Run the controller and wait until it has published. Raises: LabError.
+        """Start the controller and wait until it has published its tables. Raises: LabError.
 
-        `launcher` is a program that becomes it, given `env` and these descriptors.
+        `launcher` is a command prefix that executes the controller, with `env` and `fds`.
         """
         argv = [*launcher, *self.argv("run")]
         with self.log.open("a") as log:
@@ -95,33 +95,33 @@ class Gated:
                     return
             except NoControllerError:
                 if self.process.poll() is not None:
-                    raise LabError(f"the controller ended:\n{self.log.read_text()}") from None
+                    raise LabError(f"the controller exited:\n{self.log.read_text()}") from None
             if time.monotonic() > deadline:
                 raise LabError(f"the controller is not ready:\n{self.log.read_text()}")
             time.sleep(0.01)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """End the controller; the hooks stay."""
+        """Send the controller a signal and wait for its end; the hooks stay."""
         if self.process is not None:
             self.process.send_signal(number)
             self.process.wait()
             self.process = None
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a verb of the command line in host a. Raises: CalledProcessError if `check`."""
+        """Run a CLI verb in host a. Raises: CalledProcessError if it fails and `check`."""
         return self.lab.a.run(self.argv(*arguments), check=check)
 
-    def holding(self, *command: str, options: Sequence[str] = ()) -> list[str]:
-        """Return the words that run a command by `ipsecgate exec`, for `Host.run` and `popen`."""
+    def exec_argv(self, *command: str, options: Sequence[str] = ()) -> list[str]:
+        """Return the argv of a command under `ipsecgate exec`, for `Host.run` and `popen`."""
         return self.argv("exec", *options, "--", *command)
 
     def status(self) -> dict[str, Any]:
-        """Return `status --json`, whatever its exit code."""
+        """Return the output of `status --json`; ignore its exit code."""
         document: dict[str, Any] = json.loads(self.cli("--json", "status", check=False).stdout)
         return document
 
     def ask(self, verb: str = "status") -> dict[str, Any]:
-        """Return the controller's own word. Raises: NoControllerError, GateError."""
+        """Send the controller a control request. Raises: NoControllerError, GateError."""
         return control.ask(self.paths.control, verb, 60.0)
 
     def reasons(self) -> dict[str, int]:
@@ -130,32 +130,32 @@ class Gated:
             return {reason.name.lower(): count for reason, count in maps.counters().items()}
 
     def spread(self, count: int, begin: Callable[[], None]) -> float:
-        """Begin something; return the seconds from the first to the last of `count` covered calls.
+        """Call `begin`; return the seconds from the first to the last of `count` covered calls.
 
-        As the hooks see them, whatever the caller needs until it notices; at most half a
-        millisecond too much, and more where nobody lets us look.
+        The hooks' counter is polled every 0.5 ms, so the result excludes the time until the callers
+        run again. It is up to 0.5 ms too long, or more if this process does not get the CPU.
         """
         with Maps(Pins(BPFFS, self.instance)) as maps:
             before = maps.counters()[Reason.ALLOW_COVERED]
             begin()
-            none = began = time.monotonic()
+            last_unseen = began = time.monotonic()
             while (seen := maps.counters()[Reason.ALLOW_COVERED] - before) < count:
                 if not seen:
-                    none = time.monotonic()
+                    last_unseen = time.monotonic()
                 if time.monotonic() > began + SPREAD_TIMEOUT:
-                    raise LabError(f"{seen} of {count} calls were covered")
+                    raise LabError(f"only {seen} of {count} calls were covered")
                 time.sleep(0.0005)
-            return time.monotonic() - none
+            return time.monotonic() - last_unseen
 
     def memory(self) -> float:
-        """Return the most that the controller ever had resident, in MiB."""
+        """Return the controller's peak resident memory in MiB."""
         if self.process is None:
-            raise LabError("no controller runs")
+            raise LabError("no controller is running")
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 1024  # type: ignore[index]
 
     def wait_policy(self, name: str, timeout: float = 60.0) -> None:
-        """Wait until the gate has noticed a connection. Raises: LabError."""
+        """Wait until the gate knows a loaded connection. Raises: LabError."""
         deadline = time.monotonic() + timeout
         while f"{name}/{name}" not in self.ask()["children"]:
             if time.monotonic() > deadline:
@@ -163,7 +163,7 @@ class Gated:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """End the controller and open the gate again."""
+        """Stop the controller and unload the hooks."""
         self.kill(signal.SIGTERM)
         self.cli("unload", "--force", check=False)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,21 +1,21 @@
-# The guest's process 1: make a whole machine out of the host's files, run one command, power off.
+# The guest's process 1: set up a machine from the host's files, run one command, power off.
 #
-# Called as `sh WORK/init WORK`; WORK is a folder of the host that says what to do:
-#   settings   shell assignments: modules, release, results, terminal, rows, columns
-#   command    a shell script
-#   booted     made here when the command begins
-#   exit-code  written here
-# The console carries kernel and init messages, /dev/tty1 what the command prints.
+# Called as `sh WORK/init WORK`. WORK is a folder on the host with
+#   settings   input: shell assignments of modules, release, results, terminal, rows, columns
+#   command    input: a shell script
+#   booted     output: created when the command begins
+#   exit-code  output
+# The console carries kernel and init messages, /dev/tty1 the command's output.
 # A step that fails ends process 1, so the kernel panics and the host sees why.
 set -eu
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-# hostfs takes its folder as mount(2)'s data; in the newer calls no option may be a mere path.
+# hostfs takes its folder as mount(2)'s data; the new mount API rejects an option that is only a path.
 export LIBMOUNT_FORCE_MOUNT2=always
 work=$1
 . "$work/settings"
 
-# The root is the host's, read-only. Above it goes a tmpfs, and pivot_root makes both the
-# root: under a mere chroot container runtimes see the host's files below.
+# The root is the host's, read-only. Put a tmpfs above it and make both the root with pivot_root:
+# under a plain chroot, container runtimes would see the host's files below.
 mount -t tmpfs -o mode=755,size=90% tmpfs /mnt
 mkdir /mnt/upper /mnt/work /mnt/root
 insmod "$modules/$release/kernel/fs/overlayfs/overlay.ko"
@@ -24,8 +24,8 @@ cd /mnt/root
 pivot_root . mnt
 cd /
 
-# One process for all mounts: a process costs 50 ms here. /proc first, or mount(8) takes the
-# host's list of mounts, which shows through, for its own.
+# Make all mounts in one process: starting one costs 50 ms here. Mount /proc first, or mount(8) reads
+# the host's mount list, which shows through, as its own.
 mount -t proc proc /proc
 echo "
 devtmpfs   /dev            devtmpfs  mode=755
@@ -47,9 +47,9 @@ echo guest >/proc/sys/kernel/hostname
 ip link set lo up
 ulimit -n 65536
 
-# Bytes go out as they come in (no CR before LF). The command sees a terminal only where the
-# caller has one, and never as its controlling terminal (only a session's leader, the outer sh,
-# could make it that): the hang-up at the end would drop what is pending.
+# Pass bytes on unchanged (no CR before LF). The command gets a terminal only if the caller has one,
+# and never as its controlling terminal (only a session leader, the outer sh, could acquire it): the
+# hang-up at the end would drop pending output.
 exec 3<>/dev/tty1
 stty raw -opost -echo rows "$rows" cols "$columns" <&3
 run='sh /run/host/command; exit $?'
@@ -62,14 +62,14 @@ else
     cat /run/output >&3 &
     cat=$!
     setsid --wait sh -c "$run" </dev/null >/run/output 2>&1 3>&- || status=$?
-    # A daemon that the command left behind may hold the pipe, which then has no end.
+    # A daemon that the command left behind may hold the pipe open, so cat would never see its end.
     for holder in $(find /proc/[0-9]*/fd -lname /run/output 2>/dev/null); do
         holder=${holder#/proc/}
         [ "${holder%%/*}" = "$cat" ] || kill -9 "${holder%%/*}" 2>/dev/null || true
     done
     wait "$cat" || true
 fi
-stty -F /dev/tty1 raw -opost -echo # waits until the host has read everything
+stty -F /dev/tty1 raw -opost -echo # waits until the host has read all output
 echo "$status" >/run/host/exit-code
 echo o >/proc/sysrq-trigger
 sleep 60

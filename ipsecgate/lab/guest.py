@@ -1,14 +1,14 @@
-"""The everyday test kernel: one command as root in user-mode-linux, on this machine's files.
+"""Run one command as root in a guest: user-mode-linux by default, on the host's files.
 
-Rules of this module: the guest sees the host's whole root read-only, with a
-tmpfs above it; /dev/shm and /run are the guest's own; only the results folder
-comes back. It is a harness, not a jail: its root could mount more of the host.
-Whatever ends `run`, the guest's processes and temporary folders are gone after.
+Rules of this module: the guest sees the host's whole root read-only, with a tmpfs above it.
+/dev/shm and /run are its own. Only the results folder is shared back. It is a harness, not a
+jail: its root could mount more of the host. However `run` ends, it leaves no process and no
+temporary folder behind.
 
     python -m ipsecgate.lab.guest [--always] [--timeout S] [--results DIR] -- CMD...
     python -m ipsecgate.lab.guest --kernel qemu ... -- CMD...    (see `debian`)
 
-Where user-mode-linux does not boot, QEMU is tried.
+If user-mode-linux does not boot, QEMU is tried.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ __all__ = ["GuestError", "GuestHung", "GuestPanicked", "GuestResult", "run"]
 
 INIT = Path(__file__).with_name("guest-init.sh")
 SLOWER = 5
-"""How much more time a command has under QEMU: it runs at a fifth of the speed or faster."""
+"""Factor for the timeout under QEMU, which runs at a fifth of the speed or faster."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestResult:
-    """How a command ended: `output` is stdout and stderr as they came, `seconds` with the boot.
+    """How a command ended. `output`: stdout and stderr, interleaved. `seconds` includes the boot.
 
-    `files` are the files in the results folder that the caller named, else empty.
+    `files`: the files in the results folder if the caller named one, else empty.
     """
 
     exit_code: int
@@ -70,14 +70,13 @@ def run(
 ) -> GuestResult:
     """Boot a guest, run `argv` in it as root, and return when the guest is gone.
 
-    `env` None: ours. `cwd` None: ours. `timeout`: seconds, boot included.
-    `results` is a folder (made if missing) that the command writes to under the
-    same path, in IPSECGATE_RESULTS; None: one that is thrown away. `on_output`
-    gets whole lines, or a part of one when no more came for `IDLE` seconds.
-    `terminal`: the command's stdout is a terminal of our terminal's size, else a
-    pipe. `memory`: MiB. `kernel` None: user-mode-linux, or QEMU where that does
-    not boot; `progress` is told so, and QEMU has `SLOWER` times the timeout.
-    Raises: GuestHung; GuestPanicked; GateError if there is no kernel to be had.
+    `env`, `cwd`: None for this process's own. `timeout`: seconds, including the boot.
+    `results`: a folder (created if missing) that the command can write to under the same path,
+    which is in IPSECGATE_RESULTS; None: a temporary one. `on_output` gets whole lines, or a part
+    of a line after `IDLE` seconds without more. `terminal`: the command's stdout is a terminal of
+    our terminal's size, else a pipe. `memory`: MiB. `kernel` None: user-mode-linux, or QEMU with
+    `SLOWER` times the timeout if that does not boot; `progress` gets a message about it.
+    Raises: GuestHung; GuestPanicked; GateError if no kernel is available.
     """
     run_in = partial(
         _run,
@@ -110,11 +109,11 @@ def run(
 
 
 def _no_guest(first: GuestError, second: GateError) -> GuestError:
-    """Return the error of a machine on which neither kind of guest boots."""
+    """Return the error for a machine on which neither kind of guest boots."""
     evidence = (str(first), first.evidence, f"QEMU instead: {second}", second.evidence)
-    hint = (
-        second.hint if second.hint == first.hint else f"for QEMU: {second.hint}. Else: {first.hint}"
-    )
+    hint = second.hint
+    if second.hint != first.hint:
+        hint = f"for QEMU: {second.hint}. Otherwise: {first.hint}"
     return GuestError(
         "no test kernel boots on this machine",
         hint=hint,
@@ -160,8 +159,8 @@ def _run(
 def command_file(argv: Sequence[str], env: Mapping[str, str], cwd: Path) -> str:
     """Return the shell script that runs `argv` with exactly `env` in `cwd`.
 
-    Raises: ValueError if `argv` is empty or its first word has a "=": env(1)
-    would take it for a variable.
+    Raises: ValueError if `argv` is empty or its first word contains "=", because env(1) would
+    read it as a variable.
     """
     if not argv or "=" in argv[0]:
         raise ValueError(f"not a command: {list(argv)}")
@@ -185,7 +184,7 @@ def settings_file(kernel: Kernel, results: Path, terminal: bool) -> str:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """Make the guest's folder. It is in /tmp: the guest hides /dev/shm, and no path has blanks."""
+    """Make the guest's folder, in /tmp: the guest hides /dev/shm, and blanks are not allowed."""
     folder = Path(tempfile.mkdtemp(prefix="ipsecgate-guest-", dir="/tmp"))
     try:
         yield folder
@@ -194,7 +193,7 @@ def _folder() -> Iterator[Path]:
 
 
 def _links(folder: Path) -> None:
-    """Make the symbolic links that the guest's /dev lacks. Source: proc(5), pts(4)."""
+    """Make the symbolic links that devtmpfs lacks. Source: proc(5), pts(4)."""
     folder.mkdir()
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         (folder / name).symlink_to(f"/proc/self/fd/{number}")
@@ -213,7 +212,7 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _tell(text: str) -> None:
+def _report_progress(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
@@ -221,12 +220,12 @@ KINDS = {"uml": fetch, "qemu": debian.fetch}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command where ESP is: in a `room` if it is here, else (or --always) in a guest."""
+    """Run a command on a kernel with ESP: in a room on this one, else (or --always) in a guest."""
     parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.guest", description=main.__doc__)
-    parser.add_argument("--always", action="store_true", help="in a guest even if ESP is here")
-    parser.add_argument("--kernel", choices=KINDS, help="always in this kind of guest, no other")
+    parser.add_argument("--always", action="store_true", help="use a guest even if this has ESP")
+    parser.add_argument("--kernel", choices=KINDS, help="use this kind of guest and no other")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds (600)")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="what the command leaves")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="folder for the results")
     parser.add_argument("--memory", type=int, default=MEMORY, metavar="MIB", help="(2048)")
     parser.add_argument("command", nargs="+", metavar="CMD")
     options = parser.parse_args(arguments)
@@ -240,11 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             on_output=_say,
             terminal=sys.stdout.isatty(),
             memory=options.memory,
-            kernel=KINDS[options.kernel](progress=_tell) if options.kernel else None,
-            progress=_tell,
+            kernel=KINDS[options.kernel](progress=_report_progress) if options.kernel else None,
+            progress=_report_progress,
         ).exit_code
     except GateError as error:
-        _tell(error.report())
+        _report_progress(error.report())
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,4 @@
-"""One host of the lab: a namespace, a strongSwan, and the processes that run in them."""
+"""One host of the lab: a network namespace, a strongSwan, and the processes that run in it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import IO
 
 from ipsecgate.core.model.flow import Address
 from ipsecgate.lab import traffic
+from ipsecgate.lab.charon import Charon
+from ipsecgate.lab.connections import ConnSpec, End
 from ipsecgate.lab.endpoints import Client, Server
 from ipsecgate.lab.netns import Namespace
 from ipsecgate.lab.path import FAMILIES, Site
-from ipsecgate.lab.strongswan import Charon, ConnSpec, End
 
 Stream = int | IO[str] | None
 
 
 class Host:
-    """One host: a namespace, a strongSwan, and the processes run in them.
+    """One host of the lab. Addresses by family (4, 6), see `Site`.
 
-    Addresses by family: `outer` on the wire, `inner` behind tunnel mode, `bare` on the
-    wire as well but named by no connection.
+    `outer`: on the wire. `inner`: behind tunnel mode. `bare`: on the wire, in no connection.
     """
 
     def __init__(
@@ -37,24 +37,24 @@ class Host:
         self._processes: list[subprocess.Popen[str]] = []
 
     def address(self, spec: ConnSpec) -> Address:
-        """Return the address of this host that a connection of that mode protects."""
+        """Return the address of this host that a connection of the spec's mode protects."""
         return (self.inner if spec.mode == "tunnel" else self.outer)[spec.family]
 
     def end(self, spec: ConnSpec, selectors: tuple[str, ...]) -> End:
-        """Return this host's end of a connection; no selectors: the mode's usual one.
+        """Return this host's end of a connection; no selectors: the default of the mode.
 
-        The identity has the connection's name, so that several live side by side: charon
-        would otherwise take up an IKE_SA whose configuration at the peer lacks the child.
+        The identity contains the connection's name, so that several connections can coexist: charon
+        would otherwise reuse an IKE_SA whose configuration at the peer lacks the child.
         """
         inner, outer = self.site.inner[spec.family], self.outer[spec.family]
         usual = str(inner.network) if spec.mode == "tunnel" else str(outer)
         return End(f"{spec.name}@{self.site.name}.example", outer, selectors or (usual,))
 
     def launcher(self, cgroup: Path | None = None) -> list[str]:
-        """Return the command prefix that puts a program into this host.
+        """Return the command prefix that runs a program in this host, and in `cgroup` if given.
 
-        nsenter, not `ip netns exec`: that one hides the cgroup mount. The join to the
-        cgroup is an unbuffered write(2), and the program does not run unless it succeeded.
+        It uses nsenter, because `ip netns exec` hides the cgroup mount. Joining the cgroup is one
+        write(2), and the program runs only if that succeeds.
         """
         enter = ["nsenter", f"--net={self.namespace.path}", "--"]
         if cgroup is None:
@@ -73,11 +73,10 @@ class Host:
         stderr: Stream = None,
         fds: Sequence[int] = (),
     ) -> subprocess.Popen[str]:
-        """Start a program in this host; its pid is the Popen's. `env` adds to our own.
+        """Start a program in this host; the Popen's pid is the program's own.
 
-        `fds` are descriptors that it inherits.
-
-        The lab kills it at the end if it still runs.
+        `env` adds to our environment. The program inherits the descriptors `fds`. The lab kills it
+        at the end if it is still running.
         """
         process = subprocess.Popen(
             [*self.launcher(cgroup), *argv],
@@ -100,7 +99,7 @@ class Host:
         timeout: float = 60.0,
         check: bool = True,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program in this host to its end, its output captured.
+        """Run a program in this host and return its exit code and output.
 
         Raises: CalledProcessError if it fails and `check`; TimeoutExpired.
         """
@@ -115,7 +114,7 @@ class Host:
         )
 
     def serve(self, role: str, port: int, address: str = "::") -> Server:
-        """Start a tcp-server or udp-server and wait until it is ready; :: is IPv4 too."""
+        """Start a tcp-server or udp-server and wait until it is ready; :: includes IPv4."""
         argv = traffic.command(role, "--bind", address, "--port", str(port))
         pipe = subprocess.PIPE
         return Server(self.popen(argv, stdin=pipe, stdout=pipe))
@@ -128,15 +127,15 @@ class Host:
         return Client(self.popen(argv, cgroup=cgroup, stdout=subprocess.PIPE))
 
     def counters(self) -> dict[str, int]:
-        """Return the kernel's counters of this host, under nstat(8)'s names."""
+        """Return the kernel's counters of this host by their nstat(8) names."""
         return self.namespace.counters()
 
     def established(self) -> tuple[str, ...]:
-        """Return the names of the children whose SAs are installed, as charon says."""
+        """Return the names of the children whose SAs charon lists as installed."""
         return self.charon.established()
 
     def close(self) -> None:
-        """Kill what runs in this host and reap it."""
+        """Kill and reap the processes of this host."""
         self.charon.kill()
         for process in self._processes:
             process.kill()

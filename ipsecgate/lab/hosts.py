@@ -1,11 +1,11 @@
-"""Two hosts with real IKE on a path of their own: `with Lab() as lab: lab.a … lab.b`.
+"""Two hosts with real IKE, connected by a path of their own: `with Lab() as lab: lab.a … lab.b`.
 
-Host a is the one that is looked at: it initiates, and a gate would sit on it. Host b
-answers. Whatever the lab makes (namespaces, processes, cgroups, one folder) carries its
-prefix and the owner's pid; it goes away at the end of the `with`, however that ends, and
-what an owner that was killed left behind goes away when the next lab of that prefix starts.
+Host a is the one under test: it initiates, and gets the gate. Host b responds. Everything that the
+lab creates (namespaces, processes, cgroups, one folder) is named after its prefix and the owner's
+pid. The end of the `with` removes it all, however it ends. If the owner was killed, the next lab
+with the same prefix removes the leftovers.
 
-It does not attach a gate, and does not judge what it sees.
+The lab does not attach a gate and does not judge what it captures.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from typing import ClassVar, Self
 
 from ipsecgate.lab import cgroups, netns, path
 from ipsecgate.lab.capture import Capture
+from ipsecgate.lab.connections import ConnSpec, connection
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.netns import LabError, Namespace
 from ipsecgate.lab.path import FAMILIES, SITE_A, SITE_B
-from ipsecgate.lab.strongswan import ConnSpec, connection
-from ipsecgate.lab.xfrm_watch import SaWatch
+from ipsecgate.lab.xfrm_watch import XfrmWatch
 
-__all__ = ["FAMILIES", "MODES", "Capture", "ConnSpec", "Host", "Lab", "LabError", "SaWatch"]
+__all__ = ["FAMILIES", "MODES", "Capture", "ConnSpec", "Host", "Lab", "LabError", "XfrmWatch"]
 
 MODES = ("transport", "tunnel")
 PREFIX = "ipsecgate-lab"
 PSK = "the pre-shared key of the lab"
 OTHER_PSK = "another key, which the peer doesn't know"
 RESET_TIMEOUT = 60.0
-QUIET_TIMEOUT = 2.0  # without an SA some connections never close
-CLOSE_TIMEOUT = 20.0  # but what a process owes comes, however busy the machine is
+QUIET_TIMEOUT = 2.0  # without an SA, some connections never close
+CLOSE_TIMEOUT = 20.0  # a process that has not closed yet will do so, even on a busy machine
 
 
 class Lab:
-    """Host a, a path with a delay, host b. See the module for what it owns.
+    """Host a, a path with a delay, host b. The module docstring says what it owns.
 
-    `prefix` tells labs of one process apart: it may have one of each prefix at a time.
-    `libipsec`: both strongSwans do ESP themselves, in tunnel mode only, and XFRM is not touched.
+    `prefix` distinguishes the labs of one process, which may have one lab per prefix at a time.
+    `libipsec`: both strongSwans do userspace ESP, in tunnel mode only, without XFRM.
     """
 
     a: Host
@@ -60,7 +60,7 @@ class Lab:
 
     def __enter__(self) -> Self:
         if os.geteuid():
-            raise LabError("a lab makes network namespaces", hint="run it as root")
+            raise LabError("a lab needs network namespaces", hint="run it as root")
         if self.name in Lab._open:
             raise LabError(f"a lab {self.name} is open", hint="give this one another prefix")
         sweep(self.prefix)
@@ -108,9 +108,9 @@ class Lab:
         return self.b if host is self.a else self.a
 
     def load(self, spec: ConnSpec, host: Host | None = None) -> None:
-        """Load a connection on a host (a unless given) and its mirror image on the other.
+        """Load a connection on a host (default: a) and its mirror image on the other.
 
-        Only the first one gets the `start_action`; the mirror answers.
+        Only the first gets the spec's `start_action`; the mirror responds.
         """
         here = host or self.a
         there = self.peer(here)
@@ -124,11 +124,11 @@ class Lab:
             host.charon.unload(name)
 
     def reset(self) -> None:
-        """Bring both hosts back to no connection, no SA, no policy, the right key, no mute.
+        """Bring both hosts back to no connection, no SA, no policy, one key, and IKE that answers.
 
-        The delay stays. A charon that is down is started. TCP connections that are closing
-        get a moment to do so: without an SA their last packets would go out in clear, and
-        the next capture would show them. Raises: LabError if charon keeps its SAs.
+        The delay stays. A charon that is down is started. TCP connections that are closing get a
+        moment to finish: without an SA their last packets would go out in clear, and the next
+        capture would show them. Raises: LabError if charon keeps its SAs.
         """
         self.let_tcp_close()
         for host in (self.a, self.b):
@@ -151,20 +151,21 @@ class Lab:
             self.drop_ike(False)
 
     def let_tcp_close(self) -> None:
-        """Give TCP connections that are closing a moment to do so."""
+        """Wait until no TCP connection is opening or closing, for a limited time."""
         began = time.monotonic()
         spaces = (self.a.namespace, self.b.namespace)
         while not all(space.tcp_is_quiet() for space in spaces):
-            owed = any(space.owes_a_close() for space in spaces)
-            if time.monotonic() > began + (CLOSE_TIMEOUT if owed else QUIET_TIMEOUT):
+            process_must_close = any(space.has_close_wait() for space in spaces)
+            limit = CLOSE_TIMEOUT if process_must_close else QUIET_TIMEOUT
+            if time.monotonic() > began + limit:
                 break
             time.sleep(0.01)
 
     def warm_up(self, modes: Sequence[str] = MODES, families: Sequence[int] = FAMILIES) -> None:
         """Load the ciphers, then negotiate once per mode and family.
 
-        The first SA of a fresh kernel takes seconds, because it loads modules: longer
-        than the lab's charon waits for an answer.
+        The first SA on a fresh kernel loads modules. That takes seconds, longer than the lab's
+        charon waits for an answer.
         """
         for family in families:
             self.a.namespace.try_sa(self.a.outer[family], self.b.outer[family])
@@ -176,11 +177,11 @@ class Lab:
         self.reset()
 
     def set_delay(self, one_way_ms: float) -> None:
-        """Delay every frame between the hosts, each way. Raises: LabError without netem."""
+        """Delay every frame, in both directions. Raises: LabError without netem."""
         path.set_delay(self.path, one_way_ms)
 
     def break_psk(self) -> None:
-        """Give host b another key: authentication fails until `mend_psk()` or `reset()`."""
+        """Give host b a different key: authentication fails until `mend_psk()` or `reset()`."""
         self._broken = True
         self.b.charon.load_psk(OTHER_PSK)
 
@@ -191,37 +192,37 @@ class Lab:
         self._broken = False
 
     def drop_ike(self, dropped: bool = True) -> None:
-        """Make host b hear IKE and never answer, or undo it (so does `reset()`)."""
+        """Make host b receive IKE and never answer, or undo that (as `reset()` does)."""
         if dropped != self._muted:
             path.mute_ike(self.b.namespace, dropped)
             self._muted = dropped
 
     def restart(self, host: Host) -> None:
-        """Start a host's charon again after its `kill()` or `stop()`; it knows no connection."""
+        """Start a host's charon again after its `kill()` or `stop()`, without any connection."""
         host.charon.spawn()
         host.charon.wait_ready()
         host.charon.load_psk(OTHER_PSK if self._broken and host is self.b else PSK)
 
     def cgroup(self, name: str) -> Path:
-        """Make a cgroup (v2) that goes away with the lab; `name` may have slashes."""
+        """Make a cgroup (v2) that is removed with the lab; `name` may contain slashes."""
         return self._cgroups.make(name)
 
     def capture(self) -> Capture:
-        """Return a capture of what the hosts send each other; start it."""
+        """Return a capture of the traffic between the hosts; the caller starts it."""
         capture = Capture(self.path, {"a": SITE_A.port, "b": SITE_B.port})
         self._stack.callback(capture.close)
         return capture
 
-    def watch(self, host: Host | None = None) -> SaWatch:
-        """Return a watch of a host's (a unless given) own XFRM events; start it."""
-        flow_index = host or self.a
-        watch = SaWatch(flow_index.namespace, set(flow_index.outer.values()))
+    def watch(self, host: Host | None = None) -> XfrmWatch:
+        """Return a watch of a host's XFRM events (default: a); the caller starts it."""
+        watched = host or self.a
+        watch = XfrmWatch(watched.namespace, set(watched.outer.values()))
         self._stack.callback(watch.close)
         return watch
 
 
 def sweep(prefix: str) -> None:
-    """Remove what labs of dead owners left: processes, namespaces, cgroups, folders."""
+    """Remove what the labs of dead owners left behind: processes, namespaces, cgroups, folders."""
     for found in netns.RUN.iterdir() if netns.RUN.exists() else ():
         if netns.is_leftover(found.name, prefix):
             netns.discard(found)

@@ -1,6 +1,6 @@
-"""The test kernel: where user-mode-linux is, downloaded if it is not here.
+"""The test kernel: Debian's user-mode-linux, downloaded and unpacked into a cache folder.
 
-Nothing is installed: Debian's package is downloaded and unpacked into a cache folder.
+Nothing is installed.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from ipsecgate.errors import GateError
 
 PACKAGE = "user-mode-linux"
 MACHINES = ("x86_64", "i686")
-"""Those that Debian has it for."""
+"""The machines that Debian builds it for."""
 
 Progress = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """An unpacked user-mode-linux: its executable and the folder with its one modules version."""
+    """An unpacked kernel: its executable, and the modules folder of its release."""
 
     binary: Path
     modules: Path
 
     @property
     def release(self) -> str:
-        """What `uname -r` says inside, for example 6.1.176."""
+        """The output of `uname -r` in the guest, for example 6.1.176."""
         return self.modules.name
 
 
 def default_cache() -> Path:
-    """Return the folder for what the lab downloads; it need not exist yet."""
+    """Return the folder for the lab's downloads, which may not exist yet."""
     if own := os.environ.get("IPSECGATE_LAB_CACHE"):
         return Path(own).absolute()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -47,20 +47,20 @@ def default_cache() -> Path:
 
 
 def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) -> Kernel:
-    """Return the kernel in `cache` (None: `default_cache`), downloading it if it is not there.
+    """Return the kernel in `cache` (None: `default_cache`); download it if it is missing.
 
-    The package is unpacked aside and renamed, so a kernel that is there is
-    whole; writers wait for each other. `progress` is told what takes long.
-    Raises: GateError if the package can't be had.
+    The package is unpacked aside and renamed, so a cached kernel is complete. Writers wait for
+    each other. `progress` gets a line before each slow step.
+    Raises: GateError if the package cannot be downloaded.
     """
     cache = default_cache() if cache is None else cache.absolute()
     home = cache / PACKAGE
     if home.is_dir():
-        return _look(home)
+        return _unpacked_kernel(home)
     if platform.machine() not in MACHINES:
         raise GateError(
             f"Debian has no {PACKAGE} for {platform.machine()}",
-            hint="boot a kernel with ESP, such as Debian's own: then no test kernel is needed",
+            hint="boot a kernel with ESP, such as Debian's own; then no test kernel is needed",
         )
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -71,15 +71,15 @@ def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) ->
                 _unpack_into(cache, home, progress)
     except OSError as error:
         raise GateError(
-            f"the kernel cache can't be written: {error}",
+            f"cannot write the kernel cache: {error}",
             hint="name a writable folder in IPSECGATE_LAB_CACHE",
         ) from error
-    return _look(home)
+    return _unpacked_kernel(home)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, waiting for others who do."""
+    """Hold an exclusive lock on the file `path`; wait for it if necessary."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -90,29 +90,29 @@ def _unpack_into(cache: Path, home: Path, progress: Progress) -> None:
     try:
         aside.chmod(0o755)
         progress(f"downloading Debian's {PACKAGE} into {home}")
-        call(
+        run_tool(
             ["apt-get", "download", "--quiet", PACKAGE],
             aside,
             f"run apt-get update; {PACKAGE} is in Debian's main section (or set"
             " IPSECGATE_LAB_CACHE to a folder that has it unpacked)",
         )
         package = next(aside.glob("*.deb"))
-        call(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
+        run_tool(["dpkg", "-x", package.name, "."], aside, "remove the cache folder, try again")
         package.unlink()
-        _look(aside)
+        _unpacked_kernel(aside)
         aside.rename(home)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def call(argv: list[str], cwd: Path, hint: str) -> str:
-    """Run `argv`, return what it printed. Raises: GateError, with `hint` if it failed."""
+def run_tool(argv: list[str], cwd: Path, hint: str) -> str:
+    """Run `argv` and return its stdout. Raises: GateError; `hint` is for a non-zero exit code."""
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise GateError(
             f"{argv[0]} is not installed",
-            hint=f"the test kernels are Debian's; elsewhere unpack {PACKAGE} by hand into"
+            hint=f"the test kernels come from Debian; elsewhere, unpack {PACKAGE} by hand into"
             f" $IPSECGATE_LAB_CACHE/{PACKAGE}",
         ) from error
     if done.returncode != 0:
@@ -121,7 +121,7 @@ def call(argv: list[str], cwd: Path, hint: str) -> str:
     return done.stdout
 
 
-def _look(home: Path) -> Kernel:
+def _unpacked_kernel(home: Path) -> Kernel:
     binary = home / "usr/bin/linux.uml"
     modules = sorted((home / "usr/lib/uml/modules").glob("[0-9]*"))
     if not binary.is_file() or not modules:

@@ -1,8 +1,8 @@
-"""A network namespace with a name: made, entered, read, removed.
+"""Named network namespaces: create, enter, inspect, remove.
 
 Rules of this module: every name is `<prefix>-<pid of the owner>-<role>`, so that labs of
-different owners live side by side and the leftovers of a dead owner can be told from
-those of a live one. Only the calling thread ever changes namespace, and it goes back.
+different owners can coexist, and the leftovers of a dead owner can be distinguished from the
+namespaces of a live one. Only the calling thread changes its namespace, and it always returns.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ XFRM_MSG_FLUSHSA = 28
 XFRM_MSG_FLUSHPOLICY = 29
 CLOSE_WAIT = "08"
 # SYN_RECV, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
-UNQUIET = {"03", "04", "05", CLOSE_WAIT, "09", "0B"}
+OPENING_OR_CLOSING = {"03", "04", "05", CLOSE_WAIT, "09", "0B"}
 REQUEST_WITH_ACK = 0x1 | 0x4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class LabError(GateError):
-    """The lab can't be what was asked for, or did not do what it was told."""
+    """The lab cannot be built as requested, or an operation in it failed."""
 
 
 def setns(fd: int) -> None:
@@ -49,17 +49,17 @@ def setns(fd: int) -> None:
 
 
 class Namespace:
-    """One network namespace, made at construction and gone after `remove()`."""
+    """One network namespace, created at construction and removed by `remove()`."""
 
     def __init__(self, name: str) -> None:
-        # pyroute2 would fork all of us for it; ip(8) is a vfork and five times as quick.
+        # pyroute2 would fork this whole process; ip(8) needs only a vfork, five times as fast.
         subprocess.run(["ip", "netns", "add", name], check=True)
         self.name = name
         self.path = RUN / name
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Run the calling thread in the namespace; sockets made meanwhile stay in it."""
+        """Run the calling thread in the namespace; sockets opened meanwhile stay in it."""
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
             there = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -85,23 +85,23 @@ class Namespace:
             Path("/proc/sys/net", key).write_text(value)
 
     def proc(self, name: str) -> str:
-        """Read /proc/net/`name` of the namespace; "" if this kernel has none."""
+        """Read /proc/net/`name` of the namespace; "" if this kernel does not have it."""
         with self.inside():
-            # /proc/net is the main thread's view, not this one's.
+            # /proc/net shows the main thread's namespace, not this thread's.
             try:
                 return Path("/proc/thread-self/net", name).read_text()
             except FileNotFoundError:
                 return ""
 
     def tcp_is_quiet(self) -> bool:
-        """Tell whether no TCP connection is half open or half closed, so that none will speak.
+        """Return whether no TCP connection is opening or closing, so that none sends by itself.
 
-        Source: the states of include/net/tcp_states.h, fourth word in /proc/net/tcp.
+        Source: the states of include/net/tcp_states.h, fourth column of /proc/net/tcp.
         """
-        return self._tcp_states().isdisjoint(UNQUIET)
+        return self._tcp_states().isdisjoint(OPENING_OR_CLOSING)
 
-    def owes_a_close(self) -> bool:
-        """Tell whether a process here has not closed yet what its peer did."""
+    def has_close_wait(self) -> bool:
+        """Return whether a process here has yet to close a connection that its peer closed."""
         return CLOSE_WAIT in self._tcp_states()
 
     def _tcp_states(self) -> set[str]:
@@ -109,9 +109,9 @@ class Namespace:
         return {line.split()[3] for line in lines}
 
     def counters(self) -> dict[str, int]:
-        """Return the kernel's counters under nstat(8)'s names: TcpExtTCPSynRetrans, Ip6InDiscards.
+        """Return the kernel's counters by nstat(8) name, such as TcpExtTCPSynRetrans.
 
-        All of /proc/net/{snmp,netstat,snmp6,xfrm_stat}; XfrmOutNoStates and its like are
+        These are all of /proc/net/{snmp,netstat,snmp6,xfrm_stat}. XfrmOutNoStates and the like are
         missing on a kernel without CONFIG_XFRM_STATISTICS.
         """
         found: dict[str, int] = {}
@@ -128,9 +128,9 @@ class Namespace:
         return found
 
     def flush_xfrm(self, *, states: bool = True, policies: bool = True) -> None:
-        """Empty the namespace's SAD (larval states too) and SPD, or one of them.
+        """Flush the namespace's SAD (including larval states), its SPD, or both.
 
-        The policies of charon's own sockets stay: a flush doesn't see them.
+        The policies of charon's own sockets stay: a flush does not cover them.
         Source: xfrm_flush_sa() and xfrm_flush_policy() in net/xfrm/xfrm_user.c.
         """
         with self.inside():
@@ -143,12 +143,12 @@ class Namespace:
                 head = struct.pack("=IHHII", 16 + len(body), number, REQUEST_WITH_ACK, 1, 0)
                 netlink.send(head + body)
                 (code,) = struct.unpack_from("=i", netlink.recv(4096), 16)
-                # An empty table answers ESRCH: it is what was asked for.
+                # The kernel answers ESRCH if the table is already empty.
                 if code not in (0, -3):
                     raise OSError(-code, os.strerror(-code), f"XFRM flush in {self.name}")
 
     def try_sa(self, source: Address, destination: Address) -> None:
-        """Install an SA of the lab's ciphers and take it away. Raises: LabError without ESP."""
+        """Add an SA with the lab's ciphers and delete it. Raises: LabError without ESP."""
         name = f"src {source} dst {destination} proto esp spi 0x1000"
         keys = ("enc", "cbc(aes)", "0x" + "11" * 16, "auth-trunc", "hmac(sha256)", "0x" + "11" * 32)
         ip = ["ip", "-n", self.name, "xfrm", "state"]
@@ -159,8 +159,8 @@ class Namespace:
             run = subprocess.run(argv, capture_output=True, text=True, check=False)
             if run.returncode:
                 raise LabError(
-                    f"no ESP SA in {self.name}: {run.stderr.strip()}",
-                    hint="`ipsecgate check` says what the kernel lacks",
+                    f"cannot add an ESP SA in {self.name}: {run.stderr.strip()}",
+                    hint="`ipsecgate check` shows what the kernel lacks",
                 )
 
     def pids(self) -> list[int]:
@@ -168,7 +168,7 @@ class Namespace:
         return pids_in(self.path)
 
     def remove(self) -> None:
-        """Kill what still runs in the namespace and take its name away."""
+        """Kill the processes in the namespace and remove it."""
         discard(self.path)
 
 
@@ -187,7 +187,7 @@ def pids_in(path: Path) -> list[int]:
 
 
 def discard(path: Path) -> None:
-    """Remove a named namespace, live or a bare file, and its processes."""
+    """Kill the processes of a named namespace and remove it, even if only its file is left."""
     with contextlib.suppress(FileNotFoundError):
         for pid in pids_in(path):
             with contextlib.suppress(ProcessLookupError):
@@ -196,9 +196,9 @@ def discard(path: Path) -> None:
 
 
 def is_leftover(name: str, prefix: str) -> bool:
-    """Tell whether `name` is `<prefix>-<pid>` or `<prefix>-<pid>-…` of no live process.
+    """Return whether `name` is `<prefix>-<pid>` or `<prefix>-<pid>-…` of a dead process.
 
-    Our own pid counts as dead: ask only when no lab of that prefix is open.
+    Our own pid counts as dead: call this only when no lab of that prefix is open.
     """
     found = re.fullmatch(re.escape(prefix) + r"-(\d+)(-.*)?", name)
     if found is None:

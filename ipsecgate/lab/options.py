@@ -1,4 +1,4 @@
-"""What the lab's clients and servers have in common: arguments, a socket, a line of JSON."""
+"""Shared by the lab's clients and servers: arguments, a socket, a line of JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import sys
 TEXTS = {"to": "", "bind": "", "retry": ""}
 NUMBERS = {"port": "7", "limit": "30", "count": "200", "rate": "1000", "size": "64"}
 SWITCHES = ("same-socket", "connected")
-# A datagram begins with its sender's run (random) and its number in it (big-endian).
+# A datagram begins with a random id of the sender's run and its number in that run (big-endian).
 RUN_LENGTH, NUMBER_LENGTH = 8, 4
 
 Report = dict[str, object]
 
 
 class UnknownWordError(Exception):
-    """An argument that no role has."""
+    """An unknown argument."""
 
 
 class Options:

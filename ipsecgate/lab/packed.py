@@ -1,4 +1,4 @@
-"""What Debian packs its kernels and modules with, unpacked: xz here, zstd by zstd(1)."""
+"""Decompress Debian's kernels and modules: xz in Python, zstd with zstd(1)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ELF = b"\x7fELF"
 
 
 def unpack(data: bytes) -> bytes:
-    """Return what is packed in `data`; an ELF file is returned as it is.
+    """Return the decompressed `data`; an ELF file is returned unchanged.
 
     Raises: ValueError; GateError if zstd(1) is needed and not installed.
     """
@@ -23,7 +23,7 @@ def unpack(data: bytes) -> bytes:
         return _xz(data)
     if data.startswith(ZSTD):
         return _zstd(data)
-    raise ValueError("packed with neither xz nor zstd")
+    raise ValueError("neither xz nor zstd")
 
 
 def _xz(data: bytes) -> bytes:
@@ -33,7 +33,7 @@ def _xz(data: bytes) -> bytes:
     except lzma.LZMAError as error:
         raise ValueError(str(error)) from error
     if not unpacker.eof:
-        raise ValueError("cut short")
+        raise ValueError("the xz data is truncated")
     return unpacked
 
 

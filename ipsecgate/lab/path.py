@@ -1,9 +1,9 @@
-"""The path between the two hosts: their interfaces, a bridge, a delay, a silent IKE peer.
+"""The path between the two hosts: interfaces, a bridge, a delay, and a way to silence IKE.
 
 Rules of this module: addresses come from the ranges reserved for documentation (RFC 5737,
-RFC 3849), and exist in the lab's namespaces only. Duplicate address detection is off, so
-an address works at once; bridge snooping and spanning tree are off, so the wire carries
-what the hosts say and nothing else.
+RFC 3849), and exist only in the lab's namespaces. Duplicate address detection is off, so an
+address works at once. Bridge snooping and spanning tree are off, so the wire carries only what
+the hosts send.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ IKE_PORTS = (500, 4500)
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What one host is called and where it lives, by family (4, 6).
+    """The name and addresses of one host, by family (4, 6).
 
-    `outer`: on the wire; IKE and transport mode. `inner`: on lo; tunnel mode protects its
-    whole network. `bare`: on the wire too, and no connection's selector names it.
+    `outer`: on the wire, for IKE and transport mode. `inner`: on lo; tunnel mode protects its
+    whole network. `bare`: also on the wire, but in no connection's selectors.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Site:
 
     @property
     def port(self) -> str:
-        """The bridge port this host hangs on: what enters it, the host has sent."""
+        """The bridge port of this host: every frame that enters it was sent by the host."""
         return f"port-{self.name}"
 
 
@@ -64,7 +64,7 @@ SITE_B = _site("b", "2", ("203.0.113.1/24", "2001:db8:b::1/64"), "3")
 
 
 def prepare(namespace: Namespace) -> None:
-    """Set what a namespace's links inherit; load IPv6 where it is a module.
+    """Set the sysctls that a namespace's links inherit; load IPv6 if it is a module.
 
     Raises: LabError if the kernel has no IPv6.
     """
@@ -78,7 +78,7 @@ def prepare(namespace: Namespace) -> None:
 
 
 def connect(path: Namespace, hosts: dict[str, Namespace]) -> None:
-    """Join the hosts' namespaces by a bridge in `path` and give them their addresses."""
+    """Connect the hosts' namespaces by a bridge in `path` and assign their addresses."""
     sites = (SITE_A, SITE_B)
     with path.route() as route:
         route.link("add", ifname=BRIDGE, kind="bridge", br_stp_state=0, br_mcast_snooping=0)
@@ -114,7 +114,7 @@ def _furnish(host: Namespace, site: Site, other: Site) -> None:
 
 
 def _address(route: IPRoute, index: int, interface: Interface, source: bool = True) -> None:
-    """Add an address; one that is no `source` is deprecated, so IPv6 never picks it."""
+    """Add an address. Unless `source`, an IPv6 address is deprecated, so it is never chosen."""
     extra: dict[str, object] = {}
     if interface.version == 6:
         extra["flags"] = NO_DAD
@@ -133,7 +133,7 @@ def index_of(route: IPRoute, name: str) -> int:
 
 
 def set_delay(path: Namespace, one_way_ms: float) -> None:
-    """Delay each direction by netem on the port where it leaves the bridge; 0 removes it.
+    """Delay each direction with netem on the port where it leaves the bridge; 0 removes the delay.
 
     Raises: LabError if the kernel has no netem.
     """
@@ -157,10 +157,10 @@ def set_delay(path: Namespace, one_way_ms: float) -> None:
 
 
 def mute_ike(host: Namespace, muted: bool) -> None:
-    """Make the host hear IKE and never answer it, or undo that.
+    """Make the host receive IKE and never answer, or undo that.
 
-    A routing rule refuses what its UDP ports 500 and 4500 send, which needs no packet
-    filter of the kernel; the other side sees what a dead peer or a firewall would show.
+    A routing rule drops packets from its UDP ports 500 and 4500, which needs no packet filter in
+    the kernel. To the peer this looks like a dead host or a firewall.
     """
     action = "add" if muted else "del"
     for family in FAMILIES:

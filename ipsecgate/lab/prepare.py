@@ -1,7 +1,7 @@
-"""Have a kernel with ESP ready for the tests and the demo; `make setup` runs it.
+"""Prepare a kernel with ESP for the tests and the demo; `make setup` runs this.
 
-python -m ipsecgate.lab.prepare --packages      what must be installed first, a package a line
-python -m ipsecgate.lab.prepare [--kernel qemu] fetch the test kernel and boot it once
+python -m ipsecgate.lab.prepare --packages      print the packages to install first, one per line
+python -m ipsecgate.lab.prepare [--kernel qemu] download the test kernel and boot it once
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ipsecgate.lab.kernel import MACHINES
 
 
 def packages(kind: str) -> list[str]:
-    """Return Debian's packages that this kind of test kernel needs and this machine lacks."""
+    """Return the Debian packages that this kind of test kernel needs and this machine lacks."""
     if has_esp() or platform.machine() not in MACHINES:
         return []
     if kind == "qemu":
@@ -29,9 +29,9 @@ def packages(kind: str) -> list[str]:
 
 
 def boot(kind: str) -> str:
-    """Boot the test kernel with a command that does nothing; return a line for the user.
+    """Boot the test kernel once and return a line for the user.
 
-    Raises: GuestError if it does not boot; GateError if it cannot be had.
+    Raises: GuestError if it does not boot; GateError if no kernel is available.
     """
     if has_esp():
         return f"Linux {platform.release()} has ESP: no test kernel is needed"
@@ -54,7 +54,7 @@ def _say(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.prepare")
     parser.add_argument("--packages", action="store_true", help="only print what is missing")
     parser.add_argument("--kernel", choices=KINDS, default="uml")

@@ -1,19 +1,19 @@
-# Process 1 under QEMU, once the host's files are the root (see qemu.py): finish the machine,
-# run one command, power off. The sibling of guest-init.sh, which says more.
+# Process 1 under QEMU, once the host's files are the root (see qemu.py): finish setting up the
+# machine, run one command, power off. guest-init.sh does the same and explains more.
 #
-# Called as `sh /run/host/init`; /run/host is the host's folder with
-#   settings   shell assignments: modules, release, results, terminal, rows, columns
-#   command    a shell script
-#   booted     made here when the command begins
-#   exit-code  written here
-# The console (ttyS0) carries kernel and init messages, ttyS1 what the command prints.
+# Called as `sh /run/host/init`. /run/host is a folder on the host with
+#   settings   input: shell assignments of modules, release, results, terminal, rows, columns
+#   command    input: a shell script
+#   booted     output: created when the command begins
+#   exit-code  output
+# The console (ttyS0) carries kernel and init messages, ttyS1 the command's output.
 # A step that fails ends process 1, so the kernel panics and the host sees why.
 set -eu
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 . /run/host/settings
 share=trans=virtio,version=9p2000.L,msize=512000
 
-# /proc first, or mount(8) takes the host's list of mounts, which shows through, for its own.
+# Mount /proc first, or mount(8) reads the host's mount list, which shows through, as its own.
 mount -t proc proc /proc
 echo "
 devtmpfs   /dev            devtmpfs  mode=755
@@ -44,11 +44,11 @@ else
     cat /run/output >&3 &
     cat=$!
     setsid --wait sh -c "$run" </dev/null >/run/output 2>&1 3>&- || status=$?
-    # A daemon that the command left behind may hold the pipe: don't wait for it for ever.
+    # A daemon that the command left behind may hold the pipe open: do not wait for it forever.
     (sleep 2 && kill "$cat") &
     wait "$cat" || true
 fi
-stty raw -opost -echo <&3 # waits until the host has read everything
+stty raw -opost -echo <&3 # waits until the host has read all output
 echo "$status" >/run/host/exit-code
 echo o >/proc/sysrq-trigger
-while :; do :; done # not sleep(1): the host's files may be gone already, and process 1 must not end
+while :; do :; done # no sleep(1): the host's files may be gone already, and process 1 must not exit

@@ -1,10 +1,9 @@
-"""Debian's own kernel under QEMU as a guest: what user-mode-linux lacks, at a tenth of the speed.
+"""Debian's own kernel as a guest under QEMU: it has what user-mode-linux lacks, but is slow.
 
-Rules of this module: no hardware virtualisation is needed, and one processor is
-emulated. The host's root is shared read-only over 9p, with a tmpfs above it;
-only the results folder and the guest's own folder are writable. Here is the
-way from nothing to the host's files; qemu-init.sh goes on from there, and
-`guest.run` starts it all when its kernel is a `DebianKernel`.
+Rules of this module: no hardware virtualisation is needed, and one processor is emulated. The
+host's root is shared read-only over 9p, with a tmpfs above it. Only the results folder and the
+guest's own folder are writable. This module boots as far as the host's files; qemu-init.sh
+continues from there. `guest.run` uses it when its kernel is a `DebianKernel`.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from ipsecgate.lab.uml import Uml
 
 INIT = Path(__file__).with_name("qemu-init.sh")
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
-"""What it takes to see the host's files."""
+"""The modules that are needed to mount the host's files."""
 TOOLS = ("sh", "insmod", "mkdir", "mount", "switch_root")
 CPU = "max,la57=off,pcid=off"
-"""All that is emulated, without two things that only cost time."""
+"""Every emulated feature, except two that only cost time."""
 FAST = (
     "mitigations=off nokaslr audit=0 apparmor=0 cryptomgr.notests no_timer_check tsc=reliable"
     " random.trust_cpu=on"
 )
-"""What a boot under emulation spends seconds on and nobody here uses."""
+"""Turns off features that cost seconds of an emulated boot and are not used here."""
 SHARE = "trans=virtio,version=9p2000.L,msize=512000"
 
 
 class Qemu(Uml):
-    """A running QEMU, killed when the `with` block ends; to its user like `Uml`.
+    """A running QEMU with the interface of `Uml`, killed when the `with` block ends.
 
-    `work` gets `init` and `initrd`; it has `settings`, as `guest.settings_file` writes them.
-    `init` is the script that goes on from the first one.
+    `work` must contain `settings`, as `guest.settings_file` writes them, and gets `init` and
+    `initrd`. `init` is the script that the first script of the initrd hands over to.
     """
 
     kind = "QEMU with Linux"
@@ -65,7 +64,7 @@ class Qemu(Uml):
 def command_line(
     kernel: DebianKernel, work: Path, memory: int, results: Path, output: int
 ) -> list[str]:
-    """Return QEMU's words: `memory` in MiB, `output` the fd of the guest's ttyS1.
+    """Return QEMU's command line. `memory`: MiB. `output`: the fd for the guest's ttyS1.
 
     Source: qemu-system-x86_64(1).
     """
@@ -83,14 +82,14 @@ def command_line(
 
 
 def shared(tag: str, path: Path, more: str = "") -> list[str]:
-    """Return QEMU's words for a folder of the host's that the guest mounts by its tag."""
-    where = str(path).replace(",", ",,")  # QEMU's way to say a comma
+    """Return the QEMU options that share a host folder; the guest mounts it by its tag."""
+    where = str(path).replace(",", ",,")  # QEMU's escape for a comma
     local = f"local,id={tag},path={where},security_model=none,multidevs=remap{more}"
     return ["-fsdev", local, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
 
 
 def initrd(kernel: DebianKernel) -> bytes:
-    """Return the first root: modules, busybox, and the script that leaves it for the host's."""
+    """Return the initrd: modules, busybox, and the script that switches to the host's root."""
     dependencies, builtin = (
         (kernel.modules / f"modules.{name}").read_text() for name in ("dep", "builtin")
     )
@@ -107,7 +106,7 @@ def initrd(kernel: DebianKernel) -> bytes:
 
 
 def first_script(modules: Sequence[str]) -> str:
-    """Return what runs first: it mounts the host's root and goes there."""
+    """Return the initrd's /init: it mounts the host's root and switches to it."""
     return "\n".join(
         [
             "#!/bin/sh",
@@ -129,11 +128,11 @@ def first_script(modules: Sequence[str]) -> str:
 
 
 def in_order(dependencies: str, names: Sequence[str], builtin: str = "") -> list[str]:
-    """Return the paths of modules `names` and all they need, each after what it needs.
+    """Return the paths of the modules `names` and their dependencies, in the order to load them.
 
-    `dependencies` is modules.dep (its format: modules.dep(5); the last named comes first),
-    `builtin` modules.builtin: those are left out.
-    Raises: GateError if a module is not there.
+    `dependencies` is the text of modules.dep (format: modules.dep(5); the dependency named last is
+    loaded first), `builtin` that of modules.builtin: built-in modules are left out.
+    Raises: GateError if a module is missing.
     """
     needs: dict[str, list[str]] = {}
     by_name: dict[str, str] = {}
@@ -147,7 +146,7 @@ def in_order(dependencies: str, names: Sequence[str], builtin: str = "") -> list
         if name in there:
             continue
         if name not in by_name:
-            raise GateError(f"the test kernel has no module {name}", hint="take another kernel")
+            raise GateError(f"the test kernel has no module {name}", hint="use another kernel")
         paths.update(dict.fromkeys([*reversed(needs[by_name[name]]), by_name[name]]))
     return list(paths)
 
@@ -157,7 +156,7 @@ def _module(path: str) -> str:
 
 
 def archive(folders: Sequence[str], files: Mapping[str, bytes], links: Mapping[str, str]) -> bytes:
-    """Return a cpio archive of executable `files`, and `links` in bin/.
+    """Return a cpio archive of folders, executable `files`, and symbolic `links` in bin/.
 
     Source: the kernel's Documentation/driver-api/early-userspace/buffer-format.rst, "newc".
     """

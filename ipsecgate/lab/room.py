@@ -1,19 +1,20 @@
-"""A room of its own for a command, on a kernel that has ESP: its host's, and nothing else of it.
+"""Run a command in a room: namespaces on the host's own kernel, for a host whose kernel has ESP.
 
-A guest brings a kernel and a clean world. Where the kernel is there already the world is made of
-namespaces: network (so SAs, policies, routes, rules and most sysctls), mounts, IPC, host name and
-cgroups. In it /run, /tmp and /dev/shm are empty and in memory, what is written to /etc and /var
-stays in memory, /sys/fs/bpf is a bpffs of its own, and /sys/fs/cgroup shows the room's own part
-of the tree. All of that is gone with the room's last process; the cgroup is removed by us.
+A guest provides a kernel and a clean environment. If the host's kernel is good enough, a room
+provides the clean environment with namespaces: network (SAs, policies, routes, rules and most
+sysctls), mounts, IPC, host name and cgroups. In a room, /run, /tmp and /dev/shm start empty and are
+in memory, changes to /etc and /var stay in memory, /sys/fs/bpf is a new bpffs, and /sys/fs/cgroup
+shows only the room's part of the tree. All this disappears with the room's last process, except the
+cgroup, which we remove.
 
 Rules of this module:
-- A folder that the command needs (its own, the checkout, the results) is the host's, to read and
-  to write.
-- Pids are the host's, since what the hooks tell of is: `bpf_get_current_pid_tgid` knows no
-  pid namespace. Two rooms tell their things apart by them, as two labs do.
-- Where systemd runs, the cgroup tree is its own: it is asked for a part (a delegated scope).
-  Where it does not, the room is at the top of the tree, whose controllers stay switched on.
-- It is a harness, not a jail: /dev, the clock, modules and the kernel's sysctls are the host's.
+- The folders that the command needs (working folder, checkout, results) are shared with the host,
+  readable and writable.
+- There is no pid namespace, because the hooks (`bpf_get_current_pid_tgid`) report host pids.
+  The things of two rooms are named after their pids, as those of two labs are.
+- If systemd runs, it owns the cgroup tree, so ask it for a delegated scope. Otherwise the room is a
+  child of the root cgroup, whose controllers stay enabled.
+- It is a harness, not a jail: /dev, the clock, modules and the global sysctls are the host's.
 
     python -m ipsecgate.lab.room [--timeout S] -- CMD...
 """
@@ -49,14 +50,15 @@ MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
 
 EMPTY = {"/run": "755", "/tmp": "1777", "/var/tmp": "1777", "/dev/shm": "1777"}  # noqa: S108
-"""What is in memory and empty at first; the first of them before the layers, the others after."""
+"""Folders that start empty, in memory, with their modes. The first one holds the layers, so it is
+mounted before them; the others are mounted after."""
 LAYERED = ("/etc", "/var")
-"""What is the host's, with what is written kept in memory."""
+"""Host folders whose changes stay in memory."""
 LAYERS = Path("/run/room")
 FILES = 65536
-"""Open files that a process may have, as in a guest; fewer where the host allows fewer."""
-PATIENCE = 30.0
-"""Seconds a command that was interrupted may take to clean up."""
+"""Limit of open files per process, as in a guest; less if the host's hard limit is lower."""
+CLEANUP_TIMEOUT = 30.0
+"""Seconds that an interrupted command may take to clean up."""
 SYSTEMD = Path("/run/systemd/system")  # sd_booted(3)
 TIMED_OUT, CANNOT_RUN = 124, 126
 
@@ -64,14 +66,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def run(argv: Sequence[str], timeout: float, results: Path | None = None) -> int:
-    """Run `argv` in a new room, return its exit code: as a shell's if a signal ended it.
+    """Run `argv` in a new room; return its exit code, or 128 + N if signal N ended it.
 
-    `timeout`: seconds, then it is killed and the code is 124. `results` is a folder that is
-    made if it is missing; the command has it in IPSECGATE_RESULTS. Where systemd runs this
-    process becomes a scope of it, and `run` does not return. Raises: GateError.
+    `timeout`: in seconds; then it is killed and the code is 124. `results`: a folder (created if
+    missing) that the command finds in IPSECGATE_RESULTS. If systemd runs, this process is replaced
+    by systemd-run, and `run` does not return. Raises: GateError.
     """
     if os.geteuid():
-        raise GateError("a room is made of namespaces", hint="run it as root")
+        raise GateError("a room needs namespaces", hint="run it as root")
     if results is not None:
         results.mkdir(parents=True, exist_ok=True)
         os.environ["IPSECGATE_RESULTS"] = str(results.absolute())
@@ -80,12 +82,12 @@ def run(argv: Sequence[str], timeout: float, results: Path | None = None) -> int
             os.execvp("systemd-run", delegated(argv, timeout))  # noqa: S606
         except OSError as error:
             hint = "apt-get install systemd"
-            raise GateError(f"no part of systemd's cgroups: {error}", hint=hint) from error
+            raise GateError(f"cannot get a cgroup from systemd: {error}", hint=hint) from error
     return _run(argv, timeout, tree.root())
 
 
 def delegated(argv: Sequence[str], timeout: float) -> list[str]:
-    """Return the words by which systemd gives us a part of the cgroup tree, and we go on there."""
+    """Return the systemd-run command that continues this program in a delegated scope."""
     scope = f"--unit={PREFIX}-{os.getpid()}"
     return [
         *("systemd-run", "--scope", "--quiet", "--collect", "--property=Delegate=yes", scope, "--"),
@@ -95,10 +97,10 @@ def delegated(argv: Sequence[str], timeout: float) -> list[str]:
 
 
 def _run(argv: Sequence[str], timeout: float, base: Path) -> int:
-    """Make the room's cgroup in `base`, run the command, end all that it left, tidy up."""
+    """Make the room's cgroup in `base`, run the command, kill what it left behind, clean up."""
     sweep()
-    with contextlib.suppress(OSError):  # tests that need controllers say so
-        share(base)
+    with contextlib.suppress(OSError):  # tests that need controllers check for them
+        delegate_controllers(base)
     cgroup = base / f"{PREFIX}-{os.getpid()}"
     cgroup.mkdir()
     try:
@@ -109,24 +111,24 @@ def _run(argv: Sequence[str], timeout: float, base: Path) -> int:
 
 
 def sweep() -> None:
-    """Remove the rooms of dead owners, and end who is still in them."""
+    """Remove the rooms of dead owners and kill the processes in them."""
     for found in [path for path in tree.walk() if is_leftover(path.name, PREFIX)]:
         cgroups.discard(found)
 
 
 def _start(argv: Sequence[str], cgroup: Path) -> int:
-    """Return the pid of a child that enters the room and becomes the command."""
+    """Fork a child that enters the room and executes the command; return its pid."""
     pid = os.fork()
     if pid:
         return pid
     try:
         _die_with_parent()
-        enter(cgroup, kept([Path.cwd(), *needed()]))
+        enter(cgroup, hidden_folders([Path.cwd(), *required_folders()]))
         os.execvp(argv[0], list(argv))  # noqa: S606
     except GateError as error:
         sys.stderr.write(f"{error.report()}\n")
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.stderr.write(f"no room for {argv[0]}: {error}\n")
+        sys.stderr.write(f"cannot run {argv[0]} in a room: {error}\n")
     except BaseException:
         traceback.print_exc()
     finally:
@@ -135,7 +137,7 @@ def _start(argv: Sequence[str], cgroup: Path) -> int:
 
 
 def _wait(pid: int, timeout: float) -> int:
-    """Return the child's exit code, 124 if it is not over in time: then it is left as it is."""
+    """Return the child's exit code, or 124 at the timeout: then the child is still running."""
     fd = os.pidfd_open(pid)
     over = select.poll()
     over.register(fd, select.POLLIN)
@@ -143,8 +145,8 @@ def _wait(pid: int, timeout: float) -> int:
         if not over.poll(timeout * 1000):
             sys.stderr.write(f"killed after {timeout:g} s\n")
             return TIMED_OUT
-    except KeyboardInterrupt:  # the terminal told the child as well
-        over.poll(PATIENCE * 1000)
+    except KeyboardInterrupt:  # the terminal sends SIGINT to the child, too
+        over.poll(CLEANUP_TIMEOUT * 1000)
         raise
     finally:
         os.close(fd)
@@ -152,11 +154,11 @@ def _wait(pid: int, timeout: float) -> int:
     return code if code >= 0 else 128 - code
 
 
-# --- within: the child, before it becomes the command ---------------------------------------
+# --- in the child, before it executes the command -------------------------------------------
 
 
-def needed() -> list[Path]:
-    """Return the folders that a command of ours needs as they are: program, Python, results."""
+def required_folders() -> list[Path]:
+    """Return the folders that our commands need unchanged: checkout, Python, results."""
     results = os.environ.get("IPSECGATE_RESULTS")
     return [
         Path(__file__).resolve().parents[2],
@@ -165,16 +167,20 @@ def needed() -> list[Path]:
     ]
 
 
-def kept(folders: Iterable[Path]) -> list[Path]:
-    """Return those that the room would hide, the outermost of them only."""
-    hidden = {one for one in folders if any(Path(top) in one.parents for top in (*EMPTY, *LAYERED))}
-    return sorted(one for one in hidden if not any(other in one.parents for other in hidden))
+def hidden_folders(folders: Iterable[Path]) -> list[Path]:
+    """Return the folders that the room would hide, without those below another one of them."""
+    hidden = {
+        folder
+        for folder in folders
+        if any(Path(top) in folder.parents for top in (*EMPTY, *LAYERED))
+    }
+    return sorted(f for f in hidden if not any(other in f.parents for other in hidden))
 
 
 def enter(cgroup: Path, keep: Sequence[Path]) -> None:
-    """Move this process into a new room: a cgroup that is there, and the host's folders to keep.
+    """Move this process into a new room: an existing cgroup, and the host folders to `keep`.
 
-    Raises: OSError, GateError; the process is then good for nothing else.
+    Raises: OSError, GateError; the process is then unusable and should exit.
     """
     tree.join(cgroup)
     home = Path.cwd()
@@ -186,11 +192,11 @@ def enter(cgroup: Path, keep: Sequence[Path]) -> None:
         path.mkdir(parents=True, exist_ok=True)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
         os.close(fd)
-    os.chdir(home)  # it may be another mount now
-    # No process may be where controllers are given to others: the command is one floor below.
-    floor = Path("/sys/fs/cgroup/command")
-    floor.mkdir()
-    tree.join(floor)
+    os.chdir(home)  # the path may be on another mount now
+    # A cgroup that delegates controllers may hold no process: put the command one level below.
+    below = Path("/sys/fs/cgroup/command")
+    below.mkdir()
+    tree.join(below)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     files = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
@@ -209,7 +215,7 @@ def _furnish() -> None:
         mount("overlay", Path(folder), "overlay", 0, options)
     for folder, mode in others:
         mount("tmpfs", Path(folder), "tmpfs", 0, f"mode={mode}")
-    # Not only hidden: who looks for the cgroup tree takes the first mount of the list.
+    # Unmount instead of hiding: programs use the first cgroup2 mount in the list.
     for point in [path for path, _ in mounted() if path.is_relative_to("/sys")][::-1]:
         _call("umount2", os.fsencode(point), MNT_DETACH)
     mount("sysfs", Path("/sys"), "sysfs")
@@ -218,13 +224,13 @@ def _furnish() -> None:
 
 
 def mount(source: str, target: Path, kind: str, flags: int = 0, options: str = "") -> None:
-    """Mount, as mount(2). Raises: OSError."""
+    """Call mount(2). Raises: OSError."""
     words = (os.fsencode(source), os.fsencode(target), kind.encode())
     _call("mount", *words, ctypes.c_ulong(flags), options.encode())
 
 
 def _call(name: str, *arguments: object) -> None:
-    """Make a system call by libc's function. Raises: OSError with its name and arguments."""
+    """Call a libc function. Raises: OSError with its name and arguments."""
     if getattr(_libc, name)(*arguments):
         error = ctypes.get_errno()
         raise OSError(error, f"{os.strerror(error)}: {name}{arguments[:3]}")
@@ -238,7 +244,7 @@ def _die_with_parent() -> None:
 
 
 def _own_scope() -> Path:
-    """Return the scope that we are in, and be one floor below: it is to have controllers."""
+    """Return our scope, after moving this process one level below: it will delegate controllers."""
     scope = tree.own()
     keeper = scope / "keeper"
     keeper.mkdir()
@@ -246,14 +252,14 @@ def _own_scope() -> Path:
     return scope
 
 
-def share(base: Path) -> None:
-    """Give what is in a cgroup the controllers that it has itself. Raises: OSError."""
+def delegate_controllers(base: Path) -> None:
+    """Enable all of a cgroup's controllers for its children. Raises: OSError."""
     controllers = (base / "cgroup.controllers").read_text().split()
     (base / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
 
 
 def main() -> int:
-    """Run a command in a room of its own on this kernel."""
+    """Run a command in a room on this kernel."""
     parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.room", description=main.__doc__)
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds (600)")
     parser.add_argument("--delegated", action="store_true", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The lab's servers: they count what reaches them."""
+"""The lab's servers: they count the connections or datagrams that reach them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECEIVE_BUFFER = 4 << 20
 
 
 def listener(options: Options, kind: int) -> socket.socket:
-    """Bind a server's socket; :: takes IPv4 as well."""
+    """Bind a server's socket; :: includes IPv4."""
     sock = new_socket(kind, options.bind)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if options.bind == "::":
@@ -23,7 +23,7 @@ def listener(options: Options, kind: int) -> socket.socket:
 
 
 def tcp_server(options: Options) -> None:
-    """Echo what each connection sends. A line on the input: report and start anew."""
+    """Echo the data of each connection. Each input line: report, then reset the count."""
     server = listener(options, socket.SOCK_STREAM)
     server.listen(1024)
     say({"ready": "tcp-server", "port": server.getsockname()[1]})
@@ -49,7 +49,7 @@ def tcp_server(options: Options) -> None:
 
 
 def echo(peers: dict[int, socket.socket], fd: int) -> None:
-    """Send back what came in on one connection; forget it at its end."""
+    """Echo pending data on one connection, or close it at its end."""
     try:
         data = peers[fd].recv(65536)
         if data:
@@ -57,15 +57,15 @@ def echo(peers: dict[int, socket.socket], fd: int) -> None:
             return
     except OSError:
         pass
-    # Closing takes it out of the epoll set as well.
+    # Closing also removes it from the epoll set.
     peers.pop(fd).close()
 
 
 def udp_server(options: Options) -> None:
-    """Count datagrams: `received` all of them, `distinct` by sender's run and number.
+    """Count datagrams: `received` is all, `distinct` those with a different run id and number.
 
-    A line "N S" on the input: report once N distinct ones are in, or S seconds after the
-    last one; then start anew.
+    Input line "N S": report once N distinct ones have arrived, or S seconds after the last one;
+    then reset the counts.
     """
     server = listener(options, socket.SOCK_DGRAM)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)

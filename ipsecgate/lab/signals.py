@@ -1,4 +1,4 @@
-"""Signals that end what the lab runs: its `with` blocks and `finally` clauses clean up."""
+"""Signals that end the lab in an orderly way: `with` blocks and `finally` clauses clean up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def exit_on_sigterm() -> Iterator[None]:
         ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         if ours:
             signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not the main thread: nobody can
+    except ValueError:  # not the main thread, which alone may set handlers
         ours = False
     try:
         yield

@@ -1,18 +1,18 @@
-"""Real clients and servers, each a process of its own: `python -m ipsecgate.lab.traffic ROLE …`.
+"""Real clients and servers, each in its own process: `python -m ipsecgate.lab.traffic ROLE …`.
 
 tcp-server --bind ADDR --port N
 udp-server --bind ADDR --port N
 tcp-client --to ADDR --port N [--bind ADDR] [--limit S] [--retry ERRNOS] [--same-socket]
 udp-client --to ADDR --port N [--bind ADDR] [--limit S] [--retry ERRNOS] [--connected]
            [--count N] [--rate HZ] [--size BYTES]
-ERRNOS is a list such as EPERM,EAGAIN (or none): what is tried again after 1 ms.
+ERRNOS is a list such as EPERM,EAGAIN (or none): these errors are retried after 1 ms.
 
-The standard library only, and little of it, because every case starts a fresh interpreter
-(`command()` gives the fastest way). A client prints one JSON object, a line, at its end. A
-server prints a line when it is ready; then it answers each line of its input with a line of
-what it counted since the last one, and ends when its input does. Times are CLOCK_MONOTONIC
-in seconds, which all namespaces of a kernel share. A socket blocks, as a plain application's
-does; the limit is an alarm, so connect() is one system call that a supervisor may hold.
+Only a small part of the standard library is used, because every case starts a fresh interpreter
+(`command()` returns the fastest command line). A client prints one line of JSON at its end. A
+server prints a line when it is ready, answers each input line with its counts since the last
+answer, and exits at the end of its input. Times are CLOCK_MONOTONIC in seconds, which all
+namespaces of a kernel share. Sockets block, as in a plain application; the limit is an alarm, so
+that connect() stays one system call that a supervisor can hold.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 def command(role: str, *arguments: str) -> list[str]:
-    """Return the argv for a role: an interpreter without site or environment."""
-    # Not pathlib: its import would take longer than ours.
+    """Return the argv for a role: a Python interpreter without site or environment."""
+    # No pathlib: importing it takes longer than importing this module.
     home = __file__
     for _ in ("traffic.py", "lab", "ipsecgate"):
         home = os.path.dirname(home)  # noqa: PTH120
@@ -44,13 +44,13 @@ def command(role: str, *arguments: str) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the role that the arguments name; return the exit code."""
+    """Run the role named by the arguments; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     role = arguments[0] if arguments else ""
     try:
         options = Options(arguments[1:])
     except UnknownWordError as error:
-        sys.stderr.write(f"{error}?\n{__doc__}")
+        sys.stderr.write(f"unknown argument: {error}\n{__doc__}")
         return 2
     if role in SERVERS:
         SERVERS[role](options)

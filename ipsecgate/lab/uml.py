@@ -1,7 +1,7 @@
-"""User-mode-linux as a process: start it, follow its two streams, leave nothing behind.
+"""User-mode-linux as a process: start it, follow its two output streams, leave nothing behind.
 
-Rules of this module: a guest is one process group, in a pid namespace where the
-caller may make one; only SIGKILL ends it. What runs inside is `guest`'s matter.
+Rules of this module: a guest is one process group, in its own pid namespace if the caller may
+create one. Only SIGKILL ends it. `guest` decides what runs inside.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from ipsecgate.lab.console import PANIC, OnOutput, Output, ignore, last_lines
 from ipsecgate.lab.kernel import Kernel
 
 MEMORY = 2048
-"""MiB a guest may use; its pages are a sparse file that is deleted while in use."""
+"""Memory of a guest in MiB. Its pages are a sparse file that is unlinked while in use."""
 FAST = "initcall_blacklist=raid6_select_algo pty.legacy_count=0 zswap.enabled=0"
-"""What a boot spends 1.2 s on and nobody here uses."""
+"""Turns off features that cost 1.2 s of a boot and are not used here."""
 TAIL = 4000
-"""Characters of each stream that an error carries."""
-LAST_WORDS = 5.0
-"""Seconds that a kernel may take to end after it panicked; it says why meanwhile."""
+"""How many characters of each stream an error carries."""
+PANIC_TIMEOUT = 5.0
+"""Seconds that a kernel may take to exit after a panic, during which it prints the reason."""
 IDLE = 0.1
 """Seconds after which an unfinished line is passed on."""
 
 NO_BOOT = (
-    "the console's last line says which step failed. `make demo` and `make test` run without a"
-    " guest on a kernel that has ESP (Debian's has)"
+    "the console's last line shows which step failed. `make demo` and `make test` need no guest on"
+    " a kernel that has ESP, such as Debian's"
 )
 
 
 class _Facts(TypedDict):
-    """The arguments that every GuestError has."""
+    """The arguments common to every GuestError."""
 
     output: str
     evidence: str
@@ -50,8 +50,8 @@ class _Facts(TypedDict):
 class GuestError(GateError):
     """The guest did not run the command to its end.
 
-    `output` is the end of what the command and the console said, `evidence` the
-    console's last lines. `booted`: the command had begun.
+    `output`: the end of the command's output and of the console. `evidence`: the console's last
+    lines. `booted`: whether the command had begun.
     """
 
     exit_code = 125
@@ -65,7 +65,7 @@ class GuestError(GateError):
 
 
 class GuestHung(GuestError):  # noqa: N818
-    """The guest was killed because its time was up, or it did not boot in time."""
+    """The guest was killed at the timeout, or because it did not boot in time."""
 
     exit_code = 124
 
@@ -77,9 +77,9 @@ class GuestPanicked(GuestError):  # noqa: N818
 class Uml:
     """A running user-mode-linux, killed when the `with` block ends.
 
-    `work` is a folder of the host's that has `init`, the shell script that is
-    the guest's process 1, and gets `booted` and `exit-code` from it. The guest's
-    /dev/tty1 goes to `on_output`, its console is kept for errors. `memory`: MiB.
+    `work` is a folder on the host. It contains `init`, the shell script that is the guest's process
+    1 and that writes `booted` and `exit-code` there. The guest's /dev/tty1 goes to `on_output`; its
+    console is kept for errors. `memory`: MiB.
     Raises: GuestError if it needs a library that cannot be built (see `xstate`).
     """
 
@@ -104,7 +104,7 @@ class Uml:
         words: Callable[[int], list[str]],
         variables: Mapping[str, str],
     ) -> None:
-        """Start the process; `words` returns its command line, given the output's fd."""
+        """Start the process; `words` returns its command line, given the fd for the output."""
         self.output = Output(on_output)
         self._console = Output(ignore)
         self._work = work
@@ -134,9 +134,9 @@ class Uml:
         self.kill()
 
     def follow(self, timeout: float) -> None:
-        """Pass output on until the guest is off, or `timeout` seconds are.
+        """Pass output on until the guest powers off.
 
-        Raises: GuestHung; GuestPanicked.
+        Raises: GuestHung after `timeout` seconds, or if it does not boot; GuestPanicked.
         """
         assert self._process.stdout is not None  # noqa: S101
         began = time.monotonic()
@@ -161,9 +161,9 @@ class Uml:
         self.output.flush()
 
     def _read_rest(self) -> None:
-        """Take in what came before the panic, and what the kernel says after its first line."""
+        """Read the output from before the panic, and the rest of the panic message."""
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(LAST_WORDS)
+            self._process.wait(PANIC_TIMEOUT)
         assert self._process.stdout is not None  # noqa: S101
         for fd, output in (
             (self._reader, self.output),
@@ -175,21 +175,21 @@ class Uml:
                     output.feed(data)
 
     def exit_code(self) -> int:
-        """Return the command's exit code. Raises: GuestPanicked if it left none."""
+        """Return the command's exit code. Raises: GuestPanicked if there is none."""
         try:
             return int((self._work / "exit-code").read_text())
         except (OSError, ValueError):
             self._panicked("stopped")
 
     def booted(self) -> bool:
-        """Tell whether the guest has come as far as its command."""
+        """Return whether the guest has started its command."""
         return (self._work / "booted").exists()
 
     def kill(self) -> None:
-        """End every process of the guest, wait for it, close the streams.
+        """Kill every process of the guest, wait for it, close the streams.
 
-        Leashed, the namespace's process 1 goes first: unshare(1) reaps it, and with
-        it everybody else, while the machine's own process 1 might take its time.
+        With a leash, kill the namespace's process 1 first: the others die with it, and unshare(1)
+        reaps it. Otherwise the host's process 1 would have to reap them, which may take long.
         """
         if _leash():
             for child in children_of(self._process.pid):
@@ -207,7 +207,7 @@ class Uml:
     def _hung(self, seconds: float) -> NoReturn:
         if self.booted():
             message = f"the guest ({self._name}) was killed after {seconds:.0f} s"
-            hint = "if the command only needs longer, raise the timeout"
+            hint = "if the command only needs more time, raise the timeout"
         else:
             message = (
                 f"the guest ({self._name}) did not boot within {seconds:.0f} s, and was killed"
@@ -216,7 +216,7 @@ class Uml:
         raise GuestHung(message, hint=hint, **self._facts())
 
     def _panicked(self, happened: str) -> NoReturn:
-        """Report that the kernel panicked or stopped; `happened` says which."""
+        """Raise GuestPanicked; `happened` is "panicked" or "stopped"."""
         if self.booted():
             when = "while its command ran"
             hint = "run it again; if it happens again, report it with these lines"
@@ -237,7 +237,7 @@ class Uml:
 
 
 def kernel_arguments(kernel: Kernel, work: Path, memory: int, output: int) -> list[str]:
-    """Return the command line of the kernel: `memory` in MiB, `output` the fd of /dev/tty1.
+    """Return the kernel's command line. `memory`: MiB. `output`: the fd for /dev/tty1.
 
     Source: the kernel's Documentation/virt/uml/user_mode_linux_howto_v2.rst.
     """
@@ -250,7 +250,7 @@ def kernel_arguments(kernel: Kernel, work: Path, memory: int, output: int) -> li
 
 
 def memory_folder(memory: int, otherwise: Path) -> Path:
-    """Return where the guest's `memory` MiB live: /dev/shm if they fit and may be executed."""
+    """Return the folder for the guest's `memory` MiB: /dev/shm if large enough and not noexec."""
     shm = Path("/dev/shm")  # noqa: S108
     with suppress(OSError):
         stat = os.statvfs(shm)
@@ -261,7 +261,7 @@ def memory_folder(memory: int, otherwise: Path) -> Path:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the processes that a process's first thread started, none if it is gone."""
+    """Return the children of a process's main thread; an empty list if it is gone."""
     with suppress(FileNotFoundError):
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
@@ -269,10 +269,10 @@ def children_of(pid: int) -> list[int]:
 
 @cache
 def _leash() -> tuple[str, ...]:
-    """Return the command prefix under which the guest dies with us, however we die.
+    """Return the command prefix that makes the guest die with us, however we die.
 
-    A pid namespace takes all of user-mode-linux's processes with it. The kernel
-    must not be process 1 in there, or a panic hangs: hence the shell.
+    A pid namespace ends all of user-mode-linux's processes together. The kernel must not be process
+    1 of that namespace, or a panic hangs: hence the shell. Empty if namespaces are not allowed.
     """
     prefix = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL")
     try:

@@ -1,8 +1,8 @@
-"""When the kernel itself said that an SA or a policy is in: XFRM events with their time.
+"""Record the kernel's XFRM notifications (SAs and policies) with their times.
 
-A witness independent of any gate: a netlink socket of its own and the few header fields
-that it needs, nothing of the decoder that the gate uses. The time is read when the message
-is received, so it is late by a thread's wake-up (tens of microseconds on an idle machine).
+The watch is independent of the gate: it has its own netlink socket and parses only the few header
+fields that it needs, without the gate's decoder. It reads the clock when a message arrives, so a
+time is late by one thread wake-up (tens of microseconds on an idle machine).
 """
 
 from __future__ import annotations
@@ -45,19 +45,18 @@ EXPIRE_HARD = 224  # after a whole struct xfrm_usersa_info
 # struct xfrm_usersa_id of DELSA: daddr, spi, family.
 # Where dir is in struct xfrm_userpolicy_info and in struct xfrm_userpolicy_id.
 POLICY_DIR, POLICY_ID_DIR, POLICY_FAMILY = 160, 60, 40
-# What follows a whole struct xfrm_userpolicy_info: attributes.
+# Attributes follow struct xfrm_userpolicy_info.
 POLICY_SIZE, XFRMA_TMPL = 168, 5
 WANTED_SA = ("NEWSA",)
 WANTED_POLICY = ("NEWPOLICY", "UPDPOLICY")
 
 
 @dataclass(frozen=True, slots=True)
-class XfrmSeen:
-    """One event: `name` as in linux/xfrm.h without XFRM_MSG_; `time` on CLOCK_MONOTONIC.
+class XfrmEvent:
+    """One notification. `name`: as in linux/xfrm.h without XFRM_MSG_. `time`: CLOCK_MONOTONIC.
 
-    `outbound` is None where the message doesn't say; `spi` is for a policy what its first
-    template names, 0 for a trap. `hard`: an EXPIRE after which the SA is gone, though no DELSA
-    says so.
+    `outbound`: None if the message does not say. `spi`: for a policy, that of its first template; 0
+    for a trap. `hard`: an EXPIRE that removes the SA, without a DELSA.
     """
 
     time: float
@@ -69,8 +68,8 @@ class XfrmSeen:
     hard: bool = False
 
 
-class SaWatch:
-    """A watch of one host's XFRM events; `local` are its addresses, to tell out from in."""
+class XfrmWatch:
+    """A watch of one host's XFRM events. `local`: its addresses, to determine the direction."""
 
     def __init__(self, namespace: Namespace, local: Iterable[Address]) -> None:
         self._namespace = namespace
@@ -78,8 +77,8 @@ class SaWatch:
         self._socket: socket.socket | None = None
         self._reader: threading.Thread | None = None
         self._ended = threading.Event()
-        self._news = threading.Condition()
-        self._events: list[XfrmSeen] = []
+        self._changed = threading.Condition()
+        self._events: list[XfrmEvent] = []
         self._lost: OSError | None = None
 
     def __enter__(self) -> Self:
@@ -95,7 +94,7 @@ class SaWatch:
         self.close()
 
     def start(self) -> None:
-        """Join the groups; an event after the return is seen."""
+        """Join the multicast groups. Events after this returns are recorded."""
         with self._namespace.inside():
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
@@ -104,7 +103,7 @@ class SaWatch:
         self._reader.start()
 
     def close(self) -> None:
-        """End the watch; what it saw stays."""
+        """End the watch; its events stay available."""
         self._ended.set()
         if self._reader is not None:
             self._reader.join()
@@ -113,19 +112,19 @@ class SaWatch:
             self._socket.close()
             self._socket = None
 
-    def events(self) -> tuple[XfrmSeen, ...]:
-        """Return what was seen so far. Raises: LabError if the kernel dropped events."""
-        with self._news:
+    def events(self) -> tuple[XfrmEvent, ...]:
+        """Return the events so far. Raises: LabError if the kernel dropped events."""
+        with self._changed:
             if self._lost is not None:
                 raise LabError(f"XFRM events were lost: {self._lost}")
             return tuple(self._events)
 
     def wait_sa(self, timeout: float = 10.0, since: float = 0.0) -> float | None:
-        """Return when the first outbound SA went in after `since`; None if it did not."""
+        """Return the time of the first new outbound SA since `since`; None after `timeout`."""
         return self._wait(WANTED_SA, timeout, since)
 
     def wait_policy(self, timeout: float = 10.0, since: float = 0.0) -> float | None:
-        """Return when an outbound policy was first set after `since` (a trap's update too)."""
+        """Return the time of the first outbound policy added or updated since `since`, or None."""
         return self._wait(WANTED_POLICY, timeout, since)
 
     def _wait(self, names: tuple[str, ...], timeout: float, since: float) -> float | None:
@@ -133,8 +132,8 @@ class SaWatch:
             times = (e.time for e in self._events if e.name in names and e.outbound)
             return next((time for time in times if time >= since), None)
 
-        with self._news:
-            self._news.wait_for(lambda: first() is not None, timeout)
+        with self._changed:
+            self._changed.wait_for(lambda: first() is not None, timeout)
             return first()
 
     def _read(self) -> None:
@@ -150,13 +149,13 @@ class SaWatch:
                 return
             now = time.monotonic()
             seen = list(parse(data, now, self._local))
-            with self._news:
+            with self._changed:
                 self._events += seen
-                self._news.notify_all()
+                self._changed.notify_all()
 
 
-def parse(data: bytes, now: float, local: set[Address]) -> Iterator[XfrmSeen]:
-    """Read a datagram of XFRM notifications; types that are not in `NAMES` are left out."""
+def parse(data: bytes, now: float, local: set[Address]) -> Iterator[XfrmEvent]:
+    """Parse a datagram of XFRM notifications; skip types that are not in `NAMES`."""
     at = 0
     while at + HEADER <= len(data):
         length, number = struct.unpack_from("=IH", data, at)
@@ -166,7 +165,7 @@ def parse(data: bytes, now: float, local: set[Address]) -> Iterator[XfrmSeen]:
             yield _event(NAMES[number], body, now, local)
 
 
-def _event(name: str, body: bytes, now: float, local: set[Address]) -> XfrmSeen:
+def _event(name: str, body: bytes, now: float, local: set[Address]) -> XfrmEvent:
     with contextlib.suppress(struct.error, IndexError, ValueError):
         if name in ("NEWSA", "UPDSA", "EXPIRE"):
             (family,) = struct.unpack_from("=H", body, SA_FAMILY)
@@ -174,22 +173,22 @@ def _event(name: str, body: bytes, now: float, local: set[Address]) -> XfrmSeen:
             daddr = _address(body, SA_ID, family)
             (spi,) = struct.unpack_from("!I", body, SA_ID + 16)
             hard = name == "EXPIRE" and body[EXPIRE_HARD] != 0
-            return XfrmSeen(now, name, saddr in local, saddr, daddr, spi, hard)
+            return XfrmEvent(now, name, saddr in local, saddr, daddr, spi, hard)
         if name == "DELSA":
             spi, family = struct.unpack_from("!I", body, 16)[0], body[20]
             daddr = _address(body, 0, family)
-            return XfrmSeen(now, name, daddr not in local, None, daddr, spi)
+            return XfrmEvent(now, name, daddr not in local, None, daddr, spi)
         if name in ("NEWPOLICY", "UPDPOLICY", "DELPOLICY"):
             at = POLICY_ID_DIR if name == "DELPOLICY" else POLICY_DIR
             (family,) = struct.unpack_from("=H", body, POLICY_FAMILY)
             saddr, daddr = _address(body, 16, family), _address(body, 0, family)
-            spi = _named(body[POLICY_SIZE:]) if name != "DELPOLICY" else 0
-            return XfrmSeen(now, name, body[at] == POLICY_OUT, saddr, daddr, spi)
-    return XfrmSeen(now, name)
+            spi = _template_spi(body[POLICY_SIZE:]) if name != "DELPOLICY" else 0
+            return XfrmEvent(now, name, body[at] == POLICY_OUT, saddr, daddr, spi)
+    return XfrmEvent(now, name)
 
 
-def _named(attributes: bytes) -> int:
-    """Return the SPI that the first template names, 0 if it names none."""
+def _template_spi(attributes: bytes) -> int:
+    """Return the SPI of the first template, 0 if there is none."""
     at = 0
     while at < len(attributes):
         length, kind = struct.unpack_from("=HH", attributes, at)

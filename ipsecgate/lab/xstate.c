@@ -1,10 +1,10 @@
 /* LD_PRELOAD for user-mode-linux on CPUs whose extended state is larger than it keeps (see xstate.py).
  *
  * User-mode-linux keeps 2,696 bytes of a task's XSAVE area. PTRACE_SETREGSET(NT_X86_XSTATE) takes the
- * whole area or fails with EFAULT, and a CPU with AMX has 11,008 bytes. So when the kernel says EFAULT,
- * read the task's whole area, lay the caller's bytes over its beginning, and write it all.
+ * whole area or fails with EFAULT, and on a CPU with AMX the area has 11,008 bytes. So on EFAULT, read
+ * the task's whole area, copy the caller's bytes over its beginning, and write all of it.
  *
- * Builds without any header, so that a compiler alone is enough (tcc has none).
+ * This includes no header, so that a compiler alone can build it (tcc comes without headers).
  * Source: Linux arch/x86/kernel/fpu/regset.c, xstateregs_set(); Intel SDM volume 1, 13.4 and 13.5.
  */
 
@@ -26,7 +26,7 @@ typedef long call(int request, ...);
 extern void *dlsym(void *handle, const char *name);
 extern int *__errno_location(void);
 
-/* Where component `number` begins in an uncompacted area and how long it is; 0 and 0 for none. */
+/* Offset and size of component `number` in an uncompacted area; both are 0 if there is none. */
 static void locate(unsigned number, unsigned *offset, unsigned *size)
 {
     unsigned a, b, c, d;
@@ -36,7 +36,7 @@ static void locate(unsigned number, unsigned *offset, unsigned *size)
     *size = a;
 }
 
-/* The components that lie wholly within an area's first `length` bytes, as bits of XSTATE_BV. */
+/* The components that lie entirely within an area's first `length` bytes, as bits of XSTATE_BV. */
 unsigned long components_within(unsigned long length)
 {
     unsigned long within = (1UL << LEGACY) - 1;
@@ -52,7 +52,7 @@ unsigned long components_within(unsigned long length)
 
 static long write_whole(call *next, int pid, const struct vector *given)
 {
-    static unsigned char area[1 << 16]; /* the kernel takes no more than its own size of it */
+    static unsigned char area[1 << 16]; /* the kernel uses only as much as it needs */
     struct vector whole = {area, sizeof area};
     const unsigned char *from = given->base;
     unsigned long i;
@@ -65,7 +65,7 @@ static long write_whole(call *next, int pid, const struct vector *given)
         return -1;
     for (i = 0; i < given->length; i++)
         area[i] = from[i];
-    /* What the caller has no bytes of is another task's now: have the CPU start it afresh. */
+    /* The rest of the area belongs to another task by now: reset those components. */
     *(unsigned long *)(area + BITMAP) &= components_within(given->length);
     whole.length = sizeof area;
     return next(SETREGSET, pid, (void *)XSTATE, &whole);

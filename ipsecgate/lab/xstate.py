@@ -1,9 +1,9 @@
-"""Whether user-mode-linux can restore a task's registers on this CPU, and the remedy if it cannot.
+"""Check whether user-mode-linux can restore a task's registers on this CPU; work around it if not.
 
-User-mode-linux up to 6.12 keeps `KEPT` bytes of a task's XSAVE area. The kernel restores a whole
-area or fails with EFAULT, and then the guest panics at its first return to user space. The area
-is larger on CPUs with AMX. The remedy is xstate.c, a library that user-mode-linux runs under.
-The CPU's model does not matter: `fits` asks the kernel what user-mode-linux will ask it.
+User-mode-linux up to 6.12 keeps `KEPT` bytes of a task's XSAVE area. The kernel restores the whole
+area or fails with EFAULT, and then the guest panics at its first return to user space. On CPUs with
+AMX the area is larger. The workaround is xstate.c, a library that is preloaded into
+user-mode-linux. `fits` does not check the CPU model: it makes user-mode-linux's own request.
 
 Source: Linux arch/x86/kernel/fpu/regset.c, arch/um/os-Linux/registers.c; ptrace(2).
 """
@@ -21,13 +21,13 @@ from functools import cache
 from pathlib import Path
 
 from ipsecgate.errors import GateError
-from ipsecgate.lab.kernel import call, default_cache, locked
+from ipsecgate.lab.kernel import default_cache, locked, run_tool
 
 SOURCE = Path(__file__).with_name("xstate.c")
 COMPILERS = ("cc", "tcc")
-"""The first that is installed builds the library. tcc is the one that `make setup` installs."""
+"""The first one installed builds the library. `make setup` installs tcc."""
 KEPT = 2696
-"""Bytes of the XSAVE area that user-mode-linux keeps: as far as AVX-512 and PKRU."""
+"""Bytes of the XSAVE area that user-mode-linux keeps, up to AVX-512 and PKRU."""
 
 _GETREGSET, _SETREGSET, _SEIZE, _INTERRUPT = 0x4204, 0x4205, 0x4206, 0x4207
 _XSTATE = 0x202  # NT_X86_XSTATE, linux/elf.h
@@ -44,9 +44,9 @@ class _Vector(ctypes.Structure):
 
 @cache
 def fits() -> bool:
-    """Tell whether the kernel restores a task from the `KEPT` first bytes of its XSAVE area.
+    """Return whether the kernel restores a task from the first `KEPT` bytes of its XSAVE area.
 
-    Asked of a process of ours. Raises: OSError if it cannot be traced.
+    This traces a child process. Raises: OSError if tracing is not allowed.
     """
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
@@ -79,12 +79,12 @@ def _trace(request: int, pid: int, address: int = 0, data: int = 0) -> None:
 
 
 def compiler() -> str | None:
-    """Return the compiler that would build the library, None if none is installed."""
+    """Return the compiler for the library, None if none is installed."""
     return next((name for name in COMPILERS if shutil.which(name)), None)
 
 
 def library(cache_folder: Path | None = None) -> Path:
-    """Return the library in the cache folder (None: `default_cache`), built if it is not there.
+    """Return the library in the cache folder (None: `default_cache`); build it if it is missing.
 
     Raises: GateError if there is no compiler, or it fails.
     """
@@ -106,17 +106,19 @@ def library(cache_folder: Path | None = None) -> Path:
 
 
 def build(built: Path, with_compiler: str | None = None) -> None:
-    """Compile the library to `built`, aside first. Raises: GateError, OSError."""
+    """Compile the library aside and rename it to `built`. Raises: GateError, OSError."""
     program = with_compiler or compiler()
     if program is None:
         raise GateError(
-            "user-mode-linux cannot run on this CPU without a library, and no C compiler is here",
-            hint="apt-get install tcc (a small one; `make setup` does it)",
+            "user-mode-linux needs a library on this CPU, but no C compiler is installed",
+            hint="apt-get install tcc (it is small; `make setup` installs it)",
         )
     aside = built.with_name(f".{built.name}-{os.getpid()}")
     try:
         options = ["-shared", "-fPIC", "-nostdlib", "-o", str(aside)]
-        call([program, *options, str(SOURCE)], built.parent, f"see whether {program} works at all")
+        run_tool(
+            [program, *options, str(SOURCE)], built.parent, f"see whether {program} works at all"
+        )
         aside.rename(built)
     finally:
         with suppress(FileNotFoundError):
@@ -124,15 +126,15 @@ def build(built: Path, with_compiler: str | None = None) -> None:
 
 
 def needed() -> bool:
-    """Tell whether user-mode-linux needs the library on this machine."""
+    """Return whether user-mode-linux needs the library on this machine."""
     try:
         return not fits()
-    except OSError:  # a user who may not trace cannot run user-mode-linux: its console says so
+    except OSError:  # without the right to trace, user-mode-linux fails and its console says why
         return False
 
 
 def environment() -> dict[str, str]:
-    """Return the variables that user-mode-linux needs on this machine: none, or LD_PRELOAD.
+    """Return the environment that user-mode-linux needs on this machine: empty, or LD_PRELOAD.
 
     Raises: GateError if the library is needed and cannot be built.
     """

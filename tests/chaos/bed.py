@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ipsecgate.edges.bpf import bytecode
+from ipsecgate.lab.charon import HASTY
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.path import LINK
-from ipsecgate.lab.strongswan import HASTY
 from tests.chaos.voice import Voice
 from tests.chaos.world import NOWHERE, OPEN, PORT, SPECS, World, ip
 from tests.system.keeper import Keeper

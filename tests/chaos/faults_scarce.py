@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from ipsecgate.lab.connections import connection
 from ipsecgate.lab.hosts import ConnSpec
-from ipsecgate.lab.strongswan import connection
 from tests.chaos.fault import fault
 from tests.chaos.faults_kernel import routes_of_others
 from tests.chaos.faults_operator import GUEST, policies_named, policies_named_then_derived

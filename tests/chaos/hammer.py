@@ -147,7 +147,7 @@ def native(cache: Path, rng: random.Random, attempts: int, turns: int) -> Hammer
     with make_bed(f"hammer-{os.getpid()}", cache) as bed:
         bed.renew()
         bed.publish(TableId.SPD, live()[0])
-        wire = flow_index(bed)
+        wire = packet_socket(bed)
         step = -(-attempts // turns)
         with Hammer(bed.namespace.path, bed.cgroup, targets, WORKERS, step) as hammer:
             for _ in range(turns):
@@ -157,7 +157,7 @@ def native(cache: Path, rng: random.Random, attempts: int, turns: int) -> Hammer
     return hammer.result
 
 
-def flow_index(bed: Bed) -> socket.socket:
+def packet_socket(bed: Bed) -> socket.socket:
     """Return a socket that sees what arrives at the other end of the way out, IPv6 only."""
     with bed.namespace.inside():
         wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)

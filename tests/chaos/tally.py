@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from ipsecgate.lab.frames import Packet
-from ipsecgate.lab.xfrm_watch import XfrmSeen
+from ipsecgate.lab.xfrm_watch import XfrmEvent
 
 TOLERANCE = 0.06  # seconds: how near to an edge of a gap nothing is certain
 CONNECTIONS = 2
@@ -74,7 +74,7 @@ def spread(spans: Sequence[Span], pauses: Sequence[Span] = ()) -> list[Span]:
 
 
 def kernel_gaps(
-    events: Sequence[XfrmSeen], family: int, ours: Container[tuple[object, object]]
+    events: Sequence[XfrmEvent], family: int, ours: Container[tuple[object, object]]
 ) -> list[Span]:
     """Return when the kernel had no policy that names an SA for a family, or not that SA.
 

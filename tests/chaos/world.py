@@ -26,11 +26,11 @@ from typing import Any
 from vici.exception import CommandException
 
 from ipsecgate.lab.capture import Capture
+from ipsecgate.lab.connections import connection
 from ipsecgate.lab.frames import Kind
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.strongswan import connection
 from tests.chaos import waiting
 from tests.chaos.tally import Span, Tally, kernel_gaps, spread
 from tests.chaos.voice import Voice
@@ -103,7 +103,7 @@ class World:
         host, gate = self.lab.a, self.gate
         words = [sys.executable, "-S", "-I", str(WAITER), str(HELD_PERIOD), json.dumps(self.waits)]
         self.keeper.take()  # its queue is short: there must be room for the listener
-        self.waiter = Voice(host, gate.holding(*words, options=["--hold", f"{waiting.HOLD:g}s"]))
+        self.waiter = Voice(host, gate.exec_argv(*words, options=["--hold", f"{waiting.HOLD:g}s"]))
         self.speaker = Voice(
             host, self.argv("speaker", str(PERIOD), json.dumps(self.targets)), gate.cgroup
         )
@@ -258,7 +258,7 @@ class World:
             elif packet.kind is Kind.CLEAR and packet.sender == "a":
                 if str(packet.daddr) == OPEN:
                     self.tally.in_clear += 1
-                elif packet.complains:
+                elif packet.is_unreachable:
                     self.tally.complaints += 1
                 elif not packet.daddr or any(packet.daddr in net for net in PROTECTED):
                     self.tally.leaked.append(packet)

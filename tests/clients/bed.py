@@ -178,7 +178,7 @@ class ClientBed:
         """
         argv = list(client.argv)
         if hold is not None:
-            argv = self.gate.holding(*argv, options=("--hold", hold, *options))
+            argv = self.gate.exec_argv(*argv, options=("--hold", hold, *options))
         before = self._counters()
         began = time.monotonic()
         with self.lab.capture() as capture:

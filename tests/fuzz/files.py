@@ -15,7 +15,7 @@ from typing import Any
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import Action, ChildConfig, Mode
+from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, Mode
 from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
 from ipsecgate.edges.host import config, saved_state
 from ipsecgate.errors import GateError, UsageError
@@ -162,7 +162,7 @@ class Memory(_Folder):
     def real(self, random: Random) -> tuple[bytes, Any]:
         children = tuple(
             ChildConfig(
-                f"gw{number}", random.choice(("net", "Ω")), random.choice(list(Mode)),
+                ChildName(f"gw{number}", random.choice(("net", "Ω"))), random.choice(list(Mode)),
                 self._side(random), self._side(random),
             )
             for number in range(random.choice((0, 1, 1, 2)))

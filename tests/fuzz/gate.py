@@ -13,18 +13,17 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow, TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.tables import layout
 from tests.unit.xfrm_bytes import NET, OUT
 
 CHILD = ChildConfig(
-    "gw", "net", Mode.TUNNEL, (TrafficSelector(ip_network("10.1.0.0/16")),),
+    ChildName("gw", "net"), Mode.TUNNEL, (TrafficSelector(ip_network("10.1.0.0/16")),),
     (TrafficSelector(ip_network("10.2.0.0/16")),),
 )  # fmt: skip
 UP = ChildSa(
-    "gw",
-    "net",
+    ChildName("gw", "net"),
     1,
     0xC0FFEE00,
     0xC0FFEE01,

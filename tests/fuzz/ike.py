@@ -12,11 +12,11 @@ from ipsecgate.core.codec import vici as meaning
 from ipsecgate.core.codec.vici_wire import parse
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
 from ipsecgate.edges.strongswan.vici import refusal
 from tests.fuzz import gate as gates
 from tests.fuzz.engine import Target, twist
-from tests.unit.test_vici import NAMES
+from tests.unit.vici_messages import NAMES
 
 EVENT, RESPONSE = 7, 1
 SELECTORS = (
@@ -61,7 +61,7 @@ def child_sa(random: Random, ike: str) -> tuple[dict[str, Any], ChildSa]:
         "spi-out": f"{spi_out:08x}", "local-ts": here, "remote-ts": there,
     }  # fmt: skip
     host, peer = ip_address("192.0.2.1"), ip_address("192.0.2.2")
-    names = ike, name, reqid, spi_in, spi_out, peer, local, remote
+    names = ChildName(ike, name), reqid, spi_in, spi_out, peer, local, remote
     return body, ChildSa(*names, unique=3, local_host=host)
 
 
@@ -76,7 +76,11 @@ def conn(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
         "local_addrs": ["192.0.2.1"], "remote_addrs": ["%any"], "version": "IKEv2",
         "children": children,
     }  # fmt: skip
-    return "list-conn", {"gw": body}, [ChildConfig("gw", "net", Mode[mode], local, remote)]
+    return (
+        "list-conn",
+        {"gw": body},
+        [ChildConfig(ChildName("gw", "net"), Mode[mode], local, remote)],
+    )
 
 
 def sas(random: Random) -> tuple[str, dict[str, Any], list[Any]]:

@@ -51,14 +51,14 @@ def test_a_decoder_without_a_defect_passes() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_a_defect_is_found(kind: type[Target], said: str) -> None:
+def test_a_planted_defect_is_found(kind: type[Target], said: str) -> None:
     done = fuzz(kind, INPUTS, SEED)
     assert done.returncode != 0
     assert said in done.stdout
     assert f"again: .venv/bin/python -m tests.fuzz --target {kind.name} --hex " in done.stdout
 
 
-def test_what_did_something_new_leads_to_more() -> None:
+def test_an_input_with_new_coverage_is_mutated_further() -> None:
     """Of 2^24 ways to begin one is wrong: who only guesses does not find it."""
     done = fuzz(planted.Crashes, 1_000_000, SEED)
     assert done.returncode != 0, done.stdout

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.edges.host import cgroups
-from ipsecgate.lab.room import CANNOT_RUN, PREFIX, TIMED_OUT, delegated, kept
+from ipsecgate.lab.room import CANNOT_RUN, PREFIX, TIMED_OUT, delegated, hidden_folders
 from tests.guest.processes import outlived
 from tests.system.life import until
 
@@ -124,7 +124,11 @@ def test_two_rooms_do_not_meet() -> None:
 
 def test_only_what_is_hidden_is_kept_and_once() -> None:
     tops = ["/tmp/a/b", "/tmp/a", "/home/x", "/var/lib/ci/work", "/tmp", "/etcetera/x", "/run/x"]
-    assert kept(map(Path, tops)) == [Path("/run/x"), Path("/tmp/a"), Path("/var/lib/ci/work")]
+    assert hidden_folders(map(Path, tops)) == [
+        Path("/run/x"),
+        Path("/tmp/a"),
+        Path("/var/lib/ci/work"),
+    ]
 
 
 def test_systemd_is_asked_for_a_delegated_scope() -> None:

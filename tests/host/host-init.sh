@@ -15,6 +15,10 @@ mount -t proc proc /proc
 mkdir -p /lib/modules "$results"
 mount --bind "$modules" /lib/modules
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 results "$results"
+# Its own, because on the machine that runs QEMU others write there meanwhile.
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mkdir -p /var/cache/ipsecgate
+mount -t tmpfs -o mode=755 tmpfs /var/cache/ipsecgate
 cp -a /run/host/units/. /
 : >/etc/fstab
 cat >/etc/systemd/system/commands.service <<END

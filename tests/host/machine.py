@@ -66,6 +66,9 @@ def story(commands: Sequence[str], results: Path) -> str:
     lines = [
         "status=0",
         f"{own} load && {own} attach /sys/fs/cgroup/own || exit 1",
+        # With its first delegated scope systemd sets all units' limits again, and those of early
+        # boot change, as kernel.pid_max was lower then.
+        "systemd-run --quiet --scope --property=Delegate=yes true || exit 1",
         'echo "this host: Linux $(uname -r), process 1 is $(cat /proc/1/comm),'
         ' its charon is $(systemctl show --value --property=MainPID strongswan)"',
         f"{state} >{results}/state-0.json || exit 1",

@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,7 +62,9 @@ SYSCTLS = re.compile(
     r"/(random/|.*-state$|.*-nr$|.*nr_|.*_id$|ns_last_pid|pty/nr|.*flush$|.*stat.*|.*count$"
     r"|.*/(net/netfilter|binfmt_misc)/)"
 )
-BPF_PROG_NEXT, BPF_MAP_NEXT, BPF_LINK_NEXT = 11, 12, 31  # linux/bpf.h, enum bpf_cmd
+# linux/bpf.h, enum bpf_cmd and bpf_prog_type
+BPF_PROG_NEXT, BPF_MAP_NEXT, BPF_LINK_NEXT, BPF_PROG_FD, BPF_INFO = 11, 12, 31, 13, 15
+CGROUP_DEVICE = 15
 SYS_BPF = 321
 
 
@@ -155,8 +158,13 @@ def pins() -> dict[str, str]:
 
 
 def bpf_objects() -> dict[str, str]:
-    """Return the ids of all programs, maps and links that the kernel has, wherever they are."""
+    """Return the ids of all programs, maps and links that the kernel has, wherever they are.
+
+    systemd replaces its units' device filters by equal ones whenever it starts a scope with
+    controllers of its own: of those only the number of each counts.
+    """
     libc, found = ctypes.CDLL(None, use_errno=True), {}
+    filters: Counter[str] = Counter()
     for kind, command in (
         ("program", BPF_PROG_NEXT),
         ("map", BPF_MAP_NEXT),
@@ -164,9 +172,28 @@ def bpf_objects() -> dict[str, str]:
     ):
         attributes = (ctypes.c_uint32 * 3)()  # start_id, next_id, open_flags
         while not libc.syscall(SYS_BPF, command, attributes, ctypes.sizeof(attributes)):
-            found[f"{kind} {attributes[1]}"] = "there"
             attributes[0] = attributes[1]
-    return found
+            tag = device_filter(libc, attributes[1]) if kind == "program" else None
+            if tag:
+                filters[f"device filter {tag}"] += 1
+            else:
+                found[f"{kind} {attributes[1]}"] = "there"
+    return found | {name: str(count) for name, count in filters.items()}
+
+
+def device_filter(libc: ctypes.CDLL, number: int) -> str | None:
+    """Return a cgroup device program's tag, None for any other program."""
+    fd = libc.syscall(SYS_BPF, BPF_PROG_FD, (ctypes.c_uint32 * 3)(number), 12)
+    if fd < 0:
+        return None
+    info = (ctypes.c_uint32 * 4)()  # type, id, tag[8]
+    attributes = (ctypes.c_uint64 * 2)(fd | ctypes.sizeof(info) << 32, ctypes.addressof(info))
+    try:
+        if libc.syscall(SYS_BPF, BPF_INFO, attributes, 16) or info[0] != CGROUP_DEVICE:
+            return None
+    finally:
+        os.close(fd)
+    return bytes(info)[8:].hex()
 
 
 def settled_bpf_objects() -> dict[str, str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from ipsecgate.errors import GateError
 from ipsecgate.lab.archive import mirror
 from ipsecgate.lab.debian import DebianKernel
-from ipsecgate.lab.kernel import Progress, call, default_cache, locked
+from ipsecgate.lab.kernel import Progress, default_cache, locked, run_tool
 from ipsecgate.lab.qemu import initrd, shared
 
 ROOT = Path(__file__).parents[2]
@@ -79,19 +79,19 @@ def _make(aside: Path, home: Path) -> None:
     aside.chmod(0o755)
     include = f"--include={','.join(PACKAGES)}"
     strap = ["mmdebstrap", "--quiet", "--variant=extract", f"--architectures={ARCHITECTURE}"]
-    call([*strap, include, SUITE, str(aside), mirror()], ROOT, again)
+    run_tool([*strap, include, SUITE, str(aside), mirror()], ROOT, again)
     for name, text in ACCOUNTS.items():
         (aside / "etc" / name).write_text(text)
     wheels = ["--target", str(aside / "site"), "--python-version", PYTHON, "--only-binary=:all:"]
     wheels += [f"--platform={name}" for name in PLATFORMS]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
-    call([*pip, *wheels, *WHEELS], ROOT, again)
+    run_tool([*pip, *wheels, *WHEELS], ROOT, again)
     ours = importlib.metadata.version("ipsecgate")  # the checkout has none of its own
     told = aside / f"site/ipsecgate-{ours}.dist-info/METADATA"
     told.parent.mkdir()
     told.write_text(f"Metadata-Version: 2.1\nName: ipsecgate\nVersion: {ours}\n")
     release = max((aside / "lib/modules").glob("[0-9]*")).name
-    call(["depmod", "--basedir", str(aside), release], ROOT, "apt-get install kmod")
+    run_tool(["depmod", "--basedir", str(aside), release], ROOT, "apt-get install kmod")
     aside.rename(home)
 
 

@@ -48,17 +48,17 @@ def main() -> None:
         sock.settimeout(PATIENCE)
         sock.connect((address, port))
     say("ready" if not any(map(echo, socks.values())) else "no answer")
-    flow_index = dict(socks)
+    open_sockets = dict(socks)
     while True:
-        ready = select.select([sys.stdin, *flow_index.values()], [], [])[0]
-        for name, sock in list(flow_index.items()):
+        ready = select.select([sys.stdin, *open_sockets.values()], [], [])[0]
+        for name, sock in list(open_sockets.items()):
             if sock in ready:
                 try:
                     error = "" if sock.recv(1) else "closed"
                 except OSError as raised:
                     error = named(raised)
                 say([name, error, time.monotonic()])
-                del flow_index[name]
+                del open_sockets[name]
         if sys.stdin in ready:
             if not sys.stdin.readline():
                 return

@@ -18,7 +18,7 @@ import pytest
 
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.xfrm_watch import SaWatch
+from ipsecgate.lab.xfrm_watch import XfrmWatch
 from tests.chaos.voice import Voice
 from tests.chaos.world import SPEAKER
 from tests.system.conftest import cache
@@ -75,7 +75,7 @@ def gate(lab: Lab, cache: Path) -> Iterator[Gated]:
         yield gate
 
 
-def deleted(watch: SaWatch) -> list[float]:
+def deleted(watch: XfrmWatch) -> list[float]:
     """Return when outbound SAs went."""
     return [event.time for event in watch.events() if event.name == "DELSA" and event.outbound]
 

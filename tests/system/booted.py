@@ -19,7 +19,7 @@ SPEC = ConnSpec("net", "transport", 4)  # no trap: without the gate it goes out 
 COVERED = str(SITE_B.outer[4].ip)
 NEVER = str(SITE_B.bare[4].ip)  # protected by the configuration, and nobody negotiates for it
 LATER = "203.0.113.9"
-SERVICE, LOAD = "ipsecgate.controller.service", "ipsecgate-load.service"
+SERVICE, LOAD = "ipsecgate.service", "ipsecgate-load.service"
 CONFIG = f"""
 [gate]
 vici = "{CHARON}/vici"

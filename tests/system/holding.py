@@ -23,7 +23,7 @@ PIPE = subprocess.PIPE
 
 
 def start(lab: Lab, gate: Gated, command: Sequence[str], *options: str) -> subprocess.Popen[str]:
-    argv = gate.holding(*command, options=options)
+    argv = gate.exec_argv(*command, options=options)
     return lab.a.popen(argv, stdin=PIPE, stdout=PIPE, stderr=PIPE)
 
 

@@ -30,7 +30,7 @@ from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Host, Lab
-from ipsecgate.lab.xfrm_watch import XfrmSeen
+from ipsecgate.lab.xfrm_watch import XfrmEvent
 from tests.system.pulse import PERIOD, Attempt, Pulse, Target
 from tests.system.witness import ProtectionSource
 
@@ -44,14 +44,14 @@ POLICIES = ("NEWPOLICY", "UPDPOLICY")
 log = logging.getLogger(__name__)
 
 Gap = tuple[float, float]
-Wanted = Callable[[XfrmSeen], bool]
+Wanted = Callable[[XfrmEvent], bool]
 
 
-def outbound(event: XfrmSeen) -> bool:
+def outbound(event: XfrmEvent) -> bool:
     return bool(event.outbound)
 
 
-def gaps(events: Sequence[XfrmSeen], wanted: Wanted = outbound) -> list[Gap]:
+def gaps(events: Sequence[XfrmEvent], wanted: Wanted = outbound) -> list[Gap]:
     """Return when the kernel had no wanted SA, or no wanted policy, to begin with none."""
     sas: set[int] = set()
     policies: set[tuple[object, object]] = set()
@@ -76,7 +76,7 @@ def gaps(events: Sequence[XfrmSeen], wanted: Wanted = outbound) -> list[Gap]:
 
 
 def openings(
-    events: Sequence[XfrmSeen], found: Sequence[Gap], wanted: Wanted = outbound
+    events: Sequence[XfrmEvent], found: Sequence[Gap], wanted: Wanted = outbound
 ) -> list[Gap]:
     """Return from when an SA ended a gap until a policy came: the gate waits for one to name it."""
     mine = [event for event in events if event.outbound and wanted(event)]

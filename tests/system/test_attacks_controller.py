@@ -15,6 +15,7 @@ from pathlib import Path
 from ipsecgate.core.codec.seccomp import program
 from ipsecgate.edges.holding import oci, seccomp
 from ipsecgate.edges.host import control
+from ipsecgate.lab.charon import load_tun
 from tests.system import uring
 from tests.system.caller import Caller
 from tests.system.unit import Unit, caller, refused, unit
@@ -40,7 +41,7 @@ WAYS: dict[str, Callable[[], int]] = {
 
 
 def test_an_inherited_way_past_the_hooks_is_refused(unit: Unit) -> None:
-    subprocess.run(["modprobe", "tun"], check=False, capture_output=True)  # or it is built in
+    load_tun()
     unit.start()
     assert unit.hears("READY=1"), unit.log
     for name, make in WAYS.items():
@@ -56,7 +57,7 @@ def test_an_inherited_way_past_the_hooks_is_refused(unit: Unit) -> None:
 
 
 ANEW = """
-from ipsecgate.edges import cgroups
+from ipsecgate.edges.host import cgroups
 from ipsecgate.cli import main
 joining = cgroups.join
 def join(cgroup):

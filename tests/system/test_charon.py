@@ -22,19 +22,21 @@ from ipsecgate.core.model.events import (
     NegotiationFailed,
 )
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import Mode
+from ipsecgate.core.model.ipsec import ChildName, Mode
 from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.edges.strongswan import negotiation
 from ipsecgate.edges.strongswan.client import IkeClient
+from ipsecgate.lab.connections import connection
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.strongswan import connection
 
 pytestmark = [
+    pytest.mark.second_guest,
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
     pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]
 
 HOST = ConnSpec("host", "transport")
+NAME = ChildName("host", "host")
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +85,22 @@ async def test_up_and_down(lab: Lab, client: IkeClient) -> None:
     load(lab, HOST, HOST)
     ours, theirs = ip_network("192.0.2.1"), ip_network("192.0.2.2")
     (config,) = await client.children()
-    assert (config.ike, config.child, config.mode) == ("host", "host", Mode.TRANSPORT)
+    assert (config.name, config.mode) == (NAME, Mode.TRANSPORT)
     assert config.local == (TrafficSelector(ours),)
     assert config.remote == (TrafficSelector(theirs),)
     assert client.daemon_pid == lab.a.charon.pid
     assert await client.established() == ()
 
-    await client.initiate("host", "host", 10)
+    await client.initiate(NAME, 10)
     ike, up = await until(client, ChildUp)
     assert isinstance(ike, IkeUp)
     assert isinstance(up, ChildUp)
-    assert (up.sa.ike, up.sa.child, up.sa.remote_host) == ("host", "host", ip_address("192.0.2.2"))
+    assert (up.sa.name, up.sa.remote_host) == (NAME, ip_address("192.0.2.2"))
     assert up.sa.local == config.local
     assert await client.established() == (up.sa,)
     await until(client, NegotiationDone)
 
-    await client.initiate("host", "host", 10)  # it is up: done, and no failure
+    await client.initiate(NAME, 10)  # it is up: done, and no failure
     await until(client, NegotiationDone)
     await client.terminate("host")
     told = {type(event) for event in await until(client, ChildDown)}
@@ -150,7 +152,7 @@ async def test_a_failure_has_a_cause(
     monkeypatch.setattr(negotiation, "DIAGNOSE_WITHIN", 60.0)  # however busy the machine is
     break_it, cause = FAILURES[name]
     break_it(lab)
-    await client.initiate("host", "host", 60)
+    await client.initiate(NAME, 60)
     failed = (await until(client, NegotiationFailed))[-1]
     assert isinstance(failed, NegotiationFailed)
     assert cause in failed.cause, "and not that the limit came"
@@ -164,7 +166,7 @@ async def test_silence_ends_at_the_limit_and_the_next_try_is_a_new_one(
     lab.a.charon.configure("retransmit_timeout = 60")  # it does not give up by itself
     lab.drop_ike()
     began = time.monotonic()
-    await client.initiate("host", "host", 1)
+    await client.initiate(NAME, 1)
     failed = (await until(client, NegotiationFailed))[-1]
     assert isinstance(failed, NegotiationFailed)
     assert "slow or silent" in failed.cause
@@ -174,13 +176,13 @@ async def test_silence_ends_at_the_limit_and_the_next_try_is_a_new_one(
             await asyncio.sleep(0.01)
     lab.a.charon.configure("")
     lab.drop_ike(False)
-    await client.initiate("host", "host", 30)
+    await client.initiate(NAME, 30)
     await until(client, ChildUp)
 
 
 async def test_the_daemon_is_killed(lab: Lab, client: IkeClient) -> None:
     load(lab, HOST, HOST)
-    await client.initiate("host", "host", 10)
+    await client.initiate(NAME, 10)
     await until(client, ChildUp)
     lab.a.charon.kill()
     assert isinstance((await until(client, IkeGone))[-1], IkeGone)

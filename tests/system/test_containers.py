@@ -23,6 +23,8 @@ from tests.clients.daemons import HTTP, PAGE
 from tests.system.holding import nothing_in_clear, stopped, wait_held
 from tests.system.keeper import Keeper
 
+pytestmark = pytest.mark.second_guest
+
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 RUNTIMES = ("crun", "runc")
 Profile = Callable[..., dict[str, Any]]

@@ -46,6 +46,7 @@ from tests.system.story import batch, following, ip
 from tests.until import until
 
 pytestmark = [
+    pytest.mark.second_guest,
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
     pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.lab import story
+from ipsecgate.lab import first_connection
 from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
@@ -26,7 +26,7 @@ from tests.system.life import ike_sas, until
 from tests.system.opening import prepared
 
 PORT = 7100
-CASES = [case for case in story.cases() if case.gated]
+CASES = [case for case in first_connection.cases() if case.gated]
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,12 @@ def connected(report: Report) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_first_connection_loses_nothing(lab: Lab, gate: Gated, case: story.Case) -> None:
+def test_the_first_connection_loses_nothing(
+    lab: Lab, gate: Gated, case: first_connection.Case
+) -> None:
     lab.set_delay(25)
     counted = Counted(gate)
-    outcome = story.run(lab, case, gate)
+    outcome = first_connection.measure(lab, case, gate)
     assert outcome.error is None
     assert outcome.refused > 0, "it was refused first, so the gate had to open"
     assert outcome.esp_packets > 0
@@ -79,7 +81,7 @@ def test_the_first_connection_loses_nothing(lab: Lab, gate: Gated, case: story.C
     assert outcome.syn_retransmissions == 0
     assert outcome.datagrams_lost in (None, 0)
     assert counted["refuse_uncovered"] + counted["refuse_no_source"] == outcome.refused
-    taken = 1 if case.protocol == "tcp" else story.DATAGRAMS
+    taken = 1 if case.protocol == "tcp" else first_connection.DATAGRAMS
     assert counted["allow_covered"] + counted["allow_associated"] == taken
 
 

@@ -289,12 +289,12 @@ def test_a_user_and_a_setuid_program(lab: Lab, gate: Gated, tmp_path: Path) -> N
     program = tmp_path / "id"
     shutil.copy("/usr/bin/id", program)
     program.chmod(0o4755)
-    command = gate.holding("sh", "-c", f"id -u; {program} -u", options=["--user", "nobody"])
+    command = gate.exec_argv("sh", "-c", f"id -u; {program} -u", options=["--user", "nobody"])
     assert lab.a.run(command).stdout.split() == ["65534", "0"]
 
 
 def test_a_second_listener_is_refused(lab: Lab, gate: Gated) -> None:
-    command = gate.holding(*gate.holding("true"))
+    command = gate.exec_argv(*gate.exec_argv("true"))
     done = lab.a.run(command, check=False)
     assert done.returncode == 1
     assert "already has a seccomp listener" in done.stderr
@@ -302,7 +302,7 @@ def test_a_second_listener_is_refused(lab: Lab, gate: Gated) -> None:
 
 def test_an_inherited_internet_socket_is_refused(lab: Lab, gate: Gated) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-        command = [*lab.a.launcher(), *gate.holding("echo", "ran")]
+        command = [*lab.a.launcher(), *gate.exec_argv("echo", "ran")]
         done = subprocess.run(
             command, pass_fds=[sock.fileno()], capture_output=True, text=True, check=False
         )
@@ -319,8 +319,8 @@ def test_exit_codes(lab: Lab, gate: Gated, tmp_path: Path) -> None:
         (str(tmp_path / "text"),): 126,
     }
     for command, code in told.items():
-        assert lab.a.run(gate.holding(*command), check=False).returncode == code
-    elsewhere = gate.holding("true", options=["--cgroup", str(lab.cgroup("elsewhere"))])
+        assert lab.a.run(gate.exec_argv(*command), check=False).returncode == code
+    elsewhere = gate.exec_argv("true", options=["--cgroup", str(lab.cgroup("elsewhere"))])
     done = lab.a.run(elsewhere, check=False)
     assert done.returncode == 2
     assert "is not gated" in done.stderr

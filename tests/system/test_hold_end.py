@@ -30,6 +30,8 @@ from tests.system.keeper import Keeper
 from tests.system.life import until
 from tests.system.opening import prepared
 
+pytestmark = pytest.mark.second_guest
+
 
 @pytest.fixture(scope="module")
 def module_lab() -> Iterator[Lab]:
@@ -54,7 +56,7 @@ def test_a_controller_that_dies_ends_the_calls_that_it_held(lab: Lab, gate: Gate
         result = ended(process)
     assert result["first"]["error"] == "ENOSYS"
     assert result["error"] == "ENOSYS"
-    done = lab.a.run(gate.holding("echo", "ran"), check=False)
+    done = lab.a.run(gate.exec_argv("echo", "ran"), check=False)
     assert done.returncode == 3
     assert "ran" not in done.stdout
     gate.start()

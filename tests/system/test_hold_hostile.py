@@ -19,6 +19,8 @@ from tests.system.life import until
 from tests.system.opening import prepared
 from tests.system.stall import FLUSH, READ, StallingFile
 
+pytestmark = pytest.mark.second_guest
+
 
 @pytest.fixture(scope="module")
 def module_lab() -> Iterator[Lab]:

@@ -17,11 +17,12 @@ from vici.exception import CommandException
 
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.kernel.probe import has_esp
+from ipsecgate.lab.charon import HASTY
 from ipsecgate.lab.endpoints import Server
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
-from ipsecgate.lab.strongswan import HASTY
 
 pytestmark = [
+    pytest.mark.second_guest,
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
     pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]

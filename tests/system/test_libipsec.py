@@ -31,6 +31,8 @@ from tests.system.caller import called_again, hammering
 from tests.system.life import until
 from tests.system.opening import prepared
 
+pytestmark = pytest.mark.second_guest
+
 PORT = 7300
 DATAGRAMS = 200
 # ESP goes through two processes, which may have to wait for the processor; nothing may be dropped

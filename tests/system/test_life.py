@@ -15,14 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from ipsecgate.lab.charon import HASTY
+from ipsecgate.lab.connections import connection
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.strongswan import HASTY, connection
 from tests.system.holding import paused
 from tests.system.life import Life, ask, ike_sas, until
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import ProtectionSource
+
+pytestmark = pytest.mark.second_guest
 
 PORT, CLOSED_PORT = 7200, 7201
 LONG = 100  # ms, one way: what an SA's absence must outlast is twice the tolerance

@@ -17,10 +17,14 @@ import pytest
 from ipsecgate.core.model.events import SourcesResolved
 from ipsecgate.core.model.flow import Address, Network
 from ipsecgate.edges.kernel.routes import Routes
+from ipsecgate.lab.charon import load_tun
 from ipsecgate.lab.netns import Namespace
 from tests.system.story import batch, ip
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
+pytestmark = [
+    pytest.mark.second_guest,
+    pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
+]
 
 LINKS = [
     "link set lo up",
@@ -118,7 +122,7 @@ async def test_every_kind_of_change_is_told() -> None:
 
 
 async def test_what_leads_into_an_ike_daemons_tunnel() -> None:
-    subprocess.run(["modprobe", "tun"], check=False, capture_output=True)  # or it is built in
+    load_tun()
     inside, beside = "10.2.0.0/16", "10.3.0.0/16"
     for name in ("ipsec7", "tun7"):
         ip(f"tuntap add {name} mode tun")

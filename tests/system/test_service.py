@@ -20,13 +20,15 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
 from ipsecgate.edges.host.saved_state import keep, recall
 from tests.system.bed import PEER, THERE
 from tests.system.caller import Caller
 from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]
+
+pytestmark = pytest.mark.second_guest
 
 
 def test_systemd_hears_that_it_is_ready_alive_and_stopping(unit: Unit, caller: Caller) -> None:
@@ -62,13 +64,13 @@ def test_a_decision_that_never_ends_is_not_called_alive(unit: Unit) -> None:
 
 
 CALLBACK = """
-from ipsecgate.edges import datapath
+from ipsecgate.edges.bpf import datapath
 def defect(record):
     raise LookupError("a defect in a callback")
 datapath.layout.unpack_event = defect
 """
 TASK = """
-from ipsecgate.edges import routes
+from ipsecgate.edges.kernel import routes
 async def defect(self):
     raise LookupError("a defect in a task")
 routes.Routes._tell = defect
@@ -195,14 +197,14 @@ def test_a_full_disk_keeps_what_was_remembered(tmp_path: Path) -> None:
     folder.mkdir()
     path = folder / "x.children.json"
     there = TrafficSelector(THERE[4])
-    child = ChildConfig("peer", "net", Mode.TUNNEL, (), (there,))
+    child = ChildConfig(ChildName("peer", "net"), Mode.TUNNEL, (), (there,))
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8k,mode=755", "none", str(folder)], check=True
     )
     try:
         keep(path, (child,))
         (folder / "filler").write_bytes(b"x" * 4096)
-        many = tuple(replace(child, child=f"c{number}") for number in range(200))
+        many = tuple(replace(child, name=ChildName("peer", f"c{number}")) for number in range(200))
         with pytest.raises(OSError, match="No space left"):
             keep(path, many)
         assert recall(path) == (child,)

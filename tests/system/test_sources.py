@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.core.model.flow import Address
+from ipsecgate.lab.connections import End, connection
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.strongswan import End, connection
-from ipsecgate.lab.xfrm_watch import XfrmSeen
+from ipsecgate.lab.xfrm_watch import XfrmEvent
 from tests.system.life import REFUSALS, Life, Wanted, until
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import ProtectionSource
+
+pytestmark = pytest.mark.second_guest
 
 PORT, CLOSED_PORT = 7300, 7301
 REMOTE, THERE = "203.0.113.0/24", "203.0.113.1"
@@ -104,7 +106,7 @@ def of(lab: Lab, name: str) -> Wanted:
     """Tell a tunnel's SAs (by their outer source) and policies (by their inner network)."""
     mine = {outer(lab)[name], type(outer(lab)[name])(NETWORKS[name].split("/")[0])}
 
-    def wanted(event: XfrmSeen) -> bool:
+    def wanted(event: XfrmEvent) -> bool:
         return event.saddr in mine
 
     return wanted

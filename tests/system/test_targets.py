@@ -115,7 +115,7 @@ def test_many_at_once(unit: Unit, folder: Path) -> None:
 def test_without_inotify_it_is_looked_for(unit: Unit, folder: Path) -> None:
     unit.configure(f'cgroups = ["{folder}/late"]\n{POLICY}')
     unit.start(
-        code="from ipsecgate.edges import inotify\n"
+        code="from ipsecgate.edges.host import inotify\n"
         "inotify._libc.inotify_add_watch = lambda *words: -1\n"
     )
     assert unit.hears("READY=1"), unit.log
@@ -231,17 +231,17 @@ def test_without_a_controller_reload_says_so(unit: Unit) -> None:
 
 
 def test_folders_that_come_and_go_are_told(folder: Path) -> None:
-    flow_index = Folders(folder, lambda path: path.name != "deaf")
+    folders = Folders(folder, lambda path: path.name != "deaf")
     (folder / "a/b").mkdir(parents=True)
     (folder / "deaf/c").mkdir(parents=True)
-    told = list(flow_index.news())
+    told = list(folders.news())
     assert {Appeared(folder / name) for name in ("a", "a/b", "deaf")} == set(told)
     (folder / "a/b/c").mkdir()
-    assert list(flow_index.news()) == [Appeared(folder / "a/b/c")]
+    assert list(folders.news()) == [Appeared(folder / "a/b/c")]
     (folder / "a/b/c").rmdir()
     (folder / "a/b").rmdir()
-    assert list(flow_index.news()) == [Vanished(folder / "a/b/c"), Vanished(folder / "a/b")]
+    assert list(folders.news()) == [Vanished(folder / "a/b/c"), Vanished(folder / "a/b")]
     (folder / "a/b").mkdir()
     (folder / "a/b/d").mkdir()
-    assert Appeared(folder / "a/b/d") in list(flow_index.news())
-    flow_index.close()
+    assert Appeared(folder / "a/b/d") in list(folders.news())
+    folders.close()

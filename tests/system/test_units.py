@@ -23,10 +23,12 @@ from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]
 
+pytestmark = pytest.mark.second_guest
+
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "packaging/systemd"
 EXPOSURE = {
-    "ipsecgate.controller.service": 2.5,
+    "ipsecgate.service": 2.5,
     "ipsecgate-load.service": 2.0,
 }  # of 10, and not more
 NEEDED = ("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON")
@@ -85,7 +87,7 @@ def test_stopping_opens_nothing() -> None:
         assert not setting(name, "ExecStop")
         assert not setting(name, "ExecStopPost")
         assert setting(name, "RuntimeDirectoryPreserve") == ["yes"]
-    assert setting("ipsecgate.controller.service", "Restart") == ["always"]
+    assert setting("ipsecgate.service", "Restart") == ["always"]
     before = ["network-pre.target sysinit.target", "shutdown.target"]
     assert setting("ipsecgate-load.service", "Before") == before
 
@@ -189,14 +191,14 @@ def refused_at(caller: Caller, address: str) -> bool:
 
 
 def test_the_controller_needs_no_more_than_its_unit_has(unit: Unit, caller: Caller) -> None:
-    (capabilities,) = setting("ipsecgate.controller.service", "CapabilityBoundingSet")
-    unit.start(code=confined("ipsecgate.controller.service"), wrap=only(capabilities.split()))
+    (capabilities,) = setting("ipsecgate.service", "CapabilityBoundingSet")
+    unit.start(code=confined("ipsecgate.service"), wrap=only(capabilities.split()))
     assert unit.hears("READY=1"), unit.log
     assert refused(caller)
     assert not refused_at(caller, "192.0.2.99")
     assert "Operation not permitted" not in unit.log
     assert "Traceback" not in unit.log
-    told = in_unit(unit, "ipsecgate.controller.service", "--json", "status")
+    told = in_unit(unit, "ipsecgate.service", "--json", "status")
     assert told.returncode == 1, told.stderr
     assert '"alive": true' in told.stdout
 
@@ -215,7 +217,7 @@ def test_each_capability_is_needed(unit: Unit, missing: str) -> None:
 
 def test_a_system_call_that_is_not_allowed_fails(unit: Unit) -> None:
     """The filter of these tests does filter."""
-    code = f"{confined('ipsecgate.controller.service')}\nimport os\nos.chown('/tmp', 0, 0)\n"
+    code = f"{confined('ipsecgate.service')}\nimport os\nos.chown('/tmp', 0, 0)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "PermissionError" in done.stderr
 
@@ -227,9 +229,9 @@ CONNECT = f"import socket; socket.create_connection(({PEER[4]!r}, {PORT}), 20)"
 def test_calls_are_held_by_a_controller_that_may_take_their_listener(
     unit: Unit, without: str
 ) -> None:
-    (capabilities,) = setting("ipsecgate.controller.service", "CapabilityBoundingSet")
+    (capabilities,) = setting("ipsecgate.service", "CapabilityBoundingSet")
     allowed = [name for name in capabilities.split() if name != without]
-    unit.start(code=confined("ipsecgate.controller.service"), wrap=only(allowed))
+    unit.start(code=confined("ipsecgate.service"), wrap=only(allowed))
     assert unit.hears("READY=1"), unit.log
     words = ("exec", "--hold", "1s", "--cgroup", str(unit.cgroup), "--", sys.executable, "-c")
     told = unit.cli(*words, CONNECT)

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 
 from ipsecgate.core.model.flow import Address
 from ipsecgate.lab.netns import NETLINK_XFRM, Namespace
-from ipsecgate.lab.xfrm_watch import BUFFER, GROUPS, SO_RCVBUFFORCE, XfrmSeen, parse
+from ipsecgate.lab.xfrm_watch import BUFFER, GROUPS, SO_RCVBUFFORCE, XfrmEvent, parse
 
 RTMGRP_IPV4_ROUTE = 0x40
 
@@ -37,7 +37,7 @@ class ProtectionSource:
                 follower(NETLINK_XFRM, GROUPS),
                 follower(socket.NETLINK_ROUTE, RTMGRP_IPV4_ROUTE),
             )
-        self._events: list[XfrmSeen] = []
+        self._events: list[XfrmEvent] = []
         arguments = (*sources, set(local), told)
         self._process = context.Process(target=follow, args=arguments, daemon=True)
         self._process.start()
@@ -45,7 +45,7 @@ class ProtectionSource:
             source.close()
         told.close()
 
-    def events(self) -> list[XfrmSeen]:
+    def events(self) -> list[XfrmEvent]:
         """Return what was seen since `forget`. Raises: EOFError if the kernel dropped events."""
         self._output.send("?")
         self._events += self._output.recv()
@@ -75,14 +75,14 @@ def follow(
 ) -> None:
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     sources: tuple[socket.socket | Connection, ...] = (xfrm, routes, told)
-    seen: list[XfrmSeen] = []
+    seen: list[XfrmEvent] = []
     while True:
         ready, _, _ = select.select(sources, [], [])
         for source in (xfrm, routes):
             if source in ready:
                 data = source.recv(1 << 16)
                 now = time.monotonic()
-                seen += parse(data, now, local) if source is xfrm else [XfrmSeen(now, "ROUTE")]
+                seen += parse(data, now, local) if source is xfrm else [XfrmEvent(now, "ROUTE")]
         if told in ready:
             told.recv()
             threading.Thread(target=told.send, args=(seen,)).start()

@@ -1,8 +1,7 @@
-"""The numbers that differ from machine to machine, against the kernel's own headers.
+"""System call and audit numbers per machine, compared with the kernel's headers.
 
-aarch64's system calls are those of asm-generic, which every machine's linux-libc-dev has;
-x86-64's are in a folder of that machine's. A header that is missing is a failure, except
-another machine's.
+aarch64 uses the numbers of asm-generic, which linux-libc-dev has on every machine; those of x86-64
+are only on x86-64. A missing header fails the test, unless it is another machine's.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ def defined(header: str, name: str) -> str:
     return found[1].strip()
 
 
-def test_there_are_numbers_for_this_machine() -> None:
+def test_this_machine_has_system_call_numbers() -> None:
     assert platform.machine() in ABIS
     assert ABIS.keys() == EM.keys() == ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize("machine", EM)
-def test_system_calls_are_the_headers(machine: str) -> None:
+def test_system_call_numbers_equal_the_kernel_headers(machine: str) -> None:
     numbers = system_calls(machine)
     if numbers is None:
         assert machine != platform.machine(), "apt install linux-libc-dev"
@@ -51,7 +50,7 @@ def test_system_calls_are_the_headers(machine: str) -> None:
 
 
 @pytest.mark.parametrize("machine", EM)
-def test_audits_architecture_is_the_headers(machine: str) -> None:
+def test_audit_architectures_equal_the_kernel_headers(machine: str) -> None:
     name = EM[machine]
     bits = {"__AUDIT_ARCH_64BIT": SIXTY_FOUR, "__AUDIT_ARCH_LE": LITTLE_ENDIAN}
     assert {bit: int(defined("linux/audit.h", bit), 16) for bit in bits} == bits
@@ -72,10 +71,10 @@ def test_setup_goes_on_where_debian_has_no_test_kernel(
     assert "no user-mode-linux for aarch64: boot a kernel with ESP" in capsys.readouterr().out
 
 
-def test_where_debian_has_no_test_kernel_that_is_said(
+def test_without_a_test_kernel_from_debian_the_error_names_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no package is asked for."""
+    """apt-get is not run: PATH is empty."""
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(GateError, match="no user-mode-linux for aarch64") as caught:

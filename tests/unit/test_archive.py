@@ -1,4 +1,4 @@
-"""Debian's archive for another suite: apt is set up aside, with the machine's mirror."""
+"""Packages from another Debian suite: a separate apt configuration with this machine's mirror."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ linux-image-amd64
 
 @pytest.fixture
 def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Programs in apt's place: they write down what they were told, and by which configuration."""
+    """Stand-ins for apt-get and apt-cache that record their arguments and sources.list."""
     for name in ("apt-get", "apt-cache"):
         program = tmp_path / name
         program.write_text(
@@ -50,9 +50,9 @@ esac
     return tmp_path
 
 
-def test_another_suite_comes_from_the_machines_mirror_alone(apt: Path) -> None:
-    with Archive.of("trixie-backports") as suite:
-        assert debian.parts(suite) == [
+def test_another_suite_comes_only_from_the_mirror_of_this_machine(apt: Path) -> None:
+    with Archive.for_suite("trixie-backports") as suite:
+        assert debian.kernel_packages(suite) == [
             *("linux-base-7.3.4+deb13-amd64", "linux-image-7.3.4+deb13-amd64"),
         ]
         own = suite.configuration
@@ -61,37 +61,37 @@ def test_another_suite_comes_from_the_machines_mirror_alone(apt: Path) -> None:
         "http://mirror.example/debian/ trixie-backports main"
     }
     assert own is not None
-    assert not own.exists(), "its lists are gone after"
+    assert not own.exists(), "its package lists are removed"
 
 
-def test_the_running_debian_is_asked_as_it_is(apt: Path) -> None:
-    with Archive.of(None) as here:
-        assert debian.parts(here)
+def test_the_running_suite_uses_apt_as_it_is_configured(apt: Path) -> None:
+    with Archive.for_suite(None) as here:
+        assert debian.kernel_packages(here)
     assert "update" not in (apt / "calls").read_text()
     assert not (apt / "sources").exists()
 
 
 @pytest.mark.parametrize("suite", ["Trixie", "../x", "a b", "", "trixie\n"])
-def test_what_is_no_suite_is_told(apt: Path, suite: str) -> None:
-    with pytest.raises(GateError, match="not a suite"), Archive.of(suite):
+def test_an_invalid_suite_name_is_refused_before_apt_runs(apt: Path, suite: str) -> None:
+    with pytest.raises(GateError, match="not a Debian suite"), Archive.for_suite(suite):
         pass
     assert not (apt / "calls").exists()
 
 
-def test_a_suite_that_is_not_there_is_told(apt: Path) -> None:
+def test_a_missing_suite_is_an_error_that_names_it(apt: Path) -> None:
     (apt / "status").write_text("100")
-    with pytest.raises(GateError, match="apt-get update") as caught, Archive.of("nosuch"):
+    with pytest.raises(GateError, match="apt-get update") as caught, Archive.for_suite("nosuch"):
         pass
     assert "nosuch" in caught.value.hint
 
 
-def test_without_a_source_of_debian_that_is_told(apt: Path) -> None:
+def test_without_a_debian_mirror_in_the_sources_the_error_says_so(apt: Path) -> None:
     (apt / "targets").write_text("Example Example http://other.example/\n")
-    with pytest.raises(GateError, match="no source of Debian"):
+    with pytest.raises(GateError, match="no Debian mirror"):
         archive.mirror()
 
 
-def test_no_kernel_is_told(apt: Path) -> None:
+def test_an_archive_without_a_kernel_is_an_error(apt: Path) -> None:
     (apt / "depends").write_text("")
-    with pytest.raises(GateError, match="knows no linux-image"), Archive.of(None) as here:
-        debian.parts(here)
+    with pytest.raises(GateError, match="knows no linux-image"), Archive.for_suite(None) as here:
+        debian.kernel_packages(here)

@@ -1,4 +1,4 @@
-"""How much is done for one event: counted, and no more than it concerns."""
+"""The work done for one event, counted: it must not grow with unrelated policies and calls."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.holds import SLICE
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import ESP, ChildConfig, ChildSa, SaId, SpdKey
+from ipsecgate.core.model.ipsec import ESP, ChildConfig, ChildName, ChildSa, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
-from tests.unit.test_gate import FLOW, HERE, NET, REFUSED, SA, TRAP, Transcript, initiated
+from tests.unit.transcript import FLOW, HERE, NET, REFUSED, SA, TRAP, Transcript, initiated
 
 MANY = 200
 PEERS = [ip_network((int(ip_address("10.2.0.0")) + (n << 8), 24)) for n in range(MANY)]
@@ -29,7 +29,9 @@ def flow(number: int, host: int = 9) -> Any:
 
 
 def child(number: int) -> ChildConfig:
-    return replace(NET, child=f"net-{number}", remote=(TrafficSelector(PEERS[number]),))
+    return replace(
+        NET, name=ChildName("peer", f"net-{number}"), remote=(TrafficSelector(PEERS[number]),)
+    )
 
 
 def trap(number: int, spi: int = 0) -> Any:
@@ -44,7 +46,7 @@ def up(number: int) -> tuple[on.XfrmEvent, on.XfrmEvent]:
 
 
 class Spied(Transcript):
-    """A gate with many policies, and how often it did what costs."""
+    """A gate with many policies that counts its calls of expensive functions."""
 
     def __init__(self) -> None:
         policies = tuple(Policy(f"p{n}", (network,)) for n, network in enumerate(PEERS))
@@ -79,42 +81,42 @@ class Spied(Transcript):
 
 @pytest.fixture
 def busy() -> Spied:
-    """Each peer is being negotiated with, and as many calls are held, one for each."""
-    story = Spied()
+    """A negotiation with each of the peers, and one held call for each."""
+    transcript = Spied()
     for number in range(MANY):
         call = on.CallMade(on.Call(1, number), flow(number), pid=number + 1, limit=30.0)
-        assert len(initiated(story.after(call))) == 1
-    return story
+        assert len(initiated(transcript.after(call))) == 1
+    return transcript
 
 
-def test_a_kernel_event_concerns_the_calls_and_children_of_its_peer(
+def test_a_kernel_event_reevaluates_only_the_calls_and_children_of_its_peer(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
-    commands = busy.take(busy.gate.step(*up(7)))
+    commands = busy.after_together(*up(7))
     assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [7]
     assert busy.done["look"] <= 2
     assert busy.done["is_live"] <= 4
     assert busy.done["states"] <= 2
     assert not busy.done["policies"]
     busy.done.clear()
-    (closing, *_) = busy.take(busy.gate.step(on.SaGone(up(7)[0].sa.id)))  # type: ignore[union-attr]
+    (closing, *_) = busy.after_together(on.SaGone(up(7)[0].sa.id))  # type: ignore[union-attr]
     assert isinstance(closing, do.SetEntry)
     assert busy.done["look"] == 0
     assert busy.done["is_live"] <= 4
 
 
-def test_a_failure_concerns_the_calls_of_its_child(
+def test_a_failure_reevaluates_only_the_calls_of_its_child(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
-    told = busy.after(on.NegotiationFailed("peer", "net-9", "no"))
-    assert [c.call.id for c in told if isinstance(c, do.Answer)] == [9]
+    commands = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), "no"))
+    assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [9]
     assert busy.done["look"] <= 2
     assert busy.done["states"] <= 2
 
 
-def test_refusals_cost_the_same_however_many_policies_there_are(
+def test_a_refusal_costs_the_same_with_any_number_of_policies(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
@@ -126,7 +128,7 @@ def test_refusals_cost_the_same_however_many_policies_there_are(
     assert busy.done["look"] == 0
 
 
-def test_many_calls_for_one_flow_are_looked_at_once(
+def test_many_calls_for_one_flow_are_evaluated_once(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
@@ -134,59 +136,61 @@ def test_many_calls_for_one_flow_are_looked_at_once(
         call = on.CallMade(on.Call(2, number), flow(3), pid=number + 1, limit=30.0)
         assert busy.after(call) == [do.Hold(call)]
     assert busy.done["look"] <= 1
-    told = busy.take(busy.gate.step(*up(3)))
-    assert len([c for c in told if isinstance(c, do.Answer)]) == 501
+    commands = busy.after_together(*up(3))
+    assert len([c for c in commands if isinstance(c, do.Answer)]) == 501
 
 
-def test_what_concerns_all_is_done_by_and_by(busy: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_that_affects_every_call_is_worked_off_in_slices(
+    busy: Spied, monkeypatch: pytest.MonkeyPatch
+) -> None:
     busy.spy(monkeypatch)
     busy.after(on.SourcesResolved(tuple((network, ip_address("10.1.0.2")) for network in PEERS)))
     assert busy.done["look"] <= SLICE
     steps = 0
     while busy.gate.holds.unsettled:
         busy.done.clear()
-        busy.take(busy.gate.step())
+        busy.after_together()
         steps += 1
         assert busy.done["look"] <= SLICE
     assert steps >= MANY // SLICE - 1
 
 
-def test_many_children_told_at_one_go_are_followed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that rekeys without a pause had the whole table made for each."""
-    story = Spied()
-    listed = ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
-    hook_tables = story.gate.hook_tables
-    monkeypatch.setattr(hook_tables, "spd", story.counting("spd", hook_tables.spd))
-    story.take(story.gate.step(*(on.ChildUp(replace(listed, spi_out=n)) for n in range(1, 50))))
-    assert story.done["spd"] == 1
+def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a peer that rekeys without a pause has the whole table rebuilt for each SA."""
+    transcript = Spied()
+    listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
+    hook_tables = transcript.gate.hook_tables
+    monkeypatch.setattr(hook_tables, "spd", transcript.counting("spd", hook_tables.spd))
+    transcript.after_together(*(on.ChildUp(replace(listed, spi_out=n)) for n in range(1, 50)))
+    assert transcript.done["spd"] == 1
 
 
-def test_a_look_at_the_daemon_that_tells_nothing_new_makes_no_table(
+def test_a_list_of_sas_without_changes_rebuilds_no_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Who asks for what no child protects has the daemon looked at twenty times a second."""
-    story = Spied()
-    hook_tables = story.gate.hook_tables
-    monkeypatch.setattr(hook_tables, "spd", story.counting("spd", hook_tables.spd))
+    """A refused flow that no child protects makes the gate ask the daemon twenty times a second."""
+    transcript = Spied()
+    hook_tables = transcript.gate.hook_tables
+    monkeypatch.setattr(hook_tables, "spd", transcript.counting("spd", hook_tables.spd))
     loaded = on.IkeConnected(tuple(map(child, range(MANY))), (), 42)
-    listed = ChildSa("peer", "net-1", 2, 1, 2, SA.id.daddr)
+    listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
     for seen, established in ((0, ()), (1, (listed,)), (1, (listed,)), (2, ())):
-        story.after(replace(loaded, established=established))
-        assert story.done["spd"] == seen
-    story.after(on.IkeGone("restarted"), loaded)
-    assert story.done["spd"] == 4
+        transcript.after(replace(loaded, established=established))
+        assert transcript.done["spd"] == seen
+    transcript.after(on.IkeGone("restarted"), loaded)
+    assert transcript.done["spd"] == 4
 
 
-def test_no_call_is_forgotten_and_no_child_misjudged() -> None:
-    """Whatever happens, in whichever order: what was not looked at had not changed."""
+def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> None:
+    """Random events in random order: everything that was not re-evaluated had not changed."""
     for seed in range(30):
         random = Random(seed)
-        story = Spied()
+        transcript = Spied()
         for number in range(150):
-            story.after(*happened(random, number))
-            while story.gate.holds.unsettled:
-                story.take(story.gate.step())
-            gate = story.gate
+            transcript.after(*random_events(random, number))
+            while transcript.gate.holds.unsettled:
+                transcript.after_together()
+            gate = transcript.gate
             for item in gate.negotiations.of.values():
                 live = gate.protection.is_live(item.flow)
                 assert live == (item.coverage is Coverage.COVERED), (seed, number)
@@ -195,14 +199,14 @@ def test_no_call_is_forgotten_and_no_child_misjudged() -> None:
                 assert place is not None
                 assert not gate.protection.is_live(made.flow), (seed, number)
                 config = gate.ike.child(made.flow, gate.policies[place])
-                item_ = gate.negotiations.of.get((config.ike, config.child)) if config else None
+                item_ = gate.negotiations.of.get(config.name) if config else None
                 assert item_ is None or item_.coverage is not Coverage.BACK_OFF, (seed, number)
 
 
-def happened(random: Random, number: int) -> list[on.Event]:
-    """Return something that concerns the first few peers."""
+def random_events(random: Random, number: int) -> list[on.Event]:
+    """Return random events about the first few peers."""
     peer = random.randrange(6)
-    name = f"net-{peer}"
+    name = child(peer).name
     loaded = tuple(child(n) for n in range(6) if n != random.randrange(12))
     sources = ("10.1.0.1", "10.1.0.2", "10.9.9.9")
     call = on.CallMade(on.Call(1, number), flow(peer, random.randrange(1, 5)), 1, 30.0)
@@ -216,9 +220,9 @@ def happened(random: Random, number: int) -> list[on.Event]:
             [on.SaGone(up(peer)[0].sa.id)],  # type: ignore[union-attr]
             [on.PolicySet(trap(peer))], [on.PolicyGone(trap(peer).key)],
             [on.PolicySet(narrow)], [on.PolicyGone(narrow.key)],
-            [on.NegotiationFailed("peer", name, "no")],
-            [on.TimerFired(on.Timer(random.choice(("retry", "limit")), "peer", name))],
-            [on.NegotiationDone("peer", name)],
+            [on.NegotiationFailed(name, "no")],
+            [on.TimerFired(on.Timer(random.choice(("retry", "limit")), name))],
+            [on.NegotiationDone(name)],
             [on.IkeConnected(loaded, (), 42)],
             [on.IkeGone("restarted"), on.IkeConnected(loaded, (), 42)],
             [on.SourcesResolved(

@@ -1,4 +1,4 @@
-"""Rules that are too many: some close, alone, and nothing is let go that all would not."""
+"""More rules than the hook tables hold: some are closed or widened, no other verdict changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ipsecgate.core.codec.vici import Names, selectors
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP, UDP, Flow, Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
+from ipsecgate.core.model.ipsec import ESP, Action, ChildName, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.state.spd import DEAD, LIVE
 from ipsecgate.core.tables import capacity, table
@@ -22,7 +22,8 @@ from ipsecgate.core.tables.capacity import fit_policies, fit_spd
 from ipsecgate.core.tables.layout import Entry, Key, State, TableId, flow_key
 from ipsecgate.core.tables.policy_rules import matches, policy_rules
 from ipsecgate.core.tables.table import Rule, Ternary
-from tests.unit.test_gate import (
+from tests.unit.random_rules import flows, ternaries
+from tests.unit.transcript import (
     LISTED,
     ROUTED,
     SA,
@@ -31,7 +32,6 @@ from tests.unit.test_gate import (
     Transcript,
     connected,
 )
-from tests.unit.test_table import flows, ternaries
 
 STRICT = {None: 0, State.BYPASS: 0, State.PROTECT: 1, State.DISCARD: 2}
 FEW = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -51,7 +51,7 @@ def first(rules: Sequence[Rule], key: Key) -> Rule | None:
 
 @st.composite
 def owned(draw: st.DrawFn) -> list[Rule]:
-    """Return what several policies yield: live parts of a selector, and the rest of it dead."""
+    """Draw the rules of several owners: live parts of a selector, and the rest of it dead."""
     rules = []
     for owner in range(draw(st.integers(1, 8))):
         selector = draw(ternaries())
@@ -63,10 +63,10 @@ def owned(draw: st.DrawFn) -> list[Rule]:
 
 @FEW
 @given(owned(), st.lists(flows(), min_size=1, max_size=30), st.integers(1, 8))
-def test_what_is_not_closed_is_judged_as_ever(
-    small: None, rules: list[Rule], keys: list[Key], parties: int
+def test_a_selector_that_fits_keeps_its_verdicts_when_others_are_closed(
+    small: None, rules: list[Rule], keys: list[Key], peers: int
 ) -> None:
-    made, closed = fit_spd(rules, lambda owner: owner % parties)
+    made, closed = fit_spd(rules, lambda owner: owner % peers)
     assert len(made.masks) <= 4
     assert len(made.entries) <= 8
     for key in keys:
@@ -101,7 +101,7 @@ KEYS = [
 
 @FEW
 @given(operators())
-def test_a_policy_that_does_not_fit_is_stricter_and_behind(
+def test_a_policy_that_does_not_fit_only_becomes_stricter(
     small: None, policies: list[Policy]
 ) -> None:
     rules = policy_rules(policies, {})
@@ -127,7 +127,7 @@ def _meet(one: Policy, other: Policy) -> bool:
     return any(a.intersect(b) for a in matches(one) for b in matches(other))
 
 
-# --- the cases that were found ----------------------------------------------------------
+# --- cases found in the field -----------------------------------------------------------
 
 
 PORT_NAMES = Names(protocol=int, service=lambda name, _protocol: int(name))
@@ -137,33 +137,33 @@ def ranged(net: str) -> tuple[TrafficSelector, ...]:
     return selectors([f"10.{net}.0.10..10.{net}.0.250"], (), PORT_NAMES)
 
 
-def test_a_peer_that_negotiates_a_range_of_addresses_closes_itself_alone() -> None:
-    """51 masks, where the hooks hold 32: every flow of every peer was refused."""
+def test_a_peer_that_negotiates_an_address_range_closes_only_its_own_flows() -> None:
+    """51 masks where the hooks hold 32: once, every flow of every peer was refused."""
     other = ip_address("192.0.2.3")
     key = SpdKey(Selector(ip_network("10.1.0.0/24"), ip_network("10.7.0.0/24")))
     template = replace(TRAP.templates[0], reqid=2, daddr=other)
     policy = replace(TRAP, key=key, priority=TRAP.priority - 16, templates=(template,))
     sa = replace(SA, id=SaId(other, 0x2000, ESP), reqid=2)
-    told = replace(
-        LISTED, ike="range", reqid=2, spi_out=0x2000, remote_host=other,
+    listed = replace(
+        LISTED, name=ChildName("range", "net"), reqid=2, spi_out=0x2000, remote_host=other,
         local=ranged("1"), remote=ranged("7"),
     )  # fmt: skip
     theirs = replace(ROUTED, daddr=ip_address("10.7.0.11"), saddr=ip_address("10.1.0.20"))
-    for exact, both in ((told.remote, False), (told.remote[:3], True)):
-        story = Transcript()
-        fits = replace(told, local=told.local[:3], remote=exact) if both else told
+    for exact, both in ((listed.remote, False), (listed.remote[:3], True)):
+        transcript = Transcript()
+        fits = replace(listed, local=listed.local[:3], remote=exact) if both else listed
         kernel = on.KernelSnapshot((TRAP, policy), (SA, sa))
-        story.after(kernel, connected(LISTED, fits), SOURCES)
-        assert story.is_open()
-        entry = story.entry(TableId.SPD, theirs)
+        transcript.after(kernel, connected(LISTED, fits), SOURCES)
+        assert transcript.is_open()
+        entry = transcript.entry(TableId.SPD, theirs)
         assert (entry is not None and entry.state is State.LIVE) == both
-        named = [error for error in story.gate.policy_table.errors if "range/net" in error]
+        named = [error for error in transcript.gate.policy_table.errors if "range/net" in error]
         assert bool(named) != both
-        assert not any("peer/net" in error for error in story.gate.policy_table.errors)
+        assert not any("peer/net" in error for error in transcript.gate.policy_table.errors)
 
 
-def test_a_peer_with_many_children_closes_its_own() -> None:
-    """Each of them is modest; together they are not."""
+def test_a_peer_with_many_selectors_closes_only_its_own_flows() -> None:
+    """Each child needs few masks; together they need too many."""
     other = ip_address("192.0.2.3")
     many = tuple(
         replace(
@@ -176,17 +176,17 @@ def test_a_peer_with_many_children_closes_its_own() -> None:
         for far in range(17, 25)
     )
     sa = replace(SA, id=SaId(other, 0x2000, ESP), reqid=2)
-    told = replace(LISTED, reqid=2, spi_out=0x2000, remote_host=other,
+    listed = replace(LISTED, reqid=2, spi_out=0x2000, remote_host=other,
                    remote=(TrafficSelector(ip_network("10.7.0.0/16")),))  # fmt: skip
-    story = Transcript()
+    transcript = Transcript()
     kernel = on.KernelSnapshot((*many, TRAP), (SA, sa))
-    story.after(kernel, connected(LISTED, told), SOURCES)
-    assert story.is_open()
-    assert any("and " in error for error in story.gate.policy_table.errors)
+    transcript.after(kernel, connected(LISTED, listed), SOURCES)
+    assert transcript.is_open()
+    assert any("and " in error for error in transcript.gate.policy_table.errors)
 
 
-def test_a_closed_policy_is_in_front_of_those_behind_it() -> None:
-    """What a wider one would let go, the kernel would send by the narrower: refused."""
+def test_a_closed_selector_still_hides_the_ones_behind_it() -> None:
+    """The kernel sends these flows by the narrower policy, so the wider one must not open them."""
     parts = [
         Ternary(Key(family=4, dport=n), Key(family=0xFF, dport=0xFFFF, sport=n)) for n in range(40)
     ]
@@ -201,7 +201,7 @@ def test_a_closed_policy_is_in_front_of_those_behind_it() -> None:
     assert made.classify(Key(family=4, proto=17)) == LIVE
 
 
-def test_more_entries_than_a_table_holds() -> None:
+def test_entries_beyond_the_table_limit_are_closed() -> None:
     one = Ternary(Key(family=4), Key(family=0xFF, daddr=0xFFFFFFFF))
     rules = [
         Rule(replace(one, value=Key(family=4, daddr=n)), LIVE, n) for n in range(table.LIMIT + 9)
@@ -211,24 +211,24 @@ def test_more_entries_than_a_table_holds() -> None:
     assert len(closed) == 9
 
 
-def test_a_policy_with_too_many_masks_widens_alone() -> None:
+def test_a_policy_with_too_many_masks_is_the_only_one_widened() -> None:
     big = Policy("big", (ip_network("10.9.0.0/16"),), proto=TCP, ports=(1, 65534))
     other = replace(big, name="other", remote=(ip_network("10.8.0.0/17"),), ports=(1, 254))
     third = replace(big, name="third", remote=(ip_network("10.7.0.0/18"),), ports=(1, 1022))
     beside = Policy("beside", (ip_network("10.9.1.0/24"),), Action.BYPASS, proto=UDP)
     inside = Policy("inside", (ip_network("10.9.2.0/24"),), Action.BYPASS)
-    story = Transcript(Settings(policies=(big, other, third, beside, inside)))
+    transcript = Transcript(Settings(policies=(big, other, third, beside, inside)))
     base = replace(ROUTED, daddr=ip_address("10.9.3.3"))
     udp = replace(base, proto=UDP)
-    assert story.entry(TableId.POLICY, base) == Entry(State.PROTECT, 1, 0)
+    assert transcript.entry(TableId.POLICY, base) == Entry(State.PROTECT, 1, 0)
     far = replace(base, daddr=ip_address("10.10.0.1"))
-    assert story.entry(TableId.POLICY, far) is None, "what no policy names is as ever"
-    at = story.entry(TableId.POLICY, replace(udp, daddr=ip_address("10.9.1.1")))
+    assert transcript.entry(TableId.POLICY, far) is None, "no policy names it"
+    at = transcript.entry(TableId.POLICY, replace(udp, daddr=ip_address("10.9.1.1")))
     assert at is not None
-    assert at.state is State.BYPASS, "it shares no flow with what was widened"
-    at = story.entry(TableId.POLICY, replace(base, daddr=ip_address("10.9.2.1")))
+    assert at.state is State.BYPASS, "it shares no flow with the widened policy"
+    at = transcript.entry(TableId.POLICY, replace(base, daddr=ip_address("10.9.2.1")))
     assert at is not None
     assert at.state is State.PROTECT, "first match wins"
-    (error,) = story.gate.policy_table.errors
+    (error,) = transcript.gate.policy_table.errors
     assert "POLICY table" in error
     assert error.endswith("because of big")

@@ -1,4 +1,4 @@
-"""A configuration is read whole, or refused whole with file and key."""
+"""A configuration file is read completely, or refused with the file and the key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ action = "bypass"
 """
 
 
-def test_everything_is_read(tmp_path: Path) -> None:
+def test_every_setting_is_read(tmp_path: Path) -> None:
     file = tmp_path / "ipsecgate.toml"
     file.write_text(WHOLE)
     config = load(file)
@@ -56,7 +56,7 @@ def test_everything_is_read(tmp_path: Path) -> None:
     assert printer.action is Action.BYPASS
 
 
-def test_policies_d_is_read_in_order(tmp_path: Path) -> None:
+def test_files_in_policies_d_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "policies.d").mkdir()
     for name in ("b", "a"):
         (tmp_path / f"policies.d/{name}.toml").write_text(
@@ -67,7 +67,7 @@ def test_policies_d_is_read_in_order(tmp_path: Path) -> None:
     assert [p.name for p in load(file).settings.policies] == ["first", "a", "b"]
 
 
-def test_no_file_is_the_defaults_unless_asked_for(tmp_path: Path) -> None:
+def test_a_missing_file_means_the_defaults_unless_it_is_required(tmp_path: Path) -> None:
     missing = tmp_path / "none.toml"
     assert load(missing, required=False) == Config()
     with pytest.raises(UsageError, match=r"none\.toml: No such file"):
@@ -85,7 +85,9 @@ def test_no_file_is_the_defaults_unless_asked_for(tmp_path: Path) -> None:
     ],
     ids=["nested", "long number", "deep table", "deep value", "no character"],
 )
-def test_what_a_parser_chokes_on_is_an_error_of_the_file(tmp_path: Path, text: str) -> None:
+def test_text_that_breaks_the_toml_parser_is_reported_with_the_file(
+    tmp_path: Path, text: str
+) -> None:
     file = tmp_path / "ipsecgate.toml"
     file.write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(UsageError, match=r"ipsecgate\.toml: "):
@@ -93,7 +95,7 @@ def test_what_a_parser_chokes_on_is_an_error_of_the_file(tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize("key", ["vici = ", "cgroups = "])
-def test_a_path_holds_no_nul(tmp_path: Path, key: str) -> None:
+def test_a_path_with_a_nul_byte_is_refused(tmp_path: Path, key: str) -> None:
     file = tmp_path / "ipsecgate.toml"
     value = '"/run/a\\u0000b"'
     file.write_text(f"[gate]\n{key}{value if 'vici' in key else f'[{value}]'}\n")
@@ -132,20 +134,22 @@ def policy(lines: str) -> str:
         (policy("") + policy(""), r"c\.toml: policy 'x': the name is taken in .*c\.toml"),
     ],
 )
-def test_what_is_wrong_is_told_by_file_and_key(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_value_is_reported_with_file_and_key(
+    tmp_path: Path, text: str, message: str
+) -> None:
     file = tmp_path / "c.toml"
     file.write_text(text)
     with pytest.raises(UsageError, match=message):
         load(file)
 
 
-def test_a_mapped_network_is_its_ipv4_one(tmp_path: Path) -> None:
+def test_an_ipv4_mapped_network_becomes_its_ipv4_network(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(policy("").replace("10.0.0.0/8", "::ffff:10.0.0.0/104"))
     assert load(file).settings.policies[0].remote == (ip_network("10.0.0.0/8"),)
 
 
-def test_policies_that_the_hooks_cannot_hold_are_refused(tmp_path: Path) -> None:
+def test_policies_that_exceed_the_hook_table_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(
         "".join(
@@ -159,7 +163,7 @@ def test_policies_that_the_hooks_cannot_hold_are_refused(tmp_path: Path) -> None
         load(file)
 
 
-def test_a_near_miss_is_named(tmp_path: Path) -> None:
+def test_a_misspelled_key_gets_a_suggestion(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(policy("acton = 'bypass'"))
     with pytest.raises(UsageError) as caught:
@@ -167,7 +171,7 @@ def test_a_near_miss_is_named(tmp_path: Path) -> None:
     assert caught.value.hint == "did you mean 'action'?"
 
 
-def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.toml").mkdir()
     with pytest.raises(UsageError, match=r"c\.toml: Is a directory"):
         load(tmp_path / "c.toml")
@@ -176,12 +180,12 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "d.toml")
 
 
-def test_the_example_in_the_readme_is_a_configuration(tmp_path: Path) -> None:
+def test_the_example_in_the_readme_is_valid_and_shows_the_defaults(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (example,) = re.findall(r"```toml\n(.*?)```", readme, re.S)
     (tmp_path / "c.toml").write_text(example)
     config = load(tmp_path / "c.toml")
     assert [p.name for p in config.settings.policies] == ["db"]
     default = Config().settings
-    assert config.settings.errnos == default.errnos, "it shows the defaults"
+    assert config.settings.errnos == default.errnos, "the example shows the defaults"
     assert config.settings.sa_source is default.sa_source is SaSource.AUTO

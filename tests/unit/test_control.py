@@ -1,4 +1,4 @@
-"""The controller's socket: what it answers, and what it does with nonsense."""
+"""The control socket: answers, errors, and clients that misbehave."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def broken(request: Request) -> Mapping[str, Any]:
 VERBS = {"status": status, "broken": broken}
 
 
-async def test_it_answers_its_verbs(tmp_path: Path) -> None:
+async def test_each_verb_gets_its_answer_and_an_unknown_one_an_error(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     async with serving(path, VERBS):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -45,7 +45,7 @@ async def test_it_answers_its_verbs(tmp_path: Path) -> None:
             await asyncio.to_thread(ask, path, "reboot")
         with pytest.raises(GateError, match="KeyError"):
             await asyncio.to_thread(ask, path, "broken")
-        assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}, "it goes on"
+        assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}, "it still serves"
     assert not path.exists()
 
 
@@ -64,7 +64,9 @@ async def test_it_answers_its_verbs(tmp_path: Path) -> None:
         b"NaN\n",
     ],
 )
-async def test_nonsense_gets_an_error_or_nothing(tmp_path: Path, line: bytes) -> None:
+async def test_an_invalid_request_gets_an_error_and_others_are_still_served(
+    tmp_path: Path, line: bytes
+) -> None:
     path = tmp_path / "control.sock"
     async with serving(path, VERBS):
         reader, writer = await asyncio.open_unix_connection(path)
@@ -77,24 +79,24 @@ async def test_nonsense_gets_an_error_or_nothing(tmp_path: Path, line: bytes) ->
         assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_without_a_controller_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(NoControllerError) as caught:
         ask(tmp_path / "none.sock", "status")
     assert caught.value.exit_code == 3
     assert "ipsecgate run" in caught.value.hint
 
 
-async def test_many_silent_clients_take_no_more_than_their_share(tmp_path: Path) -> None:
+async def test_silent_clients_beyond_the_limit_are_disconnected(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     async with serving(path, VERBS):
         silent = [await asyncio.open_unix_connection(path) for _ in range(CLIENTS)]
         reader, writer = await asyncio.open_unix_connection(path)
-        assert await reader.read() == b"", "hung up on"
+        assert await reader.read() == b"", "disconnected"
         writer.close()
         for _, each in silent:
             each.close()
         async with asyncio.timeout(10):
-            while True:  # until there is room again
+            while True:  # until a place is free
                 with contextlib.suppress(NoControllerError, GateError):
                     assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}
                     break
@@ -111,10 +113,10 @@ async def peer(path: Path) -> socket.socket:
     return made
 
 
-async def test_a_peer_that_does_not_read_is_cut_off(
+async def test_a_client_that_does_not_read_its_answer_is_disconnected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """close() waits for what was written to be read: the descriptor was never given back."""
+    """asyncio's close() first waits for the buffer to drain, so the descriptor was never freed."""
     monkeypatch.setattr(control, "_TIME_LIMIT", 0.5)
 
     asked = 0
@@ -127,17 +129,17 @@ async def test_a_peer_that_does_not_read_is_cut_off(
     path = tmp_path / "control.sock"
     async with serving(path, {"status": much}):
         before = descriptors()
-        stuck = []
+        clients = []
         for _ in range(5):
-            stuck.append(await peer(path))
-            stuck[-1].sendall(b'{"verb": "status"}\n')
-        # Of descriptors, only the peers' own ends.
+            clients.append(await peer(path))
+            clients[-1].sendall(b'{"verb": "status"}\n')
+        # Only the clients' own ends are still open.
         await until(lambda: asked == 5 and descriptors() == before + 5)
-        for each in stuck:
+        for each in clients:
             each.close()
 
 
-async def test_ten_megabytes_without_an_end_are_not_kept(tmp_path: Path) -> None:
+async def test_an_endless_request_is_disconnected(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     async with serving(path, VERBS):
         flood = await peer(path)
@@ -151,7 +153,7 @@ async def test_ten_megabytes_without_an_end_are_not_kept(tmp_path: Path) -> None
     "answer",
     [b"1", b"[]", b'"ok"', b"null", b'{"ok": 1}', b'{"error": {}}', b"{}", b"[" * 3000, b"\xff"],
 )
-def test_an_answer_that_is_none_is_an_error(answer: bytes) -> None:
+def test_an_invalid_answer_is_an_error(answer: bytes) -> None:
     with pytest.raises(GateError) as caught:
         understood(Path("control.sock"), "status", answer)
     assert len(str(caught.value)) < 200

@@ -1,4 +1,4 @@
-"""The transition table is whole, and nothing outside it is possible."""
+"""The transition table of a child's coverage: complete, and no other transition is possible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ILLEGAL = {
 
 
 @pytest.mark.parametrize(("state", "event"), list(product(Coverage, Input)))
-def test_every_pair_is_decided(state: Coverage, event: Input) -> None:
+def test_every_transition_is_defined_or_illegal(state: Coverage, event: Input) -> None:
     if (state, event) in ILLEGAL:
         with pytest.raises(IllegalTransitionError):
             advance(state, event)
@@ -36,13 +36,13 @@ def test_every_pair_is_decided(state: Coverage, event: Input) -> None:
         assert advance(state, event) is TRANSITIONS[state, event]
 
 
-def test_only_a_live_sa_covers() -> None:
+def test_only_a_live_sa_leads_to_covered() -> None:
     into = {event for (state, event), to in TRANSITIONS.items()
             if to is Coverage.COVERED and state is not to}  # fmt: skip
     assert into == {Input.SA_LIVE}
 
 
-def test_every_state_can_be_reached_in_the_diagram() -> None:
+def test_every_state_is_reachable_in_the_diagram() -> None:
     drawn = mermaid()
     for coverage in Coverage:
         assert f"--> {coverage.value.replace('-', '_')}" in drawn

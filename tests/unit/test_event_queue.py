@@ -1,4 +1,4 @@
-"""What an application asks for never stands before what the kernel tells."""
+"""Events from applications never delay events from the kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 from ipsecgate.core.gate.event_queue import REFUSALS, SLICE, EventQueue
 from ipsecgate.core.model import events as on
-from tests.unit.test_gate import FLOW, NAME, REFUSED, SA, SOURCES, connected
+from ipsecgate.core.model.ipsec import ChildName
+from tests.unit.transcript import FLOW, NAME, REFUSED, SA, SOURCES, connected
 
 ASKED = on.FlowRefused | on.CallEvent
 
@@ -23,7 +24,7 @@ def called(number: int) -> on.CallMade:
 
 
 @pytest.mark.parametrize("ask", [refused, called])
-def test_the_kernel_waits_for_a_slice_at_most(ask: type) -> None:
+def test_a_kernel_event_waits_for_one_slice_at_most(ask: type) -> None:
     inbox = EventQueue()
     for number in range(200):
         inbox.put(ask(number))
@@ -33,34 +34,34 @@ def test_the_kernel_waits_for_a_slice_at_most(ask: type) -> None:
     assert inbox.take() == [on.SaGone(SA.id)]
     inbox.put(on.SaSet(SA))
     inbox.put(on.SaGone(SA.id))
-    assert inbox.take() == [on.SaSet(SA), on.SaGone(SA.id)], "in order, and at one go"
+    assert inbox.take() == [on.SaSet(SA), on.SaGone(SA.id)], "in order, in one batch"
 
 
-def test_every_source_has_its_turn_and_keeps_its_order() -> None:
+def test_every_source_gets_its_turn_and_keeps_its_order() -> None:
     inbox = EventQueue()
-    told: list[on.Event] = []
+    queued: list[on.Event] = []
     for number in range(3 * SLICE):
         for event in (
             called(number),
-            on.NegotiationFailed(*NAME, f"{number}"),
-            on.TimerFired(on.Timer("limit", "peer", f"{number}")),
+            on.NegotiationFailed(NAME, f"{number}"),
+            on.TimerFired(on.Timer("limit", ChildName("peer", f"{number}"))),
         ):
             inbox.put(event)
-            told.append(event)
+            queued.append(event)
     kinds = []
     taken: list[on.Event] = []
     while slice_ := inbox.take():
         assert len(slice_) <= SLICE
         kinds.append(type(slice_[0]))
         taken += slice_
-    assert len(set(kinds[:3])) == 3, "none waits for another's end"
+    assert len(set(kinds[:3])) == 3, "every source gets a slice before any gets its second"
     for kind in set(kinds):
-        of_kind = [event for event in told if isinstance(event, kind)]
+        of_kind = [event for event in queued if isinstance(event, kind)]
         assert [event for event in taken if isinstance(event, kind)] == of_kind
     assert len(inbox) == 0
 
 
-def test_a_refusal_that_waits_is_not_told_again() -> None:
+def test_a_refusal_that_is_already_queued_is_not_queued_again() -> None:
     inbox = EventQueue()
     for port in range(1, 1000):
         inbox.put(replace(REFUSED, flow=replace(FLOW, sport=port), pid=port))
@@ -72,7 +73,7 @@ def test_a_refusal_that_waits_is_not_told_again() -> None:
     assert inbox.take() == [REFUSED]
 
 
-def test_refusals_are_limited_and_nothing_else_is() -> None:
+def test_only_refusals_are_limited_in_number() -> None:
     inbox = EventQueue()
     for number in range(2 * REFUSALS):
         inbox.put(refused(number))

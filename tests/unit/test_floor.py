@@ -1,4 +1,4 @@
-"""The host's floor: which policies it is made of, as bytes, and what the mirror makes of it."""
+"""The host floor: its XFRM policies, their encoding, and when they are set."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ipsecgate.core.state.floor import (
 )  # fmt: skip
 from ipsecgate.core.tables.layout import TableId
 from tests.unit import xfrm_bytes
-from tests.unit.test_gate import REFUSED, SOURCES, THERE, TRAP, UP, Transcript, connected
+from tests.unit.transcript import REFUSED, SOURCES, THERE, TRAP, UP, Transcript, connected
 
 TAG = tag_of("default")
 PROTECT = Policy("db", (THERE,))
@@ -33,7 +33,7 @@ SIX = ip_network("2001:db8:2::/48")
 BLOCK = FloorPolicy(1, True, THERE)
 
 
-def test_it_blocks_what_must_be_protected_and_allows_what_is_exempt_before() -> None:
+def test_the_floor_blocks_protected_networks_and_allows_earlier_bypasses() -> None:
     away = Policy("away", (ip_network("10.2.9.0/24"),), action=Action.BYPASS)
     never = Policy("never", (ip_network("10.4.0.0/16"),), action=Action.DISCARD)
     web = Policy("web", (ip_network("10.5.0.0/16"),), proto=TCP, ports=(80, 81))
@@ -45,7 +45,7 @@ def test_it_blocks_what_must_be_protected_and_allows_what_is_exempt_before() -> 
     assert floor_of((away, never)) == ()
 
 
-def test_under_ipv6_neighbours_are_still_discovered() -> None:
+def test_an_ipv6_floor_allows_loopback_and_neighbour_discovery() -> None:
     first, *types, block = floor_of((Policy("six", (SIX,)),))
     assert first == FloorPolicy(0, False, ip_network("::1/128"))
     assert block == FloorPolicy(1, True, SIX)
@@ -62,7 +62,7 @@ def test_under_ipv6_neighbours_are_still_discovered() -> None:
         FloorPolicy(7, True, SIX, TCP, dport=(5432, 0xFFF0 | 0xF)),
     ],
 )
-def test_what_is_encoded_is_what_the_kernel_would_tell(one: FloorPolicy) -> None:
+def test_an_encoded_floor_policy_decodes_to_itself(one: FloorPolicy) -> None:
     request = encode_set(one, TAG, 3)
     (event,) = decode(request[:4] + NEWPOLICY.to_bytes(2, "little") + request[6:])
     assert isinstance(event, on.PolicySet)
@@ -75,7 +75,7 @@ def test_what_is_encoded_is_what_the_kernel_would_tell(one: FloorPolicy) -> None
     assert ours(event.entry, tag_of("another")) is None
 
 
-def test_the_bytes_are_those_of_linux() -> None:
+def test_the_requests_match_the_layout_of_the_kernel_headers() -> None:
     source = ".".join(str(byte) for byte in TAG.to_bytes(4))
     selector = xfrm_bytes.selector(f"{source}/0", "10.2.0.0/16")
     lifetime = xfrm_bytes.LIFETIME.pack(*([xfrm_bytes.FOREVER] * 4), 0, 0, 0, 0)
@@ -97,46 +97,46 @@ def floors(commands: list[do.Command]) -> list[do.SetFloor]:
     return [command for command in commands if isinstance(command, do.SetFloor)]
 
 
-def test_it_changes_no_verdict_and_no_table() -> None:
-    story = Transcript(Settings((PROTECT,), floor=True))
-    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    before = story.gate.hook_tables.tables[TableId.SPD]
-    assert not story.after(on.PolicySet(entry_of(BLOCK)))
-    assert story.gate.hook_tables.tables[TableId.SPD] == before
-    story.after(REFUSED, *UP)
-    assert story.is_open()
-    # A policy that is even further back is hidden by it.
-    story.after(on.PolicyGone(TRAP.key))
-    assert not story.is_open()
-    story.after(on.PolicySet(replace(UP[1].entry, priority=2**32 - 1)))
-    assert not story.is_open()
+def test_the_floor_changes_no_verdict_and_no_table() -> None:
+    transcript = Transcript(Settings((PROTECT,), floor=True))
+    transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    before = transcript.gate.hook_tables.tables[TableId.SPD]
+    assert not transcript.after(on.PolicySet(entry_of(BLOCK)))
+    assert transcript.gate.hook_tables.tables[TableId.SPD] == before
+    transcript.after(REFUSED, *UP)
+    assert transcript.is_open()
+    # The floor hides a policy of even worse priority.
+    transcript.after(on.PolicyGone(TRAP.key))
+    assert not transcript.is_open()
+    transcript.after(on.PolicySet(replace(UP[1].entry, priority=2**32 - 1)))
+    assert not transcript.is_open()
 
 
-def test_it_follows_the_policies_and_what_others_do_to_it() -> None:
-    story = Transcript(Settings((PROTECT,), floor=True))
-    told = floors(story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES))
-    assert told
-    assert {one.policies for one in told} == {(BLOCK,)}
-    assert not floors(story.after(connected(), SOURCES)), "it is known"
-    assert floors(story.after(on.KernelSnapshot((), ()))), "after a flush"
+def test_the_floor_follows_the_policies_and_is_restored_after_a_flush() -> None:
+    transcript = Transcript(Settings((PROTECT,), floor=True))
+    commands = floors(transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES))
+    assert commands
+    assert {one.policies for one in commands} == {(BLOCK,)}
+    assert not floors(transcript.after(connected(), SOURCES)), "nothing has changed"
+    assert floors(transcript.after(on.KernelSnapshot((), ()))), "after a flush"
     more = Settings((PROTECT, Policy("six", (SIX,))), floor=True)
     there = on.SourcesResolved((*SOURCES.sources, (SIX, None)))
-    assert len(floors(story.after(on.Reconfigured(more), there))[-1].policies) == 5
-    assert floors(story.after(on.Reconfigured(Settings((PROTECT,)))))[-1].policies == ()
-    assert floors(story.after(on.Reconfigured(Settings((PROTECT,), floor=True))))
+    assert len(floors(transcript.after(on.Reconfigured(more), there))[-1].policies) == 5
+    assert floors(transcript.after(on.Reconfigured(Settings((PROTECT,)))))[-1].policies == ()
+    assert floors(transcript.after(on.Reconfigured(Settings((PROTECT,), floor=True))))
     audit = Settings((PROTECT,), floor=True, audit=True)
-    assert floors(story.after(on.Reconfigured(audit)))[-1].policies == (), "nothing is refused"
+    assert floors(transcript.after(on.Reconfigured(audit)))[-1].policies == (), "nothing is refused"
 
 
-def test_where_ike_does_esp_itself_there_is_none() -> None:
-    story = Transcript(Settings((PROTECT,), floor=True))
-    story.after(on.KernelSnapshot((), ()), SOURCES)
-    told = floors(story.after(on.IkeConnected((), (), pid=42, userland=True)))
-    assert told[-1].policies == ()
-    assert any("gate.floor" in error for error in story.gate.policy_table.errors)
+def test_with_userspace_esp_there_is_no_floor() -> None:
+    transcript = Transcript(Settings((PROTECT,), floor=True))
+    transcript.after(on.KernelSnapshot((), ()), SOURCES)
+    commands = floors(transcript.after(on.IkeConnected((), (), pid=42, userland=True)))
+    assert commands[-1].policies == ()
+    assert any("gate.floor" in error for error in transcript.gate.policy_table.errors)
 
 
-def test_a_policy_for_what_comes_in_is_no_floor() -> None:
+def test_an_inbound_policy_is_never_taken_for_the_floor() -> None:
     entry = entry_of(BLOCK)
     assert is_floor(entry)
     assert not is_floor(replace(entry, key=replace(entry.key, direction=Direction.IN)))

@@ -1,4 +1,4 @@
-"""The guest's parts that need no kernel: what it is told, what it says, where it comes from."""
+"""The parts of the guest that need no kernel: its command line, its console, the download."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ ODD = "two\nlines 'single' \"double\" $HOME `id` \\ ö \t!#"
 TELL = "import json, os, sys; print(json.dumps([os.getcwd(), dict(os.environ), sys.argv[1:]]))"
 
 
-# --- what the guest is told ------------------------------------------------------
+# --- the command -----------------------------------------------------------------
 
 
-def told(argv: list[str], env: dict[str, str], cwd: Path) -> tuple[str, dict[str, str], list[str]]:
+def received(
+    argv: list[str], env: dict[str, str], cwd: Path
+) -> tuple[str, dict[str, str], list[str]]:
     script = command_file([sys.executable, "-c", TELL, *argv], env, cwd)
     done = subprocess.run(["sh", "-c", script], capture_output=True, check=True)
     where, variables, arguments = json.loads(done.stdout)
@@ -38,11 +40,12 @@ def told(argv: list[str], env: dict[str, str], cwd: Path) -> tuple[str, dict[str
     return where, variables, arguments
 
 
-def test_command_gets_exactly_the_environment_the_folder_and_the_words(tmp_path: Path) -> None:
+def test_a_command_gets_exactly_its_environment_folder_and_arguments(tmp_path: Path) -> None:
     folder = tmp_path / "a 'quoted' folder"
     folder.mkdir()
     env = {"ODD": ODD, "EMPTY": "", "BASH_FUNC_x%%": "() { :; }", "A.B-C": "no shell name"}
-    assert told([ODD, "", "-x", "A=B"], env, folder) == (str(folder), env, [ODD, "", "-x", "A=B"])
+    arguments = [ODD, "", "-x", "A=B"]
+    assert received(arguments, env, folder) == (str(folder), env, arguments)
 
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
@@ -50,11 +53,11 @@ text = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 
 @given(value=text, argument=text)
 @settings(max_examples=25, deadline=None)
-def test_any_text_survives(value: str, argument: str) -> None:
-    assert told([argument], {"V": value}, Path("/")) == ("/", {"V": value}, [argument])
+def test_any_text_survives_in_arguments_and_variables(value: str, argument: str) -> None:
+    assert received([argument], {"V": value}, Path("/")) == ("/", {"V": value}, [argument])
 
 
-def test_a_folder_that_is_not_there_is_no_silent_other_folder(tmp_path: Path) -> None:
+def test_a_missing_working_folder_stops_the_command(tmp_path: Path) -> None:
     script = command_file(["true"], {}, tmp_path / "gone")
     assert subprocess.run(["sh", "-c", script], capture_output=True, check=False).returncode == 126
 
@@ -73,7 +76,7 @@ def test_settings_are_shell_assignments() -> None:
     assert said.stdout == f"/c d/usr/lib/uml/modules|6.1.176|{results}|no|"
 
 
-def test_kernel_arguments_are_words_without_blanks_and_init_comes_last() -> None:
+def test_kernel_arguments_contain_no_blanks_and_end_with_init() -> None:
     words = kernel_arguments(KERNEL, Path("/tmp/w"), 512, 9)
     assert words[0] == str(KERNEL.binary)
     assert {"mem=512M", "con1=null,fd:9", "ro"} < set(words)
@@ -81,7 +84,7 @@ def test_kernel_arguments_are_words_without_blanks_and_init_comes_last() -> None
     assert not [word for word in words if " " in word]
 
 
-def test_memory_that_does_not_fit_into_shm_goes_elsewhere(tmp_path: Path) -> None:
+def test_memory_that_does_not_fit_into_shm_is_kept_on_disk(tmp_path: Path) -> None:
     assert memory_folder(1 << 40, tmp_path) == tmp_path
 
 
@@ -89,10 +92,10 @@ def test_init_is_valid_shell() -> None:
     subprocess.run(["sh", "-n", str(INIT)], check=True)
 
 
-# --- what it says ----------------------------------------------------------------
+# --- the console -----------------------------------------------------------------
 
 
-def test_output_is_passed_on_by_line_and_a_part_only_when_asked() -> None:
+def test_output_is_passed_on_line_by_line_and_a_partial_line_only_on_flush() -> None:
     said: list[str] = []
     output = Output(said.append)
     output.feed(b"one\ntw")
@@ -107,12 +110,12 @@ def test_output_is_passed_on_by_line_and_a_part_only_when_asked() -> None:
     assert output.text == "".join(said)
 
 
-# --- where it comes from ---------------------------------------------------------
+# --- the download ----------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that Debian has the test kernel for, whichever this is (see test_arch for others)."""
+    """Pretend to be x86-64, the machine that Debian has the test kernel for."""
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
 
 
@@ -152,7 +155,7 @@ def test_fetch_unpacks_once_and_keeps_no_package(tools: Path, tmp_path: Path) ->
     assert {path.name for path in cache.iterdir()} == {".lock", PACKAGE}
 
 
-def test_fetch_that_fails_leaves_nothing_and_the_next_one_succeeds(
+def test_a_failed_fetch_leaves_nothing_and_the_next_one_succeeds(
     tools: Path, tmp_path: Path
 ) -> None:
     good = (tools / "dpkg").read_text()
@@ -166,14 +169,14 @@ def test_fetch_that_fails_leaves_nothing_and_the_next_one_succeeds(
     assert fetch(cache).binary.is_file()
 
 
-def test_fetch_clears_what_a_killed_one_left(tools: Path, tmp_path: Path) -> None:
+def test_fetch_removes_the_leftovers_of_a_killed_one(tools: Path, tmp_path: Path) -> None:
     leftover = tmp_path / "cache" / f".{PACKAGE}-abc" / "usr"
     leftover.mkdir(parents=True)
     fetch(tmp_path / "cache")
     assert not leftover.exists()
 
 
-def test_fetches_at_the_same_time_download_once(tools: Path, tmp_path: Path) -> None:
+def test_concurrent_fetches_download_once(tools: Path, tmp_path: Path) -> None:
     threads = [threading.Thread(target=fetch, args=(tmp_path / "cache",)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -182,7 +185,7 @@ def test_fetches_at_the_same_time_download_once(tools: Path, tmp_path: Path) -> 
     assert calls(tmp_path) == ["apt-get", "dpkg"]
 
 
-def test_errors_of_fetch_say_what_to_do(tools: Path, tmp_path: Path) -> None:
+def test_a_fetch_error_carries_a_hint(tools: Path, tmp_path: Path) -> None:
     stand_in(tools / "apt-get", "echo 'E: Unable to locate package' >&2; exit 100")
     with pytest.raises(GateError, match="Unable to locate package") as caught:
         fetch(tmp_path / "cache")
@@ -198,9 +201,9 @@ def test_without_apt_the_hint_names_the_cache(
     assert "IPSECGATE_LAB_CACHE" in caught.value.hint
 
 
-def test_a_cache_that_is_a_file_is_a_clear_error(tmp_path: Path) -> None:
+def test_a_cache_path_below_a_file_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(GateError, match="can't be written"):
+    with pytest.raises(GateError, match="cannot write the kernel cache"):
         fetch(tmp_path / "file" / "cache")
 
 
@@ -216,7 +219,9 @@ def test_default_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) 
     ("script", "expected"),
     [("exit 0", True), ("exit 2", False), ('case "$*" in *cbc*) exit 0; esac; exit 2', True)],
 )
-def test_esp_is_there_if_any_cipher_is_taken(tools: Path, script: str, expected: bool) -> None:
+def test_the_kernel_has_esp_if_it_accepts_any_cipher(
+    tools: Path, script: str, expected: bool
+) -> None:
     stand_in(tools / "unshare", script)
     assert has_esp.__wrapped__() is expected
 

@@ -1,4 +1,4 @@
-"""Held calls as transcripts: map first, answer after, and never an answer that misleads."""
+"""Held calls: the hook table is written before the answer, and no errno misleads the caller."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import UDP, Flow, is_exempt
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Policy, Settings
-from tests.unit.test_gate import (
+from tests.unit.transcript import (
     FLOW,
     NAME,
     NET,
@@ -37,24 +37,19 @@ def made(number: int, flow: Flow = FLOW) -> on.CallMade:
 
 
 def answers(commands: list[do.Command]) -> dict[on.Call, int | None]:
-    told = {c.call: c.error for c in commands if isinstance(c, do.Answer)}
-    assert not {EAGAIN, EINTR, EINPROGRESS} & set(told.values())
-    return told
+    answered = {c.call: c.error for c in commands if isinstance(c, do.Answer)}
+    assert not {EAGAIN, EINTR, EINPROGRESS} & set(answered.values())
+    return answered
 
 
-@pytest.fixture
-def trapped() -> Transcript:
-    story = Transcript()
-    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    return story
-
-
-def test_held_until_covered_and_answered_after_the_map(trapped: Transcript) -> None:
+def test_a_call_is_held_until_covered_and_answered_after_the_table_is_written(
+    trapped: Transcript,
+) -> None:
     asked = trapped.after(MADE)
     assert initiated(asked) == [NAME]
-    assert asked[-1] == do.Hold(MADE) or do.Hold(MADE) in asked
+    assert do.Hold(MADE) in asked
     assert not answers(asked)
-    opened = trapped.take(trapped.gate.step(*UP))
+    opened = trapped.after_together(*UP)
     assert answers(opened) == {CALL: None}
     wrote = next(n for n, c in enumerate(opened) if isinstance(c, do.SetEntry | do.Publish))
     assert opened.index(do.Answer(CALL, None)) > wrote
@@ -63,17 +58,17 @@ def test_held_until_covered_and_answered_after_the_map(trapped: Transcript) -> N
     assert trapped.gate.holds.total == 1
 
 
-def test_many_calls_are_one_negotiation(trapped: Transcript) -> None:
+def test_many_held_calls_start_one_negotiation(trapped: Transcript) -> None:
     asked = trapped.after(*(made(n) for n in range(500)))
     assert initiated(asked) == [NAME]
-    told = answers(trapped.take(trapped.gate.step(*UP)))
-    assert len(told) == 500
-    assert set(told.values()) == {None}
+    answered = answers(trapped.after_together(*UP))
+    assert len(answered) == 500
+    assert set(answered.values()) == {None}
 
 
-def test_a_covered_flow_goes_on_at_once_and_is_known_to_be_free(trapped: Transcript) -> None:
-    trapped.take(trapped.gate.step(*UP))
-    assert not trapped.gate.holds.is_free(FLOW), "nobody asked yet"
+def test_a_call_for_a_covered_flow_continues_at_once(trapped: Transcript) -> None:
+    trapped.after_together(*UP)
+    assert not trapped.gate.holds.is_free(FLOW), "no call has been made yet"
     assert trapped.after(MADE) == [do.Answer(CALL, None)]
     assert trapped.gate.holds.is_free(FLOW)
     trapped.after(on.SaGone(UP[0].sa.id))
@@ -90,84 +85,84 @@ def test_a_covered_flow_goes_on_at_once_and_is_known_to_be_free(trapped: Transcr
         Flow(ip_address("0.0.0.0"), 6, 80),
     ],
 )
-def test_what_needs_no_sa_goes_on(trapped: Transcript, flow: Flow) -> None:
+def test_a_call_that_needs_no_sa_continues_at_once(trapped: Transcript, flow: Flow) -> None:
     assert trapped.after(replace(MADE, flow=flow)) == [do.Answer(CALL, None)]
 
 
 @pytest.mark.parametrize("action", [Action.BYPASS, Action.DISCARD])
-def test_what_the_hook_decides_alone_goes_on(action: Action) -> None:
-    story = Transcript(Settings(policies=(Policy("p", (THERE,), action),)))
-    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    assert story.after(MADE) == [do.Answer(CALL, None)]
+def test_a_call_that_the_hook_decides_alone_continues_at_once(action: Action) -> None:
+    transcript = Transcript(Settings(policies=(Policy("p", (THERE,), action),)))
+    transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    assert transcript.after(MADE) == [do.Answer(CALL, None)]
 
 
 def test_audit_mode_holds_nothing() -> None:
-    story = Transcript(Settings(audit=True))
-    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    assert story.after(MADE) == [do.Answer(CALL, None)]
+    transcript = Transcript(Settings(audit=True))
+    transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    assert transcript.after(MADE) == [do.Answer(CALL, None)]
 
 
-def test_own_addresses_need_no_sa(trapped: Transcript) -> None:
+def test_a_call_to_an_own_address_continues_at_once(trapped: Transcript) -> None:
     own = ip_address("10.2.0.1")
     trapped.after(on.SourcesResolved(((THERE, own),)))
     assert trapped.after(replace(MADE, flow=replace(FLOW, daddr=own))) == [do.Answer(CALL, None)]
 
 
-def test_a_failure_is_told_to_all_at_once(trapped: Transcript) -> None:
+def test_a_failed_negotiation_fails_every_held_call(trapped: Transcript) -> None:
     trapped.after(made(1), made(2))
-    told = trapped.after(on.NegotiationFailed(*NAME, "AUTHENTICATION_FAILED"))
-    assert answers(told) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
-    assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in told)
-    assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "in back-off, too"
+    commands = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
+    assert answers(commands) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
+    assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in commands)
+    assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "during back-off"
 
 
-def test_a_hold_ends_at_its_limit(trapped: Transcript) -> None:
+def test_a_held_call_times_out_at_its_limit(trapped: Transcript) -> None:
     trapped.after(MADE)
     assert answers(trapped.after(on.CallExpired(CALL))) == {CALL: ETIMEDOUT}
     assert trapped.after(on.CallExpired(CALL)) == []
-    assert not answers(trapped.take(trapped.gate.step(*UP)))
+    assert not answers(trapped.after_together(*UP))
 
 
-def test_an_interrupted_call_comes_again(trapped: Transcript) -> None:
+def test_an_interrupted_call_is_restarted(trapped: Transcript) -> None:
     trapped.after(MADE)
     assert answers(trapped.after(on.CallInterrupted(CALL))) == {CALL: ERESTARTNOINTR}
-    assert trapped.after(on.CallInterrupted(CALL)) == [], "without a signal 513 would leak"
+    assert trapped.after(on.CallInterrupted(CALL)) == [], "or the caller sees errno 513"
 
 
-def test_who_is_gone_is_forgotten(trapped: Transcript) -> None:
+def test_the_call_of_a_dead_process_is_forgotten(trapped: Transcript) -> None:
     trapped.after(MADE)
     assert trapped.after(on.CallGone(CALL)) == []
     assert not trapped.gate.holds.of
 
 
-def test_held_before_anything_is_known() -> None:
-    story = Transcript()
-    assert story.after(MADE) == [do.Hold(MADE)]
-    derived = story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+def test_a_call_is_held_before_kernel_and_daemon_have_answered() -> None:
+    transcript = Transcript()
+    assert transcript.after(MADE) == [do.Hold(MADE)]
+    derived = transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
     assert initiated(derived) == [NAME]
-    assert answers(story.take(story.gate.step(*UP))) == {CALL: None}
+    assert answers(transcript.after_together(*UP)) == {CALL: None}
 
 
-def test_held_while_the_daemon_is_gone_and_asked_for_when_it_is_back(trapped: Transcript) -> None:
+def test_a_call_held_without_a_daemon_is_negotiated_when_it_returns(trapped: Transcript) -> None:
     trapped.after(on.IkeGone("crashed"))
     assert not initiated(trapped.after(MADE))
     assert initiated(trapped.after(connected())) == [NAME]
 
 
-def test_held_until_a_connection_is_loaded() -> None:
-    story = Transcript(Settings(policies=(Policy("p", (THERE,)),)))
-    story.after(on.KernelSnapshot((), ()), on.IkeConnected((), (), 42), SOURCES)
-    asked = story.after(MADE)
+def test_a_call_without_a_connection_is_held_until_one_is_loaded() -> None:
+    transcript = Transcript(Settings(policies=(Policy("p", (THERE,)),)))
+    transcript.after(on.KernelSnapshot((), ()), on.IkeConnected((), (), 42), SOURCES)
+    asked = transcript.after(MADE)
     assert do.AskIke() in asked
-    idle = story.after(on.IkeConnected((), (), 42))
-    assert do.AskIke() not in idle, "or it would be asked all the time"
-    assert initiated(story.after(on.IkeConnected((NET,), (), 42))) == [NAME]
+    idle = transcript.after(on.IkeConnected((), (), 42))
+    assert do.AskIke() not in idle, "otherwise the daemon is polled without a pause"
+    assert initiated(transcript.after(on.IkeConnected((NET,), (), 42))) == [NAME]
 
 
-def test_a_call_does_not_go_before_what_closes(trapped: Transcript) -> None:
-    trapped.take(trapped.gate.step(*UP))
-    told = trapped.take(trapped.gate.step(MADE, on.SaGone(UP[0].sa.id)))
-    assert not answers(told)
+def test_a_call_in_the_same_batch_as_a_closing_is_not_let_through(trapped: Transcript) -> None:
+    trapped.after_together(*UP)
+    commands = trapped.after_together(MADE, on.SaGone(UP[0].sa.id))
+    assert not answers(commands)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +182,7 @@ def test_a_call_does_not_go_before_what_closes(trapped: Transcript) -> None:
         ("ff02::1:3", UDP, 547, 546, False),
     ],
 )
-def test_exempt_as_the_hooks_have_it(
+def test_the_same_destinations_are_exempt_as_in_the_hooks(
     address: str, proto: int, port: int, source: int, exempt: bool
 ) -> None:
     assert is_exempt(Flow(ip_address(address), proto, port, sport=source)) is exempt

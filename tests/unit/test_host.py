@@ -1,4 +1,4 @@
-"""How the state of a host with ESP is judged: what changed, came or went is told."""
+"""How `make test-host` compares the state of a host before and after."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WANTED = (
 )
 
 
-def test_what_changed_came_and_went_is_told() -> None:
+def test_every_change_addition_and_removal_is_reported() -> None:
     before = {"rule": {"a": "1", "b": "1"}, "pin": {"p": "7"}}
     after = {"rule": {"a": "1", "c": "1"}, "pin": {"p": "8"}}
     assert list(differences(before, after)) == [
@@ -27,7 +27,7 @@ def test_what_changed_came_and_went_is_told() -> None:
     assert list(differences(before, before)) == []
 
 
-def test_a_host_that_has_nothing_of_its_own_proves_nothing(
+def test_a_host_without_any_state_of_its_own_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare: dict[str, dict[str, str]] = {what: {} for what in WANTED}
@@ -38,7 +38,7 @@ def test_a_host_that_has_nothing_of_its_own_proves_nothing(
     assert "this host lacks" in capsys.readouterr().out
 
 
-def test_every_command_is_run_and_followed_by_a_state() -> None:
+def test_the_state_is_recorded_after_every_command() -> None:
     script = story(["make demo", "echo 'it is'"], Path("/r"))
     assert [script.count(f"/r/state-{number}.json") for number in range(4)] == [1, 1, 1, 0]
     assert "'make demo'" in script

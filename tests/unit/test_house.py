@@ -1,4 +1,4 @@
-"""The house's own rules, as tests: `pytest` is the whole loop."""
+"""The project's own rules as tests, so that `pytest` runs them all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
     "tool",
     ["ruff check --quiet", "ruff format --check --quiet --diff", "mypy --no-error-summary"],
 )
-def test_tool_has_nothing_to_say(tool: str) -> None:
+def test_linters_and_types_are_clean(tool: str) -> None:
     command = [sys.executable, "-m", *tool.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
@@ -30,13 +30,13 @@ def test_tool_has_nothing_to_say(tool: str) -> None:
         *("tests/vagrant/box.sh", "tests/vagrant/run.sh"),
     ],
 )
-def test_script_parses_and_may_be_run(script: str) -> None:
+def test_scripts_parse_and_are_executable(script: str) -> None:
     path = ROOT / script
     subprocess.run(["bash", "-n", str(path)], check=True)
     assert path.stat().st_mode & 0o111
 
 
-def test_every_client_is_in_the_table_of_the_docs() -> None:
+def test_the_table_in_the_docs_lists_every_client() -> None:
     rows = table.rows_in((ROOT / "docs/clients.md").read_text())
     assert [*rows] == table.NAMES
-    assert not [row for row in rows.values() if "**" in row], "how no client should end"
+    assert not [row for row in rows.values() if "**" in row], "no client may hang or crash"

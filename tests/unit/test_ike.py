@@ -1,4 +1,4 @@
-"""The IKE client against a peer with real VICI packets: events, commands, ends of negotiations."""
+"""The IKE client against a fake charon with real VICI packets: events, commands, negotiations."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from ipsecgate.core.model.events import (
     NegotiationDone,
     NegotiationFailed,
 )
+from ipsecgate.core.model.ipsec import ChildName
 from ipsecgate.edges.strongswan import negotiation, vici
 from ipsecgate.edges.strongswan.client import IkeClient
 from ipsecgate.edges.strongswan.vici import IkeRefusedError, IkeUnreachableError
 from tests.unit.fake_charon import YES, FakeCharon, Handler, Section, Session, no
-from tests.unit.test_vici import CHILD, SA, conn, ike_sa
+from tests.unit.vici_messages import CHILD, SA, conn, ike_sa
 from tests.until import until
 
 UP: Section = {"up": "yes", **ike_sa()}
@@ -73,15 +74,17 @@ async def take(client: IkeClient, count: int = 1) -> list[IkeEvent]:
     return found
 
 
-async def test_children_and_established(charon: FakeCharon, client: IkeClient) -> None:
+async def test_configurations_and_sas_are_listed(charon: FakeCharon, client: IkeClient) -> None:
     charon.handlers["list-conns"] = streaming("list-conn", conn(), conn())
     charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
-    assert [config.child for config in await client.children()] == ["net", "net"]
+    assert [config.name.child for config in await client.children()] == ["net", "net"]
     assert await client.established() == (SA,)
     assert client.daemon_pid == os.getpid()
 
 
-async def test_who_does_esp(charon: FakeCharon, client: IkeClient) -> None:
+async def test_the_first_kernel_plugin_shows_whether_esp_is_in_userspace(
+    charon: FakeCharon, client: IkeClient
+) -> None:
     with pytest.raises(IkeRefusedError):
         await client.userland()
     for first in (True, False):
@@ -90,7 +93,9 @@ async def test_who_does_esp(charon: FakeCharon, client: IkeClient) -> None:
         assert await client.userland() is first
 
 
-async def test_events_in_order_then_gone(charon: FakeCharon, client: IkeClient) -> None:
+async def test_events_arrive_in_order_and_then_the_end_of_the_connection(
+    charon: FakeCharon, client: IkeClient
+) -> None:
     charon.raise_event("ike-updown", UP)
     charon.raise_event("child-updown", UP)
     assert await take(client, 2) == [IkeUp("gw", 7), ChildUp(SA)]
@@ -102,7 +107,7 @@ async def test_events_in_order_then_gone(charon: FakeCharon, client: IkeClient) 
         await client.established()
 
 
-async def test_a_child_that_is_not_understood_says_nothing_of_the_others(
+async def test_a_child_that_cannot_be_parsed_does_not_affect_the_others(
     charon: FakeCharon, client: IkeClient
 ) -> None:
     odd = {"local-ts": ["10.0.0.0/8[nosuch/protocol]"]}
@@ -126,7 +131,7 @@ async def test_a_child_that_is_not_understood_says_nothing_of_the_others(
 @pytest.mark.parametrize(
     "packet", [b"", b"\x07", b"\x07\x05abc", b"\x07\x01a\x03\x01k\x00\x02v", b"\x07\x01a\x02"]
 )
-async def test_garbage_ends_the_session(
+async def test_a_malformed_packet_ends_the_session(
     charon: FakeCharon, client: IkeClient, packet: bytes
 ) -> None:
     for session in charon.sessions:
@@ -136,26 +141,26 @@ async def test_garbage_ends_the_session(
     assert isinstance(gone, IkeGone)
 
 
-async def test_a_packet_too_long_is_not_waited_for(charon: FakeCharon, client: IkeClient) -> None:
+async def test_an_oversized_packet_ends_the_session(charon: FakeCharon, client: IkeClient) -> None:
     for session in charon.sessions:
         session.writer.write(struct.pack("!I", vici.MAX_PACKET + 1))
     (gone,) = await take(client)
     assert isinstance(gone, IkeGone)
 
 
-async def test_nobody_there(tmp_path: Path) -> None:
+async def test_without_a_daemon_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(IkeUnreachableError, match="No such file") as caught:
         await IkeClient.connect(tmp_path / "vici")
     assert "running" in caught.value.hint
 
 
-async def test_an_event_that_the_daemon_does_not_know(charon: FakeCharon) -> None:
+async def test_a_daemon_without_a_required_event_is_refused(charon: FakeCharon) -> None:
     charon.known.remove("child-rekey")
     with pytest.raises(IkeRefusedError, match="child-rekey"):
         await IkeClient.connect(charon.path)
 
 
-async def test_a_refused_command_says_why(charon: FakeCharon, client: IkeClient) -> None:
+async def test_a_refused_command_reports_the_reason(charon: FakeCharon, client: IkeClient) -> None:
     charon.handlers["terminate"] = answering(no("no matching SAs to terminate found"), YES, YES)
     with pytest.raises(IkeRefusedError, match="no matching SAs"):
         await client.terminate("gw")
@@ -168,7 +173,7 @@ async def test_a_refused_command_says_why(charon: FakeCharon, client: IkeClient)
         await client.children()
 
 
-async def test_a_selector_that_is_not_understood_is_not_left_out(
+async def test_a_selector_with_unknown_ports_protects_the_whole_network(
     charon: FakeCharon, client: IkeClient
 ) -> None:
     child = {**CHILD, "remote-ts": ["10.2.0.0/16[tcp/nosuch-service]"]}
@@ -176,7 +181,7 @@ async def test_a_selector_that_is_not_understood_is_not_left_out(
     charon.handlers["list-conns"] = streaming("list-conn", message)
     net, other = await client.children()
     assert [str(there.network) for there in net.remote] == ["10.2.0.0/16"]
-    assert net.remote[0].ports == (0, 65535), "whatever it is, it is in there"
+    assert net.remote[0].ports == (0, 65535), "every port, as the service is unknown"
     assert other.remote[0].ports == (443, 443)
     assert ["nosuch-service" in reason for reason in client.unread] == [True]
     child["remote-ts"] = ["10.2.0.0/99[tcp/nosuch-service]"]
@@ -189,8 +194,8 @@ async def test_a_selector_that_is_not_understood_is_not_left_out(
 
 
 async def negotiate(charon: FakeCharon, client: IkeClient, limit: float = 5) -> list[Section]:
-    """Initiate, and return the requests that it made once there was nothing to wait for."""
-    await client.initiate("gw", "net", limit)
+    """Initiate, wait until the client is idle, and return its initiate requests."""
+    await client.initiate(ChildName("gw", "net"), limit)
     await until(lambda: len(client._tasks) <= 1)
     return [asked for name, asked in charon.requests if name == "initiate"]
 
@@ -199,7 +204,9 @@ def quiet(client: IkeClient) -> bool:
     return client._events.empty()
 
 
-async def test_success_costs_one_silent_request(charon: FakeCharon, client: IkeClient) -> None:
+async def test_a_successful_negotiation_costs_one_silent_request(
+    charon: FakeCharon, client: IkeClient
+) -> None:
     async def initiate(session: Session, _asked: Section) -> Section:
         session.charon.raise_event("child-updown", UP)
         return YES
@@ -209,11 +216,11 @@ async def test_success_costs_one_silent_request(charon: FakeCharon, client: IkeC
     assert asked == [{"ike": "gw", "child": "net", "timeout": ANY, "loglevel": "-1"}]
     assert 0 < int(asked[0]["timeout"]) <= 5000
     assert [name for name, _ in charon.requests] == ["initiate"]
-    assert await take(client, 2) == [ChildUp(SA), NegotiationDone("gw", "net")]
+    assert await take(client, 2) == [ChildUp(SA), NegotiationDone(ChildName("gw", "net"))]
     assert quiet(client)
 
 
-async def test_a_failure_is_repeated_to_hear_its_cause(
+async def test_a_failed_negotiation_is_repeated_once_to_log_its_cause(
     charon: FakeCharon, client: IkeClient
 ) -> None:
     async def initiate(session: Session, _asked: Section) -> Section:
@@ -226,27 +233,31 @@ async def test_a_failure_is_repeated_to_hear_its_cause(
     assert "loglevel" in silent
     assert "loglevel" not in logged
     cause = "the peer accepts none of our traffic selectors"
-    assert await take(client) == [NegotiationFailed("gw", "net", cause)]
+    assert await take(client) == [NegotiationFailed(ChildName("gw", "net"), cause)]
 
 
-async def test_a_refusal_with_a_reason_is_not_repeated(
+async def test_a_negotiation_refused_with_a_reason_is_not_repeated(
     charon: FakeCharon, client: IkeClient
 ) -> None:
     reason = "CHILD_SA config 'net' not found"
     charon.handlers["initiate"] = answering(no(reason))
     await negotiate(charon, client)
-    assert await take(client) == [NegotiationFailed("gw", "net", reason)]
+    assert await take(client) == [NegotiationFailed(ChildName("gw", "net"), reason)]
 
 
-async def test_a_duplicate_is_no_failure(charon: FakeCharon, client: IkeClient) -> None:
+async def test_a_failure_whose_child_is_already_up_counts_as_done(
+    charon: FakeCharon, client: IkeClient
+) -> None:
     charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
     charon.handlers["initiate"] = answering(no("establishing CHILD_SA 'net' failed"))
     assert len(await negotiate(charon, client)) == 1
-    assert await take(client) == [NegotiationDone("gw", "net")]
+    assert await take(client) == [NegotiationDone(ChildName("gw", "net"))]
     assert quiet(client)
 
 
-async def test_success_of_another_child_is_not_ours(charon: FakeCharon, client: IkeClient) -> None:
+async def test_the_success_of_another_child_is_a_failure_of_this_one(
+    charon: FakeCharon, client: IkeClient
+) -> None:
     charon.handlers["list-sas"] = streaming("list-sa", ike_sa(name=b"other"))
     charon.handlers["initiate"] = answering(YES)
     await negotiate(charon, client, limit=0.05)
@@ -255,7 +266,7 @@ async def test_success_of_another_child_is_not_ours(charon: FakeCharon, client: 
     assert "within 0.05 s" in failed.cause
 
 
-async def test_silence_ends_at_the_limit_and_is_taken_back(
+async def test_an_unanswered_negotiation_ends_at_the_limit_and_its_half_open_ike_sa_is_dropped(
     charon: FakeCharon, client: IkeClient
 ) -> None:
     half_open: dict[str, Any] = {"uniqueid": "9", "state": "CONNECTING", "initiator": "yes"}
@@ -284,7 +295,9 @@ async def test_a_late_failure_is_not_repeated(
     assert "silent" in failed.cause
 
 
-async def test_only_a_few_wait_in_charon(charon: FakeCharon, client: IkeClient) -> None:
+async def test_only_a_few_negotiations_wait_inside_the_daemon(
+    charon: FakeCharon, client: IkeClient
+) -> None:
     async def initiate(_session: Session, asked: Section) -> Section:
         if asked["timeout"] == "-1":
             return YES
@@ -293,21 +306,23 @@ async def test_only_a_few_wait_in_charon(charon: FakeCharon, client: IkeClient) 
 
     charon.handlers["initiate"] = initiate
     for number in range(10):
-        await client.initiate("gw", f"net-{number}", 2)
+        await client.initiate(ChildName("gw", f"net-{number}"), 2)
     (failed,) = await take(client)
-    assert isinstance(failed, NegotiationFailed)  # one that did not wait: its limit ran out
+    assert isinstance(failed, NegotiationFailed)  # one that did not wait inside charon
     waits = [asked["timeout"] for name, asked in charon.requests if name == "initiate"]
     assert waits[negotiation.MAX_WAITING :] == ["-1"] * 6
     assert all(0 < int(limit) <= 2000 for limit in waits[: negotiation.MAX_WAITING])
 
 
-async def test_the_daemon_goes_while_negotiating(charon: FakeCharon, client: IkeClient) -> None:
+async def test_the_daemon_may_end_during_a_negotiation(
+    charon: FakeCharon, client: IkeClient
+) -> None:
     async def initiate(session: Session, _asked: Section) -> Section:
         session.charon.die()
         return YES
 
     charon.handlers["initiate"] = initiate
-    await client.initiate("gw", "net", 5)
+    await client.initiate(ChildName("gw", "net"), 5)
     (first,) = await take(client)
     assert isinstance(first, IkeGone | NegotiationFailed)
     if isinstance(first, NegotiationFailed):

@@ -1,11 +1,11 @@
-"""Which room may import which: the architecture, enforced.
+"""Which package may import which: the architecture, enforced.
 
     cli -> controller, admin -> edges -> core;   lab -> edges, core;   cli.demo -> lab
 
 Within core and within edges the order is that of CORE and EDGES below: a room imports from
-itself and from those that it names. Core imports nothing of the world but the parts of the
-standard library in PURE, so it can touch no socket, file, process or clock. An outside library
-has one place.
+itself and from those that it names. Core imports only the parts of the standard library
+in PURE, so it can touch no socket, file, process or clock. Each outside library is imported in one
+place.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def ours(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_directions(path: Path) -> None:
+def test_each_room_imports_only_from_the_rooms_below_it(path: Path) -> None:
     name = name_of(path)
     room = room_of(name)
     for imported in ours(path):
@@ -112,7 +112,7 @@ def test_directions(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_outside_libraries_have_one_place(path: Path) -> None:
+def test_each_outside_library_is_imported_in_one_place(path: Path) -> None:
     name = name_of(path)
     for imported in imports(path):
         top = imported.split(".")[0]
@@ -143,6 +143,6 @@ def test_every_module_has_a_room() -> None:
     assert found == ROOMS.keys()
 
 
-def test_no_module_imports_itself_by_a_detour() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {name_of(path): set(ours(path)) - {name_of(path)} for path in MODULES}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle

@@ -1,4 +1,4 @@
-"""The inspector process's answers as bytes: a whole finding, or nothing."""
+"""The messages between controller and inspector process: complete, or none."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ FLOWS = st.builds(Flow, ADDRESSES, st.integers(0, 255), PORTS, st.none() | ADDRE
 
 
 @given(FLOWS, st.booleans())
-def test_a_finding_survives_encoding(flow: Flow, blocking: bool) -> None:
+def test_an_encoded_finding_decodes_to_itself(flow: Flow, blocking: bool) -> None:
     finding = Finding(flow, blocking)
     assert decode(encode(finding)) == finding
 
 
-def test_nothing_survives_encoding() -> None:
+def test_an_empty_answer_decodes_to_none() -> None:
     assert decode(encode(None)) is None
 
 
 @given(st.binary(min_size=ANSWER.size, max_size=ANSWER.size))
-def test_any_bytes_are_a_finding_or_nothing(raw: bytes) -> None:
+def test_any_bytes_decode_to_a_finding_or_none(raw: bytes) -> None:
     finding = decode(raw)
     assert finding is None or encode(finding)[1:] == raw[1:]
 
 
 @pytest.mark.parametrize("length", [0, ANSWER.size - 1, ANSWER.size + 1])
-def test_bytes_of_another_length_are_nothing(length: int) -> None:
+def test_an_answer_of_another_length_decodes_to_none(length: int) -> None:
     assert decode(b"\2" * length) is None
 
 
 @given(st.builds(Notification, st.integers(0, 2**64 - 1), WORDS, st.integers(0, 999), WORDS,
                  st.tuples(*[st.integers(0, 2**64 - 1)] * 6)))  # fmt: skip
-def test_a_notification_survives_encoding(call: Notification) -> None:
+def test_a_notification_is_packed_as_the_kernel_wrote_it(call: Notification) -> None:
     assert notification(packed(call)) == call

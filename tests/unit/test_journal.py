@@ -1,4 +1,4 @@
-"""What `events` can tell: numbered, bounded, refusals in words."""
+"""The journal behind `ipsecgate events`: numbered, bounded, refusals explained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def log(journal: Journal, text: str) -> None:
     journal.handle(logging.LogRecord("ipsecgate", logging.WARNING, "", 0, text, (), None))
 
 
-def test_a_reader_asks_for_what_it_has_not_seen_and_sees_that_it_missed_some() -> None:
+def test_a_reader_gets_the_records_after_its_last_one_and_can_see_a_gap() -> None:
     journal = Journal()
     assert journal.since(0) == []
     for number in range(SIZE + 10):

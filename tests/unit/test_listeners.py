@@ -1,4 +1,4 @@
-"""Listeners: which are accepted, and which calls a successor finds. The kernel is faked."""
+"""Listeners: which are accepted, and which calls a new controller recovers. The kernel is faked."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ipsecgate.edges.holding.listeners import Listeners
 
 
 @pytest.mark.parametrize("limit", [float("nan"), float("inf"), -1.0, 1e8 + 1])
-async def test_a_limit_that_no_timer_can_have_is_refused(
+async def test_a_limit_that_no_timer_accepts_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
-    """JSON has NaN, and a timer at NaN puts the loop's other timers out of order."""
+    """JSON allows NaN, and a timer at NaN breaks the order of the loop's other timers."""
     monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
     fd, other = os.pipe()
     with pytest.raises(ValueError, match="cannot be held"):
@@ -27,7 +27,7 @@ async def test_a_limit_that_no_timer_can_have_is_refused(
         os.close(fd)
 
 
-def test_a_call_of_a_thread_that_cannot_be_named_waits_like_any_other(
+def test_a_pending_call_without_a_pid_is_recovered_like_any_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel reports pid 0 for a thread outside of the controller's pid namespace."""

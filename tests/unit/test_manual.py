@@ -1,4 +1,4 @@
-"""The man page and the completions say what the command line has."""
+"""The man page and the shell completions match the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def screen(tmp_path_factory: pytest.TempPathFactory) -> str:
         ["man", "--warnings", "--encoding=ascii", "-l", str(page)], capture_output=True, text=True,
         check=True, env={"PATH": "/usr/bin:/bin", "MANWIDTH": "200", "LC_ALL": "C"},
     )  # fmt: skip
-    assert not done.stderr, "troff has something to say"
+    assert not done.stderr, "troff prints no warning"
     return done.stdout
 
 
@@ -43,12 +43,12 @@ def test_every_verb_is_explained(screen: str) -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_completions_ask_the_program(shell: str) -> None:
+def test_completions_call_the_program(shell: str) -> None:
     script = completion(shell)
     assert f"_IPSECGATE_COMPLETE={shell}_complete" in script
 
 
-def test_bash_takes_its_completion(tmp_path: Path) -> None:
+def test_bash_accepts_its_completion(tmp_path: Path) -> None:
     script = tmp_path / "ipsecgate"
     script.write_text(completion("bash"))
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The matrix's table: nothing that failed is left out, and README has it."""
+"""The table of `make matrix` in the README: failures are shown, and every kernel has a row."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_junit_file_is_counted(junit: Path) -> None:
     assert found.skips == ["missing: UDP-Lite"]
 
 
-def test_what_failed_is_shown_and_fails(junit: Path) -> None:
+def test_failed_tests_are_shown_and_fail_the_run(junit: Path) -> None:
     made = table.rendered({KERNELS[0]: result(junit)}, "All.")
     assert "| **1, 2, 1** | **1, 2, 1** | compiled (JIT) | yes | yes | no |" in made
     assert made.endswith("\nAll. Skipped: 6.1.0: missing: UDP-Lite.\n")
@@ -47,7 +47,7 @@ def test_what_failed_is_shown_and_fails(junit: Path) -> None:
 
 
 @pytest.mark.parametrize("stopped", ["", "the guest's kernel panicked"])
-def test_a_kernel_that_stopped_is_shown_and_fails(tmp_path: Path, stopped: str) -> None:
+def test_a_kernel_that_stopped_is_shown_and_fails_the_run(tmp_path: Path, stopped: str) -> None:
     gone = result(tmp_path / "none.xml", stopped)
     gone |= {"kernel": "", "features": None}
     made = table.rendered({KERNELS[0]: gone}, "All.")
@@ -56,14 +56,14 @@ def test_a_kernel_that_stopped_is_shown_and_fails(tmp_path: Path, stopped: str) 
     assert not is_fine(gone)
 
 
-def test_no_test_at_all_is_not_fine(junit: Path) -> None:
+def test_a_run_without_tests_fails(junit: Path) -> None:
     junit.write_text("<testsuites/>")
     assert not is_fine(result(junit))
     junit.write_text(JUNIT.replace("<failure", "<nothing").replace("<error", "<nothing"))
     assert is_fine(result(junit))
 
 
-def test_every_kernel_is_in_readmes_table() -> None:
+def test_the_table_in_the_readme_lists_every_kernel() -> None:
     text = (ROOT / "README.md").read_text()
     rows = text.partition(table.BEGIN)[2].partition(table.END)[0].splitlines()
     shown = [row for row in rows if row.startswith("| ")][2:]
@@ -71,7 +71,7 @@ def test_every_kernel_is_in_readmes_table() -> None:
     assert not [row for row in shown if "**" in row], "nothing failed"
 
 
-def test_a_document_without_a_place_is_told(tmp_path: Path) -> None:
+def test_a_document_without_the_markers_is_an_error(tmp_path: Path) -> None:
     document = tmp_path / "README.md"
     document.write_text("nothing")
     with pytest.raises(ValueError, match="no place"):

@@ -1,4 +1,4 @@
-"""Netlink's framing: requests for dumps, and where a dump ends."""
+"""Netlink framing: requests for dumps, and the end of a dump."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipsecgate.core.codec.xfrm import encode_policy_dump, encode_sa_dump
 from tests.unit.xfrm_bytes import NEWSA, message, state
 
 
-def test_dump_requests() -> None:
+def test_dump_requests_match_the_kernel_layout() -> None:
     assert encode_policy_dump(5) == message(0x15, bytes(64), 0x301, 5)
     assert encode_sa_dump(6) == message(0x12, bytes(24), 0x301, 6)
 
@@ -29,18 +29,18 @@ def test_dump_requests() -> None:
         (message(3, bytes(4), 2, 8), None),
     ],
 )
-def test_dump_end(data: bytes, end: DumpEnd | None) -> None:
+def test_the_end_of_a_dump_is_recognised(data: bytes, end: DumpEnd | None) -> None:
     assert dump_end(data, 7) == end
 
 
 @pytest.mark.parametrize("errno", [1, 4096, -4096, -(2**31), 2**31 - 1])
-def test_an_errno_that_is_none_is_an_error(errno: int) -> None:
-    """-2^31 was taken for the errno 2^31, which os.strerror() answers with OverflowError."""
+def test_an_impossible_errno_is_an_error(errno: int) -> None:
+    """-2^31 was read as errno 2^31, for which os.strerror() raises OverflowError."""
     with pytest.raises(DecodeError, match="errno"):
         dump_end(message(3, struct.pack("=i", errno)), 7)
 
 
 @given(st.binary(max_size=64))
-def test_garbage_raises_nothing_else(data: bytes) -> None:
+def test_arbitrary_bytes_raise_no_other_error(data: bytes) -> None:
     with suppress(DecodeError):
         dump_end(data, 7)

@@ -1,4 +1,4 @@
-"""Containers: the profile, the runtime's message, and the socket that it comes to."""
+"""Containers: the seccomp profile, the message of the runtime, and the socket that receives it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STRICT: dict[str, Any] = {
 
 
 def met(condition: dict[str, Any], value: int) -> bool:
-    """Say what libseccomp would. Source: seccomp_rule_add(3)."""
+    """Evaluate an argument comparison as libseccomp does. Source: seccomp_rule_add(3)."""
     match condition["op"]:
         case "SCMP_CMP_MASKED_EQ":
             return bool(value & condition["value"] == condition["valueTwo"])
@@ -50,7 +50,7 @@ def met(condition: dict[str, Any], value: int) -> bool:
 
 
 def actions(made: dict[str, Any], name: str, value: int) -> set[str]:
-    """Return the actions of all rules that a call meets, or the default."""
+    """Return the actions of all rules that match a call, or the default."""
     found = {
         rule["action"]
         for rule in made["syscalls"]
@@ -69,28 +69,28 @@ def test_a_call_is_held_by_the_length_of_its_address(base: oci.Json | None, name
 
 
 @pytest.mark.parametrize("base", [None, STRICT], ids=["no base", "strict base"])
-def test_datagrams_are_held_where_asked_for(base: oci.Json | None) -> None:
+def test_datagrams_are_held_only_on_request(base: oci.Json | None) -> None:
     for datagrams, wanted in ((False, ALLOW), (True, NOTIFY)):
         made = profile("/s", 30, "x86_64", base=base, datagrams=datagrams)
         for name in ("sendmsg", "sendmmsg"):
             assert actions(made, name, 0) == {wanted}
 
 
-def test_what_the_base_says_of_others_stays() -> None:
+def test_the_base_profile_keeps_its_rules_for_other_calls() -> None:
     made = profile("/s", 30, "x86_64", base=STRICT)
     assert actions(made, "read", 0) == {ALLOW}
     assert actions(made, "mount", 0) == {"SCMP_ACT_ERRNO"}
     assert made["architectures"] == STRICT["architectures"]
 
 
-def test_the_listener_is_told_for_how_long() -> None:
+def test_the_profile_passes_the_time_limit_to_the_listener() -> None:
     made = profile("/run/s", 2.5, "aarch64", flags=False)
     assert (made["listenerPath"], made["listenerMetadata"]) == ("/run/s", "ipsecgate hold=2.500")
     assert "flags" not in made
     long = profile("/s", 1e7, "x86_64")["listenerMetadata"]
-    told = container(json.dumps({**STATE, "metadata": long}).encode())
-    assert told
-    assert told.hold == 1e7
+    parsed = container(json.dumps({**STATE, "metadata": long}).encode())
+    assert parsed
+    assert parsed.hold == 1e7
     assert profile("/run/s", 2.5, "aarch64")["flags"] == [*oci.FLAGS]
 
 
@@ -102,18 +102,18 @@ def test_the_listener_is_told_for_how_long() -> None:
         {"names": ["sendto"], "action": ALLOW, "includes": {"caps": ["CAP_NET_RAW"]}},
     ],
 )
-def test_a_base_that_treats_such_a_call_by_itself_is_refused(rule: dict[str, Any]) -> None:
+def test_a_base_with_its_own_rule_for_a_held_call_is_refused(rule: dict[str, Any]) -> None:
     with pytest.raises(OciError):
         profile("/s", 30, "x86_64", base={**STRICT, "syscalls": [*STRICT["syscalls"], rule]})
 
 
-def test_a_base_without_such_a_call_or_with_a_listener_is_refused() -> None:
+def test_a_base_without_the_held_calls_or_with_a_listener_is_refused() -> None:
     for base in ({**STRICT, "syscalls": []}, {**STRICT, "listenerPath": "/other"}):
         with pytest.raises(OciError):
             profile("/s", 30, "x86_64", base=base)
 
 
-def test_a_call_of_another_architecture_is_none_of_ours() -> None:
+def test_a_call_of_another_architecture_is_ignored() -> None:
     abi = ABIS["x86_64"]
 
     def read(_where: int, _length: int) -> bytes:
@@ -127,7 +127,7 @@ def test_a_call_of_another_architecture_is_none_of_ours() -> None:
 # --- the message ------------------------------------------------------------------------
 
 
-def test_a_message_is_read() -> None:
+def test_a_runtimes_message_is_parsed() -> None:
     assert container(json.dumps(STATE).encode()) == Container("db", 4422, 2.5, 0)
     executed = {**STATE, "pid": 0}  # by crun
     assert container(json.dumps(executed).encode()) == Container("db", 0, 2.5, 0)
@@ -135,7 +135,7 @@ def test_a_message_is_read() -> None:
     assert container(json.dumps(plain).encode()) == Container("db", 4422, 30.0, 1)
 
 
-def test_a_part_of_a_message_is_none_yet() -> None:
+def test_an_incomplete_message_is_none() -> None:
     raw = json.dumps(STATE).encode()
     assert all(container(raw[:end]) is None for end in range(1, len(raw)))
 
@@ -160,13 +160,13 @@ def test_a_part_of_a_message_is_none_yet() -> None:
     ],
     ids=lambda change: str(change)[:60],
 )
-def test_a_message_that_no_runtime_sends_is_refused(change: dict[str, Any]) -> None:
+def test_a_message_with_invalid_fields_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(OciError):
         container(json.dumps({**STATE, **change}).encode())
 
 
 @pytest.mark.parametrize("raw", [b"[]", b"1", b"[" * oci.MESSAGE_LIMIT, b" " * 70_000])
-def test_what_is_no_message_is_refused(raw: bytes) -> None:
+def test_text_that_is_not_a_message_is_refused(raw: bytes) -> None:
     with pytest.raises(OciError):
         container(raw)
 
@@ -193,18 +193,18 @@ def test_any_json_is_a_container_or_refused(value: object) -> None:
 
 
 class Agent:
-    """The socket's other side: what was taken, what was told."""
+    """The agent's socket, with the listeners that it accepted and the errors that it logged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.taken: list[tuple[Container, int]] = []
-        self.told: list[str] = []
+        self.errors: list[str] = []
 
     def take(self, made: Container, listener: int) -> None:
         self.taken.append((made, listener))
 
     async def send(self, *parts: bytes, fds: tuple[int, ...] = (), end: bool = True) -> None:
-        """Send as a runtime does; `end`: hang up after. Returns when it was dealt with."""
+        """Send as a runtime does; return when the agent has closed. `end`: shut down after it."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self.path))
             for part in parts:
@@ -220,10 +220,10 @@ class Agent:
 @asynccontextmanager
 async def agent(path: Path) -> AsyncIterator[Agent]:
     made = Agent(path)
-    running = asyncio.create_task(edge.run(path, made.take, made.told.append))
+    running = asyncio.create_task(edge.run(path, made.take, made.errors.append))
     await until(path.exists)
     yield made
-    assert not running.done(), "no message ends it"
+    assert not running.done(), "no message ends the agent"
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
@@ -234,14 +234,14 @@ def open_fds() -> list[str]:
     return os.listdir("/proc/self/fd")  # noqa: PTH208
 
 
-async def test_a_listener_comes_in(tmp_path: Path) -> None:
+async def test_a_listener_is_received_with_its_message(tmp_path: Path) -> None:
     with Path(os.devnull).open() as some:
         async with agent(tmp_path / "s") as here:
             assert here.path.stat().st_mode & 0o777 == 0o600
             raw = json.dumps(STATE).encode()
             await here.send(raw[:9], raw[9:], fds=(some.fileno(),), end=False)
             [(made, fd)] = here.taken
-    assert (made.name, here.told) == ("db", [])
+    assert (made.name, here.errors) == ("db", [])
     assert os.path.sameopenfile(fd, os.open(os.devnull, os.O_RDONLY))
     assert not os.get_inheritable(fd)
     os.close(fd)
@@ -258,7 +258,7 @@ async def test_a_listener_comes_in(tmp_path: Path) -> None:
     ],
     ids=["no descriptor", "half", "no json", "empty", "too many descriptors"],
 )
-async def test_what_is_not_understood_is_told_and_closed(
+async def test_an_invalid_message_is_reported_and_its_descriptors_are_closed(
     tmp_path: Path, send: Callable[[Agent, int], Any]
 ) -> None:
     before = open_fds()
@@ -266,23 +266,23 @@ async def test_what_is_not_understood_is_told_and_closed(
         with Path(os.devnull).open() as some:
             await send(here, some.fileno())
         assert here.taken == []
-        assert len(here.told) == 1
+        assert len(here.errors) == 1
     assert len(open_fds()) == len(before)
 
 
-async def test_a_runtime_that_only_connects_disturbs_nobody(tmp_path: Path) -> None:
+async def test_a_silent_connection_does_not_delay_the_others(tmp_path: Path) -> None:
     async with agent(tmp_path / "s") as here:
         with socket.socket(socket.AF_UNIX) as idle:
             idle.connect(str(here.path))
             await here.send()
             with Path(os.devnull).open() as some:
                 await here.send(json.dumps(STATE).encode(), fds=(some.fileno(),), end=False)
-        assert here.told == []
+        assert here.errors == []
         [(_, fd)] = here.taken
         os.close(fd)
 
 
-async def test_silent_runtimes_take_no_more_than_their_share(
+async def test_silent_runtimes_beyond_the_limit_are_disconnected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(edge, "PEERS", 3)
@@ -290,8 +290,8 @@ async def test_silent_runtimes_take_no_more_than_their_share(
         silent = [socket.socket(socket.AF_UNIX) for _ in range(3)]
         for each in silent:
             each.connect(str(here.path))
-        await here.send(end=False)  # hung up on
-        assert len(here.told) == 1
+        await here.send(end=False)  # disconnected
+        assert len(here.errors) == 1
         silent.pop().close()
         await asyncio.sleep(0.05)
         with Path(os.devnull).open() as some:

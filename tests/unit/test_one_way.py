@@ -1,4 +1,7 @@
-"""A child of which the kernel has lost the half that comes in: told, deleted, but in time."""
+"""One-way CHILD_SAs: packets leave protected, but the kernel has lost the inbound SA or policy.
+
+They are logged and deleted, though not while they are being installed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import PORT_MASK, UDP, Selector
 from ipsecgate.core.model.ipsec import COMP, ESP, Direction, SaId, SpdEntry, SpdKey
 from ipsecgate.core.model.policy import Policy, SaSource, Settings
-from tests.unit.test_gate import (
+from tests.unit.transcript import (
     HERE,
     LISTED,
     LOCAL,
@@ -26,17 +29,17 @@ from tests.unit.test_gate import (
     TRAP,
     Transcript,
 )
-from tests.unit.test_gate import connected as connected_to
+from tests.unit.transcript import connected as connected_to
 
-TIMER = on.Timer("half", *NAME)
+TIMER = on.Timer("one-way", NAME)
 FIRED = on.TimerFired(TIMER)
 CHILD = replace(LISTED, unique=3)
-DELETED = do.Terminate(*NAME, 3)
+DELETED = do.Terminate(NAME, 3)
 INBOUND = replace(SA, id=SaId(LOCAL, CHILD.spi_in, ESP), saddr=PEER)
 
 
 def receiving(entry: SpdEntry, **other: object) -> SpdEntry:
-    """What strongSwan makes beside an outbound policy; `other` is in its selector."""
+    """Return the inbound policy that belongs to an outbound one; `other` alters its selector."""
     template = replace(entry.templates[0], spi=0, saddr=PEER, daddr=LOCAL)
     back = replace(entry.key.selector.answer, **other)  # type: ignore[arg-type]
     key = replace(entry.key, selector=back, direction=Direction.IN)
@@ -49,12 +52,12 @@ POLICIES = (PINNED, IN)
 CONNECTED = connected_to(CHILD)
 
 
-def story(
+def established(
     policies: Iterable[SpdEntry] = POLICIES, *, settings: Settings | None = None
 ) -> Transcript:
-    told = Transcript(settings)
-    told.after(on.KernelSnapshot(tuple(policies), STATES), CONNECTED, SOURCES)
-    return told
+    transcript = Transcript(settings)
+    transcript.after(on.KernelSnapshot(tuple(policies), STATES), CONNECTED, SOURCES)
+    return transcript
 
 
 def timers(commands: list[do.Command]) -> list[float]:
@@ -67,7 +70,7 @@ def deleted(commands: list[do.Command]) -> list[do.Terminate]:
 
 
 def test_a_whole_child_is_left_alone() -> None:
-    whole = story()
+    whole = established()
     commands = whole.after(CONNECTED, on.KernelSnapshot(POLICIES, STATES, check=True), FIRED)
     assert not timers(commands)
     assert not deleted(commands)
@@ -78,38 +81,38 @@ def test_a_whole_child_is_left_alone() -> None:
     [on.PolicyGone(IN.key), on.SaGone(INBOUND.id)],
     ids=["policy", "state"],
 )
-def test_half_of_one_is_deleted_and_told(lost: on.XfrmEvent) -> None:
-    half = story()
-    assert half.after(lost) == [], "what leaves is as it was"
+def test_a_one_way_child_is_logged_and_deleted(lost: on.XfrmEvent) -> None:
+    half = established()
+    assert half.after(lost) == [], "the outbound half is intact"
     assert timers(half.after(CONNECTED)) == [FIRST]
     assert not timers(half.after(CONNECTED)), "the timer runs"
-    told, command = half.after(FIRED)
+    log, command = half.after(FIRED)
     assert command == DELETED
-    assert isinstance(told, do.Log)
-    assert told.level == "warning"
-    assert "peer/net: the kernel has lost the inbound half" in told.text
+    assert isinstance(log, do.Log)
+    assert log.level == "warning"
+    assert "peer/net: the kernel has lost the inbound half" in log.text
     assert half.is_open(), "until IKE deletes it"
 
 
-def test_a_flush_that_met_an_sa_being_installed() -> None:
-    """Found by chaos: the outbound policy comes after it, all that came before is gone."""
-    half = story()
+def test_a_flush_during_an_installation_leaves_a_one_way_child_that_is_deleted() -> None:
+    """Only the outbound policy was installed after the flush. Found by chaos tests."""
+    half = established()
     half.after(on.PoliciesFlushed(), on.KernelSnapshot((), STATES), on.PolicySet(PINNED))
     half.after(CONNECTED)
     assert deleted(half.after(FIRED)) == [DELETED]
 
 
-def test_while_it_is_installed_a_child_is_half_for_a_moment() -> None:
+def test_a_child_is_not_deleted_while_it_is_being_installed() -> None:
     begun = Transcript()
     begun.after(on.KernelSnapshot((TRAP,), (SA,)), CONNECTED, SOURCES)
-    assert timers(begun.after(CONNECTED)) == [], "the first look began it"
+    assert timers(begun.after(CONNECTED)) == [], "the first list started the timer"
     begun.after(on.SaSet(INBOUND), *(on.PolicySet(entry) for entry in POLICIES))
     assert not deleted(begun.after(FIRED))
     assert not timers(begun.after(CONNECTED))
 
 
-def test_its_successor_is_another_child() -> None:
-    half = story()
+def test_the_successor_of_a_one_way_child_is_not_deleted() -> None:
+    half = established()
     half.after(on.PolicyGone(IN.key), CONNECTED)
     successor = replace(CHILD, unique=4, spi_in=0x12, spi_out=0xC0FFEE02)
     half.after(
@@ -120,56 +123,56 @@ def test_its_successor_is_another_child() -> None:
     assert not deleted(half.after(FIRED))
 
 
-def test_the_one_that_is_half_is_deleted_and_not_its_namesakes() -> None:
-    """A gateway has one connection for many peers."""
+def test_only_the_one_way_child_is_deleted_of_several_with_one_configuration() -> None:
+    """A gateway may use one connection for many peers."""
     other = replace(CHILD, unique=9, reqid=2, spi_in=0x22, spi_out=0xC0FFEE22)
-    half = story()
+    half = established()
     half.after(on.SaSet(replace(SA, id=replace(SA.id, spi=other.spi_out), reqid=2)))
     half.after(connected_to(CHILD, other))
-    assert deleted(half.after(FIRED)) == [do.Terminate(*NAME, 9)]
+    assert deleted(half.after(FIRED)) == [do.Terminate(NAME, 9)]
 
 
-def test_one_that_comes_back_half_is_given_longer_and_then_left_alone() -> None:
-    half = story()
+def test_a_child_that_stays_one_way_is_given_longer_each_time_and_then_left_alone() -> None:
+    half = established()
     half.after(on.PolicyGone(IN.key))
-    pauses, told = [], []
+    pauses, commands = [], []
     for _ in range(6):
         pauses += timers(half.after(CONNECTED))
-        told += half.after(FIRED)
+        commands += half.after(FIRED)
     assert pauses == [2, 4, 8, 16]
-    assert deleted(told) == [DELETED] * 3
-    assert isinstance(told[-1], do.Log)
-    assert "left alone" in told[-1].text
+    assert deleted(commands) == [DELETED] * 3
+    assert isinstance(commands[-1], do.Log)
+    assert "left alone" in commands[-1].text
     half.after(on.PolicySet(IN), CONNECTED)
     assert timers(half.after(on.PolicyGone(IN.key), CONNECTED)) == [FIRST]
     assert deleted(half.after(FIRED)) == [DELETED]
 
 
-def test_one_that_the_daemon_lists_no_more_is_being_deleted() -> None:
-    """A peer that is silent keeps its SAs in the kernel until it answers."""
-    half = story()
+def test_a_child_that_the_daemon_no_longer_lists_is_not_deleted_again() -> None:
+    """The SAs of a silent peer stay in the kernel until it answers the deletion."""
+    half = established()
     half.after(on.PolicyGone(IN.key), CONNECTED, connected_to())
     assert not deleted(half.after(FIRED))
     assert not timers(half.after(connected_to()))
 
 
-def test_nobody_is_half_while_the_daemon_is_away() -> None:
-    half = story([PINNED])
+def test_no_child_is_deleted_while_the_daemon_is_gone() -> None:
+    half = established([PINNED])
     half.after(on.IkeGone("killed"))
     assert not deleted(half.after(FIRED))
 
 
-def test_what_need_not_be_protected_is_the_operators_affair() -> None:
+def test_a_one_way_child_that_no_policy_protects_is_left_alone() -> None:
     elsewhere = Policy("elsewhere", (ip_network("10.9.0.0/16"),))
     for settings in (Settings((elsewhere,)), Settings(audit=True)):
-        half = story([PINNED], settings=settings)
+        half = established([PINNED], settings=settings)
         assert not timers(half.after(CONNECTED))
         assert not deleted(half.after(FIRED))
 
 
-def test_policies_that_the_daemon_did_not_make_may_be_one_sided() -> None:
-    """With `policies = no` they are the operator's; only the states are the daemon's."""
-    by_hand = story([TRAP])
+def test_kernel_policies_made_by_hand_may_be_one_sided() -> None:
+    """With `policies = no` the operator makes the policies, and the daemon only the states."""
+    by_hand = established([TRAP])
     assert not deleted(by_hand.after(FIRED))
     by_hand.after(on.SaGone(INBOUND.id), CONNECTED)
     assert deleted(by_hand.after(FIRED)) == [DELETED]
@@ -178,7 +181,7 @@ def test_policies_that_the_daemon_did_not_make_may_be_one_sided() -> None:
 CHOSEN = PINNED.key.selector
 PORTS = replace(CHOSEN, proto=UDP, sport=7, sport_mask=PORT_MASK, dport=53, dport_mask=0xFFF0)
 TYPE = replace(CHOSEN, proto=1, sport=8, sport_mask=PORT_MASK)
-TYPE_0 = replace(CHOSEN, proto=1, sport_mask=PORT_MASK)  # code 0, and named at one end only
+TYPE_0 = replace(CHOSEN, proto=1, sport_mask=PORT_MASK)  # code 0, in one direction only
 DEVICE = replace(CHOSEN, ifindex=4)
 BACK = {
     PORTS: replace(CHOSEN.answer, proto=UDP, sport=53, sport_mask=0xFFF0, dport=7,
@@ -190,15 +193,15 @@ BACK = {
 
 
 @pytest.mark.parametrize("selector", BACK, ids=["ports", "ICMP type", "ICMP type 0", "device"])
-def test_what_answers_a_selector(selector: Selector) -> None:
+def test_the_answering_policy_has_the_reversed_selector(selector: Selector) -> None:
     assert selector.answer == BACK[selector]
     entry = replace(PINNED, key=SpdKey(selector))
-    assert not deleted(story([entry, receiving(entry)]).after(FIRED))
-    assert deleted(story([entry, receiving(entry, proto=99)]).after(FIRED)) == [DELETED]
+    assert not deleted(established([entry, receiving(entry)]).after(FIRED))
+    assert deleted(established([entry, receiving(entry, proto=99)]).after(FIRED)) == [DELETED]
 
 
-def test_two_peers_that_chose_one_spi() -> None:
-    """It names an SA only together with the destination."""
+def test_an_spi_that_two_peers_chose_makes_neither_child_one_way() -> None:
+    """An SPI names an SA only together with the destination address."""
     far = ip_address("192.0.2.77")
     other = replace(CHILD, unique=9, reqid=2, spi_in=0x22, remote_host=far)
     away = replace(
@@ -217,12 +220,12 @@ def test_two_peers_that_chose_one_spi() -> None:
     assert not deleted(whole.after(FIRED))
 
 
-def test_compression_is_another_state_of_the_same_child() -> None:
+def test_a_compression_template_does_not_make_a_child_one_way() -> None:
     comp = replace(PINNED.templates[0], proto=COMP, spi=0x77)
     entry = replace(PINNED, templates=(comp, *PINNED.templates))
-    assert not deleted(story([entry, receiving(entry)]).after(FIRED))
+    assert not deleted(established([entry, receiving(entry)]).after(FIRED))
 
 
-def test_where_ike_does_esp_itself_the_kernel_has_nothing_to_lose() -> None:
-    userland = story([PINNED], settings=Settings(sa_source=SaSource.VICI))
+def test_with_userspace_esp_no_child_is_one_way() -> None:
+    userland = established([PINNED], settings=Settings(sa_source=SaSource.VICI))
     assert not deleted(userland.after(CONNECTED, FIRED))

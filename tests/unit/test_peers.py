@@ -1,4 +1,4 @@
-"""What one peer does decides nothing of another's flows."""
+"""No peer can affect the flows of another."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
-from ipsecgate.core.model.ipsec import ESP, Mode, SaId, SpdKey
+from ipsecgate.core.model.ipsec import ESP, ChildName, Mode, SaId, SpdKey
 from ipsecgate.core.state.kernel_state import KernelState
-from tests.unit.test_gate import (
+from tests.unit.transcript import (
     HERE,
     LISTED,
     LOCAL,
@@ -30,7 +30,7 @@ from tests.unit.test_gate import (
 
 OTHER = ip_address("192.0.2.3")
 ELSEWHERE = ip_network("10.3.0.0/16")
-# The other peer chose the SPI that the first one has.
+# The other peer has chosen the same SPI as the first.
 OTHER_SA = replace(SA, id=SaId(OTHER, SA.id.spi, ESP), reqid=2)
 OTHER_POLICY = replace(
     TRAP,
@@ -39,7 +39,7 @@ OTHER_POLICY = replace(
 )
 OTHER_LISTED = replace(
     LISTED,
-    ike="other",
+    name=ChildName("other", "net"),
     reqid=2,
     spi_in=0x12,
     remote_host=OTHER,
@@ -48,38 +48,38 @@ OTHER_LISTED = replace(
 )
 
 
-def test_a_peer_that_chooses_anothers_spi_closes_nothing_of_its() -> None:
-    story = Transcript()
-    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES, REFUSED, *UP)
-    story.after(on.ChildUp(LISTED))
-    assert story.is_open()
+def test_a_peer_that_chooses_the_spi_of_another_closes_none_of_its_flows() -> None:
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES, REFUSED, *UP)
+    transcript.after(on.ChildUp(LISTED))
+    assert transcript.is_open()
     for event in (on.SaSet(OTHER_SA), on.PolicySet(OTHER_POLICY), on.ChildUp(OTHER_LISTED)):
-        story.after(event)
-        assert story.is_open(), event
-    story.after(connected(LISTED, OTHER_LISTED))
-    assert story.is_open()
-    story.after(on.SaGone(OTHER_SA.id), on.ChildDown(OTHER_LISTED), connected(LISTED))
-    assert story.is_open()
+        transcript.after(event)
+        assert transcript.is_open(), event
+    transcript.after(connected(LISTED, OTHER_LISTED))
+    assert transcript.is_open()
+    transcript.after(on.SaGone(OTHER_SA.id), on.ChildDown(OTHER_LISTED), connected(LISTED))
+    assert transcript.is_open()
 
 
-def test_a_stale_sa_is_not_trusted_for_anothers_spi() -> None:
-    story = Transcript()
-    story.after(on.KernelSnapshot((TRAP,), (SA,)), connected(OTHER_LISTED), SOURCES)
-    assert not story.is_open(), "left by a daemon that was killed, and that no peer has"
-    assert story.gate.protection.kernel_state.trusted_sas() == []
+def test_a_stale_sa_is_not_confirmed_by_another_peers_equal_spi() -> None:
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((TRAP,), (SA,)), connected(OTHER_LISTED), SOURCES)
+    assert not transcript.is_open(), "a killed daemon left it, and no peer has it"
+    assert transcript.gate.protection.kernel_state.trusted_sas() == []
 
 
-def test_an_sa_counts_for_what_its_own_policy_names() -> None:
-    """Before the daemon tells: the other's policy names the same SPI, and is wider."""
+def test_an_sa_protects_only_the_flows_of_its_own_policy() -> None:
+    """Before the daemon reports it: the wider policy of the other peer names the same SPI."""
     trap = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.0.0.0/8"))))
     narrow = replace(PINNED, key=SpdKey(Selector(HERE, ip_network("10.2.9.0/24"))), priority=1)
     wide = replace(OTHER_POLICY, key=SpdKey(Selector(HERE, ip_network("10.2.0.0/16"))), priority=9)
-    story = Transcript()
-    story.after(on.KernelSnapshot((trap, narrow), ()), connected(), SOURCES)
-    story.after(on.SaSet(SA))
-    assert not story.is_open()
-    story.after(on.PolicySet(replace(wide, priority=TRAP.priority + 1)))
-    assert not story.is_open()
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((trap, narrow), ()), connected(), SOURCES)
+    transcript.after(on.SaSet(SA))
+    assert not transcript.is_open()
+    transcript.after(on.PolicySet(replace(wide, priority=TRAP.priority + 1)))
+    assert not transcript.is_open()
 
 
 def mirrored(*events: on.XfrmEvent) -> KernelState:
@@ -90,22 +90,22 @@ def mirrored(*events: on.XfrmEvent) -> KernelState:
     return kernel_state
 
 
-def test_what_ike_lists_is_missing_whoever_else_has_its_spi() -> None:
+def test_a_listed_sa_is_missing_even_if_another_peer_has_its_spi() -> None:
     kernel_state = mirrored(on.PolicySet(PINNED), on.PolicySet(OTHER_POLICY), on.SaSet(OTHER_SA))
     assert kernel_state.lacks(LISTED)
     assert not kernel_state.lacks(OTHER_LISTED)
-    assert kernel_state.child_of(OTHER_SA) == "other/net"
+    assert kernel_state.child_of(OTHER_SA) == OTHER_LISTED.name
     assert kernel_state.child_of(replace(SA, id=SaId(OTHER, 0x77, ESP))) is None
 
 
-def test_an_outbound_sa_is_told_whose_spi_is_one_of_ours() -> None:
-    """A peer may choose the SPI by which we receive from another, or from itself."""
+def test_an_outbound_sa_with_an_inbound_spi_of_ours_is_still_listed() -> None:
+    """A peer may choose an SPI that we also use for receiving."""
     kernel_state = mirrored(on.SaSet(replace(SA, id=SaId(OTHER, LISTED.spi_in, ESP))))
     assert [sa.id.daddr for sa in kernel_state.outbound_sas()] == [OTHER]
 
 
-def test_half_an_sa_is_not_made_whole_by_the_peers_choice() -> None:
-    """It chose for its SPI the one by which we receive, and our half is lost."""
+def test_a_peer_cannot_hide_a_one_way_child_by_choosing_our_spi() -> None:
+    """The peer has chosen our inbound SPI for its own, and our inbound SA is lost."""
     same = replace(LISTED, spi_out=LISTED.spi_in)
     sa = replace(SA, id=SaId(SA.id.daddr, LISTED.spi_in, ESP))
     kernel_state = KernelState()
@@ -116,35 +116,35 @@ def test_half_an_sa_is_not_made_whole_by_the_peers_choice() -> None:
     assert kernel_state.halves() == set()
 
 
-def test_only_the_peer_is_deleted_of_which_the_kernel_has_nothing() -> None:
-    """Two peers have one configuration, as road warriors do."""
-    healthy = replace(OTHER_LISTED, ike=LISTED.ike, unique=8)
+def test_of_two_peers_only_the_one_without_kernel_state_is_deleted() -> None:
+    """Two road warriors share one configuration."""
+    healthy = replace(OTHER_LISTED, name=LISTED.name, unique=8)
     broken = replace(LISTED, unique=7)
-    story = Transcript()
-    story.after(
+    transcript = Transcript()
+    transcript.after(
         on.KernelSnapshot((TRAP, OTHER_POLICY), (OTHER_SA,)), connected(), SOURCES, REFUSED,
-        on.NegotiationDone(*NAME), connected(broken, healthy),
+        on.NegotiationDone(NAME), connected(broken, healthy),
     )  # fmt: skip
-    commands = story.after(on.TimerFired(on.Timer("limit", *NAME)))
+    commands = transcript.after(on.TimerFired(on.Timer("limit", NAME)))
     ended = [c for c in commands if isinstance(c, do.Terminate)]
-    assert ended == [do.Terminate(*NAME, unique=7)]
+    assert ended == [do.Terminate(NAME, unique=7)]
 
 
-def test_what_was_not_understood_says_nothing_of_the_others() -> None:
-    story = Transcript()
-    heard = replace(connected(LISTED), unread=("peer/odd: traffic selector 'x'",))
-    told = story.after(on.KernelSnapshot((TRAP,), (SA,)), heard, SOURCES)
-    assert story.is_open()
-    assert [c.text for c in told if isinstance(c, do.Log) and "peer/odd" in c.text]
-    again = story.after(heard)
-    assert not [c for c in again if isinstance(c, do.Log)], "told once"
-    commands = story.after(on.IkeUnread("child-updown: no value 'name'"))
+def test_an_unparsed_child_is_logged_once_and_does_not_affect_the_others() -> None:
+    transcript = Transcript()
+    partial = replace(connected(LISTED), unread=("peer/odd: traffic selector 'x'",))
+    commands = transcript.after(on.KernelSnapshot((TRAP,), (SA,)), partial, SOURCES)
+    assert transcript.is_open()
+    assert [c.text for c in commands if isinstance(c, do.Log) and "peer/odd" in c.text]
+    again = transcript.after(partial)
+    assert not [c for c in again if isinstance(c, do.Log)], "commands once"
+    commands = transcript.after(on.IkeUnread("child-updown: no value 'name'"))
     assert do.AskIke() in commands
-    assert story.is_open()
+    assert transcript.is_open()
 
 
 @pytest.mark.parametrize("mode", [Mode.TUNNEL, Mode.TRANSPORT])
-def test_may_name(mode: Mode) -> None:
+def test_a_template_names_an_sa_of_its_own_peer_only(mode: Mode) -> None:
     template: Any = replace(TRAP.templates[0], mode=mode)
     assert template.may_name(SA.id)
     assert not template.may_name(OTHER_SA.id)

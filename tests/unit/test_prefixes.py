@@ -1,4 +1,4 @@
-"""Which destinations to ask about, against the definition, over random sets of networks."""
+"""Which destinations to query for a route, compared with the definition over random networks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def asked(protected: list[Network], prefixes: list[Network]) -> dict[str, str]:
     return {str(net): str(address) for net, address in partition(protected, prefixes)}
 
 
-def test_a_protected_network_is_asked_about_once() -> None:
+def test_a_protected_network_is_one_query() -> None:
     wide = nets("0.0.0.0/0", "10.0.0.0/8", "192.0.2.0/24", "::/0")
     assert asked(nets("10.2.0.0/16", "2001:db8::/32"), wide) == {
         "10.2.0.0/16": "10.2.0.0",
@@ -38,7 +38,7 @@ def test_a_protected_network_is_asked_about_once() -> None:
     }
 
 
-def test_a_route_inside_is_asked_about_apart() -> None:
+def test_a_route_inside_a_protected_network_is_a_query_of_its_own() -> None:
     assert asked(nets("10.2.0.0/16"), nets("10.2.0.0/24", "10.2.7.0/24", "10.2.0.0/16")) == {
         "10.2.0.0/16": "10.2.1.0",
         "10.2.0.0/24": "10.2.0.0",
@@ -46,7 +46,7 @@ def test_a_route_inside_is_asked_about_apart() -> None:
     }
 
 
-def test_what_is_covered_by_smaller_ones_is_left_out() -> None:
+def test_a_network_fully_covered_by_smaller_ones_is_left_out() -> None:
     assert asked(nets("10.2.0.0/24"), nets("10.2.0.0/25", "10.2.0.128/26", "10.2.0.192/26")) == {
         "10.2.0.0/25": "10.2.0.0",
         "10.2.0.128/26": "10.2.0.128",
@@ -54,12 +54,12 @@ def test_what_is_covered_by_smaller_ones_is_left_out() -> None:
     }
 
 
-def test_a_single_host() -> None:
+def test_a_single_host_is_one_query() -> None:
     assert asked(nets("192.0.2.2/32"), nets("192.0.2.0/24")) == {"192.0.2.2/32": "192.0.2.2"}
     assert asked([], nets("10.0.0.0/8")) == {}
 
 
-def test_everything_is_not_asked_about_at_addresses_with_a_meaning() -> None:
+def test_a_default_network_is_not_queried_at_a_special_address() -> None:
     assert asked(nets("0.0.0.0/0", "::/0"), nets("127.0.0.0/8")) == {
         "0.0.0.0/0": "1.0.0.0",
         "127.0.0.0/8": "127.0.0.0",
@@ -67,7 +67,7 @@ def test_everything_is_not_asked_about_at_addresses_with_a_meaning() -> None:
     }
 
 
-def test_a_special_network_is_asked_about_where_it_is() -> None:
+def test_a_special_network_is_queried_at_its_own_addresses() -> None:
     assert asked(nets("224.0.0.0/4", "ff02::/16"), []) == {
         "224.0.0.0/4": "224.0.0.0",
         "ff02::/16": "ff02::",
@@ -93,7 +93,9 @@ NETWORKS = st.lists(st.one_of(V4, V6), max_size=12)
 
 
 @given(NETWORKS, NETWORKS)
-def test_against_the_definition(protected: list[Network], prefixes: list[Network]) -> None:
+def test_the_partition_matches_its_definition(
+    protected: list[Network], prefixes: list[Network]
+) -> None:
     expected = set(protected) | {
         one for one in prefixes if any(inside(one, other) for other in protected)
     }
@@ -119,13 +121,13 @@ def inside(inner: Network, outer: Network) -> bool:
 
 
 def size(networks: list[Network]) -> int:
-    """Count the addresses in any of these; they are of one family."""
+    """Count the addresses in the union of these networks of one family."""
     whole: Iterable[Network] = collapse_addresses(networks)  # type: ignore[type-var]
     return sum(one.num_addresses for one in whole)
 
 
 @given(st.dictionaries(st.one_of(V4, V6), st.sampled_from([*"abc", None]), max_size=12), V4, V6)
-def test_compress_changes_no_answer(
+def test_compression_changes_no_lookup_and_keeps_nothing_redundant(
     table: dict[Network, str | None], four: IPv4Network, six: IPv6Network
 ) -> None:
     sources = {"a": ip_address("192.0.2.1"), "b": ip_address("192.0.2.2"), "c": ip_address("::c")}
@@ -142,13 +144,15 @@ def test_compress_changes_no_answer(
 
 
 def lookup(table: dict[Network, Address | None], address: Address) -> tuple[bool, Address | None]:
-    """Return whether a network has the address, and the longest one's source."""
+    """Return whether any network contains the address, and the source of the longest."""
     nets_ = [net for net in table if address in net]
     return (True, table[max(nets_, key=lambda net: net.prefixlen)]) if nets_ else (False, None)
 
 
 @given(NETWORKS, st.one_of(V4, V6))
-def test_cover(networks: list[Network], one: Network) -> None:
+def test_a_prefix_set_contains_and_touches_as_defined(
+    networks: list[Network], one: Network
+) -> None:
     cover = PrefixSet(networks)
     assert cover.contains(prefix(one)) == any(inside(one, other) for other in networks)
     assert cover.touches(prefix(one)) == any(
@@ -157,8 +161,8 @@ def test_cover(networks: list[Network], one: Network) -> None:
 
 
 @pytest.mark.parametrize("protected", ["10.0.0.0/8", "0.0.0.0/0"])
-def test_cost_is_that_of_sorting(protected: str) -> None:
-    """A hundred thousand routes nested in each other: seconds at most, not hours."""
+def test_a_hundred_thousand_routes_take_seconds(protected: str) -> None:
+    """Nested routes; a quadratic algorithm would take hours."""
     routes: list[Network] = [IPv4Network((0x0A000000 + 256 * i, 24)) for i in range(50_000)]
     routes += [IPv4Network((0x0A000000 + 256 * i, 25)) for i in range(50_000)]
     began = time.process_time()
@@ -181,7 +185,7 @@ def looked_up(sources: Iterable[tuple[Network, Address | None]], address: Addres
 
 @given(st.lists(st.tuples(networks(), st.sampled_from((LEFT, RIGHT, None))), max_size=12),
        st.lists(networks(), min_size=1, max_size=5), st.integers(1, 8))  # fmt: skip
-def test_what_does_not_fit_is_not_known_and_nothing_else_changes(
+def test_destinations_that_do_not_fit_become_unknown_and_nothing_else_changes(
     found: list[tuple[Network, Address | None]], destinations: list[Network], limit: int
 ) -> None:
     cover = PrefixSet(destinations)
@@ -197,7 +201,7 @@ def test_what_does_not_fit_is_not_known_and_nothing_else_changes(
                 assert now == looked_up(sources, address)
 
 
-def test_the_destination_in_the_most_pieces_loses_its_own() -> None:
+def test_the_most_fragmented_destination_is_dropped_first() -> None:
     busy, calm = ip_network("10.1.0.0/16"), ip_network("10.1.128.0/17")
     pieces = [(ip_network((int(busy[0]) + n, 32)), RIGHT) for n in range(1, 20)]
     fitted, lost = fit([(busy, LEFT), *pieces], [busy, calm], 10)

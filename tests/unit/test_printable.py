@@ -1,4 +1,4 @@
-"""What others wrote reaches a terminal or a log as text: no control, no markup, no second line."""
+"""Text from outside reaches terminals and logs without control characters, markup or new lines."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipsecgate.admin.check import Finding
+from ipsecgate.admin.status_document import Status
 from ipsecgate.cli import app, events
 from ipsecgate.edges.host import systemd
 from ipsecgate.errors import GateError
@@ -26,14 +27,14 @@ SHOWN = r"[/x][red]a[/red] :x: \x1b]0;owned\x07\x1b[8m\r\x7f\nERROR: forged\u202
 
 
 def is_clean(text: str) -> bool:
-    """Tell whether nothing but lines of visible text would reach a terminal."""
+    """Return whether the text consists of lines of visible characters only."""
     return all(
         character in "\n " or unicodedata.category(character)[0] not in "CZ" for character in text
     )
 
 
 def drawn(what: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return what a screen prints that is no terminal, without the folding of its width."""
+    """Return what our console prints to a file, without folding lines."""
     monkeypatch.setenv("COLUMNS", "2000")
     console = app._console()
     console.file = io.StringIO()
@@ -54,17 +55,17 @@ def test_ordinary_text_stays_as_it_is(text: str) -> None:
     assert printable(text) == text
 
 
-def test_a_document_is_cleaned_keys_and_all() -> None:
+def test_a_document_is_cleaned_including_its_keys() -> None:
     document = {"a\x1b": ["\x1b", {"b": ("\n", 1, None, True)}]}
     assert printable_document(document) == {r"a\x1b": [r"\x1b", {"b": [r"\n", 1, None, True]}]}
 
 
-def evil_status() -> dict[str, Any]:
-    """A status document in which every text is hostile, and a flow has an IPv6 address."""
+def evil_status() -> Status:
+    """Return a status document full of hostile text, and with an IPv6 flow."""
     return {
         "instance": EVIL,
-        "mode": EVIL,
-        "default": EVIL,
+        "mode": "enforce",
+        "default": "allow",
         "sa_source": EVIL,
         "published": True,
         "controller": {"alive": True, "pid": 1, "since": 0},
@@ -86,18 +87,29 @@ def evil_status() -> dict[str, Any]:
                 "attempts": 1,
                 "flow": "tcp [2001:db8::9]:5432",
                 "last_error": EVIL,
+                "policy": EVIL,
             }
         ],
         "sas": [{"spi": EVIL, "peer": EVIL, "reqid": 1, "child": EVIL, "since": None}],
         "holds": [{"pid": 1, "flow": EVIL, "limit": 1.0}],
-        "counters": {"allowed": 0, "held": 0, "refused": 0, "audited": 0, "reasons": {}},
+        "drift": {"kernel": 0, "maps": 0},
+        "counters": {
+            "allowed": 0,
+            "held": 0,
+            "refused": 0,
+            "audited": 0,
+            "leaked_blocked": 0,
+            "leaked_audited": 0,
+            "events_lost": 0,
+            "reasons": {f"refuse_{EVIL}": 1},
+        },
     }
 
 
-def test_the_status_screen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As the verb draws it: a hostile identity neither ends it nor loses a bracket."""
+def test_the_status_screen_is_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A hostile identity neither breaks the rendering nor loses its brackets."""
     monkeypatch.setenv("COLUMNS", "2000")
-    monkeypatch.setattr("ipsecgate.cli.status.status_document", lambda *_args: evil_status())
+    monkeypatch.setattr("ipsecgate.cli.status.status_of", lambda *_args: evil_status())
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     with pytest.raises(SystemExit):
@@ -109,7 +121,7 @@ def test_the_status_screen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["refused", "log"])
-def test_an_event_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_is_one_clean_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     record = {
         "seq": 1,
         "time": 0.0,
@@ -128,7 +140,7 @@ def test_an_event_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert kind == "log" or "tcp [2001:db8::9]:5432" in said
 
 
-def test_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_check_screen_is_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "2000")
     finding = Finding(EVIL, False, EVIL, EVIL, 1)
     monkeypatch.setattr("ipsecgate.cli.check.examine", lambda *_args: [finding])
@@ -140,7 +152,7 @@ def test_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "[/x][red]a[/red] :x: \\x1b]0;owned" in out.getvalue()
 
 
-def test_an_error_names_its_parts_and_forges_none(
+def test_an_error_cannot_forge_lines_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "2000")
@@ -168,7 +180,9 @@ def test_a_log_record_is_one_line_and_a_traceback_is_indented() -> None:
     assert all(line.startswith(("  ", "Traceback")) for line in more)
 
 
-def test_a_defect_is_printed_without_controls(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_traceback_is_printed_without_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     try:
         raise ValueError(EVIL)
     except ValueError as error:
@@ -179,7 +193,7 @@ def test_a_defect_is_printed_without_controls(capsys: pytest.CaptureFixture[str]
     assert "\nERROR: forged" not in said
 
 
-def test_the_service_manager_hears_one_field(
+def test_a_status_cannot_smuggle_a_field_to_the_service_manager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -189,8 +203,8 @@ def test_the_service_manager_hears_one_field(
         assert sock.recv(4096) == b"STATUS=peer x\\nREADY=1"
 
 
-def test_no_verb_prints_what_is_not_cleaned() -> None:
-    """A document goes through `as_json`, which escapes; no verb may print text as it is."""
+def test_no_verb_prints_text_that_is_not_cleaned() -> None:
+    """Documents go through `as_json`, which escapes; no verb may echo plain text."""
     folder = Path(app.__file__).parent
     for path in folder.glob("*.py"):
         for number, line in enumerate(path.read_text().splitlines(), 1):

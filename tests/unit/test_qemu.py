@@ -1,4 +1,4 @@
-"""QEMU's parts that need no QEMU: what it is told, what it starts from, where that comes from."""
+"""The parts of the QEMU guest that need no QEMU: command line, initramfs, kernel image, modules."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def test_the_command_line_shares_the_root_read_only_and_escapes_commas() -> None
     assert "path=/it's,, here," in shares[2]
 
 
-def test_a_module_comes_after_all_it_needs_and_once() -> None:
+def test_a_module_is_loaded_once_and_after_its_dependencies() -> None:
     found = in_order(DEPENDENCIES, ["9pnet_virtio", "9p"])
     assert [Path(path).name for path in found] == [
         *("virtio-ring.ko", "9pnet.ko", "9pnet_virtio.ko.xz", "netfs.ko", "9p.ko")
     ]
 
 
-def test_a_module_that_is_not_there_is_a_clear_error() -> None:
+def test_a_missing_module_is_a_clear_error() -> None:
     with pytest.raises(GateError, match="no module e1000"):
         in_order(DEPENDENCIES, ["e1000"])
 
 
-def test_the_archive_has_every_field_where_the_kernel_looks() -> None:
+def test_the_initramfs_has_the_newc_layout() -> None:
     made = archive(["bin"], {"init": b"12345"}, {"sh": "busybox"})
     names, modes, contents = [], [], []
     at = 0
@@ -63,7 +63,7 @@ def test_the_archive_has_every_field_where_the_kernel_looks() -> None:
 
 
 @pytest.mark.parametrize("script", [first_script(["9p.ko"]), INIT.read_text()])
-def test_scripts_parse(script: str) -> None:
+def test_scripts_are_valid_shell(script: str) -> None:
     subprocess.run(["sh", "-n"], input=script, text=True, check=True)
 
 
@@ -87,17 +87,17 @@ def test_a_kernel_is_unpacked_whole() -> None:
         (b"", "not a bzImage"),
         (bytes(4096), "not a bzImage"),
         (image(b"\x04\x22\x4d\x18 lz4"), "neither xz nor zstd"),
-        (image(lzma.compress(b"x")[:20]), "cut short"),
+        (image(lzma.compress(b"x")[:20]), "truncated"),
         (image(packed.XZ + b"nonsense" * 9), "."),
     ],
 )
-def test_what_is_no_kernel_is_told(raw: bytes, said: str) -> None:
+def test_an_invalid_kernel_image_is_an_error(raw: bytes, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         debian.uncompressed(raw)
 
 
 @pytest.mark.skipif(shutil.which("zstd") is None, reason="missing: zstd")
-def test_zstd_is_unpacked_whole_or_told() -> None:
+def test_zstd_is_unpacked_whole_or_refused() -> None:
     elf = b"\x7fELF" + bytes(range(256)) * 1000
     made = subprocess.run(["zstd", "-c"], input=elf, capture_output=True, check=True).stdout
     assert debian.uncompressed(image(made + struct.pack("<I", len(elf)))) == elf
@@ -115,11 +115,11 @@ def test_without_zstd_the_hint_says_what_to_install(
     assert caught.value.hint == "apt-get install zstd"
 
 
-def test_what_is_not_packed_stays_as_it_is() -> None:
+def test_an_uncompressed_kernel_stays_as_it_is() -> None:
     assert packed.unpack(packed.ELF + b"rest") == packed.ELF + b"rest"
 
 
-def test_what_is_built_in_is_no_module_to_load() -> None:
+def test_a_built_in_module_is_not_loaded() -> None:
     builtin = "kernel/net/9p/9pnet_virtio.ko\n"
     found = in_order(DEPENDENCIES, ["9pnet_virtio", "9p"], builtin)
     assert [Path(path).name for path in found] == ["netfs.ko", "9pnet.ko", "9p.ko"]

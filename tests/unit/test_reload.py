@@ -1,4 +1,4 @@
-"""A new configuration under a running gate: transcripts, and what is refused whole."""
+"""A new configuration for a running gate: what changes in which order, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
 from ipsecgate.core.tables.layout import State, TableId
 from ipsecgate.edges.host.config import Config
 from ipsecgate.errors import UsageError
-from tests.unit.test_gate import (
+from tests.unit.transcript import (
     FLOW,
     NAME,
     NET,
@@ -42,40 +42,40 @@ BOTH = on.SourcesResolved((*SOURCES.sources, (ELSEWHERE, ip_address("10.1.0.1"))
 
 
 def running(*policies: Policy, **settings: object) -> Transcript:
-    story = Transcript(Settings(policies, **settings))  # type: ignore[arg-type]
-    story.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    return story
+    transcript = Transcript(Settings(policies, **settings))  # type: ignore[arg-type]
+    transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
+    return transcript
 
 
-def reload(story: Transcript, *policies: Policy, **settings: object) -> list[do.Command]:
-    return story.after(on.Reconfigured(Settings(policies, **settings)))  # type: ignore[arg-type]
+def reload(transcript: Transcript, *policies: Policy, **settings: object) -> list[do.Command]:
+    return transcript.after(on.Reconfigured(Settings(policies, **settings)))  # type: ignore[arg-type]
 
 
 def kinds(commands: Iterable[do.Command]) -> list[type[do.Command]]:
     return [type(command) for command in commands]
 
 
-def test_a_covered_flow_stays_live_and_is_published_once() -> None:
-    story = running(PROTECT)
-    story.after(REFUSED, *UP)
-    assert story.is_open()
-    commands = reload(story, FIRST, replace(PROTECT, name="renamed"))
+def test_a_covered_flow_stays_open_and_its_policies_are_published_once() -> None:
+    transcript = running(PROTECT)
+    transcript.after(REFUSED, *UP)
+    assert transcript.is_open()
+    commands = reload(transcript, FIRST, replace(PROTECT, name="renamed"))
     hook_tables = [c for c in commands if isinstance(c, do.Publish)]
-    assert [c.table for c in hook_tables] == [TableId.POLICY], "the SPD table stays as it is"
-    assert story.is_open()
+    assert [c.table for c in hook_tables] == [TableId.POLICY], "the SPD table stays"
+    assert transcript.is_open()
     assert kinds(commands)[-1] is do.Adopted
-    item = story.gate.negotiations.of[NAME]
+    item = transcript.gate.negotiations.of[NAME]
     assert (item.place, item.policy, item.coverage) == (1, "renamed", Coverage.COVERED)
 
 
-def test_what_is_stricter_comes_first_and_what_is_laxer_last() -> None:
-    story = running(PROTECT, audit=True, deny=False)
-    commands = reload(story, PROTECT, FIRST, audit=False, deny=True)
+def test_stricter_modes_are_set_first_and_laxer_ones_last() -> None:
+    transcript = running(PROTECT, audit=True, deny=False)
+    commands = reload(transcript, PROTECT, FIRST, audit=False, deny=True)
     modes = [c for c in commands if isinstance(c, do.SetModes)]
     assert [(m.audit, m.deny) for m in modes] == [(False, True), (False, True)]
     assert kinds(commands).index(do.SetModes) < kinds(commands).index(do.Publish)
 
-    commands = reload(story, PROTECT, audit=True, deny=False)
+    commands = reload(transcript, PROTECT, audit=True, deny=False)
     modes = [c for c in commands if isinstance(c, do.SetModes)]
     assert [(m.audit, m.deny) for m in modes] == [(False, True), (True, False)]
     last = len(commands) - 1 - kinds(commands)[::-1].index(do.SetModes)
@@ -83,44 +83,44 @@ def test_what_is_stricter_comes_first_and_what_is_laxer_last() -> None:
 
 
 def test_a_newly_protected_network_waits_for_its_source() -> None:
-    """Until then what its SA covers would be refused: the old configuration is in force."""
-    story = running(PROTECT)
+    """Until then its covered flows would be refused, so the old configuration stays in force."""
+    transcript = running(PROTECT)
     new = (PROTECT, Policy("more", (ELSEWHERE,)))
-    commands = reload(story, *new)
+    commands = reload(transcript, *new)
     assert commands == [do.ResolveSources((THERE, ELSEWHERE))]
-    assert [policy.name for policy in story.gate.policies] == ["db"]
+    assert [policy.name for policy in transcript.gate.policies] == ["db"]
     flow = Flow(ip_address("10.3.0.1"), 6, 80, ip_address("10.1.0.1"))
-    assert story.entry(TableId.POLICY, flow) is None
+    assert transcript.entry(TableId.POLICY, flow) is None
 
-    assert do.Adopted() not in story.after(SOURCES), "an answer to what was asked before"
-    assert do.Adopted() not in story.after(connected())
-    commands = story.after(BOTH)
+    assert do.Adopted() not in transcript.after(SOURCES), "this answers the earlier query"
+    assert do.Adopted() not in transcript.after(connected())
+    commands = transcript.after(BOTH)
     assert kinds(commands).index(do.SetSources) < kinds(commands).index(do.Publish)
     assert kinds(commands)[-1] is do.Adopted
-    assert [policy.name for policy in story.gate.policies] == ["db", "more"]
-    entry = story.entry(TableId.POLICY, flow)
+    assert [policy.name for policy in transcript.gate.policies] == ["db", "more"]
+    entry = transcript.entry(TableId.POLICY, flow)
     assert entry is not None
     assert entry.state is State.PROTECT
 
 
-def test_a_network_that_is_protected_no_more_is_not_followed_any_more() -> None:
-    story = running(PROTECT, Policy("more", (ELSEWHERE,)))
-    story.after(BOTH)
-    assert do.ResolveSources((THERE,)) in reload(story, PROTECT)
+def test_the_route_of_a_network_no_longer_protected_is_not_followed() -> None:
+    transcript = running(PROTECT, Policy("more", (ELSEWHERE,)))
+    transcript.after(BOTH)
+    assert do.ResolveSources((THERE,)) in reload(transcript, PROTECT)
 
 
-def test_a_negotiation_keeps_its_flow_not_its_place() -> None:
-    story = running(PROTECT)
-    story.after(REFUSED)
-    reload(story, FIRST, PROTECT, errnos=Errnos(negotiating=EACCES))
-    entry = story.entry(TableId.POLICY, ROUTED)
+def test_a_negotiation_follows_its_policy_to_another_position() -> None:
+    transcript = running(PROTECT)
+    transcript.after(REFUSED)
+    reload(transcript, FIRST, PROTECT, errnos=Errnos(negotiating=EACCES))
+    entry = transcript.entry(TableId.POLICY, ROUTED)
     assert entry is not None
-    assert entry.error == EACCES, "it is being negotiated, by whatever place"
-    bypassed = story.entry(TableId.POLICY, replace(ROUTED, daddr=ip_address("10.3.0.9")))
+    assert entry.error == EACCES, "still negotiating, at its new position"
+    bypassed = transcript.entry(TableId.POLICY, replace(ROUTED, daddr=ip_address("10.3.0.9")))
     assert bypassed is not None
     assert bypassed.error == EPERM
-    story.after(on.NegotiationFailed(*NAME, "no"))
-    entry = story.entry(TableId.POLICY, ROUTED)
+    transcript.after(on.NegotiationFailed(NAME, "no"))
+    entry = transcript.entry(TableId.POLICY, ROUTED)
     assert entry is not None
     assert entry.error == EHOSTUNREACH
 
@@ -134,61 +134,67 @@ def test_a_negotiation_keeps_its_flow_not_its_place() -> None:
     ],
     ids=["discarded", "other-child", "no-policy"],
 )
-def test_a_negotiation_that_no_policy_asks_for_is_forgotten(policies: tuple[Policy, ...]) -> None:
-    story = running(PROTECT)
-    story.after(REFUSED, on.NegotiationFailed(*NAME, "no"))
-    reload(story, *policies)
-    commands = story.after(BOTH)
-    assert not story.gate.negotiations.of
-    timer = on.Timer("retry", *NAME)
-    assert initiated(story.after(on.TimerFired(timer), on.NegotiationFailed(*NAME, "late"))) == []
+def test_a_negotiation_that_no_policy_asks_for_any_more_is_forgotten(
+    policies: tuple[Policy, ...],
+) -> None:
+    transcript = running(PROTECT)
+    transcript.after(REFUSED, on.NegotiationFailed(NAME, "no"))
+    reload(transcript, *policies)
+    commands = transcript.after(BOTH)
+    assert not transcript.gate.negotiations.of
+    timer = on.Timer("retry", NAME)
+    assert (
+        initiated(transcript.after(on.TimerFired(timer), on.NegotiationFailed(NAME, "late"))) == []
+    )
     del commands
 
 
-def test_a_refusal_told_before_the_reload_is_judged_by_the_policies_of_now() -> None:
-    story = running(PROTECT)
-    reload(story, FIRST, PROTECT)
-    assert initiated(story.after(REFUSED)) == [NAME], "its place was 0, which is a bypass now"
-    assert story.gate.negotiations.of[NAME].policy == "db"
+def test_a_refusal_from_before_the_reload_is_judged_by_the_new_policies() -> None:
+    transcript = running(PROTECT)
+    reload(transcript, FIRST, PROTECT)
+    assert initiated(transcript.after(REFUSED)) == [NAME], "position 0 is a bypass now"
+    assert transcript.gate.negotiations.of[NAME].policy == "db"
 
 
-def test_from_policies_to_what_ike_has_loaded() -> None:
-    story = running(FIRST)
-    commands = reload(story)
+def test_without_configured_policies_the_loaded_connections_apply() -> None:
+    transcript = running(FIRST)
+    commands = reload(transcript)
     assert do.ResolveSources((THERE,)) in commands
-    commands = story.after(SOURCES)
-    assert [p.remote for p in story.gate.policies] == [NET.remote[0].network and (THERE,)]
+    commands = transcript.after(SOURCES)
+    assert [p.remote for p in transcript.gate.policies] == [NET.remote[0].network and (THERE,)]
     assert kinds(commands)[-1] is do.Adopted
 
 
-def test_from_policies_to_nobody_knows_what_protects_everything() -> None:
-    story = Transcript(Settings((FIRST,)))
-    story.after(on.KernelSnapshot((), ()), on.IkeGone("no"))
-    reload(story)
-    story.after(on.SourcesResolved(((ip_network("0.0.0.0/0"), None), (ip_network("::/0"), None))))
+def test_without_policies_and_without_a_daemon_everything_is_protected() -> None:
+    transcript = Transcript(Settings((FIRST,)))
+    transcript.after(on.KernelSnapshot((), ()), on.IkeGone("no"))
+    reload(transcript)
+    transcript.after(
+        on.SourcesResolved(((ip_network("0.0.0.0/0"), None), (ip_network("::/0"), None)))
+    )
     for address in ("10.2.0.9", "10.3.0.9", "2001:db8::1"):
-        entry = story.entry(TableId.POLICY, Flow(ip_address(address), 6, 80))
+        entry = transcript.entry(TableId.POLICY, Flow(ip_address(address), 6, 80))
         assert entry is not None
         assert entry.state is State.PROTECT
-    story.after(connected())
-    assert story.entry(TableId.POLICY, FLOW) is not None
-    assert story.entry(TableId.POLICY, Flow(ip_address("10.3.0.9"), 6, 80)) is None
+    transcript.after(connected())
+    assert transcript.entry(TableId.POLICY, FLOW) is not None
+    assert transcript.entry(TableId.POLICY, Flow(ip_address("10.3.0.9"), 6, 80)) is None
 
 
-# --- the shell's part -------------------------------------------------------------------
+# --- the controller ---------------------------------------------------------------------
 
 
-async def test_what_cannot_be_read_is_not_adopted() -> None:
+async def test_a_configuration_that_cannot_be_read_is_not_adopted() -> None:
     adopted: list[Config] = []
     texts: Iterator[Config | UsageError] = iter(
         [UsageError("x.toml: policy[1].remote: names no network"), Config()]
     )
 
     def read() -> Config:
-        told = next(texts)
-        if isinstance(told, UsageError):
-            raise told
-        return told
+        text = next(texts)
+        if isinstance(text, UsageError):
+            raise text
+        return text
 
     async def adopt(config: Config) -> None:
         adopted.append(config)
@@ -210,7 +216,7 @@ async def test_what_cannot_be_read_is_not_adopted() -> None:
         (Config(settings=Settings(sa_source=SaSource.VICI)), "gate.sa_source"),
     ],
 )
-def test_what_needs_a_restart_is_refused(new: Config, key: str) -> None:
+def test_a_setting_that_needs_a_restart_is_refused(new: Config, key: str) -> None:
     refuse_what_needs_a_restart(Path("f.toml"), Config(), Config(cgroups=("unit:x",)))
     with pytest.raises(UsageError, match=f"f.toml: {key}"):
         refuse_what_needs_a_restart(Path("f.toml"), Config(), new)

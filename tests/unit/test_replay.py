@@ -1,4 +1,4 @@
-"""Notifications folded into the dump that they overlapped."""
+"""Notifications that arrived during a dump are applied to it."""
 
 from __future__ import annotations
 
@@ -41,5 +41,7 @@ OTHER = replace(OUT, id=SaId(ip_address("192.0.2.3"), 2, ESP))
         ([PoliciesFlushed()], None),
     ],
 )
-def test_replay(events: list[XfrmEvent], expected: KernelSnapshot | None) -> None:
+def test_notifications_are_applied_to_the_dump_that_they_overlapped(
+    events: list[XfrmEvent], expected: KernelSnapshot | None
+) -> None:
     assert replay(KernelSnapshot((NET,), (OUT,)), events) == expected

@@ -1,4 +1,4 @@
-"""What is said of pytest's results, by results that pytest itself writes."""
+"""The summary of JUnit files, tested with files that pytest itself writes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BROKEN = (
         ("", False, "0 of 0 passed"),
     ],
 )
-def test_only_what_passed_as_a_whole_is_good(
+def test_only_a_run_in_which_every_test_passed_is_good(
     tmp_path: Path, source: str, good: bool, said: str
 ) -> None:
     (tmp_path / "test_it.py").write_text(source)
@@ -41,7 +41,7 @@ def test_only_what_passed_as_a_whole_is_good(
     assert said in "\n".join(lines)
 
 
-def test_a_file_that_is_not_there_is_not_good(tmp_path: Path) -> None:
+def test_a_missing_results_file_is_not_good(tmp_path: Path) -> None:
     lines, whole = summary(tmp_path / "none.xml")
     assert not whole
     assert "No such file" in lines[0]

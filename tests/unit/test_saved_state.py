@@ -1,4 +1,4 @@
-"""What must be protected survives on disk, whole, or is an error: never an empty set."""
+"""Saved state is read back complete or is an error, never an empty set."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
 from ipsecgate.edges.host.saved_state import keep, keep_targets, recall, recall_targets
 from ipsecgate.errors import GateError
 
 CHILDREN = (
     ChildConfig(
-        "gw",
-        "net",
+        ChildName("gw", "net"),
         Mode.TUNNEL,
         (TrafficSelector(ip_network("10.1.0.0/16")),),
         (
@@ -23,11 +22,11 @@ CHILDREN = (
             TrafficSelector(ip_network("2001:db8::/32")),
         ),
     ),
-    ChildConfig("gw", "none", Mode.TRANSPORT, (), ()),
+    ChildConfig(ChildName("gw", "none"), Mode.TRANSPORT, (), ()),
 )
 
 
-def test_what_is_kept_is_recalled(tmp_path: Path) -> None:
+def test_saved_children_are_read_back(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "children.json"
     assert recall(file) == ()
     keep(file, CHILDREN)
@@ -62,7 +61,7 @@ NET = '["10.2.0.0/16", 6, 80, 90]'
     ],
 )
 def test_a_broken_selector_is_an_error(tmp_path: Path, broken: str) -> None:
-    """Some were taken for "protects nothing", and what they named was open at the next start."""
+    """Some were once read as "protects nothing", which opened their networks at the next start."""
     file = tmp_path / "children.json"
     item = '[{"ike": "gw", "child": "net", "mode": "TUNNEL", "local": [], "remote": %s}]'
     file.write_text(item % f"[{NET}]")
@@ -72,7 +71,7 @@ def test_a_broken_selector_is_an_error(tmp_path: Path, broken: str) -> None:
         recall(file)
 
 
-def test_half_of_a_character_is_no_name(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_not_a_name(tmp_path: Path) -> None:
     file = tmp_path / "children.json"
     file.write_text(
         r'[{"ike": "\ud800", "child": "net", "mode": "TUNNEL", "local": [], "remote": []}]'
@@ -81,7 +80,7 @@ def test_half_of_a_character_is_no_name(tmp_path: Path) -> None:
         recall(file)
 
 
-def test_a_cut_file_is_an_error(tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "children.json"
     keep(file, CHILDREN)
     whole = file.read_text()
@@ -91,7 +90,7 @@ def test_a_cut_file_is_an_error(tmp_path: Path) -> None:
             recall(file)
 
 
-def test_targets_that_are_kept_are_recalled(tmp_path: Path) -> None:
+def test_saved_targets_are_read_back(tmp_path: Path) -> None:
     file = tmp_path / "cgroups.json"
     assert recall_targets(file) == ()
     keep_targets(file, ("unit:a.service", "/sys/fs/cgroup/b"))

@@ -1,4 +1,4 @@
-"""The filter, run as the kernel would, and the readers of what comes from outside."""
+"""The seccomp filter, run as in the kernel, and the decoders of notifications and addresses."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ def verdict(code: bytes, arch: int, nr: int, *args: int) -> int:
 def test_only_the_lengths_of_internet_addresses_are_reported(abi: Abi, length: int) -> None:
     wanted = RET_USER_NOTIF if length in (16, 28, 128) else RET_ALLOW
     code = program(abi)
-    for high in (0, 0xDEAD << 32):  # the kernel takes an int: what is above is not looked at
+    for high in (0, 0xDEAD << 32):  # the kernel takes an int and ignores the upper half
         assert verdict(code, abi.arch, abi.connect, 3, 1, high | length) == wanted
         assert verdict(code, abi.arch, abi.sendto, 3, 1, 16, 16, 1, high | length) == wanted
 
 
 @pytest.mark.parametrize("abi", [X86, ARM], ids=["x86_64", "aarch64"])
-def test_messages_are_reported_where_they_are_asked_for(abi: Abi) -> None:
+def test_message_calls_are_reported_only_on_request(abi: Abi) -> None:
     for number in (abi.sendmsg, abi.sendmmsg):
         assert verdict(program(abi), abi.arch, number, 3, 1) == RET_ALLOW
         assert verdict(program(abi, datagrams=True), abi.arch, number, 3, 1) == RET_USER_NOTIF
 
 
 @given(nr=st.integers(0, 2**31 - 1), args=st.lists(WORD, min_size=6, max_size=6))
-def test_everything_else_is_let_go(nr: int, args: list[int]) -> None:
+def test_every_other_call_is_allowed(nr: int, args: list[int]) -> None:
     code = program(X86, datagrams=True)
     if nr not in (X86.connect, X86.sendto, X86.sendmsg, X86.sendmmsg):
         assert verdict(code, X86.arch, nr, *args) == RET_ALLOW
@@ -81,7 +81,7 @@ def test_everything_else_is_let_go(nr: int, args: list[int]) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_a_notification_is_read_whole_or_not_at_all(raw: bytes) -> None:
+def test_a_notification_of_another_size_is_an_error(raw: bytes) -> None:
     if len(raw) != 80:
         with pytest.raises(NotificationError, match=r"not 80"):
             notification(raw)
@@ -89,12 +89,12 @@ def test_a_notification_is_read_whole_or_not_at_all(raw: bytes) -> None:
         assert notification(raw).fd <= 0xFFFFFFFF
 
 
-def test_a_notification_is_what_the_kernel_writes() -> None:
+def test_a_notification_has_the_kernels_layout() -> None:
     raw = struct.pack("=QII", 77, 1234, 0) + DATA.pack(42, X86.arch, 5, 3, 4096, 16, 0, 0, 0)
     assert notification(raw) == Notification(77, 1234, 42, X86.arch, (3, 4096, 16, 0, 0, 0))
 
 
-def test_an_answer_either_goes_on_or_fails() -> None:
+def test_a_response_either_continues_or_fails_the_call() -> None:
     assert seccomp.RESPONSE.unpack(response(77, None)) == (77, 0, 0, CONTINUE)
     assert seccomp.RESPONSE.unpack(response(77, 110)) == (77, 0, -110, 0)
 
@@ -114,23 +114,23 @@ MAPPED = V6[:8] + IPv6Address("::ffff:10.2.0.9").packed + bytes(4)
     [(V4, "10.2.0.9"), (V4.ljust(128, b"\1"), "10.2.0.9"), (V6, "2001:db8::9"),
      (V6[:24], "2001:db8::9"), (MAPPED, "10.2.0.9")],
 )  # fmt: skip
-def test_internet_addresses(raw: bytes, address: str) -> None:
+def test_an_internet_address_is_decoded(raw: bytes, address: str) -> None:
     assert sockaddr(raw) == (ip_address(address), 5432)
 
 
 @pytest.mark.parametrize("raw", [b"", V4[:15], V6[:23], b"\1\0/run/a.sock".ljust(28, b"\0")])
-def test_what_is_no_internet_address(raw: bytes) -> None:
+def test_other_addresses_are_none(raw: bytes) -> None:
     assert sockaddr(raw) is None
 
 
-def test_an_unspecified_family_disconnects_or_is_ipv4() -> None:
+def test_an_unspecified_family_disconnects_in_connect_and_is_ipv4_in_sendto() -> None:
     raw = b"\0\0" + V4[2:]
     assert sockaddr(raw) is None
     assert sockaddr(raw, to_send=True) == (ip_address("10.2.0.9"), 5432)
 
 
 @given(st.binary(max_size=140), st.booleans())
-def test_any_bytes_are_an_address_or_none(raw: bytes, to_send: bool) -> None:
+def test_any_bytes_decode_to_an_address_or_none(raw: bytes, to_send: bool) -> None:
     found = sockaddr(raw, to_send=to_send)
     assert found is None or (isinstance(found[0], IPv4Address | IPv6Address) and found[1] < 65536)
 
@@ -147,7 +147,7 @@ def read(where: int, length: int) -> bytes:
     [(X86.connect, (3, 0x1000, 16, 0, 0, 0)), (X86.sendto, (3, 0, 0, 0, 0x1000, 16)),
      (X86.sendmsg, (3, 0x2000, 0, 0, 0, 0)), (X86.sendmmsg, (3, 0x2000, 2, 0, 0, 0))],
 )  # fmt: skip
-def test_where_each_call_has_its_address(nr: int, args: tuple[int, ...]) -> None:
+def test_each_call_has_its_address_in_its_own_argument(nr: int, args: tuple[int, ...]) -> None:
     assert destination(Notification(1, 2, nr, X86.arch, args), X86, read) == (
         ip_address("10.2.0.9"),
         5432,
@@ -156,7 +156,7 @@ def test_where_each_call_has_its_address(nr: int, args: tuple[int, ...]) -> None
 
 @given(nr=st.sampled_from([X86.connect, X86.sendto, X86.sendmsg, X86.sendmmsg]),
        args=st.tuples(*[st.sampled_from([0, 16, 28, 128, *MEMORY]) | WORD] * 6))  # fmt: skip
-def test_any_arguments_name_an_address_or_none(nr: int, args: tuple[int, ...]) -> None:
+def test_no_argument_makes_us_read_more_than_an_address(nr: int, args: tuple[int, ...]) -> None:
     asked: list[int] = []
 
     def careful(where: int, length: int) -> bytes:
@@ -164,7 +164,7 @@ def test_any_arguments_name_an_address_or_none(nr: int, args: tuple[int, ...]) -
         return read(where, length)
 
     destination(Notification(1, 2, nr, X86.arch, args), X86, careful)
-    assert all(length <= 128 for length in asked), "whatever length a caller claims"
+    assert all(length <= 128 for length in asked), "whatever length the caller claims"
 
 
 # --- signals -------------------------------------------------------------------------------
@@ -192,16 +192,18 @@ def status(pending: int = 0, shared: int = 0, blocked: int = 0, caught: int = 0,
         ({}, False),
     ],
 )
-def test_a_signal_is_certain_to_be_handled(words: dict[str, int], certain: bool) -> None:
+def test_only_a_signal_that_this_thread_must_handle_is_certain(
+    words: dict[str, int], certain: bool
+) -> None:
     assert has_signal(status(**words)) is certain
 
 
-def test_a_name_cannot_pass_for_a_line() -> None:
+def test_a_process_name_cannot_forge_a_status_line() -> None:
     forged = "Name:\tSigPnd:\t2\\nSigPnd:\t2\n" + status(caught=2)
     assert not has_signal(forged)
 
 
-def test_a_thread_names_its_process() -> None:
+def test_the_process_of_a_thread_is_read_from_its_status() -> None:
     assert thread_group(status()) == 812
     with pytest.raises(NotificationError, match="Tgid"):
         thread_group("")

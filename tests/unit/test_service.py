@@ -1,4 +1,4 @@
-"""The service's side: what systemd hears, and what ends the process."""
+"""The service: what systemd receives, and which errors end the process."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def manager(
         yield sock
 
 
-def heard(manager: socket.socket) -> dict[str, str]:
+def received(manager: socket.socket) -> dict[str, str]:
     return dict(line.split("=", 1) for line in manager.recv(4096).decode().splitlines())
 
 
-def test_the_manager_hears_each_field(manager: socket.socket) -> None:
+def test_the_service_manager_receives_each_field(manager: socket.socket) -> None:
     systemd.notify(READY=1, STATUS="following the kernel, and IKE = charon")
-    assert heard(manager) == {"READY": "1", "STATUS": "following the kernel, and IKE = charon"}
+    assert received(manager) == {"READY": "1", "STATUS": "following the kernel, and IKE = charon"}
     before = time.monotonic_ns() // 1000
     systemd.reloading()
-    told = heard(manager)
-    assert told["RELOADING"] == "1"
-    assert before <= int(told["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    fields = received(manager)
+    assert fields["RELOADING"] == "1"
+    assert before <= int(fields["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
 
 
 def test_without_a_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_without_a_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_
     [("30000000", None, 30.0), ("30000000", "us", 30.0), ("30000000", "1", None),
      (None, None, None), ("0", None, None), ("soon", None, None)],
 )  # fmt: skip
-def test_the_watchdog_that_is_meant_for_us(
+def test_the_watchdog_counts_only_if_it_is_meant_for_this_process(
     monkeypatch: pytest.MonkeyPatch, usec: str | None, pid: str | None, expected: float | None
 ) -> None:
     for name, value in (("WATCHDOG_USEC", usec), ("WATCHDOG_PID", pid)):
@@ -67,7 +67,7 @@ def test_the_watchdog_that_is_meant_for_us(
     assert systemd.watchdog() == expected
 
 
-async def test_it_is_alive_at_half_the_watchdogs_time(
+async def test_the_service_reports_at_half_the_watchdog_interval(
     manager: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Service().pulse == PULSE
@@ -77,18 +77,18 @@ async def test_it_is_alive_at_half_the_watchdogs_time(
     assert service.pulse == 0.05
     assert service.alive()
     assert not service.alive(), "not more often than needed"
-    assert heard(manager) == {"WATCHDOG": "1"}
+    assert received(manager) == {"WATCHDOG": "1"}
     clock.return_value += 0.06
     assert service.alive()
 
 
-async def test_a_status_is_told_once(manager: socket.socket) -> None:
+async def test_a_status_is_sent_once(manager: socket.socket) -> None:
     service = Service()
     for status in ("a", "a", "b"):
         service.tell(status)
     service.stopping()
-    assert [heard(manager)["STATUS"] for _ in range(2)] == ["a", "b"]
-    assert heard(manager)["STOPPING"] == "1"
+    assert [received(manager)["STATUS"] for _ in range(2)] == ["a", "b"]
+    assert received(manager)["STOPPING"] == "1"
 
 
 class DefectError(Exception):
@@ -99,14 +99,14 @@ def defect() -> None:
     raise DefectError
 
 
-async def test_a_callback_that_raises_ends_it() -> None:
+async def test_a_callback_that_raises_ends_the_service() -> None:
     service = Service()
     asyncio.get_running_loop().call_soon(defect)
     with pytest.raises(DefectError):
         await asyncio.wait_for(service.watch(), 5)
 
 
-async def test_a_reader_that_raises_ends_it() -> None:
+async def test_a_reader_that_raises_ends_the_service() -> None:
     service = Service()
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -117,7 +117,7 @@ async def test_a_reader_that_raises_ends_it() -> None:
         asyncio.get_running_loop().remove_reader(ours)
 
 
-async def test_a_warning_does_not_end_it() -> None:
+async def test_a_warning_does_not_end_the_service_but_an_exception_does() -> None:
     service = Service()
     loop = asyncio.get_running_loop()
     loop.call_exception_handler({"message": "a warning"})

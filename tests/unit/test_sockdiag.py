@@ -1,4 +1,4 @@
-"""Standing sockets as bytes, and whose end they are told."""
+"""Existing sockets: decoding their list, and the request to destroy one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COOKIE = bytes(range(8))
 
 
 def listed(family: int, src: str, dst: str, *, cgroup: int | None = 7, mark: int = 0) -> bytes:
-    """Lay an inet_diag_msg out by hand: linux/inet_diag.h."""
+    """Return an inet_diag_msg made by hand. Source: linux/inet_diag.h."""
     ends = [ip_address(text).packed.ljust(16, b"\0") for text in (src, dst)]
     name = struct.pack("!HH", 40000, 5432) + ends[0] + ends[1] + struct.pack("=I", 0) + COOKIE
     body = struct.pack("=BBBB", family, 1, 0, 0) + name + bytes(20)
@@ -27,7 +27,7 @@ def listed(family: int, src: str, dst: str, *, cgroup: int | None = 7, mark: int
     return struct.pack("=IHHII", 16 + len(body), 20, 2, 1, 0) + body
 
 
-def test_what_is_listed() -> None:
+def test_a_listed_socket_has_its_flow_cgroup_and_cookie() -> None:
     datagram = listed(AF_INET, "10.1.0.1", "10.2.0.9", mark=5) + listed(
         AF_INET6, "2001:db8::1", "2001:db8::2", cgroup=None
     )
@@ -39,14 +39,14 @@ def test_what_is_listed() -> None:
     assert (six.flow.daddr, six.cgroup) == (ip_address("2001:db8::2"), None)
 
 
-def test_a_mapped_address_is_what_the_wire_sees() -> None:
+def test_an_ipv4_mapped_address_becomes_its_ipv4_address() -> None:
     (one,) = decode_listing(UDP, listed(AF_INET6, "::ffff:10.1.0.1", "::ffff:10.2.0.9"))
     assert (one.flow.daddr, one.flow.saddr) == (ip_address("10.2.0.9"), ip_address("10.1.0.1"))
     assert one.family == AF_INET6
 
 
 @pytest.mark.parametrize("cut", [20, 60, 80])
-def test_what_is_cut_short_is_an_error(cut: int) -> None:
+def test_a_truncated_message_is_an_error(cut: int) -> None:
     datagram = listed(AF_INET, "10.1.0.1", "10.2.0.9")[:cut]
     datagram = struct.pack("=I", cut) + datagram[4:]
     if cut < 88:
@@ -54,7 +54,7 @@ def test_what_is_cut_short_is_an_error(cut: int) -> None:
             list(decode_listing(TCP, datagram))
 
 
-def test_the_end_names_the_very_socket() -> None:
+def test_the_request_to_destroy_names_the_exact_socket() -> None:
     (one,) = decode_listing(TCP, listed(AF_INET, "10.1.0.1", "10.2.0.9"))
     request = encode_destroy(one, 9)
     assert struct.unpack_from("=IHHII", request) == (16 + 56, 21, 0x5, 9, 0)

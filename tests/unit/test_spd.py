@@ -1,4 +1,4 @@
-"""The SPD joined with the SAD: what counts as protected, case by case."""
+"""The SPD joined with the SAD: which flows count as protected."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def live(policies: list[SpdEntry], sas: list[Sa], flow: Flow = FLOW) -> bool:
     return entry is not None and entry.state is State.LIVE
 
 
-def test_policy_and_sa_protect() -> None:
+def test_a_policy_with_its_sa_protects() -> None:
     assert live([NET], [SA])
 
 
@@ -69,29 +69,29 @@ def test_policy_and_sa_protect() -> None:
         replace(SA, selector=selector(dst="10.2.1.0/24")),
     ],
 )
-def test_a_state_that_does_not_fit_protects_nothing(sa: Sa) -> None:
+def test_a_state_that_does_not_match_the_template_protects_nothing(sa: Sa) -> None:
     assert not live([NET], [sa])
     assert live([NET], [sa, SA])
 
 
-def test_neither_alone_protects() -> None:
+def test_neither_policy_nor_sa_protects_alone() -> None:
     assert not live([NET], [])
     assert not live([], [SA])
 
 
-def test_a_template_that_pins_an_spi_wants_that_one() -> None:
+def test_a_template_with_an_spi_needs_that_sa() -> None:
     pinned = policy(selector(), replace(TUNNEL, spi=0x1000))
     assert live([pinned], [SA])
     assert not live([policy(selector(), replace(TUNNEL, spi=0x2000))], [SA])
 
 
-def test_a_states_selector_narrows() -> None:
+def test_the_selector_of_a_state_narrows_what_it_protects() -> None:
     narrowed = replace(SA, selector=selector(dst="10.2.0.0/24"))
     assert live([NET], [narrowed])
     assert not live([NET], [narrowed], replace(FLOW, daddr=ip_address("10.2.1.9")))
 
 
-def test_transport_protects_the_states_own_endpoints_only() -> None:
+def test_transport_mode_protects_only_the_endpoints_of_the_state() -> None:
     anywhere = policy(selector("0.0.0.0/0", "0.0.0.0/0"), TRANSPORT)
     flow = Flow(PEER, TCP, 80, LOCAL)
     assert live([anywhere], [TRANSPORT_SA], flow)
@@ -99,7 +99,7 @@ def test_transport_protects_the_states_own_endpoints_only() -> None:
     assert not live([anywhere], [TRANSPORT_SA], replace(flow, saddr=ip_address("192.0.2.9")))
 
 
-def test_every_template_needs_its_state() -> None:
+def test_every_required_template_needs_its_state() -> None:
     nested = policy(selector(), TUNNEL, replace(TUNNEL, reqid=2))
     second = replace(SA, id=SaId(PEER, 0x2000, ESP), reqid=2)
     assert not live([nested], [SA])
@@ -111,13 +111,13 @@ def test_every_template_needs_its_state() -> None:
 
 
 @pytest.mark.parametrize("action", [Action.DISCARD, Action.BYPASS])
-def test_what_wins_by_priority_decides(action: Action) -> None:
+def test_the_policy_of_the_best_priority_decides(action: Action) -> None:
     narrow = selector(dst="10.2.0.0/24")
     assert not live([NET, policy(narrow, priority=50, action=action)], [SA])
     assert live([NET, policy(narrow, priority=150, action=action)], [SA])
 
 
-def test_ties_that_disagree_count_as_unprotected() -> None:
+def test_policies_of_equal_priority_must_agree() -> None:
     other = policy(selector(dst="10.2.0.0/24"), replace(TUNNEL, reqid=2))
     both = replace(SA, id=SaId(PEER, 0x2000, ESP), reqid=2)
     outside = replace(FLOW, daddr=ip_address("10.2.7.9"))
@@ -127,20 +127,20 @@ def test_ties_that_disagree_count_as_unprotected() -> None:
         assert live(order, [SA, both])
 
 
-def test_policies_that_differ_in_their_interface_only_count_as_disagreeing() -> None:
+def test_policies_that_differ_only_in_their_interface_disagree() -> None:
     bound = policy(selector(ifindex=2), TUNNEL)
     assert not live([NET, bound], [SA])
     assert not live([bound, NET], [SA])
 
 
-def test_masked_ports_and_protocol() -> None:
+def test_protocol_and_masked_ports_must_match() -> None:
     dns = policy(selector(proto=UDP, dport=5296, dport_mask=0xFFF0), TUNNEL)
     assert live([dns], [SA], replace(FLOW, proto=UDP, dport=5300))
     assert not live([dns], [SA], replace(FLOW, proto=UDP, dport=5312))
     assert not live([dns], [SA], replace(FLOW, proto=TCP, dport=5300))
 
 
-def test_a_policys_mark_is_the_flows_a_states_mark_is_the_policys() -> None:
+def test_a_policy_must_match_the_flows_mark_and_a_state_the_policys() -> None:
     marked = policy(selector(), TUNNEL, mark=Mark(5, 0xFF))
     flow = replace(FLOW, mark=0x105)
     assert live([marked], [SA], flow)
@@ -151,7 +151,7 @@ def test_a_policys_mark_is_the_flows_a_states_mark_is_the_policys() -> None:
     assert not live([policy(selector(), TUNNEL, mark=Mark(5, 0x2))], [SA], flow)
 
 
-def test_policies_for_marked_flows_and_interfaces() -> None:
+def test_policies_for_other_marks_and_interfaces_do_not_apply() -> None:
     block = policy(selector(), priority=1, mark=Mark(5, 0xFF))
     assert live([NET, block], [SA])
     assert not live([NET, block], [SA], replace(FLOW, mark=5))
@@ -159,7 +159,7 @@ def test_policies_for_marked_flows_and_interfaces() -> None:
     assert not live([NET, policy(selector(ifindex=2), TUNNEL, priority=1)], [SA])
 
 
-def test_what_follows_a_tunnel_goes_around_it() -> None:
+def test_a_template_after_a_tunnel_protects_the_outer_packet() -> None:
     nested = policy(selector(), TUNNEL, replace(TRANSPORT, reqid=2))
     around = replace(TRANSPORT_SA, id=SaId(PEER, 0x2000, ESP), reqid=2)
     inside = replace(around, id=SaId(FLOW.daddr, 0x2000, ESP), saddr=ip_address("10.1.0.1"))
@@ -182,7 +182,7 @@ def test_compression_alone_protects_nothing() -> None:
     assert not live([policy(selector(), comp, TUNNEL)], [SA])
 
 
-def test_a_state_for_an_interface_protects_nothing() -> None:
+def test_a_state_bound_to_an_interface_protects_nothing() -> None:
     assert not live([NET], [replace(SA, selector=selector(ifindex=2))])
 
 
@@ -194,7 +194,9 @@ UNBOUND = replace(FLOW, sport=0)
     [(22, 0xFFFF, False), (5000, 0xFFFF, False), (32768, 0xFFFF, True), (60999, 0xFFFF, True),
      (61000, 0xFFFF, False), (0, 0xFF00, True), (40000, 0xFF00, True), (1, 1, True)],
 )  # fmt: skip
-def test_a_source_port_still_to_be_chosen_may_be_any(sport: int, mask: int, chosen: bool) -> None:
+def test_an_unbound_source_port_may_become_any_ephemeral_port(
+    sport: int, mask: int, chosen: bool
+) -> None:
     by_port = policy(selector(sport=sport, sport_mask=mask), priority=50, action=Action.BYPASS)
     assert live([NET, by_port], [SA], UNBOUND) is not chosen
     assert not live([by_port], [SA], UNBOUND)
@@ -203,14 +205,14 @@ def test_a_source_port_still_to_be_chosen_may_be_any(sport: int, mask: int, chos
     assert live([NET, tied], [SA], UNBOUND) is not chosen
 
 
-def test_a_state_for_some_source_ports_does_not_protect_one_to_be_chosen() -> None:
+def test_a_state_for_some_source_ports_does_not_protect_an_unbound_one() -> None:
     low = replace(SA, selector=selector(sport=0, sport_mask=0x8000))
     assert not live([NET], [low], UNBOUND)
     assert live([NET], [low], replace(FLOW, sport=5000))
     assert live([NET], [low, replace(SA, id=SaId(PEER, 0x2000, ESP))], UNBOUND)
 
 
-def test_a_mode_that_is_not_known_protects_nothing_and_disturbs_nobody() -> None:
+def test_an_unknown_mode_protects_nothing_and_affects_no_other_policy() -> None:
     odd = replace(SA, id=SaId(PEER, 0x2000, ESP), reqid=2, mode=Mode.UNKNOWN)
     there = policy(selector(dst="10.3.0.0/16"), replace(TUNNEL, reqid=2, mode=Mode.UNKNOWN))
     assert not live([NET, there], [SA, odd], replace(FLOW, daddr=ip_address("10.3.0.9")))

@@ -1,4 +1,4 @@
-"""First match, however the rules are folded into tuples."""
+"""The compiled table gives the same answer as a first-match search through the rules."""
 
 from __future__ import annotations
 
@@ -17,48 +17,13 @@ from ipsecgate.core.tables.table import (
     port_masks,
     ternary,
 )
-
-# A tiny universe, so that random rules overlap, nest and shadow each other.
-_PREFIX = st.integers(0, 3)
-
-
-@st.composite
-def ternaries(draw: st.DrawFn) -> Ternary:
-    family = draw(st.sampled_from((4, 6)))
-
-    def network() -> str:
-        length, bits = draw(_PREFIX), draw(st.integers(0, 7))
-        bits &= 7 << (3 - length)
-        if family == 4:
-            return f"{bits << 5}.0.0.0/{length}"
-        return f"{bits << 13:x}::/{length}"
-
-    low = draw(st.sampled_from((0, 4, 5, 6)))
-    port = draw(st.sampled_from(((0, 0), (low & 0xFFFE, 0xFFFE), (low, 0xFFFF))))
-    return ternary(
-        ip_network(network()),
-        src=draw(st.none() | st.just(ip_network(network()))),
-        proto=draw(st.sampled_from((0, 6, 17))),
-        dport=port,
-    )
-
-
-@st.composite
-def flows(draw: st.DrawFn) -> Key:
-    family = draw(st.sampled_from((4, 6)))
-    shift, base = (29, 0xFFFF << 32) if family == 4 else (125, 0)
-    return Key(
-        base | draw(st.integers(0, 7)) << shift,
-        base | draw(st.integers(0, 7)) << shift,
-        0,
-        draw(st.integers(0, 7)),
-        draw(st.sampled_from((6, 17))),
-        family,
-    )
+from tests.unit.random_rules import flows, ternaries
 
 
 @given(st.lists(ternaries(), max_size=12), st.lists(flows(), min_size=1, max_size=20))
-def test_compiled_equals_first_match(matches: list[Ternary], keys: list[Key]) -> None:
+def test_the_compiled_table_equals_a_first_match_search(
+    matches: list[Ternary], keys: list[Key]
+) -> None:
     rules = [Rule(match, Entry(State.PROTECT, id=i)) for i, match in enumerate(matches)]
     table = compile_table(rules)
     for key in keys:
@@ -67,7 +32,7 @@ def test_compiled_equals_first_match(matches: list[Ternary], keys: list[Key]) ->
 
 
 @given(ternaries(), ternaries(), flows())
-def test_intersection_is_both(a: Ternary, b: Ternary, key: Key) -> None:
+def test_an_intersection_matches_what_both_match(a: Ternary, b: Ternary, key: Key) -> None:
     both = a.intersect(b)
     assert (both is not None and both.matches(key)) == (a.matches(key) and b.matches(key))
 
@@ -88,7 +53,7 @@ def test_rules_of_one_mask_share_a_tuple() -> None:
     assert len(table.masks) == 1
 
 
-def test_too_many_masks_is_an_error_that_says_so() -> None:
+def test_too_many_masks_are_an_error() -> None:
     rules = [
         Rule(ternary(ip_network(f"2001:db8::/{n}", strict=False)), Entry(State.LIVE, id=n))
         for n in range(64, 30, -1)

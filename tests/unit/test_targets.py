@@ -1,4 +1,4 @@
-"""A configuration's cgroups where something fails: what is in force is whole all the same."""
+"""Gated cgroups when a step of a reload fails: the new configuration is still complete."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ipsecgate.errors import GateError
 from ipsecgate.paths import Paths
 
 
-async def test_pins_that_cannot_be_tidied_up_refuse_no_reload(
+async def test_a_failed_cleanup_of_pins_does_not_stop_a_reload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With no descriptors left policies were in force, and cgroups not: told as refused."""
+    """Without free descriptors the new policies applied but not the new cgroups."""
     old, new = tmp_path / "old", tmp_path / "new"
     for folder in (old, new):
         folder.mkdir()

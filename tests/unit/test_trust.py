@@ -1,4 +1,4 @@
-"""What root reads, writes to and runs, and what it leaves alone. Some of it takes root to try."""
+"""Which files and folders root trusts, and what programs inherit. Some tests need root."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_of_ours_is_read_as_it_is(file: Path) -> None:
+def test_a_trusted_file_is_read_unchanged(file: Path) -> None:
     file.write_bytes("ö\r\n".encode())
     assert trust.read(file) == "ö\r\n"
 
 
 @pytest.mark.parametrize("mode", [0o602, 0o622, 0o666])
-def test_what_others_may_write_is_refused(file: Path, mode: int) -> None:
+def test_a_file_that_others_may_write_is_refused(file: Path, mode: int) -> None:
     file.chmod(mode)
     with pytest.raises(trust.UntrustedError, match="not trusted") as caught:
         trust.read(file)
@@ -44,14 +44,16 @@ def test_what_others_may_write_is_refused(file: Path, mode: int) -> None:
 
 @as_root
 @pytest.mark.parametrize(("owner", "group", "mode"), [(STRANGER, 0, 0o600), (0, STRANGER, 0o660)])
-def test_what_another_user_owns_is_refused(file: Path, owner: int, group: int, mode: int) -> None:
+def test_a_file_that_another_user_owns_is_refused(
+    file: Path, owner: int, group: int, mode: int
+) -> None:
     file.chmod(mode)
     os.chown(file, owner, group)
     with pytest.raises(trust.UntrustedError, match=f"user {owner} and group {group}"):
         trust.read(file)
 
 
-def test_a_link_and_what_is_no_file_are_refused(file: Path, tmp_path: Path) -> None:
+def test_links_fifos_and_folders_are_refused_as_files(file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(file)
     with pytest.raises(OSError, match="symbolic links"):
@@ -64,7 +66,7 @@ def test_a_link_and_what_is_no_file_are_refused(file: Path, tmp_path: Path) -> N
         trust.read(tmp_path)
 
 
-def test_a_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+def test_a_folder_is_created_with_its_parents(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         made = trust.folder(tmp_path / "a/b", 0o700)
@@ -83,7 +85,7 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
 
 
 @as_root
-def test_another_users_link_to_a_folder_of_ours_is_refused(tmp_path: Path) -> None:
+def test_another_users_link_to_a_trusted_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ours").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to("ours")
     assert trust.folder(tmp_path / "link").resolve() == tmp_path / "ours"
@@ -92,7 +94,7 @@ def test_another_users_link_to_a_folder_of_ours_is_refused(tmp_path: Path) -> No
         trust.folder(tmp_path / "link")
 
 
-def test_a_program_gets_nothing_of_the_callers_environment(
+def test_a_program_inherits_nothing_from_the_callers_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evil = tmp_path / "ip"
@@ -109,10 +111,10 @@ def test_a_program_gets_nothing_of_the_callers_environment(
     assert not (tmp_path / "ran").exists()
 
 
-# --- the places that depend on it ------------------------------------------------
+# --- where it is used ------------------------------------------------------------
 
 
-def test_each_place_refuses_what_others_may_write(file: Path, tmp_path: Path) -> None:
+def test_every_reader_refuses_a_file_that_others_may_write(file: Path, tmp_path: Path) -> None:
     file.chmod(0o666)
     with pytest.raises(trust.UntrustedError):
         saved_state.recall(file)
@@ -133,7 +135,7 @@ def test_each_place_refuses_what_others_may_write(file: Path, tmp_path: Path) ->
 def test_pins_are_not_made_in_a_folder_that_others_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who may write to the folder of the pins may take them away, and open the gate."""
+    """Anyone who may write to the pin folder could remove the pins and so open the gate."""
     monkeypatch.setattr(pins, "ensure_bpffs", lambda _path: None)
     (tmp_path / "ipsecgate").mkdir()
     (tmp_path / "ipsecgate").chmod(0o777)
@@ -141,10 +143,10 @@ def test_pins_are_not_made_in_a_folder_that_others_may_write(
         pins.Pins(tmp_path, "default").load(bytecode.Bytecode({}, {}))
 
 
-def test_the_compiler_imports_nothing_from_where_it_is_called(
+def test_the_compiler_imports_nothing_from_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The modules that it needs are all here, in a stranger's form."""
+    """The working folder has hostile modules with the names that the compiler imports."""
     for name in ("ipsecgate", "bcc", "ctypes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"open('{tmp_path}/ran', 'w')\n")
@@ -156,5 +158,5 @@ def test_the_compiler_imports_nothing_from_where_it_is_called(
     done = subprocess.run(
         [*command, str(tmp_path / "no sources")], capture_output=True, text=True, check=False
     )
-    assert "maps.bpf.c" in done.stderr  # it came as far as the sources, which are not there
+    assert "maps.bpf.c" in done.stderr  # it got as far as the missing sources
     assert not (tmp_path / "ran").exists()

@@ -1,4 +1,4 @@
-"""Who connects is taken, or later where there is no room; and that costs next to nothing."""
+"""A listening socket accepts clients, and retries cheaply when no descriptor is free."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def client(path: Path) -> socket.socket:
     return made
 
 
-async def test_clients_are_taken_until_it_ends(tmp_path: Path) -> None:
+async def test_clients_are_accepted_until_the_listener_ends(tmp_path: Path) -> None:
     path, taken = tmp_path / "x.sock", list[socket.socket]()
-    path.touch()  # a predecessor's
+    path.touch()  # left by an earlier controller
     with listening(path, taken.append):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         made = [client(path) for _ in range(3)]
@@ -50,10 +50,10 @@ async def test_clients_are_taken_until_it_ends(tmp_path: Path) -> None:
         one.close()
 
 
-async def test_no_room_is_told_once_and_tried_again(
+async def test_without_descriptors_accepting_is_logged_once_and_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server of asyncio's has a hundred timers and lines in the log after the first try."""
+    """An asyncio server makes a hundred timers and log lines after its first failure."""
     monkeypatch.setattr(unix_sockets, "RETRY", 0.05)
     caplog.set_level(logging.WARNING, "ipsecgate")
     path, taken = tmp_path / "x.sock", list[socket.socket]()
@@ -76,20 +76,20 @@ async def test_no_room_is_told_once_and_tried_again(
         assert [each.getMessage() for each in caplog.records] == [
             "clients have to wait: Too many open files"
         ]
-        await until(lambda: taken)  # made room for
+        await until(lambda: taken)
         made.send(b"x")
         assert taken[0].recv(1) == b"x"
     taken[0].close()
 
 
-async def test_it_ends_while_somebody_waits(tmp_path: Path) -> None:
+async def test_a_listener_can_end_while_a_client_waits(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     with listening(path, lambda one: one.close()), client(path), no_descriptors():
         await asyncio.sleep(0.02)
     await asyncio.sleep(0)
 
 
-async def test_another_error_is_a_defect(tmp_path: Path) -> None:
+async def test_any_other_error_reaches_the_exception_handler(tmp_path: Path) -> None:
     found: list[BaseException] = []
     asyncio.get_running_loop().set_exception_handler(
         lambda loop, context: found.append(context["exception"])

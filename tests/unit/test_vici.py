@@ -1,15 +1,14 @@
-"""What VICI messages mean: selectors, configurations, SAs, causes of failure."""
+"""The meaning of VICI messages: selectors, configurations, SAs, events, causes of failure."""
 
 from __future__ import annotations
 
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
 
 from ipsecgate.core.codec.causes import failure_cause
 from ipsecgate.core.codec.vici import (
-    Names,
     ViciError,
     child_configs,
     child_rekey,
@@ -21,32 +20,10 @@ from ipsecgate.core.codec.vici import (
 )
 from ipsecgate.core.model.events import ChildDown, ChildUp, IkeDown, IkeUp
 from ipsecgate.core.model.flow import TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
+from tests.unit.vici_messages import CHILD, HOSTS, NAMES, SA, conn, ike_sa, ts
 
-SERVICES = {("https", "tcp"): 443, ("domain", None): 53, ("iso-tsap", "tcp"): 102}
-PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "ipv6-icmp": 58}
-
-
-def protocol(name: str) -> int:
-    try:
-        return PROTOCOLS[name]
-    except KeyError:
-        raise OSError("protocol not found") from None
-
-
-def service(name: str, proto: str | None) -> int:
-    try:
-        return SERVICES[name, proto]
-    except KeyError:
-        raise OSError("service/proto not found") from None
-
-
-NAMES = Names(protocol, service)
 PEER = ip_network("192.0.2.2")
-
-
-def ts(network: str, proto: int = 0, ports: tuple[int, int] = (0, 65535)) -> TrafficSelector:
-    return TrafficSelector(ip_network(network), proto, ports)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +49,7 @@ def ts(network: str, proto: int = 0, ports: tuple[int, int] = (0, 65535)) -> Tra
         ("dynamic[tcp/5432]", [ts("192.0.2.2/32", 6, (5432, 5432))]),
     ],
 )
-def test_selector(written: str, expected: list[TrafficSelector]) -> None:
+def test_a_traffic_selector_is_parsed(written: str, expected: list[TrafficSelector]) -> None:
     assert selectors([written], (PEER,), NAMES) == tuple(expected)
 
 
@@ -86,23 +63,15 @@ def test_selector(written: str, expected: list[TrafficSelector]) -> None:
         *("10.0.0.0/8[tcp/\u0663]", "10.0.0.0/8[\u0663]"),
     ],
 )
-def test_a_selector_that_is_not_understood_is_an_error(written: str) -> None:
+def test_an_invalid_traffic_selector_is_an_error(written: str) -> None:
     with pytest.raises(ViciError, match="VICI: traffic selector") as caught:
         selectors([written], (), NAMES)
     assert caught.value.hint
 
 
-def conn(**body: Any) -> dict[str, Any]:
-    child = {"mode": b"TUNNEL", "local-ts": [b"10.1.0.0/16"], "remote-ts": [b"10.2.0.0/16"]}
-    children = body.pop("children", {"net": child})
-    addresses = {"local_addrs": [b"192.0.2.1"], "remote_addrs": [b"192.0.2.2"]}
-    return {"gw": {**addresses, "version": b"IKEv2", "local-1": {"class": b"psk"}, **body,
-                   "children": children}}  # fmt: skip
-
-
-def test_child_configs() -> None:
+def test_a_child_configuration_is_parsed() -> None:
     assert list(child_configs(conn(), NAMES)) == [
-        ChildConfig("gw", "net", Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
+        ChildConfig(ChildName("gw", "net"), Mode.TUNNEL, (ts("10.1.0.0/16"),), (ts("10.2.0.0/16"),))
     ]
     assert list(child_configs(conn(children={}), NAMES)) == []
 
@@ -129,7 +98,7 @@ def test_dynamic_is_the_ike_address_if_there_is_one(
 
 
 @pytest.mark.parametrize("mode", [b"PASS", b"DROP"])
-def test_a_shunt_is_no_sa(mode: bytes) -> None:
+def test_a_shunt_is_not_a_child_configuration(mode: bytes) -> None:
     shunt = {"mode": mode, "local-ts": [b"10.1.0.0/16"], "remote-ts": [b"10.3.0.0/16"]}
     assert list(child_configs(conn(children={"shunt": shunt}), NAMES)) == []
 
@@ -140,33 +109,6 @@ def test_a_child_without_a_mode_is_an_error(child: dict[str, Any]) -> None:
         list(child_configs(conn(children={"c": child}), NAMES))
 
 
-CHILD = {
-    "name": b"net",
-    "uniqueid": b"3",
-    "reqid": b"1",
-    "state": b"INSTALLED",
-    "mode": b"TUNNEL",
-    "protocol": b"ESP",
-    "spi-in": b"c0ffee01",
-    "spi-out": b"0000beef",
-    "local-ts": [b"10.1.0.0/16"],
-    "remote-ts": [b"10.2.3.0/24[tcp/https]"],
-}
-SA = ChildSa(
-    *("gw", "net", 1, 0xC0FFEE01, 0xBEEF, ip_address("192.0.2.2")),
-    *((ts("10.1.0.0/16"),), (ts("10.2.3.0/24", 6, (443, 443)),)),
-    unique=3,
-    local_host=ip_address("192.0.2.1"),
-)
-HOSTS = {"local-host": b"192.0.2.1", "remote-host": b"192.0.2.2"}
-
-
-def ike_sa(**child: Any) -> dict[str, Any]:
-    children = {"net-3": {**CHILD, **child}}
-    body = {"uniqueid": b"7", "state": b"ESTABLISHED", **HOSTS}
-    return {"gw": {**body, "child-sas": children}}
-
-
 @pytest.mark.parametrize(
     ("state", "found"),
     [
@@ -174,7 +116,7 @@ def ike_sa(**child: Any) -> dict[str, Any]:
         *((state, []) for state in ("CREATED", "ROUTED", "INSTALLING", "DELETING", "DELETED")),
     ],
 )
-def test_child_sas(state: str, found: list[ChildSa]) -> None:
+def test_only_installed_children_are_listed(state: str, found: list[ChildSa]) -> None:
     assert list(child_sas(ike_sa(state=state.encode()), NAMES)) == found
 
 
@@ -188,12 +130,12 @@ def test_child_sas(state: str, found: list[ChildSa]) -> None:
         ("random vici", False),
     ],
 )
-def test_the_first_backend_does_esp(plugins: str, userland: bool) -> None:
+def test_the_first_kernel_plugin_does_esp(plugins: str, userland: bool) -> None:
     assert is_userland({"plugins": [name.encode() for name in plugins.split()]}) is userland
     assert not is_userland({"uptime": {}})
 
 
-def test_a_child_without_spis_yet_is_left_out() -> None:
+def test_a_child_without_spis_is_left_out() -> None:
     message = ike_sa(state=b"UPDATING")
     del message["gw"]["child-sas"]["net-3"]["spi-out"]
     assert list(child_sas(message, NAMES)) == []
@@ -210,14 +152,14 @@ def test_a_child_without_spis_yet_is_left_out() -> None:
         {"protocol": b"IPCOMP"},
     ],
 )
-def test_a_broken_child_is_an_error(broken: dict[str, Any]) -> None:
+def test_a_malformed_child_is_an_error(broken: dict[str, Any]) -> None:
     with pytest.raises(ViciError):
         list(child_sas(ike_sa(**broken), NAMES))
 
 
 @pytest.mark.parametrize("odd", [b"", [b"x"]])
 def test_a_value_where_a_section_should_be_is_an_error(odd: Any) -> None:
-    """Each raised something else, which ended the following of events and nothing more."""
+    """Each once raised another error, which silently ended the reading of events."""
     sa = {**HOSTS, "uniqueid": b"7"}
     for message in (
         {"gw": {**sa, "child-sas": odd}},
@@ -234,14 +176,14 @@ def test_a_value_where_a_section_should_be_is_an_error(odd: Any) -> None:
         is_userland({"plugins": b"kernel-libipsec"})
 
 
-def test_events() -> None:
+def test_events_are_parsed() -> None:
     assert list(child_updown({"up": b"yes", **ike_sa()}, NAMES)) == [ChildUp(SA)]
     assert list(child_updown(ike_sa(state=b"DELETED"), NAMES)) == [ChildDown(SA)]
     assert list(ike_updown({"up": b"yes", **ike_sa()})) == [IkeUp("gw", 7)]
     assert list(ike_updown(ike_sa())) == [IkeDown("gw", 7)]
 
 
-def test_a_rekeyed_child_is_never_away() -> None:
+def test_a_rekeyed_child_comes_up_before_the_old_one_goes_down() -> None:
     message = ike_sa()
     new = {**CHILD, "spi-out": b"0000cafe"}
     message["gw"]["child-sas"] = {"net": {"old": CHILD, "new": new}}
@@ -275,10 +217,10 @@ def test_a_rekeyed_child_is_never_away() -> None:
         (["something new", "and its consequence"], "and its consequence"),
     ],
 )
-def test_failure_cause(lines: list[str], cause: str) -> None:
+def test_the_cause_of_a_failure_is_found_in_the_log(lines: list[str], cause: str) -> None:
     before = ["initiating IKE_SA gw[1] to 192.0.2.2", "peer supports MOBIKE"]
     assert cause in (failure_cause([*before, *lines]) or "")
 
 
-def test_no_log_no_cause() -> None:
+def test_without_a_log_there_is_no_cause() -> None:
     assert failure_cause([]) is None

@@ -1,4 +1,4 @@
-"""Where the IKE daemon does ESP itself: VICI and routing say what is protected, XFRM nothing."""
+"""Userspace ESP: the daemon's SAs and the routes decide which flows are protected, not XFRM."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ipsecgate.core.model.policy import SaSource, Settings
 from ipsecgate.core.state.userland import Userland
 from ipsecgate.core.tables.layout import State, TableId, flow_key
 from ipsecgate.core.tables.table import EMPTY, compile_table
-from tests.unit.test_gate import (
+from tests.unit.transcript import (
     HERE,
     LISTED,
     LOCAL,
@@ -42,37 +42,39 @@ def connected(*established: ChildSa, userland: bool = True) -> on.IkeConnected:
 
 
 @pytest.fixture(params=[Settings(), VICI], ids=["found out", "configured"])
-def story(request: pytest.FixtureRequest) -> Transcript:
-    """IKE connected, no SA, so no route either; nobody ever told of the kernel."""
-    story = Transcript(request.param)
-    story.after(connected(), SOURCES)
-    return story
+def transcript(request: pytest.FixtureRequest) -> Transcript:
+    """IKE connected, no SA, no route into a tunnel; XFRM was never dumped."""
+    transcript = Transcript(request.param)
+    transcript.after(connected(), SOURCES)
+    return transcript
 
 
-def up(story: Transcript) -> None:
-    story.after(REFUSED, TUNNEL, on.ChildUp(LISTED))
-    assert story.is_open()
+def up(transcript: Transcript) -> None:
+    transcript.after(REFUSED, TUNNEL, on.ChildUp(LISTED))
+    assert transcript.is_open()
 
 
 # --- opening and closing ---------------------------------------------------------------
 
 
-def test_first_connection(story: Transcript) -> None:
-    assert TableId.SPD in story.gate.hook_tables.tables, "XFRM is not waited for"
-    assert not story.is_open()
-    assert initiated(story.after(REFUSED)) == [NAME]
-    assert not any(isinstance(c, do.Publish) for c in story.after(TUNNEL)), "a route is no SA"
-    opened = story.after(on.ChildUp(LISTED))
+def test_a_flow_opens_once_its_sa_is_up_and_its_route_leads_into_the_tunnel(
+    transcript: Transcript,
+) -> None:
+    assert TableId.SPD in transcript.gate.hook_tables.tables, "published without waiting for XFRM"
+    assert not transcript.is_open()
+    assert initiated(transcript.after(REFUSED)) == [NAME]
+    assert not any(isinstance(c, do.Publish) for c in transcript.after(TUNNEL)), "no SA yet"
+    opened = transcript.after(on.ChildUp(LISTED))
     assert isinstance(opened[0], do.Publish)
-    assert story.is_open()
-    assert story.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+    assert transcript.is_open()
+    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.COVERED
 
 
-def test_the_sa_without_its_route_does_not_open(story: Transcript) -> None:
-    story.after(REFUSED, on.ChildUp(LISTED))
-    assert not story.is_open()
-    story.after(TUNNEL)
-    assert story.is_open()
+def test_an_sa_without_its_route_opens_nothing(transcript: Transcript) -> None:
+    transcript.after(REFUSED, on.ChildUp(LISTED))
+    assert not transcript.is_open()
+    transcript.after(TUNNEL)
+    assert transcript.is_open()
 
 
 @pytest.mark.parametrize(
@@ -86,108 +88,111 @@ def test_the_sa_without_its_route_does_not_open(story: Transcript) -> None:
     ],
     ids=["down", "gone", "no tunnel", "route elsewhere", "not listed"],
 )
-def test_what_closes_a_flow(story: Transcript, closing: Sequence[on.Event]) -> None:
-    up(story)
-    commands = story.after(*closing)
-    assert not story.is_open()
+def test_a_flow_closes_before_anything_else_is_done(
+    transcript: Transcript, closing: Sequence[on.Event]
+) -> None:
+    up(transcript)
+    commands = transcript.after(*closing)
+    assert not transcript.is_open()
     assert isinstance(commands[0], do.Publish | do.SetSources), "before all else"
-    assert story.gate.negotiations.of[NAME].coverage is Coverage.UNCOVERED
-    story.after(connected(), TUNNEL, on.ChildUp(REKEYED))
-    assert story.is_open()
+    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.UNCOVERED
+    transcript.after(connected(), TUNNEL, on.ChildUp(REKEYED))
+    assert transcript.is_open()
 
 
-def test_rekeying_has_no_gap(story: Transcript) -> None:
-    up(story)
+def test_the_flow_stays_open_during_a_rekey(transcript: Transcript) -> None:
+    up(transcript)
     for event in (on.ChildUp(REKEYED), on.ChildDown(LISTED), connected(REKEYED)):
-        story.after(event)
-        assert story.is_open()
-    story.after(on.ChildDown(REKEYED))
-    assert not story.is_open()
+        transcript.after(event)
+        assert transcript.is_open()
+    transcript.after(on.ChildDown(REKEYED))
+    assert not transcript.is_open()
 
 
-def test_of_two_sas_of_a_child_the_last_one_closes(story: Transcript) -> None:
-    up(story)
-    story.after(on.ChildUp(REKEYED), on.ChildDown(REKEYED))
-    assert story.is_open()
+def test_of_two_sas_of_one_child_the_last_to_go_closes_the_flow(transcript: Transcript) -> None:
+    up(transcript)
+    transcript.after(on.ChildUp(REKEYED), on.ChildDown(REKEYED))
+    assert transcript.is_open()
 
 
-# --- lists that are older than events ----------------------------------------------------
+# --- lists older than events -------------------------------------------------------------
 
 
-def test_an_old_list_revives_nothing_and_takes_nothing_away(story: Transcript) -> None:
-    up(story)
-    story.after(connected())
-    assert story.is_open(), "made before the child came up"
-    story.after(on.ChildDown(LISTED), connected(LISTED))
-    assert not story.is_open(), "made before it went down"
-    story.after(connected(), connected(LISTED))
-    assert story.is_open(), "and yet an SPI may be used again"
+def test_a_list_older_than_an_event_changes_nothing(transcript: Transcript) -> None:
+    up(transcript)
+    transcript.after(connected())
+    assert transcript.is_open(), "the list was made before the child came up"
+    transcript.after(on.ChildDown(LISTED), connected(LISTED))
+    assert not transcript.is_open(), "the list was made before the child went down"
+    transcript.after(connected(), connected(LISTED))
+    assert transcript.is_open(), "a later list may use the SPI again"
 
 
-def test_a_restarted_controller_takes_over_what_is_listed() -> None:
-    story = Transcript(remembered=(NET,))
-    assert TableId.SPD not in story.gate.hook_tables.tables
+def test_a_restarted_controller_opens_for_the_listed_sas() -> None:
+    transcript = Transcript(remembered=(NET,))
+    assert TableId.SPD not in transcript.gate.hook_tables.tables
     for event in (connected(LISTED), TUNNEL):
-        assert TableId.SPD not in story.gate.hook_tables.tables, "half the truth"
-        story.after(event)
-    assert story.is_open()
+        assert TableId.SPD not in transcript.gate.hook_tables.tables, "half is still missing"
+        transcript.after(event)
+    assert transcript.is_open()
 
 
-# --- which source ------------------------------------------------------------------------
+# --- the source of SAs -------------------------------------------------------------------
 
 
-def chosen(story: Transcript) -> str:
-    return story.gate.protection.sa_source.value
+def chosen(transcript: Transcript) -> str:
+    return transcript.gate.protection.sa_source.value
 
 
-def test_auto_goes_with_the_daemon() -> None:
-    story = Transcript()
-    assert chosen(story) == "auto"
-    story.after(on.KernelSnapshot((), ()), connected(LISTED), TUNNEL)
-    assert chosen(story) == "vici"
-    assert story.is_open()
-    story.after(on.IkeGone("restarted"), connected(LISTED, userland=False))
-    assert chosen(story) == "xfrm"
-    assert not story.is_open(), "the kernel does not have it"
-    story.after(*UP)
-    assert story.is_open()
+def test_the_automatic_source_follows_the_daemon() -> None:
+    transcript = Transcript()
+    assert chosen(transcript) == "auto"
+    transcript.after(on.KernelSnapshot((), ()), connected(LISTED), TUNNEL)
+    assert chosen(transcript) == "vici"
+    assert transcript.is_open()
+    transcript.after(on.IkeGone("restarted"), connected(LISTED, userland=False))
+    assert chosen(transcript) == "xfrm"
+    assert not transcript.is_open(), "the kernel does not have the SA"
+    transcript.after(*UP)
+    assert transcript.is_open()
 
 
 @pytest.mark.parametrize("userland", [True, False])
 @pytest.mark.parametrize("source", [SaSource.XFRM, SaSource.VICI])
-def test_what_is_configured_holds_and_a_contradiction_is_told(
+def test_a_configured_source_is_kept_and_a_contradiction_is_logged(
     source: SaSource, userland: bool
 ) -> None:
-    story = Transcript(Settings(sa_source=source))
-    commands = story.after(connected(userland=userland), on.KernelSnapshot((), ()))
+    transcript = Transcript(Settings(sa_source=source))
+    commands = transcript.after(connected(userland=userland), on.KernelSnapshot((), ()))
     warned = [c for c in commands if isinstance(c, do.Log) and c.level == "warning"]
     assert len(warned) == (userland is not (source is SaSource.VICI))
-    assert story.gate.protection.sa_source is source
+    assert transcript.gate.protection.sa_source is source
 
 
-def test_taken_for_userland_a_daemon_with_kernel_esp_opens_nothing() -> None:
-    """It has no TUN device, so no route leads into one."""
-    story = Transcript(VICI)
-    story.after(connected(LISTED, userland=False), SOURCES, on.ChildUp(LISTED))
-    assert not story.is_open()
+def test_a_kernel_daemon_configured_as_userspace_opens_nothing() -> None:
+    """Such a daemon has no TUN device, so no route leads into one."""
+    transcript = Transcript(VICI)
+    transcript.after(connected(LISTED, userland=False), SOURCES, on.ChildUp(LISTED))
+    assert not transcript.is_open()
 
 
-def test_a_child_without_a_route_is_deleted_and_made_anew(story: Transcript) -> None:
-    story.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(*NAME))
-    commands = story.after(on.TimerFired(on.Timer("limit", *NAME)))
-    assert do.Terminate(*NAME) in commands
-    story.after(on.TimerFired(on.Timer("retry", *NAME)))
-    assert initiated(story.after(REFUSED)) == [NAME]
+def test_a_child_without_its_route_is_deleted_and_negotiated_again(transcript: Transcript) -> None:
+    transcript.after(REFUSED, on.ChildUp(LISTED), on.NegotiationDone(NAME))
+    commands = transcript.after(on.TimerFired(on.Timer("limit", NAME)))
+    assert do.Terminate(NAME) in commands
+    transcript.after(on.TimerFired(on.Timer("retry", NAME)))
+    assert initiated(transcript.after(REFUSED)) == [NAME]
 
 
-def test_a_child_that_has_its_route_is_not(story: Transcript) -> None:
-    story.after(REFUSED, on.NegotiationDone(*NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
-    commands = story.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", *NAME)))
-    assert do.Terminate(*NAME) not in commands
-    assert story.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF, "another source"
+def test_a_child_that_has_its_route_is_not_deleted(transcript: Transcript) -> None:
+    transcript.after(REFUSED, on.NegotiationDone(NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
+    commands = transcript.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", NAME)))
+    assert do.Terminate(NAME) not in commands
+    # The route chooses a source that the SA does not protect.
+    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF
 
 
-# --- which flows -------------------------------------------------------------------------
+# --- selectors and routes ----------------------------------------------------------------
 
 V6_HERE, V6_THERE = ip_network("2001:db8:a::/64"), ip_network("2001:db8:b::/64")
 HTTP = TrafficSelector(THERE, TCP, (8000, 8003))
@@ -213,7 +218,7 @@ def to(port: int, address: str = "10.2.0.9", proto: int = TCP, sport: int = 0) -
     return Flow(daddr, proto, port, saddr, sport)
 
 
-def test_ports_are_exact() -> None:
+def test_port_ranges_are_exact() -> None:
     flows = [to(7999), to(8000), to(8003), to(8004), to(8000, proto=UDP), to(8000, "10.3.0.1")]
     assert states(flows, [TrafficSelector(HERE)], [HTTP]) == [
         False,
@@ -225,7 +230,7 @@ def test_ports_are_exact() -> None:
     ]
 
 
-def test_a_wide_range_of_ports_is_exact_too() -> None:
+def test_wide_port_ranges_are_exact() -> None:
     many = TrafficSelector(THERE, TCP, (1, 65534))
     flows = [to(0), to(1), to(40000), to(65534), to(65535)]
     assert states(flows, [TrafficSelector(HERE)], [many]) == [False, True, True, True, False]
@@ -238,7 +243,7 @@ def test_families_do_not_mix() -> None:
     assert states(flows, local, remote) == [True, False, True, False]
 
 
-def test_the_source_must_be_inside() -> None:
+def test_the_source_must_be_inside_the_local_selector() -> None:
     elsewhere = replace(ROUTED, saddr=LOCAL)
     assert states([ROUTED, elsewhere], [TrafficSelector(HERE)], [TrafficSelector(THERE)]) == [
         True,
@@ -246,7 +251,7 @@ def test_the_source_must_be_inside() -> None:
     ]
 
 
-def test_a_source_port_that_is_still_to_be_chosen_is_in_no_range() -> None:
+def test_an_unbound_source_port_is_in_no_range() -> None:
     low = TrafficSelector(HERE, TCP, (0, 1023))
     flows = [to(80), to(80, sport=1), to(80, sport=1023), to(80, sport=1024)]
     assert states(flows, [low], [TrafficSelector(THERE)]) == [False, True, True, False]
@@ -261,7 +266,9 @@ def test_a_source_port_that_is_still_to_be_chosen_is_in_no_range() -> None:
     ],
     ids=["OPAQUE", "ICMP types"],
 )
-def test_what_no_hook_can_tell_apart_is_not_protected(selector: TrafficSelector) -> None:
+def test_a_selector_that_the_hooks_cannot_express_protects_nothing(
+    selector: TrafficSelector,
+) -> None:
     flows = [to(0), to(0x800, proto=1), to(PORT_MASK)]
     assert not any(states(flows, [TrafficSelector(HERE)], [selector]))
 

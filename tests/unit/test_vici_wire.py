@@ -1,4 +1,4 @@
-"""VICI packets: PyPI's `vici` writes them, ours reads them, whole or not at all."""
+"""VICI packets written by the `vici` package from PyPI and parsed by ours, strictly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BODY: bytes = Message.serialize(TREE)
 VALUE = b"\3\1a\0\1x"
 
 
-def test_what_is_written_is_read() -> None:
+def test_a_packet_written_by_the_vici_library_is_parsed() -> None:
     assert parse(b"\1" + BODY) == Answer(1, None, READ)
     assert parse(b"\7\7list-sa" + BODY) == Answer(7, "list-sa", READ)
     assert parse(b"\5") == Answer(5, None, {})
@@ -51,13 +51,13 @@ def test_what_is_written_is_read() -> None:
     ],
     ids=repr,
 )
-def test_anything_else_is_an_error(packet: bytes) -> None:
-    """A reader that skips an unknown element, or keeps one of two, loses what it was about."""
+def test_a_malformed_packet_is_an_error(packet: bytes) -> None:
+    """Skipping an unknown element, or keeping one of two, would lose a part of the message."""
     with pytest.raises(ViciError, match="before byte"):
         parse(packet)
 
 
-def test_a_cut_packet_is_an_error() -> None:
+def test_a_truncated_packet_is_an_error() -> None:
     whole = b"\7\7list-sa" + BODY
     ends = {len(whole) - len(Message.serialize({key: TREE[key]})) for key in ("none",)}
     ends |= {9, ends.copy().pop() - len(Message.serialize({"Ω": "Ω"}))}  # between two elements
@@ -68,7 +68,7 @@ def test_a_cut_packet_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("reason", [[b"x"], {"x": b""}, None])
-def test_a_refusal_without_words_is_a_refusal(reason: Any) -> None:
+def test_a_refusal_without_a_message_is_still_a_refusal(reason: Any) -> None:
     assert refusal({"success": b"no", "errmsg": reason}) == "no reason given"
     assert refusal({"success": [b"yes"]}) == "no reason given"
     assert refusal({"success": b"no", "errmsg": b"why"}) == "why"

@@ -1,4 +1,4 @@
-"""The XFRM codec against messages made by hand, and against garbage."""
+"""The XFRM codec against messages made by hand and against damaged ones."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ from tests.unit.xfrm_bytes import (
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_each_type(name: str) -> None:
+def test_each_message_type_becomes_its_event(name: str) -> None:
     data, event = TYPES[name]
     assert list(decode(data)) == [event]
 
@@ -94,7 +94,7 @@ def test_a_datagram_is_decoded_in_order() -> None:
         *("sub policy", "policy expires soft", "sub policies flushed", "SA expires soft"),
     ],
 )
-def test_what_says_nothing_here_is_skipped(data: bytes) -> None:
+def test_irrelevant_messages_are_skipped(data: bytes) -> None:
     assert list(decode(data + TYPES["FLUSHSA"][0])) == [SasFlushed()]
 
 
@@ -105,7 +105,7 @@ def one_policy(body: bytes) -> SpdEntry:
 
 
 @pytest.mark.parametrize("direction", Direction)
-def test_a_policy_has_a_direction(direction: Direction) -> None:
+def test_a_policy_keeps_its_direction(direction: Direction) -> None:
     entry = one_policy(policy(selector(), direction=direction))
     assert entry.key == replace(NET.key, direction=direction)
     gone = message(DELPOLICY, selector() + bytes(8)
@@ -119,7 +119,7 @@ def one_sa(body: bytes) -> Sa:
     return event.sa
 
 
-def test_every_field_of_a_policy() -> None:
+def test_every_field_of_a_policy_is_decoded() -> None:
     sel = selector(
         *("2001:db8::1/128", "2001:db8:2::/48"),
         proto=17,
@@ -150,7 +150,7 @@ def test_every_field_of_a_policy() -> None:
     )
 
 
-def test_bits_beyond_the_prefix_tell_policies_apart() -> None:
+def test_policies_that_differ_beyond_the_prefix_have_different_keys() -> None:
     one = one_policy(policy(selector("10.1.0.0/16", "10.2.0.0/16")))
     other = one_policy(policy(selector("10.1.0.7/16", "10.2.0.9/16")))
     six = one_policy(policy(selector("2001:db8::1/64", "2001:db8:1::/64")))
@@ -168,7 +168,9 @@ def test_bits_beyond_the_prefix_tell_policies_apart() -> None:
         (1, TUNNEL, Action.DISCARD),
     ],
 )
-def test_action(action: int, templates: bytes, meaning: Action) -> None:
+def test_the_action_depends_on_the_templates(
+    action: int, templates: bytes, meaning: Action
+) -> None:
     body = policy(selector(), action=action) + (attribute(TMPL, templates) if templates else b"")
     assert one_policy(body).action is meaning
 
@@ -178,7 +180,7 @@ def test_a_selector_keeps_only_the_bits_of_its_prefix() -> None:
     assert key.selector == Selector(ip_network("10.1.0.0/16"), ip_network("10.2.3.4/31"))
 
 
-def test_every_field_of_a_state() -> None:
+def test_every_field_of_a_state_is_decoded() -> None:
     sel = selector("2001:db8::1/128", "2001:db8::2/128")
     body = state("2001:db8::1", "2001:db8::2", 1, sel=sel, reqid=5, mode=0, hard=FOREVER, added=0)
     marks = attribute(MARK, struct.pack("=II", 1, 2)) + attribute(IF_ID, struct.pack("=I", 3))
@@ -195,7 +197,7 @@ def test_every_field_of_a_state() -> None:
 
 
 @pytest.mark.parametrize("cpu", [0, 1])
-def test_a_state_for_one_cpu_says_so(cpu: int) -> None:
+def test_a_state_for_one_cpu_keeps_its_number(cpu: int) -> None:
     body = state() + CIPHER + attribute(SA_PCPU, struct.pack("=I", cpu))
     assert one_sa(body) == replace(OUT, cpu=cpu)
 
@@ -209,12 +211,12 @@ def test_a_state_for_one_cpu_says_so(cpu: int) -> None:
         *((state() + attribute(kind, bytes(72)), False) for kind in (1, 2, 3, 18, 20)),
     ],
 )
-def test_larval(body: bytes, larval: bool) -> None:
+def test_a_state_without_spi_or_algorithm_is_larval(body: bytes, larval: bool) -> None:
     assert one_sa(body).larval is larval
 
 
 @pytest.mark.parametrize(("hard", "lifetime"), [(0, None), (FOREVER, None), (1, 1)])
-def test_lifetime(hard: int, lifetime: int | None) -> None:
+def test_a_lifetime_of_zero_or_infinity_is_none(hard: int, lifetime: int | None) -> None:
     assert one_sa(state(hard=hard)).hard_lifetime == lifetime
 
 
@@ -241,7 +243,9 @@ def test_lifetime(hard: int, lifetime: int | None) -> None:
         (message(FLUSHSA, b""), FLUSHSA, "xfrm_usersa_flush", 16),
     ],
 )  # fmt: skip
-def test_a_bad_message_says_where(data: bytes, kind: int, field: str, offset: int) -> None:
+def test_an_error_names_message_field_and_offset(
+    data: bytes, kind: int, field: str, offset: int
+) -> None:
     good = TYPES["NEWSA"][0]
     events, error = take(good + data)
     assert events == [SaSet(OUT)]
@@ -251,13 +255,13 @@ def test_a_bad_message_says_where(data: bytes, kind: int, field: str, offset: in
 
 
 @pytest.mark.parametrize("bits", [33, 129, 255])
-def test_prefix_too_long(bits: int) -> None:
+def test_a_prefix_longer_than_the_address_is_an_error(bits: int) -> None:
     with pytest.raises(DecodeError, match="sel"):
         list(decode(message(NEWPOLICY, policy(selector(dst=f"10.2.0.0/{bits}")))))
 
 
-def test_truncated_anywhere() -> None:
-    """What is left of a cut datagram is the events before the cut, and an error unless it fits."""
+def test_a_truncated_datagram_yields_the_events_before_the_cut() -> None:
+    """Cut elsewhere than between two messages, there is also an error."""
     whole = [event for _, event in TYPES.values()]
     fits, at = {0}, 0
     for data, _ in TYPES.values():
@@ -271,12 +275,12 @@ def test_truncated_anywhere() -> None:
 
 
 @given(st.binary(max_size=400))
-def test_garbage_raises_nothing_else(data: bytes) -> None:
+def test_arbitrary_bytes_raise_no_other_error(data: bytes) -> None:
     survive(data)
 
 
 @given(st.data())
-def test_damaged_messages_raise_nothing_else(data: st.DataObject) -> None:
+def test_damaged_messages_raise_no_other_error(data: st.DataObject) -> None:
     damaged = bytearray(ALL)
     for at in data.draw(st.lists(st.integers(0, len(ALL) - 1), min_size=1, max_size=8)):
         damaged[at] = data.draw(st.integers(0, 255))
@@ -289,7 +293,7 @@ def survive(data: bytes) -> None:
 
 
 def take(data: bytes) -> tuple[list[XfrmEvent], DecodeError | None]:
-    """Decode up to an error."""
+    """Return the events before the first error, and the error."""
     events = []
     try:
         for event in decode(data):
@@ -299,8 +303,8 @@ def take(data: bytes) -> tuple[list[XfrmEvent], DecodeError | None]:
     return events, None
 
 
-def test_a_mode_that_is_not_known_is_no_reason_to_read_no_more() -> None:
-    """A dump with one such state, a later kernel's, ended the controller, time and again."""
+def test_an_unknown_mode_does_not_stop_the_decoder() -> None:
+    """A dump with one such state from a newer kernel ended the controller at every start."""
     events, error = take(message(NEWSA, state(mode=6)) + TYPES["NEWSA"][0])
     assert error is None
     unknown, known = events

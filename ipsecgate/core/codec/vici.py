@@ -30,7 +30,7 @@ from typing import Any
 
 from ipsecgate.core.model.events import ChildDown, ChildUp, IkeDown, IkeUp
 from ipsecgate.core.model.flow import PORT_MASK, Network, TrafficSelector, parse_address
-from ipsecgate.core.model.ipsec import AH, ESP, ChildConfig, ChildSa, Mode
+from ipsecgate.core.model.ipsec import AH, ESP, ChildConfig, ChildName, ChildSa, Mode
 from ipsecgate.errors import GateError
 
 Section = Mapping[str, Any]
@@ -142,14 +142,14 @@ def child_configs(conn: Section, names: Names) -> Iterator[ChildConfig]:
         local_addresses = concrete(texts(body, "local_addrs"))
         remote_addresses = concrete(texts(body, "remote_addrs"))
         for child, config in sections(part(body, "children")):
+            name = ChildName(ike, child)
             mode = text(config, "mode")
             if mode in SHUNTS:
                 continue
             if mode not in MODES:
-                raise ViciError(f"child {ike}/{child} has the unknown mode {mode}")
+                raise ViciError(f"child {name} has the unknown mode {mode}")
             yield ChildConfig(
-                ike=ike,
-                child=child,
+                name=name,
                 mode=MODES[mode],
                 local=selectors(texts(config, "local-ts"), local_addresses, names),
                 remote=selectors(texts(config, "remote-ts"), remote_addresses, names),
@@ -290,8 +290,7 @@ def _child_sa(ike: str, body: Section, child: Section, names: Names) -> ChildSa:
     if protocol not in PROTOCOLS:
         raise ViciError(f"CHILD_SA of {ike}: protocol {protocol[:40]!r}")
     return ChildSa(
-        ike=ike,
-        child=text(child, "name"),
+        name=ChildName(ike, text(child, "name")),
         reqid=number(child, "reqid"),
         spi_in=number(child, "spi-in", 16),
         spi_out=number(child, "spi-out", 16),

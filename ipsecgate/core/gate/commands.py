@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ipsecgate.core.model.events import Call, CallMade, Timer
 from ipsecgate.core.model.flow import Address, Network
-from ipsecgate.core.model.ipsec import ChildConfig
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName
 from ipsecgate.core.state.floor import FloorPolicy
 from ipsecgate.core.tables.layout import Entry, Key, TableId
 from ipsecgate.core.tables.table import Table
@@ -101,8 +101,7 @@ class AskIke:
 class Initiate:
     """Have IKE negotiate a CHILD_SA within `limit` seconds. Source: US 7,028,332 claim 1."""
 
-    ike: str
-    child: str
+    name: ChildName
     limit: float
 
 
@@ -113,8 +112,7 @@ class Terminate:
     `unique`: this one of its configuration; 0: all of them.
     """
 
-    ike: str
-    child: str
+    name: ChildName
     unique: int = 0
 
 

@@ -17,7 +17,7 @@ class DerivedPolicies:
     """The connections that were ever seen, as policies; `remembered` are a predecessor's."""
 
     def __init__(self, remembered: Iterable[ChildConfig]) -> None:
-        self._known = {(c.ike, c.child): c for c in remembered}
+        self._known = {c.name: c for c in remembered}
         self.policies: tuple[Policy, ...] = derived(self._known.values())
         self.errors: list[str] = []
 
@@ -26,11 +26,11 @@ class DerivedPolicies:
         before = dict(self._known)
         children = tuple(children)
         for child in children:
-            known = self._known.get((child.ike, child.child), child)
+            known = self._known.get(child.name, child)
             remote = tuple(dict.fromkeys((*known.remote, *child.remote)))
-            self._known[child.ike, child.child] = replace(child, remote=remote)
+            self._known[child.name] = replace(child, remote=remote)
         self.errors = [
-            f"connection {c.ike}/{c.child}: its remote selector is not known before it is up: "
+            f"connection {c.name}: its remote selector is not known before it is up: "
             "name it as [[policy]], or it is not protected"
             for c in children
             if not c.remote

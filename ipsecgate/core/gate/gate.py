@@ -24,13 +24,13 @@ from ipsecgate.core.gate.derived import DerivedPolicies
 from ipsecgate.core.gate.holds import FlowState, Holds
 from ipsecgate.core.gate.hook_tables import HookTables
 from ipsecgate.core.gate.ike import Ike
-from ipsecgate.core.gate.negotiations import Name, Negotiations
+from ipsecgate.core.gate.negotiations import Negotiations
 from ipsecgate.core.gate.one_way import OneWayChildren
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.protection import Protection
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow, Network, is_exempt
-from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildSa, Direction, SpdEntry
+from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, ChildSa, Direction, SpdEntry
 from ipsecgate.core.model.policy import Policy, SaSource, Settings
 from ipsecgate.core.model.prefixes import PrefixSet, prefix
 from ipsecgate.core.tables.flow_index import FlowIndex
@@ -154,10 +154,10 @@ class Gate:
             case on.IkeUnread():
                 return [*self.ike.has_unread((event.reason,)), do.AskIke()]
             case on.NegotiationFailed():
-                name = (event.ike, event.child)
-                return self.negotiations.failed(name, event.cause) + self.policy_table.refresh()
+                failed = self.negotiations.failed(event.name, event.cause)
+                return failed + self.policy_table.refresh()
             case on.NegotiationDone():
-                return self.negotiations.done((event.ike, event.child))
+                return self.negotiations.done(event.name)
 
     def _snapshot(self, event: on.KernelSnapshot) -> list[do.Command]:
         drift = self.protection.snapshot(event)
@@ -196,7 +196,7 @@ class Gate:
         ]
         return [*self._tell_tun(), *opened, *lost, *moved, *self.policy_table.refresh()]
 
-    def _concerned(self) -> list[Name]:
+    def _concerned(self) -> list[ChildName]:
         """Return the negotiations whose flows may be covered or uncovered now.
 
         Held calls are looked at again for the same reason.
@@ -244,7 +244,7 @@ class Gate:
 
     # --- held calls -----------------------------------------------------------------
 
-    def _state_of(self, flow: Flow) -> tuple[list[do.Command], FlowState, Name | None]:
+    def _state_of(self, flow: Flow) -> tuple[list[do.Command], FlowState, ChildName | None]:
         """Return what a flow can expect, and have the SA negotiated that it needs."""
         if TableId.POLICY not in self.hook_tables.tables and not self.settings.audit:
             # The hooks refuse everything until the policies are known.
@@ -254,7 +254,7 @@ class Gate:
             return [], FlowState.FREE, None
         asked = self.ike.ask(flow, place)
         config = self.ike.child(flow, self.policies[place])
-        name = (config.ike, config.child) if config else None
+        name = config.name if config else None
         item = self.negotiations.of.get(name) if name else None
         refreshed = [*asked, *self.policy_table.refresh()] if asked else []
         if item is not None and item.coverage is Coverage.BACK_OFF:
@@ -274,8 +274,8 @@ class Gate:
         Where somebody emptied the kernel's databases, IKE would answer for ever that
         the child is up.
         """
-        name = (timer.ike, timer.child)
-        if timer.kind == "half":
+        name = timer.name
+        if timer.kind == "one-way":
             return self._one_way.timer(name, self._halved())
         item = self.negotiations.of.get(name)
         stale: list[ChildSa] = []
@@ -284,7 +284,7 @@ class Gate:
         moved = self.negotiations.timer(timer)
         if timer.kind != "limit":
             return moved
-        return [*(do.Terminate(*name, sa.unique) for sa in stale), *moved]
+        return [*(do.Terminate(name, sa.unique) for sa in stale), *moved]
 
     # --- the configuration ------------------------------------------------------------
 

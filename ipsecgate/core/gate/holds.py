@@ -22,7 +22,6 @@ from itertools import islice
 
 from ipsecgate.core.codec.seccomp import ERESTARTNOINTR
 from ipsecgate.core.gate import commands as do
-from ipsecgate.core.gate.negotiations import Name
 from ipsecgate.core.model.events import (
     Call,
     CallEvent,
@@ -32,6 +31,7 @@ from ipsecgate.core.model.events import (
     CallMade,
 )
 from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.model.ipsec import ChildName
 from ipsecgate.core.model.policy import Errnos
 from ipsecgate.core.tables.flow_index import FlowIndex
 
@@ -49,7 +49,7 @@ class FlowState(Enum):
 
 SLICE = 16  # flows that are looked at in one step
 
-Look = Callable[[Flow], tuple[list[do.Command], FlowState, Name | None]]
+Look = Callable[[Flow], tuple[list[do.Command], FlowState, ChildName | None]]
 """Tell what a flow can expect, what to do about it, and which child it waits for, if any."""
 
 WAITING = (FlowState.PENDING, FlowState.IDLE)
@@ -66,8 +66,12 @@ class Holds:
     total: int = 0
     _free: set[Flow] = field(default_factory=set)  # that were seen to be, until anything happens
     _calls: dict[Flow, dict[Call, None]] = field(default_factory=dict)  # that are held
-    _waits: dict[Flow, Name | None] = field(default_factory=dict)  # for which child each is held
-    _for: dict[Name | None, dict[Flow, None]] = field(default_factory=dict)  # the same, by child
+    _waits: dict[Flow, ChildName | None] = field(
+        default_factory=dict
+    )  # for which child each is held
+    _for: dict[ChildName | None, dict[Flow, None]] = field(
+        default_factory=dict
+    )  # the same, by child
     _idle: dict[Flow, None] = field(default_factory=dict)  # for which nothing is under way
     _due: dict[Flow, None] = field(default_factory=dict)  # to be looked at again
 
@@ -110,7 +114,7 @@ class Holds:
         """Look at these again, as far as a call for them is held."""
         self._due.update((flow, None) for flow in flows if flow in self._calls)
 
-    def negotiations_moved(self, names: Iterable[Name]) -> None:
+    def negotiations_moved(self, names: Iterable[ChildName]) -> None:
         """Look at the flows again that wait for these children."""
         for name in names:
             self._due.update(self._for.get(name, {}))
@@ -141,7 +145,7 @@ class Holds:
             self._forget(flow)
         return told
 
-    def _wait(self, flow: Flow, state: FlowState, name: Name | None) -> None:
+    def _wait(self, flow: Flow, state: FlowState, name: ChildName | None) -> None:
         if flow not in self._calls:
             self._calls[flow] = {}
             self.flow_index.add(flow)

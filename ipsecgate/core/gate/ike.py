@@ -56,11 +56,11 @@ class Ike:
             return []
         config = self.child(flow, policy)
         if config is not None:
-            if self._negotiations.is_settled((config.ike, config.child)):
+            if self._negotiations.is_settled(config.name):
                 return []
             if self._protection.is_up(config):
-                return self._warn(f"{config.ike}/{config.child} is up and does not protect", flow)
-            return self._negotiations.ask((config.ike, config.child), flow, place, policy.name)
+                return self._warn(f"{config.name} is up and does not protect", flow)
+            return self._negotiations.ask(config.name, flow, place, policy.name)
         if len(self._orphans) < ORPHANS:
             self._orphans.add(flow)
         return [do.AskIke()]  # the connection may have been loaded a moment ago

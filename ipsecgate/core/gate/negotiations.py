@@ -14,7 +14,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage, Input, advance
 from ipsecgate.core.model.events import Timer
 from ipsecgate.core.model.flow import Address, Flow, Network, TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.model.prefixes import LongestPrefix
 from ipsecgate.core.tables.flow_index import FlowIndex
@@ -23,8 +23,6 @@ LIMIT = 30.0  # seconds that IKE has to come to an end
 GRACE = 1.0  # seconds more for IKE to say so, or for the kernel to show what IKE said
 BACK_OFF_FIRST = 1.0
 BACK_OFF_LAST = 60.0
-
-Name = tuple[str, str]  # of an IKE and of a child configuration
 
 
 def child_for(
@@ -38,7 +36,7 @@ def child_for(
     """
     there = flow.daddr, flow.proto, flow.dport
     if policy.child is not None:
-        fitting = [c for c in children if policy.child in (c.child, f"{c.ike}/{c.child}")]
+        fitting = [c for c in children if c.name.matches(policy.child)]
     else:
         fits = {
             c: max(_narrowness(r) for r in c.remote if r.contains(*there))
@@ -65,7 +63,7 @@ class Loaded:
         self._by_name: dict[str, list[ChildConfig]] = {}
         found: dict[Network, list[ChildConfig]] = {}
         for config in self._order:
-            for name in dict.fromkeys((config.child, f"{config.ike}/{config.child}")):
+            for name in dict.fromkeys((config.name.child, str(config.name))):
                 self._by_name.setdefault(name, []).append(config)
             for network in dict.fromkeys(there.network for there in config.remote):
                 found.setdefault(network, []).append(config)
@@ -103,14 +101,14 @@ class Negotiations:
     """Every child that was ever asked for. `random` only spreads the back-off."""
 
     random: Random = field(default_factory=Random)
-    of: dict[Name, Negotiation] = field(default_factory=dict)
+    of: dict[ChildName, Negotiation] = field(default_factory=dict)
     flow_index: FlowIndex = field(default_factory=lambda: FlowIndex(lambda _flow: None))
-    _by_flow: dict[Flow, set[Name]] = field(default_factory=dict)
-    _by_place: dict[int, set[Name]] = field(default_factory=dict)
-    _moved: set[Name] = field(default_factory=set)  # since somebody asked
+    _by_flow: dict[Flow, set[ChildName]] = field(default_factory=dict)
+    _by_place: dict[int, set[ChildName]] = field(default_factory=dict)
+    _moved: set[ChildName] = field(default_factory=set)  # since somebody asked
     _moved_places: set[int] = field(default_factory=set)
 
-    def ask(self, name: Name, flow: Flow, place: int, policy: str) -> list[do.Command]:
+    def ask(self, name: ChildName, flow: Flow, place: int, policy: str) -> list[do.Command]:
         """A flow that this child would protect was refused."""
         item = self.of.get(name)
         if item is None:
@@ -122,16 +120,16 @@ class Negotiations:
             self._put(name)
         return self._move(name, Input.ASKED)
 
-    def is_settled(self, name: Name) -> bool:
+    def is_settled(self, name: ChildName) -> bool:
         """Tell whether to ask for a child would change nothing: it is under way, or failed."""
         item = self.of.get(name)
         return item is not None and item.coverage in (Coverage.NEGOTIATING, Coverage.BACK_OFF)
 
-    def names(self, flows: Iterable[Flow]) -> list[Name]:
+    def names(self, flows: Iterable[Flow]) -> list[ChildName]:
         """Return the children whose coverage is judged by one of these flows."""
         return sorted(name for flow in flows for name in self._by_flow.get(flow, ()))
 
-    def moved(self) -> set[Name]:
+    def moved(self) -> set[ChildName]:
         """Return whose coverage is another, since this was asked last."""
         moved, self._moved = self._moved, set()
         return moved
@@ -141,14 +139,14 @@ class Negotiations:
         moved, self._moved_places = self._moved_places, set()
         return moved
 
-    def _put(self, name: Name) -> None:
+    def _put(self, name: ChildName) -> None:
         item = self.of[name]
         self._by_flow.setdefault(item.flow, set()).add(name)
         self._by_place.setdefault(item.place, set()).add(name)
         self._moved_places.add(item.place)
         self.flow_index.add(item.flow)
 
-    def _take(self, name: Name) -> None:
+    def _take(self, name: ChildName) -> None:
         item = self.of[name]
         self.flow_index.discard(item.flow)
         self._moved_places.add(item.place)
@@ -157,30 +155,30 @@ class Negotiations:
             if not index[key]:  # type: ignore[index]
                 del index[key]  # type: ignore[arg-type]
 
-    def sa_is(self, name: Name, *, live: bool) -> list[do.Command]:
+    def sa_is(self, name: ChildName, *, live: bool) -> list[do.Command]:
         """The kernel does, or does not, protect the child's flow now."""
         covered = self.of[name].coverage is Coverage.COVERED
         if live == covered:
             return []
         return self._move(name, Input.SA_LIVE if live else Input.SA_LOST)
 
-    def failed(self, name: Name, cause: str) -> list[do.Command]:
+    def failed(self, name: ChildName, cause: str) -> list[do.Command]:
         """IKE says that it came to nothing."""
         if name not in self.of:
             return []
         self.of[name].last_error = cause
         return self._move(name, Input.FAILED)
 
-    def done(self, name: Name) -> list[do.Command]:
+    def done(self, name: ChildName) -> list[do.Command]:
         """IKE says that it is up: then the kernel must show it soon."""
         if name not in self.of or self.of[name].coverage is not Coverage.NEGOTIATING:
             return []
         self.of[name].said_up = True
-        return [do.AskIke(), do.StartTimer(Timer("limit", *name), GRACE)]
+        return [do.AskIke(), do.StartTimer(Timer("limit", name), GRACE)]
 
     def timer(self, timer: Timer) -> list[do.Command]:
         """A timer of `_move`'s ran out."""
-        name = (timer.ike, timer.child)
+        name = timer.name
         coverage = self.of[name].coverage if name in self.of else None
         if timer.kind == "limit" and coverage is Coverage.NEGOTIATING:
             item = self.of[name]
@@ -196,7 +194,7 @@ class Negotiations:
         return [command for name in self.of for command in self._move(name, Input.IKE_GONE)]
 
     def renumber(
-        self, place_of: Callable[[Name, Flow], int | None], names: Sequence[str]
+        self, place_of: Callable[[ChildName, Flow], int | None], names: Sequence[str]
     ) -> list[do.Command]:
         """The policies are others now: find each negotiation's, forget those that have none."""
         forgotten: list[do.Command] = []
@@ -207,8 +205,8 @@ class Negotiations:
                 del self.of[name]
                 self._moved.add(name)
                 forgotten += [
-                    do.StopTimer(Timer("limit", *name)),
-                    do.StopTimer(Timer("retry", *name)),
+                    do.StopTimer(Timer("limit", name)),
+                    do.StopTimer(Timer("retry", name)),
                 ]
             else:
                 item.place, item.policy = place, names[place]
@@ -223,7 +221,7 @@ class Negotiations:
         """Return the coverages of what a policy asked for."""
         return {self.of[name].coverage for name in self._by_place.get(place, ())}
 
-    def _move(self, name: Name, event: Input) -> list[do.Command]:
+    def _move(self, name: ChildName, event: Input) -> list[do.Command]:
         """Advance, and return what the new state asks for."""
         item = self.of[name]
         before, item.coverage = item.coverage, advance(item.coverage, event)
@@ -231,16 +229,15 @@ class Negotiations:
             return []
         self._moved.add(name)
         self._moved_places.add(item.place)
-        label = "/".join(name)
-        limit, retry = Timer("limit", *name), Timer("retry", *name)
+        limit, retry = Timer("limit", name), Timer("retry", name)
         match item.coverage:
             case Coverage.NEGOTIATING:
                 item.attempts += 1
                 item.said_up = False
                 return [
-                    do.Initiate(*name, limit=LIMIT),
+                    do.Initiate(name, limit=LIMIT),
                     do.StartTimer(limit, LIMIT + GRACE),
-                    do.Log("info", f"{label}: negotiating for {item.flow}"),
+                    do.Log("info", f"{name}: negotiating for {item.flow}"),
                 ]
             case Coverage.BACK_OFF:
                 item.failures += 1
@@ -248,13 +245,13 @@ class Negotiations:
                 return [
                     do.StopTimer(limit),
                     do.StartTimer(retry, pause),
-                    do.Log("warning", f"{label}: {item.last_error}; again in {pause:.1f} s"),
+                    do.Log("warning", f"{name}: {item.last_error}; again in {pause:.1f} s"),
                 ]
             case Coverage.COVERED:
                 item.failures, item.last_error = 0, ""
             case Coverage.UNCOVERED:
                 pass
-        log = do.Log("info", f"{label}: {item.coverage.value} ({event.value})")
+        log = do.Log("info", f"{name}: {item.coverage.value} ({event.value})")
         return [do.StopTimer(limit), do.StopTimer(retry), log]
 
     def _pause(self, failures: int) -> float:

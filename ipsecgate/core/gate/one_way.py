@@ -15,9 +15,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from ipsecgate.core.gate import commands as do
-from ipsecgate.core.gate.negotiations import Name
 from ipsecgate.core.model.events import Timer
-from ipsecgate.core.model.ipsec import ChildSa
+from ipsecgate.core.model.ipsec import ChildName, ChildSa
 
 FIRST = 2.0  # seconds that a child may be half; the next time twice as many
 ATTEMPTS = 4  # in a row
@@ -30,26 +29,26 @@ class OneWayChildren:
 
     def __init__(self) -> None:
         self._listed: frozenset[ChildSa] = frozenset()
-        self._seen: dict[Name, set[ChildSa]] = {}  # while their timer runs
-        self._attempts: dict[Name, int] = {}  # since the child was whole
+        self._seen: dict[ChildName, set[ChildSa]] = {}  # while their timer runs
+        self._attempts: dict[ChildName, int] = {}  # since the child was whole
 
     def look(self, established: Children, half: Children) -> list[do.Command]:
         """Take note of what is half of what the daemon lists now; `timer` looks a second time."""
         self._listed = frozenset(established)
-        suspects: dict[Name, set[ChildSa]] = {}
+        suspects: dict[ChildName, set[ChildSa]] = {}
         for sa in self._listed.intersection(half):
-            suspects.setdefault(_name(sa), set()).add(sa)
-        for name in {_name(sa) for sa in self._listed} - suspects.keys():
+            suspects.setdefault(sa.name, set()).add(sa)
+        for name in {sa.name for sa in self._listed} - suspects.keys():
             self._attempts.pop(name, None)
         commands: list[do.Command] = []
         for name in sorted(suspects.keys() - self._seen.keys()):
             attempt = self._attempts.get(name, 0)
             if attempt < ATTEMPTS:
                 self._seen[name] = suspects[name]
-                commands.append(do.StartTimer(Timer("half", *name), FIRST * 2.0**attempt))
+                commands.append(do.StartTimer(Timer("one-way", name), FIRST * 2.0**attempt))
         return commands
 
-    def timer(self, name: Name, half: Children) -> list[do.Command]:
+    def timer(self, name: ChildName, half: Children) -> list[do.Command]:
         """Have those deleted that are half still."""
         still = self._seen.pop(name, set()).intersection(half, self._listed)
         if not still:
@@ -61,14 +60,10 @@ class OneWayChildren:
         return [command for sa in ordered for command in _delete(sa)]
 
 
-def _name(sa: ChildSa) -> Name:
-    return sa.ike, sa.child
-
-
 def _delete(sa: ChildSa) -> list[do.Command]:
-    return [_told(sa, "deleting it, to be made anew"), do.Terminate(sa.ike, sa.child, sa.unique)]
+    return [_told(sa, "deleting it, to be made anew"), do.Terminate(sa.name, sa.unique)]
 
 
 def _told(sa: ChildSa, what_then: str) -> do.Command:
     lost = f"the kernel has lost the inbound half of its SA ({sa.spi_in:08x}) and drops all answers"
-    return do.Log("warning", f"{sa.ike}/{sa.child}: {lost}; {what_then}")
+    return do.Log("warning", f"{sa.name}: {lost}; {what_then}")

@@ -13,10 +13,10 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.derived import DerivedPolicies
 from ipsecgate.core.gate.hook_tables import HookTables
-from ipsecgate.core.gate.negotiations import Name, Negotiations
+from ipsecgate.core.gate.negotiations import Negotiations
 from ipsecgate.core.gate.protection import Protection
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, Network
-from ipsecgate.core.model.ipsec import Action
+from ipsecgate.core.model.ipsec import Action, ChildName
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.state.floor import floor_of, is_floor
 from ipsecgate.core.tables.layout import TableId, flow_key
@@ -97,12 +97,13 @@ class PolicyTable:
         entry = self._hook_tables.tables.get(TableId.POLICY, EMPTY).classify(flow_key(flow))
         return entry.id if entry and entry.id < len(self.policies) else None
 
-    def _place_for(self, name: Name, flow: Flow) -> int | None:
+    def _place_for(self, name: ChildName, flow: Flow) -> int | None:
         """Return the place of the policy for which a child may be negotiated, to protect a flow."""
         place = self.place_of(flow)
         if place is None or self.policies[place].action is not Action.PROTECT:
             return None
-        return place if self.policies[place].child in (None, name[1], "/".join(name)) else None
+        child = self.policies[place].child
+        return place if child is None or name.matches(child) else None
 
     def _errno(self, place: int) -> int:
         errnos = self.settings.errnos

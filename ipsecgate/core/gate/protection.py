@@ -12,7 +12,7 @@ from dataclasses import replace
 from ipsecgate.core.gate.hook_tables import HookTables
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Address, Flow, Network
-from ipsecgate.core.model.ipsec import ChildConfig, ChildSa
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa
 from ipsecgate.core.model.policy import SaSource
 from ipsecgate.core.model.prefixes import LongestPrefix, fit
 from ipsecgate.core.state.kernel_state import KernelState
@@ -122,14 +122,14 @@ class Protection:
 
     def is_up(self, config: ChildConfig) -> bool:
         """Tell whether the kernel has all that IKE says of a child: asking changes nothing."""
-        established = self.kernel_state.established(config.ike, config.child)
+        established = self.kernel_state.established(config.name)
         return not self.in_userland and any(not self.kernel_state.lacks(sa) for sa in established)
 
     def halves(self) -> set[ChildSa]:
         """Return the CHILD_SAs of which the kernel has lost what it needs to receive."""
         return set() if self.in_userland else self.kernel_state.halves()
 
-    def stale(self, name: tuple[str, str], flow: Flow) -> list[ChildSa]:
+    def stale(self, name: ChildName, flow: Flow) -> list[ChildSa]:
         """Return what IKE believes to protect this flow, and of which the kernel has nothing.
 
         A flow outside what was negotiated is no reason, nor is a child's predecessor, nor are
@@ -138,7 +138,7 @@ class Protection:
         there = flow.daddr, flow.proto, flow.dport
         covering = [
             sa
-            for sa in self.source.established(*name)
+            for sa in self.source.established(name)
             if any(selector.contains(*there) for selector in sa.remote)
         ]
         return covering if all(self.source.lacks(sa) for sa in covering) else []

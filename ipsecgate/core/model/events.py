@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ipsecgate.core.model.flow import Address, Flow, Network
-from ipsecgate.core.model.ipsec import ChildConfig, ChildSa, Sa, SaId, SpdEntry, SpdKey
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Sa, SaId, SpdEntry, SpdKey
 from ipsecgate.core.model.policy import Settings
 
 # --- kernel: XFRM notifications -------------------------------------------------
@@ -159,8 +159,7 @@ class IkeGone:
 class NegotiationFailed:
     """A negotiation that the gate asked for ended without a CHILD_SA."""
 
-    ike: str
-    child: str
+    name: ChildName
     cause: str
 
 
@@ -168,8 +167,7 @@ class NegotiationFailed:
 class NegotiationDone:
     """IKE says that the child is up, perhaps that it was all the time. Not proof of an SA."""
 
-    ike: str
-    child: str
+    name: ChildName
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +252,7 @@ class Timer:
     """A timer of one child: `kind` is "limit" or "retry" of its negotiation, or "half"."""
 
     kind: str
-    ike: str
-    child: str
+    name: ChildName
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 from ipsecgate.core.model.flow import Address, Selector, TrafficSelector
 
@@ -145,6 +146,23 @@ class Sa:
 # --- the IKE daemon's words for the same
 
 
+class ChildName(NamedTuple):
+    """The name of a child configuration: its connection's in swanctl.conf, and its own in that.
+
+    A child's own name is unique only within its connection.
+    """
+
+    ike: str
+    child: str
+
+    def __str__(self) -> str:
+        return f"{self.ike}/{self.child}"
+
+    def matches(self, written: str) -> bool:
+        """Return whether the operator's "ike/child" or "child" means this one."""
+        return written in (self.child, str(self))
+
+
 @dataclass(frozen=True, slots=True)
 class ChildConfig:
     """A CHILD_SA configuration that strongSwan has loaded, by IKE and child name.
@@ -154,8 +172,7 @@ class ChildConfig:
     addresses becomes the networks that make it up.
     """
 
-    ike: str
-    child: str
+    name: ChildName
     mode: Mode
     local: tuple[TrafficSelector, ...]
     remote: tuple[TrafficSelector, ...]
@@ -173,8 +190,7 @@ class ChildSa:
     a peer may choose any. `outbound` and `inbound` are the names of the kernel's two states.
     """
 
-    ike: str
-    child: str
+    name: ChildName
     reqid: int
     spi_in: int
     spi_out: int

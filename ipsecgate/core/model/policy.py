@@ -89,7 +89,7 @@ def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
             if selector.ports[0] > selector.ports[1]:
                 continue  # OPAQUE: ports that no flow has
             suffix = f"#{number}" if len(config.remote) > 1 else ""
-            name = f"{config.ike}/{config.child}{suffix}"
+            name = f"{config.name}{suffix}"
             policy = Policy(name, (selector.network,), proto=selector.proto, ports=selector.ports)
             found.setdefault(selector, policy)
     return tuple(found.values())

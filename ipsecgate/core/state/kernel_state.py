@@ -35,7 +35,16 @@ from ipsecgate.core.model.events import (
     XfrmEvent,
 )
 from ipsecgate.core.model.flow import Selector
-from ipsecgate.core.model.ipsec import ChildSa, Direction, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.model.ipsec import (
+    ChildName,
+    ChildSa,
+    Direction,
+    Sa,
+    SaId,
+    SpdEntry,
+    SpdKey,
+    Template,
+)
 from ipsecgate.core.state.floor import PRIORITY, is_floor
 from ipsecgate.core.state.spd import EVERYTHING, Negotiated, agreed_on, region_of, spd_rules
 from ipsecgate.core.tables.table import Rule, Ternary
@@ -51,7 +60,7 @@ class KernelState:
         self._trusted: set[SaId] = set()
         self._known: dict[SaId, ChildSa] = {}  # by the outbound state
         self._ike = False
-        self._by_name: dict[tuple[str, str], list[ChildSa]] | None = None  # of those, when asked
+        self._by_name: dict[ChildName, list[ChildSa]] | None = None  # of those, when asked
         self._asking: dict[int, list[Template]] | None = None  # outbound templates by reqid, too
 
     def apply(self, event: XfrmEvent) -> bool:
@@ -137,13 +146,13 @@ class KernelState:
             if sa.id in self._trusted or (self._ike and sa.id in self._known)
         ]
 
-    def established(self, ike: str, child: str) -> list[ChildSa]:
+    def established(self, name: ChildName) -> list[ChildSa]:
         """Return what the daemon says is established of a child."""
         if self._by_name is None:
             self._by_name = {}
             for sa in self._known.values():
-                self._by_name.setdefault((sa.ike, sa.child), []).append(sa)
-        return self._by_name.get((ike, child), [])
+                self._by_name.setdefault(sa.name, []).append(sa)
+        return self._by_name.get(name, [])
 
     def lacks(self, told: ChildSa) -> bool:
         """Tell whether the kernel has not what the daemon says is established.
@@ -197,10 +206,10 @@ class KernelState:
         inbound = {sa.inbound for sa in self._known.values()}
         return [sa for sa in self.trusted_sas() if sa.id not in inbound]
 
-    def child_of(self, sa: Sa) -> str | None:
-        """Return "ike/child" as the daemon calls an SA, None before it told."""
+    def child_of(self, sa: Sa) -> ChildName | None:
+        """Return which child the daemon lists an SA under, None until it does."""
         known = self._known.get(sa.id)
-        return f"{known.ike}/{known.child}" if known else None
+        return known.name if known else None
 
     def party_of(self, entry: SpdEntry) -> Hashable:
         """Return who answers for a policy: its peer, else where it leads."""
@@ -213,7 +222,7 @@ class KernelState:
         flows = f"{selector.src} to {selector.dst}"
         for sa in self._known.values():
             if any(t.reqid == sa.reqid and t.may_name(sa.outbound) for t in entry.templates):
-                return f"{sa.ike}/{sa.child} ({flows}, peer {sa.remote_host})"
+                return f"{sa.name} ({flows}, peer {sa.remote_host})"
         return f"{flows} (peer {self.party_of(entry)})"
 
     def rules(self) -> list[Rule]:

@@ -22,7 +22,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import replace
 
 from ipsecgate.core.model.flow import PORT_MASK, Network
-from ipsecgate.core.model.ipsec import ChildSa
+from ipsecgate.core.model.ipsec import ChildName, ChildSa
 from ipsecgate.core.model.prefixes import PrefixSet, prefix
 from ipsecgate.core.state.spd import DEAD, LIVE, agreed_on
 from ipsecgate.core.tables.table import Rule, Ternary, ternary
@@ -70,9 +70,9 @@ class Userland:
         self._new.clear()
         self._down.clear()
 
-    def established(self, ike: str, child: str) -> list[ChildSa]:
+    def established(self, name: ChildName) -> list[ChildSa]:
         """Return what the daemon says is established of a child."""
-        return [sa for sa in self._up.values() if (sa.ike, sa.child) == (ike, child)]
+        return [sa for sa in self._up.values() if sa.name == name]
 
     def lacks(self, sa: ChildSa) -> bool:
         """Tell whether no route leads to what the daemon says that it protects."""
@@ -85,7 +85,7 @@ class Userland:
 
     def name_of(self, sa: ChildSa) -> str:
         """Return a CHILD_SA's name."""
-        return f"{sa.ike}/{sa.child} (peer {sa.remote_host})"
+        return f"{sa.name} (peer {sa.remote_host})"
 
     def sas(self) -> list[ChildSa]:
         """Return every CHILD_SA that is up."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from ipsecgate import trust
 from ipsecgate.core.codec.vici import OPAQUE
 from ipsecgate.core.model.flow import PORT_MASK, TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, Mode
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
 from ipsecgate.errors import GateError
 
 T = TypeVar("T")
@@ -81,8 +81,8 @@ def _plain(child: ChildConfig) -> dict[str, Any]:
         return [[str(s.network), s.proto, *s.ports] for s in selectors]
 
     return {
-        "ike": child.ike,
-        "child": child.child,
+        "ike": child.name.ike,
+        "child": child.name.child,
         "mode": child.mode.name,
         "local": side(child.local),
         "remote": side(child.remote),
@@ -91,8 +91,7 @@ def _plain(child: ChildConfig) -> dict[str, Any]:
 
 def _child(item: dict[str, Any]) -> ChildConfig:
     return ChildConfig(
-        ike=_name(item["ike"]),
-        child=_name(item["child"]),
+        name=ChildName(_name(item["ike"]), _name(item["child"])),
         mode=Mode[_the(str, item["mode"])],
         local=tuple(_selector(_the(list, one)) for one in _the(list, item["local"])),
         remote=tuple(_selector(_the(list, one)) for one in _the(list, item["remote"])),

@@ -48,7 +48,7 @@ from ipsecgate.core.model.events import (
     NegotiationDone,
     NegotiationFailed,
 )
-from ipsecgate.core.model.ipsec import ChildConfig, ChildSa
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa
 from ipsecgate.edges.strongswan.negotiation import Negotiator
 from ipsecgate.edges.strongswan.vici import (
     IkeError,
@@ -188,13 +188,13 @@ class IkeClient:
         answer, _ = await self._in_turn(lambda: self._commands.exchange("stats", {}))
         return is_userland(answer)
 
-    async def initiate(self, ike: str, child: str, limit: float) -> None:
+    async def initiate(self, name: ChildName, limit: float) -> None:
         """Have a child negotiated; this does not wait for it.
 
         `NegotiationDone` or `NegotiationFailed` comes after `limit` seconds at the latest; a
         child that is up already counts as done.
         """
-        self._spawn(self._initiate(ike, child, limit))
+        self._spawn(self._initiate(name, limit))
 
     async def terminate(self, ike: str, child: str | None = None, unique: int = 0) -> None:
         """Have an IKE_SA, or just one child of it, deleted; return when charon was asked.
@@ -207,23 +207,23 @@ class IkeClient:
             what["child-id"] = str(unique)
         await self._command("terminate", {**what, "timeout": "-1"})
 
-    def terminate_soon(self, ike: str, child: str, unique: int = 0) -> None:
+    def terminate_soon(self, name: ChildName, unique: int = 0) -> None:
         """Have a child deleted; this does not wait for it, nor mind if it went by itself."""
-        self._spawn(self._terminate_quietly(ike, child, unique))
+        self._spawn(self._terminate_quietly(name, unique))
 
-    async def _terminate_quietly(self, ike: str, child: str, unique: int) -> None:
+    async def _terminate_quietly(self, name: ChildName, unique: int) -> None:
         with suppress(IkeError):
-            await self.terminate(ike, child, unique)
+            await self.terminate(*name, unique)
 
-    async def _initiate(self, ike: str, child: str, limit: float) -> None:
+    async def _initiate(self, name: ChildName, limit: float) -> None:
         try:
-            cause = await self._negotiator.negotiate((ike, child), limit)
+            cause = await self._negotiator.negotiate(name, limit)
         except (IkeError, ViciError) as error:
             cause = str(error)
         if cause is None:
-            self._events.put_nowait(NegotiationDone(ike, child))
+            self._events.put_nowait(NegotiationDone(name))
         else:
-            self._events.put_nowait(NegotiationFailed(ike, child, cause))
+            self._events.put_nowait(NegotiationFailed(name, cause))
 
     async def _take_back(self, ike: str) -> None:
         """Drop the half-open IKE_SAs of a configuration that we began."""
@@ -259,7 +259,7 @@ class IkeClient:
             while True:
                 for event in _understood(await self._event_source.receive()):
                     if isinstance(event, ChildUp):
-                        self._negotiator.came_up((event.sa.ike, event.sa.child))
+                        self._negotiator.came_up(event.sa.name)
                     self._events.put_nowait(event)
         except IkeError as error:
             reason = str(error)

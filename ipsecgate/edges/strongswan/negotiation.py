@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ipsecgate.core.codec.causes import failure_cause
 from ipsecgate.core.codec.vici import text
-from ipsecgate.core.model.ipsec import ChildSa
+from ipsecgate.core.model.ipsec import ChildName, ChildSa
 from ipsecgate.edges.strongswan.vici import Message, ViciConnection, refusal
 
 MAX_WAITING = 4
@@ -33,8 +33,6 @@ SETTLE = 0.25  # seconds for child-updown to follow a "yes"
 NO_LOG = "-1"  # below every log level
 UNEXPLAINED = " failed"  # how a refusal ends that doesn't say why
 OUT_OF_TIME = " not established after "
-
-ChildKey = tuple[str, str]
 
 
 class Negotiator:
@@ -55,7 +53,7 @@ class Negotiator:
         self._spare: list[ViciConnection] = []
         self._connections = asyncio.Semaphore(2 * MAX_WAITING)
         self._waiting = 0
-        self._ups: dict[ChildKey, asyncio.Event] = {}
+        self._ups: dict[ChildName, asyncio.Event] = {}
 
     async def prepare(self) -> None:
         """Open a connection ahead of the first negotiation. Raises: IkeUnreachableError."""
@@ -66,23 +64,23 @@ class Negotiator:
         while self._spare:
             self._spare.pop().close()
 
-    def came_up(self, key: ChildKey) -> None:
+    def came_up(self, name: ChildName) -> None:
         """Take note that a child came up."""
-        if key in self._ups:
-            self._ups[key].set()
+        if name in self._ups:
+            self._ups[name].set()
 
-    async def negotiate(self, key: ChildKey, limit: float) -> str | None:
-        """Negotiate (ike, child) for `limit` seconds; return why it failed, None if it is up.
+    async def negotiate(self, name: ChildName, limit: float) -> str | None:
+        """Negotiate a child for `limit` seconds; return why it failed, None if it is up.
 
         Raises: IkeError, ViciError.
         """
         clock = asyncio.get_running_loop().time
-        self._ups.setdefault(key, asyncio.Event()).clear()
+        self._ups.setdefault(name, asyncio.Event()).clear()
         began = clock()
         deadline = began + limit
         log: list[str] | None = None
-        while (refused := await self._ask(key, deadline - clock(), log)) is not None:
-            if await self._is_up(key):
+        while (refused := await self._ask(name, deadline - clock(), log)) is not None:
+            if await self._is_up(name):
                 return None
             if OUT_OF_TIME in refused:
                 break
@@ -91,18 +89,22 @@ class Negotiator:
             if clock() - began > DIAGNOSE_WITHIN:
                 return f"the peer is silent: strongSwan gave up after {clock() - began:.0f} s"
             log = []
-        if refused is None and await self._comes_up(key, deadline):
+        if refused is None and await self._comes_up(name, deadline):
             return None
-        await self._take_back(key[0])
+        await self._take_back(name.ike)
         return f"no CHILD_SA within {limit:g} s: the peer is slow or silent"
 
-    async def _ask(self, key: ChildKey, limit: float, log: list[str] | None) -> str | None:
+    async def _ask(self, name: ChildName, limit: float, log: list[str] | None) -> str | None:
         """Ask once, and wait for the end if there is a place; return the refusal.
 
         `log` gets what strongSwan logs meanwhile.
         """
         wait = self._waiting < MAX_WAITING
-        message = {"ike": key[0], "child": key[1], "timeout": milliseconds(limit) if wait else "-1"}
+        message = {
+            "ike": name.ike,
+            "child": name.child,
+            "timeout": milliseconds(limit) if wait else "-1",
+        }
         if log is None:
             message["loglevel"] = NO_LOG
         stream = None if log is None else "control-log"
@@ -128,20 +130,20 @@ class Negotiator:
         self._spare.append(connection)
         return result
 
-    async def _comes_up(self, key: ChildKey, deadline: float) -> bool:
+    async def _comes_up(self, name: ChildName, deadline: float) -> bool:
         """Wait for the child until the deadline; soon look whether it was up all the time."""
         soon = asyncio.get_running_loop().time() + SETTLE
         for until in (min(soon, deadline), deadline):
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
-                    await self._ups[key].wait()
+                    await self._ups[name].wait()
                     return True
-            if await self._is_up(key):
+            if await self._is_up(name):
                 return True
         return False
 
-    async def _is_up(self, key: ChildKey) -> bool:
-        return any((sa.ike, sa.child) == key for sa in await self._established())
+    async def _is_up(self, name: ChildName) -> bool:
+        return any(sa.name == name for sa in await self._established())
 
 
 def milliseconds(seconds: float) -> str:

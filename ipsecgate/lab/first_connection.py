@@ -1,13 +1,13 @@
-"""The first connection to a protected peer, without the gate and with it: measured.
+"""Measure the first connection to a protected peer, without and with the gate.
 
-Every figure is the network's or the kernel's, none the gate's own: SYN
-retransmissions are host a's TcpExt counter, datagrams are counted by the
-receiver, what was in clear by a capture between the hosts, and "SA ready" is the
-kernel's own XFRM notification. Times are CLOCK_MONOTONIC, shared by all hosts.
+Every figure comes from the network or the kernel, none from the gate: SYN retransmissions are
+host a's TcpExt counter, the receiver counts datagrams, a capture between the hosts counts
+cleartext packets, and "SA ready" is the kernel's XFRM notification. Times are CLOCK_MONOTONIC,
+which all hosts share.
 
 Without the gate: strongSwan's trap policy and the kernel's defaults.
-With it: the same, and the client in a gated cgroup; it retries every millisecond
-while it is refused.
+With the gate: the same, but the client is in a gated cgroup and retries every millisecond while
+it is refused.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What was measured. Times in milliseconds, None where it did not happen or apply.
+    """The measurements of a case. Times in milliseconds; None if it did not happen or apply.
 
     `sa_ready`: from the first attempt until the kernel had the outbound SA.
-    `policy_ready`: until it had the SA's own policy, which wins over the trap.
-    `connected`: until the connection stood (TCP) or the first sendto() was taken (UDP).
-    `released`: from the winning policy to the start of the attempt that succeeded;
-    negative where that began before (with a trap, the SA alone protects the flow).
+    `policy_ready`: until the kernel had the SA's own policy, which takes precedence over the trap.
+    `connected`: until the connection was established (TCP) or the first sendto() succeeded (UDP).
+    `released`: from that policy to the start of the attempt that succeeded; negative if the attempt
+    began earlier (with a trap, the SA alone protects the flow).
     """
 
     case: Case
@@ -79,7 +79,7 @@ def cases(
     families: Sequence[int] = FAMILIES,
     modes: Sequence[str] = MODES,
 ) -> list[Case]:
-    """Return every combination, all without the gate first: it is not even loaded then."""
+    """Return every combination. Those without the gate come first, while no hooks are loaded."""
     return [
         Case(protocol, family, mode, gated)
         for gated in (False, True)
@@ -87,31 +87,31 @@ def cases(
     ]
 
 
-def tell(
+def measure_all(
     wanted: Sequence[Case], delay: float, progress: Progress = lambda _: None
 ) -> Generator[Outcome, None, None]:
-    """Build the lab, run the cases in order, yield what was measured, take all down.
+    """Build the lab, run the cases in order, yield each outcome, remove the lab.
 
     `delay`: one way, in milliseconds. Raises: LabError.
     """
     with contextlib.ExitStack() as stack:
         progress("two hosts, each with its own strongSwan, and a path between them")
         lab = stack.enter_context(Lab())
-        progress("one negotiation of each kind, so that ciphers are loaded")
+        progress("one negotiation of each kind, to load the ciphers")
         lab.warm_up()
         lab.set_delay(delay)
         gate: Gated | None = None
         for case in wanted:
             if case.gated and gate is None:
-                progress("the gate: its hooks on one cgroup of host a, its controller beside")
+                progress("the gate: hooks on one cgroup of host a, and the controller")
                 hooks = Path(stack.enter_context(TemporaryDirectory(prefix=f"{lab.name}-hooks-")))
-                bytecode.get(hooks)  # however long that takes: a controller must be ready in time
+                bytecode.get(hooks)  # compile them first: `Gated` waits a limited time
                 gate = stack.enter_context(Gated(lab, cache=hooks))
             progress(f"{case}, {'with' if case.gated else 'without'} the gate")
-            yield run(lab, case, gate if case.gated else None)
+            yield measure(lab, case, gate if case.gated else None)
 
 
-def run(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
+def measure(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
     """Measure one case on an idle lab. Raises: LabError."""
     lab.reset()
     spec = ConnSpec(f"{case.mode}-{case.family}", case.mode, case.family, start_action="trap")
@@ -151,7 +151,7 @@ def run(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
 def _times(
     report: Report, sa_ready: float | None, policy_ready: float | None
 ) -> dict[str, float | None]:
-    """Return the times of a client's report, in milliseconds."""
+    """Return the times of an outcome from a client's report, in milliseconds."""
     first = report["first"]
     began = report.get("success_start", report["first_success"])
     ended = report.get("connected", report["first_success"])

@@ -1,13 +1,13 @@
-"""One strongSwan of the lab: its daemon, its settings, its connections over VICI.
+"""One strongSwan daemon of the lab: its process, its settings, and its connections over VICI.
 
-Rules of this module: nothing outside the folder given is written; the connections live
-in the daemon only, so a restarted one knows none. Every call makes its own VICI
-connection: a restart between two calls needs no care, and threads may call.
+Rules of this module: nothing outside the given folder is written. Connections exist only in the
+daemon, so a restarted one has none. Every call opens its own VICI connection, so the daemon may
+restart between two calls, and threads may call.
 
-Retransmission: stock is 5 tries from 4 s (165 s until charon gives up). The lab sends again
-every 1.5 s and gives up after 15 s: a busy machine may keep a charon from answering for a
-while. `HASTY` has it give up after 3 s, where a silent peer is what is tested. A request that
-is answered within 1.5 s (a one-way delay below 700 ms) never notices; all else is stock.
+Retransmission: by default charon tries 5 times from 4 s on and gives up after 165 s. The lab
+retransmits every 1.5 s and gives up after 15 s, because a busy machine may delay a charon's answer.
+`HASTY` makes charon give up after 3 s, for tests with a silent peer. Requests that are answered
+within 1.5 s (a one-way delay below 700 ms) are not affected. All other settings are the defaults.
 """
 
 from __future__ import annotations
@@ -17,28 +17,24 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import vici
 from vici.exception import CommandException, SessionException
 
-from ipsecgate.core.model.flow import Address
 from ipsecgate.lab.netns import LabError
 
 DAEMON = Path("/usr/sbin/charon-systemd")
 PLUGINS = Path("/usr/lib/ipsec/plugins")
-# Only what PSK with the proposals below needs: in a slow guest each plugin costs start-up
-# time, and af-alg would probe every cipher of the kernel.
+# Only what PSK with the lab's proposals needs: in a slow guest each plugin costs start-up time, and
+# af-alg would probe every cipher of the kernel.
 LOAD = "random nonce {crypto} {kernel} socket-default vici"
-# Who computes: from Debian 13 on libstrongswan has OpenSSL in place of strongSwan's own.
+# The crypto plugins: since Debian 13, libstrongswan has OpenSSL instead of strongSwan's own.
 CRYPTO = ("aes sha1 sha2 hmac kdf gmp", "openssl")
-# The first plugin with an IPsec backend is the one that is used; kernel-netlink has routes, too.
+# charon uses the first plugin with an IPsec backend; kernel-netlink also does the routes.
 NETLINK, LIBIPSEC = "kernel-netlink", "kernel-libipsec kernel-netlink"
 TUN = Path("/dev/net/tun")
-IKE_PROPOSAL = "aes128-sha256-modp2048"
-ESP_PROPOSAL = "aes128-sha256"
 START_TIMEOUT = 60.0
 OTHERS_TIMEOUT = 5.0
 HASTY = "retransmit_tries = 1"  # for `Charon.configure`
@@ -70,73 +66,11 @@ charon-systemd {{
 """
 
 
-@dataclass(frozen=True, slots=True)
-class ConnSpec:
-    """A connection with one child, seen from the host that loads it.
-
-    `mode` is transport or tunnel, `family` 4 or 6, `start_action` trap, none or start. The
-    traffic selectors default to the outer addresses (transport) or the inner networks
-    (tunnel), every protocol; they are strongSwan's texts, such as 192.0.2.2[tcp/5432].
-    `options` and `child_options` go into the configuration as they are.
-    """
-
-    name: str
-    mode: str = "transport"
-    family: int = 4
-    start_action: str = "none"
-    child: str = ""
-    local_ts: tuple[str, ...] = ()
-    remote_ts: tuple[str, ...] = ()
-    ike_proposals: tuple[str, ...] = (IKE_PROPOSAL,)
-    esp_proposals: tuple[str, ...] = (ESP_PROPOSAL,)
-    options: Mapping[str, str] = field(default_factory=dict)
-    child_options: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def child_name(self) -> str:
-        """The name of the child: the connection's own unless `child` says otherwise."""
-        return self.child or self.name
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """One end of a connection: its IKE identity and address, and what it protects."""
-
-    identity: str
-    address: Address
-    selectors: tuple[str, ...]
-
-
-def connection(spec: ConnSpec, local: End, remote: End, start_action: str) -> dict[str, Any]:
-    """Return the section that VICI's load-conn takes for `spec` between two ends."""
-    return {
-        spec.name: {
-            "version": "2",
-            "local_addrs": [str(local.address)],
-            "remote_addrs": [str(remote.address)],
-            "proposals": list(spec.ike_proposals),
-            "local": {"auth": "psk", "id": local.identity},
-            "remote": {"auth": "psk", "id": remote.identity},
-            **spec.options,
-            "children": {
-                spec.child_name: {
-                    "mode": spec.mode,
-                    "local_ts": list(local.selectors),
-                    "remote_ts": list(remote.selectors),
-                    "esp_proposals": list(spec.esp_proposals),
-                    "start_action": start_action,
-                    **spec.child_options,
-                }
-            },
-        }
-    }
-
-
 class Charon:
-    """A charon-systemd with everything it owns in one folder.
+    """A charon-systemd with all its files in one folder.
 
-    `launcher` is the command prefix that puts it into its network namespace. `libipsec`: it does
-    ESP itself behind a TUN device, ipsec0, tunnel mode only; the kernel needs no ESP.
+    `launcher` is the command prefix that runs it in its network namespace. `libipsec`: userspace
+    ESP behind a TUN device, ipsec0, in tunnel mode only; the kernel needs no ESP.
     """
 
     def __init__(self, folder: Path, launcher: list[str], libipsec: bool = False) -> None:
@@ -146,15 +80,15 @@ class Charon:
         self._launcher = launcher
         self._process: subprocess.Popen[bytes] | None = None
         self._load = plugins(LIBIPSEC if libipsec else NETLINK)
-        missing = absent(self._load)
+        missing = missing_plugins(self._load)
         if missing or not DAEMON.exists():
             raise LabError(
-                f"strongSwan is not complete: {' '.join(missing) or DAEMON} missing",
+                f"strongSwan is incomplete: {' '.join(missing) or DAEMON} is missing",
                 hint="install charon-systemd, strongswan-libcharon, libstrongswan and "
                 "libcharon-extra-plugins",
             )
         if libipsec and not TUN.exists():
-            subprocess.run(["modprobe", "tun"], check=False, capture_output=True)
+            load_tun()
         self._settings = folder / "strongswan.conf"
         self._settings.write_text(SETTINGS.format(load=self._load, folder=folder))
 
@@ -167,7 +101,7 @@ class Charon:
 
     @property
     def alive(self) -> bool:
-        """Tell whether the daemon runs."""
+        """Whether the daemon is running."""
         return self._process is not None and self._process.poll() is None
 
     def spawn(self) -> None:
@@ -192,17 +126,17 @@ class Charon:
                 session.version()
                 return
             time.sleep(0.01)
-        said = (self.folder / "charon.out").read_text(errors="replace")[-500:]
-        raise LabError(f"charon did not become ready: {said.strip()}", hint=f"see {self.log}")
+        output = (self.folder / "charon.out").read_text(errors="replace")[-500:]
+        raise LabError(f"charon did not become ready: {output.strip()}", hint=f"see {self.log}")
 
     def kill(self) -> None:
-        """End the daemon as a crash would (SIGKILL): its SAs and policies stay behind."""
+        """Kill the daemon as a crash would (SIGKILL): its SAs and policies stay."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def stop(self) -> None:
-        """End the daemon as systemd would (SIGTERM); it deletes its SAs and policies."""
+        """Stop the daemon as systemd would (SIGTERM); it deletes its SAs and policies."""
         if self._process is not None:
             self._process.terminate()
             try:
@@ -212,21 +146,21 @@ class Charon:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[vici.Session]:
-        """Open a VICI connection of its own. Raises: OSError if the daemon is away."""
+        """Open a new VICI connection. Raises: OSError if the daemon is not running."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self.vici_socket))
             try:
                 yield vici.Session(sock)
             except SessionException as error:
-                # vici's own clean-up stumbles over the answer to a request that was interrupted.
+                # vici's clean-up fails on the pending answer to an interrupted request.
                 if isinstance(error.__context__, KeyboardInterrupt):
                     raise error.__context__ from None
                 raise
 
     def configure(self, settings: str) -> None:
-        """Have these lines in force beside the lab's own settings, instead of those before.
+        """Add these lines to the lab's settings, in place of those of the last call, and reload.
 
-        Of what charon reads while it runs, such as make_before_break.
+        This works only for settings that charon reads while it runs, such as make_before_break.
         """
         own = SETTINGS.format(load=self._load, folder=self.folder)
         self._settings.write_text(f"{own}charon-systemd {{\n{settings}\n}}\n")
@@ -234,17 +168,17 @@ class Charon:
             session.reload_settings()
 
     def load(self, section: Mapping[str, Any]) -> None:
-        """Load a connection: see `connection()`. Raises: CommandException."""
+        """Load a connection, see `connections.connection`. Raises: CommandException."""
         with self.session() as session:
             session.load_conn(dict(section))
 
     def load_psk(self, key: str) -> None:
-        """Load the one pre-shared key, for every identity, in place of the one before."""
+        """Load the pre-shared key for all identities; it replaces the last one."""
         with self.session() as session:
             session.load_shared({"id": "lab", "type": "IKE", "data": key})
 
     def unload(self, name: str) -> None:
-        """Unload a connection and its traps; its SAs stay."""
+        """Unload a connection and its trap policies; its SAs stay."""
         with self.session() as session:
             session.unload_conn({"name": name})
 
@@ -254,10 +188,10 @@ class Charon:
             return [name for conn in session.list_conns() for name in conn]
 
     def initiate(self, child: str, timeout: float = 30.0) -> None:
-        """Negotiate a child and wait. Raises: CommandException when it fails.
+        """Negotiate a child and wait for it. Raises: CommandException if it fails.
 
-        Where a gate asked at the same time there were two IKE_SAs, and the peer kept one: whose
-        child comes up is no matter.
+        If a gate initiates at the same time, there are two IKE_SAs and the peer keeps only one. So
+        if ours fails, a child from the other one counts as success.
         """
         with self.session() as session:
             try:
@@ -267,7 +201,7 @@ class Charon:
                     raise
 
     def _comes_up(self, child: str) -> bool:
-        """Tell whether an IKE_SA that is there brings a child soon."""
+        """Return whether an existing IKE_SA establishes the child soon."""
         deadline = time.monotonic() + OTHERS_TIMEOUT
         while not self.idle() and time.monotonic() < deadline:
             if child in self.established():
@@ -276,12 +210,12 @@ class Charon:
         return False
 
     def terminate(self, child: str, timeout: float = 30.0) -> None:
-        """Delete a child as an operator would, the peer told. Raises: CommandException."""
+        """Delete a child and notify the peer, as an operator would. Raises: CommandException."""
         with self.session() as session:
             list(session.terminate({"child": child, "timeout": str(int(timeout * 1000))}))
 
     def rekey(self, child: str) -> None:
-        """Start to replace a child's SAs by new ones. Raises: CommandException."""
+        """Start to replace a child's SAs with new ones. Raises: CommandException."""
         with self.session() as session:
             session.rekey({"child": child})
 
@@ -294,12 +228,12 @@ class Charon:
                     list(session.terminate({"ike-id": unique, "force": "yes", "timeout": "-1"}))
 
     def idle(self) -> bool:
-        """Tell whether there is no IKE_SA, half-open ones included."""
+        """Return whether there is no IKE_SA, not even a half-open one."""
         with self.session() as session:
             return not any(session.list_sas())
 
     def busy(self, names: Iterable[str]) -> bool:
-        """Tell whether it has something to do for these connections but to ask who is alive."""
+        """Return whether these connections have any active or queued task except DPD."""
         wanted = set(names)
         with self.session() as session:
             tasks = {
@@ -325,11 +259,16 @@ class Charon:
 
 
 def plugins(kernel: str) -> str:
-    """Return the plugins to load, with this backend and whoever can compute here."""
-    crypto = min(CRYPTO, key=lambda names: len(absent(names)))
+    """Return the plugins to load: this kernel backend, and the crypto plugins installed here."""
+    crypto = min(CRYPTO, key=lambda names: len(missing_plugins(names)))
     return LOAD.format(crypto=crypto, kernel=kernel)
 
 
-def absent(names: str) -> list[str]:
-    """Return the plugins that are not where Debian keeps them."""
+def missing_plugins(names: str) -> list[str]:
+    """Return the plugins that are not installed where Debian keeps them."""
     return [name for name in names.split() if not (PLUGINS / f"libstrongswan-{name}.so").exists()]
+
+
+def load_tun() -> None:
+    """Load the tun module, unless it is built in; without either, opening a TUN device fails."""
+    subprocess.run(["modprobe", "tun"], check=False, capture_output=True)

@@ -1,0 +1,95 @@
+"""The documentation names only what exists: files, functions, pages and headings."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ARCHITECTURE = ROOT / "docs/architecture.md"
+
+# `path` or `path: name` in backticks; the suffix tells a path from other code.
+PLACE = re.compile(r"`([\w./-]+\.(?:py|c|h|sh|list))(?:: ([\w.]+))?`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def find(path: str) -> Path | None:
+    """Return the file that a page names by its path below the root or below ipsecgate/."""
+    return next((p for p in (ROOT / path, ROOT / "ipsecgate" / path) if p.is_file()), None)
+
+
+def names_in(file: Path) -> set[str]:
+    """Return what a file defines: functions, classes, their members, variables, C macros."""
+    text = file.read_text()
+    if file.suffix == ".py":
+        return set(_members(ast.parse(text)))
+    # Calls are indented, so a name before a bracket in a line that is not is a definition.
+    found = re.findall(r"^#define (\w+)|^\w[^\n;=]*?(\w+)\(|^struct (\w+)", text, re.MULTILINE)
+    return {name for groups in found for name in groups if name}
+
+
+def _members(parent: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[str]:
+    for node in parent.body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield prefix + name
+            case ast.ClassDef(name=name):
+                yield prefix + name
+                yield from _members(node, f"{prefix}{name}.")
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                yield prefix + name
+            case ast.Assign(targets=targets):
+                yield from (prefix + t.id for t in targets if isinstance(t, ast.Name))
+
+
+def missing(text: str) -> list[str]:
+    """Return the places that a page names and that do not exist."""
+    wrong = []
+    for path, name in PLACE.findall(text):
+        if "/" not in path:
+            continue
+        file = find(path)
+        if file is None or (name and name not in names_in(file)):
+            wrong.append(f"{path}: {name}" if name else path)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_place_that_a_page_names_exists(page: Path) -> None:
+    assert not missing(page.read_text())
+
+
+def test_a_place_that_does_not_exist_is_found() -> None:
+    assert not missing("`core/gate/gate.py: Gate.step` and `bpf/gate.bpf.c: verdict`")
+    assert missing("`core/gate/gate.py: Gate.stop`") == ["core/gate/gate.py: Gate.stop"]
+    assert missing("`bpf/gate.bpf.c: opinion`") == ["bpf/gate.bpf.c: opinion"]
+    assert missing("`core/gate/fence.py`") == ["core/gate/fence.py"]
+
+
+def test_the_walks_name_functions() -> None:
+    """So that another way of writing them does not go unchecked."""
+    named = [name for _, name in PLACE.findall(ARCHITECTURE.read_text()) if name]
+    assert len(named) > 60
+
+
+def headings(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    found = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.strip().lower()).replace(" ", "-") for h in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link

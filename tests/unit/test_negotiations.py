@@ -1,0 +1,140 @@
+"""Which refused flows start a negotiation, and how a negotiation ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from errno import EHOSTUNREACH, EPERM
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.coverage import Coverage
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import Selector, TrafficSelector
+from ipsecgate.core.model.ipsec import SpdKey
+from ipsecgate.core.model.policy import Policy, Settings
+from tests.unit.transcript import (
+    FLOW,
+    HERE,
+    LISTED,
+    NAME,
+    PINNED,
+    REFUSED,
+    THERE,
+    TRAP,
+    UP,
+    Transcript,
+    connected,
+    initiated,
+)
+
+
+def test_a_hundred_refused_flows_start_one_negotiation(trapped: Transcript) -> None:
+    flows = [replace(FLOW, daddr=ip_address(f"10.2.{i}.1"), dport=i + 1) for i in range(100)]
+    commands = trapped.after(*(replace(REFUSED, flow=flow) for flow in flows))
+    assert initiated(commands) == [NAME]
+
+
+def test_after_a_failure_the_gate_backs_off_with_another_errno(trapped: Transcript) -> None:
+    assert trapped.errno == EPERM
+    trapped.after(REFUSED)
+    commands = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
+    pauses = [c.seconds for c in commands if isinstance(c, do.StartTimer)]
+    assert len(pauses) == 1
+    assert 0.75 <= pauses[0] <= 1.25
+    assert trapped.errno == EHOSTUNREACH
+    assert trapped.gate.negotiations.of[NAME].last_error == "AUTHENTICATION_FAILED"
+    assert initiated(trapped.after(REFUSED)) == []
+
+    trapped.after(on.TimerFired(on.Timer("retry", NAME)))
+    assert trapped.errno == EPERM
+    assert initiated(trapped.after(REFUSED)) == [NAME]
+
+
+def test_a_negotiation_without_an_answer_ends_at_its_limit(trapped: Transcript) -> None:
+    trapped.after(REFUSED, on.TimerFired(on.Timer("limit", NAME)))
+    item = trapped.gate.negotiations.of[NAME]
+    assert item.coverage is Coverage.BACK_OFF
+    assert "no answer from IKE" in item.last_error
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_child_that_only_the_daemon_has_is_deleted_at_the_limit(
+    trapped: Transcript, within: bool
+) -> None:
+    """Somebody flushed the kernel's databases; IKE would answer "up" for ever."""
+    remote = THERE if within else ip_network("10.2.7.0/24")
+    listed = replace(LISTED, remote=(TrafficSelector(remote),))
+    commands = trapped.after(REFUSED, on.NegotiationDone(NAME))
+    assert do.AskIke() in commands
+    commands = trapped.after(connected(listed), on.TimerFired(on.Timer("limit", NAME)))
+    assert (do.Terminate(NAME) in commands) == within
+    item = trapped.gate.negotiations.of[NAME]
+    assert item.coverage is Coverage.BACK_OFF
+    assert "up, says IKE" in item.last_error
+
+
+def test_a_negotiation_may_be_done_before_the_kernel_reports_the_sa(trapped: Transcript) -> None:
+    trapped.after(REFUSED, on.NegotiationDone(NAME), *UP)
+    trapped.after(on.TimerFired(on.Timer("limit", NAME)))
+    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+
+
+def test_the_back_off_grows_up_to_its_limit(trapped: Transcript) -> None:
+    pauses = []
+    for _ in range(10):
+        trapped.after(REFUSED)
+        commands = trapped.after(on.NegotiationFailed(NAME, "no"))
+        pauses += [c.seconds for c in commands if isinstance(c, do.StartTimer)]
+        trapped.after(on.TimerFired(on.Timer("retry", NAME)))
+    assert pauses[0] < pauses[3] < pauses[5]
+    assert max(pauses) <= 75
+
+
+def test_a_policy_with_start_negotiates_before_any_flow_asks() -> None:
+    policy = Policy("net", (THERE,), child="net", start=True)
+    transcript = Transcript(Settings(policies=(policy,)))
+    transcript.after(on.KernelSnapshot((TRAP,), ()))
+    assert initiated(transcript.after(connected())) == [NAME]
+    assert initiated(transcript.after(connected())) == []
+
+
+def test_a_flow_that_no_child_protects_is_logged_once_and_not_negotiated(
+    trapped: Transcript,
+) -> None:
+    bound_elsewhere = replace(FLOW, saddr=ip_address("172.16.0.1"))
+    commands = trapped.after(replace(REFUSED, flow=bound_elsewhere))
+    assert commands == [do.AskIke()]
+    commands = trapped.after(connected())
+    assert initiated(commands) == []
+    assert [c.text for c in commands if isinstance(c, do.Log)] == [
+        "no CHILD_SA that is loaded would protect tcp 10.2.0.9:80"
+    ]
+    assert trapped.after(connected()) == [], "logged once"
+
+
+def test_a_connection_loaded_a_moment_ago_is_found_for_the_refused_flow(
+    trapped: Transcript,
+) -> None:
+    trapped.after(on.IkeConnected((), (), pid=42))
+    assert trapped.after(REFUSED) == [do.AskIke()]
+    assert initiated(trapped.after(connected())) == [NAME]
+
+
+def test_a_policy_with_start_waits_for_its_child_without_polling_the_daemon() -> None:
+    transcript = Transcript(Settings(policies=(Policy("net", (THERE,), child="net", start=True),)))
+    transcript.after(on.KernelSnapshot((TRAP,), ()))
+    nothing = on.IkeConnected((), (), pid=42)
+    for _ in range(3):
+        commands = transcript.after(nothing)
+        assert do.AskIke() not in commands
+    assert initiated(transcript.after(connected())) == [NAME]
+
+
+def test_a_kernel_policy_of_an_unknown_connection_makes_the_gate_ask_the_daemon(
+    trapped: Transcript,
+) -> None:
+    new_policy = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.3.0.0/16"))))
+    assert do.AskIke() in trapped.after(on.PolicySet(new_policy))
+    assert do.AskIke() not in trapped.after(on.PolicySet(PINNED))
