@@ -36,7 +36,7 @@ def load(app: App, gate: bool) -> None:
 
 def _gate_as_before(paths: Paths, error: UsageError) -> None:
     """Gate what a controller gated last, at a boot whose configuration is broken. Raises."""
-    targets = saved_state.recall_targets(paths.targets)
+    targets = saved_state.load_targets(paths.targets)
     if targets:
         loader.load(paths)
         gated = ", ".join(map(str, loader.attach_all(paths, targets))) or "nothing that exists"

@@ -63,7 +63,7 @@ class HookWriter:
         if not pid:
             return
         try:
-            cgroup = cgroups.of(pid).stat().st_ino
+            cgroup = cgroups.of_process(pid).stat().st_ino
         except (OSError, GateError) as error:
             # It has ended, so its pid may be another's already; or it is in no cgroup of ours.
             log.warning("IKE daemon %d is not exempt, its cgroup is not known: %s", pid, error)

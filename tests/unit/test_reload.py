@@ -187,7 +187,12 @@ def test_without_policies_and_without_a_daemon_everything_is_protected() -> None
 async def test_a_configuration_that_cannot_be_read_is_not_adopted() -> None:
     adopted: list[Config] = []
     texts: Iterator[Config | UsageError] = iter(
-        [UsageError("x.toml: policy[1].remote: names no network"), Config()]
+        [
+            UsageError(
+                "x.toml: policy[1].remote: missing: every policy needs at least one network"
+            ),
+            Config(),
+        ]
     )
 
     def read() -> Config:
@@ -200,10 +205,10 @@ async def test_a_configuration_that_cannot_be_read_is_not_adopted() -> None:
         adopted.append(config)
 
     reload = Reload(read, adopt)
-    with pytest.raises(UsageError, match="names no network"):
+    with pytest.raises(UsageError, match="missing: every policy needs at least one network"):
         await reload.run()
     assert not adopted
-    assert "names no network" in reload.errors[0]
+    assert "missing: every policy needs at least one network" in reload.errors[0]
     await reload.run()
     assert adopted == [Config()]
     assert reload.errors == []
