@@ -159,7 +159,7 @@ def refusal(answer: Message) -> str | None:
 def _unreachable(path: Path, reason: str) -> IkeUnreachableError:
     return IkeUnreachableError(
         f"strongSwan at {path}: {reason}",
-        hint="check that strongSwan runs, with the vici plugin and this socket",
+        hint="check that strongSwan is running, with the vici plugin and this socket",
     )
 
 
