@@ -30,7 +30,7 @@ LIB = $(DESTDIR)$(PREFIX)/lib/ipsecgate
 SHARE = $(DESTDIR)$(PREFIX)/share
 UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
-install: install-program install-files ## the program, units, completions and man page, below DESTDIR
+install: install-program install-files ## install the program, units, completions and man page below DESTDIR
 
 install-program: setup
 	@install -d $(LIB) $(DESTDIR)$(PREFIX)/bin
@@ -52,14 +52,14 @@ install-files: setup
 INSTALLED := .cache/root
 PROGRAM := $(shell find ipsecgate bpf packaging -type f ! -name '*.pyc') pyproject.toml constraints.txt
 
-installed: $(INSTALLED).ready ## a root with the program installed by `make install`, for the tests
+installed: $(INSTALLED).ready ## make a root with the program as `make install` leaves it, for the tests
 
 $(INSTALLED).ready: .venv/.ready $(PROGRAM) Makefile
 	@rm -rf $(INSTALLED)
 	@$(MAKE) --silent install DESTDIR=$(INSTALLED)
 	@touch $@
 
-demo: setup ## two hosts, real IKE, real ESP: first connections with and without the gate
+demo: setup ## show first connections with and without the gate: two hosts, real IKE, real ESP
 	@$(BIN)/ipsecgate demo
 
 # The system tests need a kernel with ESP: a room if this machine's kernel has it, else a guest
@@ -67,7 +67,7 @@ demo: setup ## two hosts, real IKE, real ESP: first connections with and without
 GUEST = $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- \
     $(BIN)/pytest tests/system $(ARGS)
 
-test: setup .venv/.ready-tests installed ## the whole suite
+test: setup .venv/.ready-tests installed ## run the whole test suite
 	$(BIN)/pytest tests/unit tests/fuzz tests/guest --junitxml=$(RESULTS)/unit.xml $(ARGS)
 	@mkdir -p $(RESULTS); \
 	$(GUEST) -m second_guest --junitxml=$(RESULTS)/second-guest.xml >$(RESULTS)/second-guest.log 2>&1 & \
@@ -77,7 +77,7 @@ test: setup .venv/.ready-tests installed ## the whole suite
 	exit $$((first ? first : second))
 
 # On any Debian: strongSwan 6, Python 3.13, BCC 0.31, user-mode-linux 6.12.
-test-debian13: ## demo and the whole suite in a fresh root of Debian 13
+test-debian13: ## run demo and test in a fresh root of Debian 13
 	@tests/debian13.sh
 
 # Not part of `make test`: only this needs QEMU and Debian's kernel (470 MB in the lab's cache). It runs
@@ -99,7 +99,7 @@ qemu: setup
 	$(BIN)/python -c 'import pathlib, sys, ipsecgate.edges.bpf.bytecode as b; b.get(pathlib.Path(sys.argv[1]))' \
 	    $(BYTECODE)
 
-test-qemu: qemu ## the hooks, the gate and the oracle again on a kernel with BPF JIT (slow)
+test-qemu: qemu ## test the hooks and the gate on Debian's kernel under QEMU, with BPF JIT (slow)
 	$(BIN)/python -m ipsecgate.lab.debian
 	$(BIN)/pytest tests/qemu/test_boot.py --junitxml=$(RESULTS)/qemu-boot.xml
 	$(QEMU) $(QEMU_HOOKS) --junitxml=$(RESULTS)/qemu-hooks.xml
@@ -108,12 +108,12 @@ test-qemu: qemu ## the hooks, the gate and the oracle again on a kernel with BPF
 # `make demo` and `make test` on a host whose own kernel has ESP: Debian's under QEMU, with systemd, an
 # IKE daemon with an SA, and a gate, none of which may change. HOST="'make demo'" runs less. It is all
 # emulated and takes hours.
-test-host: qemu .venv/.ready-tests installed ## the two commands on a host whose kernel has ESP (hours)
+test-host: qemu .venv/.ready-tests installed ## run demo and test on a host whose kernel has ESP (hours)
 	$(BIN)/python -m tests.host $(HOST)
 
 # The same two lists on user-mode-linux and on the kernels of several Debian releases, in turn.
 # MATRIX="trixie" selects some of them. The table is in the README.
-matrix: qemu ## the kernel-facing tests on old and new kernels: README's table (very slow)
+matrix: qemu ## run the kernel-facing tests on several kernels, and write the README's table (very slow)
 	@command -v qemu-system-aarch64 >/dev/null && command -v mmdebstrap >/dev/null || \
 	    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends \
 	    qemu-system-arm mmdebstrap
@@ -124,7 +124,7 @@ matrix: qemu ## the kernel-facing tests on old and new kernels: README's table (
 # ORACLE_CASES sets the number of flows.
 FUZZ ?= --inputs 100000
 
-fuzz: setup ## damaged input for every decoder; random SPDs, SADs and flows against the kernel
+fuzz: setup ## feed damaged input to every decoder; compare random SPDs, SADs and flows with the kernel
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 	ORACLE_CASES=$(or $(ORACLE_CASES),100000) \
 	    $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m tests.system.oracle
@@ -136,7 +136,7 @@ clients: setup .venv/.ready-tests ## measure the table in docs/clients.md again
 
 # This takes more than half an hour. First the hooks alone, on this machine's own kernel if possible;
 # then, with real IKE and ESP: faults, restarts under constant load, and rekeys. CHAOS_SEED repeats a run.
-chaos: setup ## a thousand faults, a million connects, thousands of rekeys: nothing gets out
+chaos: setup ## check that nothing leaks in a thousand faults, a million connects, thousands of rekeys
 	$(BIN)/python -m tests.chaos.hammer
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(if $(filter file,$(origin LIMIT)),5400,$(LIMIT)) -- \
 	    $(BIN)/python -m tests.chaos
@@ -146,7 +146,7 @@ bench: setup ## measure on this machine: ratios and medians
 	$(BIN)/python -m bench.hold
 
 # Runs Debian's Vagrant and libvirt in new namespaces; the box is built once (2 GB in .cache).
-vagrant-test: setup ## a real `vagrant up` of vagrant/, first connections, a boot (slow)
+vagrant-test: setup ## test vagrant/ with a real `vagrant up`, first connections and a boot (slow)
 	@tests/vagrant/run.sh
 
 lint: setup ## check style and types only (`make test` does that, too)

@@ -66,7 +66,11 @@ class HookWriter:
             cgroup = cgroups.of_process(pid).stat().st_ino
         except (OSError, GateError) as error:
             # It has ended, so its pid may be another's already; or it is in no cgroup of ours.
-            log.warning("IKE daemon %d is not exempt, its cgroup is not known: %s", pid, error)
+            log.warning(
+                "the IKE daemon (pid %d) is not exempt, because its cgroup is unknown: %s",
+                pid,
+                error,
+            )
             return
         self._data.set(Setting.IKE_CGROUP, cgroup)
         self._data.set(Setting.IKE, pid)
@@ -88,4 +92,8 @@ class HookWriter:
         self.mended += mended
         if mended:
             name = command.table.name
-            log.error("%d entries of the %s table were not as published: mended", mended, name)
+            log.error(
+                "%d entries of the %s table differed from what was published: repaired",
+                mended,
+                name,
+            )

@@ -22,8 +22,8 @@ import pytest
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
 from ipsecgate.edges.host.saved_state import load_children, save_children
-from tests.system.bed import PEER, THERE
 from tests.system.caller import Caller
+from tests.system.hooked_cgroup import PEER, THERE
 from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]
@@ -174,7 +174,7 @@ def test_a_full_disk(unit: Unit, caller: Caller, tmp_path: Path) -> None:
         unit.start()
         assert unit.hears("READY=1", 180), unit.log
         assert refused(caller)
-        assert "cannot cache the compiled hooks" in unit.log
+        assert "cannot save the compiled hooks" in unit.log
         unit.end()
         assert {each.name for each in full.glob("*.json")} <= {f"{unit.name}.cgroups.json"}
     finally:

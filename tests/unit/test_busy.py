@@ -95,15 +95,15 @@ def test_a_kernel_event_reevaluates_only_the_calls_and_children_of_its_peer(
     busy.spy(monkeypatch)
     commands = busy.after_together(*up(7))
     assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [7]
-    assert busy.done["look"] <= 2
-    assert busy.done["is_live"] <= 4
-    assert busy.done["states"] <= 2
+    assert busy.done["look"] == 1
+    assert 1 <= busy.done["is_live"] <= 4
+    assert busy.done["states"] == 1
     assert not busy.done["policies"]
     busy.done.clear()
     (closing, *_) = busy.after_together(on.SaGone(up(7)[0].sa.id))  # type: ignore[union-attr]
     assert isinstance(closing, do.SetEntry)
     assert busy.done["look"] == 0
-    assert busy.done["is_live"] <= 4
+    assert 1 <= busy.done["is_live"] <= 4
 
 
 def test_a_failure_reevaluates_only_the_calls_of_its_child(
@@ -112,8 +112,8 @@ def test_a_failure_reevaluates_only_the_calls_of_its_child(
     busy.spy(monkeypatch)
     commands = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), "no"))
     assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [9]
-    assert busy.done["look"] <= 2
-    assert busy.done["states"] <= 2
+    assert busy.done["look"] == 1
+    assert busy.done["states"] == 1
 
 
 def test_a_refusal_costs_the_same_with_any_number_of_policies(
@@ -124,7 +124,7 @@ def test_a_refusal_costs_the_same_with_any_number_of_policies(
         busy.after(replace(REFUSED, flow=flow(5, host)))
     assert not busy.done["policies"]
     assert busy.done["states"] <= 100
-    assert busy.done["contains"] <= 100 * 4
+    assert 100 <= busy.done["contains"] <= 100 * 4
     assert busy.done["look"] == 0
 
 
@@ -145,14 +145,14 @@ def test_a_change_that_affects_every_call_is_worked_off_in_slices(
 ) -> None:
     busy.spy(monkeypatch)
     busy.after(on.SourcesResolved(tuple((network, ip_address("10.1.0.2")) for network in PEERS)))
-    assert busy.done["look"] <= SLICE
-    steps = 0
+    assert busy.done["look"] == SLICE
+    evaluated = SLICE
     while busy.gate.holds.unsettled:
         busy.done.clear()
         busy.after_together()
-        steps += 1
+        evaluated += busy.done["look"]
         assert busy.done["look"] <= SLICE
-    assert steps >= MANY // SLICE - 1
+    assert evaluated == MANY
 
 
 def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +183,7 @@ def test_a_list_of_sas_without_changes_rebuilds_no_table(
 
 def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> None:
     """Random events in random order: everything that was not re-evaluated had not changed."""
+    covered = negotiated = held = 0
     for seed in range(30):
         random = Random(seed)
         transcript = Spied()
@@ -194,6 +195,8 @@ def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> 
             for item in gate.negotiations.of.values():
                 live = gate.protection.is_live(item.flow)
                 assert live == (item.coverage is Coverage.COVERED), (seed, number)
+                covered += live
+                negotiated += 1
             for made in gate.holds.of.values():
                 place = gate.policy_table.place_of(made.flow)
                 assert place is not None
@@ -201,6 +204,8 @@ def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> 
                 config = gate.ike.child(made.flow, gate.policies[place])
                 item_ = gate.negotiations.of.get(config.name) if config else None
                 assert item_ is None or item_.coverage is not Coverage.BACK_OFF, (seed, number)
+                held += item_ is not None
+    assert min(covered, negotiated - covered, held) > 500, "each case occurred often"
 
 
 def random_events(random: Random, number: int) -> list[on.Event]:

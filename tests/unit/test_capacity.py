@@ -182,7 +182,12 @@ def test_a_peer_with_many_selectors_closes_only_its_own_flows() -> None:
     kernel = on.KernelSnapshot((*many, TRAP), (SA, sa))
     transcript.after(kernel, connected(LISTED, listed), SOURCES)
     assert transcript.is_open()
-    assert any("and " in error for error in transcript.gate.policy_table.errors)
+    closed = replace(ROUTED, saddr=ip_address("10.1.8.1"), daddr=ip_address("10.7.4.1"))
+    assert not transcript.is_open(closed)
+    (error,) = transcript.gate.policy_table.errors
+    assert "peer/net (10.1.0.0/20 to 10.7.0.0/21, peer 192.0.2.3)" in error
+    assert f"peer {LISTED.remote_host}" not in error
+    assert error.endswith(" and 25 more")
 
 
 def test_a_closed_selector_still_hides_the_ones_behind_it() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from dataclasses import fields, replace
 from errno import EACCES, EHOSTUNREACH
 from ipaddress import ip_network
 from pathlib import Path
@@ -219,12 +221,22 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "d.toml")
 
 
-def test_the_example_in_the_readme_is_valid_and_shows_the_defaults(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (example,) = re.findall(r"```toml\n(.*?)```", readme, re.S)
+@pytest.mark.parametrize("page", ["README.md", "docs/operating.md"])
+def test_the_example_in_the_docs_is_valid_and_shows_the_defaults(page: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / page).read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.S)
     (tmp_path / "c.toml").write_text(example)
-    config = load(tmp_path / "c.toml")
+    config, default = load(tmp_path / "c.toml"), Config()
     assert [p.name for p in config.settings.policies] == ["db"]
-    default = Config().settings
-    assert config.settings.errnos == default.errnos, "the example shows the defaults"
-    assert config.settings.sa_source is default.sa_source is SaSource.AUTO
+    assert replace(config.settings, policies=()) == default.settings
+    assert (config.vici, config.host) == (default.vici, default.host)
+
+
+def test_the_reference_in_the_docs_has_every_setting() -> None:
+    text = (Path(__file__).parents[2] / "docs/operating.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.S)
+    document = tomllib.loads(example)
+    assert document["errno"].keys() == {field.name for field in fields(Errnos)}
+    assert len(document["policy"][0]) == len(fields(Policy))
+    # [gate]: mode for audit, default for deny, live_flows for destroy; host excludes cgroups.
+    assert len(document["gate"]) + 1 == len(fields(Config)) - 1 + len(fields(Settings)) - 2

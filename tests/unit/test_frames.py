@@ -79,13 +79,15 @@ def test_each_frame_has_its_kind(frame: bytes, kind: Kind) -> None:
     assert seen(frame).kind is kind
 
 
-@pytest.mark.parametrize("frame", [v4(6, tcp(1024, 5432, 0x02)), v6(6, tcp(1024, 5432, 0xC2))])
-def test_a_syn_is_recognised_with_its_ports(frame: bytes) -> None:
+@pytest.mark.parametrize(
+    ("frame", "source", "destination"),
+    [(v4(6, tcp(1024, 5432, 0x02)), A4, B4), (v6(6, tcp(1024, 5432, 0xC2)), A6, B6)],
+)
+def test_a_syn_is_recognised_with_its_ports(frame: bytes, source: str, destination: str) -> None:
     packet = seen(frame)
     assert packet.is_syn
     assert (packet.proto, packet.sport, packet.dport) == (6, 1024, 5432)
-    assert str(packet.saddr) in (A4, A6)
-    assert str(packet.daddr) in (B4, B6)
+    assert (str(packet.saddr), str(packet.daddr)) == (source, destination)
 
 
 def test_a_syn_ack_is_not_a_syn() -> None:

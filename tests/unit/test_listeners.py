@@ -20,8 +20,9 @@ async def test_a_limit_that_no_timer_accepts_is_refused(
     """JSON allows NaN, and a timer at NaN breaks the order of the loop's other timers."""
     monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
     fd, other = os.pipe()
+    listeners = Listeners(lambda _event: None, tmp_path)
     with pytest.raises(ValueError, match="cannot be held"):
-        Listeners(lambda _event: None, tmp_path).add(fd, limit)
+        listeners.add(fd, limit)
     os.close(other)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.close(fd)
@@ -36,7 +37,7 @@ def test_a_pending_call_without_a_pid_is_recovered_like_any_other(
     file = tmp_path / "1"
     file.write_bytes(packed(call))
     fd, other = os.pipe()
-    found = Listener(1, fd, 30.0, file)
-    assert found.recall() == [(call, 0.0)]
-    found.close()
+    listener = Listener(1, fd, 30.0, file)
+    assert listener.recall() == [(call, 0.0)]
+    listener.close()
     os.close(other)

@@ -90,7 +90,7 @@ def test_a_one_way_child_is_logged_and_deleted(lost: on.XfrmEvent) -> None:
     assert command == DELETED
     assert isinstance(log, do.Log)
     assert log.level == "warning"
-    assert "peer/net: the kernel has lost the inbound half" in log.text
+    assert "peer/net: the kernel has lost its inbound SA" in log.text
     assert half.is_open(), "until IKE deletes it"
 
 

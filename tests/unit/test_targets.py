@@ -38,4 +38,4 @@ async def test_a_failed_cleanup_of_pins_does_not_stop_a_reload(
     assert attached == {old}
     await targets.follow([str(new)])
     assert attached == {new}
-    assert "pins of removed cgroups are left: prune: Too many open files" in caplog.text
+    assert "cannot remove the pins of removed cgroups: prune: Too many open files" in caplog.text

@@ -74,7 +74,7 @@ async def test_without_descriptors_accepting_is_logged_once_and_retried(
         assert not taken
         assert timers <= 1 + (loop.time() - began) / unix_sockets.RETRY
         assert [each.getMessage() for each in caplog.records] == [
-            "clients have to wait: Too many open files"
+            "cannot accept new clients for now: Too many open files"
         ]
         await until(lambda: taken)
         made.send(b"x")

@@ -141,8 +141,8 @@ def compiled() -> Bytecode:
         last = "\n".join(run.stderr.strip().splitlines()[-12:])
         raise GateError(
             f"compiling the hooks failed:\n{last}",
-            hint="in a virtual environment, python3-bpfcc can be imported only if it was made "
-            "with --system-site-packages",
+            hint="if bcc cannot be imported: apt install python3-bpfcc, and make the virtual "
+            "environment with --system-site-packages",
         )
     return Bytecode.from_json(run.stdout)
 
@@ -156,4 +156,4 @@ def _cache(path: Path, bytecode: Bytecode) -> None:
     except OSError as error:  # for example a full disk: the next start compiles again
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        log.warning("cannot cache the compiled hooks in %s: %s", path.parent, error.strerror)
+        log.warning("cannot save the compiled hooks in %s: %s", path.parent, error.strerror)

@@ -198,8 +198,8 @@ class Inspector:
             self._abandoned, self._sent = self._sent, 0
             call, _ = self._pending[0]
             log.warning(
-                "thread %d blocks the inspection of its call: until that ends, no call of this "
-                "listener is held, and the hooks judge them", call.pid,
+                "thread %d blocks the inspection of its call: until that ends, the other calls of "
+                "its listener are not held, only checked by the hooks", call.pid,
             )  # fmt: skip
         else:
             self._disconnect()

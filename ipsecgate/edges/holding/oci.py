@@ -61,12 +61,12 @@ async def _serve(peer: socket.socket, on_listener: OnListener, on_error: OnError
                 "=iII", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             )
             if uid not in (0, os.geteuid()):
-                raise OciError(f"the runtime runs as user {uid}, not as root")
+                raise OciError(f"the container runtime runs as user {uid}, not as root")
             made = await _receive(peer, fds)
             if made is None:
                 return  # a container that was not created after all
             if made.listener >= len(fds):
-                raise OciError(f"the message about container {made.name} has no listener with it")
+                raise OciError(f"container {made.name} was sent without its listener")
             on_listener(made, fds.pop(made.listener))
     except (OciError, OSError, ValueError) as error:
         on_error(f"a container's seccomp listener was rejected: {error}")

@@ -18,7 +18,8 @@ def root() -> Path:
             return path
     raise KernelLacksError(
         "no cgroup2 hierarchy is mounted",
-        hint="mount -t cgroup2 cgroup2 /sys/fs/cgroup (`ip netns exec` hides it: use nsenter)",
+        hint="mount -t cgroup2 cgroup2 /sys/fs/cgroup; below `ip netns exec`, which hides it, use "
+        "`nsenter --net=` instead",
     )
 
 
@@ -60,15 +61,10 @@ def resolve(target: str) -> Path:
     Raises: UsageError if there is none, or more than one.
     """
     found = find(target)
-    if not found and not is_pattern(target):
-        raise UsageError(
-            f"{target} is not a cgroup2 folder",
-            hint=f"name a path below {root()}, unit:NAME or container:ID",
-        )
     if not found:
         raise UsageError(
-            f"no cgroup matches {target}",
-            hint="start the unit or container first; `systemd-cgls` lists all cgroups",
+            f"{target} names no cgroup" if is_pattern(target) else f"{target} is not a cgroup",
+            hint=f"use a path below {root()}, unit:NAME or container:ID",
         )
     if len(found) != 1:
         several = ", ".join(str(path) for path in found[:4])
@@ -90,7 +86,7 @@ def of_process(pid: int) -> Path:
         if number == "0":
             return root() / path.strip("/")
     raise KernelLacksError(
-        f"process {pid} is in no cgroup of the unified hierarchy",
+        f"process {pid} is not in a cgroup of the unified hierarchy (cgroup2)",
         hint="boot with systemd.unified_cgroup_hierarchy=1",
     )
 
@@ -107,7 +103,7 @@ def join(cgroup: Path) -> None:
     except OSError as error:
         hint = "run it as root"
         if error.errno == errno.EBUSY:
-            hint = "cgroups with resource controllers are below it: name one of those instead"
+            hint = "it passes resource controllers to cgroups below it: name one of these"
         raise GateError(f"cannot join {cgroup}: {error.strerror}", hint=hint) from error
 
 

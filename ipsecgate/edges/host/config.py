@@ -47,7 +47,7 @@ GATE_KEYS = ("mode", "default", "cgroups", "host", "vici", "sa_source", "live_fl
 ERRNO_KEYS = ("uncovered", "negotiating", "failed", "hold_timeout")
 POLICY_KEYS = ("name", "remote", "protocol", "port", "action", "child", "initiate")
 
-# How to write each key; the hint of an error that has no better one.
+# How to write each key: the hint of an error that has none of its own.
 EXAMPLES = {
     "gate": "write a line [gate], and its keys below it",
     "errno": "write a line [errno], and its keys below it",
@@ -107,7 +107,7 @@ class _Table:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.error(key, f"must be {_KINDS[kind]}, not {short(value)}")
         if kind is str and "\0" in str(value):
-            raise self.error(key, "contains a NUL character")
+            raise self.error(key, "must not contain a NUL character")
         return value
 
     def choice(self, key: str, options: Sequence[str], default: str) -> str:
@@ -124,7 +124,7 @@ class _Table:
             if not isinstance(value, str):
                 raise self.error(key, f"must be a list of strings, but contains {short(value)}")
             if "\0" in value:
-                raise self.error(key, f"contains a NUL character in {short(value)}")
+                raise self.error(key, f"must not contain a NUL character, as in {short(value)}")
         return values
 
     def parsed(self, key: str, text: str, parse: Callable[[str], T]) -> T:
@@ -302,7 +302,7 @@ def _policy(table: _Table) -> Policy:
 
 def _network(text: str) -> Network:
     if "%" in text:
-        raise ValueError(f"{short(text)} names an interface, which is not part of a network")
+        raise ValueError(f"{short(text)}: a network cannot name an interface")
     try:
         network = ip_network(text, strict=False)
     except ValueError as error:

@@ -95,7 +95,7 @@ async def _answer(
     )
     pid, uid, _gid = struct.unpack("=iII", credentials)
     if uid not in (0, os.geteuid()):
-        return {"error": "only root may use this socket"}
+        return {"error": "only root may ask"}
     try:
         request = json.loads(line)
         handler = verbs[request["verb"]]
@@ -149,7 +149,7 @@ def connected(path: Path, limit: float = _TIME_LIMIT) -> Iterator[Ask]:
 def _no_controller(path: Path, error: OSError) -> NoControllerError:
     return NoControllerError(
         f"no controller answers on {path}: {error.strerror or error}",
-        hint="start it: `systemctl start ipsecgate`, or `ipsecgate run`",
+        hint="start it with `systemctl start ipsecgate` or `ipsecgate run`",
     )
 
 
@@ -175,6 +175,6 @@ def parse_answer(path: Path, verb: str, line: bytes) -> dict[str, Any]:
                 f"the controller refused {verb}: {reason}", hint=str(answer.get("hint", ""))[:500]
             )
     raise GateError(
-        f"the controller on {path} sent an answer that cannot be read",
-        hint="it may run another version: restart it; uncovered flows stay refused meanwhile",
+        f"the controller on {path} sent an invalid answer",
+        hint="if it is of another version, restart it; the hooks keep refusing meanwhile",
     )

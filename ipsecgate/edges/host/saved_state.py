@@ -34,8 +34,8 @@ def load_children(path: Path) -> tuple[ChildConfig, ...]:
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise GateError(
             f"{path}: cannot read which flows must be protected: {error}",
-            hint="list them as [[policy]] in the configuration; or load strongSwan's connections, "
-            "and then remove this file",
+            hint="add a [[policy]] for each to the configuration, or remove the file while "
+            "strongSwan has its connections loaded",
         ) from error
 
 
@@ -53,7 +53,7 @@ def load_targets(path: Path) -> tuple[str, ...]:
     except (OSError, ValueError, RecursionError) as error:
         raise GateError(
             f"{path}: cannot read which cgroups are gated: {error}",
-            hint="repair the configuration: `gate.cgroups` in it names them",
+            hint="correct the configuration: gate.cgroups in it names them",
         ) from error
 
 

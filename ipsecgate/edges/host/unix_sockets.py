@@ -74,7 +74,7 @@ class _Acceptor:
             if error.errno not in EXHAUSTED:
                 raise
             if not self._warned:
-                log.warning("clients have to wait: %s", error.strerror)
+                log.warning("cannot accept new clients for now: %s", error.strerror)
             self._warned = True
             self._loop.remove_reader(self._server)  # it stays readable, so it would spin
             self._restart = self._loop.call_later(RETRY, self.start)

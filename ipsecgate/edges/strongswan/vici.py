@@ -27,7 +27,7 @@ from ipsecgate.core.codec.vici_wire import CMD_RESPONSE, EVENT_CONFIRM, Answer, 
 from ipsecgate.errors import GateError
 
 MAX_PACKET: int = protocol.Transport.MAX_SEGMENT  # 512 KiB
-TOO_OLD = "strongSwan 5.9 or later is needed"
+TOO_OLD = "install strongSwan 5.9 or later"
 
 Message = Mapping[str, Any]
 
@@ -89,7 +89,7 @@ class ViciConnection:
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if not 0 < length <= MAX_PACKET:
-                raise ViciError(f"a packet of {length} bytes")
+                raise ViciError(f"invalid packet length: {length} bytes")
             return parse(await self._reader.readexactly(length))
         except asyncio.IncompleteReadError:
             raise _unreachable(self.path, "the daemon closed the connection") from None
@@ -159,7 +159,7 @@ def refusal(answer: Message) -> str | None:
 def _unreachable(path: Path, reason: str) -> IkeUnreachableError:
     return IkeUnreachableError(
         f"strongSwan at {path}: {reason}",
-        hint="check that strongSwan is running, with the vici plugin and this socket",
+        hint="start strongSwan; it needs the vici plugin, with this socket",
     )
 
 
@@ -167,5 +167,5 @@ def no_answer(path: Path, limit: float) -> IkeUnreachableError:
     """Return the error for a daemon that did not answer for `limit` seconds."""
     return IkeUnreachableError(
         f"strongSwan at {path}: no answer in {limit:g} s",
-        hint="check in its log whether charon hangs",
+        hint="see strongSwan's log, and restart it if it hangs",
     )
