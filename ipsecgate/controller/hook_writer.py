@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import assert_never
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.policy import Settings
@@ -56,6 +57,8 @@ class HookWriter:
                 self._data.set(Setting.TUN, command.index)
             case do.ExemptIke():
                 self._exempt(command.pid)
+            case _:
+                assert_never(command)
 
     def _exempt(self, pid: int) -> None:
         """Exempt a process where it is now: some day its pid will be another's, elsewhere."""

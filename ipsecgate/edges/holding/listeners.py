@@ -176,7 +176,7 @@ class Listeners:
     def _on_finding(
         self, listener: Listener, call: Notification, deadline: float, finding: Finding | None
     ) -> None:
-        # The thread's memory and descriptors were its own only if it still waits.
+        # Only if the call still waits did we read its own thread, not another one with that pid.
         if finding is None or not seccomp.is_waiting(listener.fd, call.id):
             listener.answer(call.id, None)
             return
