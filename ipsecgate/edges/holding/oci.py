@@ -100,7 +100,7 @@ async def _receive(peer: socket.socket, fds: list[int]) -> Container | None:
             if made is not None:
                 return made
             if not data and raw:
-                raise OciError("the message is no container process state")
+                raise OciError("the message is not a container process state")
             if not data:
                 return None
     finally:

@@ -212,7 +212,7 @@ def look(fd: int) -> Socket:
         raise
     with sock:
         if sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN) not in (socket.AF_INET, socket.AF_INET6):
-            raise ValueError("no Internet socket")
+            raise ValueError("not an Internet socket")
         proto = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
         mark = sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
         netns = sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)

@@ -102,10 +102,10 @@ def _selector(item: list[Any]) -> TrafficSelector:
     network, *numbers = item
     proto, low, high = (_the(int, number) for number in numbers)
     if not 0 <= proto <= 0xFF:
-        raise ValueError(f"protocol {short(proto)}")
+        raise ValueError(f"invalid protocol {short(proto)}")
     # A range that is empty would be taken for "no flow has this", and left out.
     if (low, high) != OPAQUE and not 0 <= low <= high <= PORT_MASK:
-        raise ValueError(f"ports {short(low)}-{short(high)}")
+        raise ValueError(f"invalid ports {short(low)}-{short(high)}")
     return TrafficSelector(ip_network(_the(str, network)), proto, (low, high))
 
 
@@ -118,5 +118,5 @@ def _name(value: object) -> str:
 def _the(kind: type[T], value: object) -> T:
     """Return a value that is of this kind and no other: 0 is not False, {} is not []."""
     if type(value) is not kind:
-        raise ValueError(f"{short(value)} is no {kind.__name__}")
+        raise ValueError(f"{short(value)} is not a {kind.__name__}")
     return value
