@@ -36,7 +36,8 @@ def test_the_service_manager_hears_ready_watchdog_and_stopping(
 ) -> None:
     controller.start(env={"WATCHDOG_USEC": "200000"})
     assert controller.hears("READY=1"), controller.log
-    assert any("STATUS=Protected flows are refused: strongSwan" in line for line in controller.heard)
+    status = "STATUS=Protected flows are refused: strongSwan"
+    assert any(status in line for line in controller.heard)
     beats = []
     for _ in range(40):
         controller.heard.clear()
