@@ -1,7 +1,7 @@
-"""Nothing gets out, the short form of `make chaos`; see `tests.chaos`.
+"""The short form of `make chaos` (see `tests.chaos`): no packet gets out.
 
-CHAOS_SEED makes it another one, CHAOS_FAULTS lengthens it. Three tests are of the witnesses: a
-gate that opens for a moment must be caught.
+CHAOS_SEED chooses another run, CHAOS_FAULTS a longer one. Three tests check the checks: a gate
+that opens for a moment must be detected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEED = int(os.environ.get("CHAOS_SEED", "1"))
 FAULTS = int(os.environ.get("CHAOS_FAULTS", "30"))
 ATTEMPTS, TURNS, LIVES = 20_000, 12, 4
 REKEYS = 60
-MOMENT = 0.02  # seconds: a guest has one processor, and who hammers must get it meanwhile
+MOMENT = 0.02  # seconds: a guest has one processor, which the hammering process must get meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +55,16 @@ def test_rekeys_leave_nothing_behind(world: World) -> None:
 
 
 def test_a_packet_that_gets_out_is_detected(world: World) -> None:
-    """The last one of this world."""
+    """This is the last test of this world."""
     world.tally = Tally()
     began = time.monotonic()
 
-    def is_let_go() -> bool:
-        told = zip(world.speaker.ask(), world.targets, strict=True)
-        return all(one["good"] > began for one, (_, address, _) in told if address == NEVER)
+    def is_let_through() -> bool:
+        replies = zip(world.speaker.ask(), world.targets, strict=True)
+        return all(one["good"] > began for one, (_, address, _) in replies if address == NEVER)
 
     loader.detach(world.gate.paths, str(world.gate.cgroup))
-    wait_until(is_let_go, "nobody called")
+    wait_until(is_let_through, "no call was made")
     loader.attach(world.gate.paths, str(world.gate.cgroup))
     world.judge()
     assert world.tally.leaked

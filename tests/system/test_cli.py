@@ -1,4 +1,4 @@
-"""The command line as an operator meets it: screens, JSON, exit codes, refusals."""
+"""The command line as an operator uses it: screens, JSON, exit codes, refusals."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.typed_document import mismatches
 
 
 @dataclass
-class Told:
-    """How a command ended."""
+class Ended:
+    """The exit code and output of a command."""
 
     code: int
     out: str
@@ -36,21 +36,21 @@ class Told:
         return json.loads(self.out)
 
 
-Run = Callable[..., Told]
+Run = Callable[..., Ended]
 
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, cache: Path, unique: str) -> Run:
-    """Run the command line in this process, with places of the test's own."""
+    """Run the command line in this process, with folders of the test's own."""
 
-    def run(*arguments: str) -> Told:
+    def run(*arguments: str) -> Ended:
         places = ("--run-dir", str(tmp_path / "run"), "--cache-dir", str(cache), "-i", unique)
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             main([*places, *arguments])
         out, err = capfd.readouterr()
         assert isinstance(ended.value.code, int)
-        return Told(ended.value.code, out, err)
+        return Ended(ended.value.code, out, err)
 
     return run
 
@@ -132,18 +132,18 @@ def test_a_broken_configuration_changes_nothing(
     run: Run, config: Callable[[str], str], unique: str, verb: str, text: str, said: str
 ) -> None:
     file = config(text)
-    told = run("--config", file, verb)
-    assert told.code == 2
-    assert f"{file}: " in told.err
-    assert said in told.err
+    done = run("--config", file, verb)
+    assert done.code == 2
+    assert f"{file}: " in done.err
+    assert said in done.err
     assert not (Path("/sys/fs/bpf/ipsecgate") / unique).exists()
 
 
 def test_an_unreadable_configuration_changes_nothing(run: Run, tmp_path: Path, unique: str) -> None:
     for file in (tmp_path / "missing.toml", tmp_path):
-        told = run("--config", str(file), "load")
-        assert told.code == 2
-        assert str(file) in told.err
+        done = run("--config", str(file), "load")
+        assert done.code == 2
+        assert str(file) in done.err
     assert not (Path("/sys/fs/bpf/ipsecgate") / unique).exists()
 
 
@@ -158,13 +158,13 @@ def test_a_target_that_does_not_exist_is_an_error(run: Run) -> None:
 
 def test_check_finds_everything_ok_on_a_kernel_with_esp(cache: Path) -> None:
     with Lab("ipsecgate-test-cli") as lab, Gated(lab, cache=cache) as gate:
-        told = gate.cli("--json", "check")
-        findings = json.loads(told.stdout)
+        done = gate.cli("--json", "check")
+        findings = json.loads(done.stdout)
         assert [f["name"] for f in findings if not f["ok"]] == []
         assert {"root", "kernel", "esp", "strongswan", "hooks", "cgroup2", "bpffs"} <= {
             f["name"] for f in findings
         }
-        assert told.returncode == 0
+        assert done.returncode == 0
 
         lab.load(ConnSpec("net", "tunnel", 4))
         gate.wait_policy("net")
@@ -175,9 +175,9 @@ def test_check_finds_everything_ok_on_a_kernel_with_esp(cache: Path) -> None:
         assert gate.status()["controller"]["pid"] == gate.process.pid
 
         lab.a.charon.kill()
-        told = gate.cli("--json", "check", check=False)
-        assert [f["name"] for f in json.loads(told.stdout) if not f["ok"]] == ["strongswan"]
-        assert told.returncode == 1
+        done = gate.cli("--json", "check", check=False)
+        assert [f["name"] for f in json.loads(done.stdout) if not f["ok"]] == ["strongswan"]
+        assert done.returncode == 1
 
 
 def test_the_status_has_its_declared_type(cache: Path) -> None:

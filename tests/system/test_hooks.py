@@ -1,7 +1,7 @@
-"""The hooks against real system calls in a real cgroup, tables written by hand.
+"""The hooks with real system calls in a real cgroup, and tables written by hand.
 
-Every refusal has a neighbour that must pass, and the kernel's counters are read
-from the pinned map. BPF_PROG_TEST_RUN does not exist for these programs.
+Every refusal has a neighbour that must pass, and the counters come from the pinned map.
+BPF_PROG_TEST_RUN does not exist for these programs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.system.hooked_cgroup import (
 
 CALLS = ("tcp", "udp connect", "sendto", "sendmsg")
 SO_BINDTOIFINDEX = 62
-AGAIN = 0.1  # seconds after which a flow is told again: GATE_EVENT_INTERVAL_NS
+AGAIN = 0.1  # seconds until the same flow is reported again: GATE_EVENT_INTERVAL_NS
 FORMS = {
     "v4": (4, "{}"),
     "v6": (6, "{}"),
@@ -53,7 +53,7 @@ def test_every_call_is_gated(hooked: HookedCgroup, call: str, form: str) -> None
 
     assert hooked.gated(call, peer) == "EPERM"
     assert hooked.counted(Reason.REFUSE_UNCOVERED) == 1
-    assert went_out(hooked.free(call, peer)), "outside the cgroup nothing is refused"
+    assert went_out(hooked.free(call, peer)), "it is not in the cgroup"
     assert went_out(hooked.gated(call, other)), "no policy names it"
     assert hooked.counted(Reason.ALLOW_DEFAULT) == 1
 
@@ -72,7 +72,7 @@ def test_a_refusal_is_reported_with_its_flow(hooked: HookedCgroup) -> None:
     hooked.gated("tcp", PEER[6], 443)
     hooked.data.drain()
     flows = [str(r.flow) for r in hooked.refusals]
-    assert 1 <= flows.count(f"tcp {PEER[4]}:443") <= 1 + again, "once a flow"
+    assert 1 <= flows.count(f"tcp {PEER[4]}:443") <= 1 + again, "once per flow and interval"
     assert flows[-1] == f"tcp [{PEER[6]}]:443"
     first = hooked.refusals[0]
     assert (first.reason, first.policy, first.flow.saddr) == (Reason.REFUSE_UNCOVERED, 4, None)
@@ -132,7 +132,7 @@ def test_a_marked_flow_is_matched_and_has_no_known_source(hooked: HookedCgroup) 
     assert hooked.counted(Reason.REFUSE_UNCOVERED) == 1
     hooked.publish(TableId.SPD, *live())
     assert went_out(hooked.gated("tcp", PEER[4], bind=source, options=mark))
-    # Routing may choose another source for it, and the table cannot tell.
+    # Routing may choose another source for a mark, which the table does not know.
     assert hooked.gated("tcp", PEER[4], options=mark) == "EPERM"
     assert hooked.counted(Reason.REFUSE_NO_SOURCE) == 1
 
@@ -156,7 +156,7 @@ def test_an_own_address_is_exempt(hooked: HookedCgroup) -> None:
 
 
 def test_a_udp_socket_is_checked_again_only_after_a_change(hooked: HookedCgroup) -> None:
-    """And is asked anew when anything changed, or when it sends somewhere else."""
+    """A change of the tables, of the destination or of the device makes the hook check again."""
     hooked.publish(TableId.SPD, *live())
     other = THERE[4][7]
 
@@ -166,7 +166,7 @@ def test_a_udp_socket_is_checked_again_only_after_a_change(hooked: HookedCgroup)
     for call, expected in (("kept sendto", (1, 4)), ("kept sendmsg", (2, 8))):
         for _ in range(5):
             assert hooked.gated(call, PEER[4]) == ""
-        assert counts() == expected, "each call keeps a socket of its own"
+        assert counts() == expected, "each kind of call has its own socket"
     assert hooked.gated("kept sendto", str(other)) == ""
     assert counts() == (3, 8)
     assert hooked.gated("kept sendto", str(other), 54) == ""
@@ -194,18 +194,18 @@ def test_a_udp_socket_is_checked_again_only_after_a_change(hooked: HookedCgroup)
 
 
 def test_only_dhcp_clients_are_exempt(hooked: HookedCgroup) -> None:
-    """A client's ports are privileged: nobody without that privilege can pose as one."""
+    """The client ports are privileged, so only a privileged process can use them."""
     hooked.data.set(Setting.DENY, 1)
     broadcast = [(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)]
     link = [(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, hooked.link)]
 
-    def told(address: str, port: int, source: int) -> str:
+    def send(address: str, port: int, source: int) -> str:
         six = ":" in address
         bind, options = ("::" if six else "0.0.0.0", link if six else broadcast)
         return hooked.gated("sendto", address, port, bind=f"{bind}#{source}", options=options)
 
-    assert told("255.255.255.255", 67, 68) == ""
-    assert told("ff02::1:2", 547, 546) == ""
+    assert send("255.255.255.255", 67, 68) == ""
+    assert send("ff02::1:2", 547, 546) == ""
     assert hooked.counted(Reason.ALLOW_EXEMPT) == 2
     assert sum(hooked.counted(reason) for reason in Reason if reason.name.startswith("BLOCK")) == 0
     for neighbour in (
@@ -218,7 +218,7 @@ def test_only_dhcp_clients_are_exempt(hooked: HookedCgroup) -> None:
         ("ff02::1:2", 547, 0),
         ("ff02::1:2", 547, 547),
     ):
-        assert told(*neighbour) == "EPERM", neighbour
+        assert send(*neighbour) == "EPERM", neighbour
 
 
 def test_bypass_and_discard_apply_whatever_the_coverage(hooked: HookedCgroup) -> None:
@@ -305,7 +305,7 @@ def test_detach_opens_and_attach_closes(hooked: HookedCgroup) -> None:
 
 
 def test_a_table_changed_by_others_is_repaired_and_counted(hooked: HookedCgroup) -> None:
-    """As a check does it every minute: an entry altered, one added, one gone, masks gone."""
+    """As the check every minute does: an entry changed, one added, one deleted, masks deleted."""
     wanted = compile_table([*protect(), Rule(ternary(THERE[4], proto=6), Entry(State.BYPASS))])
     hooked.publish(
         TableId.POLICY, *protect(), Rule(ternary(THERE[4], proto=6), Entry(State.BYPASS))
@@ -326,7 +326,7 @@ def test_a_table_changed_by_others_is_repaired_and_counted(hooked: HookedCgroup)
         libbpf.delete(fd, raw)
     with opened(hooked.pins.objects.open_map("masks")) as fd:
         libbpf.update(fd, INDEX.pack(space), bytes(layout.MASKS_SIZE))
-    assert went_out(hooked.gated("tcp", PEER[4])), "opened by whoever may write the maps"
+    assert went_out(hooked.gated("tcp", PEER[4])), "the changed map opens the flow"
     assert verify() == 2
     assert verify() == 0
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
@@ -334,7 +334,7 @@ def test_a_table_changed_by_others_is_repaired_and_counted(hooked: HookedCgroup)
 
 
 def test_a_removed_cgroup_does_not_prevent_loading(hooked: HookedCgroup, cache: Path) -> None:
-    """Its severed links made every later load fail, hence every start. Found by chaos."""
+    """Its severed links once made every later load and start fail. Found by chaos tests."""
     gone = hooked.cgroup.with_name(f"{hooked.cgroup.name}-gone")
     gone.mkdir()
     number = gone.stat().st_ino
@@ -350,13 +350,13 @@ def test_a_removed_cgroup_does_not_prevent_loading(hooked: HookedCgroup, cache: 
 
 
 def test_a_flood_of_refusals_is_read_in_batches(hooked: HookedCgroup) -> None:
-    """So many are read at a time, and none is lost."""
+    """A fixed number is read at a time, and none is lost."""
     hosts = [str(ip_address("2001:db8:b::") + number) for number in range(1, 301)]
     assert {hooked.gated("sendto", host) for host in hosts} == {"EPERM"}
     hooked.data.drain()
     assert len(hooked.refusals) == libbpf.AT_ONCE
     hooked.data.drain()
-    assert [str(told.flow.daddr) for told in hooked.refusals] == hosts
+    assert [str(refusal.flow.daddr) for refusal in hooked.refusals] == hosts
 
 
 def test_sources_that_do_not_fit_beside_the_old_ones_replace_them(hooked: HookedCgroup) -> None:

@@ -1,7 +1,7 @@
 """Every transition in the life of an SA, under traffic from a gated process.
 
-In each the kernel alone says when a flow was covered (`tests.system.observation`): outside its gaps
-nothing is refused, inside them everything, and nothing is ever in clear.
+The kernel's events alone say when a flow was covered (`tests.system.observation`): outside the gaps
+nothing is refused, inside them everything is, and nothing is ever in clear.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.until import wait_until
 pytestmark = pytest.mark.second_guest
 
 PORT, CLOSED_PORT = 7200, 7201
-LONG = 100  # ms, one way: what an SA's absence must outlast is twice the tolerance
+LONG = 100  # ms, one way: a gap must be longer than twice the tolerance
 SPEC = ConnSpec("net", "tunnel", 4, start_action="trap")
 TRANSPORT = ConnSpec("host", "transport", 6, start_action="trap")
 Begin = Callable[..., Observation]
@@ -70,7 +70,7 @@ def lab(module_lab: Lab) -> Lab:
 
 
 def targets(lab: Lab, spec: ConnSpec = SPEC) -> list[Target]:
-    """A port that nobody listens on answers a SYN with a RST, and host a with nothing more."""
+    """Return a target of each kind. The TCP port is closed, so a RST ends each connection."""
     address = str(lab.b.address(spec))
     return [(kind, address, CLOSED_PORT if kind == "tcp" else PORT, "") for kind in KINDS]
 
@@ -98,7 +98,7 @@ def host(lab: Lab, side: str) -> Host:
 
 @contextlib.contextmanager
 def configured(one: Host, settings: str) -> Iterator[None]:
-    """Have these settings of charon in force for the IKE_SAs that begin in the block."""
+    """Apply these charon settings to the IKE_SAs that begin in the block."""
     one.charon.configure(settings)
     try:
         yield
@@ -106,7 +106,7 @@ def configured(one: Host, settings: str) -> Iterator[None]:
         one.charon.configure("")
 
 
-# --- replaced by another -----------------------------------------------------------------
+# --- rekeying and reauthentication -------------------------------------------------------
 
 
 @HOSTS
@@ -125,14 +125,14 @@ def test_a_child_rekey_by_both_ends_at_once_has_no_gap(lab: Lab, observe: Begin)
         before = len(log.read_text())
 
         def collided() -> bool:
-            """One of them may be late, and the two requests not be under way at one time."""
-            told = time.monotonic()
+            """Rekey at both ends; one end may be late, so that the requests do not collide."""
+            since = time.monotonic()
             both(lab, lambda one: one.charon.rekey(SPEC.child_name))
-            observed.wait("DELSA", since=told)
+            observed.wait("DELSA", since=since)
             time.sleep(0.5)
             return "collision" in log.read_text()[before:]
 
-        wait_until(collided, "never both at once")
+        wait_until(collided, "the two rekeys never collided")
     observed.record.judge()
 
 
@@ -176,7 +176,9 @@ def test_reauthentication_break_before_make_refuses_during_its_gaps(
         observed.wait_sa(observed.wait("DELSA"))
         stay_up(lab)
     observed.record.judge(None)
-    assert observed.record.inner_gaps, "two where both ends began anew, and one IKE_SA went again"
+    assert observed.record.inner_gaps, (
+        "two gaps if both ends began a new IKE_SA and one was deleted again"
+    )
 
 
 def both(lab: Lab, act: Callable[[Host], object]) -> None:
@@ -188,7 +190,7 @@ def both(lab: Lab, act: Callable[[Host], object]) -> None:
 
 
 def test_simultaneous_initiation_leaves_two_sas_and_one_gap(lab: Lab, observe: Begin) -> None:
-    lab.set_delay(1000)  # neither knows of the other's for three times that
+    lab.set_delay(1000)  # each learns of the other's request only after three times that
     with observe() as observed:
         vici(lab.a, "terminate", ike=SPEC.name)
         lab.b.charon.initiate(SPEC.child_name)
@@ -198,7 +200,7 @@ def test_simultaneous_initiation_leaves_two_sas_and_one_gap(lab: Lab, observe: B
     observed.record.judge(1)
 
 
-# --- taken away --------------------------------------------------------------------------
+# --- SAs that end ------------------------------------------------------------------------
 
 
 @HOSTS
@@ -221,27 +223,29 @@ def test_a_deleted_sa_refuses_until_the_next_one(
 def test_a_one_way_child_is_deleted_and_negotiated_again(
     lab: Lab, gate: Gated, observe: Begin, spec: ConnSpec, lost: str
 ) -> None:
-    """Nothing is refused, and every answer dropped: the gate has the child made anew."""
+    """Nothing is refused while every answer is dropped, until the gate deletes the child."""
     what, *direction = lost.split()
     ends = [str(lab.b.outer[spec.family]), "dst", str(lab.a.outer[spec.family])]
     where = ["dir", *direction] if direction else ["src", *ends]
-    told = f"{spec.name}/{spec.child_name}: the kernel has lost its inbound SA"
-    before = gate.log.read_text().count(told)
+    message = f"{spec.name}/{spec.child_name}: the kernel has lost its inbound SA"
+    before = gate.log.read_text().count(message)
     with observe(spec) as observed:
         assert inbound(lab, spec)
         assert gate.process is not None
-        with paused(gate.process.pid):  # or it makes the child anew before we look
+        with paused(
+            gate.process.pid
+        ):  # otherwise it negotiates a new child before the checks below
             lab.a.run(["ip", "xfrm", what, "deleteall", *where])
             assert not inbound(lab, spec)
-            assert lab.a.established(), "IKE believes in it"
+            assert lab.a.established(), "the daemon still lists it"
         observed.wait_sa(observed.wait("DELSA"))
         assert inbound(lab, spec)
     observed.record.judge(1)
-    assert gate.log.read_text().count(told) == before + 1
+    assert gate.log.read_text().count(message) == before + 1
 
 
 def inbound(lab: Lab, spec: ConnSpec) -> bool:
-    """Tell whether the kernel has an inbound state, and an inbound policy."""
+    """Return whether the kernel has both an inbound state and an inbound policy."""
     state = f"src {lab.b.outer[spec.family]} dst {lab.a.outer[spec.family]}"
     policies = lab.a.run(["ip", "xfrm", "policy"]).stdout
     return state in lab.a.run(["ip", "xfrm", "state"]).stdout and "dir in " in policies
@@ -323,36 +327,36 @@ def test_a_deleted_sa_without_a_trap_refuses_until_the_next_one(
 
 def test_a_restarted_charon_refuses_until_its_next_sa(lab: Lab, observe: Begin) -> None:
     with observe() as observed:
-        told = time.monotonic()
+        began = time.monotonic()
         lab.a.charon.stop()
         lab.restart(lab.a)
         lab.load(SPEC)
-        # It ends when it gets to it, and the gate knows before the SAs go.
-        observed.uncertain.append((told, observed.wait("DELSA")))
-        observed.wait_sa(told)
+        # charon may take a while to end, and the gate notices before the SAs are deleted.
+        observed.uncertain.append((began, observed.wait("DELSA")))
+        observed.wait_sa(began)
     observed.record.judge(1)
 
 
 def test_the_sas_of_a_killed_charon_cover_nothing(lab: Lab, observe: Begin) -> None:
     with observe() as observed:
-        told = time.monotonic()
+        began = time.monotonic()
         lab.a.charon.kill()
         killed = time.monotonic()
         lab.restart(lab.a)
         lab.load(SPEC)
-        observed.uncertain.append((told, killed))
+        observed.uncertain.append((began, killed))
         observed.uncovered.append((killed, observed.wait_sa(killed)))
     observed.record.judge(1)
 
 
-# --- less than it seems --------------------------------------------------------------------
+# --- narrower selectors --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["reqid", "acquire"])
 def test_flows_outside_the_narrowed_selectors_stay_refused(
     lab: Lab, observe: Begin, how: str
 ) -> None:
-    """The trap and the SA share a reqid, so the kernel would send all of it; the peer drops it."""
+    """Trap and SA share a reqid: the kernel would send it, and the peer would drop it."""
     spec = replace(SPEC, child_options={"reqid": "7"} if how == "reqid" else {})
     inside = targets(lab)
     outside = [(kind, "203.0.113.77", port, source) for kind, _, port, source in inside]
@@ -374,8 +378,8 @@ def test_flows_outside_the_narrowed_selectors_stay_refused(
 def test_a_narrower_trap_refuses_until_its_own_sa(lab: Lab, observe: Begin) -> None:
     narrow = replace(SPEC, name="narrow", remote_ts=("203.0.113.1/32",))
     with observe() as observed:
-        told = time.monotonic()
+        loaded = time.monotonic()
         lab.load(narrow)
-        began = observed.wait("NEWPOLICY", since=told)
+        began = observed.wait("NEWPOLICY", since=loaded)
         observed.uncovered.append((began, observed.wait_sa(began)))
     observed.record.judge(1)
