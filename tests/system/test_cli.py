@@ -24,8 +24,8 @@ from tests.typed_document import mismatches
 
 
 @dataclass
-class Ended:
-    """The exit code and output of a command."""
+class Result:
+    """How a command ended."""
 
     code: int
     out: str
@@ -36,21 +36,21 @@ class Ended:
         return json.loads(self.out)
 
 
-Run = Callable[..., Ended]
+Run = Callable[..., Result]
 
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, cache: Path, unique: str) -> Run:
-    """Run the command line in this process, with folders of the test's own."""
+    """Run the command line in this process, with folders of this test."""
 
-    def run(*arguments: str) -> Ended:
-        places = ("--run-dir", str(tmp_path / "run"), "--cache-dir", str(cache), "-i", unique)
+    def run(*arguments: str) -> Result:
+        options = ("--run-dir", str(tmp_path / "run"), "--cache-dir", str(cache), "-i", unique)
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main([*places, *arguments])
+            main([*options, *arguments])
         out, err = capfd.readouterr()
         assert isinstance(ended.value.code, int)
-        return Ended(ended.value.code, out, err)
+        return Result(ended.value.code, out, err)
 
     return run
 
@@ -78,7 +78,8 @@ def test_load_attach_detach_unload(run: Run, cgroup: Path, unique: str) -> None:
     assert run("status").code == 1
     assert run("attach", str(cgroup)).code == 1, "nothing is loaded"
 
-    assert run("load").code == 0
+    loaded = run("load")
+    assert (loaded.code, loaded.out) == (0, f"loaded: {pins}\n")
     assert (pins / "maps/entries").exists()
     assert run("--json", "attach", str(cgroup)).json == {"attached": str(cgroup)}
     status = run("--json", "status")
@@ -119,7 +120,7 @@ POLICY = '[[policy]]\nname = "x"\nremote = ["10.0.0.0/8"]\n'
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (POLICY + 'acton = "bypass"', "policy[1].acton: unknown key"),
         (POLICY.replace("10.0.0.0/8", "10.0.0.1/8"), "policy[1].remote: '10.0.0.1/8'"),
@@ -129,21 +130,21 @@ POLICY = '[[policy]]\nname = "x"\nremote = ["10.0.0.0/8"]\n'
 )
 @pytest.mark.parametrize("verb", ["load", "run"])
 def test_a_broken_configuration_changes_nothing(
-    run: Run, config: Callable[[str], str], unique: str, verb: str, text: str, said: str
+    run: Run, config: Callable[[str], str], unique: str, verb: str, text: str, message: str
 ) -> None:
     file = config(text)
-    done = run("--config", file, verb)
-    assert done.code == 2
-    assert f"{file}: " in done.err
-    assert said in done.err
+    result = run("--config", file, verb)
+    assert result.code == 2
+    assert f"{file}: " in result.err
+    assert message in result.err
     assert not (Path("/sys/fs/bpf/ipsecgate") / unique).exists()
 
 
 def test_an_unreadable_configuration_changes_nothing(run: Run, tmp_path: Path, unique: str) -> None:
     for file in (tmp_path / "missing.toml", tmp_path):
-        done = run("--config", str(file), "load")
-        assert done.code == 2
-        assert str(file) in done.err
+        result = run("--config", str(file), "load")
+        assert result.code == 2
+        assert str(file) in result.err
     assert not (Path("/sys/fs/bpf/ipsecgate") / unique).exists()
 
 
@@ -158,13 +159,13 @@ def test_a_target_that_does_not_exist_is_an_error(run: Run) -> None:
 
 def test_check_finds_everything_ok_on_a_kernel_with_esp(cache: Path) -> None:
     with Lab("ipsecgate-test-cli") as lab, Gated(lab, cache=cache) as gate:
-        done = gate.cli("--json", "check")
-        findings = json.loads(done.stdout)
+        result = gate.cli("--json", "check")
+        findings = json.loads(result.stdout)
         assert [f["name"] for f in findings if not f["ok"]] == []
         assert {"root", "kernel", "esp", "strongswan", "hooks", "cgroup2", "bpffs"} <= {
             f["name"] for f in findings
         }
-        assert done.returncode == 0
+        assert result.returncode == 0
 
         lab.load(ConnSpec("net", "tunnel", 4))
         gate.wait_policy("net")
@@ -175,9 +176,9 @@ def test_check_finds_everything_ok_on_a_kernel_with_esp(cache: Path) -> None:
         assert gate.status()["controller"]["pid"] == gate.process.pid
 
         lab.a.charon.kill()
-        done = gate.cli("--json", "check", check=False)
-        assert [f["name"] for f in json.loads(done.stdout) if not f["ok"]] == ["strongswan"]
-        assert done.returncode == 1
+        result = gate.cli("--json", "check", check=False)
+        assert [f["name"] for f in json.loads(result.stdout) if not f["ok"]] == ["strongswan"]
+        assert result.returncode == 1
 
 
 def test_the_status_has_its_declared_type(cache: Path) -> None:

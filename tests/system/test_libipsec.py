@@ -124,7 +124,7 @@ def test_userspace_esp_is_detected_and_shown(lab: Lab, gate: Gated) -> None:
     assert checked["esp"]["ok"]
     assert "not needed" in checked["esp"]["found"]
     screen = gate.cli("status").stdout
-    assert "SAs by vici" in screen
+    assert "SA source   vici" in screen
     assert status["sas"][0]["spi"] in screen
 
 

@@ -262,7 +262,7 @@ def test_a_hard_expiry_refuses_until_the_next_sa(lab: Lab, observe: Begin) -> No
 
 @pytest.mark.parametrize("action", ["clear", "trap"])
 def test_a_dead_peer_refuses_until_it_returns(lab: Lab, observe: Begin, action: str) -> None:
-    """Without TCP: an answer from the peer is a sign of observe, and puts off the question."""
+    """Without TCP: any answer from the peer postpones dead peer detection."""
     spec = replace(SPEC, options={"dpd_delay": "1"}, child_options={"dpd_action": action})
     with configured(lab.a, HASTY), observe(spec, targets(lab)[:2]) as observed:
         lab.drop_ike()

@@ -77,9 +77,9 @@ def test_the_gate_is_closed_before_the_network_is_up(booted: BootedSystemd) -> N
 def test_the_services_are_healthy_after_boot(systemd: BootedSystemd) -> None:
     done = systemd.run("ipsecgate", "status")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "controller running" in done.stdout
+    assert "Controller  running, pid" in done.stdout
     systemd.until(
-        lambda: systemd.show(SERVICE, "StatusText").endswith("asked for up"),
+        lambda: systemd.show(SERVICE, "StatusText").endswith("children covered"),
         "the status text does not say so",
     )
     assert systemd.show(SERVICE, "NRestarts") == "0"
@@ -257,7 +257,7 @@ def test_stopping_or_restarting_the_services_opens_nothing(
         assert runs(systemd)
         done = systemd.run("ipsecgate", "status")
         assert done.returncode == 1
-        assert {"dead:", "'nonsense'"} <= set(done.stdout.replace(":\n", ": ").split())
+        assert {"not", "running:", "'nonsense'"} <= set(done.stdout.replace(":\n", ": ").split())
         put(config, CONFIG)
         # Restart= may be starting it with the old configuration; our start would join it and fail.
         systemd.until(

@@ -171,7 +171,7 @@ def test_loading_at_boot_works_inside_its_unit(
     assert caller("tcp", PEER[4], PORT) == "EINPROGRESS", "nothing is loaded yet"
     done = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
     assert done.returncode == 0, done.stderr
-    assert f"gated: {controller.cgroup}" in " ".join(done.stdout.split())
+    assert f"gated: {controller.cgroup}" in done.stdout.splitlines()
     assert {a.hook for a in Pins(Path("/sys/fs/bpf"), controller.name).attachments()} == set(HOOKS)
     assert refused(caller)
     assert refused_at(caller, "192.0.2.99"), (

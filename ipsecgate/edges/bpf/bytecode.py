@@ -140,7 +140,8 @@ def compiled() -> Bytecode:
     if run.returncode:
         last = "\n".join(run.stderr.strip().splitlines()[-12:])
         raise GateError(
-            f"compiling the hooks failed:\n{last}",
+            "compiling the hooks failed",
+            evidence=last,
             hint="if bcc cannot be imported: apt install python3-bpfcc, and make the virtual "
             "environment with --system-site-packages",
         )
