@@ -210,7 +210,7 @@ def _selector(written: str, dynamic: Sequence[Network], names: Names) -> Iterato
 
 def _networks(where: str) -> Iterator[Network]:
     if "%" in where:
-        raise ValueError("an interface")
+        raise ValueError("names an interface")
     first, dots, last = where.partition("..")
     if dots:
         yield from summarize_address_range(parse_address(first), parse_address(last))
@@ -223,7 +223,7 @@ def _protocol(written: str | None, names: Names) -> int:
         return 0
     proto = int(written) if _NUMBER[10].fullmatch(written) else names.protocol(written)
     if not 0 <= proto <= 0xFF:
-        raise ValueError(f"protocol {proto}")
+        raise ValueError(f"unknown protocol {proto}")
     return proto
 
 
@@ -235,7 +235,7 @@ def _ports(written: str | None, proto: int, protocol: str | None, names: Names) 
     if proto in ICMP and (match := _ICMP_RANGE.fullmatch(written)):
         kind, code, last_kind, last_code = (int(part) if part else 0 for part in match.groups())
         if max(kind, code, last_kind, last_code) > 0xFF:
-            raise ValueError(f"ICMP {written}")
+            raise ValueError(f"invalid ICMP type {written}")
         low = kind << 8 | code
         high = last_kind << 8 | last_code if match[3] else low
     elif match := _PORT_RANGE.fullmatch(written):
@@ -243,7 +243,7 @@ def _ports(written: str | None, proto: int, protocol: str | None, names: Names) 
     else:
         low = high = names.service(written, protocol if proto else None)
     if not 0 <= low <= high <= PORT_MASK:
-        raise ValueError(f"ports {low}-{high}")
+        raise ValueError(f"invalid ports {low}-{high}")
     return low, high
 
 
@@ -288,7 +288,7 @@ def _child_sa(ike: str, body: Section, child: Section, names: Names) -> ChildSa:
         raise ViciError(f"CHILD_SA of {ike}: {str(error)[:80]}") from error
     protocol = text(child, "protocol")
     if protocol not in PROTOCOLS:
-        raise ViciError(f"CHILD_SA of {ike}: protocol {protocol[:40]!r}")
+        raise ViciError(f"CHILD_SA of {ike}: unknown protocol {protocol[:40]!r}")
     return ChildSa(
         name=ChildName(ike, text(child, "name")),
         reqid=number(child, "reqid"),
