@@ -65,7 +65,7 @@ def controller_status(
 def summary(gate: Gate) -> str:
     """Return the state of the gate in one line, for the service manager."""
     if gate.ike.error:
-        return f"IKE daemon: {gate.ike.error}; protected flows are refused"
+        return f"protected flows are refused: IKE daemon: {gate.ike.error}"
     if gate.policy_table.errors:
         return gate.policy_table.errors[0]
     negotiations = gate.negotiations.of.values()
