@@ -65,8 +65,8 @@ class Tally:
 
     def __str__(self) -> str:
         kernel: collections.Counter[str] = collections.Counter()
-        for (_gate, answer), count in self.answers.items():
-            kernel[answer] += count
+        for (_gate, outcome), count in self.answers.items():
+            kernel[outcome] += count
         live = sum(count for (gate, _), count in self.answers.items() if gate == "live")
         rows = {
             "cases": self.cases,
