@@ -4,8 +4,8 @@
     -> [[errno's name or "", names of the XFRM counters that moved], ...]
 
 Before each call, and after the last, it sends a marker frame with the call's number through the
-same interface: the packets between two markers are that call's. TCP does not wait; a socket closed in
-SYN_SENT sends nothing more. As a script it uses only the standard library.
+same interface: the packets between two markers are that call's. TCP does not wait; a socket closed
+in SYN_SENT sends nothing more. As a script it uses only the standard library.
 """
 
 from __future__ import annotations
