@@ -12,12 +12,12 @@ from unittest.mock import ANY
 
 import pytest
 
-from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.model.events import (
     ChildUp,
     IkeEvent,
     IkeGone,
-    IkeUnread,
+    IkeUnparsed,
     IkeUp,
     NegotiationDone,
     NegotiationFailed,
@@ -114,7 +114,7 @@ async def test_a_child_that_cannot_be_parsed_does_not_affect_the_others(
     charon.raise_event("child-updown", ike_sa(**odd))
     charon.raise_event("child-updown", UP)
     unread, up = await take(client, 2)
-    assert isinstance(unread, IkeUnread)
+    assert isinstance(unread, IkeUnparsed)
     assert "nosuch" in unread.reason
     assert up == ChildUp(SA)
 

@@ -31,8 +31,8 @@ from socket import AF_INET, AF_INET6
 from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.codec.rtnetlink import (
     decode_link,
-    decode_lost,
     decode_prefixes,
+    decode_removed_routes,
     decode_route,
     encode_link_get,
     encode_route_dump,
@@ -46,10 +46,10 @@ from ipsecgate.core.model.prefixes import (
     Prefix,
     PrefixSet,
     Source,
+    as_network,
+    as_prefix,
     compress,
-    network,
     partition,
-    prefix,
 )
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket, Requests
 from ipsecgate.errors import GateError
@@ -151,7 +151,7 @@ class Routes:
                     if error.errno != errno.EAFNOSUPPORT:
                         raise
                     # A kernel without IPv6, or whose module is not loaded: nothing routes it.
-        return {network(one) for one in found}
+        return {as_network(one) for one in found}
 
     def _inside(self, datagram: bytes) -> list[Prefix]:
         return [one for one in decode_prefixes(datagram) if self._cover.contains(one)]
@@ -169,15 +169,15 @@ class Routes:
         """Tell at once which tunnels lost their route."""
         gone = []
         for link, where in lost:
-            if where is None or self._cover.touches(where):
+            if where is None or self._cover.overlaps(where):
                 self._closed += 1  # and what is being asked just now is out of date
                 if link in self._tuns:
                     gone.append(where)
         if not gone or self._last is None:
             return
-        away = PrefixSet(network(where) for where in gone if where is not None)
+        away = PrefixSet(as_network(where) for where in gone if where is not None)
         into_tun = tuple(
-            (one, into and None not in gone and not away.touches(prefix(one)))
+            (one, into and None not in gone and not away.overlaps(as_prefix(one)))
             for one, into in self._last.into_tun
         )
         if into_tun != self._last.into_tun:
@@ -186,9 +186,9 @@ class Routes:
 
     def _on_change(self, datagram: bytes) -> None:
         try:
-            self._close(decode_lost(datagram))
+            self._close(decode_removed_routes(datagram))
             if only_routes(datagram) and not any(
-                self._cover.touches(one) for one in decode_prefixes(datagram)
+                self._cover.overlaps(one) for one in decode_prefixes(datagram)
             ):
                 return
         except DecodeError:

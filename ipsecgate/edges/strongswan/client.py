@@ -26,25 +26,22 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ipsecgate.core.codec.vici import (
-    Names,
-    ViciError,
-    apart,
     child_configs,
     child_rekey,
     child_sas,
     child_updown,
     ike_updown,
-    is_userland,
-    sections,
-    text,
-    widened,
+    is_userspace_esp,
+    widen,
 )
+from ipsecgate.core.codec.vici_sections import ViciError, sections, split_children, text
+from ipsecgate.core.codec.vici_selectors import Names
 from ipsecgate.core.codec.vici_wire import Answer
 from ipsecgate.core.model.events import (
     ChildUp,
     IkeEvent,
     IkeGone,
-    IkeUnread,
+    IkeUnparsed,
     NegotiationDone,
     NegotiationFailed,
 )
@@ -147,7 +144,7 @@ class IkeClient:
         None is left out: of one whose selectors are not understood it is their networks.
         Raises: IkeError, ViciError if not even these are.
         """
-        return await self._read("list-conns", "list-conn", "children", child_configs, widened)
+        return await self._read("list-conns", "list-conn", "children", child_configs, widen)
 
     async def established(self) -> tuple[ChildSa, ...]:
         """Return the CHILD_SAs that carry traffic. Raises: IkeError."""
@@ -173,7 +170,7 @@ class IkeClient:
         messages = await self._command(command, {}, stream)
         found: list[T] = []
         unread: list[str] = []
-        for one in (one for message in messages for one in apart(message, section)):
+        for one in (one for message in messages for one in split_children(message, section)):
             try:
                 found.extend(read(one, NAMES))
             except ViciError as error:
@@ -186,7 +183,7 @@ class IkeClient:
     async def userland(self) -> bool:
         """Tell whether the daemon does ESP itself, by kernel-libipsec. Raises: IkeError."""
         answer, _ = await self._in_turn(lambda: self._commands.exchange("stats", {}))
-        return is_userland(answer)
+        return is_userspace_esp(answer)
 
     async def initiate(self, name: ChildName, limit: float) -> None:
         """Have a child negotiated; this does not wait for it.
@@ -278,7 +275,7 @@ class IkeClient:
 
 
 def _label(message: Message, section: str) -> str:
-    """Return what a message of `apart` is about."""
+    """Return what a message of `split_children` is about."""
     names = [*message]
     for body in message.values():
         if isinstance(body, Mapping) and isinstance(body.get(section), Mapping):
@@ -291,7 +288,7 @@ def _understood(answer: Answer) -> list[IkeEvent]:
     try:
         return list(_events(answer))
     except ViciError as error:
-        return [IkeUnread(str(error))]
+        return [IkeUnparsed(str(error))]
 
 
 def _events(answer: Answer) -> Iterator[IkeEvent]:
