@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.clients.bed import ClientBed, End, Outcome, bed
 from tests.clients.catalogue import RealClient
+from tests.clients.client_lab import ClientLab, End, Outcome, client_lab
 from tests.clients.containers import Containers
 from tests.clients.daemons import HTTP, PAGE
-from tests.system.holding import nothing_in_clear, stopped, wait_held
-from tests.system.keeper import Keeper
+from tests.system.fd_store import FdStore
+from tests.system.under_exec import nothing_in_clear, stopped, wait_held
+
+pytestmark = pytest.mark.second_guest
 
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 RUNTIMES = ("crun", "runc")
@@ -29,13 +31,13 @@ Profile = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def here(cache: Path) -> Iterator[ClientBed]:
-    with bed("ipsecgate-test-containers", cache, (HTTP,)) as made:
+def here(cache: Path) -> Iterator[ClientLab]:
+    with client_lab("ipsecgate-test-containers", cache, (HTTP,)) as made:
         yield made
 
 
 @pytest.fixture
-def containers(here: ClientBed) -> Iterator[Containers]:
+def containers(here: ClientLab) -> Iterator[Containers]:
     # podman takes no path of more than 50 characters, so not pytest's own.
     with tempfile.TemporaryDirectory(prefix="box-") as folder:
         cgroup = here.lab.cgroup(f"{here.gate.instance}/app/containers")
@@ -43,7 +45,7 @@ def containers(here: ClientBed) -> Iterator[Containers]:
 
 
 @pytest.fixture
-def profile(here: ClientBed) -> Profile:
+def profile(here: ClientLab) -> Profile:
     def profile(*options: str) -> dict[str, Any]:
         made: dict[str, Any] = json.loads(here.gate.cli("seccomp-profile", *options).stdout)
         return made
@@ -55,7 +57,7 @@ def wget(to: object) -> list[str]:
     return ["/bin/busybox", "wget", "-q", "-O", "-", f"http://{to}:{HTTP}/"]
 
 
-def assert_held(here: ClientBed, outcome: Outcome) -> None:
+def assert_held(here: ClientLab, outcome: Outcome) -> None:
     assert outcome.served, (outcome, here.gate.log.read_text())
     assert outcome.seen.ike, "a real negotiation"
     assert outcome.seen.esp
@@ -67,8 +69,8 @@ def assert_held(here: ClientBed, outcome: Outcome) -> None:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("manager", ["oci", "podman"])
-def test_a_container_is_held(
-    here: ClientBed, containers: Containers, profile: Profile, runtime: str, manager: str
+def test_calls_of_a_container_are_held(
+    here: ClientLab, containers: Containers, profile: Profile, runtime: str, manager: str
 ) -> None:
     here.without_sa()
     words = {"oci": containers.oci, "podman": containers.podman}[manager]
@@ -78,8 +80,8 @@ def test_a_container_is_held(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_runtime_is_not_caught_by_its_own_filter(
-    here: ClientBed, containers: Containers, profile: Profile, runtime: str
+def test_a_runtime_is_not_blocked_by_its_own_filter(
+    here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
     """With --udp every sendmsg() waits for us: also one that would bring us the listener."""
     here.without_sa()
@@ -88,7 +90,7 @@ def test_a_runtime_is_not_caught_by_its_own_filter(
 
 
 def test_a_container_keeps_its_own_profile_for_other_calls(
-    here: ClientBed, containers: Containers, profile: Profile, tmp_path: Path
+    here: ClientLab, containers: Containers, profile: Profile, tmp_path: Path
 ) -> None:
     """podman's usual profile, and in one of two runs uname() is taken out of it."""
     usual = json.loads(DEFAULT_PROFILE.read_text())
@@ -112,8 +114,8 @@ def test_a_container_keeps_its_own_profile_for_other_calls(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_what_is_executed_in_a_container_later_is_held(
-    here: ClientBed, containers: Containers, profile: Profile, runtime: str
+def test_a_process_executed_later_in_a_container_is_held(
+    here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
     """It has a listener of its own: the runtime sends a second message."""
     sleep = ["/bin/busybox", "sleep", "1000"]
@@ -129,8 +131,8 @@ def test_what_is_executed_in_a_container_later_is_held(
     idle.wait(60)
 
 
-def test_a_container_outside_is_told(
-    here: ClientBed, containers: Containers, profile: Profile
+def test_a_container_outside_every_gated_cgroup_is_logged(
+    here: ClientLab, containers: Containers, profile: Profile
 ) -> None:
     """Its calls are held, but nobody would refuse them."""
     outside = Containers(containers.root.parent / "outside", here.lab.cgroup("outside"))
@@ -142,7 +144,7 @@ def test_a_container_outside_is_told(
     container.wait(60)
 
 
-def test_podman_under_exec_is_held(here: ClientBed, containers: Containers) -> None:
+def test_a_container_of_podman_under_exec_is_held(here: ClientLab, containers: Containers) -> None:
     """Its container inherits the filter, so it needs no profile; a second one is refused."""
     here.without_sa()
     beside = here.lab.cgroup(f"{here.gate.instance}/app/podman")
@@ -155,7 +157,7 @@ def test_podman_under_exec_is_held(here: ClientBed, containers: Containers) -> N
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_gated_container_without_the_profile_is_refused(
-    here: ClientBed, containers: Containers, runtime: str
+    here: ClientLab, containers: Containers, runtime: str
 ) -> None:
     argv = containers.oci(runtime, "refused", wget(here.forbidden_to), None)
     outcome = here.run(RealClient(runtime, tuple(argv)), gated=False)
@@ -164,30 +166,30 @@ def test_a_gated_container_without_the_profile_is_refused(
     assert not outcome.seen.clear
 
 
-def test_outside_the_container_nothing_changes(here: ClientBed) -> None:
+def test_outside_the_container_nothing_changes(here: ClientLab) -> None:
     outcome = here.run(RealClient("wget", tuple(wget(here.forbidden_to))), gated=False)
     assert outcome.served
     assert (outcome.refused, outcome.held) == (0, 0)
 
 
-def test_a_call_that_is_held_outlives_the_controller(
-    here: ClientBed, containers: Containers, profile: Profile
+def test_a_held_call_of_a_container_outlives_the_controller(
+    here: ClientLab, containers: Containers, profile: Profile
 ) -> None:
     """Where somebody keeps the listener, as for `exec`."""
     argv = containers.oci("crun", "kept", wget(here.net), profile("--hold", "2m"))
     here.gate.kill()
     try:
-        with Keeper() as keeper:
-            keeper.start(here.gate)
+        with FdStore() as store:
+            store.start(here.gate)
             here.without_sa()
             with nothing_in_clear(here.lab, esp=True):
                 with stopped(here.lab):
                     process = here.lab.a.popen(argv, stdout=subprocess.PIPE)
                     wait_held(here.gate)
-                    here.until(keeper.is_given)
+                    here.until(store.is_given)
                     here.gate.kill()
                 assert process.poll() is None
-                keeper.start(here.gate)
+                store.start(here.gate)
                 said, _ = process.communicate(timeout=120)
             assert said == f"{PAGE}\n"
     finally:
@@ -197,7 +199,7 @@ def test_a_call_that_is_held_outlives_the_controller(
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_without_a_controller_no_container_starts(
-    here: ClientBed, containers: Containers, profile: Profile, runtime: str
+    here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
     made = profile("--runtime", runtime)
     here.gate.kill()

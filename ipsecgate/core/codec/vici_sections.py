@@ -26,7 +26,7 @@ class ViciError(GateError):
     def __init__(self, message: str) -> None:
         super().__init__(
             f"VICI: {message}",
-            hint="is this strongSwan 5.9 or later? report it with `swanctl --list-conns`",
+            hint="use strongSwan 5.9 or later; else report a bug, with `swanctl --list-conns`",
         )
 
 
@@ -51,7 +51,7 @@ def number(section: Section, key: str, base: int = 10) -> int:
     written = text(section, key)
     found = int(written, base) if DIGITS[base].fullmatch(written) else -1
     if not 0 <= found < 1 << 32:
-        raise ViciError(f"{key!r} is {written[:40]!r}, not a 32-bit number")
+        raise ViciError(f"{key!r} is not a number: {written[:40]!r}")
     return found
 
 

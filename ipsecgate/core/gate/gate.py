@@ -162,7 +162,7 @@ class Gate:
     def _snapshot(self, event: on.KernelSnapshot) -> list[do.Command]:
         drift = self.protection.snapshot(event)
         self.policy_table.look_at_floor()
-        text = f"{drift} policies or SAs were not as the kernel has them: mended"
+        text = f"{drift} policies or SAs differed from the kernel's: repaired"
         return [*([do.Log("error", text)] if drift else []), *self._follow_kernel()]
 
     def _sources_resolved(self, event: on.SourcesResolved) -> list[do.Command]:
@@ -329,13 +329,16 @@ class Gate:
         news: list[do.Command] = []
         before = self.ike.error, self.protection.sa_source
         if self.ike.error:
-            news = [do.ExemptIke(event.pid), do.Log("info", f"IKE daemon {event.pid} connected")]
+            news = [
+                do.ExemptIke(event.pid),
+                do.Log("info", f"connected to the IKE daemon, pid {event.pid}"),
+            ]
         if self.settings.sa_source is SaSource.AUTO:
             self.protection.sa_source = SaSource.VICI if event.userspace_esp else SaSource.XFRM
         elif self.ike.error and event.userspace_esp != self.protection.in_userspace:
-            esp = "does ESP itself" if event.userspace_esp else "has the kernel do ESP"
+            esp = f"{'strongSwan' if event.userspace_esp else 'the kernel'} does ESP"
             news.append(
-                do.Log("warning", f"sa_source = {self.settings.sa_source.value!r}, but IKE {esp}")
+                do.Log("warning", f"gate.sa_source is {self.settings.sa_source.value!r}, but {esp}")
             )
         if self.ike.has_loaded(event.children) or self.ike.error:
             self.holds.all_may()
@@ -370,7 +373,7 @@ class Gate:
             return []
         self.protection.ike_gone()
         follow = self._follow_kernel()
-        gone = do.Log("error", f"IKE daemon gone ({event.reason}): protected flows are refused")
+        gone = do.Log("error", f"lost the IKE daemon ({event.reason}): protected flows are refused")
         return [
             *follow,
             do.ExemptIke(0),

@@ -55,7 +55,7 @@ class HookTables:
         except TableFullError as error:
             table, closed = fit_spd(rules, source.peer_of)
             names = _list(source.name_of(one) for one in closed)
-            self.errors[TableId.SPD] = f"SPD table: {error}; refused until they fit: {names}"
+            self.errors[TableId.SPD] = f"SPD table: {error}; refused until all fit: {names}"
         self.changed = _difference(self.tables.get(TableId.SPD), table)
         return self._publish(TableId.SPD, table)
 
@@ -106,7 +106,7 @@ class HookTables:
             table, widened = fit_policies(policies)
             names = _list(policy.name for policy in widened)
             self.errors[TableId.POLICY] = (
-                f"POLICY table: {error}; more is refused than need be, because of {names}"
+                f"POLICY table: {error}; more is refused than necessary, because of {names}"
             )
             return table
 

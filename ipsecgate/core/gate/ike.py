@@ -59,7 +59,7 @@ class Ike:
             if self._negotiations.is_settled(config.name):
                 return []
             if self._protection.is_up(config):
-                return self._warn(f"{config.name} is up and does not protect", flow)
+                return self._warn(f"{config.name} is up but does not protect", flow)
             return self._negotiations.ask(config.name, flow, place, policy.name)
         if len(self._orphans) < ORPHANS:
             self._orphans.add(flow)
@@ -76,7 +76,7 @@ class Ike:
         orphans, self._orphans = self._orphans, set()
         asked = [c for flow in orphans for c in self.ask(flow, self._policy_table.place_of(flow))]
         alone, self._orphans = self._orphans, set()
-        text = "no CHILD_SA that is loaded would protect"
+        text = "no loaded connection would protect"
         told = [command for flow in alone for command in self._warn(text, flow)]
         return [c for c in (*started, *asked) if not isinstance(c, do.AskIke)] + told
 
@@ -90,7 +90,7 @@ class Ike:
         new = [reason for reason in reasons if reason not in self._unread]
         self._unread = (*self._unread, *new)[-UNREAD:]
         return [
-            do.Log("error", f"strongSwan says what is not understood: {reason}") for reason in new
+            do.Log("error", f"ignored part of what strongSwan reports: {reason}") for reason in new
         ]
 
     def warn_anew(self) -> None:

@@ -56,14 +56,20 @@ class OneWayChildren:
         self._attempts[name] = self._attempts.get(name, 0) + 1
         ordered = sorted(still, key=lambda sa: sa.unique)
         if self._attempts[name] == ATTEMPTS:
-            return [_told(sa, "and comes back like that: left alone") for sa in ordered]
+            return [
+                _told(sa, f"this has happened {ATTEMPTS} times, so it is left alone")
+                for sa in ordered
+            ]
         return [command for sa in ordered for command in _delete(sa)]
 
 
 def _delete(sa: ChildSa) -> list[do.Command]:
-    return [_told(sa, "deleting it, to be made anew"), do.Terminate(sa.name, sa.unique)]
+    return [
+        _told(sa, "deleting the CHILD_SA, so that a new one is negotiated"),
+        do.Terminate(sa.name, sa.unique),
+    ]
 
 
 def _told(sa: ChildSa, what_then: str) -> do.Command:
-    lost = f"the kernel has lost the inbound half of its SA ({sa.spi_in:08x}) and drops all answers"
+    lost = f"the kernel has lost its inbound SA ({sa.spi_in:08x}) or policy, and drops all replies"
     return do.Log("warning", f"{sa.name}: {lost}; {what_then}")

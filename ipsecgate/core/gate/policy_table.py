@@ -65,7 +65,7 @@ class PolicyTable:
     def errors(self) -> list[str]:
         """What the operator should mend."""
         userland = self.settings.floor and self._protection.in_userspace
-        useless = ["gate.floor: has no effect where IKE does ESP itself"] if userland else []
+        useless = ["gate.floor has no effect, because strongSwan does ESP"] if userland else []
         tables = [*self._hook_tables.errors.values(), *self._protection.errors]
         return [*tables, *self.derived.errors, *useless]
 

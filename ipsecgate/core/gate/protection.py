@@ -81,8 +81,8 @@ class Protection:
         self.sources = dict(sources)
         self._by_prefix = LongestPrefix(sources)
         self.errors = [
-            f"{one}: in more pieces than the hooks' table of routes holds ({SOURCES}): what is "
-            "sent there by a socket that is not bound to an address is refused"
+            f"{one}: routing divides it into more parts than the hooks can hold ({SOURCES}): "
+            "requests to it from sockets without a bound address are refused"
             for one in lost[:LOST]
         ]
         self.userspace_esp.routed(event.into_tun)
