@@ -152,7 +152,7 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         controller = Controller(alive=False, pid=None, since=None)
     pins = pins_of(paths)
     with Maps(pins) as maps:
-        counters = hook_counters(maps.counters())
+        counters = _hook_counters(maps.counters())
         spd = maps.table(TableId.SPD)
         policy_table = maps.table(TableId.POLICY)
         audit = bool(maps.setting(Setting.AUDIT))
@@ -186,7 +186,9 @@ def _without_controller(paths: Paths, read_config: Callable[[], Config]) -> Gate
         config = read_config()
     except UsageError as error:
         errors.append(str(error))
-    policies = config.settings.policies or derived_policies(saved_state.recall(paths.remembered))
+    policies = config.settings.policies or derived_policies(
+        saved_state.load_children(paths.remembered)
+    )
     return {
         "errors": errors,
         "sa_source": _sa_source(config.settings.sa_source),
@@ -241,7 +243,7 @@ def _coverage(
     return next((state for state in pending if state in states), Coverage.UNCOVERED.value)
 
 
-def hook_counters(counters: Mapping[Reason, int]) -> HookCounters:
+def _hook_counters(counters: Mapping[Reason, int]) -> HookCounters:
     """Return the hooks' counters, added up by result, and each by its reason."""
 
     def total(prefix: str) -> int:

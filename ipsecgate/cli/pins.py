@@ -46,7 +46,7 @@ def _gate_last_targets(paths: Paths, error: UsageError) -> None:
 
     Raises: UsageError, the given one extended by their names.
     """
-    targets = saved_state.recall_targets(paths.targets)
+    targets = saved_state.load_targets(paths.targets)
     if targets:
         loader.load(paths)
         gated = ", ".join(map(str, loader.attach_all(paths, targets))) or "none that exists"

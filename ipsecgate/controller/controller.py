@@ -82,7 +82,7 @@ class Controller:
         self._config = config
         self._reload = Reload(read, self._in_force)
         self._targets = Targets(paths, loader.check_targets(paths, config))
-        self._gate = Gate(config.settings, saved_state.recall(paths.remembered))
+        self._gate = Gate(config.settings, saved_state.load_children(paths.remembered))
         self._data = Datapath(loader.pins_of(paths))
         self._hooks = HookWriter(self._data)
         self._queue = EventQueue()
@@ -264,7 +264,7 @@ class Controller:
     async def _cut_off(self) -> None:
         """End the sockets that stand without an SA; what cannot be ended is blocked."""
         try:
-            lost = [one for one in await sockets.standing() if self._gate.is_cut_off(one.flow)]
+            lost = [one for one in await sockets.connected() if self._gate.is_cut_off(one.flow)]
             gated = await asyncio.to_thread(loader.gated_ids, self._paths) if lost else ()
             ended = await sockets.destroy([one for one in lost if one.cgroup in gated])
         except OSError as error:
@@ -286,7 +286,7 @@ class Controller:
     def _remember(self, command: do.Remember) -> None:
         self._unkept = None
         try:
-            saved_state.keep(self._paths.remembered, command.children)
+            saved_state.save_children(self._paths.remembered, command.children)
         except OSError as error:
             self._unkept = command
             log.error("cannot write %s: %s", self._paths.remembered, error.strerror or error)

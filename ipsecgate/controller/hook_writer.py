@@ -66,7 +66,7 @@ class HookWriter:
         if not pid:
             return
         try:
-            cgroup = cgroups.of(pid).stat().st_ino
+            cgroup = cgroups.of_process(pid).stat().st_ino
         except (OSError, GateError) as error:
             # It has ended, so its pid may be another's already; or it is in no cgroup of ours.
             log.warning(
@@ -91,7 +91,7 @@ class HookWriter:
             ) from error
 
     async def _verify(self, command: do.Verify) -> None:
-        mended = await self._data.verify(command.table, command.content)
+        mended = await self._data.repair(command.table, command.content)
         self.mended += mended
         if mended:
             name = command.table.name

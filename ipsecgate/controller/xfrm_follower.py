@@ -39,7 +39,7 @@ class XfrmFollower:
     def look(self) -> None:
         """Deliver at once what they have told so far."""
         if self._monitor is not None:
-            self._monitor.look()
+            self._monitor.drain()
 
     async def check(self, also: Callable[[], None]) -> None:
         """Have what is known compared with what is, until cancelled; then do `also`."""

@@ -143,7 +143,7 @@ def filtered() -> Iterator[int]:
         theirs.recv(1)
         os._exit(0)
     with ours, theirs:
-        yield seccomp.take(child, int(ours.recv(9)))
+        yield seccomp.copy_descriptor(child, int(ours.recv(9)))
         ours.send(b"x")
     os.waitpid(child, 0)
 

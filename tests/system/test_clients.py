@@ -17,7 +17,7 @@ from tests.clients.client_lab import ClientLab, End, client_lab
 
 NAMES = [client.name for client in catalogue("", Path())]
 SOME = ["psql", "Python asyncio", "node", "Java", "Go, static"]
-SAYS_SO = (End.TOLD, End.VAGUE)
+SAYS_SO = (End.NAMED, End.VAGUE)
 
 
 @pytest.fixture(scope="module")

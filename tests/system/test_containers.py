@@ -161,7 +161,7 @@ def test_a_gated_container_without_the_profile_is_refused(
 ) -> None:
     argv = containers.oci(runtime, "refused", wget(here.forbidden_to), None)
     outcome = here.run(RealClient(runtime, tuple(argv)), gated=False)
-    assert outcome.end("EPERM") is End.TOLD
+    assert outcome.end("EPERM") is End.NAMED
     assert outcome.refused
     assert not outcome.seen.clear
 

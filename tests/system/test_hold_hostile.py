@@ -13,6 +13,7 @@ import pytest
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.uml import children_of
+from tests.processes import process_state
 from tests.system import held_client
 from tests.system.connections import load_connection
 from tests.system.stalling_file import FLUSH, READ, StallingFile
@@ -49,9 +50,9 @@ def children(gate: Gated) -> list[int]:
 
 
 def waits_in_the_kernel(pid: int) -> bool:
-    """Tell whether a thread of a process cannot be killed. Source: proc(5)."""
-    stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return "D" in [stat.rpartition(") ")[2][0] for stat in stats]
+    """Return whether a thread of a process is in an uninterruptible wait."""
+    threads = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+    return "D" in [process_state(pid, thread) for thread in threads]
 
 
 def said(gate: Gated) -> bool:

@@ -20,7 +20,7 @@ import pytest
 from ipsecgate.core.tables import layout
 from ipsecgate.core.tables.layout import INDEX, Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import EMPTY, Rule, compile_table, ternary
-from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf import bytecode, libbpf, ring
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.objects import HOOKS, opened
 from ipsecgate.edges.bpf.pins import Pins
@@ -312,7 +312,7 @@ def test_a_table_changed_by_others_is_repaired_and_counted(hooked: HookedCgroup)
     )
 
     def verify() -> int:
-        return asyncio.run(hooked.data.verify(TableId.POLICY, wanted))
+        return asyncio.run(hooked.data.repair(TableId.POLICY, wanted))
 
     assert verify() == 0
     space = layout.space(TableId.POLICY, hooked.data.setting(Setting.POLICY_EPOCH))
@@ -354,7 +354,7 @@ def test_a_flood_of_refusals_is_read_in_batches(hooked: HookedCgroup) -> None:
     hosts = [str(ip_address("2001:db8:b::") + number) for number in range(1, 301)]
     assert {hooked.gated("sendto", host) for host in hosts} == {"EPERM"}
     hooked.data.drain()
-    assert len(hooked.refusals) == libbpf.AT_ONCE
+    assert len(hooked.refusals) == ring.BATCH
     hooked.data.drain()
     assert [str(told.flow.daddr) for told in hooked.refusals] == hosts
 

@@ -84,7 +84,7 @@ def enlarge_buffers(pid: int) -> int:
         with contextlib.suppress(OSError):  # closed meanwhile
             if not str(entry.readlink()).startswith("socket:"):
                 continue
-            with socket.socket(fileno=seccomp.take(pid, int(entry.name))) as one:
+            with socket.socket(fileno=seccomp.copy_descriptor(pid, int(entry.name))) as one:
                 if one.family in INET and one.type == socket.SOCK_DGRAM:
                     one.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
                     found += 1

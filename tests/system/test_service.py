@@ -21,7 +21,7 @@ import pytest
 
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
-from ipsecgate.edges.host.saved_state import keep, recall
+from ipsecgate.edges.host.saved_state import load_children, save_children
 from tests.system.caller import Caller
 from tests.system.controller_process import PORT, ControllerProcess, caller, controller, refused
 from tests.system.hooked_cgroup import PEER, THERE
@@ -210,12 +210,12 @@ def test_a_full_disk_keeps_the_saved_children(tmp_path: Path) -> None:
         ["mount", "-t", "tmpfs", "-o", "size=8k,mode=755", "none", str(folder)], check=True
     )
     try:
-        keep(path, (child,))
+        save_children(path, (child,))
         (folder / "filler").write_bytes(b"x" * 4096)
         many = tuple(replace(child, name=ChildName("peer", f"c{number}")) for number in range(200))
         with pytest.raises(OSError, match="No space left"):
-            keep(path, many)
-        assert recall(path) == (child,)
+            save_children(path, many)
+        assert load_children(path) == (child,)
         assert {each.name for each in folder.iterdir()} == {path.name, "filler"}
     finally:
         subprocess.run(["umount", str(folder)], check=True)

@@ -260,14 +260,14 @@ def test_folders_report_what_appears_and_vanishes(folder: Path) -> None:
     folders = Folders(folder, lambda path: path.name != "deaf")
     (folder / "a/b").mkdir(parents=True)
     (folder / "deaf/c").mkdir(parents=True)
-    told = list(folders.news())
+    told = list(folders.events())
     assert {Appeared(folder / name) for name in ("a", "a/b", "deaf")} == set(told)
     (folder / "a/b/c").mkdir()
-    assert list(folders.news()) == [Appeared(folder / "a/b/c")]
+    assert list(folders.events()) == [Appeared(folder / "a/b/c")]
     (folder / "a/b/c").rmdir()
     (folder / "a/b").rmdir()
-    assert list(folders.news()) == [Vanished(folder / "a/b/c"), Vanished(folder / "a/b")]
+    assert list(folders.events()) == [Vanished(folder / "a/b/c"), Vanished(folder / "a/b")]
     (folder / "a/b").mkdir()
     (folder / "a/b/d").mkdir()
-    assert Appeared(folder / "a/b/d") in list(folders.news())
+    assert Appeared(folder / "a/b/d") in list(folders.events())
     folders.close()

@@ -163,7 +163,7 @@ def test_an_upgrade_killed_at_any_step_is_finished_by_the_next_load(
     while not done:
         with contextlib.suppress(Killed), killed_at(monkeypatch, steps):
             other.load(code)
-            if other.next.any:
+            if other.next.exists:
                 take_over(old).close()
             other.switch()
             done = True

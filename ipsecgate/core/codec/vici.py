@@ -148,7 +148,7 @@ def _child_sa(ike: str, body: Section, child: Section, names: Names) -> ChildSa:
         raise ViciError(f"CHILD_SA of {ike}: {str(error)[:80]}") from error
     protocol = text(child, "protocol")
     if protocol not in PROTOCOLS:
-        raise ViciError(f"CHILD_SA of {ike}: protocol {protocol[:40]!r}")
+        raise ViciError(f"CHILD_SA of {ike}: unknown protocol {protocol[:40]!r}")
     return ChildSa(
         name=ChildName(ike, text(child, "name")),
         reqid=number(child, "reqid"),

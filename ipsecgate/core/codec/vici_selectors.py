@@ -76,7 +76,7 @@ def _selector(written: str, dynamic: Sequence[Network], names: Names) -> Iterato
 
 def _networks(written: str) -> Iterator[Network]:
     if "%" in written:
-        raise ValueError("an address with an interface")
+        raise ValueError("names an interface")
     first, dots, last = written.partition("..")
     if dots:
         yield from summarize_address_range(parse_address(first), parse_address(last))
@@ -89,7 +89,7 @@ def _protocol(written: str | None, names: Names) -> int:
         return 0
     proto = int(written) if DIGITS[10].fullmatch(written) else names.protocol(written)
     if not 0 <= proto <= 0xFF:
-        raise ValueError(f"protocol {proto}")
+        raise ValueError(f"unknown protocol {proto}")
     return proto
 
 
@@ -101,7 +101,7 @@ def _ports(written: str | None, proto: int, protocol: str | None, names: Names) 
     if proto in ICMP and (match := _ICMP_RANGE.fullmatch(written)):
         kind, code, last_kind, last_code = (int(part) if part else 0 for part in match.groups())
         if max(kind, code, last_kind, last_code) > 0xFF:
-            raise ValueError(f"ICMP {written}")
+            raise ValueError(f"invalid ICMP type {written}")
         low = kind << 8 | code
         high = last_kind << 8 | last_code if match[3] else low
     elif match := _PORT_RANGE.fullmatch(written):
@@ -109,5 +109,5 @@ def _ports(written: str | None, proto: int, protocol: str | None, names: Names) 
     else:
         low = high = names.service(written, protocol if proto else None)
     if not 0 <= low <= high <= PORT_MASK:
-        raise ValueError(f"ports {low}-{high}")
+        raise ValueError(f"invalid ports {low}-{high}")
     return low, high

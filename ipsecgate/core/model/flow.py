@@ -95,7 +95,7 @@ class Selector:
     ifindex: int = 0
 
     @property
-    def answer(self) -> Selector:
+    def reply(self) -> Selector:
         """What comes back, as strongSwan has it: the ends exchanged, and from any interface.
 
         Of ICMP the ports are type and code, both ways; unless they are 0. Source: ts2selector()

@@ -200,7 +200,7 @@ class KernelState:
             and not (
                 (told.inbound, told.reqid) in states
                 and all(
-                    (selector.answer, told.reqid) in receiving
+                    (selector.reply, told.reqid) in receiving
                     for template, selector in sending.get((told.spi_out, told.reqid), ())
                     if template.accepts(told.outbound)
                 )
