@@ -65,7 +65,7 @@ def controller_status(
 def summary(gate: Gate) -> str:
     """Return the state of the gate in one line, for the service manager."""
     if gate.ike.error:
-        return f"Protected flows are refused: strongSwan: {gate.ike.error}"
+        return f"protected flows are refused: IKE daemon: {gate.ike.error}"
     if gate.policy_table.errors:
         return gate.policy_table.errors[0]
     negotiations = gate.negotiations.of.values()
@@ -78,7 +78,7 @@ def summary(gate: Gate) -> str:
 def _gate_errors(gate: Gate) -> list[str]:
     return [
         *gate.policy_table.errors,
-        *([f"strongSwan: {gate.ike.error}"] if gate.ike.error else []),
+        *([f"IKE daemon: {gate.ike.error}"] if gate.ike.error else []),
         *(f"ignored part of what strongSwan reports: {reason}" for reason in gate.ike.unread),
     ]
 

@@ -28,8 +28,8 @@ COLOURS = {
 def status(app: App) -> int:
     """Show hooks, policies and coverage, SAs, held calls and counters.
 
-    Exits with 0 if the gate is healthy. Exits with 1 if no controller runs, if a gated
-    cgroup has been removed, or if an error is shown.
+    Exits with 0 if the gate is healthy. Exits with 1 if no controller runs, no policies are
+    known yet, a gated cgroup has been removed, or an error is shown.
     """
     try:
         document = status_of(app.paths, app.config)

@@ -51,7 +51,7 @@ class Service:
 
     def stopping(self) -> None:
         """Say that the end was asked for."""
-        systemd.notify(STOPPING=1, STATUS="stopped: what no SA covers stays refused")
+        systemd.notify(STOPPING=1, STATUS="stopped: uncovered flows stay refused")
 
     async def watch(self) -> None:
         """Wait for a defect that no task tells of. Raises: whatever it was."""

@@ -1,6 +1,6 @@
-"""The controller as a service: watched, and closed through what breaks it.
+"""The controller as a service: its watchdog, and the gate stays closed when it breaks.
 
-A real process and real hooks; no IKE daemon, so whatever must be protected is refused.
+A real process and real hooks; without an IKE daemon every protected flow is refused.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def test_the_service_manager_hears_ready_watchdog_and_stopping(
     beats = []
     for _ in range(40):
         controller.heard.clear()
-        assert controller.hears("WATCHDOG=1"), "though nothing happens"
+        assert controller.hears("WATCHDOG=1"), "also while nothing happens"
         beats.append(time.monotonic())
-    assert beats[-1] - beats[0] > 0.05 * len(beats), "no more often than is asked for"
+    assert beats[-1] - beats[0] > 0.05 * len(beats), "no more often than required"
     assert controller.process is not None
     controller.process.send_signal(signal.SIGTERM)
     assert controller.hears("STOPPING=1")
@@ -61,7 +61,9 @@ Controller._execute = stuck
 
 def test_a_controller_stuck_in_a_decision_stops_its_watchdog(controller: ControllerProcess) -> None:
     controller.start(code=STUCK, env={"WATCHDOG_USEC": "200000"})
-    assert controller.eventually(lambda: controller.ask()["pid"]), "the rest of it goes on"
+    assert controller.eventually(lambda: controller.ask()["pid"]), (
+        "the rest of the controller works"
+    )
     assert not controller.hears("WATCHDOG=1", 1)
 
 
@@ -105,7 +107,7 @@ def test_an_unexpected_exception_ends_the_process_and_opens_nothing(
 
 
 def test_clients_cannot_take_all_descriptors(controller: ControllerProcess, caller: Caller) -> None:
-    """Who connects to the control socket takes none from the kernel's side."""
+    """Clients of the control socket leave descriptors for the kernel and IKE."""
     controller.start(files=64)
     assert controller.hears("READY=1"), controller.log
     path = controller.folder / "run" / controller.name / "control.sock"
@@ -135,13 +137,13 @@ def test_too_few_descriptors_at_start_open_nothing(
 
 
 def settled(controller: ControllerProcess) -> bool:
-    """Tell whether a controller that was started is ready, or ended in vain."""
+    """Return whether a controller that was started is ready or has ended."""
     assert controller.process is not None
     return controller.process.poll() is not None or controller.ask()["ready"]
 
 
 def test_a_full_run_folder_opens_nothing(controller: ControllerProcess, caller: Caller) -> None:
-    """Whichever of its files has no room: the controller ends with a reason, or does without."""
+    """Whichever file does not fit: the controller ends with an error, or works without it."""
     run = controller.folder / "run"
     run.mkdir()
     controller.start()
@@ -170,7 +172,7 @@ def test_a_full_run_folder_opens_nothing(controller: ControllerProcess, caller: 
 def test_the_hooks_load_although_a_full_disk_cannot_keep_them(
     controller: ControllerProcess, caller: Caller, tmp_path: Path
 ) -> None:
-    """The hooks are compiled though they cannot be kept."""
+    """They are compiled at every start."""
     full = tmp_path / "full"
     full.mkdir()
     subprocess.run(
