@@ -184,11 +184,11 @@ TYPE = replace(CHOSEN, proto=1, sport=8, sport_mask=PORT_MASK)
 TYPE_0 = replace(CHOSEN, proto=1, sport_mask=PORT_MASK)  # code 0, in one direction only
 DEVICE = replace(CHOSEN, ifindex=4)
 BACK = {
-    PORTS: replace(CHOSEN.answer, proto=UDP, sport=53, sport_mask=0xFFF0, dport=7,
+    PORTS: replace(CHOSEN.reply, proto=UDP, sport=53, sport_mask=0xFFF0, dport=7,
                    dport_mask=PORT_MASK),
-    TYPE: replace(CHOSEN.answer, proto=1, sport=8, sport_mask=PORT_MASK),
-    TYPE_0: replace(CHOSEN.answer, proto=1, dport_mask=PORT_MASK),
-    DEVICE: CHOSEN.answer,
+    TYPE: replace(CHOSEN.reply, proto=1, sport=8, sport_mask=PORT_MASK),
+    TYPE_0: replace(CHOSEN.reply, proto=1, dport_mask=PORT_MASK),
+    DEVICE: CHOSEN.reply,
 }  # fmt: skip
 
 
