@@ -36,7 +36,8 @@ def test_the_service_manager_hears_ready_watchdog_and_stopping(
 ) -> None:
     controller.start(env={"WATCHDOG_USEC": "200000"})
     assert controller.hears("READY=1"), controller.log
-    assert any("STATUS=protected flows are refused: IKE" in line for line in controller.heard)
+    status = "STATUS=Protected flows are refused: strongSwan"
+    assert any(status in line for line in controller.heard)
     beats = []
     for _ in range(40):
         controller.heard.clear()
@@ -77,7 +78,7 @@ TASK = """
 from ipsecgate.edges.kernel import routes
 async def defect(self):
     raise LookupError("a defect in a task")
-routes.Routes._tell = defect
+routes.Routes._update = defect
 """
 STEP = """
 from ipsecgate.core.gate.gate import Gate
@@ -199,7 +200,7 @@ def test_the_status_is_one_json_document(controller: ControllerProcess) -> None:
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1, "without IKE it is degraded"
-    assert "IKE" in json.loads(done.stdout)["errors"][0]
+    assert "strongSwan" in json.loads(done.stdout)["errors"][0]
 
 
 def test_a_full_disk_keeps_the_saved_children(tmp_path: Path) -> None:
