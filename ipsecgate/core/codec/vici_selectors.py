@@ -62,7 +62,7 @@ def selectors(
 def _selector(written: str, dynamic: Sequence[Network], names: Names) -> Iterator[TrafficSelector]:
     match = _SELECTOR.fullmatch(written)
     if match is None:
-        raise ViciError(f"cannot parse traffic selector {written[:80]!r}")
+        raise ViciError(f"traffic selector {written[:80]!r} cannot be parsed")
     net, protocol, ports = match.groups()
     try:
         proto = _protocol(protocol, names)
