@@ -135,7 +135,7 @@ class IkeClient:
     def unread(self) -> tuple[str, ...]:
         """Why children of the latest lists could not be read.
 
-        `established` left those out; `children` widened their selectors.
+        `established` left those out; `children` widen their selectors.
         """
         return tuple(reason for reasons in self._unread.values() for reason in reasons)
 
