@@ -72,3 +72,7 @@ def ike_sa(**child: Any) -> dict[str, Any]:
     children = {"net-3": {**CHILD, **child}}
     body = {"uniqueid": b"7", "state": b"ESTABLISHED", **HOSTS}
     return {"gw": {**body, "child-sas": children}}
+
+
+# A `child-updown` or `ike-updown` event of SA.
+UP: dict[str, Any] = {"up": "yes", **ike_sa()}
