@@ -373,7 +373,7 @@ class Gate:
             return []
         self.protection.ike_gone()
         follow = self._follow_kernel()
-        gone = do.Log("error", f"lost the IKE daemon ({event.reason}): protected flows are refused")
+        gone = do.Log("error", f"no IKE daemon ({event.reason}): protected flows are refused")
         return [
             *follow,
             do.ExemptIke(0),
