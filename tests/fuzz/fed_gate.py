@@ -77,7 +77,7 @@ def fingerprint(gate: Gate) -> object:
         dict(gate.protection.kernel_state.policies),
         dict(gate.protection.kernel_state.inbound),
         dict(gate.protection.kernel_state.sas),
-        {sa.id for sa in gate.protection.kernel_state.trusted_sas()},
+        {sa.id for sa in gate.protection.kernel_state.confirmed_sas()},
         {table: (content.masks, dict(content.entries))
          for table, content in gate.hook_tables.tables.items()},
         dict(gate.hook_tables.errors),

@@ -211,7 +211,7 @@ class Routes(Target):
             list(rtnetlink.decode_prefixes(data)),
             list(rtnetlink.decode_route(data)),
             list(rtnetlink.decode_link(data)),
-            list(rtnetlink.decode_lost(data)),
+            list(rtnetlink.decode_removed_routes(data)),
             rtnetlink.only_routes(data),
         )
 

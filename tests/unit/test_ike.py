@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.model.events import (
     ChildUp,
     IkeGone,
-    IkeUnread,
+    IkeUnparsed,
     IkeUp,
 )
 from ipsecgate.edges.strongswan import vici
@@ -69,7 +69,7 @@ async def test_a_child_that_cannot_be_parsed_does_not_affect_the_others(
     charon.raise_event("child-updown", ike_sa(**odd))
     charon.raise_event("child-updown", UP)
     unread, up = await next_events(client, 2)
-    assert isinstance(unread, IkeUnread)
+    assert isinstance(unread, IkeUnparsed)
     assert "nosuch" in unread.reason
     assert up == ChildUp(SA)
 
