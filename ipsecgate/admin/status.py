@@ -26,7 +26,7 @@ from ipsecgate.admin.status_document import (
 )
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
-from ipsecgate.core.model.policy import Policy, SaSource, derived
+from ipsecgate.core.model.policy import Policy, SaSource, derived_policies
 from ipsecgate.core.tables.layout import Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Table, Ternary
 from ipsecgate.edges.bpf.maps import Maps
@@ -53,7 +53,7 @@ def controller_status(
         "children": [str(c.name) for c in gate.ike.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": _negotiations(gate),
-        "sas": _userspace_sas(gate) if gate.protection.in_userland else _kernel_sas(gate),
+        "sas": _userspace_sas(gate) if gate.protection.in_userspace else _kernel_sas(gate),
         "held": gate.holds.total,
         "holds": [
             Hold(pid=made.pid, flow=str(made.flow), limit=made.limit)
@@ -106,7 +106,7 @@ def _userspace_sas(gate: Gate) -> list[Sa]:
             "child": str(sa.name),
             "since": None,
         }
-        for sa in gate.protection.userland.sas()
+        for sa in gate.protection.userspace_esp.sas()
     ]
 
 
@@ -186,7 +186,9 @@ def _without_controller(paths: Paths, read_config: Callable[[], Config]) -> Gate
         config = read_config()
     except UsageError as error:
         errors.append(str(error))
-    policies = config.settings.policies or derived(saved_state.load_children(paths.remembered))
+    policies = config.settings.policies or derived_policies(
+        saved_state.load_children(paths.remembered)
+    )
     return {
         "errors": errors,
         "sa_source": _sa_source(config.settings.sa_source),

@@ -120,6 +120,8 @@ def _policies(policies: list[Policy]) -> Table:
             policy["child"] or "by selector",
             Text(coverage, COLOURS.get(coverage, "")),
         )
+    if not policies:
+        table.add_row(Text("none known", "yellow"))
     return table
 
 

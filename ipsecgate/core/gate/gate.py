@@ -32,7 +32,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow, Network, is_exempt
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, ChildSa, Direction, SpdEntry
 from ipsecgate.core.model.policy import Policy, SaSource, Settings
-from ipsecgate.core.model.prefixes import PrefixSet, prefix
+from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
 from ipsecgate.core.tables.flow_index import FlowIndex
 from ipsecgate.core.tables.layout import TableId
 
@@ -120,7 +120,7 @@ class Gate:
             case on.ChildUp():
                 self.protection.child_up(event.sa)
             case on.ChildDown():
-                self.protection.userland.ike_drops(event.sa)
+                self.protection.userspace_esp.child_down(event.sa)
             case _:
                 return self.protection.kernel_state.apply(event)
         return True
@@ -151,7 +151,7 @@ class Gate:
                 return self._ike_gone(event)
             case on.IkeUp() | on.IkeDown() | on.ChildUp() | on.ChildDown():
                 return []  # its children are told one by one, and heard together
-            case on.IkeUnread():
+            case on.IkeUnparsed():
                 return [*self.ike.has_unread((event.reason,)), do.AskIke()]
             case on.NegotiationFailed():
                 failed = self.negotiations.failed(event.name, event.cause)
@@ -167,7 +167,7 @@ class Gate:
 
     def _sources_resolved(self, event: on.SourcesResolved) -> list[do.Command]:
         self.protection.resolved(event, self._destinations)
-        self._flow_index.route_anew()
+        self._flow_index.reroute()
         self.holds.all_may()
         self._rerouted = True
         sources = tuple(self.protection.sources.items())
@@ -206,7 +206,7 @@ class Gate:
             self._rerouted = False
             self.holds.all_may()
             return list(self.negotiations.of)
-        flows = self._flow_index.among(changed)
+        flows = self._flow_index.within(changed)
         self.holds.these_may(flows)
         return self.negotiations.names(flows)
 
@@ -224,7 +224,7 @@ class Gate:
         if entry.action is not Action.PROTECT or entry.key.direction is not Direction.OUT:
             return False
         return not all(template.spi for template in entry.templates) or not self._cover.contains(
-            prefix(entry.key.selector.dst)
+            as_prefix(entry.key.selector.dst)
         )
 
     def _ask_sources(self) -> list[do.Command]:
@@ -306,7 +306,7 @@ class Gate:
         """Put the next configuration in force if its sources are known: the stricter part first."""
         old, new, known = self.settings, self._next, PrefixSet(self.protection.sources)
         if new is None or not all(
-            known.touches(prefix(network)) for network in self.policy_table.networks(new)
+            known.overlaps(as_prefix(network)) for network in self.policy_table.networks(new)
         ):
             return []
         self._next, self.policy_table.settings = None, new
@@ -334,9 +334,9 @@ class Gate:
                 do.Log("info", f"connected to the IKE daemon, pid {event.pid}"),
             ]
         if self.settings.sa_source is SaSource.AUTO:
-            self.protection.sa_source = SaSource.VICI if event.userland else SaSource.XFRM
-        elif self.ike.error and event.userland != self.protection.in_userland:
-            esp = f"{'strongSwan' if event.userland else 'the kernel'} does ESP"
+            self.protection.sa_source = SaSource.VICI if event.userspace_esp else SaSource.XFRM
+        elif self.ike.error and event.userspace_esp != self.protection.in_userspace:
+            esp = f"{'strongSwan' if event.userspace_esp else 'the kernel'} does ESP"
             news.append(
                 do.Log("warning", f"gate.sa_source is {self.settings.sa_source.value!r}, but {esp}")
             )
@@ -362,8 +362,8 @@ class Gate:
         known = PrefixSet(self.policy_table.networks(self.settings))
         return {
             sa
-            for sa in self.protection.halves()
-            if any(known.touches(prefix(there.network)) for there in sa.remote)
+            for sa in self.protection.one_way_children()
+            if any(known.overlaps(as_prefix(there.network)) for there in sa.remote)
         }
 
     def _ike_gone(self, event: on.IkeGone) -> list[do.Command]:
@@ -373,7 +373,7 @@ class Gate:
             return []
         self.protection.ike_gone()
         follow = self._follow_kernel()
-        gone = do.Log("error", f"lost the IKE daemon ({event.reason}): protected flows are refused")
+        gone = do.Log("error", f"no IKE daemon ({event.reason}): protected flows are refused")
         return [
             *follow,
             do.ExemptIke(0),

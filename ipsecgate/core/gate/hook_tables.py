@@ -23,12 +23,12 @@ NAMED = 8  # of what is closed, in a line
 
 
 class ProtectionSource(Protocol):
-    """Who knows what is protected: `Mirror` or `Userland`."""
+    """Who knows what is protected: `Mirror` or `UserspaceEsp`."""
 
-    def agreed_rules(self) -> list[Rule]:
+    def hook_rules(self) -> list[Rule]:
         """Return the SPD table as rules."""
 
-    def party_of(self, owner: Any, /) -> Hashable:
+    def peer_of(self, owner: Any, /) -> Hashable:
         """Return who answers for the owner of a rule."""
 
     def name_of(self, owner: Any, /) -> str:
@@ -48,12 +48,12 @@ class HookTables:
 
     def spd(self, source: ProtectionSource) -> list[do.Command]:
         """Bring the SPD table up to date; whose rules do not fit is not protected."""
-        rules = source.agreed_rules()
+        rules = source.hook_rules()
         self.errors.pop(TableId.SPD, None)
         try:
             table = compile_table(rules)
         except TableFullError as error:
-            table, closed = fit_spd(rules, source.party_of)
+            table, closed = fit_spd(rules, source.peer_of)
             names = _list(source.name_of(one) for one in closed)
             self.errors[TableId.SPD] = f"SPD table: {error}; refused until all fit: {names}"
         self.changed = _difference(self.tables.get(TableId.SPD), table)

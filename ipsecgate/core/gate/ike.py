@@ -71,7 +71,7 @@ class Ike:
         The daemon was looked at just now, so it is not again.
         """
         policies = enumerate(self._policy_table.policies)
-        wanted = [(policy.any_flow(), place) for place, policy in policies if policy.start]
+        wanted = [(policy.sample_flow(), place) for place, policy in policies if policy.start]
         started = [command for flow, place in wanted for command in self.ask(flow, place)]
         orphans, self._orphans = self._orphans, set()
         asked = [c for flow in orphans for c in self.ask(flow, self._policy_table.place_of(flow))]

@@ -73,7 +73,7 @@ class Loaded:
         """Return the children that `child_for` has to look at, in the order loaded."""
         if policy.child is not None:
             return self._by_name.get(policy.child, [])
-        near = {c for _, found in self._by_network.around(flow.daddr) for c in found}
+        near = {c for _, found in self._by_network.containing(flow.daddr) for c in found}
         return sorted(near, key=self._order.__getitem__)
 
 

@@ -18,7 +18,7 @@ from ipsecgate.core.gate.protection import Protection
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, Network
 from ipsecgate.core.model.ipsec import Action, ChildName
 from ipsecgate.core.model.policy import Policy, Settings
-from ipsecgate.core.state.floor import floor_of, is_floor
+from ipsecgate.core.state.floor import floor_policies, is_floor
 from ipsecgate.core.tables.layout import TableId, flow_key
 from ipsecgate.core.tables.table import EMPTY
 
@@ -64,7 +64,7 @@ class PolicyTable:
     @property
     def errors(self) -> list[str]:
         """What the operator should mend."""
-        userland = self.settings.floor and self._protection.in_userland
+        userland = self.settings.floor and self._protection.in_userspace
         useless = ["gate.floor has no effect, because strongSwan does ESP"] if userland else []
         tables = [*self._hook_tables.errors.values(), *self._protection.errors]
         return [*tables, *self.derived.errors, *useless]
@@ -118,7 +118,7 @@ class PolicyTable:
             there = sum(
                 is_floor(entry) for entry in self._protection.kernel_state.policies.values()
             )
-            if there < len(floor_of(self._floor)):
+            if there < len(floor_policies(self._floor)):
                 self._floor = None
 
     def _keep_floor(self) -> list[do.Command]:
@@ -129,8 +129,8 @@ class PolicyTable:
         if self.policies is NOT_KNOWN_YET:
             return []
         policy_table = self.settings.floor and not self.settings.audit
-        under = self.policies if policy_table and not self._protection.in_userland else ()
+        under = self.policies if policy_table and not self._protection.in_userspace else ()
         if under is self._floor or under == self._floor:
             return []
         self._floor = under
-        return [do.SetFloor(floor_of(under))]
+        return [do.SetFloor(floor_policies(under))]

@@ -14,9 +14,9 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Address, Flow, Network
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa
 from ipsecgate.core.model.policy import SaSource
-from ipsecgate.core.model.prefixes import LongestPrefix, fit
+from ipsecgate.core.model.prefixes import LongestPrefix, limit_sources
 from ipsecgate.core.state.kernel_state import KernelState
-from ipsecgate.core.state.userland import Userland
+from ipsecgate.core.state.userspace_esp import UserspaceEsp
 from ipsecgate.core.tables.layout import SOURCES, Key, flow_key
 
 LOST = 8  # destinations whose sources do not fit, and that are named
@@ -27,7 +27,7 @@ class Protection:
 
     def __init__(self, source: SaSource, hook_tables: HookTables) -> None:
         self.kernel_state = KernelState()
-        self.userland = Userland()
+        self.userspace_esp = UserspaceEsp()
         self.sa_source = source  # AUTO until the IKE daemon told
         self.sources: dict[Network, Address | None] = {}
         self.errors: list[str] = []  # of the sources
@@ -38,19 +38,19 @@ class Protection:
         self._heard: set[type[on.Event]] = set()
 
     @property
-    def source(self) -> KernelState | Userland:
+    def source(self) -> KernelState | UserspaceEsp:
         """Who says which SAs are live."""
-        return self.userland if self.sa_source is SaSource.VICI else self.kernel_state
+        return self.userspace_esp if self.sa_source is SaSource.VICI else self.kernel_state
 
     @property
-    def in_userland(self) -> bool:
+    def in_userspace(self) -> bool:
         """Tell whether the IKE daemon does ESP itself."""
-        return self.source is self.userland
+        return self.source is self.userspace_esp
 
     @property
     def tun(self) -> int:
         """Return behind which interface the daemon does ESP, by index; 0: none."""
-        return self._tun if self.in_userland else 0
+        return self._tun if self.in_userspace else 0
 
     def hears(self, event: on.Event) -> None:
         """Note that a witness was heard at least once."""
@@ -77,7 +77,7 @@ class Protection:
     def resolved(self, event: on.SourcesResolved, destinations: Iterable[Network]) -> None:
         """Take in where routing sends what; of what is too much, some are not known then."""
         self.hears(event)
-        sources, lost = fit(event.sources, destinations, SOURCES)
+        sources, lost = limit_sources(event.sources, destinations, SOURCES)
         self.sources = dict(sources)
         self._by_prefix = LongestPrefix(sources)
         self.errors = [
@@ -85,30 +85,30 @@ class Protection:
             "requests to it from sockets without a bound address are refused"
             for one in lost[:LOST]
         ]
-        self.userland.routed(event.into_tun)
+        self.userspace_esp.routed(event.into_tun)
         self._tun = event.tun
 
     def ike_connected(self, event: on.IkeConnected) -> bool:
         """Take in what the daemon has established; return whether that is news."""
         self.hears(event)
-        news = self.kernel_state.ike_knows(event.established)
-        return self.userland.ike_knows(event.established) or news
+        news = self.kernel_state.ike_connected(event.established)
+        return self.userspace_esp.ike_connected(event.established) or news
 
     def ike_gone(self) -> None:
         """Nobody vouches for any SA."""
         self.kernel_state.ike_gone()
-        self.userland.ike_gone()
+        self.userspace_esp.ike_gone()
 
     def child_up(self, sa: ChildSa) -> None:
         """The daemon told of one more."""
-        self.kernel_state.ike_adds(sa)
-        self.userland.ike_adds(sa)
+        self.kernel_state.child_up(sa)
+        self.userspace_esp.child_up(sa)
 
     def source_of(self, flow: Flow) -> Address | None:
         """Return the flow's source: its own, else the one routing would choose."""
         if flow.saddr is not None:
             return flow.saddr
-        return next(self._by_prefix.around(flow.daddr), (None, None))[1]
+        return next(self._by_prefix.containing(flow.daddr), (None, None))[1]
 
     def key_of(self, flow: Flow) -> Key | None:
         """Return a flow as the hooks look it up in the SPD table; None: its source is unknown."""
@@ -123,11 +123,13 @@ class Protection:
     def is_up(self, config: ChildConfig) -> bool:
         """Tell whether the kernel has all that IKE says of a child: asking changes nothing."""
         established = self.kernel_state.established(config.name)
-        return not self.in_userland and any(not self.kernel_state.lacks(sa) for sa in established)
+        return not self.in_userspace and any(
+            not self.kernel_state.is_missing(sa) for sa in established
+        )
 
-    def halves(self) -> set[ChildSa]:
+    def one_way_children(self) -> set[ChildSa]:
         """Return the CHILD_SAs of which the kernel has lost what it needs to receive."""
-        return set() if self.in_userland else self.kernel_state.halves()
+        return set() if self.in_userspace else self.kernel_state.one_way_children()
 
     def stale(self, name: ChildName, flow: Flow) -> list[ChildSa]:
         """Return what IKE believes to protect this flow, and of which the kernel has nothing.
@@ -141,4 +143,4 @@ class Protection:
             for sa in self.source.established(name)
             if any(selector.contains(*there) for selector in sa.remote)
         ]
-        return covering if all(self.source.lacks(sa) for sa in covering) else []
+        return covering if all(self.source.is_missing(sa) for sa in covering) else []

@@ -46,12 +46,12 @@ class FlowIndex:
                 if not index[key.masked(mask)]:
                     del index[key.masked(mask)]
 
-    def route_anew(self) -> None:
+    def reroute(self) -> None:
         """The sources are others, and so may be any key."""
         self._keys = {flow: self._key_of(flow) for flow in self._keys}
         self._indexes.clear()
 
-    def among(self, regions: Iterable[Ternary]) -> set[Flow]:
+    def within(self, regions: Iterable[Ternary]) -> set[Flow]:
         """Return the flows that lie in one of these regions."""
         found: set[Flow] = set()
         for region in regions:
