@@ -212,7 +212,7 @@ class Controller:
 
     async def _events(self) -> list[on.Event]:
         """Return what is to be decided next; nothing if nothing happened for a pulse."""
-        if self._queue or self._gate.holds.unsettled:
+        if self._queue or self._gate.holds.has_due:
             await asyncio.sleep(0)  # whoever has news, or asks something, has a turn
         else:
             self._news.clear()
@@ -226,7 +226,7 @@ class Controller:
 
     def _tell_ready(self) -> None:
         # The SPD table comes last: it waits until both the kernel and IKE were heard.
-        if not self._ready and TableId.SPD in self._gate.hook_tables.tables:
+        if not self._ready and TableId.SPD in self._gate.tables:
             self._ready = True
             self._hooks.relax(self._config.settings)
             loader.switch(self._paths)

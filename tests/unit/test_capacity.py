@@ -157,9 +157,9 @@ def test_a_peer_that_negotiates_an_address_range_closes_only_its_own_flows() -> 
         assert transcript.is_open()
         entry = transcript.entry(TableId.SPD, theirs)
         assert (entry is not None and entry.state is State.LIVE) == both
-        named = [error for error in transcript.gate.policy_table.errors if "range/net" in error]
+        named = [error for error in transcript.gate.errors if "range/net" in error]
         assert bool(named) != both
-        assert not any("peer/net" in error for error in transcript.gate.policy_table.errors)
+        assert not any("peer/net" in error for error in transcript.gate.errors)
 
 
 def test_a_peer_with_many_selectors_closes_only_its_own_flows() -> None:
@@ -182,7 +182,7 @@ def test_a_peer_with_many_selectors_closes_only_its_own_flows() -> None:
     kernel = on.KernelSnapshot((*many, TRAP), (SA, sa))
     transcript.after(kernel, connected(LISTED, told), SOURCES)
     assert transcript.is_open()
-    assert any("and " in error for error in transcript.gate.policy_table.errors)
+    assert any("and " in error for error in transcript.gate.errors)
 
 
 def test_a_closed_selector_still_hides_the_ones_behind_it() -> None:
@@ -229,6 +229,6 @@ def test_a_policy_with_too_many_masks_is_the_only_one_widened() -> None:
     at = transcript.entry(TableId.POLICY, replace(base, daddr=ip_address("10.9.2.1")))
     assert at is not None
     assert at.state is State.PROTECT, "first match wins"
-    (error,) = transcript.gate.policy_table.errors
+    (error,) = transcript.gate.errors
     assert "POLICY table" in error
     assert error.endswith("because of big")

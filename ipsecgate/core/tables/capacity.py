@@ -35,6 +35,7 @@ from ipsecgate.core.tables.table import (
 )
 
 BUDGETS = (TUPLES - 2, TUPLES // 2, TUPLES // 4, 0)  # masks for exact policies; two are for all
+NAMES = 8  # in one message
 
 
 # --- the SPD --------------------------------------------------------------------------
@@ -206,3 +207,10 @@ def _laxer(policy: Policy, other: Policy) -> bool:
     if other.action is Action.DISCARD:
         return policy.action is not Action.DISCARD
     return policy.action is Action.BYPASS
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Join distinct names for a message; beyond `NAMES` only their number."""
+    distinct = list(dict.fromkeys(names))
+    rest = f" and {len(distinct) - NAMES} more" if len(distinct) > NAMES else ""
+    return ", ".join(distinct[:NAMES]) + rest
