@@ -1,15 +1,15 @@
-# The house's doors. Everything is installed by the first target that needs it; see packaging/setup.sh.
+# The commands of this project. The first target that needs something installs it; see packaging/setup.sh.
 SHELL := /bin/bash
 BIN := .venv/bin
 RESULTS := .cache/results
-# Seconds for everything that runs in the guest.
+# Timeout in seconds for each run in the guest.
 LIMIT ?= 2400
-# More for pytest, for example ARGS="-k ike -x".
+# Extra arguments for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
 .PHONY: help setup install install-program install-files installed demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos clients bench vagrant-test lint clean
 
-help: ## this list
+help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: .venv/.ready ## install what is missing (as root; asks nothing)
@@ -18,19 +18,19 @@ setup: .venv/.ready ## install what is missing (as root; asks nothing)
 	@packaging/setup.sh
 	@touch $@
 
-# Real clients, their servers and container runtimes: for the tests only.
+# Real clients, their servers and container runtimes, for the tests only.
 .venv/.ready-tests: .venv/.ready packaging/setup.sh $(wildcard tests/clients/*.go tests/clients/*.java)
 	@packaging/setup.sh tests
 	@touch $@
 
-# DESTDIR is a packager's root. Nothing is enabled or started: systemctl does that.
+# DESTDIR is the root of a package. This enables and starts nothing; use systemctl for that.
 DESTDIR ?=
 PREFIX ?= /usr
 LIB = $(DESTDIR)$(PREFIX)/lib/ipsecgate
 SHARE = $(DESTDIR)$(PREFIX)/share
 UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
-install: install-program install-files ## the program, units, completions and man page, below DESTDIR
+install: install-program install-files ## install the program, units, completions and man page below DESTDIR
 
 install-program: setup
 	@install -d $(LIB) $(DESTDIR)$(PREFIX)/bin
@@ -48,42 +48,41 @@ install-files: setup
 	@$(BIN)/python -m ipsecgate.cli.manual zsh >$(SHARE)/zsh/vendor-completions/_ipsecgate
 	@$(BIN)/python -m ipsecgate.cli.manual fish >$(SHARE)/fish/vendor_completions.d/ipsecgate.fish
 
-# What tests/system/test_systemd.py boots with; made here, as pip has no index in the guest.
+# tests/system/test_systemd.py boots with this root. It is made here, because the guest has no pip index.
 INSTALLED := .cache/root
 PROGRAM := $(shell find ipsecgate bpf packaging -type f ! -name '*.pyc') pyproject.toml constraints.txt
 
-installed: $(INSTALLED).ready ## a root with the program as `make install` leaves it, for the tests
+installed: $(INSTALLED).ready ## make a root with the program as `make install` leaves it, for the tests
 
 $(INSTALLED).ready: .venv/.ready $(PROGRAM) Makefile
 	@rm -rf $(INSTALLED)
 	@$(MAKE) --silent install DESTDIR=$(INSTALLED)
 	@touch $@
 
-demo: setup ## two hosts, real IKE, real ESP: the story with and without the gate
+demo: setup ## show first connections with and without the gate: two hosts, real IKE, real ESP
 	@$(BIN)/ipsecgate demo
 
-# What needs ESP in the kernel runs in a room on this machine's, in a guest (user-mode-linux) if it has none.
-# Two at a time, because a guest has one CPU: the edges and the life of an SA beside all the rest.
-GUEST = $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- $(BIN)/pytest
-BESIDE := $(addprefix tests/system/test_,life.py sources.py libipsec.py lab.py lab_end.py edges.py \
-    routes.py charon.py traffic.py hold_end.py hold_hostile.py units.py service.py \
-    containers.py systemd.py)
+# The system tests need a kernel with ESP: a room if this machine's kernel has it, else a guest
+# (user-mode-linux). A guest has one CPU, so run two at a time; the marker second_guest splits the files.
+GUEST = $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- \
+    $(BIN)/pytest tests/system $(ARGS)
 
-test: setup .venv/.ready-tests installed ## the whole suite
+test: setup .venv/.ready-tests installed ## run the whole test suite
 	$(BIN)/pytest tests/unit tests/fuzz tests/guest --junitxml=$(RESULTS)/unit.xml $(ARGS)
 	@mkdir -p $(RESULTS); \
-	$(GUEST) $(BESIDE) --junitxml=$(RESULTS)/beside.xml $(ARGS) >$(RESULTS)/beside.log 2>&1 & beside=$$!; \
-	$(GUEST) tests/system $(addprefix --ignore=,$(BESIDE)) --junitxml=$(RESULTS)/system.xml $(ARGS); \
-	first=$$?; wait $$beside; second=$$?; cat $(RESULTS)/beside.log; \
+	$(GUEST) -m second_guest --junitxml=$(RESULTS)/second-guest.xml >$(RESULTS)/second-guest.log 2>&1 & \
+	background=$$!; \
+	$(GUEST) -m "not second_guest" --junitxml=$(RESULTS)/first-guest.xml; \
+	first=$$?; wait $$background; second=$$?; cat $(RESULTS)/second-guest.log; \
 	exit $$((first ? first : second))
 
-# Debian 13 on whichever Debian this is: strongSwan 6, Python 3.13, BCC 0.31, user-mode-linux 6.12.
-test-debian13: ## demo and the whole suite in a fresh root of Debian 13
+# On any Debian: strongSwan 6, Python 3.13, BCC 0.31, user-mode-linux 6.12.
+test-debian13: ## run demo and test in a fresh root of Debian 13
 	@tests/debian13.sh
 
-# Not part of the tests: QEMU and Debian's kernel (470 MB in the lab's cache) are only for this. Two
-# guests one after the other, each beginning with which kernel it is: what asks the hooks alone, and
-# the gate on two hosts. The hooks are compiled before, as that takes a minute under emulation.
+# Not part of `make test`: only this needs QEMU and Debian's kernel (470 MB in the lab's cache). It runs
+# two guests in turn, one for the hooks and one for the gate on two hosts; each first shows its kernel.
+# The hooks are compiled beforehand, because that takes a minute under emulation.
 QEMU_HOOKS := @tests/qemu/hooks.list
 QEMU_GATE := @tests/qemu/gate.list
 QEMU_LIMIT ?= 1800
@@ -92,7 +91,7 @@ QEMU = IPSECGATE_TEST_BYTECODE=$(BYTECODE) $(BIN)/python -m ipsecgate.lab.guest 
     --timeout $(QEMU_LIMIT) --results $(RESULTS) -- $(BIN)/pytest tests/qemu/test_kernel.py \
     --durations=5 $(ARGS)
 
-# What unpacks Debian's kernels and starts them, and the hooks, compiled.
+# The programs that unpack and boot Debian's kernels, and the compiled hooks.
 qemu: setup
 	@command -v qemu-system-x86_64 >/dev/null && command -v zstd >/dev/null || \
 	    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends \
@@ -100,61 +99,61 @@ qemu: setup
 	$(BIN)/python -c 'import pathlib, sys, ipsecgate.edges.bpf.bytecode as b; b.get(pathlib.Path(sys.argv[1]))' \
 	    $(BYTECODE)
 
-test-qemu: qemu ## the hooks, the gate and the oracle again on a kernel with BPF JIT (slow)
+test-qemu: qemu ## test the hooks and the gate on Debian's kernel under QEMU, with BPF JIT (slow)
 	$(BIN)/python -m ipsecgate.lab.debian
 	$(BIN)/pytest tests/qemu/test_boot.py --junitxml=$(RESULTS)/qemu-boot.xml
 	$(QEMU) $(QEMU_HOOKS) --junitxml=$(RESULTS)/qemu-hooks.xml
 	$(QEMU) $(QEMU_GATE) --junitxml=$(RESULTS)/qemu-gate.xml
 
-# `make demo` and `make test` on a host whose own kernel has ESP: Debian's under QEMU with systemd, an
-# IKE daemon with an SA and a gate of its own, which all stay as they were. HOST="'make demo'" does
-# less. All is emulated: it takes hours.
-test-host: qemu .venv/.ready-tests installed ## the two commands on a host whose kernel has ESP (hours)
+# `make demo` and `make test` on a host whose own kernel has ESP: Debian's under QEMU, with systemd, an
+# IKE daemon with an SA, and a gate, none of which may change. HOST="'make demo'" runs less. It is all
+# emulated and takes hours.
+test-host: qemu .venv/.ready-tests installed ## run demo and test on a host whose kernel has ESP (hours)
 	$(BIN)/python -m tests.host $(HOST)
 
-# The same two lists on user-mode-linux and on the kernels of several Debians, one after the
-# other; MATRIX="trixie" runs only some. README has the table.
-matrix: qemu ## the kernel-facing tests on old and new kernels: README's table (very slow)
+# The same two lists on user-mode-linux and on the kernels of several Debian releases, in turn.
+# MATRIX="trixie" selects some of them. The table is in the README.
+matrix: qemu ## run the kernel-facing tests on several kernels, and write the README's table (very slow)
 	@command -v qemu-system-aarch64 >/dev/null && command -v mmdebstrap >/dev/null || \
 	    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends \
 	    qemu-system-arm mmdebstrap
 	$(BIN)/python -m tests.matrix --into README.md $(MATRIX)
 
-# First 100,000 inputs by libFuzzer for each decoder, here and without root (python -m tests.fuzz
-# --help: seed, number, one target, one input); then 100,000 flows in a few minutes in the guest:
-# ORACLE_SEED repeats a run, ORACLE_CASES shortens or lengthens it.
+# First 100,000 libFuzzer inputs for each decoder, on this kernel and without root (see python -m
+# tests.fuzz --help); then 100,000 flows in the guest, in a few minutes. ORACLE_SEED repeats a run,
+# ORACLE_CASES sets the number of flows.
 FUZZ ?= --inputs 100000
 
-fuzz: setup ## damaged input for every decoder; random SPDs, SADs and flows against the kernel
+fuzz: setup ## feed damaged input to every decoder; compare random SPDs, SADs and flows with the kernel
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 	ORACLE_CASES=$(or $(ORACLE_CASES),100000) \
 	    $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m tests.system.oracle
 
-clients: setup .venv/.ready-tests ## docs/clients.md's table, measured anew
+clients: setup .venv/.ready-tests ## measure the table in docs/clients.md again
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- \
 	    $(BIN)/python -m tests.clients.table $(CURDIR)/$(RESULTS)/clients.md
 	$(BIN)/python -m tests.clients.table --into docs/clients.md $(RESULTS)/clients.md
 
-# Half an hour and more. The hooks alone first, on this machine's own kernel if it takes them; then
-# faults, a life under the hammer and rekeys, with real IKE and ESP. CHAOS_SEED repeats a run.
-chaos: setup ## a thousand faults, a million connects, thousands of rekeys: nothing gets out
+# This takes more than half an hour. First the hooks alone, on this machine's own kernel if possible;
+# then, with real IKE and ESP: faults, restarts under constant load, and rekeys. CHAOS_SEED repeats a run.
+chaos: setup ## check that nothing leaks in a thousand faults, a million connects, thousands of rekeys
 	$(BIN)/python -m tests.chaos.hammer
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(if $(filter file,$(origin LIMIT)),5400,$(LIMIT)) -- \
 	    $(BIN)/python -m tests.chaos
 
-bench: setup ## measurements: ratios and medians, on this machine
+bench: setup ## measure on this machine: ratios and medians
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection
 	$(BIN)/python -m bench.hold
 
-# Debian's Vagrant and libvirt in namespaces of their own; the box is made here, once (2 GB in .cache).
-vagrant-test: setup ## a real `vagrant up` of vagrant/, first connections, a boot (slow)
+# Runs Debian's Vagrant and libvirt in new namespaces; the box is built once (2 GB in .cache).
+vagrant-test: setup ## test vagrant/ with a real `vagrant up`, first connections and a boot (slow)
 	@tests/vagrant/run.sh
 
-lint: setup ## style and types only (they are part of the tests, too)
+lint: setup ## check style and types only (`make test` does that, too)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-clean: ## remove what setup and tests made in this folder
+clean: ## remove everything that setup and tests created in this folder
 	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

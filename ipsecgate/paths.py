@@ -24,7 +24,10 @@ class Paths:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", self.instance):
-            raise UsageError(f"instance {self.instance!r}: only letters, digits, _ and -")
+            raise UsageError(
+                f"invalid instance name {self.instance!r}",
+                hint="use at most 64 letters, digits, _ and -",
+            )
 
     @property
     def run_instance(self) -> Path:

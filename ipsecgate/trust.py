@@ -103,6 +103,6 @@ def _untrusted(path: Path, facts: os.stat_result) -> UntrustedError:
     mode = stat.filemode(facts.st_mode)
     return UntrustedError(
         f"{path} is not trusted: {mode}, owned by user {facts.st_uid} and group {facts.st_gid}",
-        hint="another user could change it: see who made it, then remove it, or"
-        " `chown root:root` and `chmod go-w` it",
+        hint="another user could change it: find out who created it, then remove it, or "
+        "`chown root:root` and `chmod go-w` it",
     )

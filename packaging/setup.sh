@@ -1,11 +1,11 @@
 #!/bin/bash
-# Make this checkout runnable: Debian's packages, a virtual environment in .venv, a test kernel.
+# Prepare this checkout: install Debian packages, a virtual environment in .venv and a test kernel.
 #
-# setup.sh         what the gate, its lab and the demo need
-# setup.sh tests   what the tests need beside it: real clients, their servers, container runtimes
+# setup.sh         installs what the gate, its lab and the demo need
+# setup.sh tests   installs what only the tests need: real clients, their servers, container runtimes
 #
-# Made for Debian 12 and newer with git and make. Only what is missing is installed. Everything
-# that a tool says goes to .cache/setup.log, and is shown when the tool fails.
+# For Debian 12 and newer. Installs only what is missing. The output of the tools goes to
+# .cache/setup.log; if one fails, the end of it is shown.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p .cache
@@ -13,23 +13,23 @@ log=$PWD/.cache/setup.log
 : >"$log"
 export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
-# BCC; the IKE daemon, and its plugin that does ESP without the kernel (Debian leaves it switched
-# off); namespaces; the guest's modules; sysctl and ps for the lab.
+# BCC; strongSwan, with the plugin that does ESP without the kernel (Debian disables it); ip and
+# unshare; kmod for the modules of the test kernel; sysctl and ps for the lab.
 packages=(
     python3-bpfcc python3-venv
     charon-systemd strongswan-swanctl libcharon-extra-plugins
     iproute2 kmod mount procps util-linux
 )
-# Clients as people use them, with the servers that they talk to. ecj compiles the Java client,
-# where javac would be 70 MB. For the units systemd-analyze and the system calls' numbers, for
-# the man page man. tcc builds what the test kernel needs on some CPUs.
+# Widely used clients and their servers. ecj compiles the Java client; javac would take 70 MB.
+# systemd-analyze and linux-libc-dev check the units, man checks the man page, and tcc builds the
+# library that the test kernel needs on some CPUs.
 test_packages=(
     busybox-static curl default-jre-headless ecj git golang-go ncat netcat-openbsd nodejs
     openssh-client openssh-server perl postgresql redis-server redis-tools wget
     crun podman runc
     linux-libc-dev man-db systemd tcc zstd
 )
-# The services that come with those packages.
+# The services that these packages start.
 declare -A services=(
     [charon-systemd]=strongswan.service
     [openssh-server]=ssh.service
@@ -50,7 +50,7 @@ finish() {
     local status=$?
     [ -z "$own_policy" ] || rm -f "$policy"
     if [ "$status" -ne 0 ] && [ -s "$log" ]; then
-        printf 'setup failed; the end of %s:\n' "$log" >&2
+        printf 'setup failed. The end of %s:\n' "$log" >&2
         tail -n 30 "$log" >&2
     fi
 }
@@ -58,7 +58,7 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# step TEXT CMD...: run CMD quietly, tell what is done and how long it took.
+# step TEXT CMD...: print TEXT, run CMD with its output in the log, and print how long it took.
 step() {
     local text=$1 began=${EPOCHREALTIME/./}
     shift
@@ -72,8 +72,8 @@ installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
 }
 
-# A package's service starts when it is installed, and at every boot after. They are here for
-# their programs only, so neither may happen on a machine that did not have them.
+# Installing a package starts its service and enables it at boot. We need only the programs, so
+# prevent both: policy-rc.d denies the start, and the service is disabled afterwards.
 install_packages() {
     if [ ! -e "$policy" ]; then
         own_policy=yes
@@ -90,7 +90,7 @@ install_packages() {
 }
 
 make_venv() {
-    # --system-site-packages: BCC's module is only there.
+    # --system-site-packages, because BCC's module is only in Debian's packages.
     [ -x .venv/bin/pip ] || /usr/bin/python3 -m venv --system-site-packages .venv
     .venv/bin/pip install -c constraints.txt -e '.[dev]'
 }
@@ -98,7 +98,7 @@ make_venv() {
 make_clients() {
     mkdir -p .cache/clients
     CGO_ENABLED=0 go build -trimpath -o .cache/clients/dial tests/clients/dial.go
-    # Not by its own ecj(1): Debian 13's names only the first of the two archives it is in there.
+    # Not with ecj(1): on Debian 13 it loads only the first of its two archives.
     local jars=/usr/share/java/eclipse-jdt-core
     java -cp "$jars.jar:$jars-compiler-batch.jar" org.eclipse.jdt.internal.compiler.batch.Main \
         -17 -proc:none -d .cache/clients tests/clients/Dial.java
@@ -106,7 +106,8 @@ make_clients() {
 
 missing=()
 if ! command -v dpkg-query >/dev/null; then
-    echo "setup: this is not Debian: install what gives ${wanted[*]}, then run it there" >&2
+    echo "setup: this is not Debian. Use Debian, or set it up by hand with what these packages" \
+        "contain: ${wanted[*]}" >&2
     exit 1
 fi
 for package in "${wanted[@]}"; do
@@ -114,42 +115,43 @@ for package in "${wanted[@]}"; do
 done
 if [ "${#missing[@]}" -gt 0 ]; then
     if [ "$(id -u)" -ne 0 ]; then
-        echo "setup: not root, and these packages are missing. Either run it as root, or:" >&2
+        echo "setup: packages are missing. Run it as root, or first install them as root:" >&2
         echo "    apt-get install --no-install-recommends ${missing[*]}" >&2
         exit 1
     fi
-    step "package lists" apt-get update --quiet
+    step "updating the package lists" apt-get update --quiet
     step "installing ${missing[*]}" install_packages "${missing[@]}"
 fi
 
 if [ "${1-}" = tests ]; then
-    step "clients in Go and Java" make_clients
+    step "compiling the Go and Java clients" make_clients
     exit
 fi
-step "Python packages into .venv" make_venv
+step "installing Python packages into .venv" make_venv
 if [ "$(id -u)" -eq 0 ] && [[ "$(apt-cache policy user-mode-linux 2>>"$log")" != *Candidate* ]]; then
-    step "package lists" apt-get update --quiet
+    step "updating the package lists" apt-get update --quiet
 fi
 prepare=(.venv/bin/python -m ipsecgate.lab.prepare)
 
-# What a test kernel needs beside its own package; $1 is why, the rest goes to `prepare`.
+# Install what a test kernel needs besides its own package. $1 is the reason to print; the other
+# arguments go to ipsecgate.lab.prepare.
 install_for_kernel() {
     local reason=$1 packages
     shift
     mapfile -t packages < <("${prepare[@]}" --packages "$@" 2>>"$log")
     [ "${#packages[@]}" -gt 0 ] || return 0
     if [ "$(id -u)" -ne 0 ]; then
-        echo "setup: $reason. As root: apt-get install ${packages[*]}" >&2
+        echo "setup: $reason. Install as root: apt-get install ${packages[*]}" >&2
         exit 1
     fi
     echo "$reason"
     step "installing ${packages[*]}" install_packages "${packages[@]}"
 }
 
-install_for_kernel "this CPU's registers need a library for the test kernel, and that a compiler"
-if ! step "test kernel" "${prepare[@]}"; then
+install_for_kernel "on this CPU the test kernel needs a small library, which a compiler must build"
+if ! step "preparing the test kernel" "${prepare[@]}"; then
     tail -n 25 "$log"
-    install_for_kernel "trying QEMU instead" --kernel qemu
-    step "test kernel (QEMU)" "${prepare[@]}" --kernel qemu
+    install_for_kernel "user-mode-linux does not boot here: trying QEMU" --kernel qemu
+    step "preparing the test kernel (QEMU)" "${prepare[@]}" --kernel qemu
 fi
 tail -n 1 "$log"

@@ -110,5 +110,5 @@ status=0
 inside make demo || status=$?
 inside make test || status=$?
 inside dpkg-query -W charon-systemd libc6 python3 python3-bpfcc || status=$?
-inside .venv/bin/python -m tests.results .cache/results/{unit,beside,system}.xml || status=$?
+inside .venv/bin/python -m tests.results .cache/results/{unit,first-guest,second-guest}.xml || status=$?
 exit "$status"

@@ -79,7 +79,7 @@ def _gate_errors(gate: Gate) -> list[str]:
     return [
         *gate.errors,
         *([f"strongSwan: {gate.ike.error}"] if gate.ike.error else []),
-        *(f"strongSwan says what is not understood: {reason}" for reason in gate.ike.unread),
+        *(f"ignored part of what strongSwan reports: {reason}" for reason in gate.ike.unread),
     ]
 
 

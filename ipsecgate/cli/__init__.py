@@ -1,8 +1,7 @@
-"""The command line: nouns read, verbs write.
+"""The command line.
 
-One exception boundary (`main`): a GateError becomes its message, its hint and
-its exit code. 0 fine, 1 refused or degraded, 2 usage, 3 no controller, 4 the
-kernel lacks something, 124 timed out.
+`main` is the one exception boundary: it prints a GateError's message and hint, and exits with its
+code. The exit codes are listed in `cli.manual`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command group: global options, and what every verb is given."""
+"""The command group: global options, what every verb receives, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import sys
 import traceback
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import click
 
-from ipsecgate.edges.host import config as configuration
-from ipsecgate.edges.host.config import Config
 from ipsecgate.errors import GateError
 from ipsecgate.paths import DEFAULT_CONFIG, DEFAULT_INSTANCE, Paths
 from ipsecgate.printable import as_json, printable, printable_lines
@@ -25,10 +23,12 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ipsecgate.edges.host.config import Config
+
 
 @dataclass
 class App:
-    """What the global options said."""
+    """The values of the global options, and the ways to print a result."""
 
     paths: Paths
     config_required: bool
@@ -37,11 +37,13 @@ class App:
 
     @cached_property
     def out(self) -> Console:
-        """Where screens go."""
+        """The console on stdout."""
         return _console()
 
     def config(self) -> Config:
         """Read the configuration. Raises: UsageError."""
+        from ipsecgate.edges.host import config as configuration  # noqa: PLC0415 - takes 25 ms
+
         return configuration.load(self.paths.config, required=self.config_required)
 
     def document(self, data: Any) -> None:
@@ -49,7 +51,7 @@ class App:
         click.echo(as_json(data, indent=2))
 
     def done(self, text: str, **data: Any) -> None:
-        """Say what a verb did, in words or as a document."""
+        """Print the result of a verb: `text`, or `data` as JSON."""
         if self.json:
             self.document(data)
         else:
@@ -57,54 +59,72 @@ class App:
 
 
 class _OneLine(logging.Formatter):
-    """A record is a line, whatever the text holds; only a traceback below it has more."""
+    """Print each record on one line, and indent a traceback below it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         return printable(super().formatMessage(record))
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802
+    def formatException(self, ei: Any) -> str:  # noqa: N802  logging's name
         return printable_lines(super().formatException(ei))
 
 
-class _Lazy(click.Group):
-    """Verbs by module, imported when asked for: `status` needs no lab, `run` no demo."""
+class _Verbs(click.Group):
+    """The verbs. Each one's module is imported when it runs: `exec` must start quickly."""
 
+    # Verb -> its module in this package, and the first line of its help.
     verbs: ClassVar = {
-        "load": "pins",
-        "unload": "pins",
-        "attach": "pins",
-        "detach": "pins",
-        "run": "run",
-        "reload": "run",
-        "exec": "exec",
-        "seccomp-profile": "profile",
-        "status": "status",
-        "events": "events",
-        "check": "check",
-        "demo": "demo",
+        "load": ("pins", "Pin the hooks and their maps."),
+        "unload": ("pins", "Remove the hooks and their maps, which opens the gate."),
+        "attach": ("pins", "Gate a cgroup and all cgroups below it."),
+        "detach": ("pins", "Stop gating a cgroup."),
+        "run": ("run", "Run the controller in the foreground."),
+        "reload": ("run", "Make the controller read its configuration again."),
+        "exec": ("exec", "Run COMMAND gated, and hold its calls until an SA protects them."),
+        "seccomp-profile": (
+            "profile",
+            "Print a seccomp profile that has a container's calls held.",
+        ),
+        "status": ("status", "Show hooks, policies and coverage, SAs, held calls and counters."),
+        "events": ("events", "Show what was refused or blocked, and why."),
+        "check": ("check", "Check that this machine has what the gate needs."),
+        "demo": ("demo", "Compare first connections with and without the gate."),
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(self.verbs)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        module = self.verbs.get(cmd_name)
-        if module is None:
+        if cmd_name not in self.verbs:
             return None
-        loaded = __import__(f"ipsecgate.cli.{module}", fromlist=[cmd_name])
-        # A verb that is a word of Python's has a name with an underscore.
+        module = import_module(f"ipsecgate.cli.{self.verbs[cmd_name][0]}")
+        # A verb that is also a Python built-in, such as exec, is named with an underscore.
         name = cmd_name.replace("-", "_")
-        command: click.Command = getattr(loaded, name, None) or getattr(loaded, f"{name}_")
+        command: click.Command = getattr(module, name, None) or getattr(module, f"{name}_")
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """List the verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in self.verbs.items()])
 
 
 @click.command(
-    cls=_Lazy,
+    cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "IPSECGATE"},
 )
-@click.option("--config", "-c", type=click.Path(path_type=Path), help=f"Default: {DEFAULT_CONFIG}.")
 @click.option(
-    "--instance", "-i", default=DEFAULT_INSTANCE, help="One per network namespace, by name."
+    "--config",
+    "-c",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help=f"Read the configuration from FILE, not from {DEFAULT_CONFIG}.",
+)
+@click.option(
+    "--instance",
+    "-i",
+    default=DEFAULT_INSTANCE,
+    metavar="NAME",
+    help="Use the instance NAME. A host needs one for each network namespace with gated processes.",
 )
 @click.option("--bpffs", type=click.Path(path_type=Path), default=Path("/sys/fs/bpf"), hidden=True)
 @click.option(
@@ -116,9 +136,11 @@ class _Lazy(click.Group):
     default=Path("/var/cache/ipsecgate"),
     hidden=True,
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--verbose", "-v", is_flag=True, help="Tell more, and show tracebacks.")
-@click.version_option(version("ipsecgate"), prog_name="ipsecgate")
+@click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON.")
+@click.option(
+    "--verbose", "-v", is_flag=True, help="Log debug messages, and show the traceback of an error."
+)
+@click.version_option(package_name="ipsecgate", prog_name="ipsecgate")
 @click.pass_context
 def cli(
     ctx: click.Context,
@@ -133,8 +155,13 @@ def cli(
 ) -> None:
     """No packet leaves an application towards a protected peer before IPsec is ready.
 
-    Every option can be set in the environment: IPSECGATE_CONFIG, IPSECGATE_INSTANCE,
-    IPSECGATE_BPFFS, IPSECGATE_RUN_DIR, IPSECGATE_CACHE_DIR.
+    Hooks on gated cgroups refuse connect() and sendto() to a protected peer until an SA
+    protects the flow. A controller follows strongSwan and the kernel, and has an SA
+    negotiated when a flow is refused.
+
+    The environment variables IPSECGATE_CONFIG and IPSECGATE_INSTANCE set the options of
+    these names. IPSECGATE_BPFFS, IPSECGATE_RUN_DIR and IPSECGATE_CACHE_DIR replace the
+    folders /sys/fs/bpf, /run/ipsecgate and /var/cache/ipsecgate.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
@@ -149,7 +176,7 @@ def cli(
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    sys.excepthook = _defect
+    sys.excepthook = _print_defect
     arguments = sys.argv[1:] if argv is None else argv
     try:
         code = cli.main(args=arguments, prog_name="ipsecgate", standalone_mode=False)
@@ -176,26 +203,28 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(1)
 
 
-def _defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the traceback of what should not have happened; its text may be others', too."""
+def _print_defect(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print a traceback. The text of the exception may come from outside, so it is escaped."""
     lines = "".join(traceback.format_exception(kind, error, trace)).rstrip()
     sys.stderr.write(f"{printable_lines(lines)}\n")
 
 
 def _console(*, stderr: bool = False) -> Console:
-    # Who has no screen does without: `run` lives long, and `exec` is in a hurry.
+    # Imported late: `run` should not keep it in memory, and `exec` must start quickly.
     from rich.console import Console  # noqa: PLC0415
 
-    # No markup and no :emoji: codes: screens show text that others wrote, brackets and all.
+    # No markup and no :emoji: codes: screens show text from outside, which may contain both.
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def _explain(error: GateError, document: bool) -> None:
     if document:
-        told = {"error": str(error), "hint": error.hint}
+        data = {"error": str(error), "hint": error.hint}
         if error.evidence:
-            told["evidence"] = error.evidence
-        click.echo(as_json(told), err=True)
+            data["evidence"] = error.evidence
+        click.echo(as_json(data), err=True)
         return
     console = _console(stderr=True)
     console.print("ipsecgate: ", style="bold red", end="")

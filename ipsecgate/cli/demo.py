@@ -1,4 +1,4 @@
-"""demo: the whole story on this machine, with and without the gate."""
+"""demo: first connections on two hosts of this machine, without the gate and with it."""
 
 from __future__ import annotations
 
@@ -36,31 +36,49 @@ RESULT = "demo.json"
 
 
 @click.command()
-@click.option("--delay", default=25.0, show_default=True, help="Of the path, ms one way.")
-@click.option("--mode", type=click.Choice([*MODES, "both"]), default="both", show_default=True)
-@click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Save a picture.")
+@click.option(
+    "--delay",
+    default=25.0,
+    show_default=True,
+    metavar="MS",
+    help="Delay each packet between the hosts by MS milliseconds.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice([*MODES, "both"]),
+    default="both",
+    show_default=True,
+    help="The IPsec mode of the connections.",
+)
+@click.option(
+    "--svg",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also save the output as an SVG image.",
+)
 @click.pass_obj
 def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
-    """Two hosts, real IKE, real ESP: a first connection without the gate and with it.
+    """Compare first connections with and without the gate.
 
-    All of it in network namespaces of its own; where this machine's kernel has no
-    ESP, in a test kernel. Nothing is left behind, also after Ctrl-C.
+    Builds two hosts with real IKE and real ESP in network namespaces, in a test kernel if
+    this machine's kernel has no ESP. Nothing remains afterwards, even after Ctrl-C.
+
+    Exits with 1 if a gated connection failed, lost packets or sent any in clear.
     """
     if has_esp():
-        told = _here(delay, mode, Console(stderr=app.json, highlight=False))
+        document = _here(delay, mode, Console(stderr=app.json, highlight=False))
     else:
-        told = _in_guest(delay, mode)
+        document = _in_guest(delay, mode)
     outcomes = [
         first_connection.Outcome(**{**case, "case": first_connection.Case(**case["case"])})
-        for case in told["cases"]
+        for case in document["cases"]
     ]
     if app.json:
-        app.document(told)
+        app.document(document)
     else:
-        app.out.print(closing(outcomes, told))
+        app.out.print(summary(outcomes, document))
     if svg is not None:
         picture = Console(record=True, width=92, file=io.StringIO(), highlight=False)
-        picture.print(Group(*map(line, outcomes), Text(), closing(outcomes, told)))
+        picture.print(Group(*map(line, outcomes), Text(), summary(outcomes, document)))
         picture.save_svg(str(svg), title="ipsecgate demo")
     return 0 if all(_clean(o) for o in outcomes if o.case.gated) else 1
 
@@ -68,7 +86,7 @@ def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
 def _here(delay: float, mode: str, console: Console) -> Document:
     """Run the demo under a live timeline, return its document."""
     if os.geteuid():
-        raise GateError("the demo makes network namespaces", hint="run it as root")
+        raise GateError("the demo has to create network namespaces", hint="run it as root")
     wanted = first_connection.cases(modes=MODES if mode == "both" else (mode,))
     outcomes: list[first_connection.Outcome] = []
     spinner = Spinner("dots", "")
@@ -80,9 +98,9 @@ def _here(delay: float, mode: str, console: Console) -> Document:
 
     with (
         Live(spinner, console=console, transient=True, refresh_per_second=8),
-        contextlib.closing(first_connection.measure_all(wanted, delay, progress)) as told,
+        contextlib.closing(first_connection.measure_all(wanted, delay, progress)) as measured,
     ):
-        for outcome in told:
+        for outcome in measured:
             outcomes.append(outcome)
             console.print(line(outcome))
     return {
@@ -97,14 +115,14 @@ def _in_guest(delay: float, mode: str) -> Document:
     """Run the demo in a test kernel: its timeline on our stderr, its document back."""
     errors = Console(stderr=True, highlight=False)
     errors.print(
-        f"Linux {platform.release()} has no ESP: running in a test kernel (user-mode-linux)",
+        f"Linux {platform.release()} has no ESP: running in a test kernel",
         style="dim",
     )
 
     def progress(text: str) -> None:
         errors.print(text, style="dim", markup=False)
 
-    def say(text: str) -> None:
+    def on_output(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
 
@@ -115,18 +133,18 @@ def _in_guest(delay: float, mode: str) -> Document:
             ["sh", "-c", f'exec "$@" > "$IPSECGATE_RESULTS/{RESULT}"', "sh", *command],
             timeout=GUEST_LIMIT,
             results=Path(folder),
-            on_output=say,
+            on_output=on_output,
             terminal=sys.stderr.isatty(),
             progress=progress,
         )
         try:
-            told: Document = json.loads((Path(folder) / RESULT).read_text())
+            document: Document = json.loads((Path(folder) / RESULT).read_text())
         except (OSError, ValueError):
             raise GateError(
-                f"the demo ended with {result.exit_code} in the test kernel",
-                hint="what it said is above",
+                f"the demo failed in the test kernel with exit code {result.exit_code}",
+                hint="its output is above",
             ) from None
-    return told
+    return document
 
 
 def _clean(outcome: first_connection.Outcome) -> bool:
@@ -139,7 +157,7 @@ def _clean(outcome: first_connection.Outcome) -> bool:
 
 
 def line(outcome: first_connection.Outcome) -> Text:
-    """Return one event of the timeline."""
+    """Return the line of the timeline for one case."""
     good = _clean(outcome)
     text = Text.assemble(
         ("✓ " if good else "✗ ", "green" if good else "red"),
@@ -150,7 +168,7 @@ def line(outcome: first_connection.Outcome) -> Text:
         return text.append(outcome.error, "red")
     if outcome.case.protocol == "tcp":
         text.append(f"connected {_ms(outcome.connected):>4} ms, ")
-        return text.append(f"{outcome.syn_retransmissions} SYN sent again")
+        return text.append(f"{outcome.syn_retransmissions} SYN lost")
     return text.append(f"{outcome.datagrams_lost} of {first_connection.DATAGRAMS} datagrams lost")
 
 
@@ -162,21 +180,18 @@ def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
 
 
-def closing(outcomes: Sequence[first_connection.Outcome], told: Document) -> RenderableType:
-    """Return the closing table, and in words what was done where.
-
-    Each figure twice: without the gate, and with it.
-    """
+def summary(outcomes: Sequence[first_connection.Outcome], document: Document) -> RenderableType:
+    """Return the closing table, each figure without the gate and with it, and its explanation."""
     table = Table(
-        title="The first connection to a protected peer: without the gate, and with it",
+        title="First connections to a protected peer, without the gate and with it",
         title_style="bold",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         pad_edge=False,
     )
-    table.add_column("first attempt", no_wrap=True)
-    for name in ("SA up\nms", "connect\nms", "SYN again\nor lost", "packets\nin clear"):
+    table.add_column("\nConnection", no_wrap=True)
+    for name in ("SA up\nms", "Connect\nms", "Packets\nlost", "Packets\nin clear"):
         table.add_column(name, justify="right", no_wrap=True)
         table.add_column(
             "\nwith", justify="right", header_style="bold cyan", no_wrap=True, min_width=4
@@ -187,7 +202,7 @@ def closing(outcomes: Sequence[first_connection.Outcome], told: Document) -> Ren
     for name, pair in by_case.items():
         cells = zip(*(_cells(outcome) for outcome in pair), strict=True)
         table.add_row(name, *(cell for both in cells for cell in both))
-    return Group(table, *_words(outcomes, told))
+    return Group(table, *_explanation(outcomes, document))
 
 
 def _cells(outcome: first_connection.Outcome) -> list[Text]:
@@ -201,19 +216,19 @@ def _cells(outcome: first_connection.Outcome) -> list[Text]:
     ]
 
 
-def _words(outcomes: Sequence[first_connection.Outcome], told: Document) -> list[Text]:
+def _explanation(outcomes: Sequence[first_connection.Outcome], document: Document) -> list[Text]:
     gated = [o for o in outcomes if o.case.gated]
     released = [o.released for o in gated if o.released is not None]
     lines = [
-        f"Linux {told['kernel']}, strongSwan with PSK and trap policies, {told['delay_ms']:g} ms "
-        "one way. Without the gate: the kernel's defaults. With it: the same, and a client that "
-        f"tries again every millisecond ({sum(o.refused for o in gated)} attempts refused).",
-        "SYNs are the kernel's count, lost datagrams the receiver's; packets in clear are from a "
-        "capture between the hosts, and SA up is the kernel's own notification.",
+        f"Linux {document['kernel']}, strongSwan with a pre-shared key and trap policies, a delay "
+        f"of {document['delay_ms']:g} ms each way. With the gate, the client retries every "
+        f"millisecond while it is refused ({sum(o.refused for o in gated)} times).",
+        "Packets lost: SYNs that the kernel retransmitted, or datagrams that the receiver missed. "
+        "Packets in clear: seen by a capture between the hosts. SA up: notified by the kernel.",
     ]
     if released:
         lines.append(
-            "From the winning policy to the start of the attempt that succeeded: "
+            "Time from the SA's policy in the kernel to the start of the attempt that succeeded: "
             f"median {median(released):.1f} ms of {len(released)}."
         )
     return [Text(text, "dim") for text in lines]

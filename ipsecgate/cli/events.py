@@ -1,4 +1,4 @@
-"""events: what was refused, by which rule, and what the controller did about it."""
+"""events: what was refused, by which policy, and what the controller did about it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,28 @@ from ipsecgate.cli.app import App
 from ipsecgate.edges.host import control
 from ipsecgate.printable import as_json, printable_document
 
-PERIOD = 0.5  # seconds between two looks, when following
+PERIOD = 0.5  # seconds between two polls of --follow
 COLOURS = {"refused": "red", "blocked": "bold red", "warning": "yellow", "error": "bold red"}
 
 
 @click.command()
-@click.option("--follow", "-f", is_flag=True, help="Go on with what happens; --json: one a line.")
-@click.option("--denied", "-d", is_flag=True, help="Only what was refused or blocked.")
-@click.option("--last", "-n", type=click.IntRange(1), help="Only so many of those that are past.")
+@click.option(
+    "--follow", "-f", is_flag=True, help="Keep printing new events; with --json one per line."
+)
+@click.option("--denied", "-d", is_flag=True, help="Show only refused calls and blocked packets.")
+@click.option(
+    "--last",
+    "-n",
+    type=click.IntRange(1),
+    metavar="NUMBER",
+    help="Of the past events show only the last NUMBER.",
+)
 @click.pass_obj
 def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
-    """Tell what was refused or blocked and why, and what became of it.
+    """Show what was refused or blocked, and why.
 
-    One event for a flow in a tenth of a second, however often it is refused: `status` counts.
+    The controller's log messages are among the events. At most ten events per second are
+    recorded for one flow; the counters of `ipsecgate status` count every refusal.
     """
     past = _since(app, 0)
     shown = [r for r in past if not denied or r["kind"] != "log"]
@@ -39,7 +48,7 @@ def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
             for record in shown:
                 app.out.print(line(record))
         return
-    for record in chain(shown, _to_come(app, past[-1]["seq"] if past else 0)):
+    for record in chain(shown, _new(app, past[-1]["seq"] if past else 0)):
         if denied and record["kind"] == "log":
             continue
         if app.json:
@@ -49,13 +58,15 @@ def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
 
 
 def _since(app: App, seq: int) -> list[dict[str, Any]]:
+    """Return the recorded events that follow number `seq`; 0: all of them."""
     records: list[dict[str, Any]]
     with control.connected(app.paths.control) as ask:
         records = ask("events", since=seq)["events"]
     return records
 
 
-def _to_come(app: App, seq: int) -> Iterator[dict[str, Any]]:
+def _new(app: App, seq: int) -> Iterator[dict[str, Any]]:
+    """Yield the events that follow number `seq`, for ever."""
     while True:
         time.sleep(PERIOD)
         for record in _since(app, seq):
@@ -64,7 +75,7 @@ def _to_come(app: App, seq: int) -> Iterator[dict[str, Any]]:
 
 
 def line(record: dict[str, Any]) -> Text:
-    """Draw one event, on one line."""
+    """Draw one event on one line."""
     record = printable_document(record)
     when = datetime.fromtimestamp(record["time"]).astimezone()
     kind = record.get("level", record["kind"])
@@ -80,5 +91,5 @@ def line(record: dict[str, Any]) -> Text:
     if record["policy"]:
         text.append(f"  policy {record['policy']}", style="dim")
     if record["audited"]:
-        text.append("  let go: audit mode", style="yellow")
+        text.append("  let through: audit mode", style="yellow")
     return text

@@ -1,4 +1,4 @@
-"""exec: run a command whose calls are held until they are protected."""
+"""exec: run a command whose calls are held until an SA protects them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ipsecgate.edges.holding import seccomp
 from ipsecgate.edges.host import cgroups, control
 from ipsecgate.errors import GateError, UsageError
 
-NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as env(1) has it
-# What may be inherited and has the packets of somebody outside: by family, by name in /proc.
+NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as env(1)
+# Inherited descriptors whose packets the hooks would not see: by address family, by name in /proc.
 SOCKETS: dict[int, str] = {
     socket.AF_INET: "an Internet socket",
     socket.AF_INET6: "an Internet socket",
@@ -30,8 +30,8 @@ SOCKETS: dict[int, str] = {
     44: "an AF_XDP socket",  # linux/socket.h
 }
 FILES = {
-    r"anon_inode:\[io_uring\]": "an io_uring",
-    r"/dev/(net/tun|tap\d+)": "a TAP device",
+    r"anon_inode:\[io_uring\]": "an io_uring instance",
+    r"/dev/(net/tun|tap\d+)": "a TUN or TAP device",
 }
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0}
 
@@ -49,17 +49,33 @@ def seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|)", text)
     if found is None:
         raise click.BadParameter(f"{text!r} is not a time such as 30s, 500ms or 2m")
-    long = float(found[1]) * UNITS[found[2]]
-    if long > HOLD_LONGEST:
-        raise click.BadParameter(f"{text!r} is for ever")
-    return long
+    value = float(found[1]) * UNITS[found[2]]
+    if value > HOLD_LONGEST:
+        raise click.BadParameter(f"{text!r} is too long: at most {HOLD_LONGEST:.0f}s")
+    return value
+
+
+hold_option = click.option(
+    "--hold",
+    type=seconds,
+    metavar="TIME",
+    default=f"{HOLD:g}s",
+    show_default=True,
+    help="Hold a call for at most this time, such as 500ms, 30s or 2m.",
+)
+udp_option = click.option("--udp", is_flag=True, help="Also hold sendmsg() and sendmmsg().")
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": True})
-@click.option("--hold", type=seconds, default=f"{HOLD:g}s", help="How long a call may wait (30s).")
-@click.option("--cgroup", help="A gated one, or one below it: a PATH, unit:NAME, container:ID.")
-@click.option("--udp", is_flag=True, help="Hold sendmsg() and sendmmsg(), too.")
-@click.option("--user", help="Run the command as this user.")
+@hold_option
+@click.option(
+    "--cgroup",
+    metavar="TARGET",
+    help="Run in this gated cgroup, or in one below it: a path, unit:NAME or container:ID. "
+    "The default is the current cgroup if it is gated, else the only gated one.",
+)
+@udp_option
+@click.option("--user", metavar="USER", help="Run the command as this user.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.pass_obj
 def exec_(
@@ -71,24 +87,27 @@ def exec_(
     user: str | None,
     command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND gated, and hold its calls until the SA that they need is up.
+    """Run COMMAND gated, and hold its calls until an SA protects them.
 
-    It need not know: connect() and sendto() just take as long as IKE does. A call that
-    waited for --hold fails with ETIMEDOUT, one whose negotiation failed with
-    EHOSTUNREACH. Without a controller the command is not run.
+    COMMAND needs no change: its connect() and sendto() take as long as IKE does. A call
+    that was held for --hold fails with ETIMEDOUT. A call whose negotiation failed fails
+    with EHOSTUNREACH. COMMAND is not run if no controller runs.
     """
-    who = _user(user) if user is not None else None
-    refuse_ways_out()
+    account = _user(user) if user is not None else None
+    refuse_inherited()
     gated = loader.gated_cgroups(app.paths)
     join(cgroups.resolve(cgroup).resolve() if cgroup else _default(gated), gated)
-    if not loader.is_gated(app.paths, os.getpid()):  # by a name that was another's meanwhile
-        raise GateError("the cgroup was made anew and is not gated yet", hint="run it again")
+    if not loader.is_gated(app.paths, os.getpid()):  # the path may name a new cgroup by now
+        raise GateError(
+            "the cgroup has been removed and created again, and is not gated yet",
+            hint="run the command again",
+        )
     with control.connected(app.paths.control) as ask:
         listener = seccomp.install(abi.program(seccomp.abi(), datagrams=udp))
         ask("hold", fd=listener, limit=hold)
         os.close(listener)
-    if who is not None:
-        become(who)
+    if account is not None:
+        become(account)
     run(command)
 
 
@@ -99,59 +118,64 @@ def _user(name: str) -> pwd.struct_passwd:
         raise UsageError(f"there is no user {name!r}") from None
 
 
-def refuse_ways_out() -> None:
-    """Refuse what the command would inherit and the hooks would not be asked about.
+def refuse_inherited() -> None:
+    """Refuse to run if COMMAND would inherit a descriptor whose packets the hooks cannot see.
 
-    A socket stays in the cgroup in which it was made, and so do those of a ring, which can
-    be others' than its user's. Raises: GateError.
+    A socket stays in the cgroup in which it was made. An io_uring instance may use sockets of
+    other processes. Raises: GateError.
     """
     for entry in os.listdir("/proc/self/fd"):  # noqa: PTH208
         fd = int(entry)
-        if way := _way_out(fd):
+        if kind := _ungated_kind(fd):
             raise GateError(
-                f"descriptor {fd} is {way} from outside the gated cgroup",
-                hint=f"the hooks would not see its flows: close it ({fd}<&- in a shell)",
+                f"descriptor {fd} is {kind} from outside the gated cgroup",
+                hint="the hooks would not see its packets: close it before "
+                f"({fd}<&- in a shell command)",
             )
 
 
-def _way_out(fd: int) -> str | None:
-    """Return which way past the hooks a descriptor is that a command would inherit, if any."""
+def _ungated_kind(fd: int) -> str | None:
+    """Return what an inheritable descriptor is, if the hooks would not see its packets."""
     try:
         if not os.get_inheritable(fd):
             return None
         if stat.S_ISSOCK(os.fstat(fd).st_mode):
-            # Family and type are given, not found out: some have no name to tell them by.
+            # Without family and type Python calls getsockname(), which some families lack.
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(fd)) as sock:
                 return SOCKETS.get(sock.getsockopt(socket.SOL_SOCKET, seccomp.SO_DOMAIN))
         name = str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError:
-        return None  # what listed the folder
-    return next((way for file, way in FILES.items() if re.fullmatch(file, name)), None)
+        return None  # the descriptor with which the folder was listed
+    return next((kind for file, kind in FILES.items() if re.fullmatch(file, name)), None)
 
 
 def _default(gated: Sequence[Path]) -> Path:
-    """Return the cgroup to run in: our own if it is gated, else the only one that is."""
+    """Return the cgroup to run in: our own if it is gated, else the only gated one."""
     own = cgroups.own()
-    if any(own.is_relative_to(one) for one in gated):
+    if any(own.is_relative_to(cgroup) for cgroup in gated):
         return own
-    if len(gated) != 1:
+    if not gated:
         raise UsageError(
-            f"{len(gated)} cgroups are gated: {', '.join(map(str, gated)) or 'none'}",
-            hint="say which one by --cgroup" if gated else "`ipsecgate attach` one",
+            "no cgroup is gated, so the command would not be", hint="first `ipsecgate attach` one"
+        )
+    if len(gated) > 1:
+        raise UsageError(
+            f"{len(gated)} cgroups are gated: {', '.join(map(str, gated))}",
+            hint="choose one with --cgroup",
         )
     return gated[0]
 
 
 def join(cgroup: Path, gated: Sequence[Path]) -> None:
     """Move this process into a gated cgroup. Raises: GateError, UsageError."""
-    if not any(cgroup.is_relative_to(one) for one in gated):
-        raise UsageError(f"{cgroup} is not gated", hint=f"`ipsecgate attach {cgroup}`")
+    if not any(cgroup.is_relative_to(top) for top in gated):
+        raise UsageError(f"{cgroup} is not gated", hint=f"first `ipsecgate attach {cgroup}`")
     if cgroup != cgroups.own():
         cgroups.join(cgroup)
 
 
 def become(user: pwd.struct_passwd) -> None:
-    """Drop root's rights for a user's, and tell the command so."""
+    """Drop root's rights, and set USER, LOGNAME and HOME."""
     os.initgroups(user.pw_name, user.pw_gid)
     os.setgid(user.pw_gid)
     os.setuid(user.pw_uid)
@@ -159,8 +183,8 @@ def become(user: pwd.struct_passwd) -> None:
 
 
 def run(command: tuple[str, ...]) -> None:
-    """Become the command. Raises: CommandError."""
-    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, not by our caller
+    """Replace this process with the command. Raises: CommandError."""
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; the caller did not
         signal.signal(ignored, signal.SIG_DFL)
     try:
         os.execvp(command[0], command)  # noqa: S606

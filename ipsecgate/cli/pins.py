@@ -1,4 +1,4 @@
-"""load, unload, attach, detach: the pins and the gated cgroups."""
+"""load, unload, attach, detach: the pinned hooks and the gated cgroups."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from ipsecgate.paths import Paths
 
 
 @click.command()
-@click.option("--attach", "gate", is_flag=True, help="Gate the configured cgroups that exist, too.")
+@click.option("--attach", "gate", is_flag=True, help="Also gate the configured cgroups that exist.")
 @click.pass_obj
 def load(app: App, gate: bool) -> None:
-    """Pin the hooks and their maps; load again to take over those that are there.
+    """Pin the hooks and their maps.
 
-    New pins refuse whatever is not loopback until a controller publishes. A configured
-    cgroup that does not exist yet is gated by the controller when it appears. With a
-    broken configuration --attach gates what a controller gated last, and fails.
+    Hooks that are already pinned are taken over. New ones refuse all traffic, except to
+    loopback addresses, until a controller runs. The controller gates configured cgroups
+    that are created later.
+
+    If the configuration is invalid, --attach gates the cgroups that the last controller
+    was configured to gate, and exits with 2.
     """
     try:
         targets = loader.check_targets(app.paths, app.config())
     except UsageError as error:
         if gate:
-            _gate_as_before(app.paths, error)
+            _gate_last_targets(app.paths, error)
         raise
     loader.load(app.paths)
     root = loader.pins_of(app.paths).root
@@ -34,31 +37,43 @@ def load(app: App, gate: bool) -> None:
     app.done(f"loaded: {root}{text}", loaded=str(root), attached=[str(path) for path in gated])
 
 
-def _gate_as_before(paths: Paths, error: UsageError) -> None:
-    """Gate what a controller gated last, at a boot whose configuration is broken. Raises."""
+def _gate_last_targets(paths: Paths, error: UsageError) -> None:
+    """Gate the cgroups of the last valid configuration, if they are known.
+
+    Raises: UsageError, the given one extended by their names.
+    """
     targets = saved_state.recall_targets(paths.targets)
     if targets:
         loader.load(paths)
-        gated = ", ".join(map(str, loader.attach_all(paths, targets))) or "nothing that exists"
-        raise UsageError(f"{error}; gated as before: {gated}", hint=error.hint) from error
+        gated = ", ".join(map(str, loader.attach_all(paths, targets))) or "none that exists"
+        raise UsageError(
+            f"{error}; cgroups of the last valid configuration, now gated: {gated}",
+            hint=error.hint,
+        ) from error
 
 
 @click.command()
-@click.option("--force", is_flag=True, help="Unload although cgroups are gated: opens the gate.")
+@click.option("--force", is_flag=True, help="Unload even if cgroups are gated.")
 @click.pass_obj
 def unload(app: App, force: bool) -> None:
-    """Remove the pins. Afterwards nothing is refused."""
+    """Remove the hooks and their maps, which opens the gate.
+
+    Afterwards nothing is refused. While cgroups are gated this needs --force.
+    """
     loader.unload(app.paths, force=force)
-    app.done(f"unloaded: instance {app.paths.instance}", unloaded=app.paths.instance)
+    app.done(
+        f"unloaded: instance {app.paths.instance}; nothing is gated", unloaded=app.paths.instance
+    )
 
 
 @click.command()
 @click.argument("target")
 @click.pass_obj
 def attach(app: App, target: str) -> None:
-    """Gate a cgroup and all below it: a PATH, unit:NAME or container:ID.
+    """Gate a cgroup and all cgroups below it.
 
-    Sockets made before their process joined the cgroup are not gated.
+    TARGET is the path of a cgroup, unit:NAME for a systemd unit, or container:ID.
+    Sockets that a process made before it joined the cgroup are not gated.
     """
     cgroup = loader.attach(app.paths, target)
     app.done(f"gated: {cgroup}", attached=str(cgroup))
@@ -68,6 +83,9 @@ def attach(app: App, target: str) -> None:
 @click.argument("target")
 @click.pass_obj
 def detach(app: App, target: str) -> None:
-    """Stop gating a cgroup: as for attach, or the id of a removed one."""
+    """Stop gating a cgroup.
+
+    TARGET is as for attach, or the id that `ipsecgate status` shows for a removed cgroup.
+    """
     loader.detach(app.paths, target)
-    app.done(f"not gated any more: {target}", detached=target)
+    app.done(f"no longer gated: {target}", detached=target)

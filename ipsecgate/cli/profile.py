@@ -1,4 +1,4 @@
-"""seccomp-profile: what a container runtime needs to have its container's calls held."""
+"""seccomp-profile: the profile that makes a container runtime hand us its calls to hold."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from pathlib import Path
 import click
 
 from ipsecgate.cli.app import App
-from ipsecgate.cli.exec import seconds
+from ipsecgate.cli.exec import hold_option, udp_option
 from ipsecgate.core.codec import oci
-from ipsecgate.core.model.policy import HOLD
 from ipsecgate.edges.holding import seccomp
 from ipsecgate.errors import UsageError
 
 
 @click.command()
-@click.option("--hold", type=seconds, default=f"{HOLD:g}s", help="How long a call may wait (30s).")
-@click.option("--udp", is_flag=True, help="Hold sendmsg() and sendmmsg(), too.")
+@hold_option
+@udp_option
 @click.option(
     "--runtime",
     type=click.Choice(("crun", "runc")),
     default="crun",
-    help="Which one reads it, under podman as well: runc 1.1 takes no flags (crun).",
+    show_default=True,
+    help="The runtime that reads the profile, also below podman. runc 1.1 accepts no flags.",
 )
 @click.option(
     "--base",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A profile that stays in force for all other calls.",
+    help="A profile that stays in force for all other calls. Without it they are allowed.",
 )
 @click.pass_obj
 def seccomp_profile(app: App, *, hold: float, udp: bool, runtime: str, base: Path | None) -> None:
-    """Print the seccomp profile of a container whose calls are held.
+    """Print a seccomp profile that has a container's calls held.
 
-    It is a container's `linux.seccomp` in the OCI specification's words, and what podman
-    takes in --security-opt seccomp=FILE. Without --base it forbids nothing.
+    It is the `linux.seccomp` object of the OCI runtime specification. podman reads it with
+    --security-opt seccomp=FILE.
     """
-    seccomp.abi()  # where no call can be held there is no profile
+    seccomp.abi()  # raises KernelLacksError where no call can be held
     try:
         made = oci.profile(
             str(app.paths.seccomp.absolute()),
@@ -47,9 +47,10 @@ def seccomp_profile(app: App, *, hold: float, udp: bool, runtime: str, base: Pat
             base=oci.base(base.read_bytes()) if base else None,
         )
     except oci.UNFIT as error:
+        reason = error if isinstance(error, oci.OciError) else "not a seccomp profile"
         raise UsageError(
-            f"{base}: {error}",
-            hint="a profile such as /usr/share/containers/seccomp.json, with no listener and no "
-            "conditions for connect and sendto",
+            f"{base}: {reason}",
+            hint="use a profile such as /usr/share/containers/seccomp.json: it has no listener, "
+            "and allows connect and sendto unconditionally",
         ) from error
     app.document(made)

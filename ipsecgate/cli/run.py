@@ -1,4 +1,4 @@
-"""run: the controller in the foreground; reload: have it read its configuration anew."""
+"""run: the controller in the foreground; reload: make it read its configuration again."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ RELOAD_LIMIT = 90.0  # seconds
 @click.command()
 @click.pass_obj
 def run(app: App) -> None:
-    """Run the controller: loads or takes over the pins, follows IPsec, until told to end.
+    """Run the controller in the foreground.
 
-    Ending it, however, opens nothing: the hooks keep refusing what no SA covers.
+    It loads the hooks, or takes over those that are loaded, gates the configured cgroups
+    and follows IPsec until SIGTERM or SIGINT. Stopping it opens nothing: the hooks stay and
+    refuse every protected flow that no SA covers.
     """
-    _import_only_parts_of("pyroute2")
+    _skip_package_init("pyroute2")
     from ipsecgate.controller import controller  # noqa: PLC0415 - it takes 100 ms
 
     asyncio.run(controller.run(app.paths, app.config))
@@ -30,19 +32,20 @@ def run(app: App) -> None:
 @click.command()
 @click.pass_obj
 def reload(app: App) -> None:
-    """Have the controller read its configuration anew: whole, or refused whole.
+    """Make the controller read its configuration again.
 
-    Policies, errnos, mode, default and cgroups change without a window. A configuration
-    that is refused changes nothing. `vici` and `sa_source` need a restart, which opens nothing.
+    Policies, errnos, mode, default and cgroups change without a gap. An invalid
+    configuration changes nothing. gate.vici and gate.sa_source cannot be reloaded: restart
+    the controller, which opens nothing.
     """
-    told = control.ask(app.paths.control, "reload", RELOAD_LIMIT)
-    app.done(f"in force: {app.paths.config}", **told)
+    answer = control.ask(app.paths.control, "reload", RELOAD_LIMIT)
+    app.done(f"reloaded: {app.paths.config}", **answer)
 
 
-def _import_only_parts_of(package: str) -> None:
-    """Have the parts of a package imported without the package itself, which imports them all.
+def _skip_package_init(package: str) -> None:
+    """Let submodules of a package be imported without running its __init__, which imports all.
 
-    Of pyroute2 we need the transport; the whole is 9 of 40 MiB, for as long as we run.
+    We need only pyroute2's transport. The whole package would take 9 of 40 MiB.
     """
     spec = find_spec(package)
     if spec is not None and package not in sys.modules:

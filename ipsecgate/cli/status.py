@@ -26,7 +26,7 @@ COLOURS = {
 @click.command()
 @click.pass_obj
 def status(app: App) -> int:
-    """Show hooks, policies and their coverage, SAs, held calls and counters.
+    """Show hooks, policies and coverage, SAs, held calls and counters.
 
     Exits with 0 if the gate is healthy. Exits with 1 if no controller runs, if a gated
     cgroup has been removed, or if an error is shown.

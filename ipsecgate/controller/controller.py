@@ -202,7 +202,7 @@ class Controller:
                     await self._execute(command)
                 except OSError as error:
                     raise GateError(
-                        f"cannot {type(command).__name__}: {error.strerror or error}",
+                        f"cannot carry out {type(command).__name__}: {error.strerror or error}",
                         hint="uncovered flows stay refused until a controller runs again",
                     ) from error
             self._tell_ready()
@@ -268,9 +268,9 @@ class Controller:
             gated = await asyncio.to_thread(loader.gated_ids, self._paths) if lost else ()
             ended = await sockets.destroy([one for one in lost if one.cgroup in gated])
         except OSError as error:
-            log.warning("cannot end sockets, their packets are blocked: %s", error.strerror)
+            log.warning("cannot close sockets, so their packets are blocked: %s", error.strerror)
         else:
-            log.info("%d sockets ended: no SA protects them any more", ended)
+            log.info("closed %d sockets that no SA protects any more", ended)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         """Do what may take long beside the decisions: closing a flow must not wait for it."""
@@ -289,7 +289,7 @@ class Controller:
             saved_state.keep(self._paths.remembered, command.children)
         except OSError as error:
             self._unkept = command
-            log.error("cannot keep %s: %s", self._paths.remembered, error)
+            log.error("cannot write %s: %s", self._paths.remembered, error.strerror or error)
 
     def _retry(self) -> None:
         if self._unkept is not None:
@@ -306,7 +306,7 @@ class Controller:
 
     def _on_container(self, container: Container, listener: int) -> None:
         self._listeners.add(listener, container.hold)
-        log.info("container %s: its calls are held", container.name)
+        log.info("holding the calls of container %s", container.name)
         self._later(self._warn_if_ungated(container))
 
     async def _warn_if_ungated(self, container: Container) -> None:
@@ -315,10 +315,12 @@ class Controller:
         except (ProcessLookupError, FileNotFoundError):
             return  # it has ended already
         except (OSError, GateError) as error:  # a warning less, and nothing else less
-            log.warning("container %s: is its cgroup gated? %s", container.name, error)
+            log.warning("cannot check whether container %s is gated: %s", container.name, error)
             return
         if not gated:
-            log.warning("container %s is not in a gated cgroup: only held", container.name)
+            log.warning(
+                "container %s is not gated: the hooks do not check its calls", container.name
+            )
 
     async def _take_listener(self, request: control.Request) -> dict[str, Any]:
         self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import assert_never
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.policy import Settings
@@ -56,6 +57,8 @@ class HookWriter:
                 self._data.set(Setting.TUN, command.index)
             case do.ExemptIke():
                 self._exempt(command.pid)
+            case _:
+                assert_never(command)
 
     def _exempt(self, pid: int) -> None:
         """Exempt a process where it is now: some day its pid will be another's, elsewhere."""
@@ -66,7 +69,11 @@ class HookWriter:
             cgroup = cgroups.of(pid).stat().st_ino
         except (OSError, GateError) as error:
             # It has ended, so its pid may be another's already; or it is in no cgroup of ours.
-            log.warning("IKE daemon %d is not exempt, its cgroup is not known: %s", pid, error)
+            log.warning(
+                "the IKE daemon (pid %d) is not exempt, because its cgroup is unknown: %s",
+                pid,
+                error,
+            )
             return
         self._data.set(Setting.IKE_CGROUP, cgroup)
         self._data.set(Setting.IKE, pid)
@@ -88,4 +95,8 @@ class HookWriter:
         self.mended += mended
         if mended:
             name = command.table.name
-            log.error("%d entries of the %s table were not as published: mended", mended, name)
+            log.error(
+                "%d entries of the %s table differed from what was published: repaired",
+                mended,
+                name,
+            )

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import assert_never
 
 from ipsecgate.core.codec.vici import ViciError
 from ipsecgate.core.gate import commands as do
@@ -47,6 +48,8 @@ class IkeFollower:
                 await self._client.initiate(command.name, command.limit)
             case do.Terminate():
                 self._client.terminate_soon(command.name, command.unique)
+            case _:
+                assert_never(command)
 
     async def run(self) -> None:
         """Follow it until cancelled."""

@@ -62,5 +62,5 @@ def refuse_what_needs_a_restart(file: Path, old: Config, new: Config) -> None:
         if before[key] != value:
             raise UsageError(
                 f"{file}: gate.{key}: cannot change while the controller runs",
-                hint="restart it: that opens nothing, and what is covered keeps flowing",
+                hint="restart the controller: this opens nothing, and covered flows go on",
             )

@@ -42,7 +42,7 @@ class Targets:
     def errors(self) -> list[str]:
         """What is named and not gated."""
         waiting = [
-            f"cgroup {target} does not exist: it is gated when it appears"
+            f"cgroup {target} does not exist: it will be gated when it appears"
             for target in self._wanted
             if not any(cgroups.names(target, path) for path in tuple(self._gated))
         ]
@@ -79,7 +79,9 @@ class Targets:
         try:
             return await asyncio.to_thread(Folders, self._root, self._is_on_the_way)
         except OSError as error:
-            log.warning("cgroups are looked at every %.0f s only: %s", POLL, error)
+            log.warning(
+                "inotify fails, so new cgroups are only found every %.0f s: %s", POLL, error
+            )
             return None
 
     async def _watch(self, folders: Folders | None) -> None:
@@ -118,7 +120,7 @@ class Targets:
                     case Vanished(path) if path in self._gated:
                         await self.look()
         except OSError as error:
-            log.warning("cgroups: %s", error)
+            log.warning("cannot follow cgroups: %s", error)
             await asyncio.sleep(POLL)
             return False
         return True
@@ -138,7 +140,7 @@ class Targets:
             if _id(path) != number:
                 del self._gated[path]
                 self._going.add(number)
-                log.info("not there any more: %s", path)
+                log.info("cgroup removed: %s", path)
         self._errors = {}
         self._keep()
         for target in self._wanted:
@@ -152,7 +154,7 @@ class Targets:
         try:
             saved_state.keep_targets(self._paths.targets, self._wanted)
         except OSError as error:
-            log.warning("cannot keep %s: %s", self._paths.targets, error)
+            log.warning("cannot write %s: %s", self._paths.targets, error.strerror or error)
         else:
             self._kept = self._wanted
 
@@ -161,7 +163,7 @@ class Targets:
         try:
             self._going &= loader.prune(self._paths)
         except (GateError, OSError) as error:
-            log.warning("pins of removed cgroups are left: %s", error)
+            log.warning("cannot remove the pins of removed cgroups: %s", error)
 
     def _gate(self, path: Path) -> None:
         number = _id(path)
@@ -184,7 +186,7 @@ class Targets:
             with suppress(GateError):  # somebody else did
                 loader.detach(self._paths, str(number))
             del self._gated[path]
-            log.info("not gated any more: %s", path)
+            log.info("no longer gated: %s", path)
 
 
 def _id(path: Path) -> int | None:

@@ -51,4 +51,4 @@ class XfrmFollower:
 
 
 def _tell(overrun: Overrun) -> None:
-    log.warning("XFRM notifications lost (%s): reading SPD and SAD anew", overrun.cause)
+    log.warning("XFRM notifications were lost (%s): reading the SPD and SAD again", overrun.cause)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.chaos.bed import world
+from tests.chaos.build_world import build_world
 from tests.chaos.lives import real
 from tests.chaos.run import chosen_seed, run
 from tests.chaos.soak import soak
@@ -44,7 +44,7 @@ def main() -> int:
     for proof in (faults, hammer, rekeys):
         if not number(proof.__name__.upper(), 1):
             continue
-        with tempfile.TemporaryDirectory() as cache, world(Path(cache)) as made:
+        with tempfile.TemporaryDirectory() as cache, build_world(Path(cache)) as made:
             failed = not holds(proof, made, seed) or failed
     return int(failed)
 

@@ -36,8 +36,7 @@ from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.errors import GateError
 from tests.chaos.run import chosen_seed
-from tests.system.bed import HERE, PEER, THERE, Bed, live, protect
-from tests.system.bed import bed as make_bed
+from tests.system.hooked_cgroup import HERE, PEER, THERE, HookedCgroup, hooked_cgroup, live, protect
 
 WORKERS = 2
 TURNS_WANTED = 200
@@ -144,22 +143,22 @@ def native(cache: Path, rng: random.Random, attempts: int, turns: int) -> Hammer
     targets: list[Target] = [
         (kind, PEER[family], 80, family == 4) for kind in ("tcp", "udp") for family in (4, 6)
     ]
-    with make_bed(f"hammer-{os.getpid()}", cache) as bed:
-        bed.renew()
-        bed.publish(TableId.SPD, live()[0])
-        wire = packet_socket(bed)
+    with hooked_cgroup(f"hammer-{os.getpid()}", cache) as hooked:
+        hooked.renew()
+        hooked.publish(TableId.SPD, live()[0])
+        wire = packet_socket(hooked)
         step = -(-attempts // turns)
-        with Hammer(bed.namespace.path, bed.cgroup, targets, WORKERS, step) as hammer:
+        with Hammer(hooked.namespace.path, hooked.cgroup, targets, WORKERS, step) as hammer:
             for _ in range(turns):
-                hammer.turn(rng.choice(TURNS), bed, code, rng)
+                hammer.turn(rng.choice(TURNS), hooked, code, rng)
                 hammer.wait()
         hammer.result.leaked = count(wire)
     return hammer.result
 
 
-def packet_socket(bed: Bed) -> socket.socket:
+def packet_socket(hooked: HookedCgroup) -> socket.socket:
     """Return a socket that sees what arrives at the other end of the way out, IPv6 only."""
-    with bed.namespace.inside():
+    with hooked.namespace.inside():
         wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         wire.bind(("nowhere", ETH_P_IPV6))
     wire.setblocking(False)
@@ -190,40 +189,40 @@ def publish(data: Datapath) -> None:
     asyncio.run(both())
 
 
-def programs_loaded(bed: Bed, code: Bytecode, rng: random.Random) -> None:
-    bed.pins.load(code)
+def programs_loaded(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
+    hooked.pins.load(code)
 
 
-def tables_published(bed: Bed, code: Bytecode, rng: random.Random) -> None:
-    data = Datapath(bed.pins)
+def tables_published(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
+    data = Datapath(hooked.pins)
     publish(data)
     data.close()
 
 
-def another_version(bed: Bed, code: Bytecode, rng: random.Random) -> None:
+def another_version(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
     """The one in force has other maps: this one is built beside it and then put in its place."""
-    data = Datapath(bed.pins)
+    data = Datapath(hooked.pins)
     data.set(Setting.VERSION, LAYOUT + 1)
     data.close()
-    bed.pins.load(code)
-    data = Datapath(bed.pins)
-    data.set(Setting.NETNS, bed.netns)
-    data.set(Setting.TUN, bed.link)
+    hooked.pins.load(code)
+    data = Datapath(hooked.pins)
+    data.set(Setting.NETNS, hooked.netns)
+    data.set(Setting.TUN, hooked.link)
     data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
     publish(data)
-    bed.pins.switch()
+    hooked.pins.switch()
     data.close()
 
 
-def writer_killed(bed: Bed, code: Bytecode, rng: random.Random) -> None:
+def writer_killed(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
     """SIGKILL in the middle of loading and publishing."""
     pid = os.fork()
     if not pid:
         try:
-            pins = Pins(bed.pins.bpffs, bed.pins.root.name)
+            pins = Pins(hooked.pins.bpffs, hooked.pins.root.name)
             while True:
                 pins.load(code)
-                tables_published(bed, code, rng)
+                tables_published(hooked, code, rng)
         finally:
             os._exit(1)
     time.sleep(rng.uniform(0, 0.06))
@@ -231,7 +230,7 @@ def writer_killed(bed: Bed, code: Bytecode, rng: random.Random) -> None:
     os.waitpid(pid, 0)
 
 
-TURNS: list[Callable[[Bed, Bytecode, random.Random], None]] = [
+TURNS: list[Callable[[HookedCgroup, Bytecode, random.Random], None]] = [
     programs_loaded,
     tables_published,
     another_version,
@@ -263,7 +262,7 @@ def main() -> int:
 
 def hooks_load(cache: Path) -> bool:
     try:
-        with make_bed(f"hammer-{os.getpid()}", cache):
+        with hooked_cgroup(f"hammer-{os.getpid()}", cache):
             return True
     except (GateError, OSError, subprocess.CalledProcessError):
         return False

@@ -193,7 +193,7 @@ def table(
         f"{tally.longest:.1f} s; {len(tally.late)} did not end, {len(tally.strange)} failed as "
         f"none may\n"
     )
-    unkept = world.gate.log.read_text().count("cannot keep")
+    unkept = world.gate.log.read_text().count("cannot write")
     out.write(f"the disk took nothing {unkept} times when there was more to be remembered\n")
     errors = ", ".join(f"{name} {count}" for name, count in sorted(tally.errors.items()))
     out.write(f"calls returned: {errors}\n")

@@ -13,8 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.clients.bed import SAYS, End, Outcome, bed
 from tests.clients.catalogue import catalogue
+from tests.clients.client_lab import SAYS, End, Outcome, client_lab
 
 NAMES = [client.name for client in catalogue("", Path())]
 ERRORS = tuple(SAYS)
@@ -26,7 +26,7 @@ def measured() -> dict[str, dict[str, Outcome]]:
     """Run each client into each error; return the outcomes by error and client."""
     with (
         tempfile.TemporaryDirectory() as cache,
-        bed("ipsecgate-clients", Path(cache)) as here,
+        client_lab("ipsecgate-clients", Path(cache)) as here,
     ):
         return {
             error: {outcome.client.name: outcome for outcome in here.unserved(error, NAMES)}

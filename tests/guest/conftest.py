@@ -1,4 +1,4 @@
-"""The hooks' bed on this machine's own kernel, for what the test kernel does not have."""
+"""A hooked cgroup on this machine's own kernel, for features that the test kernel lacks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from ipsecgate.edges.bpf import bytecode
-from tests.system.bed import Bed
-from tests.system.bed import bed as make_bed
+from tests.system.hooked_cgroup import HookedCgroup, hooked_cgroup
 
 
 @pytest.fixture(scope="module")
-def module_bed(
+def module_hooked(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Bed]:
-    """A bed with a bpffs of its own."""
+) -> Iterator[HookedCgroup]:
+    """A hooked cgroup for the tests of a module, with its own bpffs."""
     name = request.module.__name__.rpartition("_")[2]
     folder = tmp_path_factory.mktemp(name)
     bytecode.get(folder)
@@ -25,14 +24,14 @@ def module_bed(
     bpffs.mkdir()
     subprocess.run(["mount", "-t", "bpf", "bpf", str(bpffs)], check=True)
     try:
-        with make_bed(f"{name}-{os.getpid()}", folder, bpffs) as made:
+        with hooked_cgroup(f"{name}-{os.getpid()}", folder, bpffs) as made:
             yield made
     finally:
         subprocess.run(["umount", str(bpffs)], check=True)
 
 
 @pytest.fixture
-def bed(module_bed: Bed) -> Bed:
-    """The module's bed, as new."""
-    module_bed.renew()
-    return module_bed
+def hooked(module_hooked: HookedCgroup) -> HookedCgroup:
+    """The module's hooked cgroup, reset."""
+    module_hooked.renew()
+    return module_hooked

@@ -16,8 +16,8 @@ import pytest
 from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab import uml
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
+from tests.guest.probe_script import MARKER_FILE, ODD, SCRIPT, folder_of
 from tests.guest.processes import descendants, outlived
-from tests.guest.story import ODD, STORY, WITNESS, folder_of
 
 pytestmark = pytest.mark.skipif(
     has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
@@ -37,11 +37,11 @@ def lines() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def story(folder: Path, lines: list[str]) -> GuestResult:
+def probed(folder: Path, lines: list[str]) -> GuestResult:
     folder.mkdir()
     env = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "ODD": ODD}
     return run(
-        ["sh", "-c", STORY],
+        ["sh", "-c", SCRIPT],
         env=env,
         cwd=folder,
         timeout=120,
@@ -50,37 +50,37 @@ def story(folder: Path, lines: list[str]) -> GuestResult:
     )
 
 
-def test_exit_code_is_passed_on(story: GuestResult) -> None:
-    assert story.exit_code == 7
+def test_exit_code_is_passed_on(probed: GuestResult) -> None:
+    assert probed.exit_code == 7
 
 
-def test_folder_and_environment_arrive(story: GuestResult, folder: Path) -> None:
-    assert f"cwd={folder}\nodd={ODD}\nhome=unset\nuid=0\n" in story.output
+def test_folder_and_environment_arrive(probed: GuestResult, folder: Path) -> None:
+    assert f"cwd={folder}\nodd={ODD}\nhome=unset\nuid=0\n" in probed.output
 
 
-def test_output_is_complete_and_unchanged(story: GuestResult, lines: list[str]) -> None:
+def test_output_is_complete_and_unchanged(probed: GuestResult, lines: list[str]) -> None:
     numbers = "".join(f"{number}\n" for number in range(1, 20001))
-    assert story.output.endswith(f"cr?\n{numbers}no newline at the end")
-    assert "\r" not in story.output
-    assert "".join(lines) == story.output
+    assert probed.output.endswith(f"cr?\n{numbers}no newline at the end")
+    assert "\r" not in probed.output
+    assert "".join(lines) == probed.output
 
 
-def test_results_come_back(story: GuestResult, folder: Path) -> None:
-    assert story.files == (folder / "results/sub/junit.xml",)
-    assert story.files[0].read_text() == "<testsuite/>\n"
+def test_results_come_back(probed: GuestResult, folder: Path) -> None:
+    assert probed.files == (folder / "results/sub/junit.xml",)
+    assert probed.files[0].read_text() == "<testsuite/>\n"
 
 
-def test_host_is_unchanged(story: GuestResult) -> None:
-    assert not WITNESS.exists()
+def test_host_is_unchanged(probed: GuestResult) -> None:
+    assert not MARKER_FILE.exists()
 
 
-def test_kernel_has_what_the_tests_need(story: GuestResult) -> None:
-    assert "proto esp spi 0x00000100" in story.output
-    assert "fs=cgroup2fs\nfs=bpf_fs\nveth\n" in story.output
+def test_kernel_has_what_the_tests_need(probed: GuestResult) -> None:
+    assert "proto esp spi 0x00000100" in probed.output
+    assert "fs=cgroup2fs\nfs=bpf_fs\nveth\n" in probed.output
 
 
-def test_clock_is_right(story: GuestResult) -> None:
-    clock = int(story.output.partition("clock=")[2].partition("\n")[0])
+def test_clock_is_right(probed: GuestResult) -> None:
+    clock = int(probed.output.partition("clock=")[2].partition("\n")[0])
     assert abs(clock - time.time()) < 60
 
 
@@ -102,7 +102,7 @@ def test_two_at_a_time_do_not_meet() -> None:
 
 @pytest.mark.parametrize("leashed", [True, False])
 def test_hung_guest_is_killed_in_time_and_reported(
-    leashed: bool, story: GuestResult, monkeypatch: pytest.MonkeyPatch
+    leashed: bool, probed: GuestResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not leashed:  # who may not make a pid namespace
         monkeypatch.setattr(uml, "_leash", tuple)
@@ -112,7 +112,7 @@ def test_hung_guest_is_killed_in_time_and_reported(
         if line == "hanging\n":
             pids.update(descendants(os.getpid()))
 
-    limit = max(25.0, 4 * story.seconds)  # a boot, and more on a busy machine
+    limit = max(25.0, 4 * probed.seconds)  # a boot, and more on a busy machine
     began = time.monotonic()
     script = 'echo "$IPSECGATE_RESULTS"; echo hanging; sleep 1000'
     with pytest.raises(GuestHung, match="killed after") as caught:

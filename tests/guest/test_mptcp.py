@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.core.tables.layout import Reason, TableId
-from tests.system.bed import OTHER, PEER, Bed, live, went_out
+from tests.system.hooked_cgroup import OTHER, PEER, HookedCgroup, live, went_out
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
@@ -19,11 +19,11 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("form", ["{4}", "{6}", "::ffff:{4}"])
-def test_mptcp_is_gated(bed: Bed, form: str) -> None:
+def test_mptcp_is_gated(hooked: HookedCgroup, form: str) -> None:
     peer, other = (form.replace("{4}", a[4]).replace("{6}", a[6]) for a in (PEER, OTHER))
-    assert bed.gated("mptcp", peer) == "EPERM"
-    assert bed.counted(Reason.REFUSE_UNCOVERED) == 1
-    assert went_out(bed.free("mptcp", peer))
-    assert went_out(bed.gated("mptcp", other))
-    bed.publish(TableId.SPD, *live())
-    assert went_out(bed.gated("mptcp", peer))
+    assert hooked.gated("mptcp", peer) == "EPERM"
+    assert hooked.counted(Reason.REFUSE_UNCOVERED) == 1
+    assert went_out(hooked.free("mptcp", peer))
+    assert went_out(hooked.gated("mptcp", other))
+    hooked.publish(TableId.SPD, *live())
+    assert went_out(hooked.gated("mptcp", peer))

@@ -11,14 +11,14 @@ import pytest
 from ipsecgate.core.codec.sockdiag import Standing
 from ipsecgate.core.model.flow import TCP, UDP
 from ipsecgate.edges.kernel import sockets
-from tests.system.bed import OTHER, PEER, Bed
+from tests.system.hooked_cgroup import OTHER, PEER, HookedCgroup
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
 
 
 @pytest.fixture(autouse=True)
-def inside(bed: Bed) -> object:
-    with bed.namespace.inside():
+def inside(hooked: HookedCgroup) -> object:
+    with hooked.namespace.inside():
         yield
 
 
@@ -27,27 +27,26 @@ def listed(wanted: Callable[[Standing], bool]) -> list[Standing]:
 
 
 @pytest.mark.parametrize(("call", "proto"), [("kept connected 4", UDP), ("kept tcp", TCP)])
-def test_a_socket_that_stands_is_told_of_its_end(bed: Bed, call: str, proto: int) -> None:
-    """And no other one is."""
-    assert bed.gated(call, OTHER[4]) in ("", "EINPROGRESS")
-    assert bed.free(call, OTHER[4]) in ("", "EINPROGRESS")
+def test_destroy_ends_only_the_given_socket(hooked: HookedCgroup, call: str, proto: int) -> None:
+    assert hooked.gated(call, OTHER[4]) in ("", "EINPROGRESS")
+    assert hooked.free(call, OTHER[4]) in ("", "EINPROGRESS")
     both = listed(lambda one: (str(one.flow.daddr), one.flow.proto) == (OTHER[4], proto))
-    ours = [one for one in both if one.cgroup == bed.cgroup.stat().st_ino]
+    ours = [one for one in both if one.cgroup == hooked.cgroup.stat().st_ino]
     assert (len(both), len(ours)) == (2, 1)
     assert ours[0].flow.dport == 80
     assert ours[0].flow.saddr is not None
     assert asyncio.run(sockets.destroy(ours)) == 1
     # A UDP socket has no peer any more; whoever waits in it hears ECONNABORTED, too.
-    assert bed.gated(call, OTHER[4]) == ("ECONNABORTED" if proto == TCP else "EDESTADDRREQ")
-    assert bed.free(call, OTHER[4]) in ("", "EALREADY")
+    assert hooked.gated(call, OTHER[4]) == ("ECONNABORTED" if proto == TCP else "EDESTADDRREQ")
+    assert hooked.free(call, OTHER[4]) in ("", "EALREADY")
     assert asyncio.run(sockets.destroy(ours)) == 0, "it is gone"
-    bed.gated.forget()
-    bed.free.forget()
+    hooked.gated.forget()
+    hooked.free.forget()
 
 
-def test_a_mapped_socket_is_listed_as_what_it_speaks(bed: Bed) -> None:
-    assert bed.free("kept connected 6", f"::ffff:{PEER[4]}") == ""
+def test_a_mapped_socket_is_listed_as_what_it_speaks(hooked: HookedCgroup) -> None:
+    assert hooked.free("kept connected 6", f"::ffff:{PEER[4]}") == ""
     (one,) = listed(lambda one: str(one.flow.daddr) == PEER[4])
     assert asyncio.run(sockets.destroy([one])) == 1
-    assert bed.free("kept connected 6", f"::ffff:{PEER[4]}") == "EDESTADDRREQ"
-    bed.free.forget()
+    assert hooked.free("kept connected 6", f"::ffff:{PEER[4]}") == "EDESTADDRREQ"
+    hooked.free.forget()

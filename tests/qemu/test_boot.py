@@ -13,8 +13,8 @@ from ipsecgate.lab import debian
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
 from ipsecgate.lab.kernel import default_cache
 from tests.guest.broken import without_modules
+from tests.guest.probe_script import MARKER_FILE, ODD, SCRIPT, folder_of
 from tests.guest.processes import descendants, outlived
-from tests.guest.story import ODD, STORY, WITNESS, folder_of
 
 pytestmark = pytest.mark.skipif(
     shutil.which(debian.QEMU) is None, reason="QEMU is not installed: see make test-qemu"
@@ -39,10 +39,10 @@ def lines() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def story(folder: Path, lines: list[str], kernel: debian.DebianKernel) -> GuestResult:
+def probed(folder: Path, lines: list[str], kernel: debian.DebianKernel) -> GuestResult:
     env = {"PATH": os.environ["PATH"] + ":/usr/sbin:/sbin", "ODD": ODD}
     return run(
-        ["sh", "-c", STORY],
+        ["sh", "-c", SCRIPT],
         env=env,
         cwd=folder,
         timeout=300,
@@ -53,34 +53,34 @@ def story(folder: Path, lines: list[str], kernel: debian.DebianKernel) -> GuestR
 
 
 def test_folder_and_environment_arrive_and_the_exit_code_returns(
-    story: GuestResult, folder: Path
+    probed: GuestResult, folder: Path
 ) -> None:
-    assert f"cwd={folder}\nodd={ODD}\nhome=unset\nuid=0\n" in story.output
-    clock = int(story.output.partition("clock=")[2].partition("\n")[0])
+    assert f"cwd={folder}\nodd={ODD}\nhome=unset\nuid=0\n" in probed.output
+    clock = int(probed.output.partition("clock=")[2].partition("\n")[0])
     assert abs(clock - time.time()) < 120
-    assert story.exit_code == 7
+    assert probed.exit_code == 7
 
 
-def test_output_is_complete_and_unchanged(story: GuestResult, lines: list[str]) -> None:
+def test_output_is_complete_and_unchanged(probed: GuestResult, lines: list[str]) -> None:
     numbers = "".join(f"{number}\n" for number in range(1, 20001))
-    assert story.output.endswith(f"cr?\n{numbers}no newline at the end")
-    assert "\r" not in story.output
-    assert "".join(lines) == story.output
+    assert probed.output.endswith(f"cr?\n{numbers}no newline at the end")
+    assert "\r" not in probed.output
+    assert "".join(lines) == probed.output
 
 
-def test_results_come_back_and_nothing_else_does(story: GuestResult, folder: Path) -> None:
-    assert story.files == (folder / "results/sub/junit.xml",)
-    assert story.files[0].read_text() == "<testsuite/>\n"
-    assert not WITNESS.exists()
+def test_results_come_back_and_nothing_else_does(probed: GuestResult, folder: Path) -> None:
+    assert probed.files == (folder / "results/sub/junit.xml",)
+    assert probed.files[0].read_text() == "<testsuite/>\n"
+    assert not MARKER_FILE.exists()
 
 
-def test_kernel_has_what_the_tests_need(story: GuestResult) -> None:
-    assert "proto esp spi 0x00000100" in story.output
-    assert "fs=cgroup2fs\nfs=bpf_fs\nveth\n" in story.output
+def test_kernel_has_what_the_tests_need(probed: GuestResult) -> None:
+    assert "proto esp spi 0x00000100" in probed.output
+    assert "fs=cgroup2fs\nfs=bpf_fs\nveth\n" in probed.output
 
 
 def test_hung_guest_is_killed_in_time_and_reported(
-    kernel: debian.DebianKernel, story: GuestResult
+    kernel: debian.DebianKernel, probed: GuestResult
 ) -> None:
     pids = set[int]()
 
@@ -88,7 +88,7 @@ def test_hung_guest_is_killed_in_time_and_reported(
         if line == "hanging\n":
             pids.update(descendants(os.getpid()))
 
-    limit = 10 + 2 * story.seconds  # a boot takes 6 s, on a busy machine much more
+    limit = 10 + 2 * probed.seconds  # a boot takes 6 s, on a busy machine much more
     began = time.monotonic()
     script = 'echo "$IPSECGATE_RESULTS"; echo hanging; sleep 1000'
     with pytest.raises(GuestHung, match="killed after") as caught:

@@ -12,8 +12,7 @@ import pytest
 from ipsecgate.edges.bpf import bytecode
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
-from tests.system.bed import Bed
-from tests.system.bed import bed as make_bed
+from tests.system.hooked_cgroup import HookedCgroup, hooked_cgroup
 
 # So that a failure there says what was found, as one in a test does.
 pytest.register_assert_rewrite("tests.system.life", "tests.system.manager", "tests.system.booted")
@@ -38,18 +37,18 @@ def unique(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def module_bed(request: pytest.FixtureRequest, cache: Path) -> Iterator[Bed]:
-    """One bed for the tests of a module."""
+def module_hooked(request: pytest.FixtureRequest, cache: Path) -> Iterator[HookedCgroup]:
+    """A hooked cgroup for the tests of a module."""
     name = f"{request.module.__name__.split('.')[-1].replace('_', '-')}-{os.getpid()}"
-    with make_bed(name, cache) as made:
+    with hooked_cgroup(name, cache) as made:
         yield made
 
 
 @pytest.fixture
-def bed(module_bed: Bed) -> Bed:
-    """The module's bed, as new."""
-    module_bed.renew()
-    return module_bed
+def hooked(module_hooked: HookedCgroup) -> HookedCgroup:
+    """The module's hooked cgroup, reset."""
+    module_hooked.renew()
+    return module_hooked
 
 
 @pytest.fixture

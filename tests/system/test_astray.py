@@ -22,8 +22,8 @@ from ipsecgate.edges.bpf import bytecode
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.lab.netns import Namespace
-from tests.system.bed import HERE, OTHER, PEER, Bed
 from tests.system.caller import Caller
+from tests.system.hooked_cgroup import HERE, OTHER, PEER, HookedCgroup
 from tests.system.test_backstop import SPI, udp, v4, v6
 
 UDP, ESP, AH = 17, 50, 51
@@ -49,20 +49,20 @@ FORMS = {"4": "{}", "6": "{}", "mapped": "::ffff:{}"}
         ("udp6 pktinfo", "::1", Reason.BLOCK_DEFAULT),
     ],
 )
-def test_loopback_that_leaves(bed: Bed, attack: str, to: str, reason: Reason) -> None:
+def test_loopback_that_leaves(hooked: HookedCgroup, attack: str, to: str, reason: Reason) -> None:
     """It is exempt because it does not leave."""
-    bed.data.set(Setting.DENY, 1)
-    bed.data.set(Setting.TUN, 0)
-    told = bed.gated(f"forge {attack}", to)
-    assert bed.counted(reason) == 1
+    hooked.data.set(Setting.DENY, 1)
+    hooked.data.set(Setting.TUN, 0)
+    told = hooked.gated(f"forge {attack}", to)
+    assert hooked.counted(reason) == 1
     assert told == ("" if "begin" in attack else "EPERM")
-    bed.gated.forget()
+    hooked.gated.forget()
 
 
-def blocked(bed: Bed) -> None:
+def blocked(hooked: HookedCgroup) -> None:
     """Wait until the default blocked a packet."""
     deadline = time.monotonic() + 10
-    while not bed.counted(Reason.BLOCK_DEFAULT):
+    while not hooked.counted(Reason.BLOCK_DEFAULT):
         assert time.monotonic() < deadline, "no packet was sent that way, or it left"
         time.sleep(0.02)
 
@@ -71,69 +71,69 @@ SYN_ACKS_ARE_ASKED_ABOUT = tuple(map(int, platform.release().split(".")[:2])) >=
 """Older kernels run no program for what a socket that listens sends: docs/threat-model.md."""
 
 
-def test_a_syn_ack_with_a_route(bed: Bed) -> None:
+def test_a_syn_ack_with_a_route(hooked: HookedCgroup) -> None:
     """The server that is gated sets it, and any client of loopback makes it send."""
-    bed.data.set(Setting.DENY, 1)
+    hooked.data.set(Setting.DENY, 1)
     try:
-        assert bed.gated("forge tcp6 route listen", f"::1%{OTHER[6]}", 8081) == ""
-        bed.free("tcp", "::1", 8081)
+        assert hooked.gated("forge tcp6 route listen", f"::1%{OTHER[6]}", 8081) == ""
+        hooked.free("tcp", "::1", 8081)
         if SYN_ACKS_ARE_ASKED_ABOUT:
-            blocked(bed)
+            blocked(hooked)
         else:
-            assert bed.counted(Reason.BLOCK_DEFAULT) == 0
+            assert hooked.counted(Reason.BLOCK_DEFAULT) == 0
     finally:
-        bed.gated.forget()
+        hooked.gated.forget()
 
 
-def test_a_route_of_a_connection_that_stands(bed: Bed) -> None:
-    bed.data.set(Setting.DENY, 1)
-    assert bed.free("forge tcp6 listen", "::1", 8080) == ""
-    assert bed.gated("forge tcp6 connect send", "::1", 8080) == ""
-    assert bed.free("forge accept receive", "::1") == ""
-    assert bed.gated("forge abort route send", f"::1%{OTHER[6]}") == ""
-    blocked(bed)
-    bed.gated.forget()
-    bed.free.forget()
+def test_a_route_of_a_connection_that_stands(hooked: HookedCgroup) -> None:
+    hooked.data.set(Setting.DENY, 1)
+    assert hooked.free("forge tcp6 listen", "::1", 8080) == ""
+    assert hooked.gated("forge tcp6 connect send", "::1", 8080) == ""
+    assert hooked.free("forge accept receive", "::1") == ""
+    assert hooked.gated("forge abort route send", f"::1%{OTHER[6]}") == ""
+    blocked(hooked)
+    hooked.gated.forget()
+    hooked.free.forget()
 
 
-def test_deny_is_for_raw_sockets_too(bed: Bed) -> None:
+def test_deny_is_for_raw_sockets_too(hooked: HookedCgroup) -> None:
     """Whatever protocol they write, nobody was asked; but what the kernel answers has no data."""
-    bed.data.set(Setting.DENY, 1)
+    hooked.data.set(Setting.DENY, 1)
 
     def tcp(flags: int, payload: bytes = b"") -> bytes:
         return struct.pack("!HHIIBBHHH", 80, 9000, 1, 1, 5 << 4, flags, 0, 0, 0) + payload
 
     syn, rst, ack = 2, 4, 16
     for packet in (udp(9, 9), udp(4500, 4500, SPI)):
-        assert bed.gated(v4(packet, to=OTHER[4]), OTHER[4]) == "EPERM"
-        assert bed.gated(v6(UDP, packet, to=OTHER[6]), OTHER[6]) == "EPERM"
+        assert hooked.gated(v4(packet, to=OTHER[4]), OTHER[4]) == "EPERM"
+        assert hooked.gated(v6(UDP, packet, to=OTHER[6]), OTHER[6]) == "EPERM"
     for segment in (tcp(syn), tcp(syn | ack), tcp(ack, b"data"), tcp(ack)[:12]):
-        assert bed.gated(v4(segment, 6, to=OTHER[4]), OTHER[4]) == "EPERM"
-    assert bed.counted(Reason.BLOCK_DEFAULT) == 8
+        assert hooked.gated(v4(segment, 6, to=OTHER[4]), OTHER[4]) == "EPERM"
+    assert hooked.counted(Reason.BLOCK_DEFAULT) == 8
     for segment in (tcp(rst), tcp(rst | ack), tcp(ack)):
-        assert bed.gated(v4(segment, 6, to=OTHER[4]), OTHER[4]) == ""
-        assert bed.gated(v6(6, segment, to=OTHER[6]), OTHER[6]) == ""
-    assert bed.counted(Reason.BLOCK_DEFAULT) == 8
+        assert hooked.gated(v4(segment, 6, to=OTHER[4]), OTHER[4]) == ""
+        assert hooked.gated(v6(6, segment, to=OTHER[6]), OTHER[6]) == ""
+    assert hooked.counted(Reason.BLOCK_DEFAULT) == 8
 
 
-def test_options_pass_for_a_routers_alert_only(bed: Bed) -> None:
-    bed.data.set(Setting.TUN, 0)
+def test_options_pass_for_a_routers_alert_only(hooked: HookedCgroup) -> None:
+    hooked.data.set(Setting.TUN, 0)
     through, loose = OTHER[4], bytes([131, 7, 4]) + ip_address(PEER[4]).packed + b"\0"
     alert = bytes([148, 4, 0, 0])
     for proto in (2, ESP, AH):
         for options in (loose, loose[:7] + b"\x01", alert + loose):
             call = v4(SPI + bytes(16), proto, to=through, options=options)
-            assert bed.gated(call, through) == "EPERM"
-    assert bed.counted(Reason.BLOCK_UNREADABLE) == 9
-    assert bed.gated(v4(bytes(8), 2, to=through, options=alert), through) == ""
+            assert hooked.gated(call, through) == "EPERM"
+    assert hooked.counted(Reason.BLOCK_UNREADABLE) == 9
+    assert hooked.gated(v4(bytes(8), 2, to=through, options=alert), through) == ""
 
 
 @contextlib.contextmanager
-def neighbour(bed: Bed, name: str) -> Iterator[Caller]:
+def neighbour(hooked: HookedCgroup, name: str) -> Iterator[Caller]:
     """A host with the addresses that no policy names, at the end of a link of its own."""
     far = Namespace(name)
     try:
-        here, there = ["ip", "-n", bed.namespace.name], ["ip", "-n", name]
+        here, there = ["ip", "-n", hooked.namespace.name], ["ip", "-n", name]
         macs = "02:00:00:00:00:01", "02:00:00:00:00:02"
         link = f"link add far0 address {macs[0]} type veth peer name far1 address {macs[1]} netns"
         subprocess.run([*here, *link.split(), name], check=True)
@@ -164,26 +164,26 @@ def neighbour(bed: Bed, name: str) -> Iterator[Caller]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_answers_leave(bed: Bed, unique: str, cache: Path, form: str) -> None:
+def test_answers_leave(hooked: HookedCgroup, unique: str, cache: Path, form: str) -> None:
     """Under `deny`, and before policies are known: a SYN-ACK, and what a connection says."""
-    bed.data.set(Setting.DENY, 1)
+    hooked.data.set(Setting.DENY, 1)
     family = 6 if form == "6" else 4
     kind = "tcp4" if form == "4" else "tcp6"
     here = str(HERE[family])
     pins = Pins(Path("/sys/fs/bpf"), unique)
-    with neighbour(bed, f"{unique}-far") as far:
-        assert bed.gated(f"forge {kind} listen", FORMS[form].format(here), 8080) == ""
+    with neighbour(hooked, f"{unique}-far") as far:
+        assert hooked.gated(f"forge {kind} listen", FORMS[form].format(here), 8080) == ""
         assert far(f"forge tcp{family} connect", here, 8080) == ""
-        assert bed.gated("forge accept send", here) == ""
+        assert hooked.gated("forge accept send", here) == ""
         assert far("forge receive", here) == ""
         pins.load(bytecode.get(cache))
-        pins.attach(bed.cgroup)
-        assert bed.gated("forge send", here) == ""
+        pins.attach(hooked.cgroup)
+        assert hooked.gated("forge send", here) == ""
         assert far("forge receive", here) == ""
         with Maps(pins) as maps:
             assert maps.counters()[Reason.BLOCK_NOT_READY] == 0
-            told = bed.gated("forge tcp6 route begin", f"::1%{OTHER[6]}")
+            told = hooked.gated("forge tcp6 route begin", f"::1%{OTHER[6]}")
             assert (told, maps.counters()[Reason.BLOCK_NOT_READY]) == ("", 1)
         pins.unload()
-        assert bed.gated("udp connect", OTHER[family]) == "EPERM"
-        bed.gated.forget()
+        assert hooked.gated("udp connect", OTHER[family]) == "EPERM"
+        hooked.gated.forget()

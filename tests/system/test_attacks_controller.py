@@ -35,8 +35,8 @@ def exec_with(unit: Unit, fd: int) -> subprocess.CompletedProcess[str]:
 WAYS: dict[str, Callable[[], int]] = {
     "an Internet socket": lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).detach(),
     "a packet socket": lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW).detach(),
-    "an io_uring": uring.new,
-    "a TAP device": lambda: os.open("/dev/net/tun", os.O_RDWR),
+    "an io_uring instance": uring.new,
+    "a TUN or TAP device": lambda: os.open("/dev/net/tun", os.O_RDWR),
 }
 
 
@@ -80,7 +80,7 @@ def test_a_command_does_not_run_in_a_cgroup_made_anew(unit: Unit) -> None:
             [sys.executable, "-c", program], capture_output=True, text=True, check=False
         )
     assert (done.returncode, done.stdout) == (1, "")
-    assert "was made anew" in done.stderr
+    assert "removed and created again" in done.stderr
 
 
 @contextlib.contextmanager
@@ -152,8 +152,10 @@ def test_a_runtime_that_tells_an_odd_pid_ends_nothing(unit: Unit) -> None:
         runtime.connect(str(unit.folder / "run" / unit.name / "seccomp.sock"))
         socket.send_fds(runtime, [raw.encode()], [listener])
         os.close(listener)
-        assert unit.eventually(lambda: "container odd: its calls are held" in unit.log), unit.log
-    assert unit.eventually(lambda: "container odd: is its cgroup gated?" in unit.log), unit.log
+        assert unit.eventually(lambda: "holding the calls of container odd" in unit.log), unit.log
+    assert unit.eventually(lambda: "cannot check whether container odd is gated" in unit.log), (
+        unit.log
+    )
     assert unit.ask()["ready"]
     assert unit.process is not None
     assert unit.process.poll() is None

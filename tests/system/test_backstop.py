@@ -17,17 +17,17 @@ import pytest
 
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, ternary
-from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect
+from tests.system.hooked_cgroup import HERE, OTHER, PEER, THERE, HookedCgroup, live, protect
 
 DATAGRAM = 17
 SPI = struct.pack("!I", 0xC0FFEE)
 
 
 @pytest.fixture
-def naked(bed: Bed) -> Bed:
-    """The bed with a way out where nobody does ESP."""
-    bed.data.set(Setting.TUN, 0)
-    return bed
+def naked(hooked: HookedCgroup) -> HookedCgroup:
+    """The hooked cgroup, with a link behind which nobody does ESP."""
+    hooked.data.set(Setting.TUN, 0)
+    return hooked
 
 
 def v4(
@@ -54,13 +54,13 @@ def udp(sport: int, dport: int, payload: bytes = b"payload!") -> bytes:
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_a_socket_of_that_port_is_not_xfrm(bed: Bed, family: int) -> None:
-    bed.publish(TableId.SPD, *live())
+def test_a_socket_of_that_port_is_not_xfrm(hooked: HookedCgroup, family: int) -> None:
+    hooked.publish(TableId.SPD, *live())
     call, here = f"kept connected {family}", f"{HERE[family]}#4500"
-    assert bed.gated(call, PEER[family], bind=here) == ""
-    bed.data.set(Setting.TUN, 0)
-    assert bed.gated(call, PEER[family]) == "EPERM"
-    bed.gated.forget()
+    assert hooked.gated(call, PEER[family], bind=here) == ""
+    hooked.data.set(Setting.TUN, 0)
+    assert hooked.gated(call, PEER[family]) == "EPERM"
+    hooked.gated.forget()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,9 @@ def test_a_socket_of_that_port_is_not_xfrm(bed: Bed, family: int) -> None:
         ([60] * 7, "EPERM"),
     ],
 )
-def test_the_ports_behind_ipv6s_headers_count(naked: Bed, chain: list[int], code: str) -> None:
+def test_the_ports_behind_ipv6s_headers_count(
+    naked: HookedCgroup, chain: list[int], code: str
+) -> None:
     """And what is behind more of them than are looked at does not leave."""
     dns = ternary(THERE[6], proto=DATAGRAM, dport=(53, 0xFFFF))
     naked.publish(TableId.POLICY, Rule(dns, Entry(State.PROTECT)))
@@ -91,7 +93,7 @@ def test_the_ports_behind_ipv6s_headers_count(naked: Bed, chain: list[int], code
     assert naked.counted(Reason.BLOCK_UNREADABLE) == (2 if code else 0)
 
 
-def test_later_fragments_do_not_leave(naked: Bed) -> None:
+def test_later_fragments_do_not_leave(naked: HookedCgroup) -> None:
     assert naked.gated(v4(b"r", fragment=0x2000, to=OTHER[4]), OTHER[4]) == "EPERM", "too short"
     assert naked.gated(v4(udp(1, 2), fragment=0x2000, to=OTHER[4]), OTHER[4]) == ""
     assert naked.gated(v4(b"rest", fragment=1, to=OTHER[4]), OTHER[4]) == "EPERM"
@@ -100,7 +102,7 @@ def test_later_fragments_do_not_leave(naked: Bed) -> None:
     assert naked.counted(Reason.BLOCK_UNREADABLE) == 3
 
 
-def test_a_source_route_does_not_leave(naked: Bed) -> None:
+def test_a_source_route_does_not_leave(naked: HookedCgroup) -> None:
     """It names another destination than the header does: here the peer, behind a host between."""
     through, loose = OTHER[4], bytes([131, 7, 4]) + ip_address(PEER[4]).packed + b"\0"
     for options in (loose, bytes([1, 1, 1, 1]) + loose):  # behind some padding, too
@@ -114,7 +116,7 @@ def test_a_source_route_does_not_leave(naked: Bed) -> None:
     assert naked.counted(Reason.BLOCK_UNREADABLE) == 3
 
 
-def test_neighbour_discovery_passes_and_its_neighbours_do_not(naked: Bed) -> None:
+def test_neighbour_discovery_passes_and_its_neighbours_do_not(naked: HookedCgroup) -> None:
     def hops(number: int) -> list[tuple[int, int, int]]:
         return [(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, number)]
 
@@ -126,14 +128,14 @@ def test_neighbour_discovery_passes_and_its_neighbours_do_not(naked: Bed) -> Non
     assert naked.counted(Reason.BLOCK_CLEAR) == 2
 
 
-def test_the_policys_action_decides(naked: Bed) -> None:
+def test_the_policys_action_decides(naked: HookedCgroup) -> None:
     for state, code in ((State.BYPASS, ""), (State.DISCARD, "EPERM")):
         naked.publish(TableId.POLICY, Rule(ternary(THERE[4]), Entry(state)))
         assert naked.gated("raw", PEER[4]) == code
     assert naked.counted(Reason.BLOCK_DISCARD) == 1
 
 
-def test_deny_is_for_what_was_never_asked(naked: Bed) -> None:
+def test_deny_is_for_what_was_never_asked(naked: HookedCgroup) -> None:
     assert naked.gated("kept connected 4", OTHER[4]) == ""
     naked.data.set(Setting.DENY, 1)
     assert naked.gated("raw", OTHER[4]) == "EPERM"
@@ -146,7 +148,7 @@ def test_deny_is_for_what_was_never_asked(naked: Bed) -> None:
     naked.gated.forget()
 
 
-def test_a_socket_is_looked_at_again_when_policies_change(naked: Bed) -> None:
+def test_a_socket_is_looked_at_again_when_policies_change(naked: HookedCgroup) -> None:
     """What it remembers is that its packets may leave in clear: of this generation."""
     for _ in range(3):
         assert naked.gated("kept connected 4", OTHER[4]) == ""
@@ -159,7 +161,7 @@ def test_a_socket_is_looked_at_again_when_policies_change(naked: Bed) -> None:
     naked.gated.forget()
 
 
-def test_the_ike_daemons_sockets_pass_and_nobody_elses(naked: Bed) -> None:
+def test_the_ike_daemons_sockets_pass_and_nobody_elses(naked: HookedCgroup) -> None:
     naked.data.set(Setting.IKE, naked.gated.process.pid)
     for _ in range(3):
         assert naked.gated("kept sendto", PEER[4], 500) == ""
@@ -174,7 +176,7 @@ def test_the_ike_daemons_sockets_pass_and_nobody_elses(naked: Bed) -> None:
     naked.gated.forget()
 
 
-def test_audit_blocks_nothing(naked: Bed) -> None:
+def test_audit_blocks_nothing(naked: HookedCgroup) -> None:
     naked.data.set(Setting.AUDIT, 1)
     assert naked.gated("raw", PEER[4]) == ""
     assert naked.counted(Reason.BLOCK_CLEAR) == naked.counted(Reason.AUDITED_PACKETS) == 1
@@ -183,26 +185,26 @@ def test_audit_blocks_nothing(naked: Bed) -> None:
 
 
 @pytest.mark.parametrize("call", ["tcp", "sendto", "kept sendto"])
-def test_a_permit_ends_by_itself(bed: Bed, call: str) -> None:
+def test_a_permit_ends_by_itself(hooked: HookedCgroup, call: str) -> None:
     """With nobody there to close it: an SA's hard lifetime is in the map."""
 
     def until(deadline: int) -> None:
         entry = Entry(State.LIVE, deadline=deadline)
-        bed.publish(TableId.SPD, *(replace(rule, entry=entry) for rule in live()))
+        hooked.publish(TableId.SPD, *(replace(rule, entry=entry) for rule in live()))
 
     until(int(time.time()) - 1)
-    assert bed.gated(call, PEER[4]) == "EPERM"
+    assert hooked.gated(call, PEER[4]) == "EPERM"
     until(int(time.time()) + 3600)
-    assert bed.data.table(TableId.SPD) is not None
-    assert bed.gated(call, PEER[4]) in ("", "EINPROGRESS")
+    assert hooked.data.table(TableId.SPD) is not None
+    assert hooked.gated(call, PEER[4]) in ("", "EINPROGRESS")
     for lifetime in (3, 9, 27):
         end = int(time.time()) + lifetime
         until(end)
-        told = bed.gated(call, PEER[4])
+        told = hooked.gated(call, PEER[4])
         if time.time() < end:
             break  # it was asked in time
     assert told in ("", "EINPROGRESS")
     while time.time() < end + 0.1:
         time.sleep(0.05)
-    assert bed.gated(call, PEER[4]) == "EPERM"
-    bed.gated.forget()
+    assert hooked.gated(call, PEER[4]) == "EPERM"
+    hooked.gated.forget()

@@ -13,8 +13,8 @@ import socket
 import pytest
 
 from ipsecgate.core.tables.layout import Reason, Setting, TableId
-from tests.system.bed import ELSEWHERE, HERE, OTHER, PEER, Bed, live, went_out
 from tests.system.caller import KINDS
+from tests.system.hooked_cgroup import ELSEWHERE, HERE, OTHER, PEER, HookedCgroup, live, went_out
 
 FAMILIES = (4, 6)
 GATED = (
@@ -42,70 +42,70 @@ def has_udplite() -> bool:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mapped"])
 @pytest.mark.parametrize("call", GATED)
-def test_gated(bed: Bed, call: str, family: int | str) -> None:
+def test_gated(hooked: HookedCgroup, call: str, family: int | str) -> None:
     text = "::ffff:{}" if family == "mapped" else "{}"
     version = 4 if family == "mapped" else int(family)
     peer, other = text.format(PEER[version]), text.format(OTHER[version])
-    assert bed.gated(call, peer) == "EPERM"
-    assert bed.counted(Reason.REFUSE_UNCOVERED) >= 1
-    assert went_out(bed.free(call, peer))
-    assert went_out(bed.gated(call, other))
-    bed.publish(TableId.SPD, *live())
-    assert went_out(bed.gated(call, peer))
-    assert bed.counted(Reason.ALLOW_COVERED) + bed.counted(Reason.ALLOW_ASSOCIATED) >= 1
+    assert hooked.gated(call, peer) == "EPERM"
+    assert hooked.counted(Reason.REFUSE_UNCOVERED) >= 1
+    assert went_out(hooked.free(call, peer))
+    assert went_out(hooked.gated(call, other))
+    hooked.publish(TableId.SPD, *live())
+    assert went_out(hooked.gated(call, peer))
+    assert hooked.counted(Reason.ALLOW_COVERED) + hooked.counted(Reason.ALLOW_ASSOCIATED) >= 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("call", NOT_GATED)
-def test_only_the_backstop_sees(bed: Bed, call: str, family: int) -> None:
+def test_only_the_backstop_sees(hooked: HookedCgroup, call: str, family: int) -> None:
     if call == "udplite" and not has_udplite():
-        pytest.skip("missing: UDP-Lite in the kernel (7.3 has it no more)")
-    before = sum(bed.data.counters().values())
-    assert went_out(bed.gated(call, PEER[family]))
-    assert sum(bed.data.counters().values()) == before, "no hook saw it"
-    bed.data.set(Setting.TUN, 0)
+        pytest.skip("missing: UDP-Lite in the kernel (removed in Linux 7.3)")
+    before = sum(hooked.data.counters().values())
+    assert went_out(hooked.gated(call, PEER[family]))
+    assert sum(hooked.data.counters().values()) == before, "no hook saw it"
+    hooked.data.set(Setting.TUN, 0)
     # SCTP tries again by itself, and IPv6's ping sockets do not ask what became of a packet.
     silent = {("sctp", 4): "EINPROGRESS", ("sctp", 6): "EINPROGRESS", ("ping", 6): ""}
-    assert bed.gated(call, PEER[family]) == silent.get((call, family), "EPERM")
-    assert bed.counted(Reason.BLOCK_CLEAR) == 1
-    assert sum(bed.data.counters().values()) == before + 1
-    assert went_out(bed.gated(call, OTHER[family])), "no policy names it"
-    assert went_out(bed.free(call, PEER[family])), "outside the cgroup nothing is blocked"
-    bed.data.drain()
-    (told_of,) = bed.refusals
+    assert hooked.gated(call, PEER[family]) == silent.get((call, family), "EPERM")
+    assert hooked.counted(Reason.BLOCK_CLEAR) == 1
+    assert sum(hooked.data.counters().values()) == before + 1
+    assert went_out(hooked.gated(call, OTHER[family])), "no policy names it"
+    assert went_out(hooked.free(call, PEER[family])), "outside the cgroup nothing is blocked"
+    hooked.data.drain()
+    (told_of,) = hooked.refusals
     assert (told_of.reason, told_of.policy, told_of.pid) == (Reason.BLOCK_CLEAR, family, 0)
-    assert told_of.cgroup == bed.cgroup.stat().st_ino
+    assert told_of.cgroup == hooked.cgroup.stat().st_ino
     assert (str(told_of.flow.daddr), bool(told_of.flow.saddr)) == (PEER[family], True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_connected_socket_is_asked_at_connect_only(bed: Bed, family: int) -> None:
-    bed.publish(TableId.SPD, *live())
-    assert bed.gated(f"kept connected {family}", PEER[family]) == ""
-    bed.publish(TableId.SPD)
-    assert bed.gated(f"kept connected {family}", PEER[family]) == ""
-    bed.data.set(Setting.TUN, 0)  # in clear from now on, and the backstop's
-    assert bed.gated(f"kept connected {family}", PEER[family]) == "EPERM"
-    assert bed.counted(Reason.BLOCK_CLEAR) == 1
+def test_a_connected_socket_is_asked_at_connect_only(hooked: HookedCgroup, family: int) -> None:
+    hooked.publish(TableId.SPD, *live())
+    assert hooked.gated(f"kept connected {family}", PEER[family]) == ""
+    hooked.publish(TableId.SPD)
+    assert hooked.gated(f"kept connected {family}", PEER[family]) == ""
+    hooked.data.set(Setting.TUN, 0)  # in clear from now on, and the backstop's
+    assert hooked.gated(f"kept connected {family}", PEER[family]) == "EPERM"
+    assert hooked.counted(Reason.BLOCK_CLEAR) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_datagrams_own_source_counts(bed: Bed, family: int) -> None:
+def test_a_datagrams_own_source_counts(hooked: HookedCgroup, family: int) -> None:
     """IP_PKTINFO names the source of one datagram, whatever the socket is bound to."""
-    bed.publish(TableId.SPD, *live())
-    assert bed.gated("pktinfo", f"{PEER[family]}%{HERE[family]}") == ""
-    assert bed.gated("pktinfo", f"{PEER[family]}%{ELSEWHERE[family]}") == "EPERM"
-    assert bed.counted(Reason.REFUSE_UNCOVERED) == 1
+    hooked.publish(TableId.SPD, *live())
+    assert hooked.gated("pktinfo", f"{PEER[family]}%{HERE[family]}") == ""
+    assert hooked.gated("pktinfo", f"{PEER[family]}%{ELSEWHERE[family]}") == "EPERM"
+    assert hooked.counted(Reason.REFUSE_UNCOVERED) == 1
 
 
 @pytest.mark.parametrize("call", ["tcp", "sendto", "sendmsg", "uring connect"])
-def test_the_unspecified_address_is_loopback(bed: Bed, call: str) -> None:
+def test_the_unspecified_address_is_loopback(hooked: HookedCgroup, call: str) -> None:
     for address in ("0.0.0.0", "::", "::ffff:0.0.0.0"):
-        assert bed.gated(call, address) in ("", "EINPROGRESS", "ECONNREFUSED"), address
-    assert bed.counted(Reason.ALLOW_EXEMPT) + bed.counted(Reason.ALLOW_DEFAULT) >= 3
+        assert hooked.gated(call, address) in ("", "EINPROGRESS", "ECONNREFUSED"), address
+    assert hooked.counted(Reason.ALLOW_EXEMPT) + hooked.counted(Reason.ALLOW_DEFAULT) >= 3
 
 
-def test_v6only_sockets_cannot_reach_a_mapped_peer_at_all(bed: Bed) -> None:
+def test_v6only_sockets_cannot_reach_a_mapped_peer_at_all(hooked: HookedCgroup) -> None:
     only = [(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)]
-    bed.publish(TableId.SPD, *live())
-    assert bed.gated("tcp", f"::ffff:{PEER[4]}", options=only) in ("ENETUNREACH", "EPERM")
+    hooked.publish(TableId.SPD, *live())
+    assert hooked.gated("tcp", f"::ffff:{PEER[4]}", options=only) in ("ENETUNREACH", "EPERM")

@@ -19,12 +19,12 @@ from ipsecgate.admin import loader
 from ipsecgate.core.tables.layout import TableId
 from ipsecgate.edges.bpf.bytecode import Bytecode
 from tests.chaos import hammer, lives
-from tests.chaos.bed import world as make_world
+from tests.chaos.build_world import build_world
 from tests.chaos.run import run
 from tests.chaos.soak import soak
 from tests.chaos.tally import Tally
 from tests.chaos.world import NEVER, World
-from tests.system.bed import Bed, live
+from tests.system.hooked_cgroup import HookedCgroup, live
 from tests.system.life import until
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
@@ -36,7 +36,7 @@ MOMENT = 0.02  # seconds: a guest has one processor, and who hammers must get it
 
 @pytest.fixture(scope="module")
 def world(cache: Path) -> Iterator[World]:
-    with make_world(cache, "ipsecgate-test-chaos") as made:
+    with build_world(cache, "ipsecgate-test-chaos") as made:
         yield made
 
 
@@ -80,10 +80,10 @@ def test_hooks_under_the_hammer(cache: Path) -> None:
 
 
 def test_a_moment_without_hooks_is_caught(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def taken_off_and_put_on(bed: Bed, code: Bytecode, rng: random.Random) -> None:
-        bed.pins.detach(bed.cgroup.stat().st_ino)
+    def taken_off_and_put_on(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
+        hooked.pins.detach(hooked.cgroup.stat().st_ino)
         time.sleep(MOMENT)
-        bed.pins.attach(bed.cgroup)
+        hooked.pins.attach(hooked.cgroup)
 
     monkeypatch.setattr(hammer, "TURNS", [taken_off_and_put_on])
     result = hammer.native(cache, random.Random(1), ATTEMPTS, TURNS)
@@ -96,10 +96,10 @@ def test_a_moment_without_hooks_is_caught(cache: Path, monkeypatch: pytest.Monke
 def test_a_table_that_is_emptied_before_it_is_replaced_is_caught(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def emptied(bed: Bed, code: Bytecode, rng: random.Random) -> None:
-        bed.publish(TableId.SPD)
+    def emptied(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
+        hooked.publish(TableId.SPD)
         time.sleep(MOMENT)
-        bed.publish(TableId.SPD, live()[0])
+        hooked.publish(TableId.SPD, live()[0])
 
     monkeypatch.setattr(hammer, "TURNS", [emptied])
     result = hammer.native(cache, random.Random(1), ATTEMPTS, TURNS)

@@ -30,6 +30,7 @@ from ipsecgate.lab.connections import connection
 from ipsecgate.lab.hosts import ConnSpec, Lab
 
 pytestmark = [
+    pytest.mark.second_guest,
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
     pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]

@@ -22,9 +22,8 @@ from hypothesis import strategies as st
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Address, Flow, Network
 from ipsecgate.core.tables.layout import Entry, State, TableId, flow_key
 from ipsecgate.core.tables.table import Rule, Table, Ternary, compile_table, ternary
-from tests.system.oracle.bed import Bed
-from tests.system.oracle.bed import bed as make_bed
 from tests.system.oracle.judge import wire_words
+from tests.system.oracle.two_namespaces import TwoNamespaces, two_namespaces
 from tests.system.oracle.world import Call, Kind
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
@@ -53,8 +52,8 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def bed(cache: Path) -> Iterator[Bed]:
-    with make_bed(cache, "classifier") as place:
+def namespaces(cache: Path) -> Iterator[TwoNamespaces]:
+    with two_namespaces(cache, "classifier") as place:
         asyncio.run(place.prepare())
         place.set_port(PORT)
         yield place
@@ -161,14 +160,14 @@ def source(case: Case, call: Call) -> Address | None:
     return case.sources[best] if best is not None else None
 
 
-async def publish(bed: Bed, case: Case) -> None:
-    bed.data.set_sources(case.sources.items())
-    await bed.data.publish(TableId.POLICY, case.policy)
-    await bed.data.publish(TableId.SPD, case.spd)
-    await bed.settle()
+async def publish(namespaces: TwoNamespaces, case: Case) -> None:
+    namespaces.data.set_sources(case.sources.items())
+    await namespaces.data.publish(TableId.POLICY, case.policy)
+    await namespaces.data.publish(TableId.SPD, case.spd)
+    await namespaces.settle()
 
 
-def test_the_hooks_find_what_userspace_finds(bed: Bed) -> None:
+def test_the_hooks_find_what_userspace_finds(namespaces: TwoNamespaces) -> None:
     seen: dict[str, int] = {"let go": 0, "refused": 0}
 
     @with_seed(SEED)
@@ -181,9 +180,9 @@ def test_the_hooks_find_what_userspace_finds(bed: Bed) -> None:
     )
     @given(cases())
     def compare(case: Case) -> None:
-        asyncio.run(publish(bed, case))
-        told = bed.gated([wire_words(call) for call in case.calls])
-        bed.capture.forget(len(case.calls))
+        asyncio.run(publish(namespaces, case))
+        told = namespaces.gated([wire_words(call) for call in case.calls])
+        namespaces.capture.forget(len(case.calls))
         names = {errno.errorcode[code] for code in ERRNOS}
         for call, (name, _) in zip(case.calls, told, strict=True):
             found = name if name in names else ""

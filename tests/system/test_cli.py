@@ -123,7 +123,7 @@ POLICY = '[[policy]]\nname = "x"\nremote = ["10.0.0.0/8"]\n'
     [
         (POLICY + 'acton = "bypass"', "policy[1].acton: unknown key"),
         (POLICY.replace("10.0.0.0/8", "10.0.0.1/8"), "policy[1].remote: '10.0.0.1/8'"),
-        (POLICY + POLICY, "policy 'x': the name is taken"),
+        (POLICY + POLICY, "policy 'x': the name is already used"),
         ("[gate", "Expected ']'"),
     ],
 )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.bed import ClientBed, End, bed
 from tests.clients.catalogue import catalogue
+from tests.clients.client_lab import ClientLab, End, client_lab
 
 NAMES = [client.name for client in catalogue("", Path())]
 SOME = ["psql", "Python asyncio", "node", "Java", "Go, static"]
@@ -21,13 +21,13 @@ SAYS_SO = (End.TOLD, End.VAGUE)
 
 
 @pytest.fixture(scope="module")
-def clients(cache: Path) -> Iterator[ClientBed]:
-    with bed("ipsecgate-test-clients", cache) as made:
+def clients(cache: Path) -> Iterator[ClientLab]:
+    with client_lab("ipsecgate-test-clients", cache) as made:
         yield made
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_refused_it_ends_and_says_so(clients: ClientBed, name: str) -> None:
+def test_refused_it_ends_and_says_so(clients: ClientLab, name: str) -> None:
     """Without a hold the same client is refused at once."""
     outcome = clients.run(clients.forbidden[name])
     assert outcome.end("EPERM") in SAYS_SO, outcome
@@ -37,7 +37,7 @@ def test_refused_it_ends_and_says_so(clients: ClientBed, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_held_it_is_served(clients: ClientBed, name: str) -> None:
+def test_held_it_is_served(clients: ClientLab, name: str) -> None:
     """It asks before there is any SA, and knows nothing of it: one call, no SYN again."""
     clients.without_sa()
     attempts = clients.attempts()
@@ -53,7 +53,7 @@ def test_held_it_is_served(clients: ClientBed, name: str) -> None:
 
 
 @pytest.mark.parametrize("error", ["EHOSTUNREACH", "ETIMEDOUT"])
-def test_held_in_vain_it_ends_and_says_so(clients: ClientBed, error: str) -> None:
+def test_held_in_vain_it_ends_and_says_so(clients: ClientLab, error: str) -> None:
     """Five of them; all are in docs/clients.md (`make clients`)."""
     for outcome in clients.unserved(error, SOME):
         assert outcome.end(error) in SAYS_SO, outcome

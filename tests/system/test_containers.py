@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from tests.clients.bed import ClientBed, End, Outcome, bed
 from tests.clients.catalogue import RealClient
+from tests.clients.client_lab import ClientLab, End, Outcome, client_lab
 from tests.clients.containers import Containers
 from tests.clients.daemons import HTTP, PAGE
 from tests.system.holding import nothing_in_clear, stopped, wait_held
 from tests.system.keeper import Keeper
+
+pytestmark = pytest.mark.second_guest
 
 DEFAULT_PROFILE = Path("/usr/share/containers/seccomp.json")
 RUNTIMES = ("crun", "runc")
@@ -29,13 +31,13 @@ Profile = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def here(cache: Path) -> Iterator[ClientBed]:
-    with bed("ipsecgate-test-containers", cache, (HTTP,)) as made:
+def here(cache: Path) -> Iterator[ClientLab]:
+    with client_lab("ipsecgate-test-containers", cache, (HTTP,)) as made:
         yield made
 
 
 @pytest.fixture
-def containers(here: ClientBed) -> Iterator[Containers]:
+def containers(here: ClientLab) -> Iterator[Containers]:
     # podman takes no path of more than 50 characters, so not pytest's own.
     with tempfile.TemporaryDirectory(prefix="box-") as folder:
         cgroup = here.lab.cgroup(f"{here.gate.instance}/app/containers")
@@ -43,7 +45,7 @@ def containers(here: ClientBed) -> Iterator[Containers]:
 
 
 @pytest.fixture
-def profile(here: ClientBed) -> Profile:
+def profile(here: ClientLab) -> Profile:
     def profile(*options: str) -> dict[str, Any]:
         made: dict[str, Any] = json.loads(here.gate.cli("seccomp-profile", *options).stdout)
         return made
@@ -55,7 +57,7 @@ def wget(to: object) -> list[str]:
     return ["/bin/busybox", "wget", "-q", "-O", "-", f"http://{to}:{HTTP}/"]
 
 
-def assert_held(here: ClientBed, outcome: Outcome) -> None:
+def assert_held(here: ClientLab, outcome: Outcome) -> None:
     assert outcome.served, (outcome, here.gate.log.read_text())
     assert outcome.seen.ike, "a real negotiation"
     assert outcome.seen.esp
@@ -68,7 +70,7 @@ def assert_held(here: ClientBed, outcome: Outcome) -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("manager", ["oci", "podman"])
 def test_a_container_is_held(
-    here: ClientBed, containers: Containers, profile: Profile, runtime: str, manager: str
+    here: ClientLab, containers: Containers, profile: Profile, runtime: str, manager: str
 ) -> None:
     here.without_sa()
     words = {"oci": containers.oci, "podman": containers.podman}[manager]
@@ -79,7 +81,7 @@ def test_a_container_is_held(
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_runtime_is_not_caught_by_its_own_filter(
-    here: ClientBed, containers: Containers, profile: Profile, runtime: str
+    here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
     """With --udp every sendmsg() waits for us: also one that would bring us the listener."""
     here.without_sa()
@@ -88,7 +90,7 @@ def test_a_runtime_is_not_caught_by_its_own_filter(
 
 
 def test_a_container_keeps_its_own_profile_for_other_calls(
-    here: ClientBed, containers: Containers, profile: Profile, tmp_path: Path
+    here: ClientLab, containers: Containers, profile: Profile, tmp_path: Path
 ) -> None:
     """podman's usual profile, and in one of two runs uname() is taken out of it."""
     usual = json.loads(DEFAULT_PROFILE.read_text())
@@ -113,7 +115,7 @@ def test_a_container_keeps_its_own_profile_for_other_calls(
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_what_is_executed_in_a_container_later_is_held(
-    here: ClientBed, containers: Containers, profile: Profile, runtime: str
+    here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
     """It has a listener of its own: the runtime sends a second message."""
     sleep = ["/bin/busybox", "sleep", "1000"]
@@ -130,7 +132,7 @@ def test_what_is_executed_in_a_container_later_is_held(
 
 
 def test_a_container_outside_is_told(
-    here: ClientBed, containers: Containers, profile: Profile
+    here: ClientLab, containers: Containers, profile: Profile
 ) -> None:
     """Its calls are held, but nobody would refuse them."""
     outside = Containers(containers.root.parent / "outside", here.lab.cgroup("outside"))
@@ -142,7 +144,7 @@ def test_a_container_outside_is_told(
     container.wait(60)
 
 
-def test_podman_under_exec_is_held(here: ClientBed, containers: Containers) -> None:
+def test_podman_under_exec_is_held(here: ClientLab, containers: Containers) -> None:
     """Its container inherits the filter, so it needs no profile; a second one is refused."""
     here.without_sa()
     beside = here.lab.cgroup(f"{here.gate.instance}/app/podman")
@@ -155,7 +157,7 @@ def test_podman_under_exec_is_held(here: ClientBed, containers: Containers) -> N
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_gated_container_without_the_profile_is_refused(
-    here: ClientBed, containers: Containers, runtime: str
+    here: ClientLab, containers: Containers, runtime: str
 ) -> None:
     argv = containers.oci(runtime, "refused", wget(here.forbidden_to), None)
     outcome = here.run(RealClient(runtime, tuple(argv)), gated=False)
@@ -164,14 +166,14 @@ def test_a_gated_container_without_the_profile_is_refused(
     assert not outcome.seen.clear
 
 
-def test_outside_the_container_nothing_changes(here: ClientBed) -> None:
+def test_outside_the_container_nothing_changes(here: ClientLab) -> None:
     outcome = here.run(RealClient("wget", tuple(wget(here.forbidden_to))), gated=False)
     assert outcome.served
     assert (outcome.refused, outcome.held) == (0, 0)
 
 
 def test_a_call_that_is_held_outlives_the_controller(
-    here: ClientBed, containers: Containers, profile: Profile
+    here: ClientLab, containers: Containers, profile: Profile
 ) -> None:
     """Where somebody keeps the listener, as for `exec`."""
     argv = containers.oci("crun", "kept", wget(here.net), profile("--hold", "2m"))
@@ -197,7 +199,7 @@ def test_a_call_that_is_held_outlives_the_controller(
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_without_a_controller_no_container_starts(
-    here: ClientBed, containers: Containers, profile: Profile, runtime: str
+    here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
     made = profile("--runtime", runtime)
     here.gate.kill()

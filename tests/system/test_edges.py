@@ -42,10 +42,11 @@ from ipsecgate.core.state.replay import replay
 from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.edges.kernel.xfrm import XfrmMonitor
 from ipsecgate.lab.netns import Namespace
-from tests.system.story import batch, following, ip
+from tests.system.event_recorder import batch, following, ip
 from tests.until import until
 
 pytestmark = [
+    pytest.mark.second_guest,
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
     pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]
@@ -79,8 +80,8 @@ def _namespace(unique: str) -> Iterator[None]:
 async def test_the_story_begins_with_what_is_there() -> None:
     ip(ADD_NET)
     ip(f"{STATE} {KEYS}")
-    async with following() as (_, story):
-        (first,) = await story.next()
+    async with following() as (_, recorder):
+        (first,) = await recorder.next()
         assert isinstance(first, KernelSnapshot)
         assert [replace(entry, index=0) for entry in first.policies] == [NET]
         (sa,) = first.sas
@@ -132,17 +133,17 @@ async def test_a_policy_comes_changes_and_goes(name: str) -> None:
     command, entry = POLICIES[name]
     selector = command.split(" action")[0].split(" tmpl")[0].split(" priority")[0]
     marks = command[command.index("mark") :] if "mark" in command else ""
-    async with following() as (_, story):
-        await story.next()
+    async with following() as (_, recorder):
+        await recorder.next()
         ip(f"xfrm policy add {command}")
         ip(f"xfrm policy update {command}")
         ip(f"xfrm policy del {selector} {marks}")
-        assert await story.next(3) == [PolicySet(entry), PolicySet(entry), PolicyGone(entry.key)]
+        assert await recorder.next(3) == [PolicySet(entry), PolicySet(entry), PolicyGone(entry.key)]
 
 
 async def test_directions_are_told_apart() -> None:
-    async with following() as (monitor, story):
-        await story.next()
+    async with following() as (monitor, recorder):
+        await recorder.next()
         ip(f"xfrm policy add src 10.1.0.0/16 dst 10.2.0.0/16 dir fwd {TUNNEL}")  # nobody's here
         for direction in Direction:
             where = f"src 10.1.0.0/16 dst 10.2.0.0/16 dir {direction.name.lower()}"
@@ -150,7 +151,7 @@ async def test_directions_are_told_apart() -> None:
             ip(f"xfrm policy del {where}")
             key = replace(NET.key, direction=direction)
             ip(f"xfrm policy add {where} {TUNNEL}")
-            came, went, again = await story.next(3)
+            came, went, again = await recorder.next(3)
             assert isinstance(came, PolicySet)
             assert came.entry.key == key
             assert went == PolicyGone(key)
@@ -160,34 +161,34 @@ async def test_directions_are_told_apart() -> None:
 
 
 async def test_a_state_comes_and_goes() -> None:
-    async with following() as (_, story):
-        await story.next()
+    async with following() as (_, recorder):
+        await recorder.next()
         ip(f"{STATE} {KEYS} mark 1 mask 3 if_id 5")
         ip("xfrm state del src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x1001 mark 1 mask 3")
-        came, went = await story.next(2)
+        came, went = await recorder.next(2)
         assert isinstance(came, SaSet)
         assert replace(came.sa, selector=None) == replace(SA, mark=Mark(1, 3), if_id=5)
         assert went == SaGone(SA.id)
 
 
 async def test_a_larval_state_is_one() -> None:
-    async with following() as (_, story):
-        await story.next()
+    async with following() as (_, recorder):
+        await recorder.next()
         ip("xfrm state allocspi src 192.0.2.1 dst 192.0.2.2 proto esp reqid 7 min 16 max 16")
-        story.events.clear()  # whether ALLOCSPI is notified is the kernel's affair
+        recorder.events.clear()  # whether ALLOCSPI is notified is the kernel's affair
         ip(ADD_NET)
-        await story.next()
+        await recorder.next()
     async with following() as (monitor, _):
         sas = (await monitor.snapshot()).sas
         assert [sa.larval for sa in sas] == [True]
 
 
 async def test_hard_expiry_is_the_end() -> None:
-    async with following() as (_, story):
-        await story.next()
+    async with following() as (_, recorder):
+        await recorder.next()
         ip(f"{STATE} {KEYS} limit time-hard 1")
         ip(f"{ADD_NET} limit time-hard 1")
-        events = await story.next(4)
+        events = await recorder.next(4)
     told = [type(event) for event in events]
     assert {*told} == {SaSet, SaGone, PolicySet, PolicyGone}
     assert told.index(SaSet) < told.index(SaGone)
@@ -198,21 +199,21 @@ async def test_hard_expiry_is_the_end() -> None:
 async def test_a_flush_is_followed_by_a_snapshot() -> None:
     ip(f"{STATE} {KEYS}")
     ip(ADD_NET)
-    async with following() as (_, story):
-        await story.next()
+    async with following() as (_, recorder):
+        await recorder.next()
         ip("xfrm policy flush")
-        flushed, snapshot = await story.next(2)
+        flushed, snapshot = await recorder.next(2)
         assert flushed == PoliciesFlushed()
         assert (len(snapshot.policies), len(snapshot.sas)) == (0, 1)
         ip("xfrm state flush")
-        assert await story.next(2) == [SasFlushed(), KernelSnapshot((), ())]
+        assert await recorder.next(2) == [SasFlushed(), KernelSnapshot((), ())]
 
 
 @pytest.mark.parametrize("seed", random.sample(range(2**32), 1))
 async def test_events_add_up_to_what_a_dump_shows(seed: int) -> None:
     dice = random.Random(seed)
-    async with following() as (monitor, story):
-        (before,) = await story.next()
+    async with following() as (monitor, recorder):
+        (before,) = await recorder.next()
         present: set[int] = set()
         commands = []
         for _ in range(200):
@@ -223,7 +224,7 @@ async def test_events_add_up_to_what_a_dump_shows(seed: int) -> None:
             what = "" if verb == "delete" else f"priority {dice.randrange(100)} {TUNNEL}"
             commands.append(f"xfrm policy {verb} {where} {what}")
         batch(commands)
-        events = await story.next(200)
+        events = await recorder.next(200)
         after = await monitor.snapshot()
         folded = replay(before, events)
         assert folded is not None
@@ -234,35 +235,35 @@ async def test_events_add_up_to_what_a_dump_shows(seed: int) -> None:
 
 async def test_an_overrun_is_noticed_and_mended() -> None:
     count = 2000
-    async with following(receive_buffer=8192) as (monitor, story):
-        await story.next()
+    async with following(receive_buffer=8192) as (monitor, recorder):
+        await recorder.next()
         batch([  # the loop stands still meanwhile
             f"xfrm policy add src 10.1.0.0/16 dst 10.9.{i >> 8}.{i & 255}/32 dir out {TUNNEL}"
             for i in range(count)
         ])  # fmt: skip
         async with asyncio.timeout(30):
-            await until(lambda: any(isinstance(e, KernelSnapshot) for e in story.events))
-        assert story.overruns
-        assert "buffer" in story.overruns[0].cause
-        assert monitor.overruns == len(story.overruns)
-        last = [event for event in story.events if isinstance(event, KernelSnapshot)][-1]
+            await until(lambda: any(isinstance(e, KernelSnapshot) for e in recorder.events))
+        assert recorder.overruns
+        assert "buffer" in recorder.overruns[0].cause
+        assert monitor.overruns == len(recorder.overruns)
+        last = [event for event in recorder.events if isinstance(event, KernelSnapshot)][-1]
         assert len(last.policies) == count
-        story.events.clear()
+        recorder.events.clear()
         ip(f"{STATE} {KEYS}")  # and it goes on
-        (came,) = await story.next()
+        (came,) = await recorder.next()
         assert isinstance(came, SaSet)
 
 
 async def test_nothing_is_lost_with_the_usual_buffer() -> None:
     count = 2000
-    async with following() as (_, story):
-        await story.next()
+    async with following() as (_, recorder):
+        await recorder.next()
         batch([
             f"xfrm policy add src 10.1.0.0/16 dst 10.9.{i >> 8}.{i & 255}/32 dir out {TUNNEL}"
             for i in range(count)
         ])  # fmt: skip
-        assert len(await story.next(count)) == count
-        assert not story.overruns
+        assert len(await recorder.next(count)) == count
+        assert not recorder.overruns
 
 
 async def test_an_exception_of_the_consumer_ends_run() -> None:
@@ -289,13 +290,13 @@ async def test_events_come_soon() -> None:
     policy += struct.pack("=IIBB6x", 1, 0, 1, 1)
     request = struct.pack("=IHHII", 16 + len(policy), 0x19, 0x1, 1, 0) + policy
     times = []
-    async with following() as (_, story):
-        await story.next()
+    async with following() as (_, recorder):
+        await recorder.next()
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 6) as sender:
             for _ in range(200):
-                story.arrived.clear()
+                recorder.arrived.clear()
                 sender.send(request)
                 began = time.perf_counter()
-                await story.next()
-                times.append(story.arrived[0] - began)
+                await recorder.next()
+                times.append(recorder.arrived[0] - began)
     assert statistics.median(times) < 0.1

@@ -16,7 +16,7 @@ import pytest
 
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, ternary
-from tests.system.bed import HERE, OTHER, PEER, Bed, live
+from tests.system.hooked_cgroup import HERE, OTHER, PEER, HookedCgroup, live
 from tests.system.test_backstop import SPI, udp, v4, v6
 
 UDP, ESP, AH = 17, 50, 51
@@ -25,18 +25,18 @@ FORMS = {"4": "{}", "6": "{}", "mapped": "::ffff:{}"}
 
 
 @pytest.fixture
-def naked(bed: Bed) -> Iterator[Bed]:
-    """The bed with a way out where nobody does ESP, and port 4500 for whoever asks."""
-    bed.data.set(Setting.TUN, 0)
-    choose(bed, NAT_T)
-    yield bed
-    bed.gated.forget()
-    choose(bed, 32768, 60999)
+def naked(hooked: HookedCgroup) -> Iterator[HookedCgroup]:
+    """As in test_backstop, and with 4500 as the only ephemeral port."""
+    hooked.data.set(Setting.TUN, 0)
+    choose(hooked, NAT_T)
+    yield hooked
+    hooked.gated.forget()
+    choose(hooked, 32768, 60999)
 
 
-def choose(bed: Bed, first: int, last: int = 0) -> None:
+def choose(hooked: HookedCgroup, first: int, last: int = 0) -> None:
     """Have the kernel choose a socket's port from these."""
-    bed.namespace.sysctl("ipv4/ip_local_port_range", f"{first} {last or first}")
+    hooked.namespace.sysctl("ipv4/ip_local_port_range", f"{first} {last or first}")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -52,7 +52,9 @@ def choose(bed: Bed, first: int, last: int = 0) -> None:
         ("reuse connect more", "leave send"),
     ],
 )
-def test_a_port_that_was_given_back(naked: Bed, form: str, before: str, after: str) -> None:
+def test_a_port_that_was_given_back(
+    naked: HookedCgroup, form: str, before: str, after: str
+) -> None:
     """An IPv6 datagram keeps the port that its socket had when it was begun."""
     family = 6 if form == "6" else 4
     peer = FORMS[form].format(PEER[family])
@@ -68,7 +70,7 @@ def test_a_port_that_was_given_back(naked: Bed, form: str, before: str, after: s
 
 
 @pytest.mark.parametrize("kind", ["udp4", "udp6", "udplite4", "udplite6"])
-def test_a_port_that_is_bound(naked: Bed, kind: str) -> None:
+def test_a_port_that_is_bound(naked: HookedCgroup, kind: str) -> None:
     family = int(kind[-1])
     naked.publish(TableId.SPD, *live())
     assert naked.gated(f"forge {kind} reuse bind", str(HERE[family]), NAT_T) == ""
@@ -78,7 +80,7 @@ def test_a_port_that_is_bound(naked: Bed, kind: str) -> None:
     assert naked.counted(Reason.BLOCK_CLEAR) == 1
 
 
-def test_what_a_raw_socket_writes_is_not_xfrms(naked: Bed) -> None:
+def test_what_a_raw_socket_writes_is_not_xfrms(naked: HookedCgroup) -> None:
     """Even byte for byte: what a packet holds is not looked at."""
     forged = SPI + bytes(28)
     for proto in (ESP, AH):
@@ -93,7 +95,9 @@ def test_what_a_raw_socket_writes_is_not_xfrms(naked: Bed) -> None:
 
 
 @contextlib.contextmanager
-def associated(bed: Bed, family: int, transform: str, mode: str) -> Iterator[socket.socket]:
+def associated(
+    hooked: HookedCgroup, family: int, transform: str, mode: str
+) -> Iterator[socket.socket]:
     """Have XFRM protect what goes to the peer; yield what its side of the link sees."""
     here, peer = HERE[family], PEER[family]
     encap = " encap espinudp 4500 4500 0.0.0.0" if transform == "udp" else ""
@@ -107,7 +111,7 @@ def associated(bed: Bed, family: int, transform: str, mode: str) -> Iterator[soc
     bits = 32 if family == 4 else 128
     ends = f"src {here} dst {peer}"
     tunnel = ends if mode == "tunnel" else ""
-    ip = ["ip", "-n", bed.namespace.name]
+    ip = ["ip", "-n", hooked.namespace.name]
     for words in (
         f"route add {peer} dev out0 src {here}",
         f"xfrm state add {ends} proto {proto} spi {spi} reqid 7 mode {mode} {keys}{encap}",
@@ -116,14 +120,14 @@ def associated(bed: Bed, family: int, transform: str, mode: str) -> Iterator[soc
     ):
         subprocess.run([*ip, *words.split()], check=True)
     try:
-        with bed.namespace.inside():
+        with hooked.namespace.inside():
             seen = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
         with seen:
             seen.bind(("nowhere", 3))
             seen.settimeout(10)
             yield seen
     finally:
-        bed.namespace.flush_xfrm()
+        hooked.namespace.flush_xfrm()
         subprocess.run([*ip, "route", "del", peer], check=True)
 
 
@@ -143,24 +147,26 @@ def left(seen: socket.socket, proto: int) -> list[int]:
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("mode", ["transport", "tunnel"])
 @pytest.mark.parametrize("transform", ["esp", "ah", "udp"])
-def test_what_xfrm_made_leaves(bed: Bed, transform: str, mode: str, family: int) -> None:
-    bed.data.set(Setting.TUN, 0)
-    bed.publish(TableId.SPD, *live())
+def test_what_xfrm_made_leaves(
+    hooked: HookedCgroup, transform: str, mode: str, family: int
+) -> None:
+    hooked.data.set(Setting.TUN, 0)
+    hooked.publish(TableId.SPD, *live())
     peer = PEER[family]
     number = {"esp": ESP, "ah": AH, "udp": UDP}[transform]
-    with associated(bed, family, transform, mode) as seen:
+    with associated(hooked, family, transform, mode) as seen:
         for call, code in (("sendto", ""), ("tcp", "EINPROGRESS"), ("raw", ""), ("ping", "")):
-            assert (call, bed.gated(call, peer)) == (call, code)
+            assert (call, hooked.gated(call, peer)) == (call, code)
             assert left(seen, number) == []
         options = "record " if family == 4 else ""
-        assert bed.gated(f"forge udp{family} {options}connect more send", peer) == ""
+        assert hooked.gated(f"forge udp{family} {options}connect more send", peer) == ""
         assert left(seen, number) == []
-        assert bed.counted(Reason.BLOCK_CLEAR) == 0
-    assert bed.gated("raw", peer) == "EPERM", "its neighbour"
-    bed.gated.forget()
+        assert hooked.counted(Reason.BLOCK_CLEAR) == 0
+    assert hooked.gated("raw", peer) == "EPERM", "its neighbour"
+    hooked.gated.forget()
 
 
-def test_what_was_not_worth_compressing_is_clear(naked: Bed) -> None:
+def test_what_was_not_worth_compressing_is_clear(naked: HookedCgroup) -> None:
     """It went through XFRM, and looks as before."""
     naked.publish(TableId.SPD, *live())
     with associated(naked, 4, "comp", "transport"):
@@ -169,15 +175,15 @@ def test_what_was_not_worth_compressing_is_clear(naked: Bed) -> None:
     assert naked.counted(Reason.BLOCK_CLEAR) == 2
 
 
-def test_discovery_is_short_or_stays_on_the_link(bed: Bed) -> None:
+def test_discovery_is_short_or_stays_on_the_link(hooked: HookedCgroup) -> None:
     everything = Rule(ternary(ip_network("::/0")), Entry(State.PROTECT))
-    bed.publish(TableId.POLICY, everything)
-    bed.data.set(Setting.TUN, 0)
+    hooked.publish(TableId.POLICY, everything)
+    hooked.data.set(Setting.TUN, 0)
 
     def told(kind: int, size: int, to: str) -> str:
         packet = bytearray(bytes.fromhex(v6(58, bytes([kind]) + bytes(size - 1), to=to).split()[1]))
         packet[7] = 255
-        return bed.gated(f"packet {packet.hex()}", PEER[6])
+        return hooked.gated(f"packet {packet.hex()}", PEER[6])
 
     for kind in (133, 135, 136):
         assert told(kind, 56, PEER[6]) == ""

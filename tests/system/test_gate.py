@@ -347,4 +347,4 @@ def test_events_tell_what_was_refused_by_which_rule_and_what_became_of_it(
     assert {event["kind"] for event in denied} <= {"refused", "blocked"}
     screen = gate.cli("events").stdout
     assert f"tcp {to}:{PORT}" in screen
-    assert "a packet was about to leave in clear" in screen
+    assert "a packet would have left in clear" in screen

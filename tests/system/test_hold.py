@@ -297,7 +297,7 @@ def test_a_second_listener_is_refused(lab: Lab, gate: Gated) -> None:
     command = gate.exec_argv(*gate.exec_argv("true"))
     done = lab.a.run(command, check=False)
     assert done.returncode == 1
-    assert "held by somebody already" in done.stderr
+    assert "already has a seccomp listener" in done.stderr
 
 
 def test_an_inherited_internet_socket_is_refused(lab: Lab, gate: Gated) -> None:

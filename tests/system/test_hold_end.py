@@ -30,6 +30,8 @@ from tests.system.keeper import Keeper
 from tests.system.life import until
 from tests.system.opening import prepared
 
+pytestmark = pytest.mark.second_guest
+
 
 @pytest.fixture(scope="module")
 def module_lab() -> Iterator[Lab]:

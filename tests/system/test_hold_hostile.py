@@ -19,6 +19,8 @@ from tests.system.life import until
 from tests.system.opening import prepared
 from tests.system.stall import FLUSH, READ, StallingFile
 
+pytestmark = pytest.mark.second_guest
+
 
 @pytest.fixture(scope="module")
 def module_lab() -> Iterator[Lab]:
@@ -53,7 +55,7 @@ def waits_in_the_kernel(pid: int) -> bool:
 
 
 def said(gate: Gated) -> bool:
-    return "keeps whoever looks at its call waiting" in gate.log.read_text()
+    return "blocks the inspection of its call" in gate.log.read_text()
 
 
 @pytest.mark.parametrize(("call", "waits_for"), [("served", READ), ("posing", FLUSH)])

@@ -22,6 +22,7 @@ from ipsecgate.lab.endpoints import Server
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
 
 pytestmark = [
+    pytest.mark.second_guest,
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
     pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]

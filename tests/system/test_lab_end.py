@@ -16,7 +16,10 @@ from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.netns import RUN
 from tests.system.life import until
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
+pytestmark = [
+    pytest.mark.second_guest,
+    pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
+]
 
 
 def commandline(pid: int) -> str:

@@ -25,6 +25,8 @@ from tests.system.life import Life, ask, ike_sas, until
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import ProtectionSource
 
+pytestmark = pytest.mark.second_guest
+
 PORT, CLOSED_PORT = 7200, 7201
 LONG = 100  # ms, one way: what an SA's absence must outlast is twice the tolerance
 SPEC = ConnSpec("net", "tunnel", 4, start_action="trap")
@@ -215,7 +217,7 @@ def test_the_half_that_comes_in_is_lost(
     what, *direction = lost.split()
     ends = [str(lab.b.outer[spec.family]), "dst", str(lab.a.outer[spec.family])]
     where = ["dir", *direction] if direction else ["src", *ends]
-    told = f"{spec.name}/{spec.child_name}: the kernel has lost the inbound half"
+    told = f"{spec.name}/{spec.child_name}: the kernel has lost its inbound SA"
     before = gate.log.read_text().count(told)
     with life(spec) as story:
         assert inbound(lab, spec)

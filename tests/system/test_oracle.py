@@ -18,11 +18,10 @@ import pytest
 from ipsecgate.core.model.events import KernelSnapshot
 from ipsecgate.core.model.ipsec import ESP, Action, Mark, Mode, Sa, SpdEntry, Template
 from ipsecgate.edges.kernel.probe import has_esp
-from tests.system.oracle.bed import Bed
-from tests.system.oracle.bed import bed as make_bed
 from tests.system.oracle.judge import WrongAnswerError
 from tests.system.oracle.model import COVERED, REFUSED
 from tests.system.oracle.run import run, settings
+from tests.system.oracle.two_namespaces import TwoNamespaces, two_namespaces
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
@@ -35,14 +34,14 @@ CASES_TO_ERR = 15_000
 
 
 @pytest.fixture(scope="module")
-def bed(cache: Path) -> Iterator[Bed]:
-    with make_bed(cache) as place:
+def namespaces(cache: Path) -> Iterator[TwoNamespaces]:
+    with two_namespaces(cache) as place:
         yield place
 
 
-def test_the_gate_says_what_the_kernel_does(bed: Bed) -> None:
+def test_the_gate_says_what_the_kernel_does(namespaces: TwoNamespaces) -> None:
     seed, cases = settings(SEED, CASES)
-    tally = run(bed, seed, cases, sys.stdout)
+    tally = run(namespaces, seed, cases, sys.stdout)
     kernel = {
         answer: sum(count for (_, told), count in tally.answers.items() if told == answer)
         for _, answer in tally.answers
@@ -117,8 +116,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_gate_that_overlooks_it_is_caught(
-    bed: Bed, name: str, monkeypatch: pytest.MonkeyPatch
+    namespaces: TwoNamespaces, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bed, "distort", MISTAKES[name])
+    monkeypatch.setattr(namespaces, "distort", MISTAKES[name])
     with pytest.raises(WrongAnswerError):
-        run(bed, SEED, CASES_TO_ERR, io.StringIO(), shrinks=False)
+        run(namespaces, SEED, CASES_TO_ERR, io.StringIO(), shrinks=False)

@@ -19,9 +19,12 @@ from ipsecgate.core.model.flow import Address, Network
 from ipsecgate.edges.kernel.routes import Routes
 from ipsecgate.lab.charon import load_tun
 from ipsecgate.lab.netns import Namespace
-from tests.system.story import batch, ip
+from tests.system.event_recorder import batch, ip
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
+pytestmark = [
+    pytest.mark.second_guest,
+    pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
+]
 
 LINKS = [
     "link set lo up",

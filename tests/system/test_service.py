@@ -22,11 +22,13 @@ import pytest
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
 from ipsecgate.edges.host.saved_state import keep, recall
-from tests.system.bed import PEER, THERE
 from tests.system.caller import Caller
+from tests.system.hooked_cgroup import PEER, THERE
 from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]
+
+pytestmark = pytest.mark.second_guest
 
 
 def test_systemd_hears_that_it_is_ready_alive_and_stopping(unit: Unit, caller: Caller) -> None:
@@ -172,7 +174,7 @@ def test_a_full_disk(unit: Unit, caller: Caller, tmp_path: Path) -> None:
         unit.start()
         assert unit.hears("READY=1", 180), unit.log
         assert refused(caller)
-        assert "cannot keep the compiled hooks" in unit.log
+        assert "cannot save the compiled hooks" in unit.log
         unit.end()
         assert {each.name for each in full.glob("*.json")} <= {f"{unit.name}.cgroups.json"}
     finally:

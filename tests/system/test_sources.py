@@ -22,6 +22,8 @@ from tests.system.life import REFUSALS, Life, Wanted, until
 from tests.system.pulse import KINDS, Target
 from tests.system.witness import ProtectionSource
 
+pytestmark = pytest.mark.second_guest
+
 PORT, CLOSED_PORT = 7300, 7301
 REMOTE, THERE = "203.0.113.0/24", "203.0.113.1"
 NETWORKS = {"one": "198.51.100.0/25", "two": "198.51.100.128/25"}

@@ -43,6 +43,8 @@ from tests.system.manager import CHECKOUT, Manager
 
 __all__ = ["booted", "module_lab", "systemd"]
 
+pytestmark = pytest.mark.second_guest
+
 CAPABILITIES = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "PERFMON": 38, "BPF": 39}  # capability.h
 
 

@@ -16,8 +16,8 @@ from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.host.inotify import Appeared, Folders, Vanished
-from tests.system.bed import OTHER, PEER, THERE
 from tests.system.caller import Caller
+from tests.system.hooked_cgroup import OTHER, PEER, THERE
 from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]
@@ -77,7 +77,9 @@ def test_what_is_not_there_is_waited_for_and_followed(unit: Unit, folder: Path, 
     cgroup = folder / names[kind]
     target = {"path": str(cgroup), "unit": f"unit:{unit.name}", "container": f"container:{number}"}
     start(unit, target[kind])
-    assert waiting(unit) == [f"cgroup {target[kind]} does not exist: it is gated when it appears"]
+    assert waiting(unit) == [
+        f"cgroup {target[kind]} does not exist: it will be gated when it appears"
+    ]
     assert unit.cli("status").returncode == 1
     for _ in range(3):
         cgroup.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def test_what_is_not_there_is_waited_for_and_followed(unit: Unit, folder: Path, 
         cgroup.rmdir()
         assert unit.eventually(partial(is_gone, unit, before), 60), unit.log
         assert unit.eventually(lambda: waiting(unit))
-    assert "looked at every" not in unit.log, "the kernel told it"
+    assert "only found every" not in unit.log, "the kernel told it"
 
 
 def test_a_neighbour_is_not_gated(unit: Unit, folder: Path) -> None:
@@ -121,7 +123,7 @@ def test_without_inotify_it_is_looked_for(unit: Unit, folder: Path) -> None:
     assert unit.hears("READY=1"), unit.log
     (folder / "late").mkdir()
     assert unit.eventually(lambda: is_gated(unit, folder / "late")), unit.log
-    assert "looked at every 2 s only" in unit.log
+    assert "only found every 2 s" in unit.log
 
 
 def test_a_sockets_gate_outlives_its_cgroup(unit: Unit, folder: Path) -> None:

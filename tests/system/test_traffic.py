@@ -18,7 +18,10 @@ from ipsecgate.lab import capture as capture_module
 from ipsecgate.lab.hosts import Lab, LabError
 from tests.system.life import until
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
+pytestmark = [
+    pytest.mark.second_guest,
+    pytest.mark.skipif(os.geteuid() != 0, reason="missing: root"),
+]
 
 TCP_PORT, UDP_PORT = 7000, 7001
 

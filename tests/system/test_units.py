@@ -17,11 +17,13 @@ from ipsecgate.core.codec.seccomp import ABIS
 from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.pins import Pins
 from tests.headers import system_calls
-from tests.system.bed import PEER
 from tests.system.caller import Caller
+from tests.system.hooked_cgroup import PEER
 from tests.system.unit import PORT, Unit, caller, refused, unit
 
 __all__ = ["caller", "unit"]
+
+pytestmark = pytest.mark.second_guest
 
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "packaging/systemd"
@@ -180,7 +182,7 @@ def test_a_boot_with_a_broken_configuration_gates_what_was_gated(
     unit.config.write_text("[gate")
     told = in_unit(unit, "ipsecgate-load.service", "load", "--attach")
     assert told.returncode == 2
-    assert f"gated as before: {unit.cgroup}" in " ".join(told.stderr.split())
+    assert f"now gated: {unit.cgroup}" in " ".join(told.stderr.split())
     assert refused(caller)
 
 

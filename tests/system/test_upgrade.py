@@ -18,22 +18,31 @@ from ipsecgate.edges.bpf import bytecode, libbpf
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.bpf.objects import HOOKS, opened
 from ipsecgate.edges.bpf.pins import Pins
-from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect, went_out
-from tests.system.bed import bed as make_bed
 from tests.system.caller import called_again, hammering
+from tests.system.hooked_cgroup import (
+    HERE,
+    OTHER,
+    PEER,
+    THERE,
+    HookedCgroup,
+    hooked_cgroup,
+    live,
+    protect,
+    went_out,
+)
 
-Grow = Callable[[Bed], None]
+Grow = Callable[[HookedCgroup], None]
 
 
-def number(bed: Bed) -> None:
+def number(hooked: HookedCgroup) -> None:
     """Make the maps say that another version made them."""
-    bed.data.set(Setting.VERSION, LAYOUT + 1)
+    hooked.data.set(Setting.VERSION, LAYOUT + 1)
 
 
-def shape(bed: Bed) -> None:
+def shape(hooked: HookedCgroup) -> None:
     """Put a map of another size in the place of one."""
-    path = bed.pins.root / "maps" / "recent"
-    with opened(bed.pins.current.open_map("recent")) as fd:
+    path = hooked.pins.root / "maps" / "recent"
+    with opened(hooked.pins.current.open_map("recent")) as fd:
         found = libbpf.map_shape(fd)
     path.unlink()
     other = libbpf.MapShape(found.type, found.key_size, found.value_size, 16, found.flags)
@@ -42,20 +51,20 @@ def shape(bed: Bed) -> None:
 
 
 @pytest.fixture(params=[number, shape])
-def old(request: pytest.FixtureRequest, unique: str, cache: Path) -> Iterator[Bed]:
-    """A bed of another version, that covers the peers."""
-    with make_bed(unique, cache) as bed:
-        bed.renew()
-        bed.publish(TableId.SPD, *live())
-        request.param(bed)
-        yield bed
+def old(request: pytest.FixtureRequest, unique: str, cache: Path) -> Iterator[HookedCgroup]:
+    """A hooked cgroup with hooks of another version, whose tables cover the peers."""
+    with hooked_cgroup(unique, cache) as hooked:
+        hooked.renew()
+        hooked.publish(TableId.SPD, *live())
+        request.param(hooked)
+        yield hooked
 
 
-def take_over(bed: Bed) -> Datapath:
+def take_over(hooked: HookedCgroup) -> Datapath:
     """Publish in the maps of the next version what was in force before."""
-    data = Datapath(bed.pins)
-    data.set(Setting.NETNS, bed.netns)
-    data.set(Setting.TUN, bed.link)
+    data = Datapath(hooked.pins)
+    data.set(Setting.NETNS, hooked.netns)
+    data.set(Setting.TUN, hooked.link)
     data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
 
     async def publish() -> None:
@@ -74,22 +83,22 @@ def version(pins: Pins) -> int:
     return int(SETTING.unpack(raw or b"")[0])
 
 
-def is_the_new_one(bed: Bed, data: Datapath) -> None:
+def is_the_new_one(hooked: HookedCgroup, data: Datapath) -> None:
     """Assert that every link runs programs that look into these maps, and nothing else is left."""
-    assert {path.name for path in bed.pins.root.iterdir()} == {"maps", "progs", "links"}
-    assert version(bed.pins) == LAYOUT
-    assert bed.pins.loaded
-    running = {a.hook: a.prog_id for a in bed.pins.attachments()}
+    assert {path.name for path in hooked.pins.root.iterdir()} == {"maps", "progs", "links"}
+    assert version(hooked.pins) == LAYOUT
+    assert hooked.pins.loaded
+    running = {a.hook: a.prog_id for a in hooked.pins.attachments()}
     assert running.keys() == HOOKS.keys()
-    assert went_out(bed.gated("tcp", PEER[4]))
+    assert went_out(hooked.gated("tcp", PEER[4]))
     asyncio.run(data.publish(TableId.SPD, compile_table(())))
     for address in PEER.values():
-        assert bed.gated("tcp", address) == "EPERM"
-        assert bed.gated("sendto", address) == "EPERM"
-    assert went_out(bed.gated("tcp", OTHER[4]))
+        assert hooked.gated("tcp", address) == "EPERM"
+        assert hooked.gated("sendto", address) == "EPERM"
+    assert went_out(hooked.gated("tcp", OTHER[4]))
 
 
-def test_a_version_with_other_maps_takes_over_without_a_gap(old: Bed, cache: Path) -> None:
+def test_a_version_with_other_maps_takes_over_without_a_gap(old: HookedCgroup, cache: Path) -> None:
     code = bytecode.get(cache)
     space = old.namespace.path
     with (
@@ -109,7 +118,7 @@ def test_a_version_with_other_maps_takes_over_without_a_gap(old: Bed, cache: Pat
     data.close()
 
 
-def test_uncovered_flows_stay_refused_all_the_time(old: Bed, cache: Path) -> None:
+def test_uncovered_flows_stay_refused_all_the_time(old: HookedCgroup, cache: Path) -> None:
     old.publish(TableId.SPD)
     with hammering(old.namespace.path, old.cgroup, "tcp", PEER[4], 80) as told:
         old.pins.load(bytecode.get(cache))
@@ -146,7 +155,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, call: int) -> Iterator[None]:
 
 
 def test_killed_anywhere_the_next_load_finishes_it(
-    old: Bed, cache: Path, monkeypatch: pytest.MonkeyPatch
+    old: HookedCgroup, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step by step: each attempt gets one call further, and none of them opens anything."""
     code, steps, done = bytecode.get(cache), 0, False

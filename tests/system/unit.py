@@ -20,8 +20,8 @@ from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups, control
 from ipsecgate.errors import NoControllerError
 from ipsecgate.lab.netns import Namespace
-from tests.system.bed import PEER, THERE
 from tests.system.caller import Caller
+from tests.system.hooked_cgroup import PEER, THERE
 
 PORT = 9
 

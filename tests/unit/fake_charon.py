@@ -1,4 +1,4 @@
-"""A peer that speaks real VICI packets and answers as a script says."""
+"""A fake charon: real VICI packets over a Unix socket, answered by the test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Session:
 
 
 class FakeCharon:
-    """Listens at `path`; `handlers` answer commands, `requests` keeps what was asked."""
+    """Listens at `path`. `handlers` answer commands; `requests` records them in order."""
 
     def __init__(self, path: Path, **handlers: Handler) -> None:
         self.path = path

@@ -1,8 +1,7 @@
-"""The numbers that differ from machine to machine, against the kernel's own headers.
+"""System call and audit numbers per machine, compared with the kernel's headers.
 
-aarch64's system calls are those of asm-generic, which every machine's linux-libc-dev has;
-x86-64's are in a folder of that machine's. A header that is missing is a failure, except
-another machine's.
+aarch64 uses the numbers of asm-generic, which linux-libc-dev has on every machine; those of x86-64
+are only on x86-64. A missing header fails the test, unless it is another machine's.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def test_setup_goes_on_where_debian_has_no_test_kernel(
 def test_without_a_test_kernel_from_debian_the_error_names_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no package is asked for."""
+    """apt-get is not run: PATH is empty."""
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(GateError, match="no user-mode-linux for aarch64") as caught:

@@ -1,4 +1,4 @@
-"""Debian's archive for another suite: apt is set up aside, with the machine's mirror."""
+"""Packages from another Debian suite: a separate apt configuration with this machine's mirror."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ linux-image-amd64
 
 @pytest.fixture
 def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Programs in apt's place: they write down what they were told, and by which configuration."""
+    """Stand-ins for apt-get and apt-cache that record their arguments and sources.list."""
     for name in ("apt-get", "apt-cache"):
         program = tmp_path / name
         program.write_text(
@@ -61,7 +61,7 @@ def test_another_suite_comes_only_from_the_mirror_of_this_machine(apt: Path) -> 
         "http://mirror.example/debian/ trixie-backports main"
     }
     assert own is not None
-    assert not own.exists(), "its lists are gone after"
+    assert not own.exists(), "its package lists are removed"
 
 
 def test_the_running_suite_uses_apt_as_it_is_configured(apt: Path) -> None:

@@ -1,4 +1,4 @@
-"""How much is done for one event: counted, and no more than it concerns."""
+"""The work done for one event, counted: it must not grow with unrelated policies and calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def up(number: int) -> tuple[on.XfrmEvent, on.XfrmEvent]:
 
 
 class Spied(Transcript):
-    """A gate with many policies, and how often it did what costs."""
+    """A gate with many policies that counts its calls of expensive functions."""
 
     def __init__(self) -> None:
         policies = tuple(Policy(f"p{n}", (network,)) for n, network in enumerate(PEERS))
@@ -82,7 +82,7 @@ class Spied(Transcript):
 
 @pytest.fixture
 def busy() -> Spied:
-    """Each peer is being negotiated with, and as many calls are held, one for each."""
+    """A negotiation with each of the peers, and one held call for each."""
     transcript = Spied()
     for number in range(MANY):
         call = on.CallMade(on.Call(1, number), flow(number), pid=number + 1, limit=30.0)
@@ -96,26 +96,26 @@ def test_a_kernel_event_reevaluates_only_the_calls_and_children_of_its_peer(
     busy.spy(monkeypatch)
     commands = busy.after_together(*up(7))
     assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [7]
-    assert busy.done["evaluate"] <= 2
-    assert busy.done["is_live"] <= 4
-    assert busy.done["coverages"] <= 2
+    assert busy.done["evaluate"] == 1
+    assert 1 <= busy.done["is_live"] <= 4
+    assert busy.done["coverages"] == 1
     assert not busy.done["publish"]
     assert not busy.done["publish_errnos"]
     busy.done.clear()
     (closing, *_) = busy.after_together(on.SaGone(up(7)[0].sa.id))  # type: ignore[union-attr]
     assert isinstance(closing, do.SetEntry)
     assert busy.done["evaluate"] == 0
-    assert busy.done["is_live"] <= 4
+    assert 1 <= busy.done["is_live"] <= 4
 
 
 def test_a_failure_reevaluates_only_the_calls_of_its_child(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
-    told = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), "no"))
-    assert [c.call.id for c in told if isinstance(c, do.Answer)] == [9]
-    assert busy.done["evaluate"] <= 2
-    assert busy.done["coverages"] <= 2
+    commands = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), "no"))
+    assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [9]
+    assert busy.done["evaluate"] == 1
+    assert busy.done["coverages"] == 1
 
 
 def test_a_refusal_costs_the_same_with_any_number_of_policies(
@@ -127,7 +127,7 @@ def test_a_refusal_costs_the_same_with_any_number_of_policies(
     assert not busy.done["publish"]
     assert not busy.done["publish_errnos"]
     assert busy.done["coverages"] <= 100
-    assert busy.done["contains"] <= 100 * 4
+    assert 100 <= busy.done["contains"] <= 100 * 4
     assert busy.done["evaluate"] == 0
 
 
@@ -139,8 +139,8 @@ def test_many_calls_for_one_flow_are_evaluated_once(
         call = on.CallMade(on.Call(2, number), flow(3), pid=number + 1, limit=30.0)
         assert busy.after(call) == [do.Hold(call)]
     assert busy.done["evaluate"] <= 1
-    told = busy.after_together(*up(3))
-    assert len([c for c in told if isinstance(c, do.Answer)]) == 501
+    commands = busy.after_together(*up(3))
+    assert len([c for c in commands if isinstance(c, do.Answer)]) == 501
 
 
 def test_a_change_that_affects_every_call_is_worked_off_in_slices(
@@ -148,18 +148,18 @@ def test_a_change_that_affects_every_call_is_worked_off_in_slices(
 ) -> None:
     busy.spy(monkeypatch)
     busy.after(on.SourcesResolved(tuple((network, ip_address("10.1.0.2")) for network in PEERS)))
-    assert busy.done["evaluate"] <= SLICE
-    steps = 0
+    assert busy.done["evaluate"] == SLICE
+    evaluated = SLICE
     while busy.gate.holds.has_due:
         busy.done.clear()
         busy.after_together()
-        steps += 1
+        evaluated += busy.done["evaluate"]
         assert busy.done["evaluate"] <= SLICE
-    assert steps >= MANY // SLICE - 1
+    assert evaluated == MANY
 
 
 def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that rekeys without a pause had the whole table made for each."""
+    """Otherwise a peer that rekeys without a pause has the whole table rebuilt for each SA."""
     transcript = Spied()
     listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
     table = transcript.gate.protection.spd_table
@@ -171,7 +171,7 @@ def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.M
 def test_a_list_of_sas_without_changes_rebuilds_no_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Who asks for what no child protects has the daemon looked at twenty times a second."""
+    """A refused flow that no child protects makes the gate ask the daemon twenty times a second."""
     transcript = Spied()
     table = transcript.gate.protection.spd_table
     monkeypatch.setattr(table, "update", transcript.counting("spd", table.update))
@@ -185,18 +185,21 @@ def test_a_list_of_sas_without_changes_rebuilds_no_table(
 
 
 def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> None:
-    """Whatever happens, in whichever order: what was not looked at had not changed."""
+    """Random events in random order: everything that was not re-evaluated had not changed."""
+    covered = negotiated = held = 0
     for seed in range(30):
         random = Random(seed)
         transcript = Spied()
         for number in range(150):
-            transcript.after(*happened(random, number))
+            transcript.after(*random_events(random, number))
             while transcript.gate.holds.has_due:
                 transcript.after_together()
             gate = transcript.gate
             for item in gate.negotiations.by_child.values():
                 live = gate.protection.is_live(item.flow)
                 assert live == (item.coverage is Coverage.COVERED), (seed, number)
+                covered += live
+                negotiated += 1
             for made in gate.holds.calls.values():
                 found = gate.policy_table.policy_for(made.flow)
                 assert found is not None
@@ -205,10 +208,12 @@ def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> 
                 config = gate.ike.loaded.child_for(made.flow, source, found[1])
                 item_ = gate.negotiations.by_child.get(config.name) if config else None
                 assert item_ is None or item_.coverage is not Coverage.BACK_OFF, (seed, number)
+                held += item_ is not None
+    assert min(covered, negotiated - covered, held) > 500, "each case occurred often"
 
 
-def happened(random: Random, number: int) -> list[on.Event]:
-    """Return something that concerns the first few peers."""
+def random_events(random: Random, number: int) -> list[on.Event]:
+    """Return random events about the first few peers."""
     peer = random.randrange(6)
     name = child(peer).name
     loaded = tuple(child(n) for n in range(6) if n != random.randrange(12))

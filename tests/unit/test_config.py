@@ -1,8 +1,10 @@
-"""A configuration is read whole, or refused whole with file and key."""
+"""A configuration file is read completely, or refused with the file and the key."""
 
 from __future__ import annotations
 
 import re
+import tomllib
+from dataclasses import fields, replace
 from errno import EACCES, EHOSTUNREACH
 from ipaddress import ip_network
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from ipsecgate.core.model.flow import TCP
 from ipsecgate.core.model.ipsec import Action
-from ipsecgate.core.model.policy import SaSource
+from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
 from ipsecgate.edges.host.config import Config, load
 from ipsecgate.errors import UsageError
 
@@ -116,7 +118,7 @@ def policy(lines: str) -> str:
         ("[gate]\nsa_source = 'esp'", r"gate\.sa_source: 'esp' is not one of auto, xfrm, vici"),
         ("[gate]\nhost = 'yes'", r"gate\.host: must be true or false"),
         ("[gate]\ncgroups = [1]", r"gate\.cgroups: must be a list of strings"),
-        ("[gate]\nhost = true\ncgroups = ['/x']", r"gate\.cgroups: .*exclude each other"),
+        ("[gate]\nhost = true\ncgroups = ['/x']", r"gate\.cgroups: .*cannot be combined with gate"),
         ("gate = 3", r"gate: must be a table"),
         ("[gate]\nmode = ?", r"c\.toml: .*line 2"),
         ("[errno]\nuncovered = 'EINTR'", r"errno\.uncovered: 'EINTR' is not one of"),
@@ -126,12 +128,12 @@ def policy(lines: str) -> str:
         (policy("protocol = 'tcp'\nport = '0'"), r"policy\[1\]\.port: '0' is not within"),
         (policy("protocol = 'tcp'\nport = '9-3'"), r"policy\[1\]\.port"),
         (policy("protocol = 'tcp'\nport = 'http'"), r"policy\[1\]\.port: 'http' is not a port"),
-        (policy("action = 'discard'\nchild = 'c'"), r"policy\[1\]\.child: has no meaning"),
-        ("[[policy]]\nname = 'x'", r"policy\[1\]\.remote: names no network"),
+        (policy("action = 'discard'\nchild = 'c'"), r"policy\[1\]\.child: needs action"),
+        ("[[policy]]\nname = 'x'", r"policy\[1\]\.remote: must name at least one network"),
         ("[[policy]]\nname = 'x'\nremote = ['10.0.0.1/8']", r"policy\[1\]\.remote: .*host bits"),
         ("[[policy]]\nname = 'x'\nremote = ['ten']", r"policy\[1\]\.remote: 'ten'"),
         ("[[policy]]\nremote = ['10.0.0.0/8']", r"policy\[1\]\.name: '' is not a name"),
-        (policy("") + policy(""), r"c\.toml: policy 'x': the name is taken in .*c\.toml"),
+        (policy("") + policy(""), r"c\.toml: policy 'x': the name is already used in .*c\.toml"),
     ],
 )
 def test_an_invalid_value_is_reported_with_file_and_key(
@@ -180,12 +182,22 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "d.toml")
 
 
-def test_the_example_in_the_readme_is_valid_and_shows_the_defaults(tmp_path: Path) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (example,) = re.findall(r"```toml\n(.*?)```", readme, re.S)
+@pytest.mark.parametrize("page", ["README.md", "docs/operating.md"])
+def test_the_example_in_the_docs_is_valid_and_shows_the_defaults(page: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / page).read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.S)
     (tmp_path / "c.toml").write_text(example)
-    config = load(tmp_path / "c.toml")
+    config, default = load(tmp_path / "c.toml"), Config()
     assert [p.name for p in config.settings.policies] == ["db"]
-    default = Config().settings
-    assert config.settings.errnos == default.errnos, "it shows the defaults"
-    assert config.settings.sa_source is default.sa_source is SaSource.AUTO
+    assert replace(config.settings, policies=()) == default.settings
+    assert (config.vici, config.host) == (default.vici, default.host)
+
+
+def test_the_reference_in_the_docs_has_every_setting() -> None:
+    text = (Path(__file__).parents[2] / "docs/operating.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", text, re.S)
+    document = tomllib.loads(example)
+    assert document["errno"].keys() == {field.name for field in fields(Errnos)}
+    assert len(document["policy"][0]) == len(fields(Policy))
+    # [gate]: mode for audit, default for deny, live_flows for destroy; host excludes cgroups.
+    assert len(document["gate"]) + 1 == len(fields(Config)) - 1 + len(fields(Settings)) - 2

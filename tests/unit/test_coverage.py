@@ -1,4 +1,4 @@
-"""The transition table is whole, and nothing outside it is possible."""
+"""The transition table of a child's coverage: complete, and no other transition is possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an application asks for never stands before what the kernel tells."""
+"""Events from applications never delay events from the kernel."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_a_kernel_event_waits_for_one_slice_at_most(ask: type) -> None:
     assert inbox.take() == [on.SaGone(SA.id)]
     inbox.put(on.SaSet(SA))
     inbox.put(on.SaGone(SA.id))
-    assert inbox.take() == [on.SaSet(SA), on.SaGone(SA.id)], "in order, and at one go"
+    assert inbox.take() == [on.SaSet(SA), on.SaGone(SA.id)], "in order, in one batch"
 
 
 def test_every_source_gets_its_turn_and_keeps_its_order() -> None:
     inbox = EventQueue()
-    told: list[on.Event] = []
+    queued: list[on.Event] = []
     for number in range(3 * SLICE):
         for event in (
             called(number),
@@ -47,16 +47,16 @@ def test_every_source_gets_its_turn_and_keeps_its_order() -> None:
             on.TimerFired(on.Timer("limit", ChildName("peer", f"{number}"))),
         ):
             inbox.put(event)
-            told.append(event)
+            queued.append(event)
     kinds = []
     taken: list[on.Event] = []
     while slice_ := inbox.take():
         assert len(slice_) <= SLICE
         kinds.append(type(slice_[0]))
         taken += slice_
-    assert len(set(kinds[:3])) == 3, "none waits for another's end"
+    assert len(set(kinds[:3])) == 3, "every source gets a slice before any gets its second"
     for kind in set(kinds):
-        of_kind = [event for event in told if isinstance(event, kind)]
+        of_kind = [event for event in queued if isinstance(event, kind)]
         assert [event for event in taken if isinstance(event, kind)] == of_kind
     assert len(inbox) == 0
 

@@ -1,4 +1,4 @@
-"""The host's floor: which policies it is made of, as bytes, and what the mirror makes of it."""
+"""The host floor: its XFRM policies, their encoding, and when they are set."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_floor_changes_no_verdict_and_no_table() -> None:
     assert transcript.gate.tables[TableId.SPD] == before
     transcript.after(REFUSED, *UP)
     assert transcript.is_open()
-    # A policy that is even further back is hidden by it.
+    # The floor hides a policy of even worse priority.
     transcript.after(on.PolicyGone(TRAP.key))
     assert not transcript.is_open()
     transcript.after(on.PolicySet(replace(UP[1].entry, priority=2**32 - 1)))
@@ -114,10 +114,10 @@ def test_the_floor_changes_no_verdict_and_no_table() -> None:
 
 def test_the_floor_follows_the_policies_and_is_restored_after_a_flush() -> None:
     transcript = Transcript(Settings((PROTECT,), floor=True))
-    told = floors(transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES))
-    assert told
-    assert {one.policies for one in told} == {(BLOCK,)}
-    assert not floors(transcript.after(connected(), SOURCES)), "it is known"
+    commands = floors(transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES))
+    assert commands
+    assert {one.policies for one in commands} == {(BLOCK,)}
+    assert not floors(transcript.after(connected(), SOURCES)), "nothing has changed"
     assert floors(transcript.after(on.KernelSnapshot((), ()))), "after a flush"
     more = Settings((PROTECT, Policy("six", (SIX,))), floor=True)
     there = on.SourcesResolved((*SOURCES.sources, (SIX, None)))
@@ -131,8 +131,8 @@ def test_the_floor_follows_the_policies_and_is_restored_after_a_flush() -> None:
 def test_with_userspace_esp_there_is_no_floor() -> None:
     transcript = Transcript(Settings((PROTECT,), floor=True))
     transcript.after(on.KernelSnapshot((), ()), SOURCES)
-    told = floors(transcript.after(on.IkeConnected((), (), pid=42, userland=True)))
-    assert told[-1].policies == ()
+    commands = floors(transcript.after(on.IkeConnected((), (), pid=42, userland=True)))
+    assert commands[-1].policies == ()
     assert any("gate.floor" in error for error in transcript.gate.errors)
 
 

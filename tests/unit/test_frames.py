@@ -1,4 +1,4 @@
-"""What a frame is: each harmless kind has a neighbour that must count as a leak."""
+"""Captured frames: each harmless kind is paired with a similar frame that must count as a leak."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def seen(frame: bytes) -> Packet:
         (v4(17, udp(4501, 4501, b"\0\0\0\1esp")), Kind.CLEAR),
         (v6(58, bytes([135]) + bytes(23)), Kind.LINK),
         (v6(58, bytes([128]) + bytes(7)), Kind.CLEAR),
-        # What a kernel answers IKE and ESP with where no daemon is; and all else.
+        # ICMP errors about IKE and ESP, as from a host without a daemon; other ICMP is a leak.
         (v4(1, b"\x03" + bytes(7) + v4(17, udp(500, 500))[14:]), Kind.IKE),
         (v4(1, b"\x03" + bytes(7) + v4(17, udp(4500, 4500, b"\0\0\0\1esp"))[14:]), Kind.IKE),
         (v4(1, b"\x03" + bytes(7) + v4(50, bytes(8))[14:]), Kind.IKE),
@@ -79,13 +79,15 @@ def test_each_frame_has_its_kind(frame: bytes, kind: Kind) -> None:
     assert seen(frame).kind is kind
 
 
-@pytest.mark.parametrize("frame", [v4(6, tcp(1024, 5432, 0x02)), v6(6, tcp(1024, 5432, 0xC2))])
-def test_a_syn_is_recognised_with_its_ports(frame: bytes) -> None:
+@pytest.mark.parametrize(
+    ("frame", "source", "destination"),
+    [(v4(6, tcp(1024, 5432, 0x02)), A4, B4), (v6(6, tcp(1024, 5432, 0xC2)), A6, B6)],
+)
+def test_a_syn_is_recognised_with_its_ports(frame: bytes, source: str, destination: str) -> None:
     packet = seen(frame)
     assert packet.is_syn
     assert (packet.proto, packet.sport, packet.dport) == (6, 1024, 5432)
-    assert str(packet.saddr) in (A4, A6)
-    assert str(packet.daddr) in (B4, B6)
+    assert (str(packet.saddr), str(packet.daddr)) == (source, destination)
 
 
 def test_a_syn_ack_is_not_a_syn() -> None:
@@ -98,7 +100,7 @@ def test_ip_options_are_skipped() -> None:
 
 
 def test_fragments_are_never_taken_for_ike() -> None:
-    # The bytes at the ports' place are data here: they must not excuse the packet.
+    # In a later fragment the bytes where the ports would be are data.
     later = seen(v4(17, udp(500, 500), fragment=185))
     assert (later.kind, later.dport) == (Kind.CLEAR, 0)
     extension = struct.pack("!BBHI", 17, 0, 185 << 3, 1)

@@ -161,8 +161,8 @@ def test_a_periodic_check_repairs_and_counts_what_has_drifted(trapped: Transcrip
     same = on.KernelSnapshot((PINNED,), (SA,), check=True)
     assert [c for c in trapped.after(same) if isinstance(c, do.Log)] == []
     assert trapped.gate.protection.drift == 0
-    told = trapped.after(on.KernelSnapshot((PINNED,), (), check=True))
-    assert told[0] == do.Log("error", "1 policies or SAs were not as the kernel has them: mended")
+    commands = trapped.after(on.KernelSnapshot((PINNED,), (), check=True))
+    assert commands[0] == do.Log("error", "1 policies or SAs differed from the kernel's: repaired")
     assert trapped.gate.protection.drift == 1
     assert not trapped.is_open()
 

@@ -1,4 +1,4 @@
-"""The guest's parts that need no kernel: what it is told, what it says, where it comes from."""
+"""The parts of the guest that need no kernel: its command line, its console, the download."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ ODD = "two\nlines 'single' \"double\" $HOME `id` \\ ö \t!#"
 TELL = "import json, os, sys; print(json.dumps([os.getcwd(), dict(os.environ), sys.argv[1:]]))"
 
 
-# --- what the guest is told ------------------------------------------------------
+# --- the command -----------------------------------------------------------------
 
 
-def told(argv: list[str], env: dict[str, str], cwd: Path) -> tuple[str, dict[str, str], list[str]]:
+def received(
+    argv: list[str], env: dict[str, str], cwd: Path
+) -> tuple[str, dict[str, str], list[str]]:
     script = command_file([sys.executable, "-c", TELL, *argv], env, cwd)
     done = subprocess.run(["sh", "-c", script], capture_output=True, check=True)
     where, variables, arguments = json.loads(done.stdout)
@@ -42,7 +44,8 @@ def test_a_command_gets_exactly_its_environment_folder_and_arguments(tmp_path: P
     folder = tmp_path / "a 'quoted' folder"
     folder.mkdir()
     env = {"ODD": ODD, "EMPTY": "", "BASH_FUNC_x%%": "() { :; }", "A.B-C": "no shell name"}
-    assert told([ODD, "", "-x", "A=B"], env, folder) == (str(folder), env, [ODD, "", "-x", "A=B"])
+    arguments = [ODD, "", "-x", "A=B"]
+    assert received(arguments, env, folder) == (str(folder), env, arguments)
 
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
@@ -51,7 +54,7 @@ text = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 @given(value=text, argument=text)
 @settings(max_examples=25, deadline=None)
 def test_any_text_survives_in_arguments_and_variables(value: str, argument: str) -> None:
-    assert told([argument], {"V": value}, Path("/")) == ("/", {"V": value}, [argument])
+    assert received([argument], {"V": value}, Path("/")) == ("/", {"V": value}, [argument])
 
 
 def test_a_missing_working_folder_stops_the_command(tmp_path: Path) -> None:
@@ -89,7 +92,7 @@ def test_init_is_valid_shell() -> None:
     subprocess.run(["sh", "-n", str(INIT)], check=True)
 
 
-# --- what it says ----------------------------------------------------------------
+# --- the console -----------------------------------------------------------------
 
 
 def test_output_is_passed_on_line_by_line_and_a_partial_line_only_on_flush() -> None:
@@ -107,12 +110,12 @@ def test_output_is_passed_on_line_by_line_and_a_partial_line_only_on_flush() -> 
     assert output.text == "".join(said)
 
 
-# --- where it comes from ---------------------------------------------------------
+# --- the download ----------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that Debian has the test kernel for, whichever this is (see test_arch for others)."""
+    """Pretend to be x86-64, the machine that Debian has the test kernel for."""
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
 
 

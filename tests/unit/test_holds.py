@@ -1,4 +1,4 @@
-"""Held calls as transcripts: map first, answer after, and never an answer that misleads."""
+"""Held calls: the hook table is written before the answer, and no errno misleads the caller."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def made(number: int, flow: Flow = FLOW) -> on.CallMade:
 
 
 def answers(commands: list[do.Command]) -> dict[on.Call, int | None]:
-    told = {c.call: c.error for c in commands if isinstance(c, do.Answer)}
-    assert not {EAGAIN, EINTR, EINPROGRESS} & set(told.values())
-    return told
+    answered = {c.call: c.error for c in commands if isinstance(c, do.Answer)}
+    assert not {EAGAIN, EINTR, EINPROGRESS} & set(answered.values())
+    return answered
 
 
 def test_a_call_is_held_until_covered_and_answered_after_the_table_is_written(
@@ -61,14 +61,14 @@ def test_a_call_is_held_until_covered_and_answered_after_the_table_is_written(
 def test_many_held_calls_start_one_negotiation(trapped: Transcript) -> None:
     asked = trapped.after(*(made(n) for n in range(500)))
     assert initiated(asked) == [NAME]
-    told = answers(trapped.after_together(*UP))
-    assert len(told) == 500
-    assert set(told.values()) == {None}
+    answered = answers(trapped.after_together(*UP))
+    assert len(answered) == 500
+    assert set(answered.values()) == {None}
 
 
 def test_a_call_for_a_covered_flow_continues_at_once(trapped: Transcript) -> None:
     trapped.after_together(*UP)
-    assert not trapped.gate.holds.is_free(FLOW), "nobody asked yet"
+    assert not trapped.gate.holds.is_free(FLOW), "no call has been made yet"
     assert trapped.after(MADE) == [do.Answer(CALL, None)]
     assert trapped.gate.holds.is_free(FLOW)
     trapped.after(on.SaGone(UP[0].sa.id))
@@ -110,10 +110,10 @@ def test_a_call_to_an_own_address_continues_at_once(trapped: Transcript) -> None
 
 def test_a_failed_negotiation_fails_every_held_call(trapped: Transcript) -> None:
     trapped.after(made(1), made(2))
-    told = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
-    assert answers(told) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
-    assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in told)
-    assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "in back-off, too"
+    commands = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
+    assert answers(commands) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
+    assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in commands)
+    assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "during back-off"
 
 
 def test_a_held_call_times_out_at_its_limit(trapped: Transcript) -> None:
@@ -126,7 +126,7 @@ def test_a_held_call_times_out_at_its_limit(trapped: Transcript) -> None:
 def test_an_interrupted_call_is_restarted(trapped: Transcript) -> None:
     trapped.after(MADE)
     assert answers(trapped.after(on.CallInterrupted(CALL))) == {CALL: ERESTARTNOINTR}
-    assert trapped.after(on.CallInterrupted(CALL)) == [], "without a signal 513 would leak"
+    assert trapped.after(on.CallInterrupted(CALL)) == [], "or the caller sees errno 513"
 
 
 def test_the_call_of_a_dead_process_is_forgotten(trapped: Transcript) -> None:
@@ -155,14 +155,14 @@ def test_a_call_without_a_connection_is_held_until_one_is_loaded() -> None:
     asked = transcript.after(MADE)
     assert do.AskIke() in asked
     idle = transcript.after(on.IkeConnected((), (), 42))
-    assert do.AskIke() not in idle, "or it would be asked all the time"
+    assert do.AskIke() not in idle, "otherwise the daemon is polled without a pause"
     assert initiated(transcript.after(on.IkeConnected((NET,), (), 42))) == [NAME]
 
 
 def test_a_call_in_the_same_batch_as_a_closing_is_not_let_through(trapped: Transcript) -> None:
     trapped.after_together(*UP)
-    told = trapped.after_together(MADE, on.SaGone(UP[0].sa.id))
-    assert not answers(told)
+    commands = trapped.after_together(MADE, on.SaGone(UP[0].sa.id))
+    assert not answers(commands)
 
 
 @pytest.mark.parametrize(

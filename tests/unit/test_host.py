@@ -1,4 +1,4 @@
-"""How the state of a host with ESP is judged: what changed, came or went is told."""
+"""How `make test-host` compares the state of a host before and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house's own rules, as tests: `pytest` is the whole loop."""
+"""The project's own rules as tests, so that `pytest` runs them all."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def test_scripts_parse_and_are_executable(script: str) -> None:
 def test_the_table_in_the_docs_lists_every_client() -> None:
     rows = table.rows_in((ROOT / "docs/clients.md").read_text())
     assert [*rows] == table.NAMES
-    assert not [row for row in rows.values() if "**" in row], "how no client should end"
+    assert not [row for row in rows.values() if "**" in row], "no client may hang or crash"

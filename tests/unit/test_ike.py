@@ -1,4 +1,4 @@
-"""The IKE client against a peer with real VICI packets: events, commands, ends of negotiations."""
+"""The IKE client against a fake charon with real VICI packets: events, commands, negotiations."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ async def test_an_oversized_packet_ends_the_session(charon: FakeCharon, client: 
 async def test_without_a_daemon_the_error_says_so(tmp_path: Path) -> None:
     with pytest.raises(IkeUnreachableError, match="No such file") as caught:
         await IkeClient.connect(tmp_path / "vici")
-    assert "running" in caught.value.hint
+    assert "start strongSwan" in caught.value.hint
 
 
 async def test_a_daemon_without_a_required_event_is_refused(charon: FakeCharon) -> None:
@@ -181,7 +181,7 @@ async def test_a_selector_with_unknown_ports_protects_the_whole_network(
     charon.handlers["list-conns"] = streaming("list-conn", message)
     net, other = await client.children()
     assert [str(there.network) for there in net.remote] == ["10.2.0.0/16"]
-    assert net.remote[0].ports == (0, 65535), "whatever it is, it is in there"
+    assert net.remote[0].ports == (0, 65535), "every port, as the service is unknown"
     assert other.remote[0].ports == (443, 443)
     assert ["nosuch-service" in reason for reason in client.unread] == [True]
     child["remote-ts"] = ["10.2.0.0/99[tcp/nosuch-service]"]
@@ -194,7 +194,7 @@ async def test_a_selector_with_unknown_ports_protects_the_whole_network(
 
 
 async def negotiate(charon: FakeCharon, client: IkeClient, limit: float = 5) -> list[Section]:
-    """Initiate, and return the requests that it made once there was nothing to wait for."""
+    """Initiate, wait until the client is idle, and return its initiate requests."""
     await client.initiate(ChildName("gw", "net"), limit)
     await until(lambda: len(client._tasks) <= 1)
     return [asked for name, asked in charon.requests if name == "initiate"]
@@ -308,7 +308,7 @@ async def test_only_a_few_negotiations_wait_inside_the_daemon(
     for number in range(10):
         await client.initiate(ChildName("gw", f"net-{number}"), 2)
     (failed,) = await take(client)
-    assert isinstance(failed, NegotiationFailed)  # one that did not wait: its limit ran out
+    assert isinstance(failed, NegotiationFailed)  # one that did not wait inside charon
     waits = [asked["timeout"] for name, asked in charon.requests if name == "initiate"]
     assert waits[negotiation.MAX_WAITING :] == ["-1"] * 6
     assert all(0 < int(limit) <= 2000 for limit in waits[: negotiation.MAX_WAITING])

@@ -1,11 +1,11 @@
-"""Which room may import which: the architecture, enforced.
+"""Which package may import which: the architecture, enforced.
 
     cli -> controller, admin -> edges -> core;   lab -> edges, core;   cli.demo -> lab
 
 Within core and within edges the order is that of CORE and EDGES below: a room imports from
-itself and from those that it names. Core imports nothing of the world but the parts of the
-standard library in PURE, so it can touch no socket, file, process or clock. An outside library
-has one place.
+itself and from those that it names. Core imports only the parts of the standard library
+in PURE, so it can touch no socket, file, process or clock. Each outside library is imported in one
+place.
 """
 
 from __future__ import annotations
@@ -145,4 +145,4 @@ def test_every_module_has_a_room() -> None:
 
 def test_there_are_no_import_cycles() -> None:
     graph = {name_of(path): set(ours(path)) - {name_of(path)} for path in MODULES}
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle

@@ -1,4 +1,4 @@
-"""An eye, with the test as the process at the other end: what was seen, or that nobody could."""
+"""The inspector's controller side, with the test in the place of the inspector process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MANY = 100
 
 
 class Process(InspectorProcess):
-    """Whoever connects is answered by the test."""
+    """The inspector process: the test answers the questions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class Process(InspectorProcess):
         self.ends.append(theirs)
         return ours
 
-    def hear(self) -> list[int]:
-        """Return the numbers of the calls that the newest end was asked about."""
-        heard = []
+    def questions(self) -> list[int]:
+        """Return the numbers of the calls that the newest process was asked about."""
+        asked = []
         while True:
             try:
-                heard.append(notification(self.ends[-1].recv(NOTIFICATION.size)).id)
+                asked.append(notification(self.ends[-1].recv(NOTIFICATION.size)).id)
             except BlockingIOError:
-                return heard
+                return asked
 
     def say(self, found: Found | None = None, times: int = 1) -> None:
         for _ in range(times):
@@ -51,24 +51,29 @@ class Process(InspectorProcess):
 
 
 class Bed:
-    """An eye and what it told."""
+    """An inspector, its answers, and the calls it reported as blocking."""
 
     def __init__(self) -> None:
         self.process = Process()
-        self.told: list[tuple[int, Found | None]] = []
-        self.stuck: list[int] = []
-        self.eye = Inspector(self.process, self._looked, lambda one: self.stuck.append(one.call.id))
+        self.answers: list[tuple[int, Found | None]] = []
+        self.blocking: list[int] = []
+        self.inspector = Inspector(
+            self.process, self._answered, lambda one: self.blocking.append(one.call.id)
+        )
 
-    def _looked(self, question: Question, found: Found | None) -> None:
-        self.told.append((question.call.id, found))
+    def _answered(self, question: Question, found: Found | None) -> None:
+        self.answers.append((question.call.id, found))
+
+    def _blocked(self, question: Question) -> None:
+        self.blocking.append(question.call.id)
 
     def ask(self, *numbers: int) -> None:
         for number in numbers:
-            self.eye.ask(Notification(number, 1, 42, 0, (0,) * 6))
+            self.inspector.ask(Notification(number, 1, 42, 0, (0,) * 6))
 
 
 async def settled() -> None:
-    """What is in the sockets is read, one message a turn of the loop."""
+    """Let the loop read everything in the sockets: it reads one message per turn."""
     for _ in range(2 * MANY):
         await asyncio.sleep(0)
 
@@ -86,15 +91,15 @@ def bed(monkeypatch: pytest.MonkeyPatch) -> type[Bed]:
 async def test_answers_are_delivered_in_order(bed: type[Bed]) -> None:
     one = bed()
     one.ask(1, 2)
-    assert one.process.hear() == [], "nobody is ready"
+    assert one.process.questions() == [], "the process is not ready yet"
     one.process.say()
     await settled()
-    assert one.process.hear() == [1, 2]
+    assert one.process.questions() == [1, 2]
     one.process.say(FOUND)
     one.process.say(None)
     await settled()
-    assert one.told == [(1, FOUND), (2, None)]
-    one.eye.close()
+    assert one.answers == [(1, FOUND), (2, None)]
+    one.inspector.close()
 
 
 async def test_no_more_questions_are_sent_than_fit(bed: type[Bed]) -> None:
@@ -102,13 +107,13 @@ async def test_no_more_questions_are_sent_than_fit(bed: type[Bed]) -> None:
     one.process.say()
     await settled()
     one.ask(*range(MANY))
-    heard = one.process.hear()
-    assert heard == list(range(inspector.IN_FLIGHT))
+    asked = one.process.questions()
+    assert asked == list(range(inspector.IN_FLIGHT))
     one.process.say(FOUND, MANY - 1)
     await settled()
-    assert one.process.hear() == list(range(inspector.IN_FLIGHT, MANY))
-    assert [number for number, _ in one.told] == list(range(MANY - 1))
-    one.eye.close()
+    assert one.process.questions() == list(range(inspector.IN_FLIGHT, MANY))
+    assert [number for number, _ in one.answers] == list(range(MANY - 1))
+    one.inspector.close()
 
 
 async def test_a_call_that_blocks_the_inspector_is_released_and_nothing_is_asked_meanwhile(
@@ -118,25 +123,25 @@ async def test_a_call_that_blocks_the_inspector_is_released_and_nothing_is_asked
     one.process.say()
     await settled()
     one.ask(1, 2)
-    await until(lambda: one.stuck)
-    assert one.stuck == [1]
-    assert one.told == [(1, None), (2, None)]
+    await until(lambda: one.blocking)
+    assert one.blocking == [1]
+    assert one.answers == [(1, None), (2, None)]
     one.ask(3)
-    assert one.told[2:] == [(3, None)]
-    one.process.hear()
+    assert one.answers[2:] == [(3, None)]
+    one.process.questions()
     one.process.say(FOUND)
     await settled()
     one.ask(4)
-    assert one.told[3:] == [(4, None)], "the second answer is to come"
+    assert one.answers[3:] == [(4, None)], "the second answer is still outstanding"
     one.process.say(FOUND)
     await settled()
     one.ask(5)
-    assert one.process.hear() == [5]
+    assert one.process.questions() == [5]
     one.process.say(FOUND)
     await settled()
-    assert one.told[4:] == [(5, FOUND)]
-    assert one.stuck == [1]
-    one.eye.close()
+    assert one.answers[4:] == [(5, FOUND)]
+    assert one.blocking == [1]
+    one.inspector.close()
 
 
 async def test_each_answer_restarts_the_time_limit(bed: type[Bed]) -> None:
@@ -147,24 +152,24 @@ async def test_each_answer_restarts_the_time_limit(bed: type[Bed]) -> None:
         await ticks(inspector.TICKS - 3)
         one.process.say(FOUND)
         await settled()
-    assert one.stuck == []
-    assert one.told == [(number, FOUND) for number in range(3)]
-    one.eye.close()
+    assert one.blocking == []
+    assert one.answers == [(number, FOUND) for number in range(3)]
+    one.inspector.close()
 
 
 async def test_the_call_at_which_the_inspector_died_is_not_asked_again(bed: type[Bed]) -> None:
-    """Of which it may have died; the others' turn comes with the next process."""
+    """That call may have killed it. The others are asked about in the next process."""
     one = bed()
     one.process.say()
     await settled()
     one.ask(1, 2)
     one.process.ends[-1].close()
     await settled()
-    assert one.told == [(1, None)]
+    assert one.answers == [(1, None)]
     one.process.say()
     await settled()
-    assert one.process.hear() == [2]
-    one.eye.close()
+    assert one.process.questions() == [2]
+    one.inspector.close()
 
 
 async def test_calls_continue_while_no_inspector_can_be_started(bed: type[Bed]) -> None:
@@ -173,19 +178,19 @@ async def test_calls_continue_while_no_inspector_can_be_started(bed: type[Bed]) 
     one.process.ends[-1].close()
     await settled()
     one.ask(1)
-    assert one.told == [(1, None)]
+    assert one.answers == [(1, None)]
     one.process.can = True
     one.ask(2)
     one.process.say()
     await settled()
-    assert one.process.hear() == [2]
-    one.eye.close()
+    assert one.process.questions() == [2]
+    one.inspector.close()
 
 
 async def test_calls_do_not_wait_for_an_inspector_that_never_becomes_ready(bed: type[Bed]) -> None:
     one = bed()
     one.ask(1)
-    await until(lambda: one.told)
-    assert one.told == [(1, None)]
-    assert one.stuck == []
-    one.eye.close()
+    await until(lambda: one.answers)
+    assert one.answers == [(1, None)]
+    assert one.blocking == []
+    one.inspector.close()

@@ -1,4 +1,4 @@
-"""What the process that looks says, as bytes: whole, or nothing."""
+"""The messages between controller and inspector process: complete, or none."""
 
 from __future__ import annotations
 

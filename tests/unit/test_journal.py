@@ -1,4 +1,4 @@
-"""What `events` can tell: numbered, bounded, refusals in words."""
+"""The journal behind `ipsecgate events`: numbered, bounded, refusals explained."""
 
 from __future__ import annotations
 

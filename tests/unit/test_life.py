@@ -1,4 +1,4 @@
-"""What a test of an SA's life on real hosts found, as transcripts of the core."""
+"""The life of an SA as transcripts: cases that tests on real hosts have found."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from tests.unit.transcript import (
 
 NARROW = ip_network("10.2.0.0/24")
 OUTSIDE = replace(ROUTED, daddr=ip_address("10.2.1.9"))
-# The peer agreed to a part of what the trap is for; the SA has the trap's reqid all the same.
+# The peer narrowed the selectors; the SA still has the reqid of the trap.
 NARROWED = replace(PINNED, key=SpdKey(Selector(HERE, NARROW)), priority=TRAP.priority - 1000)
 AGREED = replace(LISTED, remote=(TrafficSelector(NARROW),))
 
 
-# --- what the peer agreed to -----------------------------------------------------------
+# --- negotiated selectors ---------------------------------------------------------------
 
 
 def test_nothing_outside_the_negotiated_selectors_is_ever_open(trapped: Transcript) -> None:
-    """The kernel would send it all, by the trap and the SA of its reqid; the peer drops it."""
+    """The kernel would send it by the trap and the SA of its reqid, and the peer would drop it."""
     for event in (on.SaSet(SA), on.PolicySet(NARROWED), on.ChildUp(AGREED), connected(AGREED)):
         trapped.after(event)
         assert not trapped.is_open(OUTSIDE)
@@ -59,7 +59,7 @@ def test_the_kernel_policy_that_names_the_sa_opens_before_the_daemon_reports_it(
 
 
 def test_an_sa_that_no_policy_names_waits_for_the_daemon(trapped: Transcript) -> None:
-    """One policy for several SAs, as with one SA a processor, names none of them."""
+    """One policy for several SAs, as with one SA per processor, names none of them."""
     trapped.after(on.SaSet(SA))
     assert not trapped.is_open(ROUTED)
     trapped.after(on.ChildUp(LISTED))
@@ -82,7 +82,7 @@ def test_a_list_made_before_a_child_came_up_does_not_remove_it(trapped: Transcri
     trapped.after(on.SaSet(SA), on.ChildUp(LISTED), connected())
     assert trapped.is_open(ROUTED)
     trapped.after(on.SaGone(SA.id), connected(), on.SaSet(SA))
-    assert not trapped.is_open(ROUTED), "this one nobody told of"
+    assert not trapped.is_open(ROUTED), "the daemon has not reported this one"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_the_narrower_child_is_negotiated_when_its_trap_wins(trapped: Transcript
 def test_a_healthy_child_is_neither_negotiated_nor_deleted_when_another_policy_wins(
     trapped: Transcript,
 ) -> None:
-    """Its flow is refused because another policy won: it is not the child that is missing."""
+    """Its flow is refused because another policy won, not because the child is missing."""
     trapped.after(REFUSED, *UP, on.ChildUp(LISTED))
     bypass = replace(PINNED, key=SpdKey(Selector(HERE, HOST)), priority=1, templates=())
     trapped.after(on.PolicySet(bypass))
@@ -146,11 +146,11 @@ def test_a_new_trap_makes_the_gate_ask_for_its_child(trapped: Transcript) -> Non
     assert do.AskIke() in trapped.after(on.PolicySet(narrower))
 
 
-# --- the kernel emptied --------------------------------------------------------------------
+# --- kernel state that was flushed or deleted ----------------------------------------------
 
 
 def test_a_larval_state_is_not_the_sa_that_the_daemon_lists(trapped: Transcript) -> None:
-    """After a flush the next packet leaves one, with the SPI of the policy. Found by chaos."""
+    """After a flush the next packet creates one with the policy's SPI. Found by chaos tests."""
     trapped.after(REFUSED, *UP, on.ChildUp(LISTED))
     trapped.after(on.KernelSnapshot((PINNED,), (replace(SA, larval=True),)), connected(LISTED))
     assert not trapped.is_open(ROUTED)
@@ -165,7 +165,7 @@ def test_a_larval_state_is_not_the_sa_that_the_daemon_lists(trapped: Transcript)
 def test_a_child_whose_state_is_lost_is_deleted_although_its_twin_is_intact(
     trapped: Transcript,
 ) -> None:
-    """Where both ends began at once, and one state was deleted by hand. Found by chaos."""
+    """Both ends initiated at once, and one state was deleted by hand. Found by chaos tests."""
     twin = replace(LISTED, spi_in=0x12, spi_out=0xC0FFEE02)
     other = replace(SA, id=replace(SA.id, spi=twin.spi_out))
     trapped.after(REFUSED, *UP, on.ChildUp(LISTED), on.SaSet(other), on.ChildUp(twin))
@@ -186,4 +186,4 @@ def test_a_rekeyed_childs_predecessor_does_not_make_it_stale(trapped: Transcript
     assert trapped.is_open(ROUTED)
     assert not trapped.gate.protection.stale(NAME, ROUTED)
     trapped.after(on.PolicySet(TRAP), on.SaGone(replace(SA.id, spi=new.spi_out)))
-    assert not trapped.gate.protection.stale(NAME, ROUTED), "the trap takes any"
+    assert not trapped.gate.protection.stale(NAME, ROUTED), "the trap accepts any SA of its reqid"

@@ -1,4 +1,4 @@
-"""Listeners: what is taken, and which calls a successor finds. The kernel's word is given."""
+"""Listeners: which are accepted, and which calls a new controller recovers. The kernel is faked."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.core.codec.seccomp import Notification, packed
-from ipsecgate.edges.holding import listeners, seccomp
-from ipsecgate.edges.holding.listeners import Listeners
+from ipsecgate.edges.holding import seccomp
+from ipsecgate.edges.holding.listeners import Listeners, _Listener
 
 
 @pytest.mark.parametrize("limit", [float("nan"), float("inf"), -1.0, 1e8 + 1])
 async def test_a_limit_that_no_timer_accepts_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
-    """JSON has NaN, and a timer at NaN puts the loop's other timers out of order."""
+    """JSON allows NaN, and a timer at NaN breaks the order of the loop's other timers."""
     monkeypatch.setattr(seccomp, "is_listener", lambda _fd: True)
     fd, other = os.pipe()
+    listeners = Listeners(lambda _event: None, tmp_path)
     with pytest.raises(ValueError, match="cannot be held"):
-        Listeners(lambda _event: None, tmp_path).add(fd, limit)
+        listeners.add(fd, limit)
     os.close(other)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.close(fd)
@@ -35,7 +36,7 @@ def test_a_pending_call_without_a_pid_is_recovered_like_any_other(
     file = tmp_path / "1"
     file.write_bytes(packed(call))
     fd, other = os.pipe()
-    one = listeners._Listener(1, fd, 30.0, file)
-    assert one.recall() == [(call, 0.0)]
-    one.close()
+    listener = _Listener(1, fd, 30.0, file)
+    assert listener.recall() == [(call, 0.0)]
+    listener.close()
     os.close(other)

@@ -1,12 +1,14 @@
-"""The man page and the completions say what the command line has."""
+"""The man page and the shell completions match the command line."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from ipsecgate.cli.app import cli
 from ipsecgate.cli.manual import SHELLS, commands, completion, man_page
@@ -20,7 +22,7 @@ def screen(tmp_path_factory: pytest.TempPathFactory) -> str:
         ["man", "--warnings", "--encoding=ascii", "-l", str(page)], capture_output=True, text=True,
         check=True, env={"PATH": "/usr/bin:/bin", "MANWIDTH": "200", "LC_ALL": "C"},
     )  # fmt: skip
-    assert not done.stderr, "troff has something to say"
+    assert not done.stderr, "troff prints no warning"
     return done.stdout
 
 
@@ -30,7 +32,7 @@ def test_every_verb_and_option_is_in_the_man_page(screen: str) -> None:
         for parameter in command.params:
             if isinstance(parameter, click.Option) and not parameter.hidden:
                 for name in parameter.opts:
-                    assert name in screen
+                    assert re.search(rf"(?<![\w-]){name}(?![\w-])", screen), name
     for name, _ in commands():
         assert f"   {name} [OPTIONS]" in screen
 
@@ -40,6 +42,16 @@ def test_every_verb_is_explained(screen: str) -> None:
     for _, command in commands():
         assert command.help
         assert " ".join(command.help.split()[:5]) in squeezed
+
+
+def test_the_list_of_verbs_has_the_first_line_of_each_help() -> None:
+    """`ipsecgate --help` prints it without importing the verbs."""
+    summaries = {name: summary for name, (_, summary) in cli.verbs.items()}
+    assert summaries == {name: (each.help or "").partition("\n")[0] for name, each in commands()}
+    screen = CliRunner().invoke(cli, ["--help"], terminal_width=120).output
+    for name, summary in summaries.items():
+        assert f"  {name}  " in screen
+        assert f"  {summary}\n" in screen
 
 
 @pytest.mark.parametrize("shell", SHELLS)

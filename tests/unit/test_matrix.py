@@ -1,4 +1,4 @@
-"""The matrix's table: nothing that failed is left out, and README has it."""
+"""The table of `make matrix` in the README: failures are shown, and every kernel has a row."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_a_negotiation_without_an_answer_ends_at_its_limit(trapped: Transcript) 
     trapped.after(REFUSED, on.TimerFired(on.Timer("limit", NAME)))
     item = trapped.gate.negotiations.by_child[NAME]
     assert item.coverage is Coverage.BACK_OFF
-    assert "no answer from IKE" in item.last_error
+    assert "strongSwan did not finish within" in item.last_error
 
 
 @pytest.mark.parametrize("within", [True, False])
@@ -72,7 +72,7 @@ def test_a_child_that_only_the_daemon_has_is_deleted_at_the_limit(
     assert (do.Terminate(NAME) in commands) == within
     item = trapped.gate.negotiations.by_child[NAME]
     assert item.coverage is Coverage.BACK_OFF
-    assert "up, says IKE" in item.last_error
+    assert "strongSwan reports it as up" in item.last_error
 
 
 def test_a_negotiation_may_be_done_before_the_kernel_reports_the_sa(trapped: Transcript) -> None:
@@ -109,9 +109,9 @@ def test_a_flow_that_no_child_protects_is_logged_once_and_not_negotiated(
     commands = trapped.after(connected())
     assert initiated(commands) == []
     assert [c.text for c in commands if isinstance(c, do.Log)] == [
-        "no CHILD_SA that is loaded would protect tcp 10.2.0.9:80"
+        "no loaded connection would protect tcp 10.2.0.9:80"
     ]
-    assert trapped.after(connected()) == [], "told once"
+    assert trapped.after(connected()) == [], "logged once"
 
 
 def test_a_connection_loaded_a_moment_ago_is_found_for_the_refused_flow(
@@ -135,6 +135,6 @@ def test_a_policy_with_start_waits_for_its_child_without_polling_the_daemon() ->
 def test_a_kernel_policy_of_an_unknown_connection_makes_the_gate_ask_the_daemon(
     trapped: Transcript,
 ) -> None:
-    news = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.3.0.0/16"))))
-    assert do.AskIke() in trapped.after(on.PolicySet(news))
+    new_policy = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.3.0.0/16"))))
+    assert do.AskIke() in trapped.after(on.PolicySet(new_policy))
     assert do.AskIke() not in trapped.after(on.PolicySet(PINNED))

@@ -1,4 +1,4 @@
-"""Netlink's framing: requests for dumps, and where a dump ends."""
+"""Netlink framing: requests for dumps, and the end of a dump."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_end_of_a_dump_is_recognised(data: bytes, end: DumpEnd | None) -> No
 
 @pytest.mark.parametrize("errno", [1, 4096, -4096, -(2**31), 2**31 - 1])
 def test_an_impossible_errno_is_an_error(errno: int) -> None:
-    """-2^31 was taken for the errno 2^31, which os.strerror() answers with OverflowError."""
+    """-2^31 was read as errno 2^31, for which os.strerror() raises OverflowError."""
     with pytest.raises(DecodeError, match="errno"):
         dump_end(message(3, struct.pack("=i", errno)), 7)
 

@@ -1,4 +1,4 @@
-"""Containers: the profile, the runtime's message, and the socket that it comes to."""
+"""Containers: the seccomp profile, the message of the runtime, and the socket that receives it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STRICT: dict[str, Any] = {
 
 
 def met(condition: dict[str, Any], value: int) -> bool:
-    """Say what libseccomp would. Source: seccomp_rule_add(3)."""
+    """Evaluate an argument comparison as libseccomp does. Source: seccomp_rule_add(3)."""
     match condition["op"]:
         case "SCMP_CMP_MASKED_EQ":
             return bool(value & condition["value"] == condition["valueTwo"])
@@ -50,7 +50,7 @@ def met(condition: dict[str, Any], value: int) -> bool:
 
 
 def actions(made: dict[str, Any], name: str, value: int) -> set[str]:
-    """Return the actions of all rules that a call meets, or the default."""
+    """Return the actions of all rules that match a call, or the default."""
     found = {
         rule["action"]
         for rule in made["syscalls"]
@@ -88,9 +88,9 @@ def test_the_profile_passes_the_time_limit_to_the_listener() -> None:
     assert (made["listenerPath"], made["listenerMetadata"]) == ("/run/s", "ipsecgate hold=2.500")
     assert "flags" not in made
     long = profile("/s", 1e7, "x86_64")["listenerMetadata"]
-    told = container(json.dumps({**STATE, "metadata": long}).encode())
-    assert told
-    assert told.hold == 1e7
+    parsed = container(json.dumps({**STATE, "metadata": long}).encode())
+    assert parsed
+    assert parsed.hold == 1e7
     assert profile("/run/s", 2.5, "aarch64")["flags"] == [*oci.FLAGS]
 
 
@@ -193,18 +193,18 @@ def test_any_json_is_a_container_or_refused(value: object) -> None:
 
 
 class Agent:
-    """The socket's other side: what was taken, what was told."""
+    """The agent's socket, with the listeners that it accepted and the errors that it logged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.taken: list[tuple[Container, int]] = []
-        self.told: list[str] = []
+        self.errors: list[str] = []
 
     def take(self, made: Container, listener: int) -> None:
         self.taken.append((made, listener))
 
     async def send(self, *parts: bytes, fds: tuple[int, ...] = (), end: bool = True) -> None:
-        """Send as a runtime does; `end`: hang up after. Returns when it was dealt with."""
+        """Send as a runtime does; return when the agent has closed. `end`: shut down after it."""
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(str(self.path))
             for part in parts:
@@ -220,10 +220,10 @@ class Agent:
 @asynccontextmanager
 async def agent(path: Path) -> AsyncIterator[Agent]:
     made = Agent(path)
-    running = asyncio.create_task(edge.run(path, made.take, made.told.append))
+    running = asyncio.create_task(edge.run(path, made.take, made.errors.append))
     await until(path.exists)
     yield made
-    assert not running.done(), "no message ends it"
+    assert not running.done(), "no message ends the agent"
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
@@ -241,7 +241,7 @@ async def test_a_listener_is_received_with_its_message(tmp_path: Path) -> None:
             raw = json.dumps(STATE).encode()
             await here.send(raw[:9], raw[9:], fds=(some.fileno(),), end=False)
             [(made, fd)] = here.taken
-    assert (made.name, here.told) == ("db", [])
+    assert (made.name, here.errors) == ("db", [])
     assert os.path.sameopenfile(fd, os.open(os.devnull, os.O_RDONLY))
     assert not os.get_inheritable(fd)
     os.close(fd)
@@ -266,7 +266,7 @@ async def test_an_invalid_message_is_reported_and_its_descriptors_are_closed(
         with Path(os.devnull).open() as some:
             await send(here, some.fileno())
         assert here.taken == []
-        assert len(here.told) == 1
+        assert len(here.errors) == 1
     assert len(open_fds()) == len(before)
 
 
@@ -277,7 +277,7 @@ async def test_a_silent_connection_does_not_delay_the_others(tmp_path: Path) -> 
             await here.send()
             with Path(os.devnull).open() as some:
                 await here.send(json.dumps(STATE).encode(), fds=(some.fileno(),), end=False)
-        assert here.told == []
+        assert here.errors == []
         [(_, fd)] = here.taken
         os.close(fd)
 
@@ -290,8 +290,8 @@ async def test_silent_runtimes_beyond_the_limit_are_disconnected(
         silent = [socket.socket(socket.AF_UNIX) for _ in range(3)]
         for each in silent:
             each.connect(str(here.path))
-        await here.send(end=False)  # hung up on
-        assert len(here.told) == 1
+        await here.send(end=False)  # disconnected
+        assert len(here.errors) == 1
         silent.pop().close()
         await asyncio.sleep(0.05)
         with Path(os.devnull).open() as some:

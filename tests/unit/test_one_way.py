@@ -1,4 +1,7 @@
-"""A child of which the kernel has lost the half that comes in: told, deleted, but in time."""
+"""One-way CHILD_SAs: packets leave protected, but the kernel has lost the inbound SA or policy.
+
+They are logged and deleted, though not while they are being installed.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ INBOUND = replace(SA, id=SaId(LOCAL, CHILD.spi_in, ESP), saddr=PEER)
 
 
 def receiving(entry: SpdEntry, **other: object) -> SpdEntry:
-    """What strongSwan makes beside an outbound policy; `other` is in its selector."""
+    """Return the inbound policy that belongs to an outbound one; `other` alters its selector."""
     template = replace(entry.templates[0], spi=0, saddr=PEER, daddr=LOCAL)
     back = replace(entry.key.selector.answer, **other)  # type: ignore[arg-type]
     key = replace(entry.key, selector=back, direction=Direction.IN)
@@ -80,19 +83,19 @@ def test_a_whole_child_is_left_alone() -> None:
 )
 def test_a_one_way_child_is_logged_and_deleted(lost: on.XfrmEvent) -> None:
     half = established()
-    assert half.after(lost) == [], "what leaves is as it was"
+    assert half.after(lost) == [], "the outbound half is intact"
     assert timers(half.after(CONNECTED)) == [FIRST]
     assert not timers(half.after(CONNECTED)), "the timer runs"
-    told, command = half.after(FIRED)
+    log, command = half.after(FIRED)
     assert command == DELETED
-    assert isinstance(told, do.Log)
-    assert told.level == "warning"
-    assert "peer/net: the kernel has lost the inbound half" in told.text
+    assert isinstance(log, do.Log)
+    assert log.level == "warning"
+    assert "peer/net: the kernel has lost its inbound SA" in log.text
     assert half.is_open(), "until IKE deletes it"
 
 
 def test_a_flush_during_an_installation_leaves_a_one_way_child_that_is_deleted() -> None:
-    """Found by chaos: the outbound policy comes after it, all that came before is gone."""
+    """Only the outbound policy was installed after the flush. Found by chaos tests."""
     half = established()
     half.after(on.PoliciesFlushed(), on.KernelSnapshot((), STATES), on.PolicySet(PINNED))
     half.after(CONNECTED)
@@ -102,7 +105,7 @@ def test_a_flush_during_an_installation_leaves_a_one_way_child_that_is_deleted()
 def test_a_child_is_not_deleted_while_it_is_being_installed() -> None:
     begun = Transcript()
     begun.after(on.KernelSnapshot((TRAP,), (SA,)), CONNECTED, SOURCES)
-    assert timers(begun.after(CONNECTED)) == [], "the first look began it"
+    assert timers(begun.after(CONNECTED)) == [], "the first list started the timer"
     begun.after(on.SaSet(INBOUND), *(on.PolicySet(entry) for entry in POLICIES))
     assert not deleted(begun.after(FIRED))
     assert not timers(begun.after(CONNECTED))
@@ -121,7 +124,7 @@ def test_the_successor_of_a_one_way_child_is_not_deleted() -> None:
 
 
 def test_only_the_one_way_child_is_deleted_of_several_with_one_configuration() -> None:
-    """A gateway has one connection for many peers."""
+    """A gateway may use one connection for many peers."""
     other = replace(CHILD, unique=9, reqid=2, spi_in=0x22, spi_out=0xC0FFEE22)
     half = established()
     half.after(on.SaSet(replace(SA, id=replace(SA.id, spi=other.spi_out), reqid=2)))
@@ -132,21 +135,21 @@ def test_only_the_one_way_child_is_deleted_of_several_with_one_configuration() -
 def test_a_child_that_stays_one_way_is_given_longer_each_time_and_then_left_alone() -> None:
     half = established()
     half.after(on.PolicyGone(IN.key))
-    pauses, told = [], []
+    pauses, commands = [], []
     for _ in range(6):
         pauses += timers(half.after(CONNECTED))
-        told += half.after(FIRED)
+        commands += half.after(FIRED)
     assert pauses == [2, 4, 8, 16]
-    assert deleted(told) == [DELETED] * 3
-    assert isinstance(told[-1], do.Log)
-    assert "left alone" in told[-1].text
+    assert deleted(commands) == [DELETED] * 3
+    assert isinstance(commands[-1], do.Log)
+    assert "left alone" in commands[-1].text
     half.after(on.PolicySet(IN), CONNECTED)
     assert timers(half.after(on.PolicyGone(IN.key), CONNECTED)) == [FIRST]
     assert deleted(half.after(FIRED)) == [DELETED]
 
 
 def test_a_child_that_the_daemon_no_longer_lists_is_not_deleted_again() -> None:
-    """A peer that is silent keeps its SAs in the kernel until it answers."""
+    """The SAs of a silent peer stay in the kernel until it answers the deletion."""
     half = established()
     half.after(on.PolicyGone(IN.key), CONNECTED, connected_to())
     assert not deleted(half.after(FIRED))
@@ -168,7 +171,7 @@ def test_a_one_way_child_that_no_policy_protects_is_left_alone() -> None:
 
 
 def test_kernel_policies_made_by_hand_may_be_one_sided() -> None:
-    """With `policies = no` they are the operator's; only the states are the daemon's."""
+    """With `policies = no` the operator makes the policies, and the daemon only the states."""
     by_hand = established([TRAP])
     assert not deleted(by_hand.after(FIRED))
     by_hand.after(on.SaGone(INBOUND.id), CONNECTED)
@@ -178,7 +181,7 @@ def test_kernel_policies_made_by_hand_may_be_one_sided() -> None:
 CHOSEN = PINNED.key.selector
 PORTS = replace(CHOSEN, proto=UDP, sport=7, sport_mask=PORT_MASK, dport=53, dport_mask=0xFFF0)
 TYPE = replace(CHOSEN, proto=1, sport=8, sport_mask=PORT_MASK)
-TYPE_0 = replace(CHOSEN, proto=1, sport_mask=PORT_MASK)  # code 0, and named at one end only
+TYPE_0 = replace(CHOSEN, proto=1, sport_mask=PORT_MASK)  # code 0, in one direction only
 DEVICE = replace(CHOSEN, ifindex=4)
 BACK = {
     PORTS: replace(CHOSEN.answer, proto=UDP, sport=53, sport_mask=0xFFF0, dport=7,
@@ -198,7 +201,7 @@ def test_the_answering_policy_has_the_reversed_selector(selector: Selector) -> N
 
 
 def test_an_spi_that_two_peers_chose_makes_neither_child_one_way() -> None:
-    """It names an SA only together with the destination."""
+    """An SPI names an SA only together with the destination address."""
     far = ip_address("192.0.2.77")
     other = replace(CHILD, unique=9, reqid=2, spi_in=0x22, remote_host=far)
     away = replace(

@@ -1,4 +1,4 @@
-"""What one peer does decides nothing of another's flows."""
+"""No peer can affect the flows of another."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.unit.transcript import (
 
 OTHER = ip_address("192.0.2.3")
 ELSEWHERE = ip_network("10.3.0.0/16")
-# The other peer chose the SPI that the first one has.
+# The other peer has chosen the same SPI as the first.
 OTHER_SA = replace(SA, id=SaId(OTHER, SA.id.spi, ESP), reqid=2)
 OTHER_POLICY = replace(
     TRAP,
@@ -65,12 +65,12 @@ def test_a_peer_that_chooses_the_spi_of_another_closes_none_of_its_flows() -> No
 def test_a_stale_sa_is_not_confirmed_by_another_peers_equal_spi() -> None:
     transcript = Transcript()
     transcript.after(on.KernelSnapshot((TRAP,), (SA,)), connected(OTHER_LISTED), SOURCES)
-    assert not transcript.is_open(), "left by a daemon that was killed, and that no peer has"
+    assert not transcript.is_open(), "a killed daemon left it, and no peer has it"
     assert transcript.gate.protection.kernel_state.trusted_sas() == []
 
 
 def test_an_sa_protects_only_the_flows_of_its_own_policy() -> None:
-    """Before the daemon tells: the other's policy names the same SPI, and is wider."""
+    """Before the daemon reports it: the wider policy of the other peer names the same SPI."""
     trap = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.0.0.0/8"))))
     narrow = replace(PINNED, key=SpdKey(Selector(HERE, ip_network("10.2.9.0/24"))), priority=1)
     wide = replace(OTHER_POLICY, key=SpdKey(Selector(HERE, ip_network("10.2.0.0/16"))), priority=9)
@@ -99,13 +99,13 @@ def test_a_listed_sa_is_missing_even_if_another_peer_has_its_spi() -> None:
 
 
 def test_an_outbound_sa_with_an_inbound_spi_of_ours_is_still_listed() -> None:
-    """A peer may choose the SPI by which we receive from another, or from itself."""
+    """A peer may choose an SPI that we also use for receiving."""
     kernel_state = mirrored(on.SaSet(replace(SA, id=SaId(OTHER, LISTED.spi_in, ESP))))
     assert [sa.id.daddr for sa in kernel_state.outbound_sas()] == [OTHER]
 
 
 def test_a_peer_cannot_hide_a_one_way_child_by_choosing_our_spi() -> None:
-    """It chose for its SPI the one by which we receive, and our half is lost."""
+    """The peer has chosen our inbound SPI for its own, and our inbound SA is lost."""
     same = replace(LISTED, spi_out=LISTED.spi_in)
     sa = replace(SA, id=SaId(SA.id.daddr, LISTED.spi_in, ESP))
     kernel_state = KernelState()
@@ -117,7 +117,7 @@ def test_a_peer_cannot_hide_a_one_way_child_by_choosing_our_spi() -> None:
 
 
 def test_of_two_peers_only_the_one_without_kernel_state_is_deleted() -> None:
-    """Two peers have one configuration, as road warriors do."""
+    """Two road warriors share one configuration."""
     healthy = replace(OTHER_LISTED, name=LISTED.name, unique=8)
     broken = replace(LISTED, unique=7)
     transcript = Transcript()
@@ -132,12 +132,12 @@ def test_of_two_peers_only_the_one_without_kernel_state_is_deleted() -> None:
 
 def test_an_unparsed_child_is_logged_once_and_does_not_affect_the_others() -> None:
     transcript = Transcript()
-    heard = replace(connected(LISTED), unread=("peer/odd: traffic selector 'x'",))
-    told = transcript.after(on.KernelSnapshot((TRAP,), (SA,)), heard, SOURCES)
+    partial = replace(connected(LISTED), unread=("peer/odd: traffic selector 'x'",))
+    commands = transcript.after(on.KernelSnapshot((TRAP,), (SA,)), partial, SOURCES)
     assert transcript.is_open()
-    assert [c.text for c in told if isinstance(c, do.Log) and "peer/odd" in c.text]
-    again = transcript.after(heard)
-    assert not [c for c in again if isinstance(c, do.Log)], "told once"
+    assert [c.text for c in commands if isinstance(c, do.Log) and "peer/odd" in c.text]
+    again = transcript.after(partial)
+    assert not [c for c in again if isinstance(c, do.Log)], "commands once"
     commands = transcript.after(on.IkeUnread("child-updown: no value 'name'"))
     assert do.AskIke() in commands
     assert transcript.is_open()

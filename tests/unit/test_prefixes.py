@@ -1,4 +1,4 @@
-"""Which destinations to ask about, against the definition, over random sets of networks."""
+"""Which destinations to query for a route, compared with the definition over random networks."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def inside(inner: Network, outer: Network) -> bool:
 
 
 def size(networks: list[Network]) -> int:
-    """Count the addresses in any of these; they are of one family."""
+    """Count the addresses in the union of these networks of one family."""
     whole: Iterable[Network] = collapse_addresses(networks)  # type: ignore[type-var]
     return sum(one.num_addresses for one in whole)
 
@@ -144,7 +144,7 @@ def test_compression_changes_no_lookup_and_keeps_nothing_redundant(
 
 
 def lookup(table: dict[Network, Address | None], address: Address) -> tuple[bool, Address | None]:
-    """Return whether a network has the address, and the longest one's source."""
+    """Return whether any network contains the address, and the source of the longest."""
     nets_ = [net for net in table if address in net]
     return (True, table[max(nets_, key=lambda net: net.prefixlen)]) if nets_ else (False, None)
 
@@ -162,7 +162,7 @@ def test_a_prefix_set_contains_and_touches_as_defined(
 
 @pytest.mark.parametrize("protected", ["10.0.0.0/8", "0.0.0.0/0"])
 def test_a_hundred_thousand_routes_take_seconds(protected: str) -> None:
-    """A hundred thousand routes nested in each other: seconds at most, not hours."""
+    """Nested routes; a quadratic algorithm would take hours."""
     routes: list[Network] = [IPv4Network((0x0A000000 + 256 * i, 24)) for i in range(50_000)]
     routes += [IPv4Network((0x0A000000 + 256 * i, 25)) for i in range(50_000)]
     began = time.process_time()

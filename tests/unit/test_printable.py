@@ -1,4 +1,4 @@
-"""What others wrote reaches a terminal or a log as text: no control, no markup, no second line."""
+"""Text from outside reaches terminals and logs without control characters, markup or new lines."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SHOWN = r"[/x][red]a[/red] :x: \x1b]0;owned\x07\x1b[8m\r\x7f\nERROR: forged\u202
 
 
 def is_clean(text: str) -> bool:
-    """Tell whether nothing but lines of visible text would reach a terminal."""
+    """Return whether the text consists of lines of visible characters only."""
     return all(
         character in "\n " or unicodedata.category(character)[0] not in "CZ" for character in text
     )
 
 
 def drawn(what: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return what a screen prints that is no terminal, without the folding of its width."""
+    """Return what our console prints to a file, without folding lines."""
     monkeypatch.setenv("COLUMNS", "2000")
     console = app._console()
     console.file = io.StringIO()
@@ -61,7 +61,7 @@ def test_a_document_is_cleaned_including_its_keys() -> None:
 
 
 def evil_status() -> Status:
-    """A status document in which every text is hostile, and a flow has an IPv6 address."""
+    """Return a status document full of hostile text, and with an IPv6 flow."""
     return {
         "instance": EVIL,
         "mode": "enforce",
@@ -107,7 +107,7 @@ def evil_status() -> Status:
 
 
 def test_the_status_screen_is_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As the verb draws it: a hostile identity neither ends it nor loses a bracket."""
+    """A hostile identity neither breaks the rendering nor loses its brackets."""
     monkeypatch.setenv("COLUMNS", "2000")
     monkeypatch.setattr("ipsecgate.cli.status.status_of", lambda *_args: evil_status())
     out = io.StringIO()
@@ -186,7 +186,7 @@ def test_a_traceback_is_printed_without_control_characters(
     try:
         raise ValueError(EVIL)
     except ValueError as error:
-        app._defect(type(error), error, error.__traceback__)
+        app._print_defect(type(error), error, error.__traceback__)
     said = capsys.readouterr().err
     assert said.startswith("Traceback")
     assert is_clean(said)
@@ -204,9 +204,9 @@ def test_a_status_cannot_smuggle_a_field_to_the_service_manager(
 
 
 def test_no_verb_prints_text_that_is_not_cleaned() -> None:
-    """A document goes through `as_json`, which escapes; no verb may print text as it is."""
+    """Documents go through `as_json`, which escapes; no verb may echo plain text."""
     folder = Path(app.__file__).parent
-    for path in folder.glob("*.py"):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if "click.echo(" in line:
-                assert "as_json(" in line, f"{path.name}:{number}"
+    lines = [line for path in folder.glob("*.py") for line in path.read_text().splitlines()]
+    echoes = [line for line in lines if "click.echo(" in line]
+    assert echoes
+    assert [line for line in echoes if "as_json(" not in line] == []

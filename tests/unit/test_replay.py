@@ -1,4 +1,4 @@
-"""Notifications folded into the dump that they overlapped."""
+"""Notifications that arrived during a dump are applied to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of pytest's results, by results that pytest itself writes."""
+"""The summary of JUnit files, tested with files that pytest itself writes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A record that no hook can have written ends the controller: refuse, never carry on wrong.
+"""Records and map values that no hook can have written raise an error.
 
-That what is raised ends it is in test_service.
+test_service shows that such an error ends the controller; the hooks then keep refusing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BAD = GOOD[:-1]
 )
 @pytest.mark.parametrize("size", [0, 1, 43, 45, 88])
 def test_a_value_of_another_size_is_an_error(unpack: Callable[[bytes], object], size: int) -> None:
-    """A struct.error says neither what was read nor what to do."""
+    """A bare struct.error would name neither the value nor a remedy."""
     with pytest.raises(LayoutError, match="bytes, expected") as caught:
         unpack(bytes(size))
     assert isinstance(caught.value, GateError)
@@ -42,13 +42,13 @@ def test_a_value_of_another_size_is_an_error(unpack: Callable[[bytes], object], 
 
 
 class Library:
-    """libbpf, as far as a ring asks it: it calls back from C with what is waiting."""
+    """The ring buffer functions of libbpf: consume() calls back from C with each waiting record."""
 
     def __init__(self) -> None:
         self.waiting: list[bytes] = []
 
     def ring_buffer__new(self, _fd: int, callback: Any, *_: object) -> int:
-        self._call = ct.cast(callback, libbpf._RingCallback)  # as C has it: by address
+        self._call = ct.cast(callback, libbpf._RingCallback)  # as C calls it: by address
         return 1
 
     def ring_buffer__epoll_fd(self, _ring: int) -> int:
@@ -77,11 +77,11 @@ def test_a_malformed_record_raises_once(library: Library) -> None:
         ring.consume()
     assert [event.comm for event in found] == ["curl"]
     library.waiting = [GOOD]
-    assert ring.consume() == 1, "told once"
+    assert ring.consume() == 1, "raised once"
 
 
 def test_a_lifetime_of_centuries_fits_the_map() -> None:
-    """It was a struct.error, and one SA with it ended the controller at every start."""
+    """It raised struct.error, so one such SA ended the controller at every start."""
     entry = layout.Entry(layout.State.LIVE, deadline=2**64)
     assert len(layout.pack_entry(entry, boot=10**18)) == layout.ENTRY_SIZE
     ends = layout.Entry(layout.State.LIVE, deadline=2_000_000_000)

@@ -1,4 +1,4 @@
-"""What must be protected survives on disk, whole, or is an error: never an empty set."""
+"""Saved state is read back complete or is an error, never an empty set."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ NET = '["10.2.0.0/16", 6, 80, 90]'
     ],
 )
 def test_a_broken_selector_is_an_error(tmp_path: Path, broken: str) -> None:
-    """Some were taken for "protects nothing", and what they named was open at the next start."""
+    """Some were once read as "protects nothing", which opened their networks at the next start."""
     file = tmp_path / "children.json"
     item = '[{"ike": "gw", "child": "net", "mode": "TUNNEL", "local": [], "remote": %s}]'
     file.write_text(item % f"[{NET}]")

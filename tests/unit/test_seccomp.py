@@ -1,4 +1,4 @@
-"""The filter, run as the kernel would, and the readers of what comes from outside."""
+"""The seccomp filter, run as in the kernel, and the decoders of notifications and addresses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def verdict(code: bytes, arch: int, nr: int, *args: int) -> int:
 def test_only_the_lengths_of_internet_addresses_are_reported(abi: Abi, length: int) -> None:
     wanted = RET_USER_NOTIF if length in (16, 28, 128) else RET_ALLOW
     code = program(abi)
-    for high in (0, 0xDEAD << 32):  # the kernel takes an int: what is above is not looked at
+    for high in (0, 0xDEAD << 32):  # the kernel takes an int and ignores the upper half
         assert verdict(code, abi.arch, abi.connect, 3, 1, high | length) == wanted
         assert verdict(code, abi.arch, abi.sendto, 3, 1, 16, 16, 1, high | length) == wanted
 
@@ -164,7 +164,7 @@ def test_no_argument_makes_us_read_more_than_an_address(nr: int, args: tuple[int
         return read(where, length)
 
     destination(Notification(1, 2, nr, X86.arch, args), X86, careful)
-    assert all(length <= 128 for length in asked), "whatever length a caller claims"
+    assert all(length <= 128 for length in asked), "whatever length the caller claims"
 
 
 # --- signals -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The service's side: what systemd hears, and what ends the process."""
+"""The service: what systemd receives, and which errors end the process."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def manager(
         yield sock
 
 
-def heard(manager: socket.socket) -> dict[str, str]:
+def received(manager: socket.socket) -> dict[str, str]:
     return dict(line.split("=", 1) for line in manager.recv(4096).decode().splitlines())
 
 
 def test_the_service_manager_receives_each_field(manager: socket.socket) -> None:
     systemd.notify(READY=1, STATUS="following the kernel, and IKE = charon")
-    assert heard(manager) == {"READY": "1", "STATUS": "following the kernel, and IKE = charon"}
+    assert received(manager) == {"READY": "1", "STATUS": "following the kernel, and IKE = charon"}
     before = time.monotonic_ns() // 1000
     systemd.reloading()
-    told = heard(manager)
-    assert told["RELOADING"] == "1"
-    assert before <= int(told["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
+    fields = received(manager)
+    assert fields["RELOADING"] == "1"
+    assert before <= int(fields["MONOTONIC_USEC"]) <= time.monotonic_ns() // 1000
 
 
 def test_without_a_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ async def test_the_service_reports_at_half_the_watchdog_interval(
     assert service.pulse == 0.05
     assert service.alive()
     assert not service.alive(), "not more often than needed"
-    assert heard(manager) == {"WATCHDOG": "1"}
+    assert received(manager) == {"WATCHDOG": "1"}
     clock.return_value += 0.06
     assert service.alive()
 
@@ -87,8 +87,8 @@ async def test_a_status_is_sent_once(manager: socket.socket) -> None:
     for status in ("a", "a", "b"):
         service.tell(status)
     service.stopping()
-    assert [heard(manager)["STATUS"] for _ in range(2)] == ["a", "b"]
-    assert heard(manager)["STOPPING"] == "1"
+    assert [received(manager)["STATUS"] for _ in range(2)] == ["a", "b"]
+    assert received(manager)["STOPPING"] == "1"
 
 
 class DefectError(Exception):

@@ -1,4 +1,4 @@
-"""The SPD joined with the SAD: what counts as protected, case by case."""
+"""The SPD joined with the SAD: which flows count as protected."""
 
 from __future__ import annotations
 

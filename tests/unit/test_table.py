@@ -1,4 +1,4 @@
-"""First match, however the rules are folded into tuples."""
+"""The compiled table gives the same answer as a first-match search through the rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A configuration's cgroups where something fails: what is in force is whole all the same."""
+"""Gated cgroups when a step of a reload fails: the new configuration is still complete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ipsecgate.paths import Paths
 async def test_a_failed_cleanup_of_pins_does_not_stop_a_reload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With no descriptors left policies were in force, and cgroups not: told as refused."""
+    """Without free descriptors the new policies applied but not the new cgroups."""
     old, new = tmp_path / "old", tmp_path / "new"
     for folder in (old, new):
         folder.mkdir()
@@ -38,4 +38,4 @@ async def test_a_failed_cleanup_of_pins_does_not_stop_a_reload(
     assert attached == {old}
     await targets.follow([str(new)])
     assert attached == {new}
-    assert "pins of removed cgroups are left: prune: Too many open files" in caplog.text
+    assert "cannot remove the pins of removed cgroups: prune: Too many open files" in caplog.text

@@ -1,4 +1,4 @@
-"""What root reads, writes to and runs, and what it leaves alone. Some of it takes root to try."""
+"""Which files and folders root trusts, and what programs inherit. Some tests need root."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_program_inherits_nothing_from_the_callers_environment(
     assert not (tmp_path / "ran").exists()
 
 
-# --- the places that depend on it ------------------------------------------------
+# --- where it is used ------------------------------------------------------------
 
 
 def test_every_reader_refuses_a_file_that_others_may_write(file: Path, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_every_reader_refuses_a_file_that_others_may_write(file: Path, tmp_path:
 def test_pins_are_not_made_in_a_folder_that_others_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who may write to the folder of the pins may take them away, and open the gate."""
+    """Anyone who may write to the pin folder could remove the pins and so open the gate."""
     monkeypatch.setattr(pins, "ensure_bpffs", lambda _path: None)
     (tmp_path / "ipsecgate").mkdir()
     (tmp_path / "ipsecgate").chmod(0o777)
@@ -146,7 +146,7 @@ def test_pins_are_not_made_in_a_folder_that_others_may_write(
 def test_the_compiler_imports_nothing_from_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The modules that it needs are all here, in a stranger's form."""
+    """The working folder has hostile modules with the names that the compiler imports."""
     for name in ("ipsecgate", "bcc", "ctypes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"open('{tmp_path}/ran', 'w')\n")
@@ -158,5 +158,5 @@ def test_the_compiler_imports_nothing_from_the_working_folder(
     done = subprocess.run(
         [*command, str(tmp_path / "no sources")], capture_output=True, text=True, check=False
     )
-    assert "maps.bpf.c" in done.stderr  # it came as far as the sources, which are not there
+    assert "maps.bpf.c" in done.stderr  # it got as far as the missing sources
     assert not (tmp_path / "ran").exists()

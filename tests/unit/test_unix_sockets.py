@@ -1,4 +1,4 @@
-"""Who connects is taken, or later where there is no room; and that costs next to nothing."""
+"""A listening socket accepts clients, and retries cheaply when no descriptor is free."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def client(path: Path) -> socket.socket:
 
 async def test_clients_are_accepted_until_the_listener_ends(tmp_path: Path) -> None:
     path, taken = tmp_path / "x.sock", list[socket.socket]()
-    path.touch()  # a predecessor's
+    path.touch()  # left by an earlier controller
     with listening(path, taken.append):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         made = [client(path) for _ in range(3)]
@@ -53,7 +53,7 @@ async def test_clients_are_accepted_until_the_listener_ends(tmp_path: Path) -> N
 async def test_without_descriptors_accepting_is_logged_once_and_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server of asyncio's has a hundred timers and lines in the log after the first try."""
+    """An asyncio server makes a hundred timers and log lines after its first failure."""
     monkeypatch.setattr(unix_sockets, "RETRY", 0.05)
     caplog.set_level(logging.WARNING, "ipsecgate")
     path, taken = tmp_path / "x.sock", list[socket.socket]()
@@ -74,9 +74,9 @@ async def test_without_descriptors_accepting_is_logged_once_and_retried(
         assert not taken
         assert timers <= 1 + (loop.time() - began) / unix_sockets.RETRY
         assert [each.getMessage() for each in caplog.records] == [
-            "clients have to wait: Too many open files"
+            "cannot accept new clients for now: Too many open files"
         ]
-        await until(lambda: taken)  # made room for
+        await until(lambda: taken)
         made.send(b"x")
         assert taken[0].recv(1) == b"x"
     taken[0].close()

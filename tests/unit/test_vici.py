@@ -1,4 +1,4 @@
-"""What VICI messages mean: selectors, configurations, SAs, causes of failure."""
+"""The meaning of VICI messages: selectors, configurations, SAs, events, causes of failure."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_malformed_child_is_an_error(broken: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("odd", [b"", [b"x"]])
 def test_a_value_where_a_section_should_be_is_an_error(odd: Any) -> None:
-    """Each raised something else, which ended the following of events and nothing more."""
+    """Each once raised another error, which silently ended the reading of events."""
     sa = {**HOSTS, "uniqueid": b"7"}
     for message in (
         {"gw": {**sa, "child-sas": odd}},

@@ -1,4 +1,4 @@
-"""Where the IKE daemon does ESP itself: VICI and routing say what is protected, XFRM nothing."""
+"""Userspace ESP: the daemon's SAs and the routes decide which flows are protected, not XFRM."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def connected(*established: ChildSa, userland: bool = True) -> on.IkeConnected:
 
 @pytest.fixture(params=[Settings(), VICI], ids=["found out", "configured"])
 def transcript(request: pytest.FixtureRequest) -> Transcript:
-    """IKE connected, no SA, so no route either; nobody ever told of the kernel."""
+    """IKE connected, no SA, no route into a tunnel; XFRM was never dumped."""
     transcript = Transcript(request.param)
     transcript.after(connected(), SOURCES)
     return transcript
@@ -60,10 +60,10 @@ def up(transcript: Transcript) -> None:
 def test_a_flow_opens_once_its_sa_is_up_and_its_route_leads_into_the_tunnel(
     transcript: Transcript,
 ) -> None:
-    assert TableId.SPD in transcript.gate.tables, "XFRM is not waited for"
+    assert TableId.SPD in transcript.gate.tables, "published without waiting for XFRM"
     assert not transcript.is_open()
     assert initiated(transcript.after(REFUSED)) == [NAME]
-    assert not any(isinstance(c, do.Publish) for c in transcript.after(TUNNEL)), "a route is no SA"
+    assert not any(isinstance(c, do.Publish) for c in transcript.after(TUNNEL)), "no SA yet"
     opened = transcript.after(on.ChildUp(LISTED))
     assert isinstance(opened[0], do.Publish)
     assert transcript.is_open()
@@ -115,29 +115,29 @@ def test_of_two_sas_of_one_child_the_last_to_go_closes_the_flow(transcript: Tran
     assert transcript.is_open()
 
 
-# --- lists that are older than events ----------------------------------------------------
+# --- lists older than events -------------------------------------------------------------
 
 
 def test_a_list_older_than_an_event_changes_nothing(transcript: Transcript) -> None:
     up(transcript)
     transcript.after(connected())
-    assert transcript.is_open(), "made before the child came up"
+    assert transcript.is_open(), "the list was made before the child came up"
     transcript.after(on.ChildDown(LISTED), connected(LISTED))
-    assert not transcript.is_open(), "made before it went down"
+    assert not transcript.is_open(), "the list was made before the child went down"
     transcript.after(connected(), connected(LISTED))
-    assert transcript.is_open(), "and yet an SPI may be used again"
+    assert transcript.is_open(), "a later list may use the SPI again"
 
 
 def test_a_restarted_controller_opens_for_the_listed_sas() -> None:
     transcript = Transcript(remembered=(NET,))
     assert TableId.SPD not in transcript.gate.tables
     for event in (connected(LISTED), TUNNEL):
-        assert TableId.SPD not in transcript.gate.tables, "half the truth"
+        assert TableId.SPD not in transcript.gate.tables, "half is still missing"
         transcript.after(event)
     assert transcript.is_open()
 
 
-# --- which source ------------------------------------------------------------------------
+# --- the source of SAs -------------------------------------------------------------------
 
 
 def chosen(transcript: Transcript) -> str:
@@ -152,7 +152,7 @@ def test_the_automatic_source_follows_the_daemon() -> None:
     assert transcript.is_open()
     transcript.after(on.IkeGone("restarted"), connected(LISTED, userland=False))
     assert chosen(transcript) == "xfrm"
-    assert not transcript.is_open(), "the kernel does not have it"
+    assert not transcript.is_open(), "the kernel does not have the SA"
     transcript.after(*UP)
     assert transcript.is_open()
 
@@ -170,7 +170,7 @@ def test_a_configured_source_is_kept_and_a_contradiction_is_logged(
 
 
 def test_a_kernel_daemon_configured_as_userspace_opens_nothing() -> None:
-    """It has no TUN device, so no route leads into one."""
+    """Such a daemon has no TUN device, so no route leads into one."""
     transcript = Transcript(VICI)
     transcript.after(connected(LISTED, userland=False), SOURCES, on.ChildUp(LISTED))
     assert not transcript.is_open()
@@ -188,12 +188,11 @@ def test_a_child_that_has_its_route_is_not_deleted(transcript: Transcript) -> No
     transcript.after(REFUSED, on.NegotiationDone(NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
     commands = transcript.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", NAME)))
     assert do.Terminate(NAME) not in commands
-    assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.BACK_OFF, (
-        "another source"
-    )
+    # The route chooses a source that the SA does not protect.
+    assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.BACK_OFF
 
 
-# --- which flows -------------------------------------------------------------------------
+# --- selectors and routes ----------------------------------------------------------------
 
 V6_HERE, V6_THERE = ip_network("2001:db8:a::/64"), ip_network("2001:db8:b::/64")
 HTTP = TrafficSelector(THERE, TCP, (8000, 8003))

@@ -1,4 +1,4 @@
-"""What chaos holds against a process whose calls are held: each rule, and its neighbour."""
+"""How the chaos tests judge held calls: each rule with a passing neighbour."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ GAP = (100.0, 110.0)
 @pytest.mark.parametrize(
     ("call", "wrong"),
     [
-        ((104.0, 111.0, ""), False),  # held until the SA was there
+        ((104.0, 111.0, ""), False),  # held until the SA was installed
         ((104.0, 105.0, ""), True),
-        ((100.0 + LAG / 2, 101.5, ""), False),  # the controller may not have heard yet
+        ((100.0 + LAG / 2, 101.5, ""), False),  # the controller may not know yet
         ((104.0, 109.0, "ETIMEDOUT"), False),
         ((90.0, 101.0, "EPERM"), False),
         ((90.0, 91.0, "EPERM"), True),
         ((120.0, 121.0, "EHOSTUNREACH"), True),
-        ((130.0, 131.0, "EHOSTUNREACH"), False),  # a fault that does not keep
+        ((130.0, 131.0, "EHOSTUNREACH"), False),  # right after a fault
         ((90.0, 91.0, ""), False),
     ],
 )
@@ -75,6 +75,6 @@ def test_late_calls_and_unexpected_errors_are_counted() -> None:
     assert len(tally.late) == 1
     assert tally.strange == ["sendto x: ENOSYS"]
     take(tally, "sendto x", [], 999.0, 1000.0)
-    assert len(tally.late) == 1, "it has time yet"
+    assert len(tally.late) == 1, "it is not late yet"
     take(tally, "sendto x", [], 500.0, 1000.0)
     assert len(tally.late) == 2

@@ -1,4 +1,4 @@
-"""The XFRM codec against messages made by hand, and against garbage."""
+"""The XFRM codec against messages made by hand and against damaged ones."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_a_prefix_longer_than_the_address_is_an_error(bits: int) -> None:
 
 
 def test_a_truncated_datagram_yields_the_events_before_the_cut() -> None:
-    """What is left of a cut datagram is the events before the cut, and an error unless it fits."""
+    """Cut elsewhere than between two messages, there is also an error."""
     whole = [event for _, event in TYPES.values()]
     fits, at = {0}, 0
     for data, _ in TYPES.values():
@@ -293,7 +293,7 @@ def survive(data: bytes) -> None:
 
 
 def take(data: bytes) -> tuple[list[XfrmEvent], DecodeError | None]:
-    """Decode up to an error."""
+    """Return the events before the first error, and the error."""
     events = []
     try:
         for event in decode(data):
@@ -304,7 +304,7 @@ def take(data: bytes) -> tuple[list[XfrmEvent], DecodeError | None]:
 
 
 def test_an_unknown_mode_does_not_stop_the_decoder() -> None:
-    """A dump with one such state, a later kernel's, ended the controller, time and again."""
+    """A dump with one such state from a newer kernel ended the controller at every start."""
     events, error = take(message(NEWSA, state(mode=6)) + TYPES["NEWSA"][0])
     assert error is None
     unknown, known = events

@@ -9,7 +9,7 @@ from ipsecgate.core.codec.vici import Names
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildName, ChildSa
 
-# What /etc/services and /etc/protocols would answer.
+# The /etc/services and /etc/protocols of these tests.
 SERVICES = {("https", "tcp"): 443, ("domain", None): 53, ("iso-tsap", "tcp"): 102}
 PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "ipv6-icmp": 58}
 

@@ -1,4 +1,4 @@
-"""XFRM messages made by hand from linux/xfrm.h, with what they mean: nothing of the codec."""
+"""XFRM messages made by hand from linux/xfrm.h, with their events; nothing uses the codec."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ EXPIRE, UPDPOLICY, UPDSA, POLEXPIRE, FLUSHSA, FLUSHPOLICY = 0x18, 0x19, 0x1A, 0x
 MIGRATE = 0x21
 TMPL, SA, POLICY, POLICY_TYPE, AEAD, MARK, IF_ID, SA_PCPU = 5, 6, 7, 16, 18, 21, 31, 35
 
-# --- each type once, and what it says ----------------------------------------------
+# --- one message of each type, and its event -----------------------------------------
 
 TUNNEL = template("192.0.2.1", "192.0.2.2", V4, reqid=1, mode=1, spi=0xC0FFEE01)
 CIPHER = attribute(AEAD, b"rfc4106(gcm(aes))".ljust(64, b"\0") + bytes(28))
@@ -135,7 +135,6 @@ OUT = Sa(
     installed_at=1_700_000_000,
 )
 
-# Every type that says something, once.
 POLICY_BODY = policy(selector()) + attribute(TMPL, TUNNEL)
 TYPES: dict[str, tuple[bytes, XfrmEvent]] = {
     "NEWPOLICY": (message(NEWPOLICY, POLICY_BODY), PolicySet(NET)),

@@ -38,7 +38,7 @@ class DecodeError(GateError):
         self.offset = offset
         super().__init__(
             f"netlink message type {message_type:#x}: bad {field} at byte {offset}",
-            hint="this kernel's messages are not understood: report it with the kernel's version",
+            hint="ipsecgate cannot read this kernel's messages: report a bug, with `uname -r`",
         )
 
 

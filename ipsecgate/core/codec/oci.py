@@ -51,9 +51,9 @@ def base(raw: bytes) -> Json:
     try:
         read = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise OciError(f"no JSON: {error}") from error
+        raise OciError(f"not JSON: {error}") from error
     if not isinstance(read, dict):
-        raise OciError("no profile")
+        raise OciError("not a seccomp profile")
     return read
 
 
@@ -78,7 +78,7 @@ def profile(
     rules, allowed = _without(base, names)
     for name in names:
         if name not in allowed:
-            raise OciError(f"{name} is not allowed by itself: its calls could not be held")
+            raise OciError(f"the profile does not allow {name}, so its calls cannot be held")
         rules += [_rule(name, NOTIFY, each) for each in _internet(name)]
         if base["defaultAction"] != ALLOW and name in LENGTHS:
             rules += [_rule(name, ALLOW, each) for each in _others(LENGTHS[name])]
@@ -95,7 +95,7 @@ def _without(base: Json, names: Sequence[str]) -> tuple[list[Json], set[str]]:
     What is allowed only under conditions, or forbidden, is no call that could be held.
     """
     if base.get("listenerPath"):
-        raise OciError("the profile has a listener already")
+        raise OciError("the profile already has a listener")
     allowed = set(names) if base["defaultAction"] == ALLOW else set()
     rules: list[Json] = []
     for rule in base.get("syscalls") or ():
@@ -103,7 +103,7 @@ def _without(base: Json, names: Sequence[str]) -> tuple[list[Json], set[str]]:
         if ours and (
             rule["action"] != ALLOW or any(map(rule.get, ("args", "includes", "excludes")))
         ):
-            raise OciError(f"the profile has a rule of its own for {', '.join(ours)}")
+            raise OciError(f"the profile has its own rule for {', '.join(ours)}")
         allowed.update(ours)
         others = [name for name in rule["names"] if name not in names]
         if others:
@@ -167,27 +167,31 @@ class Container:
 def container(raw: bytes) -> Container | None:
     """Read a container process state; None while its end is missing. Raises: OciError."""
     if len(raw) > MESSAGE_LIMIT:
-        raise OciError(f"a message of more than {MESSAGE_LIMIT} bytes")
+        raise OciError(f"the message is longer than {MESSAGE_LIMIT} bytes")
     try:
         state = json.loads(raw)
     except ValueError:
         return None
     except RecursionError as error:
-        raise OciError("the message is no container process state") from error
+        raise OciError("the message is not a container process state") from error
     if not isinstance(state, dict):
-        raise OciError("the message is no container process state")
+        raise OciError("the message is not a container process state")
     pid, name = state.get("pid"), _of(state.get("state"), "id")
     fds, metadata = state.get("fds"), state.get("metadata", "")
     if type(pid) is not int or pid < 0 or not isinstance(name, str) or not name.isprintable():
-        raise OciError("the container has no process, or no name")
+        raise OciError("the container has no process, or no printable name")
     if not isinstance(fds, list) or fds.count(LISTENER) != 1:
-        raise OciError(f"the container {name} brings no {LISTENER}, or several")
+        raise OciError(f"container {name} sent no {LISTENER}, or several")
     found = METADATA.fullmatch(metadata) if isinstance(metadata, str) else None
     if metadata and found is None:
-        raise OciError(f"the container {name} has a profile of somebody else's")
+        raise OciError(
+            f"container {name} has a profile that `ipsecgate seccomp-profile` did not print"
+        )
     hold = float(found[1]) if found else HOLD
     if hold > HOLD_LONGEST:
-        raise OciError(f"the container {name} asks to be held for ever")
+        raise OciError(
+            f"container {name} asks for a hold of {hold:.0f} s, more than {HOLD_LONGEST:.0f} s"
+        )
     return Container(name, pid, hold, fds.index(LISTENER))
 
 

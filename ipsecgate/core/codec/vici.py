@@ -61,7 +61,7 @@ class ViciError(GateError):
     def __init__(self, message: str) -> None:
         super().__init__(
             f"VICI: {message}",
-            hint="is this strongSwan 5.9 or later? report it with `swanctl --list-conns`",
+            hint="use strongSwan 5.9 or later; else report a bug, with `swanctl --list-conns`",
         )
 
 
@@ -88,7 +88,7 @@ def texts(section: Section, key: str) -> list[str]:
     """Return a list of values as text, empty if there is none. Raises: ViciError."""
     values = section.get(key, [])
     if not isinstance(values, list):
-        raise ViciError(f"{key!r} is no list")
+        raise ViciError(f"{key!r} is not a list")
     return [item.decode(errors="replace") for item in values]
 
 
@@ -97,7 +97,7 @@ def number(section: Section, key: str, base: int = 10) -> int:
     written = text(section, key)
     found = int(written, base) if _NUMBER[base].fullmatch(written) else -1
     if not 0 <= found < 1 << 32:
-        raise ViciError(f"{key!r} is {written[:40]!r}")
+        raise ViciError(f"{key!r} is not a number: {written[:40]!r}")
     return found
 
 
@@ -105,7 +105,7 @@ def part(section: Section, key: str) -> Section:
     """Return a section inside another, empty if there is none. Raises: ViciError."""
     found = section.get(key, {})
     if not isinstance(found, Mapping):
-        raise ViciError(f"{key!r} is no section")
+        raise ViciError(f"{key!r} is not a section")
     return found
 
 

@@ -79,7 +79,7 @@ class Demand:
         outcome.commands = [c for c in outcome.commands if not isinstance(c, do.AskIke)]
         orphans, self._orphans = self._orphans, set()
         for flow in orphans:
-            outcome.add(self._warn("no CHILD_SA that is loaded would protect", flow))
+            outcome.add(self._warn("no loaded connection would protect", flow))
         return outcome
 
     def policies_changed(self) -> None:
@@ -118,7 +118,7 @@ class Demand:
         if self._negotiations.coverage(name) in _STATES:
             return name, Outcome()
         if self._protection.is_up(config):
-            return name, self._warn(f"{name} is up and does not protect", flow)
+            return name, self._warn(f"{name} is up but does not protect", flow)
         return name, self._negotiations.ask(name, flow, routed, (place, policy.name))
 
     def _warn(self, text: str, flow: Flow) -> Outcome:

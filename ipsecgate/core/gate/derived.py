@@ -30,8 +30,8 @@ class DerivedPolicies:
             remote = tuple(dict.fromkeys((*known.remote, *child.remote)))
             self._known[child.name] = replace(child, remote=remote)
         self.errors = [
-            f"connection {c.name}: its remote selector is not known before it is up: "
-            "name it as [[policy]], or it is not protected"
+            f"connection {c.name}: its remote selector is unknown until it is up: "
+            "add a [[policy]] for its networks, or they are not protected"
             for c in children
             if not c.remote
         ]

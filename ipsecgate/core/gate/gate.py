@@ -86,7 +86,7 @@ class Gate:
         """Return what the operator should mend."""
         errors = [*self.protection.errors, *self.policy_table.errors]
         if self.settings.floor and self.protection.in_userland:
-            errors.append("gate.floor: has no effect where IKE does ESP itself")
+            errors.append("gate.floor has no effect, because strongSwan does ESP")
         return errors
 
     def start(self) -> list[do.Command]:
@@ -170,7 +170,7 @@ class Gate:
     def _snapshot(self, event: on.KernelSnapshot) -> list[do.Command]:
         drift = self.protection.snapshot(event)
         self._propagate.spd_read()
-        text = f"{drift} policies or SAs were not as the kernel has them: mended"
+        text = f"{drift} policies or SAs differed from the kernel's: repaired"
         log = [do.Log("error", text)] if drift else []
         return [*log, *self._propagate.protection(), *self._propagate.policies()]
 
@@ -285,7 +285,7 @@ class Gate:
         return [
             *self._propagate.protection(),
             do.ExemptIke(0),
-            do.Log("error", f"IKE daemon gone ({reason}): protected flows are refused"),
+            do.Log("error", f"lost the IKE daemon ({reason}): protected flows are refused"),
             *self._propagate.negotiations(self.negotiations.ike_gone()),
         ]
 

@@ -109,7 +109,7 @@ class Holds:
             self._remove(made.flow)
         match event:
             case CallExpired():
-                late = f"{made.flow} of {made.pid} was held for {made.limit:.1f} s"
+                late = f"thread {made.pid}: {made.flow} was held for {made.limit:.1f} s, and failed"
                 return [do.Answer(event.call, self.errnos.hold_timeout), do.Log("warning", late)]
             case CallInterrupted():
                 # The kernel runs the signal handler and makes the same call again.

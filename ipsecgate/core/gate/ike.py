@@ -35,11 +35,11 @@ class Ike:
     def log_connected(self, event: on.IkeConnected, configured: SaSource) -> list[do.Command]:
         """Exempt and log a daemon that was gone, and warn if it contradicts `sa_source`."""
         exempt = do.ExemptIke(event.pid)
-        log = do.Log("info", f"IKE daemon {event.pid} connected")
+        log = do.Log("info", f"connected to the IKE daemon, pid {event.pid}")
         if configured is SaSource.AUTO or event.userland == (configured is SaSource.VICI):
             return [exempt, log]
-        esp = "does ESP itself" if event.userland else "has the kernel do ESP"
-        text = f"sa_source = {configured.value!r}, but IKE {esp}"
+        other = "strongSwan" if event.userland else "the kernel"
+        text = f"gate.sa_source is {configured.value!r}, but {other} does ESP"
         return [exempt, log, do.Log("warning", text)]
 
     def log_unread(self, reasons: Iterable[str]) -> list[do.Command]:
@@ -47,7 +47,7 @@ class Ike:
         new = [reason for reason in reasons if reason not in self._logged]
         self._logged = (*self._logged, *new)[-UNREAD:]
         return [
-            do.Log("error", f"strongSwan says what is not understood: {reason}") for reason in new
+            do.Log("error", f"ignored part of what strongSwan reports: {reason}") for reason in new
         ]
 
 

@@ -145,8 +145,10 @@ class Negotiations:
         if timer.kind == "limit" and coverage is Coverage.NEGOTIATING:
             item = self.by_child[name]
             if item.reported_up:
-                return self.failed(name, f"up, says IKE, but no SA protects {item.flow}")
-            return self.failed(name, f"no answer from IKE within {LIMIT:.0f} s")
+                cause = f"strongSwan reports it as up, but no SA protects {item.flow}"
+            else:
+                cause = f"strongSwan did not finish within {LIMIT:.0f} s"
+            return self.failed(name, cause)
         if timer.kind == "retry" and coverage is Coverage.BACK_OFF:
             return self._advance(name, Input.RETRY)
         return Outcome()
@@ -219,7 +221,7 @@ class Negotiations:
                 return [
                     do.StopTimer(limit),
                     do.StartTimer(retry, pause),
-                    do.Log("warning", f"{name}: {item.last_error}; again in {pause:.1f} s"),
+                    do.Log("warning", f"{name}: {item.last_error}; retry in {pause:.1f} s"),
                 ]
             case Coverage.COVERED:
                 item.failures, item.last_error = 0, ""

@@ -56,14 +56,18 @@ class OneWayChildren:
         self._attempts[name] = self._attempts.get(name, 0) + 1
         ordered = sorted(still, key=lambda sa: sa.unique)
         if self._attempts[name] == ATTEMPTS:
-            return [_log(sa, "and is again and again: left alone") for sa in ordered]
+            text = f"this has happened {ATTEMPTS} times, so it is left alone"
+            return [_log(sa, text) for sa in ordered]
         return [command for sa in ordered for command in _delete(sa)]
 
 
 def _delete(sa: ChildSa) -> list[do.Command]:
-    return [_log(sa, "deleting the CHILD_SA"), do.Terminate(sa.name, sa.unique)]
+    return [
+        _log(sa, "deleting the CHILD_SA, so that a new one is negotiated"),
+        do.Terminate(sa.name, sa.unique),
+    ]
 
 
 def _log(sa: ChildSa, action: str) -> do.Command:
-    lost = f"the kernel has lost the inbound half of its SA ({sa.spi_in:08x}) and drops all replies"
+    lost = f"the kernel has lost its inbound SA ({sa.spi_in:08x}) or policy, and drops all replies"
     return do.Log("warning", f"{sa.name}: {lost}; {action}")

@@ -144,6 +144,6 @@ class PolicyTable:
             table, widened = fit_policies(policies)
             names = join_names(policy.name for policy in widened)
             self._errors = [
-                f"POLICY table: {error}; more is refused than need be, because of {names}"
+                f"POLICY table: {error}; more is refused than necessary, because of {names}"
             ]
             return table

@@ -67,8 +67,8 @@ class Sources:
         self.by_network = dict(sources)
         self._longest = LongestPrefix(sources)
         self.errors = [
-            f"{network}: in more pieces than the hooks' table of routes holds ({SOURCES}): what is "
-            "sent there by a socket that is not bound to an address is refused"
+            f"{network}: routing divides it into more parts than the hooks can hold ({SOURCES}): "
+            "requests to it from sockets without a bound address are refused"
             for network in lost[:NAMED]
         ]
         return [do.SetSources(tuple(self.by_network.items()))]
@@ -114,7 +114,7 @@ class SpdTable:
         except TableFullError as error:
             table, closed = fit_spd(rules, source.party_of)
             names = join_names(source.name_of(owner) for owner in closed)
-            self.errors = [f"SPD table: {error}; refused until they fit: {names}"]
+            self.errors = [f"SPD table: {error}; refused until all fit: {names}"]
         old, self.content = self.content, table
         self.changed = table.regions_changed_from(old)
         changes = table.changes_from(old)

@@ -89,15 +89,15 @@ class Reason(IntEnum):
 EXPLAINED = {
     Reason.REFUSE_UNCOVERED: "no live SA protects it",
     Reason.REFUSE_DISCARD: "its policy discards it",
-    Reason.REFUSE_DEFAULT: "no policy names it, and the default is deny",
-    Reason.REFUSE_NO_SOURCE: "no route, or routing may choose another source",
-    Reason.REFUSE_NOT_READY: "what must be protected is not known yet",
-    Reason.REFUSE_NETNS: "from another network namespace, whose SPD is not known",
-    Reason.BLOCK_CLEAR: "a packet was about to leave in clear",
-    Reason.BLOCK_DISCARD: "a packet whose policy discards it",
-    Reason.BLOCK_DEFAULT: "a packet that no policy names, and the default is deny",
-    Reason.BLOCK_NOT_READY: "a packet, and what must be protected is not known yet",
-    Reason.BLOCK_UNREADABLE: "a packet that cannot be read: a later fragment, a source route",
+    Reason.REFUSE_DEFAULT: "no policy matches it, and the default is deny",
+    Reason.REFUSE_NO_SOURCE: "it has no route, or routing may choose another source address",
+    Reason.REFUSE_NOT_READY: "the policies are not known yet",
+    Reason.REFUSE_NETNS: "it is in another network namespace, whose SPD is unknown",
+    Reason.BLOCK_CLEAR: "a packet would have left in clear",
+    Reason.BLOCK_DISCARD: "the packet's policy discards it",
+    Reason.BLOCK_DEFAULT: "no policy matches the packet, and the default is deny",
+    Reason.BLOCK_NOT_READY: "a packet was sent, and the policies are not known yet",
+    Reason.BLOCK_UNREADABLE: "the packet is a later fragment or has a source route",
 }
 """What an event's reason means, to the operator."""
 
@@ -111,8 +111,8 @@ class LayoutError(GateError):
     def __init__(self, message: str) -> None:
         super().__init__(
             f"the hooks' maps: {message}",
-            hint="the hooks are of another version, and go on refusing what no SA covers; "
-            "`ipsecgate run` of the version that is installed replaces them",
+            hint="the hooks are of another version, and keep refusing what no SA covers; "
+            "`ipsecgate run` of the installed version replaces them",
         )
 
 

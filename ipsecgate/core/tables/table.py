@@ -177,10 +177,10 @@ def compile_table(rules: Iterable[Rule]) -> Table:
             groups.append(_Group(rule.match.mask))
         groups[place].add(rule)
     if len(groups) > TUPLES:
-        raise TableFullError(f"{len(groups)} distinct masks, the hooks hold {TUPLES}")
+        raise TableFullError(f"{len(groups)} distinct masks, but the hooks hold {TUPLES}")
     table = _table(groups)
     if len(table.entries) > LIMIT:
-        raise TableFullError(f"{len(table.entries)} entries, a table holds {LIMIT}")
+        raise TableFullError(f"{len(table.entries)} entries, but a table holds {LIMIT}")
     return table
 
 

@@ -141,7 +141,8 @@ def compiled() -> Bytecode:
         last = "\n".join(run.stderr.strip().splitlines()[-12:])
         raise GateError(
             f"compiling the hooks failed:\n{last}",
-            hint="python3-bpfcc must be importable: use a venv made with --system-site-packages",
+            hint="if bcc cannot be imported: apt install python3-bpfcc, and make the virtual "
+            "environment with --system-site-packages",
         )
     return Bytecode.from_json(run.stdout)
 
@@ -155,4 +156,4 @@ def _keep(path: Path, bytecode: Bytecode) -> None:
     except OSError as error:  # a full disk, say: the next start compiles again
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        log.warning("cannot keep the compiled hooks in %s: %s", path.parent, error.strerror)
+        log.warning("cannot save the compiled hooks in %s: %s", path.parent, error.strerror)

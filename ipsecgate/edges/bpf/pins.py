@@ -51,7 +51,7 @@ def ensure_bpffs(path: Path) -> None:
     if run.returncode:
         raise KernelLacksError(
             f"cannot mount bpffs on {path}: {run.stderr.strip()}",
-            hint="the kernel needs CONFIG_BPF_SYSCALL, and the caller CAP_SYS_ADMIN",
+            hint="mounting needs CONFIG_BPF_SYSCALL and CAP_SYS_ADMIN",
         )
 
 
@@ -144,7 +144,7 @@ class Pins:
         Raises: OSError, GateError.
         """
         if not self.loaded:
-            raise GateError(f"nothing is loaded in {self.root}", hint="ipsecgate load")
+            raise GateError(f"no hooks are loaded in {self.root}", hint="first `ipsecgate load`")
         made: list[Path] = []
         try:
             with opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as directory:

@@ -188,7 +188,7 @@ class Listeners:
         number = time.monotonic_ns()  # no predecessor's, and none of one that was kept too long
         try:
             if not seccomp.is_listener(fd):
-                raise ValueError("that descriptor is no seccomp listener")
+                raise ValueError("the descriptor is not a seccomp listener")
             if not 0 <= limit <= HOLD_LONGEST:
                 raise ValueError(f"a call cannot be held for {limit:g} s")
             one = _Listener(number, fd, limit, self._folder / str(number))
@@ -319,6 +319,6 @@ class Listeners:
 
 def _stuck(question: Question) -> None:
     log.warning(
-        "thread %d keeps whoever looks at its call waiting: until that is over no call beside it "
-        "is held, the hooks judge them", question.call.pid,
+        "thread %d blocks the inspection of its call: until that ends, the other calls of its "
+        "listener are not held, only checked by the hooks", question.call.pid,
     )  # fmt: skip

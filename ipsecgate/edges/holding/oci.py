@@ -56,12 +56,12 @@ async def _serve(peer: socket.socket, taken: Taken, told: Told) -> None:
                 "=iII", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             )
             if uid not in (0, os.geteuid()):
-                raise OciError(f"a runtime of user {uid}: root's only")
+                raise OciError(f"the container runtime runs as user {uid}, not as root")
             made = await _receive(peer, fds)
             if made is None:
                 return  # a container that was not created after all
             if made.listener >= len(fds):
-                raise OciError(f"the container {made.name} came without its listener")
+                raise OciError(f"container {made.name} was sent without its listener")
             taken(made, fds.pop(made.listener))
     except (OciError, OSError, ValueError) as error:
         told(f"a container's listener was not taken: {error}")

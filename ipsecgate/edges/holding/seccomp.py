@@ -54,7 +54,7 @@ def abi() -> Abi:
     machine = platform.machine()
     if machine not in ABIS:
         raise KernelLacksError(
-            f"system calls cannot be held on {machine}", hint=f"only on {', '.join(ABIS)}"
+            f"system calls cannot be held on {machine}", hint=f"holding works on {', '.join(ABIS)}"
         )
     return ABIS[machine]
 
@@ -83,9 +83,9 @@ def install(program: bytes) -> int:
         match error.errno:
             case errno.EBUSY:
                 raise GateError(
-                    "the calls of this process are held by somebody already",
-                    hint="one seccomp listener a process tree: not `exec` inside of `exec`, or "
-                    "of a container with a listener",
+                    "this process already has a seccomp listener",
+                    hint="a process tree can have only one: do not run `exec` inside `exec`, or "
+                    "in a container that has a listener",
                 ) from error
             case errno.EACCES:
                 raise GateError(
@@ -94,9 +94,9 @@ def install(program: bytes) -> int:
             case errno.EINVAL | errno.ENOSYS:
                 raise KernelLacksError(
                     "the kernel cannot hold system calls",
-                    hint="Linux 5.19 or newer with CONFIG_SECCOMP_FILTER",
+                    hint="boot Linux 5.19 or newer with CONFIG_SECCOMP_FILTER",
                 ) from error
-        raise GateError(f"cannot install the filter: {error.strerror}") from error
+        raise GateError(f"cannot install the seccomp filter: {error.strerror}") from error
 
 
 def is_listener(fd: int) -> bool:

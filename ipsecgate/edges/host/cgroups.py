@@ -18,7 +18,8 @@ def root() -> Path:
             return path
     raise KernelLacksError(
         "no cgroup2 hierarchy is mounted",
-        hint="mount -t cgroup2 cgroup2 /sys/fs/cgroup (`ip netns exec` hides it: use nsenter)",
+        hint="mount -t cgroup2 cgroup2 /sys/fs/cgroup; below `ip netns exec`, which hides it, use "
+        "`nsenter --net=` instead",
     )
 
 
@@ -55,14 +56,14 @@ def resolve(target: str) -> Path:
     Raises: UsageError if there is none, or more than one.
     """
     found = find(target)
-    if not found and not is_pattern(target):
+    if not found:
         raise UsageError(
-            f"{target} is not a cgroup2 folder",
-            hint=f"a path below {root()}, unit:NAME or container:ID",
+            f"{target} names no cgroup" if is_pattern(target) else f"{target} is not a cgroup",
+            hint=f"use a path below {root()}, unit:NAME or container:ID",
         )
     if len(found) != 1:
-        several = ", ".join(str(p) for p in found[:4])
-        raise UsageError(f"{target} names {len(found)} cgroups{': ' + several if several else ''}")
+        several = ", ".join(str(path) for path in found[:4])
+        raise UsageError(f"{target} names {len(found)} cgroups: {several}")
     return found[0]
 
 
@@ -77,7 +78,7 @@ def of(pid: int) -> Path:
         number, _, path = line.split(":", 2)
         if number == "0":
             return root() / path.strip("/")
-    raise KernelLacksError(f"process {pid} is in no cgroup of the unified hierarchy")
+    raise KernelLacksError(f"process {pid} is not in a cgroup of the unified hierarchy (cgroup2)")
 
 
 def join(cgroup: Path) -> None:
@@ -92,7 +93,7 @@ def join(cgroup: Path) -> None:
     except OSError as error:
         hint = "run it as root"
         if error.errno == errno.EBUSY:
-            hint = "it has cgroups with resource controllers below it: name one of those"
+            hint = "it passes resource controllers to cgroups below it: name one of these"
         raise GateError(f"cannot join {cgroup}: {error.strerror}", hint=hint) from error
 
 

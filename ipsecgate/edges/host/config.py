@@ -70,7 +70,7 @@ class _Table:
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.error(key, f"must be {_KINDS[kind]}, not {short(value)}")
         if kind is str and "\0" in str(value):
-            raise self.error(key, "holds a NUL")
+            raise self.error(key, "must not contain a NUL character")
         return value
 
     def choice(self, key: str, options: tuple[str, ...], default: str) -> str:
@@ -141,7 +141,7 @@ def load(path: Path, *, required: bool = True) -> Config:
     )
     gate.finish(("mode", "default", "cgroups", "host", "vici", "sa_source", "live_flows", "floor"))
     if config.host and config.cgroups:
-        raise gate.error("cgroups", "and gate.host = true exclude each other")
+        raise gate.error("cgroups", "cannot be combined with gate.host = true")
     return config
 
 
@@ -185,7 +185,7 @@ def _policy(table: _Table) -> Policy:
         raise table.error("name", f"{short(name)} is not a name (letters, digits, _ . / @ -)")
     remote = tuple(table.parsed("remote", text, _network) for text in table.strings("remote"))
     if not remote:
-        raise table.error("remote", "names no network")
+        raise table.error("remote", "must name at least one network")
     proto = table.choice("protocol", ("any", "tcp", "udp"), "any")
     ports = table.parsed("port", table.take("port", str, "any"), _ports)
     if ports != (0, PORT_MASK) and proto == "any":
@@ -194,7 +194,7 @@ def _policy(table: _Table) -> Policy:
     child = table.take("child", str, "")
     initiate = table.choice("initiate", ("on-demand", "start"), "on-demand")
     if action != "protect" and (child or initiate == "start"):
-        raise table.error("child" if child else "initiate", f"has no meaning with {action}")
+        raise table.error("child" if child else "initiate", 'needs action = "protect"')
     table.finish(("name", "remote", "protocol", "port", "action", "child", "initiate"))
     return Policy(
         name=name,
@@ -209,7 +209,7 @@ def _policy(table: _Table) -> Policy:
 
 def _network(text: str) -> Network:
     if "%" in text:
-        raise ValueError(f"{short(text)}: an interface is no part of a network")
+        raise ValueError(f"{short(text)}: a network cannot name an interface")
     try:
         network = ip_network(text)
         mapped = IPv6Network("::ffff:0:0/96")
@@ -239,7 +239,7 @@ def _refuse_too_many(policies: list[tuple[Policy, Path]], path: Path) -> None:
         compile_table(policy_rules((policy for policy, _ in policies), {}))
     except TableFullError as error:
         raise UsageError(
-            f"{path}: policy: {error}", hint="port ranges and prefix lengths make the masks"
+            f"{path}: policy: {error}", hint="use fewer distinct prefix lengths and port ranges"
         ) from error
 
 
@@ -248,6 +248,6 @@ def _refuse_duplicates(policies: list[tuple[Policy, Path]]) -> None:
     for policy, file in policies:
         if policy.name in seen:
             raise UsageError(
-                f"{file}: policy {policy.name!r}: the name is taken in {seen[policy.name]}"
+                f"{file}: policy {policy.name!r}: the name is already used in {seen[policy.name]}"
             )
         seen[policy.name] = file

@@ -95,7 +95,7 @@ async def _answer(
     )
     pid, uid, _gid = struct.unpack("=iII", credentials)
     if uid not in (0, os.geteuid()):
-        return {"error": "root only"}
+        return {"error": "only root may ask"}
     try:
         request = json.loads(line)
         handler = verbs[request["verb"]]
@@ -145,7 +145,7 @@ def connected(path: Path, limit: float = _TIME_LIMIT) -> Iterator[Ask]:
 def _nobody(path: Path, error: OSError) -> NoControllerError:
     return NoControllerError(
         f"no controller answers on {path}: {error.strerror or error}",
-        hint="start it: `ipsecgate run`, or the service `ipsecgate`",
+        hint="start it with `systemctl start ipsecgate` or `ipsecgate run`",
     )
 
 
@@ -157,7 +157,7 @@ def understood(path: Path, verb: str, line: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise NoControllerError(f"the controller on {path} hung up") from error
+        raise NoControllerError(f"the controller on {path} closed the connection") from error
     match answer:
         case {"ok": dict(result)}:
             return result
@@ -168,6 +168,6 @@ def understood(path: Path, verb: str, line: bytes) -> dict[str, Any]:
                 f"the controller refused {verb}: {reason}", hint=str(answer.get("hint", ""))[:500]
             )
     raise GateError(
-        f"the controller on {path} gave an answer that is none",
-        hint="is it of another version? start it again: the hooks refuse meanwhile",
+        f"the controller on {path} sent an invalid answer",
+        hint="if it is of another version, restart it; the hooks keep refusing meanwhile",
     )

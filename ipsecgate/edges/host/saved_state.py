@@ -34,8 +34,8 @@ def recall(path: Path) -> tuple[ChildConfig, ...]:
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise GateError(
             f"{path}: cannot read which flows must be protected: {error}",
-            hint="name them as [[policy]] in the configuration, or remove the file "
-            "while the IKE daemon has its connections loaded",
+            hint="add a [[policy]] for each to the configuration, or remove the file while "
+            "strongSwan has its connections loaded",
         ) from error
 
 
@@ -53,7 +53,7 @@ def recall_targets(path: Path) -> tuple[str, ...]:
     except (OSError, ValueError, RecursionError) as error:
         raise GateError(
             f"{path}: cannot read which cgroups are gated: {error}",
-            hint="mend the configuration: it names them",
+            hint="correct the configuration, which names them",
         ) from error
 
 

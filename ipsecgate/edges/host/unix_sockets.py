@@ -74,7 +74,7 @@ class _Door:
             if error.errno not in NO_ROOM:
                 raise
             if not self._told:
-                log.warning("clients have to wait: %s", error.strerror)
+                log.warning("cannot accept new clients for now: %s", error.strerror)
             self._told = True
             self._loop.remove_reader(self._server)  # it stays readable
             self._again = self._loop.call_later(RETRY, self.open)

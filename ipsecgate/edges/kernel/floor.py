@@ -41,7 +41,7 @@ class Floor:
                 await keep(self._tag, wanted)
                 self.errors = []
             except OSError as error:
-                self.errors = [f"the floor is not as configured: {error.strerror or error}"]
+                self.errors = [f"cannot set the host floor, will retry: {error.strerror or error}"]
                 log.error("%s", self.errors[0])
                 await asyncio.sleep(RETRY)
                 if self._wanted.empty():

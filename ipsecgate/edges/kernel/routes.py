@@ -100,7 +100,7 @@ class Routes:
                 await asyncio.sleep(PAUSE)
         except OSError as error:
             raise RoutesError(
-                f"reading the kernel's routes: {error}", hint="see the kernel's log (dmesg)"
+                f"cannot read the kernel's routes: {error}", hint="see the kernel's log (dmesg)"
             ) from error
         finally:
             watch.close()

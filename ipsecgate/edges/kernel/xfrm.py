@@ -43,8 +43,8 @@ GROUP_EXPIRE, GROUP_SA, GROUP_POLICY, GROUP_MIGRATE = 2, 3, 4, 7
 GROUPS = (GROUP_EXPIRE, GROUP_SA, GROUP_POLICY, GROUP_MIGRATE)
 
 _HINTS = {
-    errno.EPERM: "run as root: XFRM needs CAP_NET_ADMIN in this network namespace",
-    errno.EPROTONOSUPPORT: "the kernel lacks CONFIG_XFRM_USER: load the module xfrm_user",
+    errno.EPERM: "run it as root: XFRM needs CAP_NET_ADMIN in this network namespace",
+    errno.EPROTONOSUPPORT: "modprobe xfrm_user, or boot a kernel with CONFIG_XFRM_USER",
 }
 
 
@@ -104,7 +104,7 @@ class XfrmMonitor:
             await self._socket.join(GROUPS, self._receive_buffer)
         except OSError as error:
             self.close()
-            raise XfrmError(error.errno or 0, "following XFRM notifications") from error
+            raise XfrmError(error.errno or 0, "cannot receive XFRM notifications") from error
 
     def close(self) -> None:
         """Leave the groups."""
@@ -176,7 +176,9 @@ class XfrmMonitor:
                 policies = await requests.dump(encode_policy_dump, decode)
                 states = await requests.dump(encode_sa_dump, decode)
         except OSError as error:
-            raise XfrmError(error.errno or errno.ETIMEDOUT, "dumping XFRM") from error
+            raise XfrmError(
+                error.errno or errno.ETIMEDOUT, "cannot read the SPD and SAD"
+            ) from error
         return KernelSnapshot(
             policies=tuple(event.entry for event in policies if isinstance(event, PolicySet)),
             sas=tuple(event.sa for event in states if isinstance(event, SaSet)),

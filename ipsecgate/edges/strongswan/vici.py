@@ -25,7 +25,7 @@ from ipsecgate.core.codec.vici_wire import CMD_RESPONSE, EVENT_CONFIRM, Answer, 
 from ipsecgate.errors import GateError
 
 MAX_PACKET: int = protocol.Transport.MAX_SEGMENT  # 512 KiB
-OLD = "strongSwan 5.9 or later is needed"
+OLD = "install strongSwan 5.9 or later"
 
 Message = Mapping[str, Any]
 
@@ -87,7 +87,7 @@ class ViciConnection:
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if not 0 < length <= MAX_PACKET:
-                raise ViciError(f"a packet of {length} bytes")
+                raise ViciError(f"invalid packet length: {length} bytes")
             return parse(await self._reader.readexactly(length))
         except asyncio.IncompleteReadError:
             raise _unreachable(self.path, "the daemon closed the connection") from None
@@ -155,12 +155,13 @@ def refusal(answer: Message) -> str | None:
 def _unreachable(path: Path, reason: str) -> IkeUnreachableError:
     return IkeUnreachableError(
         f"strongSwan at {path}: {reason}",
-        hint="is strongSwan running, with the vici plugin and this socket?",
+        hint="start strongSwan; it needs the vici plugin, with this socket",
     )
 
 
 def no_answer(path: Path, limit: float) -> IkeUnreachableError:
     """Return the error of a daemon that kept silent for that many seconds."""
     return IkeUnreachableError(
-        f"strongSwan at {path}: no answer in {limit:g} s", hint="is charon hung? see its log"
+        f"strongSwan at {path}: no answer in {limit:g} s",
+        hint="see strongSwan's log, and restart it if it hangs",
     )

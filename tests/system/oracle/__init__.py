@@ -2,7 +2,7 @@
 
     generate  a random SPD and SAD, and random calls, from a seed      -> World
     wire      install them, by netlink messages of its own
-    bed       namespaces, a veth, a cgroup with the real hooks on it, and two callers
+    namespaces       namespaces, a veth, a cgroup with the real hooks on it, and two callers
     caller    the process that makes the calls: one copy gated, one free
     capture   what came out at the other end of the veth, call by call
     model     what the kernel's rules make of a call, read naively: which limit explains

@@ -7,15 +7,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.system.oracle.bed import bed
 from tests.system.oracle.capture import HarnessError
 from tests.system.oracle.judge import WrongAnswerError
 from tests.system.oracle.run import run, settings
+from tests.system.oracle.two_namespaces import two_namespaces
 
 
 def main() -> int:
     seed, cases = settings(random.SystemRandom().randrange(2**32), 100_000)
-    with tempfile.TemporaryDirectory() as cache, bed(Path(cache)) as place:
+    with tempfile.TemporaryDirectory() as cache, two_namespaces(Path(cache)) as place:
         try:
             run(place, seed, cases, sys.stdout)
         except (WrongAnswerError, HarnessError) as error:

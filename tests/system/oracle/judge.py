@@ -17,10 +17,10 @@ from typing import Any
 
 from ipsecgate.core.tables.layout import TableId
 from ipsecgate.core.tables.table import EMPTY, TableFullError
-from tests.system.oracle.bed import REFUSAL, Bed
 from tests.system.oracle.caller import Caller
 from tests.system.oracle.capture import HarnessError, Sent, answer
 from tests.system.oracle.model import CLEAR, COVERED, REFUSED, Model
+from tests.system.oracle.two_namespaces import REFUSAL, TwoNamespaces
 from tests.system.oracle.world import Call, World
 
 REFUSED_BY_GATE = errno.errorcode[REFUSAL]
@@ -87,10 +87,10 @@ class Tally:
 
 
 class Judge:
-    """Compares worlds on a bed; `shrinks` what is wrong before it tells."""
+    """Compares the gate with the kernel; `shrinks` a mismatch before reporting it."""
 
-    def __init__(self, bed: Bed, shrinks: bool = True) -> None:
-        self.bed = bed
+    def __init__(self, namespaces: TwoNamespaces, shrinks: bool = True) -> None:
+        self.namespaces = namespaces
         self.shrinks = shrinks
         self.tally = Tally()
 
@@ -114,7 +114,7 @@ class Judge:
 
     def install(self, world: World) -> tuple[World, list[str]]:
         """Install a world; return what of it the kernel took, and the errnos of the rest."""
-        codes = self.bed.installer.install(world)
+        codes = self.namespaces.installer.install(world)
         count = len(world.policies)
         policies = [p for p, code in zip(world.policies, codes, strict=False) if not code]
         states = [s for s, code in zip(world.states, codes[count:], strict=True) if not code]
@@ -123,14 +123,16 @@ class Judge:
 
     async def verdicts(self, world: World) -> list[Verdict]:
         """Answer every call of an installed world. Raises: TableFullError, HarnessError."""
-        bed = self.bed
-        bed.set_port(world.port)
-        await bed.data.publish(TableId.SPD, await bed.table())
-        before = bed.counted()
-        gated = self.made(bed.gated, world)
-        allowed, stopped = (now - then for now, then in zip(bed.counted(), before, strict=True))
-        free = self.made(bed.free, world)
-        model = Model(world, bed.source_for, bed.device)
+        namespaces = self.namespaces
+        namespaces.set_port(world.port)
+        await namespaces.data.publish(TableId.SPD, await namespaces.table())
+        before = namespaces.counted()
+        gated = self.made(namespaces.gated, world)
+        allowed, stopped = (
+            now - then for now, then in zip(namespaces.counted(), before, strict=True)
+        )
+        free = self.made(namespaces.free, world)
+        model = Model(world, namespaces.source_for, namespaces.device)
         found = []
         for call, (told_gated, sent_gated, _), (told, sent, moved) in zip(
             world.calls, gated, free, strict=True
@@ -153,7 +155,7 @@ class Judge:
         spis = {s.spi for s in world.states}
         words = [wire_words(call) for call in world.calls]
         told = caller(words)
-        seen = self.bed.capture.windows(len(words))
+        seen = self.namespaces.capture.windows(len(words))
         return [
             (name, answer(packets, call.dst, call.dport, spis), moved)
             for call, (name, moved), packets in zip(world.calls, told, seen, strict=True)
@@ -164,9 +166,9 @@ class Judge:
     async def explain(self, world: World, verdict: Verdict) -> str:
         """Return a report of a wrong answer, its world made as small as it goes."""
         small, last = await self.shrink(replace(world, calls=(verdict.call,)), verdict)
-        model = Model(small, self.bed.source_for, self.bed.device)
+        model = Model(small, self.namespaces.source_for, self.namespaces.device)
         self.install(small)
-        table = await self.bed.table()
+        table = await self.namespaces.table()
         entries = "\n".join(
             f"  {index} {key} -> {entry.state.name}"
             for (index, key), entry in sorted(table.entries.items(), key=lambda item: item[0][0])
@@ -204,9 +206,9 @@ class Judge:
 
     async def end(self) -> None:
         """Leave nothing behind."""
-        self.bed.installer.flush()
-        await self.bed.data.publish(TableId.SPD, EMPTY)
-        await self.bed.settle()
+        self.namespaces.installer.flush()
+        await self.namespaces.data.publish(TableId.SPD, EMPTY)
+        await self.namespaces.settle()
 
 
 def variants(world: World) -> list[World]:

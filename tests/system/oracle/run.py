@@ -7,9 +7,9 @@ import os
 import time
 from typing import TextIO
 
-from tests.system.oracle.bed import Bed
 from tests.system.oracle.generate import world
 from tests.system.oracle.judge import Judge, Tally
+from tests.system.oracle.two_namespaces import TwoNamespaces
 
 REPORT_EVERY = 10.0
 
@@ -19,22 +19,24 @@ def settings(seed: int, cases: int) -> tuple[int, int]:
     return int(os.environ.get("ORACLE_SEED") or seed), int(os.environ.get("ORACLE_CASES") or cases)
 
 
-def run(bed: Bed, seed: int, cases: int, out: TextIO, shrinks: bool = True) -> Tally:
+def run(
+    namespaces: TwoNamespaces, seed: int, cases: int, out: TextIO, shrinks: bool = True
+) -> Tally:
     """Judge worlds of seed, seed + 1, … until so many calls are counted.
 
     Raises: WrongAnswerError, HarnessError.
     """
-    return asyncio.run(_run(Judge(bed, shrinks), seed, cases, out))
+    return asyncio.run(_run(Judge(namespaces, shrinks), seed, cases, out))
 
 
 async def _run(judge: Judge, seed: int, cases: int, out: TextIO) -> Tally:
     out.write(f"ORACLE_SEED={seed} ORACLE_CASES={cases}\n")
-    bed, tally = judge.bed, judge.tally
+    namespaces, tally = judge.namespaces, judge.tally
     began = last = time.monotonic()
-    await bed.prepare()
+    await namespaces.prepare()
     try:
         while tally.cases < cases:
-            await judge.judge(world(seed + tally.worlds, bed.device))
+            await judge.judge(world(seed + tally.worlds, namespaces.device))
             if time.monotonic() - last > REPORT_EVERY:
                 last = time.monotonic()
                 out.write(f"{tally.cases:>9} cases in {last - began:.0f} s, none wrong\n")

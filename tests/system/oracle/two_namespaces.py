@@ -55,8 +55,8 @@ MARKED_TABLE = 77
 MARKED_HINTS = (("203.0.113.0/24", LOCAL[4][0]), ("2001:db8:b::/64", LOCAL[6][0]))
 
 
-class Bed:
-    """One such place. Use `bed()`, which also enters it."""
+class TwoNamespaces:
+    """The two namespaces. Use `two_namespaces()`, which also enters the first."""
 
     def __init__(self, near: Namespace, cgroup: Path, pins: Pins, far: Namespace) -> None:
         self.pins = pins
@@ -161,8 +161,8 @@ def furnish(name: str, near: Namespace, far: Namespace) -> None:
 
 
 @contextlib.contextmanager
-def bed(cache: Path, name: str | None = None) -> Iterator[Bed]:
-    """Make a bed with the hooks of `cache` and stay in its namespace until the end."""
+def two_namespaces(cache: Path, name: str | None = None) -> Iterator[TwoNamespaces]:
+    """Make the namespaces, with the hooks from `cache`; the block runs in the first of them."""
     name = f"{name or 'oracle'}-{os.getpid()}"
     with contextlib.ExitStack() as stack:
         near, far = Namespace(f"{name}-a"), None
@@ -178,6 +178,6 @@ def bed(cache: Path, name: str | None = None) -> Iterator[Bed]:
         pins.load(bytecode.get(cache))
         pins.attach(cgroup)
         stack.enter_context(near.inside())
-        made = Bed(near, cgroup, pins, far)
+        made = TwoNamespaces(near, cgroup, pins, far)
         stack.callback(made.close)
         yield made

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 ODD = "two\nlines 'single' \"double\" $HOME ö"
-WITNESS = Path("/etc/ipsecgate-guest-was-here")
+MARKER_FILE = Path("/etc/ipsecgate-guest-was-here")
 ESP = (
     "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x100 mode tunnel"
     " aead 'rfc4106(gcm(aes))' 0x1111111111111111111111111111111111111111 128"
 )
-STORY = f"""
+SCRIPT = f"""
 printf '%s\\n' "cwd=$PWD" "odd=$ODD" "home=${{HOME-unset}}" "uid=$(id -u)" "clock=$(date +%s)"
-echo gone >{WITNESS}
+echo gone >{MARKER_FILE}
 {ESP} && ip xfrm state
 mkdir "$IPSECGATE_RESULTS/sub" && echo '<testsuite/>' >"$IPSECGATE_RESULTS/sub/junit.xml"
 stat -f -c 'fs=%T' /sys/fs/cgroup /sys/fs/bpf

@@ -1,4 +1,4 @@
-"""What a monitor tells of the kernel's databases, for tests to read."""
+"""Record the events of an `XfrmMonitor`, for tests to read."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def batch(commands: list[str]) -> None:
     subprocess.run(["ip", "-batch", "-"], input="\n".join(commands), text=True, check=True)
 
 
-class Story:
-    """What a monitor told, with the time it took to arrive."""
+class EventRecorder:
+    """The events of a monitor, with their arrival times."""
 
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -33,7 +33,7 @@ class Story:
 
     def deliver(self, event: Any) -> None:
         self.arrived.append(time.perf_counter())
-        # Numbers that the kernel makes up are of no interest.
+        # Ignore numbers that the kernel chooses.
         match event:
             case PolicySet(entry):
                 event = PolicySet(replace(entry, index=0))
@@ -42,20 +42,20 @@ class Story:
         self.events.append(event)
 
     async def next(self, count: int = 1) -> list[Any]:
-        """Return so many events and forget them."""
+        """Wait for `count` events, remove and return them."""
         await until(lambda: len(self.events) >= count)
         found, self.events = self.events[:count], self.events[count:]
         return found
 
 
 @contextlib.asynccontextmanager
-async def following(**options: Any) -> AsyncIterator[tuple[XfrmMonitor, Story]]:
-    story = Story()
-    async with XfrmMonitor(story.deliver, story.overruns.append, **options) as monitor:
+async def following(**options: Any) -> AsyncIterator[tuple[XfrmMonitor, EventRecorder]]:
+    recorder = EventRecorder()
+    async with XfrmMonitor(recorder.deliver, recorder.overruns.append, **options) as monitor:
         run = asyncio.create_task(monitor.run())
-        await until(lambda: story.events)
+        await until(lambda: recorder.events)
         try:
-            yield monitor, story
+            yield monitor, recorder
         finally:
             run.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""A bed for the hooks: a real cgroup, a namespace whose way out leads nowhere, callers.
+"""A cgroup with the hooks attached, a namespace whose only link leads nowhere, and callers.
 
 The tables are written by hand; every refusal is a real system call's.
 """
@@ -33,8 +33,8 @@ OTHER = {4: "192.0.2.9", 6: "2001:db8:c::9"}
 
 
 @dataclass
-class Bed:
-    """A namespace with a way out that leads nowhere, a cgroup, and the hooks on it."""
+class HookedCgroup:
+    """A cgroup with the hooks attached, in a namespace whose only link leads nowhere."""
 
     cgroup: Path
     pins: Pins
@@ -85,8 +85,10 @@ class Bed:
 
 
 @contextlib.contextmanager
-def bed(name: str, cache: Path, bpffs: Path = Path("/sys/fs/bpf")) -> Iterator[Bed]:
-    """Make a bed; gone with all that it made at the end of the block."""
+def hooked_cgroup(
+    name: str, cache: Path, bpffs: Path = Path("/sys/fs/bpf")
+) -> Iterator[HookedCgroup]:
+    """Make a hooked cgroup; the end of the block removes all of it."""
     with contextlib.ExitStack() as stack:
         namespace = Namespace(name)
         stack.callback(namespace.remove)
@@ -121,7 +123,7 @@ def bed(name: str, cache: Path, bpffs: Path = Path("/sys/fs/bpf")) -> Iterator[B
         stack.callback(gated.close)
         with namespace.inside():
             netns = netns_cookie()
-        made = Bed(cgroup, pins, data, gated, free, namespace, link, netns)
+        made = HookedCgroup(cgroup, pins, data, gated, free, namespace, link, netns)
         data.open_ring(made.refusals.append)
         yield made
 

@@ -24,7 +24,7 @@ CACHE_SIZE = "512k"
 
 
 @contextlib.contextmanager
-def world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
+def build_world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
     """Build the bed, everything covered and spoken to; all of it is gone at the end.
 
     `cache` keeps the compiled hooks; the gate's own is a small disk, to be full some day.

@@ -92,7 +92,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class ClientBed:
+class ClientLab:
     """Clients by name: `to_net` are bound for what must be protected, `forbidden` are not to go."""
 
     lab: Lab
@@ -209,9 +209,9 @@ class ClientBed:
 
 
 @contextlib.contextmanager
-def bed(
+def client_lab(
     name: str, cache: Path, ports: Collection[int] = tuple(daemons.DAEMONS)
-) -> Iterator[ClientBed]:
+) -> Iterator[ClientLab]:
     """Make the bed, with the daemons of some ports; `cache` has the compiled hooks."""
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(name))
@@ -225,4 +225,4 @@ def bed(
             {client.name: client for client in catalogue(str(to), folder / "key")}
             for to in (lab.b.inner[4], lab.b.bare[4])
         )
-        yield ClientBed(lab, gate, to_net, forbidden)
+        yield ClientLab(lab, gate, to_net, forbidden)
