@@ -15,7 +15,7 @@ A held call takes the same way. `edges/holding` reports it before the kernel car
 answers it after the map write.
 
     core         decides, and touches nothing outside
-    edges        touch one outside thing each, and decide nothing
+    edges        touch one outside thing each; no edge decides what happens to a flow
     controller   the long-lived process: carries events in and commands out
     admin        the short-lived work: load, attach, status, check
     cli          the commands that people type

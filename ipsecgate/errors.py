@@ -1,16 +1,17 @@
-"""The errors a user sees: what is wrong, where, and what to do about it.
+"""The errors that a user sees: what is wrong, where, and what to do next.
 
-One class per exit code of the CLI; everything else that escapes is a defect.
+There is one class for each exit code of the CLI. Any other exception that reaches the CLI, except
+OSError, is a defect.
 """
 
 from __future__ import annotations
 
 
 class GateError(Exception):
-    """Something failed that the user can act on. `hint` says how.
+    """A failure that the user can act on.
 
-    `evidence`: lines that show what happened, such as the end of a log; they go
-    between the message and the hint.
+    `hint`: what to do next, or "". `evidence`: lines that show what happened, such as the end of a
+    log; they are printed between the message and the hint.
     """
 
     exit_code = 1
@@ -21,24 +22,24 @@ class GateError(Exception):
         self.evidence = evidence
 
     def report(self) -> str:
-        """Return the error for a log: message, evidence and hint, a line each."""
+        """Return message, evidence and hint as lines for a log."""
         lines = [str(self), *(f"  {line}" for line in self.evidence.splitlines())]
         return "\n".join([*lines, f"hint: {self.hint}"] if self.hint else lines)
 
 
 class UsageError(GateError):
-    """A bad configuration or argument; nothing was changed."""
+    """The configuration or an argument is invalid; nothing was changed."""
 
     exit_code = 2
 
 
 class NoControllerError(GateError):
-    """The verb needs a running controller."""
+    """No controller answers."""
 
     exit_code = 3
 
 
 class KernelLacksError(GateError):
-    """The kernel, or a file system it offers, cannot do what is needed."""
+    """The kernel, or a file system or program of the machine, lacks what is needed."""
 
     exit_code = 4

@@ -1,4 +1,4 @@
-"""One writer at a time: file locks that the kernel drops when their holder dies."""
+"""File locks, which the kernel releases when the process that holds them dies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipsecgate.errors import GateError
 
 @contextmanager
 def held(path: Path, *, wait: bool, busy: str) -> Iterator[None]:
-    """Hold a lock file for the block. Raises: GateError saying `busy` if not `wait`."""
+    """Hold a lock file during the block. Raises: GateError `busy` if it is held and not `wait`."""
     trust.folder(path.parent)
     fd = trust.open_file(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:

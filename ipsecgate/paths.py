@@ -1,4 +1,4 @@
-"""Where an instance keeps what: all of it relocatable by option or environment."""
+"""The files and folders of an instance. Options and environment variables can move them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_INSTANCE = "default"
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """One instance's places. Raises: UsageError for an instance name bpffs cannot hold."""
+    """The paths of one instance. Raises: UsageError for an invalid instance name."""
 
     config: Path = DEFAULT_CONFIG
     instance: str = DEFAULT_INSTANCE
@@ -31,35 +31,35 @@ class Paths:
 
     @property
     def run_instance(self) -> Path:
-        """The run folder; the default instance's is the top one."""
+        """The folder for sockets and locks; that of the default instance is `run` itself."""
         return self.run if self.instance == DEFAULT_INSTANCE else self.run / self.instance
 
     @property
     def control(self) -> Path:
-        """The controller's socket, root only."""
+        """The socket of the controller, for root only."""
         return self.run_instance / "control.sock"
 
     @property
     def seccomp(self) -> Path:
-        """The socket at which container runtimes leave their listeners, root only."""
+        """The socket to which container runtimes send seccomp listeners, for root only."""
         return self.run_instance / "seccomp.sock"
 
     @property
     def holds(self) -> Path:
-        """The system calls that wait, for a successor of the controller."""
+        """The folder of the held calls, which the next controller reads."""
         return self.run_instance / "holds"
 
     @property
     def lock(self) -> Path:
-        """Held by whoever changes pins, for as long as it does."""
+        """The lock file that a process holds while it changes pins."""
         return self.run_instance / "lock"
 
     @property
     def remembered(self) -> Path:
-        """What IKE told must be protected, for a start without IKE."""
+        """The children that strongSwan had loaded, for a start without strongSwan."""
         return self.cache / f"{self.instance}.children.json"
 
     @property
     def targets(self) -> Path:
-        """Which cgroups were to be gated last, for a boot with a broken configuration."""
+        """The last configured cgroups, for a boot with an invalid configuration."""
         return self.cache / f"{self.instance}.cgroups.json"

@@ -1,8 +1,8 @@
-"""Make text that others wrote safe to show: process names, IKE identities, paths, error texts.
+"""Make text from outside safe to print: process names, IKE identities, paths, error texts.
 
-An escape sequence would move a terminal's cursor or hide text; a line break would forge a line of a
-log; a bidirectional control would show a name in another order. Each such character is shown as
-Python writes it, for example \\x1b. JSON does the same with \\u escapes.
+An escape sequence could move the cursor or hide text; a line break could forge a line of a log; a
+bidirectional control could reorder a name. Each such character is printed as a Python escape, for
+example \\x1b. JSON uses \\u escapes.
 
 Source: Unicode general categories C (other) and Z (separator), UAX #44.
 """
@@ -24,12 +24,12 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Return `text` with its line breaks; each line after the first is indented by two blanks."""
+    """Return `text` escaped but for its line breaks; later lines are indented by two blanks."""
     return "\n  ".join(map(printable, text.split("\n")))
 
 
 def printable_document(value: Any) -> Any:
-    """Return a copy of a document whose texts, keys included, are all printable."""
+    """Return a copy of a document with all texts escaped, including keys."""
     match value:
         case str():
             return printable(value)
@@ -41,7 +41,7 @@ def printable_document(value: Any) -> Any:
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:
-    """Return a JSON document in printable ASCII; a text in it is what it was once parsed."""
+    """Return a JSON document in printable ASCII. Parsing it gives the original texts."""
     return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
 
 

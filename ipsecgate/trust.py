@@ -1,8 +1,8 @@
 """What root may read, write to and run: files, folders and programs that no other user can change.
 
-Rules of this module: the owner is root or the caller, and nobody else may write; a folder that
-fails is an error, never another folder. Programs run in / with `ENVIRONMENT`, so neither the
-current folder nor a variable decides which program or module is taken.
+Rules of this module: the owner must be root or the caller, and nobody else may have write access.
+A folder that fails this check is an error; no other folder replaces it. Programs run in / with
+`ENVIRONMENT`, so neither the current folder nor a variable can substitute a program or module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from ipsecgate.errors import GateError
 
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
-"""All that a program we start inherits: no PYTHONPATH, LD_PRELOAD, TMPDIR or BCC_KERNEL_SOURCE."""
+"""The environment of the programs that we start: no PYTHONPATH, LD_PRELOAD or TMPDIR."""
 
 
 class UntrustedError(GateError):
@@ -27,7 +27,7 @@ class UntrustedError(GateError):
 def run(
     argv: Sequence[str], variables: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program of the system's to its end, its output captured.
+    """Run a system program until it exits, and capture its output.
 
     `variables` are added to `ENVIRONMENT`. Raises: OSError if it cannot be started.
     """
@@ -42,11 +42,11 @@ def run(
 
 
 def folder(path: Path, mode: int = 0o755) -> Path:
-    """Return a folder of ours, made with its parents if it is missing.
+    """Create a folder and its parents if missing, check it, and return it.
 
-    Raises: UntrustedError; OSError if it cannot be made.
+    Raises: UntrustedError; OSError if it cannot be created.
     """
-    for missing in reversed([one for one in (path, *path.parents) if not one.exists()]):
+    for missing in reversed([each for each in (path, *path.parents) if not each.exists()]):
         missing.mkdir(mode=mode, exist_ok=True)
     link = path.lstat()
     if stat.S_ISLNK(link.st_mode) and not _owned(link):
@@ -60,7 +60,7 @@ def folder(path: Path, mode: int = 0o755) -> Path:
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY | os.O_NOFOLLOW) -> int:
-    """Open a regular file; return its descriptor, close-on-exec. A new one has mode 0600.
+    """Open a regular file and return its close-on-exec descriptor. A new file has mode 0600.
 
     Raises: UntrustedError; OSError.
     """
@@ -78,7 +78,7 @@ def open_file(path: Path, flags: int = os.O_RDONLY | os.O_NOFOLLOW) -> int:
 
 
 def read(path: Path, *, follow: bool = False) -> str:
-    """Return the text of a file; `follow`: it may be a symbolic link, whose target is judged.
+    """Return the text of a file. `follow`: it may be a symbolic link, whose target is checked.
 
     Raises: UntrustedError; OSError; UnicodeDecodeError.
     """
@@ -92,7 +92,10 @@ def _owned(facts: os.stat_result) -> bool:
 
 
 def _safe(facts: os.stat_result) -> bool:
-    """Tell whether nobody but the owner, root or we can write, the group being root's or ours."""
+    """Return whether the owner is root or we, and no other user or group can write.
+
+    The group may write if it is root's or ours.
+    """
     writable = facts.st_mode & stat.S_IWOTH
     if facts.st_gid not in (0, os.getegid()):
         writable |= facts.st_mode & stat.S_IWGRP

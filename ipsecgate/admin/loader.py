@@ -33,7 +33,7 @@ def gated_cgroups(paths: Paths) -> list[Path]:
 
 def is_gated(paths: Paths, pid: int) -> bool:
     """Return whether a process is in a gated cgroup, or below one. Raises: OSError."""
-    return any(map(cgroups.of(pid).is_relative_to, gated_cgroups(paths)))
+    return any(map(cgroups.of_process(pid).is_relative_to, gated_cgroups(paths)))
 
 
 def gated_ids(paths: Paths) -> set[int]:

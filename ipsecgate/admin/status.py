@@ -186,7 +186,7 @@ def _without_controller(paths: Paths, read_config: Callable[[], Config]) -> Gate
         config = read_config()
     except UsageError as error:
         errors.append(str(error))
-    policies = config.settings.policies or derived(saved_state.recall(paths.remembered))
+    policies = config.settings.policies or derived(saved_state.load_children(paths.remembered))
     return {
         "errors": errors,
         "sa_source": _sa_source(config.settings.sa_source),

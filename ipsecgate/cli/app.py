@@ -9,6 +9,7 @@ import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -50,12 +51,12 @@ class App:
         """Print one JSON document."""
         click.echo(as_json(data, indent=2))
 
-    def done(self, text: str, **data: Any) -> None:
-        """Print the result of a verb: `text`, or `data` as JSON."""
+    def done(self, *lines: str, **data: Any) -> None:
+        """Print the result of a verb: lines of text, or `data` as JSON."""
         if self.json:
             self.document(data)
-        else:
-            self.out.print(printable(text))
+        for line in () if self.json else lines:
+            self.out.print(printable(line), soft_wrap=True)
 
 
 class _OneLine(logging.Formatter):
@@ -178,20 +179,22 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     sys.excepthook = _print_defect
     arguments = sys.argv[1:] if argv is None else argv
+    ours = set(takewhile(lambda word: word not in _Verbs.verbs, arguments))  # the rest is a verb's
+    as_document, verbose = "--json" in ours, bool(ours & {"--verbose", "-v"})
     try:
         code = cli.main(args=arguments, prog_name="ipsecgate", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        if "--json" in arguments:
+        if as_document:
             _explain(GateError(error.format_message()), document=True)
         else:
             error.show()
         sys.exit(error.exit_code)
     except GateError as error:
-        _explain(error, "--json" in arguments)
-        if "--verbose" in arguments or "-v" in arguments:
+        _explain(error, as_document)
+        if verbose:
             raise
         sys.exit(error.exit_code)
     except BrokenPipeError:
@@ -199,7 +202,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(0)
     except OSError as error:
         hint = "run it as root" if isinstance(error, PermissionError) else ""
-        _explain(GateError(str(error), hint=hint), "--json" in arguments)
+        _explain(GateError(str(error), hint=hint), as_document)
         sys.exit(1)
 
 

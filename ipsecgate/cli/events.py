@@ -46,7 +46,7 @@ def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
             app.document(shown)
         else:
             for record in shown:
-                app.out.print(line(record))
+                app.out.print(line(record), soft_wrap=True)
         return
     for record in chain(shown, _new(app, past[-1]["seq"] if past else 0)):
         if denied and record["kind"] == "log":
@@ -54,7 +54,7 @@ def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
         if app.json:
             click.echo(as_json(record))
         else:
-            app.out.print(line(record))
+            app.out.print(line(record), soft_wrap=True)
 
 
 def _since(app: App, seq: int) -> list[dict[str, Any]]:
@@ -84,10 +84,9 @@ def line(record: dict[str, Any]) -> Text:
     )
     if record["kind"] == "log":
         return text.append(record["text"])
-    text.append(record["flow"], style="bold")
-    if record["pid"] is not None:
-        text.append(f"  {record['comm']} ({record['pid']})")
-    text.append(f"  {record['text']}")
+    process = "" if record["pid"] is None else f"{record['comm']} ({record['pid']})"
+    text.append(f"{record['flow']:22}", style="bold")
+    text.append(f"  {process:16}  {record['text']}")
     if record["policy"]:
         text.append(f"  policy {record['policy']}", style="dim")
     if record["audited"]:

@@ -33,8 +33,12 @@ def load(app: App, gate: bool) -> None:
     loader.load(app.paths)
     root = loader.pins_of(app.paths).root
     gated = loader.attach_all(app.paths, targets) if gate else []
-    text = "".join(f"\ngated: {path}" for path in gated)
-    app.done(f"loaded: {root}{text}", loaded=str(root), attached=[str(path) for path in gated])
+    app.done(
+        f"loaded: {root}",
+        *(f"gated: {path}" for path in gated),
+        loaded=str(root),
+        attached=[str(path) for path in gated],
+    )
 
 
 def _gate_last_targets(paths: Paths, error: UsageError) -> None:
@@ -42,7 +46,7 @@ def _gate_last_targets(paths: Paths, error: UsageError) -> None:
 
     Raises: UsageError, the given one extended by their names.
     """
-    targets = saved_state.recall_targets(paths.targets)
+    targets = saved_state.load_targets(paths.targets)
     if targets:
         loader.load(paths)
         gated = ", ".join(map(str, loader.attach_all(paths, targets))) or "none that exists"

@@ -85,7 +85,7 @@ class Controller:
         self._config = config
         self._reload = Reload(read, self._adopt)
         self._targets = Targets(paths, loader.check_targets(paths, config))
-        self._gate = Gate(config.settings, saved_state.recall(paths.remembered))
+        self._gate = Gate(config.settings, saved_state.load_children(paths.remembered))
         self._data = Datapath(loader.pins_of(paths))
         self._hooks = HookWriter(self._data)
         self._queue = EventQueue()

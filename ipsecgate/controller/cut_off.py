@@ -17,7 +17,7 @@ log = logging.getLogger("ipsecgate")
 async def close_sockets(paths: Paths, is_cut_off: Callable[[Flow], bool]) -> None:
     """Close the sockets whose flows are cut off; the backstop blocks those that can't be closed."""
     try:
-        lost = [sock for sock in await sockets.standing() if is_cut_off(sock.flow)]
+        lost = [sock for sock in await sockets.connected() if is_cut_off(sock.flow)]
         gated = await asyncio.to_thread(loader.gated_ids, paths) if lost else ()
         closed = await sockets.destroy([sock for sock in lost if sock.cgroup in gated])
     except OSError as error:

@@ -66,7 +66,7 @@ class HookWriter:
         if not pid:
             return
         try:
-            cgroup = cgroups.of(pid).stat().st_ino
+            cgroup = cgroups.of_process(pid).stat().st_ino
         except (OSError, GateError) as error:
             # It has ended, so another process may have its pid; or its cgroup is not visible.
             log.warning(
@@ -91,7 +91,7 @@ class HookWriter:
             ) from error
 
     async def _verify(self, command: do.Verify) -> None:
-        repaired = await self._data.verify(command.table, command.content)
+        repaired = await self._data.repair(command.table, command.content)
         self.repaired += repaired
         if repaired:
             name = command.table.name

@@ -22,7 +22,7 @@ class Remembered:
         """Write the file; a failure is logged, and only matters at a restart."""
         self._unwritten = None
         try:
-            saved_state.keep(self._path, command.children)
+            saved_state.save_children(self._path, command.children)
         except OSError as error:
             self._unwritten = command
             log.error("cannot write %s: %s", self._path, error.strerror or error)

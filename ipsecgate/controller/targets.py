@@ -110,7 +110,7 @@ class Targets:
     async def _take(self, folders: Folders) -> bool:
         """Act on notifications; return False if some were lost."""
         try:
-            for event in folders.news():
+            for event in folders.events():
                 match event:
                     case Overflow():
                         return False
@@ -152,7 +152,7 @@ class Targets:
         if self._saved == self._wanted:
             return
         try:
-            saved_state.keep_targets(self._paths.targets, self._wanted)
+            saved_state.save_targets(self._paths.targets, self._wanted)
         except OSError as error:
             log.warning("cannot write %s: %s", self._paths.targets, error.strerror or error)
         else:

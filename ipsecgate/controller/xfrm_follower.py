@@ -39,7 +39,7 @@ class XfrmFollower:
     def read_now(self) -> None:
         """Deliver the notifications that have arrived so far."""
         if self._monitor is not None:
-            self._monitor.look()
+            self._monitor.drain()
 
     async def check(self, also: Callable[[], None]) -> None:
         """Have the databases compared regularly, and call `also` each time, until cancelled."""

@@ -17,8 +17,8 @@ from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.path import LINK
 from tests.chaos.voice import Voice
 from tests.chaos.world import NOWHERE, OPEN, PORT, SPECS, World, ip
-from tests.system.keeper import Keeper
-from tests.system.witness import ProtectionSource
+from tests.system.fd_store import FdStore
+from tests.system.kernel_events import KernelEvents
 
 CACHE_SIZE = "512k"
 
@@ -40,13 +40,13 @@ def build_world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
             know_neighbour(host, lab.peer(host))
             host.charon.configure(HASTY)
         Voice(lab.b, World.argv("server", str(PORT)))
-        witness = ProtectionSource(lab.a.namespace, lab.a.outer.values())
-        stack.callback(witness.close)
-        keeper = stack.enter_context(Keeper())
+        kernel_events = KernelEvents(lab.a.namespace, lab.a.outer.values())
+        stack.callback(kernel_events.close)
+        store = stack.enter_context(FdStore())
         gate = stack.enter_context(Gated(lab, cache=stack.enter_context(disk(cache))))
         gate.kill()  # nobody keeps this one's descriptors
-        keeper.start(gate)
-        made = World(lab, gate, witness, keeper)
+        store.start(gate)
+        made = World(lab, gate, kernel_events, store)
         stack.callback(made.close)
         for host in (lab.b, lab.a):
             made.load(host)

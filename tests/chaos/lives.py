@@ -42,7 +42,7 @@ def killed(world: World, rng: random.Random) -> None:
 
 def killed_while_it_starts(world: World, rng: random.Random) -> None:
     world.gate.kill()
-    launcher, env, fds = world.keeper.words()
+    launcher, env, fds = world.store.words()
     argv = [*launcher, *world.gate.argv("run")]
     with world.gate.log.open("a") as log:
         process = world.lab.a.popen(argv, stdout=log, stderr=log, env=env, fds=fds)

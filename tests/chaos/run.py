@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from ipsecgate.edges.host.saved_state import recall
+from ipsecgate.edges.host.saved_state import load_children
 from tests.chaos import faults_gate, faults_kernel, faults_operator, faults_scarce
 from tests.chaos.fault import Fault, draw
 from tests.chaos.tally import TOLERANCE
@@ -145,7 +145,7 @@ def settle(world: World) -> None:
         for remote in child["remote-ts"]
     }
     while True:
-        kept = recall(world.gate.paths.remembered)
+        kept = load_children(world.gate.paths.remembered)
         missing = wanted - {str(one.network) for child in kept for one in child.remote}
         if not missing:
             return

@@ -66,7 +66,7 @@ def little_memory(world: World, limit: int) -> Iterator[None]:
     if not pid or "memory" not in (cgroups.root() / "cgroup.controllers").read_text().split():
         yield
         return
-    before = cgroups.of(pid)
+    before = cgroups.of_process(pid)
     group = world.lab.cgroup("little-memory")
     for parent in (cgroups.root(), group.parent):
         (parent / "cgroup.subtree_control").write_text("+memory")

@@ -85,9 +85,11 @@ def rekeyed(world: World, rng: random.Random, rekeys: int) -> Iterator[int]:
         host = rng.choice([world.lab.a, world.lab.b])
         if done % 25 == 0:
             vici(host, "rekey", ike=spec.name)  # besides
-        seen = len(world.witness.events())
+        seen = len(world.kernel_events.events())
         asked = 0.0
-        while not any(e.name == "DELSA" and e.outbound for e in world.witness.events()[seen:]):
+        while not any(
+            e.name == "DELSA" and e.outbound for e in world.kernel_events.events()[seen:]
+        ):
             if time.monotonic() > asked + PATIENCE:
                 vici(host, "rekey", child=spec.child_name)
                 asked = time.monotonic()

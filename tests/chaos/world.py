@@ -34,8 +34,8 @@ from ipsecgate.lab.hosts import ConnSpec, Lab
 from tests.chaos import waiting
 from tests.chaos.tally import Span, Tally, kernel_gaps, spread
 from tests.chaos.voice import Voice
-from tests.system.keeper import Keeper
-from tests.system.witness import ProtectionSource
+from tests.system.fd_store import FdStore
+from tests.system.kernel_events import KernelEvents
 
 PORT, CLOSED_PORT = 7400, 7401
 PERIOD, HELD_PERIOD = 0.05, 0.1
@@ -66,8 +66,8 @@ class World:
     speaker: Voice
     waiter: Voice  # its calls are held
 
-    def __init__(self, lab: Lab, gate: Gated, witness: ProtectionSource, keeper: Keeper) -> None:
-        self.lab, self.gate, self.witness, self.keeper = lab, gate, witness, keeper
+    def __init__(self, lab: Lab, gate: Gated, kernel_events: KernelEvents, store: FdStore) -> None:
+        self.lab, self.gate, self.kernel_events, self.store = lab, gate, kernel_events, store
         self.route = lab.a.namespace.route()
         self.tally = Tally()
         self.troubles: list[Span] = []
@@ -102,13 +102,13 @@ class World:
         """Have the processes speak, and wait until all that they say is answered."""
         host, gate = self.lab.a, self.gate
         words = [sys.executable, "-S", "-I", str(WAITER), str(HELD_PERIOD), json.dumps(self.waits)]
-        self.keeper.take()  # its queue is short: there must be room for the listener
+        self.store.take()  # its queue is short: there must be room for the listener
         self.waiter = Voice(host, gate.exec_argv(*words, options=["--hold", f"{waiting.HOLD:g}s"]))
         self.speaker = Voice(
             host, self.argv("speaker", str(PERIOD), json.dumps(self.targets)), gate.cgroup
         )
-        self.keeper.take()
-        assert self.keeper.kept, "without its listener it would end with the first controller"
+        self.store.take()
+        assert self.store.kept, "without its listener it would end with the first controller"
         self.troubles.append((-math.inf, self.recover()))
         self.judge()
 
@@ -118,7 +118,7 @@ class World:
 
     def start_gate(self) -> None:
         """Start a controller as a service manager would, and wait until it is ready."""
-        self.keeper.start(self.gate)
+        self.store.start(self.gate)
 
     def mend(self) -> None:
         """Have everybody alive who should be, as a service manager would."""
@@ -213,7 +213,7 @@ class World:
         blocked = self._blocks()
         self.tally.blocked += blocked - self._blocked
         self._blocked = blocked
-        events = self.witness.events()
+        events = self.kernel_events.events()
         gaps = {family: kernel_gaps(events, family, self.policies) for family in (4, 6)}
         for one, target in zip(told, self.targets, strict=True):
             spans = [*self.troubles, *gaps[6 if ":" in target[1] else 4]]

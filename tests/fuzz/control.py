@@ -109,6 +109,6 @@ class Answer(Target):
         return json.dumps({"ok": told}).encode() + b"\n", told
 
     def feed(self, data: bytes) -> Any:
-        result = control.understood(Path("/x"), "status", data)
+        result = control.parse_answer(Path("/x"), "status", data)
         assert isinstance(result, dict)
         return result

@@ -167,7 +167,7 @@ class Memory(_Folder):
             )
             for number in range(random.choice((0, 1, 1, 2)))
         )  # fmt: skip
-        saved_state.keep(self._path, children)
+        saved_state.save_children(self._path, children)
         return self._path.read_bytes(), children
 
     def damaged(self, random: Random) -> bytes:
@@ -188,7 +188,7 @@ class Memory(_Folder):
 
     def feed(self, data: bytes) -> Any:
         self._write(data)
-        children = saved_state.recall(self._path)
+        children = saved_state.load_children(self._path)
         if data.strip() and not children:
             assert json.loads(data) == [], "a broken file is never an empty set"
         gate = Gate(Settings(), children)

@@ -34,7 +34,7 @@ from ipsecgate.core.codec.seccomp import (
     RETURN,
     notification,
 )
-from ipsecgate.edges.holding.seccomp import abi, answer, install, read, receive
+from ipsecgate.edges.holding.seccomp import abi, answer, install, read_memory, receive
 
 AREA = 11008
 """Bytes of the XSAVE area of a CPU with AMX."""
@@ -75,7 +75,7 @@ def serve(listener: int, ended: threading.Event) -> int:
             asked = notification(buffer.raw)
             short = False
             with suppress(OSError, struct.error):  # it was killed meanwhile
-                _base, length = struct.unpack("=QQ", read(asked.pid, asked.args[3], 16))
+                _base, length = struct.unpack("=QQ", read_memory(asked.pid, asked.args[3], 16))
                 short = length < AREA
             refused += short
             answer(listener, asked.id, errno.EFAULT if short else None)

@@ -14,7 +14,7 @@ import pytest
 from ipsecgate.edges.host import cgroups
 from ipsecgate.lab.room import CANNOT_RUN, PREFIX, TIMED_OUT, delegated, hidden_folders
 from tests.guest.processes import outlived
-from tests.system.life import until
+from tests.until import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
 
@@ -50,7 +50,7 @@ def _nothing_stays() -> object:
     before = left()
     yield
     # systemd removes a scope when its last process has ended.
-    until(lambda: left() == before, "a cgroup stays")
+    wait_until(lambda: left() == before, "a cgroup stays")
 
 
 def test_it_is_a_world_of_its_own(tmp_path: Path) -> None:

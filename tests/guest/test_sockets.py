@@ -23,7 +23,7 @@ def inside(hooked: HookedCgroup) -> object:
 
 
 def listed(wanted: Callable[[Standing], bool]) -> list[Standing]:
-    return [one for one in asyncio.run(sockets.standing()) if wanted(one)]
+    return [one for one in asyncio.run(sockets.connected()) if wanted(one)]
 
 
 @pytest.mark.parametrize(("call", "proto"), [("kept connected 4", UDP), ("kept tcp", TCP)])

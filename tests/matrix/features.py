@@ -82,7 +82,7 @@ def ends_sockets() -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours:
         ours.connect(("127.0.0.1", 9))
         port = ours.getsockname()[1]
-        listed = [one for one in asyncio.run(sockets.standing()) if one.flow.sport == port]
+        listed = [one for one in asyncio.run(sockets.connected()) if one.flow.sport == port]
         try:
             return asyncio.run(sockets.destroy(listed)) == 1
         except OSError as error:

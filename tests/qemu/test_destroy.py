@@ -22,7 +22,8 @@ from ipsecgate.lab.xfrm_watch import XfrmWatch
 from tests.chaos.voice import Voice
 from tests.chaos.world import SPEAKER
 from tests.system.conftest import cache
-from tests.system.life import ask, until
+from tests.system.strongswan import vici
+from tests.until import wait_until
 
 __all__ = ["cache"]
 
@@ -103,16 +104,16 @@ def test_who_stands_without_an_sa_is_told_at_once(
         other = Stander(lab, lab.b.address(spec), None)
 
         lab.a.charon.rekey(spec.child_name)
-        until(lambda: len(deleted(watch)) == 1, "not rekeyed")
+        wait_until(lambda: len(deleted(watch)) == 1, "not rekeyed")
         assert gated.echo() == other.echo() == FINE, "made before it was broken"
 
-        ask(lab.a if side == "a" else lab.b, "terminate", child=spec.child_name)
+        vici(lab.a if side == "a" else lab.b, "terminate", child=spec.child_name)
         told = {name: (error, when) for name, error, when in (gated.hear(), gated.hear())}
         assert {name: error for name, (error, _) in told.items()} == {
             "tcp": "ECONNABORTED",
             "udp": "ECONNABORTED",
         }
-        until(lambda: len(deleted(watch)) == 2, "not deleted")
+        wait_until(lambda: len(deleted(watch)) == 2, "not deleted")
         assert max(when for _, when in told.values()) - deleted(watch)[1] < AT_ONCE
         assert gated.echo() == {"tcp": "EPIPE", "udp": "EDESTADDRREQ"}
 

@@ -1,6 +1,6 @@
-"""Ways round the gate, each tried by a program that is gated: one word, one line of JSON.
+"""Attempts of a gated program to get around the gate, one per run.
 
-python attacker.py WAY ADDRESS [ARGUMENT]  ->  ["EPERM", ...], what each step was told
+python attacker.py ATTACK ADDRESS [ARGUMENT]  ->  ["EPERM", ...], the errno of each step
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ BPF_OBJ_GET = 7
 PORT = 9
 
 
-def told(step: Callable[[], object]) -> str:
-    """Return an errno's name, "" for none."""
+def result(step: Callable[[], object]) -> str:
+    """Return the name of the errno of a step, "" for success."""
     try:
         step()
     except OSError as error:
@@ -45,22 +45,22 @@ def checked(result: int) -> None:
 
 def raw(address: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, 253) as sock:
-        return told(lambda: sock.sendto(b"x", (address, 0)))
+        return result(lambda: sock.sendto(b"x", (address, 0)))
 
 
 def datagram(address: str) -> str:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        return told(lambda: sock.sendto(b"x", (address, PORT)))
+        return result(lambda: sock.sendto(b"x", (address, PORT)))
 
 
 def polled(address: str, _argument: str) -> Iterator[str]:
-    """Have a thread of the kernel's make the socket, and connect it."""
-    yield told(lambda: uring.polled_connect(address, PORT))
+    """Let an io_uring kernel thread make a socket and connect it."""
+    yield result(lambda: uring.polled_connect(address, PORT))
 
 
 def handed(_address: str, argument: str) -> Iterator[str]:
-    """Give a socket to somebody outside."""
+    """Pass a socket to a process outside the cgroup."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         with socket.socket(fileno=int(argument)) as there:
             socket.send_fds(there, [b"x"], [sock.fileno()])
@@ -68,15 +68,15 @@ def handed(_address: str, argument: str) -> Iterator[str]:
 
 
 def posing(address: str, _argument: str) -> Iterator[str]:
-    """Pose as the peer: what goes to an own address is exempt."""
+    """Pose as the peer: packets to an own address are exempt."""
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
-        yield told(lambda: sock.bind((address, 0)))
-        yield told(lambda: sock.sendto(b"x", (address, PORT)))
+        yield result(lambda: sock.bind((address, 0)))
+        yield result(lambda: sock.sendto(b"x", (address, PORT)))
 
 
 def powerless(_address: str, argument: str) -> Iterator[str]:
-    """Be root without a capability, and open the maps' pins."""
+    """Open a pinned map as root without capabilities."""
     for number in range(64):
         uring.libc.prctl(PR_CAPBSET_DROP, number)
     header, none = struct.pack("=Ii", CAPABILITY_VERSION_3, 0), bytes(24)
@@ -84,15 +84,15 @@ def powerless(_address: str, argument: str) -> Iterator[str]:
         raise OSError(ctypes.get_errno(), "capset")
     name = ctypes.create_string_buffer(argument.encode())
     attr = struct.pack("=QII", ctypes.addressof(name), 0, 0) + bytes(104)
-    yield told(lambda: checked(uring.libc.syscall(BPF, BPF_OBJ_GET, attr, 16)))
+    yield result(lambda: checked(uring.libc.syscall(BPF, BPF_OBJ_GET, attr, 16)))
 
 
 def unshared(address: str, argument: str) -> Iterator[str]:
-    """Be root of namespaces of its own, with a way out whose index one may choose."""
+    """Become root in new user and network namespaces, with a link of a chosen index."""
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
-    uring.libc.prctl(4, 1)  # PR_SET_DUMPABLE: else its files in /proc are root's
+    uring.libc.prctl(4, 1)  # PR_SET_DUMPABLE: otherwise root owns its files in /proc
     if uring.libc.unshare(CLONE_NEWUSER | CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare")
     for name, line in (

@@ -1,9 +1,9 @@
-"""A process that makes the system calls it is told to: one JSON line in, one errno out.
+"""A process that makes system calls on request: one JSON line in, one errno out.
 
     {"call": "tcp", "address": "::1", "port": 80, "bind": null, "options": []}  ->  "" or "EPERM"
 
-TCP does not wait: EINPROGRESS means that a SYN is on its way. A call that begins
-with "kept " is made on one socket every time. `bind` is an address, or address#port.
+TCP does not wait: EINPROGRESS means that a SYN was sent. A call that begins with "kept " uses the
+same socket every time. `bind` is an address, or address#port.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IP_FREEBIND = 15
 
 
 class Caller:
-    """Such a process in a network namespace, in a cgroup or outside any."""
+    """Such a process in a network namespace, in a cgroup or in none."""
 
     def __init__(self, namespace: Path, cgroup: Path | None) -> None:
         join = f"echo 0 > {cgroup}/cgroup.procs && " if cgroup else ""
@@ -60,11 +60,11 @@ class Caller:
         self.process.communicate()
 
 
-def called_again(told: Sequence[str], times: int = 5) -> None:
-    """Wait until who hammers made that many calls more."""
-    enough, deadline = len(told) + times, time.monotonic() + 30
-    while len(told) < enough:
-        assert time.monotonic() < deadline, "nobody calls"
+def called_again(results: Sequence[str], times: int = 5) -> None:
+    """Wait until `hammering` has made that many more calls."""
+    enough, deadline = len(results) + times, time.monotonic() + 30
+    while len(results) < enough:
+        assert time.monotonic() < deadline, "no more calls were made"
         time.sleep(0.01)
 
 
@@ -72,24 +72,24 @@ def called_again(told: Sequence[str], times: int = 5) -> None:
 def hammering(
     namespace: Path, cgroup: Path | None, call: str, address: str, port: int
 ) -> Iterator[list[str]]:
-    """Make a call over and over without a pause, once before this goes on.
+    """Repeat a call without a pause during the block, which begins after the first one.
 
-    The list, which grows, is what came of each.
+    Yields the growing list of results.
     """
     caller = Caller(namespace, cgroup)
-    told: list[str] = []
+    results: list[str] = []
     ended = threading.Event()
 
     def hammer() -> None:
         while not ended.is_set():
-            told.append(caller(call, address, port))
+            results.append(caller(call, address, port))
 
     thread = threading.Thread(target=hammer)
     thread.start()
     try:
-        while not told:
+        while not results:
             time.sleep(0.01)
-        yield told
+        yield results
     finally:
         ended.set()
         thread.join()
@@ -213,10 +213,10 @@ def main() -> None:
     for line in sys.stdin:
         try:
             attempt(**json.loads(line))
-            told = ""
+            result = ""
         except OSError as error:
-            told = errno.errorcode.get(error.errno or 0, repr(error))
-        sys.stdout.write(f"{told}\n")
+            result = errno.errorcode.get(error.errno or 0, repr(error))
+        sys.stdout.write(f"{result}\n")
         sys.stdout.flush()
 
 

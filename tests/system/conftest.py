@@ -1,4 +1,4 @@
-"""What the system tests share. They need root and a kernel with BPF and ESP: nothing skips."""
+"""Fixtures of the system tests. They need root and a kernel with BPF and ESP; nothing skips."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from tests.system.hooked_cgroup import HookedCgroup, hooked_cgroup
 
-# So that a failure there says what was found, as one in a test does.
-pytest.register_assert_rewrite("tests.system.life", "tests.system.manager", "tests.system.booted")
+# Asserts in these modules show their operands, as in tests.
+pytest.register_assert_rewrite(
+    "tests.system.observation", "tests.system.booted_systemd", "tests.system.systemd_host"
+)
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hooks compiled once for all tests; or before, into the folder IPSECGATE_TEST_BYTECODE.
+    """A folder with the compiled hooks: IPSECGATE_TEST_BYTECODE, or compiled once for all tests.
 
     Bytecode does not depend on the kernel, and compiling takes a minute under emulation.
     """
@@ -32,7 +34,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unique(request: pytest.FixtureRequest) -> str:
-    """A name for namespaces, cgroups and instances: the test's own."""
+    """A name of the test's own for namespaces, cgroups and instances."""
     return f"t{abs(hash(request.node.nodeid)) % 10**8}"
 
 
@@ -53,7 +55,7 @@ def hooked(module_hooked: HookedCgroup) -> HookedCgroup:
 
 @pytest.fixture
 def lab(module_lab: Lab) -> Lab:
-    """The module's lab (its own `module_lab`), as new."""
+    """The module's lab (its own `module_lab`), reset."""
     module_lab.set_delay(0)
     module_lab.reset()
     return module_lab
@@ -68,7 +70,7 @@ def module_gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
 
 @pytest.fixture
 def gate(lab: Lab, module_gate: Gated) -> Gated:
-    """A gate that runs, covers nothing and holds nothing: the lab was reset."""
+    """A running gate without negotiations, SAs or held calls: the lab was reset."""
     if module_gate.process is None:
         module_gate.start()
     while any(n["state"] != "uncovered" for n in module_gate.ask()["negotiations"]):

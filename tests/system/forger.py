@@ -1,6 +1,6 @@
-"""A socket that tries to send what is taken for another's, or to where nobody was asked about.
+"""A socket that tries to pass for another, or to send where the hooks were not asked.
 
-One socket is kept from call to call and goes through steps, by their names:
+One socket is kept from call to call and goes through named steps:
 
     forge udp4 connect more     then, when the SA is gone:     forge leave send
 
@@ -100,7 +100,7 @@ def _option(word: str, family: int, segment: str) -> tuple[int, int, int | bytes
             return socket.IPPROTO_IP, socket.IP_OPTIONS, raw
         case "record":  # RFC 791: the route
             return socket.IPPROTO_IP, socket.IP_OPTIONS, bytes([7, 7, 4, 0, 0, 0, 0, 0])
-        case "abort":  # when it is closed, and send nothing again
+        case "abort":  # RST at close, and no retransmission
             return socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0)
         case "device":
             return socket.SOL_SOCKET, socket.SO_BINDTODEVICE, DEVICE.encode()
@@ -113,7 +113,7 @@ def _option(word: str, family: int, segment: str) -> tuple[int, int, int | bytes
 
 
 def _through(family: int) -> tuple[int, int, bytes]:
-    """Return the control message that has one datagram leave by the device."""
+    """Return the control message that sends one datagram through the device."""
     index = struct.pack("=I", socket.if_nametoindex(DEVICE))
     if family == socket.AF_INET6:
         return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, bytes(16) + index
@@ -121,6 +121,6 @@ def _through(family: int) -> tuple[int, int, bytes]:
 
 
 def _disconnect(sock: socket.socket) -> None:
-    """Connect to nothing: the socket gives back a port that the kernel chose for it."""
+    """Disconnect (AF_UNSPEC): the socket gives back a port that the kernel chose."""
     if _libc.connect(sock.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

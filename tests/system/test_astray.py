@@ -49,7 +49,9 @@ FORMS = {"4": "{}", "6": "{}", "mapped": "::ffff:{}"}
         ("udp6 pktinfo", "::1", Reason.BLOCK_DEFAULT),
     ],
 )
-def test_loopback_that_leaves(hooked: HookedCgroup, attack: str, to: str, reason: Reason) -> None:
+def test_a_packet_to_loopback_that_leaves_the_host_is_blocked(
+    hooked: HookedCgroup, attack: str, to: str, reason: Reason
+) -> None:
     """It is exempt because it does not leave."""
     hooked.data.set(Setting.DENY, 1)
     hooked.data.set(Setting.TUN, 0)
@@ -71,7 +73,7 @@ SYN_ACKS_ARE_ASKED_ABOUT = tuple(map(int, platform.release().split(".")[:2])) >=
 """Older kernels run no program for what a socket that listens sends: docs/threat-model.md."""
 
 
-def test_a_syn_ack_with_a_route(hooked: HookedCgroup) -> None:
+def test_a_syn_ack_with_a_routing_header_is_blocked(hooked: HookedCgroup) -> None:
     """The server that is gated sets it, and any client of loopback makes it send."""
     hooked.data.set(Setting.DENY, 1)
     try:
@@ -85,7 +87,7 @@ def test_a_syn_ack_with_a_route(hooked: HookedCgroup) -> None:
         hooked.gated.forget()
 
 
-def test_a_route_of_a_connection_that_stands(hooked: HookedCgroup) -> None:
+def test_a_routing_header_set_on_an_established_connection_is_blocked(hooked: HookedCgroup) -> None:
     hooked.data.set(Setting.DENY, 1)
     assert hooked.free("forge tcp6 listen", "::1", 8080) == ""
     assert hooked.gated("forge tcp6 connect send", "::1", 8080) == ""
@@ -96,7 +98,7 @@ def test_a_route_of_a_connection_that_stands(hooked: HookedCgroup) -> None:
     hooked.free.forget()
 
 
-def test_deny_is_for_raw_sockets_too(hooked: HookedCgroup) -> None:
+def test_default_deny_applies_to_raw_sockets(hooked: HookedCgroup) -> None:
     """Whatever protocol they write, nobody was asked; but what the kernel answers has no data."""
     hooked.data.set(Setting.DENY, 1)
 
@@ -116,7 +118,7 @@ def test_deny_is_for_raw_sockets_too(hooked: HookedCgroup) -> None:
     assert hooked.counted(Reason.BLOCK_DEFAULT) == 8
 
 
-def test_options_pass_for_a_routers_alert_only(hooked: HookedCgroup) -> None:
+def test_only_the_router_alert_option_may_leave(hooked: HookedCgroup) -> None:
     hooked.data.set(Setting.TUN, 0)
     through, loose = OTHER[4], bytes([131, 7, 4]) + ip_address(PEER[4]).packed + b"\0"
     alert = bytes([148, 4, 0, 0])
@@ -164,7 +166,9 @@ def neighbour(hooked: HookedCgroup, name: str) -> Iterator[Caller]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_answers_leave(hooked: HookedCgroup, unique: str, cache: Path, form: str) -> None:
+def test_answers_of_a_gated_server_leave(
+    hooked: HookedCgroup, unique: str, cache: Path, form: str
+) -> None:
     """Under `deny`, and before policies are known: a SYN-ACK, and what a connection says."""
     hooked.data.set(Setting.DENY, 1)
     family = 6 if form == "6" else 4

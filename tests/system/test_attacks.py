@@ -38,13 +38,13 @@ def attack(
     return told
 
 
-def test_a_thread_of_the_kernels_is_gated_like_whoever_it_works_for(hooked: HookedCgroup) -> None:
+def test_an_io_uring_kernel_thread_is_gated_like_its_process(hooked: HookedCgroup) -> None:
     assert attack(hooked, "polled", PEER[4]) == ["EPERM"]
     assert hooked.counted(Reason.REFUSE_UNCOVERED) == 1
     assert attack(hooked, "polled", OTHER[4]) == [""]
 
 
-def test_a_socket_handed_to_somebody_outside_stays_gated(hooked: HookedCgroup) -> None:
+def test_a_socket_passed_to_an_ungated_process_stays_gated(hooked: HookedCgroup) -> None:
     here, there = socket.socketpair()
     with here, there:
         assert attack(hooked, "handed", "", str(there.fileno()), [there.fileno()]) == [""]
@@ -55,19 +55,19 @@ def test_a_socket_handed_to_somebody_outside_stays_gated(hooked: HookedCgroup) -
         sock.sendto(b"x", (OTHER[4], 9))
 
 
-def test_who_poses_as_the_peer_meets_the_backstop(hooked: HookedCgroup) -> None:
+def test_a_process_that_poses_as_the_peer_is_blocked_by_the_backstop(hooked: HookedCgroup) -> None:
     hooked.data.set(Setting.TUN, 0)
     assert attack(hooked, "posing", PEER[6]) == ["", "EPERM"]
     assert hooked.counted(Reason.ALLOW_EXEMPT) == hooked.counted(Reason.BLOCK_CLEAR) == 1
 
 
-def test_root_of_namespaces_of_its_own_gets_nowhere(hooked: HookedCgroup) -> None:
+def test_root_in_its_own_namespaces_is_refused(hooked: HookedCgroup) -> None:
     assert attack(hooked, "unshared", PEER[4], "77") == ["EPERM", "EPERM"]
     assert hooked.counted(Reason.REFUSE_NETNS) == hooked.counted(Reason.BLOCK_CLEAR) == 1
     assert attack(hooked, "unshared", OTHER[4], "77") == ["", ""]
 
 
-def test_an_interface_of_another_namespace_can_pass_for_the_daemons_own(
+def test_an_interface_in_another_namespace_can_pass_for_the_daemons(
     hooked: HookedCgroup,
 ) -> None:
     """A limit that docs/threat-model.md tells: only what never asked, and only with that index."""
@@ -75,7 +75,7 @@ def test_an_interface_of_another_namespace_can_pass_for_the_daemons_own(
     assert hooked.counted(Reason.REFUSE_NETNS) == 1
 
 
-def test_root_without_a_capability_may_open_the_pins(hooked: HookedCgroup) -> None:
+def test_root_without_capabilities_can_open_the_pins(hooked: HookedCgroup) -> None:
     """A limit that docs/threat-model.md tells: they are root's, and opening them takes no more."""
     pin = str(hooked.pins.current.folder / "maps" / "settings")
     assert attack(hooked, "powerless", "", pin) == [""]
@@ -93,7 +93,7 @@ def test_an_ike_daemon_that_has_ended_is_not_exempt(hooked: HookedCgroup) -> Non
     assert hooked.data.setting(Setting.IKE_CGROUP) == hooked.cgroup.stat().st_ino
 
 
-def test_a_cgroup_made_anew_in_the_meantime_is_the_one_that_is_gated(
+def test_a_cgroup_recreated_during_attach_is_gated(
     hooked: HookedCgroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever may make cgroups below it does so between a look at the name and its opening."""

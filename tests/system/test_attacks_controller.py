@@ -18,15 +18,15 @@ from ipsecgate.edges.host import control
 from ipsecgate.lab.charon import load_tun
 from tests.system import uring
 from tests.system.caller import Caller
-from tests.system.unit import Unit, caller, refused, unit
+from tests.system.controller_process import ControllerProcess, caller, controller, refused
 
-__all__ = ["caller", "unit"]
+__all__ = ["caller", "controller"]
 
 
-def exec_with(unit: Unit, fd: int) -> subprocess.CompletedProcess[str]:
+def exec_with(controller: ControllerProcess, fd: int) -> subprocess.CompletedProcess[str]:
     """Run a command that would inherit a descriptor."""
-    argv = [sys.executable, "-m", "ipsecgate", *unit.argv("exec", "--", "echo", "ran")]
-    with unit.namespace.inside():
+    argv = [sys.executable, "-m", "ipsecgate", *controller.argv("exec", "--", "echo", "ran")]
+    with controller.namespace.inside():
         return subprocess.run(
             argv, pass_fds=[fd], capture_output=True, text=True, check=False, timeout=60
         )
@@ -40,18 +40,20 @@ WAYS: dict[str, Callable[[], int]] = {
 }
 
 
-def test_an_inherited_way_past_the_hooks_is_refused(unit: Unit) -> None:
+def test_an_inherited_descriptor_that_bypasses_the_hooks_is_refused(
+    controller: ControllerProcess,
+) -> None:
     load_tun()
-    unit.start()
-    assert unit.hears("READY=1"), unit.log
+    controller.start()
+    assert controller.hears("READY=1"), controller.log
     for name, make in WAYS.items():
         fd = make()
-        done = exec_with(unit, fd)
+        done = exec_with(controller, fd)
         os.close(fd)
         assert (done.returncode, done.stdout) == (1, ""), name
         assert name in done.stderr
     fd = os.open(os.devnull, os.O_RDWR)
-    done = exec_with(unit, fd)
+    done = exec_with(controller, fd)
     os.close(fd)
     assert done.stdout == "ran\n", done.stderr
 
@@ -68,14 +70,16 @@ cgroups.join = join
 """
 
 
-def test_a_command_does_not_run_in_a_cgroup_made_anew(unit: Unit) -> None:
+def test_a_command_does_not_run_in_a_recreated_cgroup(controller: ControllerProcess) -> None:
     """It may be, by whoever may make cgroups there, between a look at the name and joining."""
-    unit.configure("")
-    unit.start()
-    assert unit.hears("READY=1"), unit.log
-    assert unit.cli("attach", str(unit.cgroup)).returncode == 0  # hence not followed by its name
-    program = f"{ANEW}\nmain({unit.argv('exec', '--', 'echo', 'ran')!r})"
-    with unit.namespace.inside():
+    controller.configure("")
+    controller.start()
+    assert controller.hears("READY=1"), controller.log
+    assert (
+        controller.cli("attach", str(controller.cgroup)).returncode == 0
+    )  # hence not followed by its name
+    program = f"{ANEW}\nmain({controller.argv('exec', '--', 'echo', 'ran')!r})"
+    with controller.namespace.inside():
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=False
         )
@@ -106,24 +110,26 @@ def _connect(client: socket.socket, path: Path) -> None:
             return
 
 
-def test_a_crowd_at_its_sockets_stops_nothing_else(unit: Unit, caller: Caller) -> None:
-    unit.start(env={"WATCHDOG_USEC": "2000000"})
-    assert unit.hears("READY=1"), unit.log
-    assert unit.process is not None
-    run = unit.folder / "run" / unit.name
-    fds = Path(f"/proc/{unit.process.pid}/fd")
+def test_a_crowd_of_clients_does_not_stop_the_controller(
+    controller: ControllerProcess, caller: Caller
+) -> None:
+    controller.start(env={"WATCHDOG_USEC": "2000000"})
+    assert controller.hears("READY=1"), controller.log
+    assert controller.process is not None
+    run = controller.folder / "run" / controller.name
+    fds = Path(f"/proc/{controller.process.pid}/fd")
     before = len(list(fds.iterdir()))
     nonsense = (b"", b"{", b"[" * 4000, b'{"verb": "status"}\n', b'{"verb": "hold"}\n')
     with crowd(run / "control.sock", 400, *nonsense), crowd(run / "seccomp.sock", 400, b"", b"{"):
-        unit.heard.clear()
-        assert unit.hears("WATCHDOG=1", 5), "decisions are made as ever"
+        controller.heard.clear()
+        assert controller.hears("WATCHDOG=1", 5), "decisions are made as ever"
         assert refused(caller)
         assert len(list(fds.iterdir())) <= before + control.CLIENTS + oci.PEERS + 8
         began = time.monotonic()
-        assert unit.eventually(lambda: unit.ask()["ready"]), "silent ones are cut off"
+        assert controller.eventually(lambda: controller.ask()["ready"]), "silent ones are cut off"
         assert time.monotonic() - began < 15
-    assert unit.eventually(lambda: len(list(fds.iterdir())) <= before + 2)
-    assert unit.process.poll() is None, unit.log
+    assert controller.eventually(lambda: len(list(fds.iterdir())) <= before + 2)
+    assert controller.process.poll() is None, controller.log
 
 
 @contextlib.contextmanager
@@ -137,25 +143,29 @@ def filtered() -> Iterator[int]:
         theirs.recv(1)
         os._exit(0)
     with ours, theirs:
-        yield seccomp.take(child, int(ours.recv(9)))
+        yield seccomp.copy_descriptor(child, int(ours.recv(9)))
         ours.send(b"x")
     os.waitpid(child, 0)
 
 
-def test_a_runtime_that_tells_an_odd_pid_ends_nothing(unit: Unit) -> None:
+def test_a_runtime_with_an_absurd_pid_does_not_end_the_controller(
+    controller: ControllerProcess,
+) -> None:
     """A name too long for /proc made a look at its cgroup fail, and that ended the controller."""
-    unit.start()
-    assert unit.hears("READY=1"), unit.log
+    controller.start()
+    assert controller.hears("READY=1"), controller.log
     message = {"fds": ["seccompFd"], "metadata": "", "state": {"id": "odd"}}
     raw = json.dumps(message)[:-1] + f', "pid": {"9" * 4200}}}'
     with filtered() as listener, socket.socket(socket.AF_UNIX) as runtime:
-        runtime.connect(str(unit.folder / "run" / unit.name / "seccomp.sock"))
+        runtime.connect(str(controller.folder / "run" / controller.name / "seccomp.sock"))
         socket.send_fds(runtime, [raw.encode()], [listener])
         os.close(listener)
-        assert unit.eventually(lambda: "holding the calls of container odd" in unit.log), unit.log
-    assert unit.eventually(lambda: "cannot check whether container odd is gated" in unit.log), (
-        unit.log
-    )
-    assert unit.ask()["ready"]
-    assert unit.process is not None
-    assert unit.process.poll() is None
+        assert controller.eventually(
+            lambda: "holding the calls of container odd" in controller.log
+        ), controller.log
+    assert controller.eventually(
+        lambda: "cannot check whether container odd is gated" in controller.log
+    ), controller.log
+    assert controller.ask()["ready"]
+    assert controller.process is not None
+    assert controller.process.poll() is None

@@ -54,7 +54,9 @@ def udp(sport: int, dport: int, payload: bytes = b"payload!") -> bytes:
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_a_socket_of_that_port_is_not_xfrm(hooked: HookedCgroup, family: int) -> None:
+def test_a_socket_bound_to_port_4500_is_not_taken_for_esp(
+    hooked: HookedCgroup, family: int
+) -> None:
     hooked.publish(TableId.SPD, *live())
     call, here = f"kept connected {family}", f"{HERE[family]}#4500"
     assert hooked.gated(call, PEER[family], bind=here) == ""
@@ -73,7 +75,7 @@ def test_a_socket_of_that_port_is_not_xfrm(hooked: HookedCgroup, family: int) ->
         ([60] * 7, "EPERM"),
     ],
 )
-def test_the_ports_behind_ipv6s_headers_count(
+def test_ports_are_read_behind_ipv6_extension_headers(
     naked: HookedCgroup, chain: list[int], code: str
 ) -> None:
     """And what is behind more of them than are looked at does not leave."""
@@ -93,7 +95,7 @@ def test_the_ports_behind_ipv6s_headers_count(
     assert naked.counted(Reason.BLOCK_UNREADABLE) == (2 if code else 0)
 
 
-def test_later_fragments_do_not_leave(naked: HookedCgroup) -> None:
+def test_later_fragments_are_blocked(naked: HookedCgroup) -> None:
     assert naked.gated(v4(b"r", fragment=0x2000, to=OTHER[4]), OTHER[4]) == "EPERM", "too short"
     assert naked.gated(v4(udp(1, 2), fragment=0x2000, to=OTHER[4]), OTHER[4]) == ""
     assert naked.gated(v4(b"rest", fragment=1, to=OTHER[4]), OTHER[4]) == "EPERM"
@@ -102,7 +104,7 @@ def test_later_fragments_do_not_leave(naked: HookedCgroup) -> None:
     assert naked.counted(Reason.BLOCK_UNREADABLE) == 3
 
 
-def test_a_source_route_does_not_leave(naked: HookedCgroup) -> None:
+def test_a_source_route_is_blocked(naked: HookedCgroup) -> None:
     """It names another destination than the header does: here the peer, behind a host between."""
     through, loose = OTHER[4], bytes([131, 7, 4]) + ip_address(PEER[4]).packed + b"\0"
     for options in (loose, bytes([1, 1, 1, 1]) + loose):  # behind some padding, too
@@ -116,7 +118,7 @@ def test_a_source_route_does_not_leave(naked: HookedCgroup) -> None:
     assert naked.counted(Reason.BLOCK_UNREADABLE) == 3
 
 
-def test_neighbour_discovery_passes_and_its_neighbours_do_not(naked: HookedCgroup) -> None:
+def test_only_neighbour_discovery_passes_in_clear(naked: HookedCgroup) -> None:
     def hops(number: int) -> list[tuple[int, int, int]]:
         return [(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, number)]
 
@@ -128,14 +130,14 @@ def test_neighbour_discovery_passes_and_its_neighbours_do_not(naked: HookedCgrou
     assert naked.counted(Reason.BLOCK_CLEAR) == 2
 
 
-def test_the_policys_action_decides(naked: HookedCgroup) -> None:
+def test_the_action_of_the_policy_decides(naked: HookedCgroup) -> None:
     for state, code in ((State.BYPASS, ""), (State.DISCARD, "EPERM")):
         naked.publish(TableId.POLICY, Rule(ternary(THERE[4]), Entry(state)))
         assert naked.gated("raw", PEER[4]) == code
     assert naked.counted(Reason.BLOCK_DISCARD) == 1
 
 
-def test_deny_is_for_what_was_never_asked(naked: HookedCgroup) -> None:
+def test_default_deny_blocks_only_sockets_that_no_hook_has_seen(naked: HookedCgroup) -> None:
     assert naked.gated("kept connected 4", OTHER[4]) == ""
     naked.data.set(Setting.DENY, 1)
     assert naked.gated("raw", OTHER[4]) == "EPERM"
@@ -148,7 +150,7 @@ def test_deny_is_for_what_was_never_asked(naked: HookedCgroup) -> None:
     naked.gated.forget()
 
 
-def test_a_socket_is_looked_at_again_when_policies_change(naked: HookedCgroup) -> None:
+def test_a_socket_is_checked_again_when_the_policies_change(naked: HookedCgroup) -> None:
     """What it remembers is that its packets may leave in clear: of this generation."""
     for _ in range(3):
         assert naked.gated("kept connected 4", OTHER[4]) == ""
@@ -161,7 +163,7 @@ def test_a_socket_is_looked_at_again_when_policies_change(naked: HookedCgroup) -
     naked.gated.forget()
 
 
-def test_the_ike_daemons_sockets_pass_and_nobody_elses(naked: HookedCgroup) -> None:
+def test_only_the_sockets_of_the_ike_daemon_pass(naked: HookedCgroup) -> None:
     naked.data.set(Setting.IKE, naked.gated.process.pid)
     for _ in range(3):
         assert naked.gated("kept sendto", PEER[4], 500) == ""
@@ -176,7 +178,7 @@ def test_the_ike_daemons_sockets_pass_and_nobody_elses(naked: HookedCgroup) -> N
     naked.gated.forget()
 
 
-def test_audit_blocks_nothing(naked: HookedCgroup) -> None:
+def test_audit_mode_blocks_nothing(naked: HookedCgroup) -> None:
     naked.data.set(Setting.AUDIT, 1)
     assert naked.gated("raw", PEER[4]) == ""
     assert naked.counted(Reason.BLOCK_CLEAR) == naked.counted(Reason.AUDITED_PACKETS) == 1
@@ -185,7 +187,7 @@ def test_audit_blocks_nothing(naked: HookedCgroup) -> None:
 
 
 @pytest.mark.parametrize("call", ["tcp", "sendto", "kept sendto"])
-def test_a_permit_ends_by_itself(hooked: HookedCgroup, call: str) -> None:
+def test_a_live_entry_expires_at_the_hard_lifetime(hooked: HookedCgroup, call: str) -> None:
     """With nobody there to close it: an SA's hard lifetime is in the map."""
 
     def until(deadline: int) -> None:

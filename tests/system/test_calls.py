@@ -42,7 +42,9 @@ def has_udplite() -> bool:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mapped"])
 @pytest.mark.parametrize("call", GATED)
-def test_gated(hooked: HookedCgroup, call: str, family: int | str) -> None:
+def test_every_call_that_the_hooks_see_is_gated(
+    hooked: HookedCgroup, call: str, family: int | str
+) -> None:
     text = "::ffff:{}" if family == "mapped" else "{}"
     version = 4 if family == "mapped" else int(family)
     peer, other = text.format(PEER[version]), text.format(OTHER[version])
@@ -57,7 +59,9 @@ def test_gated(hooked: HookedCgroup, call: str, family: int | str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("call", NOT_GATED)
-def test_only_the_backstop_sees(hooked: HookedCgroup, call: str, family: int) -> None:
+def test_calls_that_no_hook_sees_are_blocked_by_the_backstop(
+    hooked: HookedCgroup, call: str, family: int
+) -> None:
     if call == "udplite" and not has_udplite():
         pytest.skip("missing: UDP-Lite in the kernel (removed in Linux 7.3)")
     before = sum(hooked.data.counters().values())
@@ -79,7 +83,9 @@ def test_only_the_backstop_sees(hooked: HookedCgroup, call: str, family: int) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_connected_socket_is_asked_at_connect_only(hooked: HookedCgroup, family: int) -> None:
+def test_a_connected_socket_is_checked_by_the_hooks_only_at_connect(
+    hooked: HookedCgroup, family: int
+) -> None:
     hooked.publish(TableId.SPD, *live())
     assert hooked.gated(f"kept connected {family}", PEER[family]) == ""
     hooked.publish(TableId.SPD)
@@ -90,7 +96,7 @@ def test_a_connected_socket_is_asked_at_connect_only(hooked: HookedCgroup, famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_datagrams_own_source_counts(hooked: HookedCgroup, family: int) -> None:
+def test_the_source_of_a_datagram_from_pktinfo_decides(hooked: HookedCgroup, family: int) -> None:
     """IP_PKTINFO names the source of one datagram, whatever the socket is bound to."""
     hooked.publish(TableId.SPD, *live())
     assert hooked.gated("pktinfo", f"{PEER[family]}%{HERE[family]}") == ""

@@ -25,7 +25,7 @@ from tests.chaos.soak import soak
 from tests.chaos.tally import Tally
 from tests.chaos.world import NEVER, World
 from tests.system.hooked_cgroup import HookedCgroup, live
-from tests.system.life import until
+from tests.until import wait_until
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 FAULTS = int(os.environ.get("CHAOS_FAULTS", "30"))
@@ -40,7 +40,7 @@ def world(cache: Path) -> Iterator[World]:
         yield made
 
 
-def test_faults(world: World) -> None:
+def test_no_fault_lets_a_packet_out(world: World) -> None:
     assert run(world, SEED, FAULTS, sys.stdout) >= FAULTS
 
 
@@ -54,7 +54,7 @@ def test_rekeys_leave_nothing_behind(world: World) -> None:
     soak(world, random.Random(SEED), REKEYS, sys.stdout)
 
 
-def test_what_gets_out_is_seen(world: World) -> None:
+def test_a_packet_that_gets_out_is_detected(world: World) -> None:
     """The last one of this world."""
     world.tally = Tally()
     began = time.monotonic()
@@ -64,7 +64,7 @@ def test_what_gets_out_is_seen(world: World) -> None:
         return all(one["good"] > began for one, (_, address, _) in told if address == NEVER)
 
     loader.detach(world.gate.paths, str(world.gate.cgroup))
-    until(is_let_go, "nobody called")
+    wait_until(is_let_go, "nobody called")
     loader.attach(world.gate.paths, str(world.gate.cgroup))
     world.judge()
     assert world.tally.leaked
@@ -79,7 +79,7 @@ def test_hooks_under_the_hammer(cache: Path) -> None:
     result.check(ATTEMPTS, TURNS)
 
 
-def test_a_moment_without_hooks_is_caught(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moment_without_hooks_is_detected(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def taken_off_and_put_on(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
         hooked.pins.detach(hooked.cgroup.stat().st_ino)
         time.sleep(MOMENT)
@@ -93,7 +93,7 @@ def test_a_moment_without_hooks_is_caught(cache: Path, monkeypatch: pytest.Monke
         result.check(ATTEMPTS, TURNS)
 
 
-def test_a_table_that_is_emptied_before_it_is_replaced_is_caught(
+def test_a_table_emptied_before_it_is_replaced_is_detected(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def emptied(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:

@@ -81,7 +81,7 @@ async def until(
     return found
 
 
-async def test_up_and_down(lab: Lab, client: IkeClient) -> None:
+async def test_a_child_is_reported_up_and_down(lab: Lab, client: IkeClient) -> None:
     load(lab, HOST, HOST)
     ours, theirs = ip_network("192.0.2.1"), ip_network("192.0.2.2")
     (config,) = await client.children()
@@ -107,7 +107,7 @@ async def test_up_and_down(lab: Lab, client: IkeClient) -> None:
     assert told - {NegotiationDone} == {IkeDown, ChildDown}
 
 
-async def test_services_and_ranges_are_read_back(lab: Lab, client: IkeClient) -> None:
+async def test_services_and_address_ranges_are_read_back(lab: Lab, client: IkeClient) -> None:
     remote = ("192.0.2.2[tcp/https]", "192.0.2.2[udp/5300-5307]", "192.0.2.3-192.0.2.5[17]")
     spec = replace(HOST, local_ts=("dynamic",), remote_ts=remote)
     load(lab, spec, None)
@@ -159,7 +159,7 @@ async def test_a_failure_has_a_cause(
     assert await client.established() == ()
 
 
-async def test_silence_ends_at_the_limit_and_the_next_try_is_a_new_one(
+async def test_an_unanswered_negotiation_ends_at_its_limit_and_the_next_one_succeeds(
     lab: Lab, client: IkeClient
 ) -> None:
     load(lab, HOST, HOST)
@@ -180,7 +180,7 @@ async def test_silence_ends_at_the_limit_and_the_next_try_is_a_new_one(
     await until(client, ChildUp)
 
 
-async def test_the_daemon_is_killed(lab: Lab, client: IkeClient) -> None:
+async def test_a_killed_daemon_is_reported(lab: Lab, client: IkeClient) -> None:
     load(lab, HOST, HOST)
     await client.initiate(NAME, 10)
     await until(client, ChildUp)

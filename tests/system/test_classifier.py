@@ -167,7 +167,7 @@ async def publish(namespaces: TwoNamespaces, case: Case) -> None:
     await namespaces.settle()
 
 
-def test_the_hooks_find_what_userspace_finds(namespaces: TwoNamespaces) -> None:
+def test_hooks_and_userspace_classify_alike(namespaces: TwoNamespaces) -> None:
     seen: dict[str, int] = {"let go": 0, "refused": 0}
 
     @with_seed(SEED)

@@ -18,13 +18,13 @@ from ipsecgate.lab import traffic
 from ipsecgate.lab.endpoints import Client
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from tests.system.holding import PORT, client, start, stopped, wait_held
-from tests.system.opening import prepared
+from tests.system.connections import load_connection
+from tests.system.under_exec import PORT, client, start, stopped, wait_held
 from tests.typed_document import mismatches
 
 
 @dataclass
-class Told:
+class Result:
     """How a command ended."""
 
     code: int
@@ -36,21 +36,21 @@ class Told:
         return json.loads(self.out)
 
 
-Run = Callable[..., Told]
+Run = Callable[..., Result]
 
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, cache: Path, unique: str) -> Run:
-    """Run the command line in this process, with places of the test's own."""
+    """Run the command line in this process, with folders of this test."""
 
-    def run(*arguments: str) -> Told:
-        places = ("--run-dir", str(tmp_path / "run"), "--cache-dir", str(cache), "-i", unique)
+    def run(*arguments: str) -> Result:
+        options = ("--run-dir", str(tmp_path / "run"), "--cache-dir", str(cache), "-i", unique)
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main([*places, *arguments])
+            main([*options, *arguments])
         out, err = capfd.readouterr()
         assert isinstance(ended.value.code, int)
-        return Told(ended.value.code, out, err)
+        return Result(ended.value.code, out, err)
 
     return run
 
@@ -78,7 +78,8 @@ def test_load_attach_detach_unload(run: Run, cgroup: Path, unique: str) -> None:
     assert run("status").code == 1
     assert run("attach", str(cgroup)).code == 1, "nothing is loaded"
 
-    assert run("load").code == 0
+    loaded = run("load")
+    assert (loaded.code, loaded.out) == (0, f"loaded: {pins}\n")
     assert (pins / "maps/entries").exists()
     assert run("--json", "attach", str(cgroup)).json == {"attached": str(cgroup)}
     status = run("--json", "status")
@@ -102,7 +103,7 @@ def test_load_attach_detach_unload(run: Run, cgroup: Path, unique: str) -> None:
     assert not pins.exists()
 
 
-def test_a_removed_cgroup_is_told_and_can_be_detached(run: Run, unique: str) -> None:
+def test_a_removed_cgroup_is_shown_and_can_be_detached(run: Run, unique: str) -> None:
     folder = cgroups.root() / f"{unique}-gone"
     folder.mkdir()
     number = folder.stat().st_ino
@@ -119,35 +120,35 @@ POLICY = '[[policy]]\nname = "x"\nremote = ["10.0.0.0/8"]\n'
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (POLICY + 'acton = "bypass"', "policy[1].acton: unknown key"),
         (POLICY.replace("10.0.0.0/8", "10.0.0.1/8"), "policy[1].remote: '10.0.0.1/8'"),
-        (POLICY + POLICY, "policy 'x': the name is already used"),
+        (POLICY + POLICY, "policy[2].name: 'x' is already the name of policy[1]"),
         ("[gate", "Expected ']'"),
     ],
 )
 @pytest.mark.parametrize("verb", ["load", "run"])
 def test_a_broken_configuration_changes_nothing(
-    run: Run, config: Callable[[str], str], unique: str, verb: str, text: str, said: str
+    run: Run, config: Callable[[str], str], unique: str, verb: str, text: str, message: str
 ) -> None:
     file = config(text)
-    told = run("--config", file, verb)
-    assert told.code == 2
-    assert f"{file}: " in told.err
-    assert said in told.err
+    result = run("--config", file, verb)
+    assert result.code == 2
+    assert f"{file}: " in result.err
+    assert message in result.err
     assert not (Path("/sys/fs/bpf/ipsecgate") / unique).exists()
 
 
 def test_an_unreadable_configuration_changes_nothing(run: Run, tmp_path: Path, unique: str) -> None:
     for file in (tmp_path / "missing.toml", tmp_path):
-        told = run("--config", str(file), "load")
-        assert told.code == 2
-        assert str(file) in told.err
+        result = run("--config", str(file), "load")
+        assert result.code == 2
+        assert str(file) in result.err
     assert not (Path("/sys/fs/bpf/ipsecgate") / unique).exists()
 
 
-def test_what_does_not_exist_is_told(run: Run) -> None:
+def test_a_target_that_does_not_exist_is_an_error(run: Run) -> None:
     run("load")
     for target in ("/sys/fs/cgroup/none", "/tmp", "unit:none", "container:abcdef123456"):
         assert run("attach", target).code == 2
@@ -156,15 +157,15 @@ def test_what_does_not_exist_is_told(run: Run) -> None:
     assert run("unload").code == 0
 
 
-def test_everything_is_ok_on_a_kernel_with_esp(cache: Path) -> None:
+def test_check_finds_everything_ok_on_a_kernel_with_esp(cache: Path) -> None:
     with Lab("ipsecgate-test-cli") as lab, Gated(lab, cache=cache) as gate:
-        told = gate.cli("--json", "check")
-        findings = json.loads(told.stdout)
+        result = gate.cli("--json", "check")
+        findings = json.loads(result.stdout)
         assert [f["name"] for f in findings if not f["ok"]] == []
         assert {"root", "kernel", "esp", "strongswan", "hooks", "cgroup2", "bpffs"} <= {
             f["name"] for f in findings
         }
-        assert told.returncode == 0
+        assert result.returncode == 0
 
         lab.load(ConnSpec("net", "tunnel", 4))
         gate.wait_policy("net")
@@ -175,9 +176,9 @@ def test_everything_is_ok_on_a_kernel_with_esp(cache: Path) -> None:
         assert gate.status()["controller"]["pid"] == gate.process.pid
 
         lab.a.charon.kill()
-        told = gate.cli("--json", "check", check=False)
-        assert [f["name"] for f in json.loads(told.stdout) if not f["ok"]] == ["strongswan"]
-        assert told.returncode == 1
+        result = gate.cli("--json", "check", check=False)
+        assert [f["name"] for f in json.loads(result.stdout) if not f["ok"]] == ["strongswan"]
+        assert result.returncode == 1
 
 
 def test_the_status_has_its_declared_type(cache: Path) -> None:
@@ -185,7 +186,10 @@ def test_the_status_has_its_declared_type(cache: Path) -> None:
     with Lab("ipsecgate-test-cli") as lab, Gated(lab, cache=cache) as gate:
         lab.warm_up()
         lab.b.serve("tcp-server", PORT)
-        covered, uncovered = prepared(lab, gate, "tunnel"), prepared(lab, gate, "transport")
+        covered, uncovered = (
+            load_connection(lab, gate, "tunnel"),
+            load_connection(lab, gate, "transport"),
+        )
         assert client(lab, gate, "tcp-client", covered)["echoed"]
         gate.config.write_text("[gate")
         assert gate.cli("reload", check=False).returncode == 2

@@ -27,7 +27,7 @@ def clients(cache: Path) -> Iterator[ClientLab]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_refused_it_ends_and_says_so(clients: ClientLab, name: str) -> None:
+def test_a_refused_client_ends_and_reports_the_error(clients: ClientLab, name: str) -> None:
     """Without a hold the same client is refused at once."""
     outcome = clients.run(clients.forbidden[name])
     assert outcome.end("EPERM") in SAYS_SO, outcome
@@ -37,7 +37,7 @@ def test_refused_it_ends_and_says_so(clients: ClientLab, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_held_it_is_served(clients: ClientLab, name: str) -> None:
+def test_a_held_client_is_served(clients: ClientLab, name: str) -> None:
     """It asks before there is any SA, and knows nothing of it: one call, no SYN again."""
     clients.without_sa()
     attempts = clients.attempts()
@@ -53,7 +53,9 @@ def test_held_it_is_served(clients: ClientLab, name: str) -> None:
 
 
 @pytest.mark.parametrize("error", ["EHOSTUNREACH", "ETIMEDOUT"])
-def test_held_in_vain_it_ends_and_says_so(clients: ClientLab, error: str) -> None:
+def test_a_client_held_until_the_limit_ends_and_reports_the_error(
+    clients: ClientLab, error: str
+) -> None:
     """Five of them; all are in docs/clients.md (`make clients`)."""
     for outcome in clients.unserved(error, SOME):
         assert outcome.end(error) in SAYS_SO, outcome

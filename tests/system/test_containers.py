@@ -20,8 +20,8 @@ from tests.clients.catalogue import RealClient
 from tests.clients.client_lab import ClientLab, End, Outcome, client_lab
 from tests.clients.containers import Containers
 from tests.clients.daemons import HTTP, PAGE
-from tests.system.holding import nothing_in_clear, stopped, wait_held
-from tests.system.keeper import Keeper
+from tests.system.fd_store import FdStore
+from tests.system.under_exec import nothing_in_clear, stopped, wait_held
 
 pytestmark = pytest.mark.second_guest
 
@@ -69,7 +69,7 @@ def assert_held(here: ClientLab, outcome: Outcome) -> None:
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("manager", ["oci", "podman"])
-def test_a_container_is_held(
+def test_calls_of_a_container_are_held(
     here: ClientLab, containers: Containers, profile: Profile, runtime: str, manager: str
 ) -> None:
     here.without_sa()
@@ -80,7 +80,7 @@ def test_a_container_is_held(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_a_runtime_is_not_caught_by_its_own_filter(
+def test_a_runtime_is_not_blocked_by_its_own_filter(
     here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
     """With --udp every sendmsg() waits for us: also one that would bring us the listener."""
@@ -114,7 +114,7 @@ def test_a_container_keeps_its_own_profile_for_other_calls(
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_what_is_executed_in_a_container_later_is_held(
+def test_a_process_executed_later_in_a_container_is_held(
     here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
     """It has a listener of its own: the runtime sends a second message."""
@@ -131,7 +131,7 @@ def test_what_is_executed_in_a_container_later_is_held(
     idle.wait(60)
 
 
-def test_a_container_outside_is_told(
+def test_a_container_outside_every_gated_cgroup_is_logged(
     here: ClientLab, containers: Containers, profile: Profile
 ) -> None:
     """Its calls are held, but nobody would refuse them."""
@@ -144,7 +144,7 @@ def test_a_container_outside_is_told(
     container.wait(60)
 
 
-def test_podman_under_exec_is_held(here: ClientLab, containers: Containers) -> None:
+def test_a_container_of_podman_under_exec_is_held(here: ClientLab, containers: Containers) -> None:
     """Its container inherits the filter, so it needs no profile; a second one is refused."""
     here.without_sa()
     beside = here.lab.cgroup(f"{here.gate.instance}/app/podman")
@@ -172,24 +172,24 @@ def test_outside_the_container_nothing_changes(here: ClientLab) -> None:
     assert (outcome.refused, outcome.held) == (0, 0)
 
 
-def test_a_call_that_is_held_outlives_the_controller(
+def test_a_held_call_of_a_container_outlives_the_controller(
     here: ClientLab, containers: Containers, profile: Profile
 ) -> None:
     """Where somebody keeps the listener, as for `exec`."""
     argv = containers.oci("crun", "kept", wget(here.net), profile("--hold", "2m"))
     here.gate.kill()
     try:
-        with Keeper() as keeper:
-            keeper.start(here.gate)
+        with FdStore() as store:
+            store.start(here.gate)
             here.without_sa()
             with nothing_in_clear(here.lab, esp=True):
                 with stopped(here.lab):
                     process = here.lab.a.popen(argv, stdout=subprocess.PIPE)
                     wait_held(here.gate)
-                    here.until(keeper.is_given)
+                    here.until(store.is_given)
                     here.gate.kill()
                 assert process.poll() is None
-                keeper.start(here.gate)
+                store.start(here.gate)
                 said, _ = process.communicate(timeout=120)
             assert said == f"{PAGE}\n"
     finally:

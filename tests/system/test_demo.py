@@ -27,7 +27,7 @@ def left_behind() -> set[str]:
     return found | set(charons.stdout.decode().split())
 
 
-def test_the_document_and_nothing_left() -> None:
+def test_the_demo_reports_its_cases_and_leaves_nothing_behind() -> None:
     before = left_behind()
     run = subprocess.run(DEMO, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -47,7 +47,7 @@ def test_the_document_and_nothing_left() -> None:
     assert left_behind() <= before
 
 
-def test_interrupted_it_leaves_nothing_behind() -> None:
+def test_an_interrupted_demo_leaves_nothing_behind() -> None:
     before = left_behind()
     with subprocess.Popen(DEMO, stderr=subprocess.PIPE, text=True) as demo:
         assert demo.stderr

@@ -77,7 +77,7 @@ def _namespace(unique: str) -> Iterator[None]:
         space.remove()
 
 
-async def test_the_story_begins_with_what_is_there() -> None:
+async def test_the_first_event_is_a_snapshot() -> None:
     ip(ADD_NET)
     ip(f"{STATE} {KEYS}")
     async with following() as (_, recorder):
@@ -129,7 +129,7 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("name", POLICIES)
-async def test_a_policy_comes_changes_and_goes(name: str) -> None:
+async def test_a_policy_is_reported_when_added_updated_and_deleted(name: str) -> None:
     command, entry = POLICIES[name]
     selector = command.split(" action")[0].split(" tmpl")[0].split(" priority")[0]
     marks = command[command.index("mark") :] if "mark" in command else ""
@@ -160,7 +160,7 @@ async def test_directions_are_told_apart() -> None:
         assert sorted(there) == sorted(Direction)
 
 
-async def test_a_state_comes_and_goes() -> None:
+async def test_a_state_is_reported_when_added_and_deleted() -> None:
     async with following() as (_, recorder):
         await recorder.next()
         ip(f"{STATE} {KEYS} mark 1 mask 3 if_id 5")
@@ -171,7 +171,7 @@ async def test_a_state_comes_and_goes() -> None:
         assert went == SaGone(SA.id)
 
 
-async def test_a_larval_state_is_one() -> None:
+async def test_a_larval_state_is_recognised() -> None:
     async with following() as (_, recorder):
         await recorder.next()
         ip("xfrm state allocspi src 192.0.2.1 dst 192.0.2.2 proto esp reqid 7 min 16 max 16")
@@ -183,7 +183,7 @@ async def test_a_larval_state_is_one() -> None:
         assert [sa.larval for sa in sas] == [True]
 
 
-async def test_hard_expiry_is_the_end() -> None:
+async def test_a_hard_expiry_is_reported_as_a_deletion() -> None:
     async with following() as (_, recorder):
         await recorder.next()
         ip(f"{STATE} {KEYS} limit time-hard 1")
@@ -210,7 +210,7 @@ async def test_a_flush_is_followed_by_a_snapshot() -> None:
 
 
 @pytest.mark.parametrize("seed", random.sample(range(2**32), 1))
-async def test_events_add_up_to_what_a_dump_shows(seed: int) -> None:
+async def test_events_applied_to_a_dump_equal_the_next_dump(seed: int) -> None:
     dice = random.Random(seed)
     async with following() as (monitor, recorder):
         (before,) = await recorder.next()
@@ -233,7 +233,7 @@ async def test_events_add_up_to_what_a_dump_shows(seed: int) -> None:
         }
 
 
-async def test_an_overrun_is_noticed_and_mended() -> None:
+async def test_an_overrun_leads_to_a_new_snapshot() -> None:
     count = 2000
     async with following(receive_buffer=8192) as (monitor, recorder):
         await recorder.next()
@@ -266,7 +266,7 @@ async def test_nothing_is_lost_with_the_usual_buffer() -> None:
         assert not recorder.overruns
 
 
-async def test_an_exception_of_the_consumer_ends_run() -> None:
+async def test_an_exception_in_the_consumer_ends_the_monitor() -> None:
     follows = asyncio.Event()
 
     def deliver(event: Any) -> None:
@@ -283,7 +283,7 @@ async def test_an_exception_of_the_consumer_ends_run() -> None:
             await asyncio.wait_for(run, 60)
 
 
-async def test_events_come_soon() -> None:
+async def test_events_arrive_without_delay() -> None:
     """From the kernel's answer to the callback: an order, not a promise."""
     nets = ip_address("10.2.0.0").packed.ljust(16, b"\0") + HOST.packed.ljust(16, b"\0")
     policy = nets + bytes(8) + struct.pack("=HBB12x", socket.AF_INET, 16, 32) + bytes(96)

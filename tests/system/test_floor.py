@@ -51,7 +51,7 @@ def wait_for(lab: Lab, *, floor: bool) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_not_gated_leaves_protected_or_not_at_all(
+def test_ungated_processes_send_protected_or_not_at_all(
     lab: Lab, cache: Path, mode: str, family: int
 ) -> None:
     """Without a trap, so that nothing of strongSwan's is in the kernel."""
@@ -88,7 +88,7 @@ def test_what_is_not_gated_leaves_protected_or_not_at_all(
     assert connected(connect(lab, spec, None)), "in clear, as before there was a gate"
 
 
-def test_it_goes_with_its_configuration(lab: Lab, cache: Path) -> None:
+def test_the_floor_follows_the_configuration(lab: Lab, cache: Path) -> None:
     lab.reset()
     floor = 'floor = "xfrm-block"\n'
     policy = '[[policy]]\nname = "x"\nremote = ["10.99.0.0/16"]\n'

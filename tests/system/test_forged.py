@@ -52,7 +52,7 @@ def choose(hooked: HookedCgroup, first: int, last: int = 0) -> None:
         ("reuse connect more", "leave send"),
     ],
 )
-def test_a_port_that_was_given_back(
+def test_a_port_that_was_given_back_does_not_pass_for_the_kernels(
     naked: HookedCgroup, form: str, before: str, after: str
 ) -> None:
     """An IPv6 datagram keeps the port that its socket had when it was begun."""
@@ -70,7 +70,7 @@ def test_a_port_that_was_given_back(
 
 
 @pytest.mark.parametrize("kind", ["udp4", "udp6", "udplite4", "udplite6"])
-def test_a_port_that_is_bound(naked: HookedCgroup, kind: str) -> None:
+def test_a_bound_port_does_not_pass_for_the_kernels(naked: HookedCgroup, kind: str) -> None:
     family = int(kind[-1])
     naked.publish(TableId.SPD, *live())
     assert naked.gated(f"forge {kind} reuse bind", str(HERE[family]), NAT_T) == ""
@@ -80,7 +80,7 @@ def test_a_port_that_is_bound(naked: HookedCgroup, kind: str) -> None:
     assert naked.counted(Reason.BLOCK_CLEAR) == 1
 
 
-def test_what_a_raw_socket_writes_is_not_xfrms(naked: HookedCgroup) -> None:
+def test_a_raw_socket_cannot_forge_esp(naked: HookedCgroup) -> None:
     """Even byte for byte: what a packet holds is not looked at."""
     forged = SPI + bytes(28)
     for proto in (ESP, AH):
@@ -147,7 +147,7 @@ def left(seen: socket.socket, proto: int) -> list[int]:
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("mode", ["transport", "tunnel"])
 @pytest.mark.parametrize("transform", ["esp", "ah", "udp"])
-def test_what_xfrm_made_leaves(
+def test_packets_made_by_xfrm_leave(
     hooked: HookedCgroup, transform: str, mode: str, family: int
 ) -> None:
     hooked.data.set(Setting.TUN, 0)
@@ -166,7 +166,7 @@ def test_what_xfrm_made_leaves(
     hooked.gated.forget()
 
 
-def test_what_was_not_worth_compressing_is_clear(naked: HookedCgroup) -> None:
+def test_a_packet_that_compression_left_as_it_was_is_blocked(naked: HookedCgroup) -> None:
     """It went through XFRM, and looks as before."""
     naked.publish(TableId.SPD, *live())
     with associated(naked, 4, "comp", "transport"):
@@ -175,7 +175,7 @@ def test_what_was_not_worth_compressing_is_clear(naked: HookedCgroup) -> None:
     assert naked.counted(Reason.BLOCK_CLEAR) == 2
 
 
-def test_discovery_is_short_or_stays_on_the_link(hooked: HookedCgroup) -> None:
+def test_neighbour_discovery_must_be_short_or_link_local(hooked: HookedCgroup) -> None:
     everything = Rule(ternary(ip_network("::/0")), Entry(State.PROTECT))
     hooked.publish(TableId.POLICY, everything)
     hooked.data.set(Setting.TUN, 0)

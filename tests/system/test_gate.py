@@ -21,9 +21,10 @@ from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
 from tests.system.caller import Caller, called_again, hammering
-from tests.system.holding import stopped
-from tests.system.life import ike_sas, until
-from tests.system.opening import prepared
+from tests.system.connections import load_connection
+from tests.system.strongswan import ike_sas
+from tests.system.under_exec import stopped
+from tests.until import wait_until
 
 PORT = 7100
 CASES = [case for case in first_connection.cases() if case.gated]
@@ -98,11 +99,11 @@ def refused_then_protected(lab: Lab, gate: Gated, spec: ConnSpec) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_a_trap_the_gate_alone_starts_ike(
+def test_without_a_trap_the_gate_starts_the_negotiation(
     lab: Lab, gate: Gated, mode: str, family: int
 ) -> None:
     """Nothing of strongSwan's is in the kernel, so an open gate would mean clear packets."""
-    spec = prepared(lab, gate, mode, family, start_action="none")
+    spec = load_connection(lab, gate, mode, family, start_action="none")
     refused_then_protected(lab, gate, spec)
 
 
@@ -120,8 +121,8 @@ def test_an_ike_sa_without_a_child_opens_nothing(lab: Lab, gate: Gated) -> None:
     assert ike_sas(lab.a) == childless
 
 
-def test_what_no_policy_names_is_untouched(lab: Lab, gate: Gated) -> None:
-    prepared(lab, gate)
+def test_a_flow_that_no_policy_names_is_untouched(lab: Lab, gate: Gated) -> None:
+    load_connection(lab, gate)
     counted = Counted(gate)
     for family in FAMILIES:
         client = lab.a.client("tcp-client", lab.b.bare[family], PORT, cgroup=gate.cgroup)
@@ -132,7 +133,7 @@ def test_what_no_policy_names_is_untouched(lab: Lab, gate: Gated) -> None:
 
 
 def test_outside_the_cgroup_nothing_changes(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+    spec = load_connection(lab, gate)
     counted = Counted(gate)
     report = connect(lab, gate, spec, gated=False)
     assert connected(report)
@@ -140,8 +141,8 @@ def test_outside_the_cgroup_nothing_changes(lab: Lab, gate: Gated) -> None:
     assert counted.total() == 0
 
 
-def test_one_negotiation_for_many_flows(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+def test_many_flows_start_one_negotiation(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
     before = negotiation(gate, spec)["attempts"] if gate.ask()["negotiations"] else 0
     to = str(lab.b.address(spec))
     with contextlib.ExitStack() as stack:
@@ -151,7 +152,7 @@ def test_one_negotiation_for_many_flows(lab: Lab, gate: Gated) -> None:
             caller.forget()  # it has started
         with stopped(lab):
             assert {caller("tcp", to, PORT) for caller in callers} == {"EPERM"}
-        until(lambda: negotiation(gate, spec)["state"] == "covered", "it is not covered")
+        wait_until(lambda: negotiation(gate, spec)["state"] == "covered", "it is not covered")
         assert {caller("tcp", to, PORT) for caller in callers} == {"EINPROGRESS"}
     assert negotiation(gate, spec)["attempts"] == before + 1
     assert len(lab.a.established()) == 1
@@ -172,10 +173,10 @@ def refused_and_nothing_in_clear(lab: Lab, gate: Gated, spec: ConnSpec) -> Captu
 
 
 @pytest.mark.parametrize("start_action", ["trap", "none"])
-def test_a_deleted_sa_closes_and_the_next_flow_negotiates_anew(
+def test_a_deleted_sa_closes_the_flow_and_the_next_call_negotiates_again(
     lab: Lab, gate: Gated, start_action: str
 ) -> None:
-    spec = prepared(lab, gate, start_action=start_action)
+    spec = load_connection(lab, gate, start_action=start_action)
     assert connected(connect(lab, gate, spec))
     before = negotiation(gate, spec)["attempts"]
     lab.let_tcp_close()  # host b has no gate, and host a's RST in answer is no process's
@@ -190,9 +191,11 @@ def test_a_deleted_sa_closes_and_the_next_flow_negotiates_anew(
 
 @pytest.mark.parametrize("what", ["state", "policy"])
 @pytest.mark.parametrize("how", ["flush", "deleteall"])
-def test_databases_emptied_by_hand_close(lab: Lab, gate: Gated, what: str, how: str) -> None:
+def test_emptying_the_kernels_databases_closes_the_flow(
+    lab: Lab, gate: Gated, what: str, how: str
+) -> None:
     """Without its policy the kernel would send the flow in clear."""
-    spec = prepared(lab, gate)
+    spec = load_connection(lab, gate)
     assert connected(connect(lab, gate, spec))
     lab.let_tcp_close()  # host b has no gate
     lab.a.run(["ip", "xfrm", what, how])
@@ -205,18 +208,18 @@ def test_databases_emptied_by_hand_close(lab: Lab, gate: Gated, what: str, how: 
     assert not seen.clear
 
 
-def test_charon_killed_closes_and_charon_back_opens(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+def test_a_killed_daemon_closes_and_a_restarted_one_opens(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
     assert connected(connect(lab, gate, spec))
 
     def is_without_ike() -> bool:
         return any("IKE" in error for error in gate.ask()["errors"])
 
     lab.a.charon.kill()
-    until(is_without_ike, "it did not notice")
+    wait_until(is_without_ike, "it did not notice")
     refused_and_nothing_in_clear(lab, gate, spec)
     lab.restart(lab.a)
-    until(lambda: not is_without_ike(), "it did not come back")
+    wait_until(lambda: not is_without_ike(), "it did not come back")
     refused_and_nothing_in_clear(lab, gate, spec)  # its SAs are in the kernel: not trusted
     lab.a.run(["ip", "xfrm", "state", "flush"])
     lab.a.run(["ip", "xfrm", "policy", "flush"])
@@ -225,8 +228,8 @@ def test_charon_killed_closes_and_charon_back_opens(lab: Lab, gate: Gated) -> No
     assert connected(connect(lab, gate, spec))
 
 
-def test_a_wrong_key_is_told_soon(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+def test_a_wrong_key_is_reported_soon(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
     lab.break_psk()
     report = connect(lab, gate, spec, "--limit", "60")
     assert report["error"] == "EHOSTUNREACH"
@@ -236,17 +239,15 @@ def test_a_wrong_key_is_told_soon(lab: Lab, gate: Gated) -> None:
         connect(lab, gate, spec, "--limit", "1")
         return "AUTH" in negotiation(gate, spec)["last_error"].upper()
 
-    until(is_the_key, "it is not told why")
+    wait_until(is_the_key, "it is not told why")
 
 
 # --- the controller dies ---------------------------------------------------------------
 
 
-def test_controller_killed_keeps_open_what_is_covered_and_closed_what_is_not(
-    lab: Lab, gate: Gated
-) -> None:
-    covered = prepared(lab, gate, "tunnel", 4)
-    uncovered = prepared(lab, gate, "tunnel", 6)
+def test_without_its_controller_the_gate_keeps_every_verdict(lab: Lab, gate: Gated) -> None:
+    covered = load_connection(lab, gate, "tunnel", 4)
+    uncovered = load_connection(lab, gate, "tunnel", 6)
     assert connected(connect(lab, gate, covered))
     gate.kill()
 
@@ -278,12 +279,14 @@ def test_a_second_controller_is_refused(gate: Gated) -> None:
     assert "is running" in second.stderr
 
 
-def test_what_stood_already_is_cut_off_and_goes_on_under_the_next_sa(lab: Lab, gate: Gated) -> None:
+def test_an_established_connection_is_blocked_and_continues_under_the_next_sa(
+    lab: Lab, gate: Gated
+) -> None:
     """No trap is left behind: the kernel would send all of it in clear.
 
     A blocked packet is a request too: IKE is asked, and TCP's own retransmission finds the SA.
     """
-    spec = prepared(lab, gate, start_action="none")
+    spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
     caller = Caller(lab.a.namespace.path, gate.cgroup)
     calls, to = ("kept stream", "kept connected 4"), str(lab.b.address(spec))
@@ -308,10 +311,10 @@ def test_what_stood_already_is_cut_off_and_goes_on_under_the_next_sa(lab: Lab, g
     assert [packet for packet in seen.esp if packet.sender == "a" and packet.time > after]
 
 
-def test_events_tell_what_was_refused_by_which_rule_and_what_became_of_it(
+def test_events_show_each_refusal_with_its_policy_and_the_negotiation(
     lab: Lab, gate: Gated
 ) -> None:
-    spec = prepared(lab, gate, start_action="none")
+    spec = load_connection(lab, gate, start_action="none")
     to = str(lab.b.address(spec))
     follower = lab.a.popen(gate.argv("--json", "events", "--follow"), stdout=subprocess.PIPE)
     try:

@@ -20,8 +20,9 @@ import pytest
 from ipsecgate.core.model.policy import HOLD, HOLD_IMPATIENT
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, Lab
-from tests.system import held
-from tests.system.holding import (
+from tests.system import held_client
+from tests.system.connections import load_connection
+from tests.system.under_exec import (
     PORT,
     client,
     ended,
@@ -32,8 +33,7 @@ from tests.system.holding import (
     stopped,
     wait_held,
 )
-from tests.system.life import until
-from tests.system.opening import prepared
+from tests.until import wait_until
 
 DATAGRAMS = 5
 THREADS = 500
@@ -54,10 +54,8 @@ def module_lab() -> Iterator[Lab]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_connect_is_held_until_it_is_covered(
-    lab: Lab, gate: Gated, mode: str, family: int
-) -> None:
-    spec = prepared(lab, gate, mode, family)
+def test_a_connect_is_held_until_covered(lab: Lab, gate: Gated, mode: str, family: int) -> None:
+    spec = load_connection(lab, gate, mode, family)
     lab.set_delay(25)
     before = gate.ask()["held"]
     reasons = gate.reasons()
@@ -73,8 +71,8 @@ def test_a_connect_is_held_until_it_is_covered(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sendto_is_held_and_no_datagram_lost(lab: Lab, gate: Gated, family: int) -> None:
-    spec = prepared(lab, gate, family=family)
+def test_a_sendto_is_held_and_no_datagram_is_lost(lab: Lab, gate: Gated, family: int) -> None:
+    spec = load_connection(lab, gate, family=family)
     lab.set_delay(25)
     with lab.b.serve("udp-server", PORT) as server, nothing_in_clear(lab, esp=True):
         report = client(lab, gate, "udp-client", spec, "--count", str(DATAGRAMS))
@@ -84,73 +82,73 @@ def test_a_sendto_is_held_and_no_datagram_lost(lab: Lab, gate: Gated, family: in
     assert told["distinct"] == DATAGRAMS
 
 
-def test_without_a_trap(lab: Lab, gate: Gated) -> None:
+def test_a_call_is_held_without_a_trap(lab: Lab, gate: Gated) -> None:
     """Nothing of strongSwan's is in the kernel, so an open gate would mean clear packets."""
-    spec = prepared(lab, gate, start_action="none")
+    spec = load_connection(lab, gate, start_action="none")
     with nothing_in_clear(lab, esp=True):
         assert client(lab, gate, "tcp-client", spec)["attempts"] == 1
 
 
 @pytest.mark.parametrize("call", ["udp_connect", "sendmsg", "sendmmsg", "tcp"])
-def test_every_call_to_a_mapped_address(lab: Lab, gate: Gated, call: str) -> None:
-    spec = prepared(lab, gate)
+def test_every_call_to_an_ipv4_mapped_address_is_held(lab: Lab, gate: Gated, call: str) -> None:
+    spec = load_connection(lab, gate)
     lab.set_delay(25)
     before = gate.ask()["held"]
     to = f"::ffff:{lab.b.address(spec)}"
     with nothing_in_clear(lab, esp=call != "udp_connect"):
-        result = run(lab, gate, held.command(call, to, PORT), "--udp")
+        result = run(lab, gate, held_client.command(call, to, PORT), "--udp")
     assert result["error"] == ""
     assert result["seconds"] > 0.1
     assert gate.ask()["held"] == before + 1
 
 
-def test_sendmsg_is_refused_where_it_is_not_asked_for(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+def test_without_udp_a_sendmsg_is_refused_instead_of_held(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
     with nothing_in_clear(lab, esp=False):
-        result = run(lab, gate, held.command("sendmsg", lab.b.address(spec), PORT))
+        result = run(lab, gate, held_client.command("sendmsg", lab.b.address(spec), PORT))
     assert result["error"] == "EPERM"
 
 
-def test_a_non_blocking_connect_is_under_way_when_it_is_covered(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+def test_a_non_blocking_connect_is_held_and_then_in_progress(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
     lab.set_delay(25)
     with nothing_in_clear(lab, esp=True):
-        result = run(lab, gate, held.command("non_blocking", lab.b.address(spec), PORT))
+        result = run(lab, gate, held_client.command("non_blocking", lab.b.address(spec), PORT))
     assert result["error"] == "EINPROGRESS"
     assert result["seconds"] > 0.1
 
 
-def test_the_source_a_socket_is_bound_to_counts(lab: Lab, gate: Gated) -> None:
+def test_a_bound_source_outside_the_selector_is_never_covered(lab: Lab, gate: Gated) -> None:
     """From an address outside the child's selector nothing will ever be covered."""
-    spec = prepared(lab, gate)
-    inside = held.command("bound", lab.b.address(spec), PORT, lab.a.address(spec))
-    outside = held.command("bound", lab.b.address(spec), PORT, lab.a.bare[4])
+    spec = load_connection(lab, gate)
+    inside = held_client.command("bound", lab.b.address(spec), PORT, lab.a.address(spec))
+    outside = held_client.command("bound", lab.b.address(spec), PORT, lab.a.bare[4])
     with nothing_in_clear(lab, esp=False):
         assert run(lab, gate, outside, "--hold", "500ms")["error"] == "ETIMEDOUT"
     assert run(lab, gate, inside)["error"] == ""
 
 
-def test_what_is_covered_or_not_ours_is_not_held(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
-    assert run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))["error"] == ""
+def test_covered_and_unprotected_calls_are_not_held(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
+    assert run(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))["error"] == ""
     before = gate.ask()["held"]
     for address in (lab.b.address(spec), lab.b.bare[4], lab.b.bare[6]):
-        assert run(lab, gate, held.command("tcp", address, PORT))["error"] == ""
+        assert run(lab, gate, held_client.command("tcp", address, PORT))["error"] == ""
     for here in ("127.0.0.1", "::1", "0.0.0.0"):
-        assert run(lab, gate, held.command("tcp", here, PORT))["error"] == "ECONNREFUSED"
+        assert run(lab, gate, held_client.command("tcp", here, PORT))["error"] == "ECONNREFUSED"
     assert gate.ask()["held"] == before
 
 
 def test_many_threads_wait_for_one_negotiation(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+    spec = load_connection(lab, gate)
     before = gate.ask()["held"]
     attempts = sum(n["attempts"] for n in gate.ask()["negotiations"])
     with nothing_in_clear(lab, esp=True):
-        command = held.command("threads", lab.b.address(spec), PORT, THREADS)
+        command = held_client.command("threads", lab.b.address(spec), PORT, THREADS)
         process = start(lab, gate, command, "--hold", "2m")
         # The test kernel takes tens of milliseconds to make a thread.
         tasks = Path(f"/proc/{process.pid}/task")
-        until(lambda: len(list(tasks.iterdir())) > THREADS, "too few threads", timeout=110)
+        wait_until(lambda: len(list(tasks.iterdir())) > THREADS, "too few threads", timeout=110)
         os.kill(lab.a.charon.pid, signal.SIGSTOP)  # until all of them wait
         say(process)
         wait_held(gate, THREADS, timeout=110)
@@ -168,53 +166,53 @@ def test_many_threads_wait_for_one_negotiation(lab: Lab, gate: Gated) -> None:
 
 
 @pytest.mark.parametrize("call", ["tcp", "sendmsg"])
-def test_a_hold_has_a_limit(lab: Lab, gate: Gated, call: str) -> None:
-    spec = prepared(lab, gate)
+def test_a_held_call_times_out(lab: Lab, gate: Gated, call: str) -> None:
+    spec = load_connection(lab, gate)
     lab.drop_ike()
-    command = held.command(call, lab.b.address(spec), PORT)
+    command = held_client.command(call, lab.b.address(spec), PORT)
     with nothing_in_clear(lab, esp=False):
         result = run(lab, gate, command, "--udp", "--hold", "1s")
     assert result["error"] == "ETIMEDOUT"
     assert 1.0 <= result["seconds"] < HOLD
-    until(lambda: "was held for 1.0 s" in gate.log.read_text(), "it is not told")
+    wait_until(lambda: "was held for 1.0 s" in gate.log.read_text(), "it is not told")
 
 
 @pytest.mark.parametrize("call", ["non_blocking", "udp_connect"])
-def test_who_cannot_wait_has_a_shorter_limit(lab: Lab, gate: Gated, call: str) -> None:
-    spec = prepared(lab, gate)
+def test_a_non_blocking_call_has_a_shorter_limit(lab: Lab, gate: Gated, call: str) -> None:
+    spec = load_connection(lab, gate)
     with nothing_in_clear(lab, esp=False), stopped(lab):
-        result = run(lab, gate, held.command(call, lab.b.address(spec), PORT))
+        result = run(lab, gate, held_client.command(call, lab.b.address(spec), PORT))
     assert result["error"] == "ETIMEDOUT"
     assert HOLD_IMPATIENT <= result["seconds"] < HOLD
 
 
-def test_a_negotiation_that_fails_is_told_at_once(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+def test_a_failed_negotiation_ends_the_call_at_once(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
     lab.break_psk()
     with nothing_in_clear(lab, esp=False):
-        result = run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))
+        result = run(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))
     assert result["error"] == "EHOSTUNREACH", "not ETIMEDOUT: that is its limit"
 
     def told() -> str:
         """Where it took long, the first time shows only that it failed."""
-        run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))
+        run(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))
         (one,) = (n for n in gate.ask()["negotiations"] if n["child"].startswith(spec.name))
         return str(one["last_error"])
 
-    until(lambda: "AUTH" in told().upper(), "it is not told why")
-    until(lambda: told() in gate.log.read_text(), "it is not logged")
+    wait_until(lambda: "AUTH" in told().upper(), "it is not told why")
+    wait_until(lambda: told() in gate.log.read_text(), "it is not logged")
 
 
 # --- who would get round it -----------------------------------------------------------------
 
 
-def test_an_address_changed_while_the_call_is_held_gains_nothing(lab: Lab, gate: Gated) -> None:
-    covered = prepared(lab, gate, "tunnel")
-    uncovered = prepared(lab, gate, "transport")
+def test_changing_the_address_of_a_held_call_gains_nothing(lab: Lab, gate: Gated) -> None:
+    covered = load_connection(lab, gate, "tunnel")
+    uncovered = load_connection(lab, gate, "transport")
     to, other = lab.b.address(covered), lab.b.address(uncovered)
     with nothing_in_clear(lab, esp=False):
         with stopped(lab):
-            process = start(lab, gate, held.command("flip", to, PORT, other))
+            process = start(lab, gate, held_client.command("flip", to, PORT, other))
             wait_held(gate)
             say(process)
             assert process.stderr
@@ -222,24 +220,24 @@ def test_an_address_changed_while_the_call_is_held_gains_nothing(lab: Lab, gate:
         assert ended(process)["error"] == "EPERM"
 
 
-def test_an_address_changed_all_the_time_gains_nothing(lab: Lab, gate: Gated) -> None:
-    covered = prepared(lab, gate, "tunnel")
+def test_changing_the_address_all_the_time_gains_nothing(lab: Lab, gate: Gated) -> None:
+    covered = load_connection(lab, gate, "tunnel")
     to = lab.b.address(covered)
-    assert run(lab, gate, held.command("tcp", to, PORT))["error"] == ""
-    uncovered = prepared(lab, gate, "transport")
+    assert run(lab, gate, held_client.command("tcp", to, PORT))["error"] == ""
+    uncovered = load_connection(lab, gate, "transport")
     lab.break_psk()
     other = lab.b.address(uncovered)
     with nothing_in_clear(lab, esp=False):
-        command = held.command("flip_all_the_time", to, PORT, other)
+        command = held_client.command("flip_all_the_time", to, PORT, other)
         reached = run(lab, gate, command, "--hold", "10ms")["reached"]
     assert set(reached) <= {str(to), "EPERM", "EHOSTUNREACH", "ETIMEDOUT"}
     assert len(reached) > 1
     assert str(to) in reached
 
 
-def test_odd_calls_fail_as_ever_and_end_nothing(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
-    result = run(lab, gate, held.command("odd", lab.b.address(spec), PORT))
+def test_odd_calls_fail_as_usual_and_do_not_end_the_controller(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
+    result = run(lab, gate, held_client.command("odd", lab.b.address(spec), PORT))
     assert all(result["errors"])
     assert "EPERM" not in result["errors"]
     assert result["error"] == ""
@@ -247,31 +245,33 @@ def test_odd_calls_fail_as_ever_and_end_nothing(lab: Lab, gate: Gated) -> None:
     assert gate.process.poll() is None
 
 
-def test_io_uring_is_not_held_but_refused(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+def test_a_connect_by_io_uring_is_refused_instead_of_held(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
     lab.drop_ike()
     with nothing_in_clear(lab, esp=False):
-        result = run(lab, gate, held.command("uring_connect", lab.b.address(spec), PORT))
+        result = run(lab, gate, held_client.command("uring_connect", lab.b.address(spec), PORT))
     assert result["error"] in ("EPERM", "EHOSTUNREACH")
 
 
 # --- signals, users, and the command line --------------------------------------------------
 
 
-def test_handled_signals_disturb_nothing_and_make_no_hold_longer(lab: Lab, gate: Gated) -> None:
+def test_handled_signals_restart_the_call_without_extending_its_limit(
+    lab: Lab, gate: Gated
+) -> None:
     """Each comes while the call is held: it is taken back, and made again."""
-    spec = prepared(lab, gate)
+    spec = load_connection(lab, gate)
     limits = []
     with nothing_in_clear(lab, esp=True):
         with stopped(lab):
-            command = held.command("handling", lab.b.address(spec), PORT)
+            command = held_client.command("handling", lab.b.address(spec), PORT)
             process = start(lab, gate, command, "--hold", "2m")
             wait_held(gate)
             for _ in range(SIGNALS):
                 told = gate.ask()
                 limits += [hold["limit"] for hold in told["holds"]]
                 process.send_signal(signal.SIGALRM)
-                until(partial(is_held_again, gate, told["held"]), "it is not held again")
+                wait_until(partial(is_held_again, gate, told["held"]), "it is not held again")
         result = ended(process)
     assert result["error"] == ""
     assert result["handled"] == SIGNALS
@@ -283,7 +283,9 @@ def is_held_again(gate: Gated, before: int) -> bool:
     return bool(told["held"] > before and told["holds"])
 
 
-def test_a_user_and_a_setuid_program(lab: Lab, gate: Gated, tmp_path: Path) -> None:
+def test_exec_changes_the_user_and_keeps_setuid_programs_working(
+    lab: Lab, gate: Gated, tmp_path: Path
+) -> None:
     for folder in (tmp_path, *list(tmp_path.parents)[:-2]):
         folder.chmod(0o755)
     program = tmp_path / "id"
@@ -311,7 +313,7 @@ def test_an_inherited_internet_socket_is_refused(lab: Lab, gate: Gated) -> None:
     assert "ran" not in done.stdout
 
 
-def test_exit_codes(lab: Lab, gate: Gated, tmp_path: Path) -> None:
+def test_exec_returns_the_exit_code_of_the_command(lab: Lab, gate: Gated, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no program")
     told = {
         ("sh", "-c", "exit 7"): 7,

@@ -16,8 +16,10 @@ import pytest
 
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
-from tests.system import held
-from tests.system.holding import (
+from tests.system import held_client
+from tests.system.connections import load_connection
+from tests.system.fd_store import FdStore
+from tests.system.under_exec import (
     PORT,
     ended,
     nothing_in_clear,
@@ -26,9 +28,7 @@ from tests.system.holding import (
     stopped,
     wait_held,
 )
-from tests.system.keeper import Keeper
-from tests.system.life import until
-from tests.system.opening import prepared
+from tests.until import wait_until
 
 pytestmark = pytest.mark.second_guest
 
@@ -47,10 +47,10 @@ def gate(lab: Lab, cache: Path) -> Iterator[Gated]:
         yield gate
 
 
-def test_a_controller_that_dies_ends_the_calls_that_it_held(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+def test_a_dying_controller_ends_the_calls_that_it_holds(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
     with nothing_in_clear(lab, esp=False), stopped(lab):
-        process = start(lab, gate, held.command("twice", lab.b.address(spec), PORT))
+        process = start(lab, gate, held_client.command("twice", lab.b.address(spec), PORT))
         wait_held(gate)
         gate.kill()
         result = ended(process)
@@ -60,7 +60,7 @@ def test_a_controller_that_dies_ends_the_calls_that_it_held(lab: Lab, gate: Gate
     assert done.returncode == 3
     assert "ran" not in done.stdout
     gate.start()
-    assert run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))["error"] == ""
+    assert run(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))["error"] == ""
 
 
 def seccomp_listeners(gate: Gated) -> int:
@@ -72,10 +72,10 @@ def seccomp_listeners(gate: Gated) -> int:
     return count
 
 
-def test_an_application_that_is_killed_is_forgotten(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
+def test_a_killed_application_is_forgotten(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
     with nothing_in_clear(lab, esp=False), stopped(lab):
-        process = start(lab, gate, held.command("tcp", lab.b.address(spec), PORT))
+        process = start(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))
         wait_held(gate)
         assert seccomp_listeners(gate) == 1
         process.kill()
@@ -84,9 +84,9 @@ def test_an_application_that_is_killed_is_forgotten(lab: Lab, gate: Gated) -> No
         assert seccomp_listeners(gate) == 0
 
 
-def test_an_interrupt_ends_a_held_program(lab: Lab, gate: Gated) -> None:
+def test_a_signal_ends_a_held_program(lab: Lab, gate: Gated) -> None:
     """Where it has no handler for it."""
-    spec = prepared(lab, gate)
+    spec = load_connection(lab, gate)
     command = ["bash", "-c", f"exec 3<>/dev/tcp/{lab.b.address(spec)}/{PORT}"]
     with nothing_in_clear(lab, esp=False), stopped(lab):
         process = start(lab, gate, command)
@@ -97,41 +97,41 @@ def test_an_interrupt_ends_a_held_program(lab: Lab, gate: Gated) -> None:
 
 
 @pytest.mark.parametrize("covered", [True, False])
-def test_a_successor_answers_what_is_held(lab: Lab, gate: Gated, covered: bool) -> None:
+def test_the_next_controller_answers_the_held_calls(lab: Lab, gate: Gated, covered: bool) -> None:
     """Also where the negotiation came to its end while nobody was there."""
     gate.kill()
-    with Keeper() as keeper:
-        keeper.start(gate)
-        spec = prepared(lab, gate)
+    with FdStore() as store:
+        store.start(gate)
+        spec = load_connection(lab, gate)
         with nothing_in_clear(lab, esp=True):
             with stopped(lab):
-                command = held.command("twice", lab.b.address(spec), PORT)
+                command = held_client.command("twice", lab.b.address(spec), PORT)
                 process = start(lab, gate, command, "--hold", "2m")
                 wait_held(gate)
-                until(keeper.is_given, "nobody gave it")
+                wait_until(store.is_given, "nobody gave it")
                 gate.kill()
                 if not covered:
-                    keeper.start(gate)
+                    store.start(gate)
             if covered:
-                until(lambda: bool(lab.a.established()), "no SA")
+                wait_until(lambda: bool(lab.a.established()), "no SA")
                 assert process.poll() is None
-                keeper.start(gate)
+                store.start(gate)
             result = ended(process)
         assert result["first"]["error"] == ""
         assert result["error"] == ""
-        assert keeper.kept
+        assert store.kept
 
 
-def test_a_manager_that_is_busy_is_given_the_listener_later(lab: Lab, gate: Gated) -> None:
+def test_a_busy_service_manager_receives_the_listener_later(lab: Lab, gate: Gated) -> None:
     gate.kill()
-    with Keeper() as keeper:
-        keeper.start(gate)
-        spec = prepared(lab, gate)
+    with FdStore() as store:
+        store.start(gate)
+        spec = load_connection(lab, gate)
         with nothing_in_clear(lab, esp=False), stopped(lab):
-            keeper.fill()
-            process = start(lab, gate, held.command("tcp", lab.b.address(spec), PORT))
+            store.fill()
+            process = start(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))
             wait_held(gate)
-            until(keeper.is_given, "nobody gave it")
+            wait_until(store.is_given, "nobody gave it")
             process.kill()
 
 
@@ -139,40 +139,42 @@ def calls_again(gate: Gated, before: int) -> bool:
     return gate.reasons()["allow_associated"] > before + 20
 
 
-def test_calls_under_way_when_a_controller_is_killed_are_answered(lab: Lab, gate: Gated) -> None:
+def test_calls_received_but_not_answered_by_a_killed_controller_are_answered(
+    lab: Lab, gate: Gated
+) -> None:
     """Covered calls, received and not answered yet: it is killed a few times to meet one."""
     gate.kill()
-    with Keeper() as keeper:
-        keeper.start(gate)
-        spec = prepared(lab, gate)
+    with FdStore() as store:
+        store.start(gate)
+        spec = load_connection(lab, gate)
         to = lab.b.address(spec)
-        assert run(lab, gate, held.command("tcp", to, PORT))["error"] == ""
-        keeper.take()
-        known = len(keeper.kept)
-        process = start(lab, gate, held.command("hammer", to, PORT))
-        until(lambda: keeper.is_given(known), "nobody gave it")
+        assert run(lab, gate, held_client.command("tcp", to, PORT))["error"] == ""
+        store.take()
+        known = len(store.kept)
+        process = start(lab, gate, held_client.command("hammer", to, PORT))
+        wait_until(lambda: store.is_given(known), "nobody gave it")
         for _ in range(3):
             before = gate.reasons()["allow_associated"]  # by a socket that connects again
-            until(partial(calls_again, gate, before), "it does not call")
+            wait_until(partial(calls_again, gate, before), "it does not call")
             gate.kill()
-            keeper.start(gate)
+            store.start(gate)
         result = ended(process)
     assert result["errors"] == [""], "answered, not given up"
 
 
-def test_a_hold_does_not_become_longer_by_a_successor(lab: Lab, gate: Gated) -> None:
+def test_the_next_controller_does_not_extend_a_hold(lab: Lab, gate: Gated) -> None:
     gate.kill()
-    with Keeper() as keeper:
-        keeper.start(gate)
-        spec = prepared(lab, gate)
-        command = held.command("tcp", lab.b.address(spec), PORT)
+    with FdStore() as store:
+        store.start(gate)
+        spec = load_connection(lab, gate)
+        command = held_client.command("tcp", lab.b.address(spec), PORT)
         with nothing_in_clear(lab, esp=False), stopped(lab):
             process = start(lab, gate, command, "--hold", "2m")
             wait_held(gate)
-            until(keeper.is_given, "nobody gave it")
+            wait_until(store.is_given, "nobody gave it")
             gate.kill()
             time.sleep(2)
-            keeper.start(gate)
+            store.start(gate)
             wait_held(gate)
             (hold,) = gate.ask()["holds"]
             process.kill()

@@ -13,11 +13,11 @@ import pytest
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.uml import children_of
-from tests.system import held
-from tests.system.holding import PORT, ended, nothing_in_clear, run, start, stopped, wait_held
-from tests.system.life import until
-from tests.system.opening import prepared
-from tests.system.stall import FLUSH, READ, StallingFile
+from tests.system import held_client
+from tests.system.connections import load_connection
+from tests.system.stalling_file import FLUSH, READ, StallingFile
+from tests.system.under_exec import PORT, ended, nothing_in_clear, run, start, stopped, wait_held
+from tests.until import wait_until
 
 pytestmark = pytest.mark.second_guest
 
@@ -59,31 +59,33 @@ def said(gate: Gated) -> bool:
 
 
 @pytest.mark.parametrize(("call", "waits_for"), [("served", READ), ("posing", FLUSH)])
-def test_it_gets_nowhere_and_others_are_held_as_ever(
+def test_a_call_that_blocks_the_inspector_does_not_affect_others(
     lab: Lab, gate: Gated, file: StallingFile, call: str, waits_for: int
 ) -> None:
-    spec = prepared(lab, gate)
+    spec = load_connection(lab, gate)
     address = lab.b.address(spec)
     with nothing_in_clear(lab, esp=True):
         with stopped(lab):
-            hostile = start(lab, gate, held.command(call, address, PORT, file.path))
-            until(lambda: waits_for in file.asked, "nobody looked")
+            hostile = start(lab, gate, held_client.command(call, address, PORT, file.path))
+            wait_until(lambda: waits_for in file.asked, "nobody looked")
             assert gate.ask()["ready"]
-            other = start(lab, gate, held.command("tcp", address, PORT))
+            other = start(lab, gate, held_client.command("tcp", address, PORT))
             wait_held(gate)
-            until(lambda: said(gate), "nothing was said")
+            wait_until(lambda: said(gate), "nothing was said")
         assert ended(other)["error"] == ""
-        assert run(lab, gate, held.command("tcp", address, PORT))["error"] == ""
+        assert run(lab, gate, held_client.command("tcp", address, PORT))["error"] == ""
     hostile.kill()
 
 
-def test_what_it_calls_meanwhile_is_refused_not_held(
+def test_the_blocking_process_is_refused_instead_of_held(
     lab: Lab, gate: Gated, file: StallingFile
 ) -> None:
-    spec = prepared(lab, gate)
+    spec = load_connection(lab, gate)
     with nothing_in_clear(lab, esp=False), stopped(lab):
-        hostile = start(lab, gate, held.command("posing", lab.b.address(spec), PORT, file.path))
-        until(lambda: said(gate), "nothing was said")
+        hostile = start(
+            lab, gate, held_client.command("posing", lab.b.address(spec), PORT, file.path)
+        )
+        wait_until(lambda: said(gate), "nothing was said")
         assert hostile.stdout
         result = json.loads(hostile.stdout.readline())  # its end waits, too
         hostile.kill()
@@ -91,26 +93,26 @@ def test_what_it_calls_meanwhile_is_refused_not_held(
     assert result["error"] == "EPERM"
 
 
-def test_a_successor_need_not_wait_for_who_cannot_be_killed(
+def test_the_next_controller_does_not_wait_for_a_blocked_inspector(
     lab: Lab, gate: Gated, file: StallingFile
 ) -> None:
-    spec = prepared(lab, gate)
-    hostile = start(lab, gate, held.command("posing", lab.b.address(spec), PORT, file.path))
-    until(lambda: FLUSH in file.asked, "nobody looked")
+    spec = load_connection(lab, gate)
+    hostile = start(lab, gate, held_client.command("posing", lab.b.address(spec), PORT, file.path))
+    wait_until(lambda: FLUSH in file.asked, "nobody looked")
     (looking,) = children(gate)
     gate.kill()
-    until(lambda: waits_in_the_kernel(looking), "it ended with its controller")
+    wait_until(lambda: waits_in_the_kernel(looking), "it ended with its controller")
     gate.start()
-    assert run(lab, gate, held.command("tcp", lab.b.address(spec), PORT))["error"] == ""
+    assert run(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))["error"] == ""
     assert waits_in_the_kernel(looking)
     hostile.kill()
 
 
-def test_a_process_that_looks_and_dies_is_replaced(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate)
-    command = held.command("tcp", lab.b.address(spec), PORT)
+def test_a_killed_inspector_is_replaced(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate)
+    command = held_client.command("tcp", lab.b.address(spec), PORT)
     idle = start(lab, gate, ["sleep", "60"])
-    until(lambda: bool(children(gate)), "nobody is there to look")
+    wait_until(lambda: bool(children(gate)), "nobody is there to look")
     (first,) = children(gate)
     os.kill(first, signal.SIGKILL)
     assert run(lab, gate, command)["error"] == ""

@@ -20,7 +20,7 @@ import pytest
 from ipsecgate.core.tables import layout
 from ipsecgate.core.tables.layout import INDEX, Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import EMPTY, Rule, compile_table, ternary
-from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf import bytecode, libbpf, ring
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.objects import HOOKS, opened
 from ipsecgate.edges.bpf.pins import Pins
@@ -64,7 +64,7 @@ def test_every_call_is_gated(hooked: HookedCgroup, call: str, form: str) -> None
     assert hooked.gated(call, peer) == "EPERM"
 
 
-def test_refusals_are_told_with_the_flow(hooked: HookedCgroup) -> None:
+def test_a_refusal_is_reported_with_its_flow(hooked: HookedCgroup) -> None:
     began = time.monotonic()
     for _ in range(5):
         hooked.gated("tcp", "::ffff:" + PEER[4], 443)
@@ -85,7 +85,7 @@ LOOPBACK = ("127.0.0.1", "127.255.255.254", "::1", "::ffff:127.0.0.1", "0.0.0.0"
 BESIDE_LOOPBACK = ("126.255.255.255", "128.0.0.0", "255.0.0.1", "::2", "::ffff:128.0.0.1")
 
 
-def test_loopback_is_exempt_and_its_neighbours_are_not(hooked: HookedCgroup) -> None:
+def test_only_loopback_is_exempt(hooked: HookedCgroup) -> None:
     hooked.data.set(Setting.DENY, 1)
     for address in LOOPBACK:
         assert hooked.gated("tcp", address) in ("EINPROGRESS", "ECONNREFUSED"), address
@@ -112,7 +112,7 @@ def test_new_pins_refuse_all_but_loopback(hooked: HookedCgroup, cache: Path, uni
     assert went_out(hooked.gated("tcp", OTHER[4]))
 
 
-def test_the_source_decides(hooked: HookedCgroup) -> None:
+def test_the_source_address_decides(hooked: HookedCgroup) -> None:
     hooked.publish(TableId.SPD, *live())
     assert went_out(hooked.gated("tcp", PEER[4], bind=str(HERE[4])))
     assert hooked.gated("tcp", PEER[4], bind="198.51.100.77") == "EPERM"
@@ -122,7 +122,7 @@ def test_the_source_decides(hooked: HookedCgroup) -> None:
     assert went_out(hooked.gated("tcp", PEER[4], bind=str(HERE[4])))
 
 
-def test_a_mark_is_matched_and_leaves_the_source_open(hooked: HookedCgroup) -> None:
+def test_a_marked_flow_is_matched_and_has_no_known_source(hooked: HookedCgroup) -> None:
     mark = [(socket.SOL_SOCKET, socket.SO_MARK, 5)]
     source = str(HERE[4])
     marked = ternary(THERE[4], src=ip_network(source), mark=(5, 0xFF))
@@ -137,7 +137,7 @@ def test_a_mark_is_matched_and_leaves_the_source_open(hooked: HookedCgroup) -> N
     assert hooked.counted(Reason.REFUSE_NO_SOURCE) == 1
 
 
-def test_another_namespace_is_not_judged_by_this_ones_tables(hooked: HookedCgroup) -> None:
+def test_a_flow_in_another_network_namespace_is_refused(hooked: HookedCgroup) -> None:
     hooked.publish(TableId.SPD, *live())
     assert went_out(hooked.gated("tcp", PEER[4]))
     hooked.data.set(Setting.NETNS, hooked.netns + 1)
@@ -146,7 +146,7 @@ def test_another_namespace_is_not_judged_by_this_ones_tables(hooked: HookedCgrou
     assert went_out(hooked.gated("tcp", OTHER[4]))
 
 
-def test_the_hosts_own_address_never_leaves_it(hooked: HookedCgroup) -> None:
+def test_an_own_address_is_exempt(hooked: HookedCgroup) -> None:
     own = ip_network(HERE[4])
     hooked.data.set_sources([(own, HERE[4]), (THERE[4], HERE[4])])
     hooked.publish(TableId.POLICY, Rule(ternary(ip_network("0.0.0.0/0")), Entry(State.PROTECT)))
@@ -155,7 +155,7 @@ def test_the_hosts_own_address_never_leaves_it(hooked: HookedCgroup) -> None:
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
 
 
-def test_a_udp_socket_remembers_that_it_was_covered(hooked: HookedCgroup) -> None:
+def test_a_udp_socket_is_checked_again_only_after_a_change(hooked: HookedCgroup) -> None:
     """And is asked anew when anything changed, or when it sends somewhere else."""
     hooked.publish(TableId.SPD, *live())
     other = THERE[4][7]
@@ -193,7 +193,7 @@ def test_a_udp_socket_remembers_that_it_was_covered(hooked: HookedCgroup) -> Non
         assert hooked.gated("kept sendto", PEER[4]) == "EPERM"
 
 
-def test_dhcp_is_exempt_and_its_neighbours_are_not(hooked: HookedCgroup) -> None:
+def test_only_dhcp_clients_are_exempt(hooked: HookedCgroup) -> None:
     """A client's ports are privileged: nobody without that privilege can pose as one."""
     hooked.data.set(Setting.DENY, 1)
     broadcast = [(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)]
@@ -221,7 +221,7 @@ def test_dhcp_is_exempt_and_its_neighbours_are_not(hooked: HookedCgroup) -> None
         assert told(*neighbour) == "EPERM", neighbour
 
 
-def test_actions_come_before_coverage(hooked: HookedCgroup) -> None:
+def test_bypass_and_discard_apply_whatever_the_coverage(hooked: HookedCgroup) -> None:
     narrow = ternary(ip_network("203.0.113.9/32"), proto=6, dport=(80, 0xFFFF))
     hooked.publish(TableId.POLICY, Rule(narrow, Entry(State.BYPASS)), *protect())
     assert hooked.gated("tcp", PEER[4], 80) == "EINPROGRESS"
@@ -234,7 +234,7 @@ def test_actions_come_before_coverage(hooked: HookedCgroup) -> None:
 
 @pytest.mark.parametrize("name", ["EHOSTUNREACH", "ETIMEDOUT", "EACCES"])
 @pytest.mark.parametrize("call", CALLS)
-def test_a_policys_errno_is_what_the_caller_gets(
+def test_the_caller_gets_the_errno_of_the_policy(
     hooked: HookedCgroup, call: str, name: str
 ) -> None:
     entry = Entry(State.PROTECT, getattr(errno, name))
@@ -243,7 +243,7 @@ def test_a_policys_errno_is_what_the_caller_gets(
         assert hooked.gated(call, address) == name
 
 
-def test_audit_counts_and_refuses_nothing(hooked: HookedCgroup) -> None:
+def test_audit_mode_counts_and_refuses_nothing(hooked: HookedCgroup) -> None:
     hooked.data.set(Setting.AUDIT, 1)
     assert went_out(hooked.gated("tcp", PEER[4]))
     assert hooked.counted(Reason.REFUSE_UNCOVERED) == hooked.counted(Reason.AUDITED) == 1
@@ -251,7 +251,7 @@ def test_audit_counts_and_refuses_nothing(hooked: HookedCgroup) -> None:
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
 
 
-def test_the_ike_daemon_is_exempt_and_nobody_else(hooked: HookedCgroup) -> None:
+def test_only_the_ike_daemon_is_exempt(hooked: HookedCgroup) -> None:
     hooked.data.set(Setting.IKE, hooked.gated.process.pid)
     assert hooked.gated("sendto", PEER[4], 500) == ""
     assert hooked.counted(Reason.ALLOW_EXEMPT) == 1
@@ -259,7 +259,7 @@ def test_the_ike_daemon_is_exempt_and_nobody_else(hooked: HookedCgroup) -> None:
     assert hooked.gated("sendto", PEER[4], 500) == "EPERM"
 
 
-def test_a_table_in_force_can_be_read_back(hooked: HookedCgroup) -> None:
+def test_a_published_table_can_be_read_back(hooked: HookedCgroup) -> None:
     assert hooked.data.table(TableId.POLICY) == compile_table(protect())
     assert hooked.data.table(TableId.SPD) == EMPTY
 
@@ -275,7 +275,7 @@ def test_republishing_leaves_no_entry_behind(hooked: HookedCgroup) -> None:
     assert hooked.data.entry_count() == len(protect())
 
 
-def test_a_single_entry_changes_at_once(hooked: HookedCgroup) -> None:
+def test_setting_one_entry_takes_effect_at_once(hooked: HookedCgroup) -> None:
     hooked.publish(TableId.SPD, *live())
     ((index, key),) = [at for at in compile_table(live()).entries if at[1].family == 4]
     hooked.data.set_entry(TableId.SPD, index, key, Entry(State.DEAD))
@@ -283,7 +283,7 @@ def test_a_single_entry_changes_at_once(hooked: HookedCgroup) -> None:
     assert went_out(hooked.gated("tcp", PEER[6]))
 
 
-def test_load_again_replaces_the_programs_under_the_links(
+def test_loading_again_replaces_the_programs_of_the_links(
     hooked: HookedCgroup, cache: Path
 ) -> None:
     before = {a.hook: a.prog_id for a in hooked.pins.attachments()}
@@ -304,7 +304,7 @@ def test_detach_opens_and_attach_closes(hooked: HookedCgroup) -> None:
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
 
 
-def test_a_table_that_somebody_changed_is_mended_and_counted(hooked: HookedCgroup) -> None:
+def test_a_table_changed_by_others_is_repaired_and_counted(hooked: HookedCgroup) -> None:
     """As a check does it every minute: an entry altered, one added, one gone, masks gone."""
     wanted = compile_table([*protect(), Rule(ternary(THERE[4], proto=6), Entry(State.BYPASS))])
     hooked.publish(
@@ -312,7 +312,7 @@ def test_a_table_that_somebody_changed_is_mended_and_counted(hooked: HookedCgrou
     )
 
     def verify() -> int:
-        return asyncio.run(hooked.data.verify(TableId.POLICY, wanted))
+        return asyncio.run(hooked.data.repair(TableId.POLICY, wanted))
 
     assert verify() == 0
     space = layout.space(TableId.POLICY, hooked.data.setting(Setting.POLICY_EPOCH))
@@ -333,7 +333,7 @@ def test_a_table_that_somebody_changed_is_mended_and_counted(hooked: HookedCgrou
     assert hooked.data.table(TableId.POLICY) == wanted
 
 
-def test_a_cgroup_that_was_removed_is_in_no_ones_way(hooked: HookedCgroup, cache: Path) -> None:
+def test_a_removed_cgroup_does_not_prevent_loading(hooked: HookedCgroup, cache: Path) -> None:
     """Its severed links made every later load fail, hence every start. Found by chaos."""
     gone = hooked.cgroup.with_name(f"{hooked.cgroup.name}-gone")
     gone.mkdir()
@@ -349,12 +349,12 @@ def test_a_cgroup_that_was_removed_is_in_no_ones_way(hooked: HookedCgroup, cache
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
 
 
-def test_a_flood_of_refusals_does_not_keep_its_reader(hooked: HookedCgroup) -> None:
+def test_a_flood_of_refusals_is_read_in_batches(hooked: HookedCgroup) -> None:
     """So many are read at a time, and none is lost."""
     hosts = [str(ip_address("2001:db8:b::") + number) for number in range(1, 301)]
     assert {hooked.gated("sendto", host) for host in hosts} == {"EPERM"}
     hooked.data.drain()
-    assert len(hooked.refusals) == libbpf.AT_ONCE
+    assert len(hooked.refusals) == ring.BATCH
     hooked.data.drain()
     assert [str(told.flow.daddr) for told in hooked.refusals] == hosts
 

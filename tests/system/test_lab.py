@@ -59,7 +59,7 @@ def udp(warm_lab: Lab) -> Server:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_policy_all_is_in_clear(lab: Lab, tcp: Server, family: int) -> None:
+def test_without_a_policy_everything_is_in_clear(lab: Lab, tcp: Server, family: int) -> None:
     for address in (lab.b.outer[family], lab.b.inner[family]):
         with lab.capture() as capture:
             report = lab.a.client("tcp-client", address, TCP_PORT).result()
@@ -123,7 +123,7 @@ def test_stock_linux_loses_datagrams(lab: Lab, udp: Server, switches: list[str])
     assert len(seen.esp) == counted["distinct"]
 
 
-def test_delay_counts_each_way(lab: Lab, tcp: Server) -> None:
+def test_the_delay_applies_in_each_direction(lab: Lab, tcp: Server) -> None:
     lab.a.client("tcp-client", lab.b.bare[4], TCP_PORT).result()
     lab.let_tcp_close()
     lab.set_delay(40)
@@ -142,7 +142,7 @@ def test_delay_counts_each_way(lab: Lab, tcp: Server) -> None:
     assert answer.time - syn.time >= 0.04
 
 
-def test_stamps_are_the_packets_own(lab: Lab, udp: Server) -> None:
+def test_each_packet_has_its_own_time_stamp(lab: Lab, udp: Server) -> None:
     with lab.capture() as capture:
         report = lab.a.client("udp-client", lab.b.bare[4], UDP_PORT, "--count", "50").result()
         assert udp.report(expect=50, settle=5)["distinct"] == 50
@@ -154,7 +154,7 @@ def test_stamps_are_the_packets_own(lab: Lab, udp: Server) -> None:
     assert statistics.median(b - a for a, b in itertools.pairwise(times)) > 0.0005
 
 
-def test_unprotected_address_needs_no_ike(lab: Lab, tcp: Server) -> None:
+def test_an_unprotected_address_needs_no_ike(lab: Lab, tcp: Server) -> None:
     for family in FAMILIES:
         lab.load(ConnSpec("trap", "transport", family, start_action="trap"))
         with lab.capture() as capture:
@@ -166,7 +166,9 @@ def test_unprotected_address_needs_no_ike(lab: Lab, tcp: Server) -> None:
     assert lab.a.established() == ()
 
 
-def test_several_connections_side_by_side(lab: Lab, tcp: Server) -> None:
+def test_several_connections_exist_side_by_side_and_reset_removes_them(
+    lab: Lab, tcp: Server
+) -> None:
     for mode in MODES:
         for family in FAMILIES:
             lab.load(ConnSpec(f"{mode}{family}", mode, family))
@@ -179,7 +181,7 @@ def test_several_connections_side_by_side(lab: Lab, tcp: Server) -> None:
     assert (state, policy) == ("", "")
 
 
-def test_reset_leaves_nothing_to_say_in_clear(lab: Lab, tcp: Server) -> None:
+def test_after_a_reset_nothing_is_sent_in_clear(lab: Lab, tcp: Server) -> None:
     lab.set_delay(30)
     lab.load(ConnSpec("last"))
     lab.a.charon.initiate("last")
@@ -200,7 +202,7 @@ def test_esp_in_udp_is_esp(lab: Lab, tcp: Server) -> None:
     assert {packet.dport for packet in seen.esp} == {4500}
 
 
-def test_wrong_key_fails_and_reset_mends_it(lab: Lab) -> None:
+def test_a_wrong_key_fails_and_reset_restores_it(lab: Lab) -> None:
     lab.break_psk()
     lab.load(ConnSpec("key"))
     with pytest.raises(CommandException):
@@ -212,7 +214,7 @@ def test_wrong_key_fails_and_reset_mends_it(lab: Lab) -> None:
     assert lab.a.established() == ("key",)
 
 
-def test_silent_peer_is_heard_of_no_more(lab: Lab) -> None:
+def test_a_silent_peer_answers_nothing_until_reset(lab: Lab) -> None:
     lab.a.charon.configure(HASTY)
     lab.drop_ike()
     lab.load(ConnSpec("silent"))
@@ -228,7 +230,7 @@ def test_silent_peer_is_heard_of_no_more(lab: Lab) -> None:
     lab.a.charon.initiate("silent")
 
 
-def test_killed_charon_leaves_its_sas(lab: Lab) -> None:
+def test_a_killed_charon_leaves_its_sas(lab: Lab) -> None:
     lab.load(ConnSpec("kill"))
     lab.a.charon.initiate("kill")
     lab.a.charon.kill()
@@ -239,7 +241,7 @@ def test_killed_charon_leaves_its_sas(lab: Lab) -> None:
     assert lab.a.run(["ip", "xfrm", "state"]).stdout == ""
 
 
-def test_process_is_in_its_cgroup_or_not_at_all(lab: Lab) -> None:
+def test_a_process_runs_in_its_cgroup_or_not_at_all(lab: Lab) -> None:
     good, closed = lab.cgroup("app"), lab.cgroup("domain/closed")
     said = lab.a.run(["cat", "/proc/self/cgroup"], cgroup=good).stdout
     assert said.endswith(f"{good.relative_to(cgroups.root())}\n")
@@ -250,6 +252,6 @@ def test_process_is_in_its_cgroup_or_not_at_all(lab: Lab) -> None:
     assert "ran" not in refused.stdout
 
 
-def test_second_lab_of_a_prefix_is_refused(lab: Lab) -> None:
+def test_a_second_lab_with_the_same_prefix_is_refused(lab: Lab) -> None:
     with pytest.raises(LabError, match="is open"), Lab(lab.prefix):
         pass

@@ -14,7 +14,7 @@ import pytest
 from ipsecgate.edges.host import cgroups
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.netns import RUN
-from tests.system.life import until
+from tests.until import wait_until
 
 pytestmark = [
     pytest.mark.second_guest,
@@ -46,14 +46,14 @@ def gone(name: str) -> None:
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_nothing_remains(error: type[BaseException] | None) -> None:
+def test_a_lab_leaves_nothing_behind(error: type[BaseException] | None) -> None:
     pids = []
     try:
         with Lab("ipsecgate-test-gone") as lab:
             sleeper = lab.a.popen(["sleep", "1000"], cgroup=lab.cgroup("x/y"))
             # One that leaves its parent behind, and one the lab didn't start itself.
             lab.b.run(["sh", "-c", "sleep 1001 >/dev/null 2>&1 &"])
-            until(lambda: sleeper.pid in lab.a.namespace.pids(), "it does not sleep")
+            wait_until(lambda: sleeper.pid in lab.a.namespace.pids(), "it does not sleep")
             pids = [sleeper.pid, *lab.a.namespace.pids(), *lab.b.namespace.pids()]
             lab.capture().start()
             lab.watch().start()
@@ -65,10 +65,10 @@ def test_nothing_remains(error: type[BaseException] | None) -> None:
     assert len(pids) >= 5
     gone("ipsecgate-test-gone")
     # One that nobody has reaped yet has no command line any more.
-    until(lambda: not any(commandline(pid) for pid in pids), "some go on")
+    wait_until(lambda: not any(commandline(pid) for pid in pids), "some go on")
 
 
-def test_what_a_killed_owner_left_is_swept() -> None:
+def test_the_leftovers_of_a_killed_lab_are_removed() -> None:
     owner = os.fork()
     if owner == 0:
         with Lab("ipsecgate-test-killed") as lab:

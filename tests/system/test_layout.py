@@ -44,7 +44,7 @@ def monkeypatch_module() -> Any:
         yield patch
 
 
-def test_sizes(described: Mapping[str, tuple[Any, Any]], cache: Path) -> None:
+def test_sizes_agree(described: Mapping[str, tuple[Any, Any]], cache: Path) -> None:
     key, entry = described["entries"]
     assert size(key) == layout.KEY_SIZE
     assert size(entry) == layout.ENTRY_SIZE
@@ -57,7 +57,7 @@ def test_sizes(described: Mapping[str, tuple[Any, Any]], cache: Path) -> None:
     assert shapes["counters"].max_entries == layout.COUNTERS
 
 
-def test_key_fields_are_where_python_packs_them(
+def test_key_fields_are_at_the_offsets_that_python_uses(
     described: Mapping[str, tuple[Any, Any]],
 ) -> None:
     at = {}
@@ -83,19 +83,19 @@ def constant(name: str) -> int:
 
 
 @pytest.mark.parametrize("name", ["LAYOUT", "BUFFERS", "TUPLES", "ENTRIES", "SOURCES"])
-def test_constants(name: str) -> None:
+def test_constants_agree(name: str) -> None:
     assert constant(name) == getattr(layout, name)
 
 
 @pytest.mark.parametrize(
     ("enum", "prefix"), [(layout.Reason, ""), (layout.State, ""), (layout.TableId, "")]
 )
-def test_enums(enum: type[IntEnum], prefix: str) -> None:
+def test_enums_agree(enum: type[IntEnum], prefix: str) -> None:
     for member in enum:
         assert constant(prefix + member.name) == member
 
 
-def test_settings_words() -> None:
+def test_setting_numbers_agree() -> None:
     epoch = constant("EPOCH")
     assert epoch + layout.TableId.POLICY == layout.Setting.POLICY_EPOCH
     assert epoch + layout.TableId.SPD == layout.Setting.SPD_EPOCH
@@ -103,7 +103,7 @@ def test_settings_words() -> None:
         assert constant(name) == layout.Setting[name]
 
 
-def test_events_round_trip() -> None:
+def test_a_malformed_event_is_an_error() -> None:
     with pytest.raises(layout.LayoutError, match="event of 3 bytes"):
         layout.unpack_event(b"abc")
     with pytest.raises(layout.LayoutError, match="address family 0"):

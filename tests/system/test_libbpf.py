@@ -20,7 +20,7 @@ def instruction(code: int, value: int = 0) -> bytes:
     return struct.pack("=BBhi", code, 0, 0, value)
 
 
-def test_the_verifiers_words_arrive() -> None:
+def test_the_verifiers_message_is_in_the_error() -> None:
     """And a program that only lacks what it is refused for loads."""
     with pytest.raises(OSError, match=r"load program connect4: [^\n]+\n(?s:.*)R0 !read_ok"):
         libbpf.load_program("connect4", instruction(EXIT), *HOOKS["connect4"])

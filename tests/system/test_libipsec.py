@@ -28,8 +28,8 @@ from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import FAMILIES, ConnSpec, Lab
 from ipsecgate.lab.xfrm_watch import SO_RCVBUFFORCE
 from tests.system.caller import called_again, hammering
-from tests.system.life import until
-from tests.system.opening import prepared
+from tests.system.connections import load_connection
+from tests.until import wait_until
 
 pytestmark = pytest.mark.second_guest
 
@@ -84,7 +84,7 @@ def enlarge_buffers(pid: int) -> int:
         with contextlib.suppress(OSError):  # closed meanwhile
             if not str(entry.readlink()).startswith("socket:"):
                 continue
-            with socket.socket(fileno=seccomp.take(pid, int(entry.name))) as one:
+            with socket.socket(fileno=seccomp.copy_descriptor(pid, int(entry.name))) as one:
                 if one.family in INET and one.type == socket.SOCK_DGRAM:
                     one.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
                     found += 1
@@ -109,8 +109,8 @@ def ours(seen: Captured) -> list[Packet]:
 # --- opening -------------------------------------------------------------------------
 
 
-def test_the_source_is_found_out_and_told(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate, start_action="none")
+def test_userspace_esp_is_detected_and_shown(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     status = gate.status()
     assert status["sa_source"] == "vici"
@@ -124,7 +124,7 @@ def test_the_source_is_found_out_and_told(lab: Lab, gate: Gated) -> None:
     assert checked["esp"]["ok"]
     assert "not needed" in checked["esp"]["found"]
     screen = gate.cli("status").stdout
-    assert "SAs by vici" in screen
+    assert "SA source   vici" in screen
     assert status["sas"][0]["spi"] in screen
 
 
@@ -134,7 +134,7 @@ def test_the_first_connection_loses_nothing(
     lab: Lab, gate: Gated, protocol: str, family: int
 ) -> None:
     lab.set_delay(25)
-    spec = prepared(lab, gate, family=family, start_action="none")
+    spec = load_connection(lab, gate, family=family, start_action="none")
     reasons, before = gate.reasons(), segments(lab)
     count = ("--count", str(DATAGRAMS), "--rate", "1000") if protocol == "udp" else ()
     with lab.b.serve(f"{protocol}-server", PORT + 1) as server, lab.capture() as capture:
@@ -149,7 +149,7 @@ def test_the_first_connection_loses_nothing(
     assert seen.esp
     assert not seen.clear
     # A SYN is sent again as well where its answer was a second late.
-    until(lambda: segments(lab) == before, "a segment was lost")
+    wait_until(lambda: segments(lab) == before, "a segment was lost")
     if count:
         assert received["distinct"] == DATAGRAMS
     counted = {name: gate.reasons()[name] - reasons[name] for name in reasons}
@@ -165,7 +165,7 @@ def segments(lab: Lab) -> int:
 def sends(gate: Gated) -> None:
     """Wait until a connected socket sent for a while."""
     before = gate.reasons()["allow_associated"]
-    until(lambda: gate.reasons()["allow_associated"] > before + 100, "it does not send")
+    wait_until(lambda: gate.reasons()["allow_associated"] > before + 100, "it does not send")
 
 
 def spis(lab: Lab) -> set[bytes]:
@@ -180,11 +180,11 @@ def rekey(lab: Lab, side: Host, spec: ConnSpec) -> None:
     """Have one side do it, and wait until the SA is another."""
     before = spis(lab)
     side.charon.rekey(spec.child_name)
-    until(lambda: bool(found := spis(lab)) and found.isdisjoint(before), "not rekeyed")
+    wait_until(lambda: bool(found := spis(lab)) and found.isdisjoint(before), "not rekeyed")
 
 
-def test_rekeying_has_no_gap(lab: Lab, gate: Gated) -> None:
-    spec = prepared(lab, gate, start_action="none")
+def test_a_rekey_has_no_gap(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     with lab.b.serve("udp-server", PORT + 1) as server, lab.capture() as capture:
         queue_all(lab)
@@ -208,10 +208,8 @@ def test_rekeying_has_no_gap(lab: Lab, gate: Gated) -> None:
     assert not seen.clear
 
 
-def test_a_controller_that_starts_again_refuses_nothing_that_is_covered(
-    lab: Lab, gate: Gated
-) -> None:
-    spec = prepared(lab, gate, start_action="none")
+def test_a_restarted_controller_refuses_no_covered_flow(lab: Lab, gate: Gated) -> None:
+    spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     gate.kill()
     assert connect(lab, gate, spec)["errnos"] == {}
@@ -227,10 +225,10 @@ def test_a_controller_that_starts_again_refuses_nothing_that_is_covered(
 
 @pytest.mark.parametrize("side", ["a", "b"])
 @pytest.mark.parametrize("what", ["child", "ike"])
-def test_terminated_it_closes_and_the_next_flow_negotiates_anew(
+def test_a_terminated_sa_closes_the_flow_and_the_next_call_negotiates_again(
     lab: Lab, gate: Gated, side: str, what: str
 ) -> None:
-    spec = prepared(lab, gate, start_action="none")
+    spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     lab.let_tcp_close()  # host b has no gate
     before = attempts(gate, spec)
@@ -246,15 +244,17 @@ def test_terminated_it_closes_and_the_next_flow_negotiates_anew(
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_charon_gone_it_closes_and_opens_again(lab: Lab, gate: Gated, end: str) -> None:
-    spec = prepared(lab, gate, start_action="none")
+def test_the_flow_closes_when_the_daemon_ends_and_opens_when_it_returns(
+    lab: Lab, gate: Gated, end: str
+) -> None:
+    spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     lab.let_tcp_close()
     ending: Callable[[], None] = getattr(lab.a.charon, end)
     ending()
     assert "ipsec0" not in lab.a.run(["ip", "link"]).stdout, "its device went with it"
     refused_and_nothing_in_clear(lab, gate, spec)
-    until(lambda: any("IKE" in error for error in gate.ask()["errors"]), "it says nothing")
+    wait_until(lambda: any("IKE" in error for error in gate.ask()["errors"]), "it says nothing")
     lab.restart(lab.a)
     time.sleep(1)
     refused_and_nothing_in_clear(lab, gate, spec)  # what has to be protected is remembered
@@ -265,14 +265,14 @@ def test_charon_gone_it_closes_and_opens_again(lab: Lab, gate: Gated, end: str) 
         assert not ours(capture.stop())
 
 
-def test_the_route_taken_away_closes_and_is_made_anew(lab: Lab, gate: Gated) -> None:
+def test_a_removed_route_closes_the_flow_and_is_restored(lab: Lab, gate: Gated) -> None:
     """The SA is up, and the flow would leave beside it."""
-    spec = prepared(lab, gate, start_action="none")
+    spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     lab.let_tcp_close()
     with lab.capture() as capture:
         lab.a.run(["ip", "route", "flush", "table", "220"])
-        until(lambda: negotiation(gate, spec)["state"] == "uncovered", "it goes on")
+        wait_until(lambda: negotiation(gate, spec)["state"] == "uncovered", "it goes on")
         # Before anybody is refused: then the gate has it made anew, and that begins by its end.
         assert len(lab.a.established()) == 1
         report = connect(lab, gate, spec, "--limit", "0.3")
@@ -294,7 +294,7 @@ def test_a_collapse_under_load_lets_nothing_out(
     lab: Lab, gate: Gated, end: Callable[[Lab, str], None]
 ) -> None:
     """The tunnel's route goes before anybody is told; the next best one leads out in clear."""
-    spec = prepared(lab, gate, start_action="none")
+    spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec, "--retry", "EPERM,EHOSTUNREACH"))
     space, to = lab.a.namespace.path, str(lab.b.address(spec))
     with (
@@ -305,7 +305,7 @@ def test_a_collapse_under_load_lets_nothing_out(
         for told in (tcp, udp):
             called_again(told, 100)
         end(lab, spec.child_name)
-        until(lambda: "EPERM" in {*tcp, *udp}, "nobody was refused")
+        wait_until(lambda: "EPERM" in {*tcp, *udp}, "nobody was refused")
         for told in (tcp, udp):
             called_again(told, 100)
         seen = capture.stop()
@@ -320,21 +320,21 @@ def test_a_collapse_under_load_lets_nothing_out(
 # --- the wrong source ------------------------------------------------------------------
 
 
-def test_xfrm_configured_where_it_shows_nothing_opens_nothing(lab: Lab, cache: Path) -> None:
+def test_configured_xfrm_opens_nothing_with_userspace_esp(lab: Lab, cache: Path) -> None:
     with Gated(lab, policies='sa_source = "xfrm"\n', cache=cache) as gate:
-        spec = prepared(lab, gate, start_action="none")
+        spec = load_connection(lab, gate, start_action="none")
         lab.a.charon.initiate(spec.child_name)
         refused_and_nothing_in_clear(lab, gate, spec)
         assert gate.status()["sa_source"] == "xfrm"
         assert "but strongSwan does ESP" in gate.log.read_text()
 
 
-def test_vici_configured_where_the_kernel_does_esp_opens_nothing(cache: Path) -> None:
+def test_configured_vici_opens_nothing_with_kernel_esp(cache: Path) -> None:
     with Lab("ipsecgate-test-kernel-esp") as lab:
         lab.warm_up(("tunnel",), (4,))
         lab.b.serve("tcp-server", PORT)
         with Gated(lab, policies='sa_source = "vici"\n', cache=cache) as gate:
-            spec = prepared(lab, gate, start_action="none")
+            spec = load_connection(lab, gate, start_action="none")
             lab.a.charon.initiate(spec.child_name)
             refused_and_nothing_in_clear(lab, gate, spec)
             assert gate.status()["sa_source"] == "vici"

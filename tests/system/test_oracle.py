@@ -39,7 +39,7 @@ def namespaces(cache: Path) -> Iterator[TwoNamespaces]:
         yield place
 
 
-def test_the_gate_says_what_the_kernel_does(namespaces: TwoNamespaces) -> None:
+def test_the_gate_never_opens_what_the_kernel_does_not_cover(namespaces: TwoNamespaces) -> None:
     seed, cases = settings(SEED, CASES)
     tally = run(namespaces, seed, cases, sys.stdout)
     kernel = {
@@ -115,7 +115,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_gate_that_overlooks_it_is_caught(
+def test_a_gate_that_ignores_one_field_is_detected(
     namespaces: TwoNamespaces, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(namespaces, "distort", MISTAKES[name])

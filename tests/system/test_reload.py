@@ -26,9 +26,7 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
-def test_under_a_hammer_nothing_covered_is_refused_and_nothing_leaves_in_clear(
-    lab: Lab, cache: Path
-) -> None:
+def test_reloads_under_load_neither_refuse_covered_flows_nor_leak(lab: Lab, cache: Path) -> None:
     covered, uncovered = ConnSpec("covered", "tunnel", 4), ConnSpec("uncovered", "tunnel", 6)
     there, nowhere = lab.b.address(covered), lab.b.address(uncovered)
     network = ".".join(str(there).split(".")[:2]) + ".0.0/16"
@@ -75,7 +73,7 @@ def test_under_a_hammer_nothing_covered_is_refused_and_nothing_leaves_in_clear(
         assert seen.esp
 
 
-def test_the_clock_jumps(lab: Lab, cache: Path) -> None:
+def test_jumps_of_the_clock_neither_refuse_nor_leak(lab: Lab, cache: Path) -> None:
     """Timers are the monotonic clock's. The kernel's lifetimes are not: what ends is made anew."""
     spec = ConnSpec("clock", "tunnel", 4)
     with Gated(lab, cache=cache) as gate:

@@ -94,7 +94,7 @@ async def after(told: asyncio.Queue[SourcesResolved], command: str) -> dict[str,
     return {str(net): str(source) for net, source in resolved.sources}
 
 
-async def test_every_kind_of_change_is_told() -> None:
+async def test_every_kind_of_route_change_is_reported() -> None:
     everything = "10.0.0.0/8"
     async with following(everything) as told:
         first = await asyncio.wait_for(told.get(), 60)
@@ -121,7 +121,7 @@ async def test_every_kind_of_change_is_told() -> None:
         assert "198.51.100.1" not in (await after(told, "link set d1 down")).values()
 
 
-async def test_what_leads_into_an_ike_daemons_tunnel() -> None:
+async def test_routes_into_the_tunnel_of_an_ike_daemon_are_reported() -> None:
     load_tun()
     inside, beside = "10.2.0.0/16", "10.3.0.0/16"
     for name in ("ipsec7", "tun7"):
@@ -158,7 +158,7 @@ async def test_what_leads_into_an_ike_daemons_tunnel() -> None:
         assert not any(there for _, there in first.into_tun)
 
 
-async def test_a_change_elsewhere_is_not_told() -> None:
+async def test_changes_to_other_routes_are_not_reported() -> None:
     async with following("10.2.0.0/16") as told:
         await asyncio.wait_for(told.get(), 60)
         ip("route add 10.3.0.0/16 dev d0")
@@ -181,7 +181,9 @@ async def test_a_change_elsewhere_is_not_told() -> None:
         ("2001:db8:ffff::1", None),
     ],
 )
-async def test_source_for(destination: str, source: str | None) -> None:
+async def test_the_source_for_one_destination_is_that_of_connect(
+    destination: str, source: str | None
+) -> None:
     found = await Routes(lambda _: None).source_for(ip_address(destination))
     assert found == connected_source(ip_address(destination))
     if source is not None or found is None:
@@ -189,7 +191,7 @@ async def test_source_for(destination: str, source: str | None) -> None:
 
 
 @pytest.mark.parametrize("seed", random.sample(range(2**32), 3))
-async def test_sources_are_those_that_connect_takes(seed: int) -> None:
+async def test_resolved_sources_are_those_that_connect_chooses(seed: int) -> None:
     """Random routes, rules and destinations, compared with connect() and getsockname()."""
     dice = random.Random(seed)
     destinations = nets("10.0.0.0/8", "10.2.0.0/16", "2001:db8:2::/48", "0.0.0.0/0")

@@ -18,9 +18,10 @@ from ipsecgate.lab.connections import End, connection
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.xfrm_watch import XfrmEvent
-from tests.system.life import REFUSALS, Life, Wanted, until
-from tests.system.pulse import KINDS, Target
-from tests.system.witness import ProtectionSource
+from tests.system.kernel_events import KernelEvents
+from tests.system.observation import REFUSALS, Observation, Wanted
+from tests.system.prober import KINDS, Target
+from tests.until import wait_until
 
 pytestmark = pytest.mark.second_guest
 
@@ -49,10 +50,10 @@ def gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
 
 
 @pytest.fixture(scope="module")
-def witness(module_lab: Lab) -> Iterator[ProtectionSource]:
-    witness = ProtectionSource(module_lab.a.namespace, outer(module_lab).values())
-    yield witness
-    witness.close()
+def kernel_events(module_lab: Lab) -> Iterator[KernelEvents]:
+    kernel_events = KernelEvents(module_lab.a.namespace, outer(module_lab).values())
+    yield kernel_events
+    kernel_events.close()
 
 
 @pytest.fixture
@@ -63,20 +64,22 @@ def lab(module_lab: Lab) -> Lab:
     return module_lab
 
 
-Begin = Callable[..., Life]
+Begin = Callable[..., Observation]
 
 
 @pytest.fixture
-def life(lab: Lab, gate: Gated, witness: ProtectionSource, request: pytest.FixtureRequest) -> Begin:
-    """Make a `Life` over the named tunnels; its process speaks bound to each, and unbound."""
+def observe(
+    lab: Lab, gate: Gated, kernel_events: KernelEvents, request: pytest.FixtureRequest
+) -> Begin:
+    """Observe the named tunnels; the process calls from each tunnel's source, and unbound."""
 
-    def begin(*names: str, start_action: str = "trap") -> Life:
+    def begin(*names: str, start_action: str = "trap") -> Observation:
         def start() -> None:
             for name in names:
                 load(lab, name, start_action)
 
         to = [target for name in names for target in targets(name)] + targets()
-        return Life(lab, gate, witness, request.node.name, to, start, PERIOD)
+        return Observation(lab, gate, kernel_events, request.node.name, to, start, PERIOD)
 
     return begin
 
@@ -126,25 +129,25 @@ def unbound_source(lab: Lab) -> str:
 
 
 def both_up(lab: Lab) -> None:
-    until(lambda: set(lab.a.established()) == {"one", "two"}, "not both are up")
+    wait_until(lambda: set(lab.a.established()) == {"one", "two"}, "not both are up")
     time.sleep(0.1)
 
 
-def test_each_source_depends_on_its_own_tunnel(lab: Lab, life: Begin) -> None:
-    with life("one", "two") as story:
+def test_each_source_depends_on_its_own_tunnel(lab: Lab, observe: Begin) -> None:
+    with observe("one", "two") as observed:
         both_up(lab)
         for name in SOURCES:
             since = time.monotonic()
             lab.b.charon.terminate(name)
-            story.wait_sa(story.wait("DELSA", since=since))
+            observed.wait_sa(observed.wait("DELSA", since=since))
     gaps, uncertain = [], []
     for name in SOURCES:
-        record = story.record_of(targets(name), of(lab, name))
+        record = observed.record_of(targets(name), of(lab, name))
         record.judge(1)
         gaps += record.gaps
         uncertain += record.uncertain
     # strongSwan's route is that of the tunnel that came up last.
-    attempts = story.record_of(targets()).attempts
+    attempts = observed.record_of(targets()).attempts
     unbound = replace(record, attempts=attempts, gaps=gaps, uncertain=uncertain)
     assert unbound.wrongly_refused() == []
 
@@ -154,8 +157,8 @@ def answers(gate: Gated) -> int:
     return sum(gate.reasons().values())
 
 
-def test_routes_change_between_two_tunnels(lab: Lab, gate: Gated, life: Begin) -> None:
-    with life("one", "two") as story:
+def test_routes_may_change_between_two_tunnels(lab: Lab, gate: Gated, observe: Begin) -> None:
+    with observe("one", "two") as observed:
         both_up(lab)
         since, enough = time.monotonic(), answers(gate) + ROUNDS * 3 * len(KINDS)
 
@@ -165,43 +168,43 @@ def test_routes_change_between_two_tunnels(lab: Lab, gate: Gated, life: Begin) -
                 time.sleep(0.05)
             return answers(gate) > enough
 
-        until(swapped, "too few attempts")
+        wait_until(swapped, "too few attempts")
         # The route of table 220 stays, and the kernel goes on using the address.
         ip(lab, f"address del {SOURCES['two']}/32 dev lo")
         time.sleep(0.1)
         ended = time.monotonic()
         ip(lab, f"address add {SOURCES['two']}/32 dev lo")
-    unbound = story.record_of(targets(), of(lab, "one"))
+    unbound = observed.record_of(targets(), of(lab, "one"))
     changing = [a for a in unbound.attempts if since < a.began < ended]
     assert len(changing) > 50
     assert {a.error for a in changing}.isdisjoint(REFUSALS)
     assert unbound.in_clear() == []
-    story.record_of(targets("one"), of(lab, "one")).judge()
+    observed.record_of(targets("one"), of(lab, "one")).judge()
 
 
-def test_a_route_to_a_source_that_no_tunnel_protects(lab: Lab, life: Begin) -> None:
-    with life("one", "two") as story:
+def test_a_route_to_an_unprotected_source_refuses_the_flow(lab: Lab, observe: Begin) -> None:
+    with observe("one", "two") as observed:
         both_up(lab)
         changes = []
         for source in ("192.0.2.1", SOURCES["one"]) * 3:
             changes.append(hint(lab, source))
             time.sleep(0.3)
-    changed = [story.routed(when)[0] for when in changes]
-    story.uncovered += zip(changed[::2], changed[1::2], strict=True)
-    record = story.record_of(targets(), of(lab, "one"))
+    changed = [observed.routed(when)[0] for when in changes]
+    observed.uncovered += zip(changed[::2], changed[1::2], strict=True)
+    record = observed.record_of(targets(), of(lab, "one"))
     # Before, it was for the tunnel whose route strongSwan made last, and that may be the other.
     since = [a for a in record.attempts if a.began > changes[0]]
     replace(record, attempts=since).judge(3)
 
 
-def test_the_route_comes_and_goes_with_its_tunnel(lab: Lab, life: Begin) -> None:
+def test_the_route_of_a_tunnel_comes_and_goes_with_it(lab: Lab, observe: Begin) -> None:
     """Without the tunnel the main table's route gives a source that it does not protect."""
-    with life("two", start_action="none") as story:
-        until(lambda: unbound_source(lab) == SOURCES["two"], "no route of its own")
+    with observe("two", start_action="none") as observed:
+        wait_until(lambda: unbound_source(lab) == SOURCES["two"], "no route of its own")
         since = time.monotonic()
         lab.b.charon.terminate("two")
-        story.wait_sa(story.wait("DELSA"))
-    story.record_of(targets("two"), of(lab, "two")).judge(1)
-    changed = story.routed(since)
-    story.uncovered.append((changed[0], changed[-1]))
-    story.record_of(targets(), of(lab, "two")).judge(2)
+        observed.wait_sa(observed.wait("DELSA"))
+    observed.record_of(targets("two"), of(lab, "two")).judge(1)
+    changed = observed.routed(since)
+    observed.uncovered.append((changed[0], changed[-1]))
+    observed.record_of(targets(), of(lab, "two")).judge(2)

@@ -21,8 +21,10 @@ from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.lab import traffic
 from ipsecgate.lab.hosts import Lab
-from tests.system import held
-from tests.system.booted import (
+from tests.system import held_client
+from tests.system.booted_systemd import CHECKOUT, BootedSystemd
+from tests.system.caller import Caller
+from tests.system.systemd_host import (
     CONFIG,
     COVERED,
     LATER,
@@ -37,9 +39,7 @@ from tests.system.booted import (
     refused,
     systemd,
 )
-from tests.system.caller import Caller
-from tests.system.holding import nothing_in_clear, stopped
-from tests.system.manager import CHECKOUT, Manager
+from tests.system.under_exec import nothing_in_clear, stopped
 
 __all__ = ["booted", "module_lab", "systemd"]
 
@@ -48,7 +48,7 @@ pytestmark = pytest.mark.second_guest
 CAPABILITIES = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "PERFMON": 38, "BPF": 39}  # capability.h
 
 
-def usec(systemd: Manager, unit: str) -> int:
+def usec(systemd: BootedSystemd, unit: str) -> int:
     """Return when a unit became active."""
     return int(systemd.show(unit, "ActiveEnterTimestampMonotonic"))
 
@@ -56,7 +56,7 @@ def usec(systemd: Manager, unit: str) -> int:
 # --- boot ---------------------------------------------------------------------------------
 
 
-def test_it_is_closed_before_there_is_a_network(booted: Manager) -> None:
+def test_the_gate_is_closed_before_the_network_is_up(booted: BootedSystemd) -> None:
     """And before any ordinary service, though what it is to refuse is not known yet."""
     told = {name: booted.output(name).strip() for name in PROBES}
     assert told == {
@@ -74,17 +74,18 @@ def test_it_is_closed_before_there_is_a_network(booted: Manager) -> None:
     assert command[:4] == ["/usr/bin/python3", "-I", "/usr/bin/ipsecgate", "run"]
 
 
-def test_all_is_well(systemd: Manager) -> None:
+def test_the_services_are_healthy_after_boot(systemd: BootedSystemd) -> None:
     told = systemd.run("ipsecgate", "status")
     assert told.returncode == 0, told.stdout + told.stderr
-    assert "controller running" in told.stdout
+    assert "Controller  running, pid" in told.stdout
     systemd.until(
-        lambda: systemd.show(SERVICE, "StatusText").endswith("asked for up"), "it says otherwise"
+        lambda: systemd.show(SERVICE, "StatusText").endswith("children covered"),
+        "it says otherwise",
     )
     assert systemd.show(SERVICE, "NRestarts") == "0"
 
 
-def test_it_is_confined(lab: Lab, systemd: Manager) -> None:
+def test_the_controller_is_confined(lab: Lab, systemd: BootedSystemd) -> None:
     pid = systemd.main_pid(SERVICE)
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -123,7 +124,7 @@ def can_write(pid: int, path: str) -> bool:
 # --- a gated service ----------------------------------------------------------------------
 
 
-def test_a_gated_service_reaches_the_peer_inside_esp_only(lab: Lab, systemd: Manager) -> None:
+def test_a_gated_service_reaches_the_peer_inside_esp_only(lab: Lab, systemd: BootedSystemd) -> None:
     command = traffic.command("tcp-client", "--to", COVERED, "--port", str(PORT))
     errors, clear = {}, {}
     for group in ("gated.slice", "system.slice"):
@@ -144,14 +145,14 @@ def test_a_gated_service_reaches_the_peer_inside_esp_only(lab: Lab, systemd: Man
 # --- the controller's ends ----------------------------------------------------------------
 
 
-def test_a_controller_that_is_killed_has_a_successor(lab: Lab, systemd: Manager) -> None:
+def test_a_killed_controller_is_restarted(lab: Lab, systemd: BootedSystemd) -> None:
     restarts = int(systemd.show(SERVICE, "NRestarts"))
     with closed(lab, systemd), systemd.successor():
         os.kill(systemd.main_pid(SERVICE), signal.SIGKILL)
     assert int(systemd.show(SERVICE, "NRestarts")) == restarts + 1
 
 
-def test_a_controller_that_is_stuck_is_replaced(lab: Lab, systemd: Manager) -> None:
+def test_a_stuck_controller_is_replaced_by_the_watchdog(lab: Lab, systemd: BootedSystemd) -> None:
     drop_in = systemd.file(f"/etc/systemd/system/{SERVICE}.d/watchdog.conf")
     drop_in.parent.mkdir()
     drop_in.write_text("[Service]\nWatchdogSec=4s\n")
@@ -168,18 +169,18 @@ def test_a_controller_that_is_stuck_is_replaced(lab: Lab, systemd: Manager) -> N
     systemd.until(lambda: killed in systemd.log(SERVICE), "it was not the watchdog")
 
 
-def alive_for(systemd: Manager) -> float:
+def alive_for(systemd: BootedSystemd) -> float:
     """Return for how many seconds the controller was ready when it last said that it is alive."""
     alive = int(systemd.show(SERVICE, "WatchdogTimestampMonotonic"))
     return (alive - usec(systemd, SERVICE)) / 1e6
 
 
 @pytest.mark.parametrize(("end", "error"), [("kill", ""), ("restart", ""), ("stop", "ENOSYS")])
-def test_a_held_call_is_answered_by_the_successor(
-    lab: Lab, systemd: Manager, end: str, error: str
+def test_a_held_call_is_answered_by_the_next_controller(
+    lab: Lab, systemd: BootedSystemd, end: str, error: str
 ) -> None:
     """systemd keeps its listener, but not when it is told that the service shall stop."""
-    command = held.command("tcp", COVERED, PORT)
+    command = held_client.command("tcp", COVERED, PORT)
     name = f"held-{end}"
     with nothing_in_clear(lab, esp=not error):
         with stopped(lab):
@@ -204,7 +205,7 @@ def test_a_held_call_is_answered_by_the_successor(
     systemd.until(lambda: systemd.show(SERVICE, "NFileDescriptorStore") == "0", "a listener stays")
 
 
-def started_for(systemd: Manager) -> float:
+def started_for(systemd: BootedSystemd) -> float:
     """Return for how many seconds a controller was started before its service was active."""
     systemd.until(lambda: systemd.show(SERVICE, "ActiveState") == "active", "it is not active")
     began = int(systemd.show(SERVICE, "ExecMainStartTimestampMonotonic"))
@@ -214,7 +215,9 @@ def started_for(systemd: Manager) -> float:
 # --- what an operator does ----------------------------------------------------------------
 
 
-def test_a_reload_takes_the_configuration_whole_or_not_at_all(lab: Lab, systemd: Manager) -> None:
+def test_a_reload_adopts_the_whole_configuration_or_nothing(
+    lab: Lab, systemd: BootedSystemd
+) -> None:
     config = systemd.file("/etc/ipsecgate/ipsecgate.toml")
     more = f'{CONFIG}[[policy]]\nname = "later"\nremote = ["{LATER}"]\n'
     assert not refused(lab, systemd, LATER)
@@ -237,7 +240,9 @@ def test_a_reload_takes_the_configuration_whole_or_not_at_all(lab: Lab, systemd:
     assert not refused(lab, systemd, LATER)
 
 
-def test_nothing_that_is_stopped_or_restarted_opens(lab: Lab, systemd: Manager) -> None:
+def test_stopping_or_restarting_the_services_opens_nothing(
+    lab: Lab, systemd: BootedSystemd
+) -> None:
     with closed(lab, systemd):
         with systemd.successor():
             assert systemd.systemctl("restart", SERVICE).returncode == 0
@@ -252,7 +257,7 @@ def test_nothing_that_is_stopped_or_restarted_opens(lab: Lab, systemd: Manager) 
         assert runs(systemd)
         told = systemd.run("ipsecgate", "status")
         assert told.returncode == 1
-        assert {"dead:", "'nonsense'"} <= set(told.stdout.replace(":\n", ": ").split())
+        assert {"not", "running:", "'nonsense'"} <= set(told.stdout.replace(":\n", ": ").split())
         put(config, CONFIG)
         # Restart= may be at it with what was configured before: such a start is joined, and fails.
         systemd.until(
@@ -269,13 +274,13 @@ def put(config: Path, text: str) -> None:
     beside.replace(config)
 
 
-def runs(systemd: Manager, *properties: str) -> bool:
+def runs(systemd: BootedSystemd, *properties: str) -> bool:
     """Tell whether a service that does nothing, with these properties, is run."""
     options = [f"--property={word}" for word in ("Type=oneshot", *properties)]
     return systemd.run("systemd-run", "--quiet", *options, "true").returncode == 0
 
 
-def test_a_controller_that_needs_too_much_memory_is_replaced(lab: Lab, systemd: Manager) -> None:
+def test_a_controller_over_its_memory_limit_is_replaced(lab: Lab, systemd: BootedSystemd) -> None:
     limit = ("set-property", "--runtime", SERVICE)
     with closed(lab, systemd), systemd.successor():
         before = int(systemd.show(SERVICE, "NRestarts"))
@@ -286,7 +291,7 @@ def test_a_controller_that_needs_too_much_memory_is_replaced(lab: Lab, systemd: 
     systemd.until(lambda: killed in systemd.log(SERVICE), "it was not the memory")
 
 
-def test_it_is_closed_until_the_very_end(lab: Lab, systemd: Manager) -> None:
+def test_the_gate_stays_closed_until_the_end_of_shutdown(lab: Lab, systemd: BootedSystemd) -> None:
     with closed(lab, systemd):
         systemd.shut_down()
         time.sleep(0.5)

@@ -16,7 +16,7 @@ import pytest
 
 from ipsecgate.lab import capture as capture_module
 from ipsecgate.lab.hosts import Lab, LabError
-from tests.system.life import until
+from tests.until import wait_until
 
 pytestmark = [
     pytest.mark.second_guest,
@@ -39,11 +39,11 @@ def policy(lab: Lab, *words: str) -> None:
 
 def wait_refused(lab: Lab, before: dict[str, int], times: int) -> None:
     enough = before["XfrmOutPolBlock"] + times
-    until(lambda: lab.a.counters()["XfrmOutPolBlock"] >= enough, "the client doesn't try")
+    wait_until(lambda: lab.a.counters()["XfrmOutPolBlock"] >= enough, "the client doesn't try")
 
 
 @pytest.mark.parametrize("switch", [[], ["--same-socket"]], ids=["new", "same-socket"])
-def test_tcp_client_tries_until_it_may(lab: Lab, switch: list[str]) -> None:
+def test_the_tcp_client_retries_until_it_is_let_through(lab: Lab, switch: list[str]) -> None:
     before = lab.a.counters()
     with lab.b.serve("tcp-server", TCP_PORT) as server, lab.capture() as capture:
         policy(lab, "add", "action", "block")
@@ -66,7 +66,7 @@ def test_tcp_client_tries_until_it_may(lab: Lab, switch: list[str]) -> None:
 
 
 @pytest.mark.parametrize("switch", [[], ["--connected"]], ids=["sendto", "connected"])
-def test_udp_client_loses_nothing(lab: Lab, switch: list[str]) -> None:
+def test_the_udp_client_retries_and_loses_nothing(lab: Lab, switch: list[str]) -> None:
     before = lab.a.counters()
     with lab.b.serve("udp-server", UDP_PORT) as server:
         policy(lab, "add", "action", "block")
@@ -86,7 +86,7 @@ def test_udp_client_loses_nothing(lab: Lab, switch: list[str]) -> None:
 
 
 @pytest.mark.parametrize("role", ["tcp-client", "udp-client"])
-def test_client_ends_at_its_limit_or_at_another_errno(lab: Lab, role: str) -> None:
+def test_a_client_ends_at_its_limit_or_at_an_errno_that_is_not_retried(lab: Lab, role: str) -> None:
     policy(lab, "add", "action", "block")
     try:
         limit = lab.a.client(role, lab.b.outer[4], TCP_PORT, "--limit", "0.2").result()
@@ -97,7 +97,7 @@ def test_client_ends_at_its_limit_or_at_another_errno(lab: Lab, role: str) -> No
     assert (limit["first_success"], once["attempts"]) == (None, 1)
 
 
-def test_client_binds_where_it_is_told(lab: Lab) -> None:
+def test_a_client_binds_to_the_given_address(lab: Lab) -> None:
     with lab.b.serve("tcp-server", TCP_PORT, str(lab.b.bare[6])), lab.capture() as capture:
         bind = ["--bind", str(lab.a.inner[6])]
         report = lab.a.client("tcp-client", lab.b.bare[6], TCP_PORT, *bind).result()
@@ -106,7 +106,7 @@ def test_client_binds_where_it_is_told(lab: Lab) -> None:
     assert [packet.saddr for packet in seen.syns] == [lab.a.inner[6]]
 
 
-def test_server_counts_from_one_report_to_the_next(lab: Lab) -> None:
+def test_the_server_counts_from_one_report_to_the_next(lab: Lab) -> None:
     with lab.b.serve("udp-server", UDP_PORT) as server:
         for count in (3, 5):
             options = ("--count", str(count))
@@ -115,7 +115,7 @@ def test_server_counts_from_one_report_to_the_next(lab: Lab) -> None:
         assert server.report(expect=1, settle=0.05)["distinct"] == 0
 
 
-def test_frame_that_the_kernel_dropped_is_an_error(
+def test_a_frame_that_the_kernel_dropped_is_an_error(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capture_module, "BUFFER", 1)
@@ -125,7 +125,7 @@ def test_frame_that_the_kernel_dropped_is_an_error(
             capture.stop()
 
 
-def test_unknown_argument_shows_the_usage() -> None:
+def test_an_unknown_argument_shows_the_usage() -> None:
     argv = [sys.executable, "-m", "ipsecgate.lab.traffic", "tcp-client", "--nonsense"]
     home = Path(__file__).parents[2]
     run = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=home)

@@ -34,7 +34,7 @@ def trap(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("verb", [["check"], ["load"]])
-def test_nothing_of_a_strangers_is_run(
+def test_no_program_or_module_of_another_user_is_run(
     verb: list[str], trap: Path, tmp_path: Path, unique: str
 ) -> None:
     """The hooks are compiled: the cache is empty."""

@@ -18,10 +18,10 @@ from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.pins import Pins
 from tests.headers import system_calls
 from tests.system.caller import Caller
+from tests.system.controller_process import PORT, ControllerProcess, caller, controller, refused
 from tests.system.hooked_cgroup import PEER
-from tests.system.unit import PORT, Unit, caller, refused, unit
 
-__all__ = ["caller", "unit"]
+__all__ = ["caller", "controller"]
 
 pytestmark = pytest.mark.second_guest
 
@@ -61,7 +61,7 @@ def analyze(*words: str) -> str:
 
 
 @pytest.mark.parametrize("name", EXPOSURE)
-def test_systemd_has_nothing_to_say(root: Path, name: str) -> None:
+def test_systemd_analyze_accepts_the_units(root: Path, name: str) -> None:
     told = analyze("verify", f"--root={root}", "--man=no", name)
     assert not [line for line in told.splitlines() if "ipsecgate" in line]
     spoilt = root / "usr/lib/systemd/system/ipsecgate-spoilt.service"
@@ -70,7 +70,7 @@ def test_systemd_has_nothing_to_say(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "limit"), EXPOSURE.items())
-def test_exposure(root: Path, name: str, limit: float) -> None:
+def test_the_exposure_of_the_units_is_low(root: Path, name: str, limit: float) -> None:
     told = analyze("security", "--offline=true", "--no-pager", f"--root={root}", name)
     found = re.search(r"Overall exposure level for \S+: ([\d.]+)", told)
     assert found, told
@@ -82,7 +82,7 @@ def setting(name: str, key: str) -> list[str]:
     return [line.partition("=")[2] for line in lines if line.startswith(f"{key}=")]
 
 
-def test_stopping_opens_nothing() -> None:
+def test_the_units_define_no_step_that_opens_the_gate() -> None:
     for name in EXPOSURE:
         assert not setting(name, "ExecStop")
         assert not setting(name, "ExecStopPost")
@@ -152,37 +152,43 @@ def only(capabilities: tuple[str, ...] | list[str]) -> list[str]:
     return ["setpriv", "--bounding-set", f"-all{names}", "--inh-caps=-all", "--no-new-privs"]
 
 
-def in_unit(unit: Unit, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+def in_unit(
+    controller: ControllerProcess, name: str, *words: str
+) -> subprocess.CompletedProcess[str]:
     """Run a verb with a unit's capabilities and system calls."""
-    program = f"{confined(name)}\nfrom ipsecgate.cli import main\nmain({unit.argv(*words)!r})\n"
+    program = (
+        f"{confined(name)}\nfrom ipsecgate.cli import main\nmain({controller.argv(*words)!r})\n"
+    )
     (capabilities,) = setting(name, "CapabilityBoundingSet")
     argv = [*only(capabilities.split()), sys.executable, "-c", program]
-    with unit.namespace.inside():
+    with controller.namespace.inside():
         return subprocess.run(argv, capture_output=True, text=True, check=False)
 
 
-def test_early_boot_needs_no_more_than_its_unit_has(unit: Unit, caller: Caller) -> None:
+def test_loading_at_boot_works_inside_its_unit(
+    controller: ControllerProcess, caller: Caller
+) -> None:
     assert caller("tcp", PEER[4], PORT) == "EINPROGRESS", "nothing is loaded yet"
-    told = in_unit(unit, "ipsecgate-load.service", "load", "--attach")
+    told = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
     assert told.returncode == 0, told.stderr
-    assert f"gated: {unit.cgroup}" in " ".join(told.stdout.split())
-    assert {a.hook for a in Pins(Path("/sys/fs/bpf"), unit.name).attachments()} == set(HOOKS)
+    assert f"gated: {controller.cgroup}" in told.stdout.splitlines()
+    assert {a.hook for a in Pins(Path("/sys/fs/bpf"), controller.name).attachments()} == set(HOOKS)
     assert refused(caller)
     assert refused_at(caller, "192.0.2.99"), "what no policy names, too: nothing is published"
 
 
-def test_a_boot_with_a_broken_configuration_gates_what_was_gated(
-    unit: Unit, caller: Caller
+def test_a_boot_with_a_broken_configuration_gates_the_previous_targets(
+    controller: ControllerProcess, caller: Caller
 ) -> None:
-    unit.start()
-    assert unit.hears("READY=1"), unit.log
-    unit.end()
-    assert unit.cli("unload", "--force").returncode == 0
+    controller.start()
+    assert controller.hears("READY=1"), controller.log
+    controller.end()
+    assert controller.cli("unload", "--force").returncode == 0
     assert caller("tcp", PEER[4], PORT) == "EINPROGRESS", "as after a boot"
-    unit.config.write_text("[gate")
-    told = in_unit(unit, "ipsecgate-load.service", "load", "--attach")
+    controller.config.write_text("[gate")
+    told = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
     assert told.returncode == 2
-    assert f"now gated: {unit.cgroup}" in " ".join(told.stderr.split())
+    assert f"now gated: {controller.cgroup}" in " ".join(told.stderr.split())
     assert refused(caller)
 
 
@@ -190,32 +196,34 @@ def refused_at(caller: Caller, address: str) -> bool:
     return caller("tcp", address, PORT) == "EPERM"
 
 
-def test_the_controller_needs_no_more_than_its_unit_has(unit: Unit, caller: Caller) -> None:
+def test_the_controller_works_inside_its_unit(
+    controller: ControllerProcess, caller: Caller
+) -> None:
     (capabilities,) = setting("ipsecgate.service", "CapabilityBoundingSet")
-    unit.start(code=confined("ipsecgate.service"), wrap=only(capabilities.split()))
-    assert unit.hears("READY=1"), unit.log
+    controller.start(code=confined("ipsecgate.service"), wrap=only(capabilities.split()))
+    assert controller.hears("READY=1"), controller.log
     assert refused(caller)
     assert not refused_at(caller, "192.0.2.99")
-    assert "Operation not permitted" not in unit.log
-    assert "Traceback" not in unit.log
-    told = in_unit(unit, "ipsecgate.service", "--json", "status")
+    assert "Operation not permitted" not in controller.log
+    assert "Traceback" not in controller.log
+    told = in_unit(controller, "ipsecgate.service", "--json", "status")
     assert told.returncode == 1, told.stderr
     assert '"alive": true' in told.stdout
 
 
 @pytest.mark.parametrize("missing", NEEDED)
-def test_each_capability_is_needed(unit: Unit, missing: str) -> None:
+def test_each_capability_is_needed(controller: ControllerProcess, missing: str) -> None:
     rest = [capability for capability in NEEDED if capability != missing]
-    with unit.namespace.inside():
+    with controller.namespace.inside():
         done = subprocess.run(
-            [*only(rest), sys.executable, "-m", "ipsecgate", *unit.argv("load")],
+            [*only(rest), sys.executable, "-m", "ipsecgate", *controller.argv("load")],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     assert done.returncode != 0
     assert "load" in done.stderr
 
 
-def test_a_system_call_that_is_not_allowed_fails(unit: Unit) -> None:
+def test_a_system_call_outside_the_filter_fails(controller: ControllerProcess) -> None:
     """The filter of these tests does filter."""
     code = f"{confined('ipsecgate.service')}\nimport os\nos.chown('/tmp', 0, 0)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -226,18 +234,18 @@ CONNECT = f"import socket; socket.create_connection(({PEER[4]!r}, {PORT}), 20)"
 
 
 @pytest.mark.parametrize("without", ["", "CAP_SYS_PTRACE"])
-def test_calls_are_held_by_a_controller_that_may_take_their_listener(
-    unit: Unit, without: str
+def test_holding_calls_needs_the_capability_to_take_a_listener(
+    controller: ControllerProcess, without: str
 ) -> None:
     (capabilities,) = setting("ipsecgate.service", "CapabilityBoundingSet")
     allowed = [name for name in capabilities.split() if name != without]
-    unit.start(code=confined("ipsecgate.service"), wrap=only(allowed))
-    assert unit.hears("READY=1"), unit.log
-    words = ("exec", "--hold", "1s", "--cgroup", str(unit.cgroup), "--", sys.executable, "-c")
-    told = unit.cli(*words, CONNECT)
+    controller.start(code=confined("ipsecgate.service"), wrap=only(allowed))
+    assert controller.hears("READY=1"), controller.log
+    words = ("exec", "--hold", "1s", "--cgroup", str(controller.cgroup), "--", sys.executable, "-c")
+    told = controller.cli(*words, CONNECT)
     assert told.returncode != 0, "there is no IKE daemon to end the wait"
     assert ("TimeoutError" in told.stderr) is (not without), "held to its limit"
     if not without:
-        assert unit.eventually(lambda: "was held for" in unit.log), unit.log
-    assert ("was held for" in unit.log) is (not without), unit.log
+        assert controller.eventually(lambda: "was held for" in controller.log), controller.log
+    assert ("was held for" in controller.log) is (not without), controller.log
     assert ("pidfd_getfd: Operation not permitted" in told.stderr) is bool(without)

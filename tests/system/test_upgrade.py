@@ -118,7 +118,7 @@ def test_a_version_with_other_maps_takes_over_without_a_gap(old: HookedCgroup, c
     data.close()
 
 
-def test_uncovered_flows_stay_refused_all_the_time(old: HookedCgroup, cache: Path) -> None:
+def test_uncovered_flows_stay_refused_during_an_upgrade(old: HookedCgroup, cache: Path) -> None:
     old.publish(TableId.SPD)
     with hammering(old.namespace.path, old.cgroup, "tcp", PEER[4], 80) as told:
         old.pins.load(bytecode.get(cache))
@@ -154,7 +154,7 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, call: int) -> Iterator[None]:
         yield
 
 
-def test_killed_anywhere_the_next_load_finishes_it(
+def test_an_upgrade_killed_at_any_step_is_finished_by_the_next_load(
     old: HookedCgroup, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step by step: each attempt gets one call further, and none of them opens anything."""
@@ -163,7 +163,7 @@ def test_killed_anywhere_the_next_load_finishes_it(
     while not done:
         with contextlib.suppress(Killed), killed_at(monkeypatch, steps):
             other.load(code)
-            if other.next.any:
+            if other.next.exists:
                 take_over(old).close()
             other.switch()
             done = True

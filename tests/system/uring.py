@@ -16,7 +16,7 @@ import time
 
 SETUP, ENTER = 425, 426
 OP_SENDMSG, OP_CONNECT, OP_SOCKET = 9, 16, 45
-SQPOLL, WAKE_UP = 1 << 1, 1 << 1  # of setup, of enter: a thread of the kernel's submits
+SQPOLL, WAKE_UP = 1 << 1, 1 << 1  # flags of setup and enter: a kernel thread submits
 OFF_SQ_RING, OFF_CQ_RING, OFF_SQES = 0, 0x8000000, 0x10000000
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -51,7 +51,7 @@ def _submit(fd: int, opcode: int, address: int, length: int, offset: int, *, set
         sq_ring[sq[1] : sq[1] + 4] = struct.pack("=I", 1)  # tail
         if libc.syscall(ENTER, ring, 1, 0, setup & WAKE_UP, None, 0) < 0:
             raise OSError(ctypes.get_errno(), "io_uring_enter")
-        for _ in range(100):  # a connect() that got past the hooks waits for its SYN-ACK
+        for _ in range(100):  # a connect() that passed the hooks waits for its SYN-ACK
             if struct.unpack_from("=I", cq_ring, cq[1])[0]:
                 break
             time.sleep(0.001)
@@ -78,7 +78,7 @@ def connect(sock: socket.socket, address: str, port: int) -> None:
 
 
 def polled_connect(address: str, port: int) -> None:
-    """Make a UDP socket and connect it, both by a thread of the kernel's. Raises: OSError."""
+    """Make a UDP socket and connect it, both in a kernel thread. Raises: OSError."""
     fd = _submit(socket.AF_INET, OP_SOCKET, 0, 0, socket.SOCK_DGRAM, setup=SQPOLL)
     _raise(fd)
     name = ctypes.create_string_buffer(sockaddr(address, port))
@@ -95,7 +95,7 @@ def sendmsg(sock: socket.socket, address: str, port: int) -> None:
 
 
 def msghdr(name: ctypes.Array[ctypes.c_char]) -> tuple[bytes, tuple[object, ...]]:
-    """Return struct msghdr for one byte, and what it points to (keep that)."""
+    """Return struct msghdr for one byte, and the buffers that it points to (keep them alive)."""
     byte = ctypes.create_string_buffer(b"x")
     vector = ctypes.create_string_buffer(struct.pack("=QQ", ctypes.addressof(byte), 1))
     header = struct.pack(

@@ -19,8 +19,8 @@ from ipsecgate.edges.host.control import (
     REQUEST_LIMIT,
     Request,
     ask,
+    parse_answer,
     serving,
-    understood,
 )
 from ipsecgate.errors import GateError, NoControllerError
 from tests.until import until
@@ -159,5 +159,5 @@ async def test_an_endless_request_is_disconnected(tmp_path: Path) -> None:
 )
 def test_an_invalid_answer_is_an_error(answer: bytes) -> None:
     with pytest.raises(GateError) as caught:
-        understood(Path("control.sock"), "status", answer)
+        parse_answer(Path("control.sock"), "status", answer)
     assert len(str(caught.value)) < 200

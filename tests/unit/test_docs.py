@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,3 +95,20 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in headings(target), link
+
+
+def messages(page: Path) -> Iterator[str]:
+    """Yield the fixed parts of the messages that the table of symptoms quotes."""
+    table = page.read_text().partition("## When something is wrong")[2]
+    for symptom in re.findall(r"^\| (.*?) \|", table, re.MULTILINE):
+        for message in re.findall(r"`([^`]+)`", symptom):
+            parts = re.split(r"\.\.\.|  |: |\d.*", message)
+            yield from (part.strip(" :") for part in parts if part.strip(" :"))
+
+
+def test_every_message_in_the_table_of_symptoms_exists() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "ipsecgate").rglob("*.py"))
+    code += os.strerror(errno.ENOENT)
+    quoted = list(messages(ROOT / "docs/operating.md"))
+    assert len(quoted) > 8
+    assert not [part for part in quoted if part not in code]

@@ -9,7 +9,8 @@ import pytest
 
 from ipsecgate.core.codec.seccomp import Notification, packed
 from ipsecgate.edges.holding import seccomp
-from ipsecgate.edges.holding.listeners import Listeners, _Listener
+from ipsecgate.edges.holding.listener import Listener
+from ipsecgate.edges.holding.listeners import Listeners
 
 
 @pytest.mark.parametrize("limit", [float("nan"), float("inf"), -1.0, 1e8 + 1])
@@ -36,7 +37,7 @@ def test_a_pending_call_without_a_pid_is_recovered_like_any_other(
     file = tmp_path / "1"
     file.write_bytes(packed(call))
     fd, other = os.pipe()
-    listener = _Listener(1, fd, 30.0, file)
+    listener = Listener(1, fd, 30.0, file)
     assert listener.recall() == [(call, 0.0)]
     listener.close()
     os.close(other)

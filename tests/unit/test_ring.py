@@ -15,6 +15,7 @@ from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.tables import layout
 from ipsecgate.core.tables.layout import LayoutError, unpack_event
 from ipsecgate.edges.bpf import libbpf
+from ipsecgate.edges.bpf.ring import Ring
 from ipsecgate.errors import GateError
 
 GOOD = layout._EVENT.pack(
@@ -48,7 +49,7 @@ class Library:
         self.waiting: list[bytes] = []
 
     def ring_buffer__new(self, _fd: int, callback: Any, *_: object) -> int:
-        self._call = ct.cast(callback, libbpf._RingCallback)  # as C calls it: by address
+        self._call = ct.cast(callback, libbpf.RingCallback)  # as C calls it: by address
         return 1
 
     def ring_buffer__epoll_fd(self, _ring: int) -> int:
@@ -65,13 +66,13 @@ class Library:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     made = Library()
-    monkeypatch.setattr(libbpf, "_library", lambda: made)
+    monkeypatch.setattr(libbpf, "library", lambda: made)
     return made
 
 
 def test_a_malformed_record_raises_once(library: Library) -> None:
     found: list[FlowRefused] = []
-    ring = libbpf.Ring(0, lambda record: found.append(unpack_event(record)))
+    ring = Ring(0, lambda record: found.append(unpack_event(record)))
     library.waiting = [GOOD, BAD]
     with pytest.raises(LayoutError, match=f"event of {len(BAD)} bytes"):
         ring.consume()

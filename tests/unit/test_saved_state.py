@@ -9,7 +9,12 @@ import pytest
 
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
-from ipsecgate.edges.host.saved_state import keep, keep_targets, recall, recall_targets
+from ipsecgate.edges.host.saved_state import (
+    load_children,
+    load_targets,
+    save_children,
+    save_targets,
+)
 from ipsecgate.errors import GateError
 
 CHILDREN = (
@@ -28,11 +33,11 @@ CHILDREN = (
 
 def test_saved_children_are_read_back(tmp_path: Path) -> None:
     file = tmp_path / "folder" / "children.json"
-    assert recall(file) == ()
-    keep(file, CHILDREN)
-    assert recall(file) == CHILDREN
-    keep(file, ())
-    assert recall(file) == ()
+    assert load_children(file) == ()
+    save_children(file, CHILDREN)
+    assert load_children(file) == CHILDREN
+    save_children(file, ())
+    assert load_children(file) == ()
     assert [path.name for path in file.parent.iterdir()] == ["children.json"]
 
 
@@ -44,7 +49,7 @@ def test_a_broken_file_is_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "children.json"
     file.write_text(text)
     with pytest.raises(GateError, match=r"children\.json: cannot read") as caught:
-        recall(file)
+        load_children(file)
     assert "[[policy]]" in caught.value.hint
 
 
@@ -65,10 +70,10 @@ def test_a_broken_selector_is_an_error(tmp_path: Path, broken: str) -> None:
     file = tmp_path / "children.json"
     item = '[{"ike": "gw", "child": "net", "mode": "TUNNEL", "local": [], "remote": %s}]'
     file.write_text(item % f"[{NET}]")
-    assert len(recall(file)[0].remote) == 1
+    assert len(load_children(file)[0].remote) == 1
     file.write_text(item % (f"[{broken}]" if broken.startswith("[") else broken))
     with pytest.raises(GateError, match="cannot read"):
-        recall(file)
+        load_children(file)
 
 
 def test_a_lone_surrogate_is_not_a_name(tmp_path: Path) -> None:
@@ -77,24 +82,24 @@ def test_a_lone_surrogate_is_not_a_name(tmp_path: Path) -> None:
         r'[{"ike": "\ud800", "child": "net", "mode": "TUNNEL", "local": [], "remote": []}]'
     )
     with pytest.raises(GateError, match="cannot read"):
-        recall(file)
+        load_children(file)
 
 
 def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "children.json"
-    keep(file, CHILDREN)
+    save_children(file, CHILDREN)
     whole = file.read_text()
     for length in range(1, len(whole) - 1, 7):
         file.write_text(whole[:length])
         with pytest.raises(GateError):
-            recall(file)
+            load_children(file)
 
 
 def test_saved_targets_are_read_back(tmp_path: Path) -> None:
     file = tmp_path / "cgroups.json"
-    assert recall_targets(file) == ()
-    keep_targets(file, ("unit:a.service", "/sys/fs/cgroup/b"))
-    assert recall_targets(file) == ("unit:a.service", "/sys/fs/cgroup/b")
+    assert load_targets(file) == ()
+    save_targets(file, ("unit:a.service", "/sys/fs/cgroup/b"))
+    assert load_targets(file) == ("unit:a.service", "/sys/fs/cgroup/b")
 
 
 @pytest.mark.parametrize("text", ["", "[", "[1]", "{}", '"x"', "[[]]", "null", "[" * 3000])
@@ -102,4 +107,4 @@ def test_broken_targets_are_an_error(tmp_path: Path, text: str) -> None:
     file = tmp_path / "cgroups.json"
     file.write_text(text)
     with pytest.raises(GateError, match=r"cgroups\.json: cannot read which cgroups are gated"):
-        recall_targets(file)
+        load_targets(file)

@@ -117,9 +117,9 @@ def test_a_program_inherits_nothing_from_the_callers_environment(
 def test_every_reader_refuses_a_file_that_others_may_write(file: Path, tmp_path: Path) -> None:
     file.chmod(0o666)
     with pytest.raises(trust.UntrustedError):
-        saved_state.recall(file)
+        saved_state.load_children(file)
     with pytest.raises(trust.UntrustedError):
-        saved_state.recall_targets(file)
+        saved_state.load_targets(file)
     with pytest.raises(trust.UntrustedError), held(file, wait=False, busy=""):
         pass
     with pytest.raises(UsageError, match="not trusted") as caught:

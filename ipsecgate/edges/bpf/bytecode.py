@@ -1,8 +1,8 @@
-"""The hooks' bytecode, compiled ahead of time and kept by a hash of what made it.
+"""The hooks' bytecode, compiled once and cached under a hash of its sources and compiler.
 
-The compiler (`compiler`) runs as a process of its own: LLVM takes 60 MiB and a
-chdir(), and a warm start needs neither. A cached file must be one that no other
-user can change (see `trust`).
+The compiler (`compiler`) runs as a separate process: LLVM takes 60 MiB and changes the working
+directory, and a warm start needs neither. No other user may be able to change a cached file (see
+`trust`).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ main(sys.argv[2])
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Instructions, and which of them (by index) load which map's descriptor."""
+    """Instructions, and the name of the map whose descriptor an instruction loads, by index."""
 
     insns: bytes
     maps: Mapping[int, str]
 
     def linked(self, fds: Mapping[str, int]) -> bytes:
-        """Return the instructions with each map reference set to a descriptor."""
+        """Return the instructions with each map's descriptor filled in."""
         code = bytearray(self.insns)
         for index, name in self.maps.items():
             struct.pack_into("=i", code, index * INSN_SIZE + 4, fds[name])
@@ -53,7 +53,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Bytecode:
-    """Everything the loader needs: programs by hook and maps by name."""
+    """Everything that the loader needs: programs by hook and maps by name."""
 
     programs: Mapping[str, Program]
     maps: Mapping[str, MapShape]
@@ -83,19 +83,19 @@ class Bytecode:
 
 
 def source_dir() -> Path:
-    """Return the folder of the C sources: packaged, or the checkout's bpf/."""
+    """Return the folder of the C sources: the package's, or bpf/ in a checkout."""
     packaged = _PACKAGE / "_bpf"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "bpf"
 
 
 def compiler_version() -> str:
-    """Return libbcc's file version, "" where BCC is not installed."""
+    """Return the name of libbcc's file, which has its version; "" if BCC is not installed."""
     libraries = sorted(Path("/usr/lib").glob(f"*/{_LIBBCC}"))
     return libraries[0].resolve().name if libraries else ""
 
 
 def cache_key() -> str:
-    """Hash of the sources, their compiler and the machine's architecture."""
+    """Return a hash of the sources, the compiler's version and the machine's architecture."""
     digest = hashlib.sha256(f"{compiler_version()} {platform.machine()}\n".encode())
     for path in sorted(source_dir().rglob("*.[ch]")):
         digest.update(f"{path.relative_to(source_dir())}\n".encode() + path.read_bytes())
@@ -103,9 +103,9 @@ def cache_key() -> str:
 
 
 def get(cache: Path) -> Bytecode:
-    """Return the bytecode, from the cache folder or compiled into it.
+    """Return the bytecode from the cache folder, or compile it and cache it.
 
-    Raises: KernelLacksError without BCC, GateError if compiling fails.
+    Raises: KernelLacksError without BCC; GateError if compiling fails; UntrustedError.
     """
     path = cached(cache)
     if path.is_file():
@@ -113,26 +113,26 @@ def get(cache: Path) -> Bytecode:
         try:
             return Bytecode.from_json(trust.read(path))
         except (ValueError, KeyError, TypeError):
-            path.unlink()  # cut short by a full disk, say: make it again
+            path.unlink()  # truncated, for example by a full disk: compile again
     bytecode = compiled()
-    _keep(path, bytecode)
+    _cache(path, bytecode)
     return bytecode
 
 
 def cached(cache: Path) -> Path:
-    """Return the file in which the cache folder has this version's bytecode, or would have it."""
+    """Return the path of this version's bytecode in the cache folder, whether it exists or not."""
     return cache / f"{cache_key()}.json"
 
 
 def compiled() -> Bytecode:
-    """Compile the hooks. Raises: KernelLacksError without BCC, GateError if it fails."""
+    """Compile the hooks. Raises: KernelLacksError without BCC; GateError if compiling fails."""
     if not compiler_version():
         raise KernelLacksError(
-            "the hooks are not compiled yet and BCC is not installed",
+            "the hooks are not compiled yet, and BCC is not installed",
             hint="apt install python3-bpfcc",
         )
     sources = str(source_dir())
-    # Isolated: neither the current folder nor PYTHONPATH decides which modules root runs.
+    # -I: neither the current folder nor PYTHONPATH may decide which modules root runs.
     run = trust.run(
         [sys.executable, "-I", "-c", _COMPILER, str(_PACKAGE.parent), sources],
         {"BCC_KERNEL_SOURCE": sources},
@@ -140,20 +140,21 @@ def compiled() -> Bytecode:
     if run.returncode:
         last = "\n".join(run.stderr.strip().splitlines()[-12:])
         raise GateError(
-            f"compiling the hooks failed:\n{last}",
+            "compiling the hooks failed",
+            evidence=last,
             hint="if bcc cannot be imported: apt install python3-bpfcc, and make the virtual "
             "environment with --system-site-packages",
         )
     return Bytecode.from_json(run.stdout)
 
 
-def _keep(path: Path, bytecode: Bytecode) -> None:
+def _cache(path: Path, bytecode: Bytecode) -> None:
     aside = path.with_suffix(f".{os.getpid()}")
     try:
         trust.folder(path.parent)
         aside.write_text(bytecode.to_json())
         aside.replace(path)
-    except OSError as error:  # a full disk, say: the next start compiles again
+    except OSError as error:  # for example a full disk: the next start compiles again
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         log.warning("cannot save the compiled hooks in %s: %s", path.parent, error.strerror)

@@ -1,8 +1,8 @@
-"""Compile bpf/*.bpf.c with BCC and print the bytecode: the only importer of bcc.
+"""Compile bpf/*.bpf.c with BCC and print the bytecode. The only module that imports bcc.
 
-`bytecode` runs `main` in a process of its own, with BCC_KERNEL_SOURCE set to the
-sources, whose include/ stands in for kernel headers. It needs bpf(2), because
-BCC creates the maps as it compiles; they vanish with this process.
+`bytecode` runs `main` as a separate process, with BCC_KERNEL_SOURCE set to the sources, whose
+include/ replaces the kernel headers. Compiling needs the right to call bpf(2), because BCC creates
+the maps while it compiles; they disappear when the process ends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ipsecgate.core.tables.layout import MAPS
 from ipsecgate.edges.bpf.bytecode import Bytecode, Program
 from ipsecgate.edges.bpf.libbpf import INSN_SIZE, MapShape, map_shape
 
-# One translation unit: BCC rewrites map accesses in the main file only, not in what it includes.
+# One translation unit: BCC rewrites map accesses in the main file only, not in included files.
 FILES = ("maps.bpf.c", "gate.bpf.c", "packet.bpf.c", "backstop.bpf.c")
 
 _LD_IMM64 = 0x18
@@ -25,7 +25,7 @@ _PSEUDO_MAP_FD = 1
 
 
 def _module(sources: Path) -> tuple[Any, Any]:
-    from bcc import BPF, lib  # noqa: PLC0415  36 ms and 64 MiB: only where it is used
+    from bcc import BPF, lib  # noqa: PLC0415  36 ms and 64 MiB: only when compiling
 
     text = "".join(f'#line 1 "{name}"\n{(sources / name).read_text()}' for name in FILES)
     return BPF(text=text.encode(), cflags=[f"-I{sources}"]), lib
@@ -41,7 +41,7 @@ def _references(insns: bytes, names: dict[int, str]) -> dict[int, str]:
 
 
 def layout(sources: Path) -> dict[str, tuple[str, str]]:
-    """Return the compiler's own description (JSON) of each map's key and value."""
+    """Return BCC's description of each map's key and value, as JSON, by the map's name."""
     bpf, lib = _module(sources)
     return {
         name: (
@@ -68,5 +68,5 @@ def compile_hooks(sources: Path) -> Bytecode:
 
 
 def main(sources: str) -> None:
-    """Print the bytecode of the hooks in a folder as JSON."""
+    """Compile the hooks in a folder and print their bytecode as JSON."""
     sys.stdout.write(compile_hooks(Path(sources)).to_json())

@@ -1,10 +1,10 @@
-"""Write the hooks' tables and receive their refusals. No decisions.
+"""Write the hooks' tables and receive their refusals.
 
-Publishing has no window: the new table's entries and masks are written beside
-the old one's (their own space), then one word switches the epoch, and only
-after an RCU grace period, when no hook can still be looking at it, is the old
-space cleared. The grace period is the kernel's own: an update of a map of maps
-waits for one (kernel/bpf/syscall.c, maybe_wait_bpf_programs()).
+Hooks see either the old table or the new one, never a mixture. Publishing writes the new entries
+and masks beside the old ones, in a space of their own. Then one word, the epoch, switches to that
+space. The old space is cleared only after an RCU grace period, when no hook can still be searching
+it. To wait for one, we update a map of maps: the kernel waits there for running programs
+(kernel/bpf/syscall.c, maybe_wait_bpf_programs()).
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from ipsecgate.core.tables.table import Table
 from ipsecgate.edges.bpf import libbpf
 from ipsecgate.edges.bpf.maps import EPOCH, Maps, boot_time
 from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.bpf.ring import Ring
 
-BATCH = 256  # entries between two turns of the loop
+BATCH = 256  # entries written before the event loop gets a turn
 
 
 class Datapath(Maps):
-    """The maps of one loaded instance, open for its one controller."""
+    """The maps of one loaded instance, kept open by its only controller."""
 
     def __init__(self, pins: Pins) -> None:
+        """Open every map, and clear what a predecessor left half-written. Raises: OSError."""
         super().__init__(pins)
         self._sources: dict[bytes, bytes] = {}
-        self._ring: libbpf.Ring | None = None
+        self._ring: Ring | None = None
         template = libbpf.MapShape(libbpf.MAP_TYPE_ARRAY, 4, 4, 1)
         outer = libbpf.MapShape(libbpf.MAP_TYPE_ARRAY_OF_MAPS, 4, 4, 1)
         self._inner = libbpf.create_map("grace_inner", template)
         self._grace = libbpf.create_map("grace", outer, inner=self._inner)
-        self._keys: dict[int, list[bytes]] = {}  # by space, as written
+        self._keys: dict[int, list[bytes]] = {}  # packed, by space
         self._clearing: dict[int, asyncio.Task[None]] = {}  # by space
         self._adopt()
 
     def close(self) -> None:
-        """Close every descriptor; the pins and what they refuse stay."""
+        """Close every descriptor; pins and links stay, and the hooks keep refusing."""
         if self._ring is not None:
             self._ring.close()
         for fd in (self._inner, self._grace):
@@ -51,17 +53,17 @@ class Datapath(Maps):
     # --- settings -----------------------------------------------------------------
 
     def set(self, which: Setting, value: int) -> None:
-        """Write one word: in force for the next call of any hook."""
+        """Write one word; it applies to the next call of any hook. Raises: OSError."""
         libbpf.update(self._fds["settings"], INDEX.pack(which), SETTING.pack(value))
         if which is Setting.DENY:
-            self._changed()  # sockets remember what the default allowed
+            self._raise_generation()  # sockets remember what the default allowed
 
     # --- tables -------------------------------------------------------------------
 
     def _adopt(self) -> None:
-        """Learn what a predecessor published; clear what it left half-written."""
-        self._changed()  # it may have died between a table and its generation
-        self._wait_grace_period()  # or right after a switch
+        """Take over the tables that a predecessor published, and delete all other entries."""
+        self._raise_generation()  # it may have died between writing a table and doing this
+        self._wait_grace_period()  # or right after a switch, while hooks searched the old table
         current = {layout.space(table, self.setting(EPOCH[table])) for table in TableId}
         self._keys = {space: [] for space in current}
         for raw in list(libbpf.keys(self._fds["entries"], layout.KEY_SIZE)):
@@ -72,13 +74,13 @@ class Datapath(Maps):
                 libbpf.delete(self._fds["entries"], raw)
 
     async def publish(self, table: TableId, content: Table) -> None:
-        """Replace a table at once; the old one is cleared behind the caller's back.
+        """Replace a table atomically; a task of its own clears the old one later.
 
-        Raises: OSError when the maps are full (the old table stays in force).
+        Raises: OSError if the maps are full; then the old table stays in force.
         """
         epoch = self.setting(EPOCH[table])
         old, new = layout.space(table, epoch), layout.space(table, epoch + 1)
-        if new in self._clearing:  # published faster than grace periods pass
+        if new in self._clearing:  # the second publication within one grace period
             await self._clearing[new]
         self._keys[new] = []
         boot = boot_time()
@@ -92,46 +94,46 @@ class Datapath(Maps):
             raise
         libbpf.update(self._fds["masks"], INDEX.pack(new), layout.pack_masks(content.masks))
         self.set(EPOCH[table], epoch + 1)
-        self._changed()
+        self._raise_generation()
         self._clearing[old] = asyncio.create_task(self._clear_later(old))
 
     def set_entry(self, table: TableId, index: int, key: Key, entry: Entry) -> None:
-        """Change one entry of the published table: one atomic write."""
+        """Change one entry of the published table by one atomic write. Raises: OSError."""
         raw = layout.pack_key(key, layout.space(table, self.setting(EPOCH[table])), index)
         libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry, boot_time()))
-        self._changed()
+        self._raise_generation()
 
-    async def verify(self, table: TableId, content: Table) -> int:
-        """Make the published table be this one again; return how many entries were not.
+    async def repair(self, table: TableId, content: Table) -> int:
+        """Restore the published table to this content; return how many entries differed.
 
-        It takes turns with whatever else there is to do, and is given up when the table
-        changes meanwhile: then somebody has just written it.
+        Works in batches, and stops early if the controller changes a table in between.
+        Raises: OSError.
         """
         epoch, fd = self.setting(EPOCH[table]), self._fds["entries"]
         generation = self.setting(Setting.GENERATION)
         space, boot = layout.space(table, epoch), boot_time()
-        masks, mended = layout.pack_masks(content.masks), 0
+        masks, repaired = layout.pack_masks(content.masks), 0
         if libbpf.lookup(self._fds["masks"], INDEX.pack(space), len(masks)) != masks:
             libbpf.update(self._fds["masks"], INDEX.pack(space), masks)
-            mended += 1
+            repaired += 1
         wanted = {layout.pack_key(k, space, i): entry for (i, k), entry in content.entries.items()}
-        there = [k for k in libbpf.keys(fd, layout.KEY_SIZE) if k[layout.SPACE_OFFSET] == space]
-        for count, raw in enumerate(dict.fromkeys([*wanted, *there])):
+        present = [k for k in libbpf.keys(fd, layout.KEY_SIZE) if k[layout.SPACE_OFFSET] == space]
+        for count, raw in enumerate(dict.fromkeys([*wanted, *present])):
             if count % BATCH == 0:
                 await asyncio.sleep(0)
                 if self.setting(Setting.GENERATION) != generation:
-                    return mended
+                    return repaired
             if raw not in wanted:
                 libbpf.delete(fd, raw)
             elif self._entry(raw, boot) != wanted[raw]:
                 libbpf.update(fd, raw, layout.pack_entry(wanted[raw], boot))
             else:
                 continue
-            mended += 1
+            repaired += 1
         self._keys[space] = list(wanted)
-        if mended:
-            self._changed()
-        return mended
+        if repaired:
+            self._raise_generation()
+        return repaired
 
     def _entry(self, raw: bytes, boot: int) -> Entry | None:
         value = libbpf.lookup(self._fds["entries"], raw, layout.ENTRY_SIZE)
@@ -140,13 +142,13 @@ class Datapath(Maps):
         except LayoutError:
             return None
 
-    def _changed(self) -> None:
-        """Have every socket asked anew: what it is associated with may be gone."""
+    def _raise_generation(self) -> None:
+        """Make the hooks judge every socket again: the SA that covered it may be gone."""
         self.set(Setting.GENERATION, self.setting(Setting.GENERATION) + 1)
 
     @property
     def clearing(self) -> bool:
-        """Tell whether an old table is still being cleared."""
+        """Whether an old table is still waiting to be cleared."""
         return bool(self._clearing)
 
     async def _clear_later(self, space: int) -> None:
@@ -164,48 +166,52 @@ class Datapath(Maps):
     # --- sources ------------------------------------------------------------------
 
     def set_sources(self, sources: Iterable[tuple[Network, Address | None]]) -> None:
-        """Make the map say which source an unbound socket gets: changes only."""
+        """Write the source address that an unbound socket gets, by destination.
+
+        Only differences are written. Raises: OSError.
+        """
         fd = self._fds["sources"]
-        # The longest first: a wider one must not answer for a narrower that is still to come.
+        # Longest prefix first: otherwise a lookup could match a wider network while the narrower
+        # one that is right is not written yet.
         ordered = sorted(sources, key=lambda pair: -pair[0].prefixlen)
         wanted = {layout.pack_route(net): layout.pack_source(src) for net, src in ordered}
         if not self._sources:
             size = 20
             self._sources = dict.fromkeys(libbpf.keys(fd, size), b"")
         if len(self._sources.keys() | wanted.keys()) > layout.SOURCES:
-            self._forget(self._sources)  # make room: meanwhile what is not bound is refused
+            self._delete_sources(self._sources)  # make room; meanwhile unbound flows are refused
             self._sources = {}
         for key, value in wanted.items():
             if self._sources.get(key) != value:
                 libbpf.update(fd, key, value)
-        self._forget(self._sources.keys() - wanted.keys())
+        self._delete_sources(self._sources.keys() - wanted.keys())
         self._sources = wanted
-        self._changed()
+        self._raise_generation()
 
-    def _forget(self, routes: Iterable[bytes]) -> None:
-        """Delete sources, the widest first: it must not answer for a narrower that is gone."""
+    def _delete_sources(self, routes: Iterable[bytes]) -> None:
+        """Delete sources, shortest prefix first, so that none matches for a deleted longer one."""
         for key in sorted(routes, key=INDEX.unpack_from):
             libbpf.delete(self._fds["sources"], key)
 
-    # --- what the hooks tell --------------------------------------------------------
+    # --- refusals -------------------------------------------------------------------
 
     def open_ring(self, on_refusal: Callable[[FlowRefused], None]) -> int:
-        """Start reading refusals; return a descriptor to watch for reading.
+        """Start to read refusals; return a descriptor to poll.
 
-        Call `drain` when it is readable. A second reader of one ring would steal
-        from the first: one controller an instance.
+        Call `drain` when it is readable. Two readers would each miss the other's records, so an
+        instance has one controller. Raises: OSError.
         """
 
         def on_record(record: bytes) -> None:
             on_refusal(layout.unpack_event(record))
 
-        self._ring = libbpf.Ring(self._fds["events"], on_record)
+        self._ring = Ring(self._fds["events"], on_record)
         return self._ring.fd
 
     def drain(self) -> None:
-        """Hand waiting refusals to the callback given to `open_ring`, a bounded number.
+        """Pass waiting refusals, a bounded number of them, to the callback of `open_ring`.
 
-        Raises: OSError, LayoutError.
+        Raises: OSError; LayoutError for a record that no hook can have written.
         """
         if self._ring is not None:
             self._ring.consume()

@@ -1,8 +1,7 @@
-"""One typed wrapper per libbpf function the gate needs, over the system's libbpf.so.1.
+"""One typed wrapper per libbpf function that the gate needs, over the system's libbpf.so.1.
 
-No policy here, no pins layout: that is `datapath`. Every wrapper raises OSError
-with the operation in its text; file descriptors returned are owned by the caller.
-libbpf rather than bcc, because it costs a process 1 MiB and no compiler.
+Every wrapper raises OSError with the operation in its text; the caller owns a returned file
+descriptor. We use libbpf rather than bcc because it costs a process 1 MiB and needs no compiler.
 
 Source: libbpf 1.x bpf.h; bpf(2).
 """
@@ -10,10 +9,9 @@ Source: libbpf 1.x bpf.h; bpf(2).
 from __future__ import annotations
 
 import ctypes as ct
-import errno
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,7 +91,7 @@ class _LinkInfo(ct.Structure):
 
 @dataclass(frozen=True, slots=True)
 class MapShape:
-    """What makes two maps the same; sizes in bytes."""
+    """A map's type and sizes, in bytes: a version reuses a pinned map only if these are equal."""
 
     type: int
     key_size: int
@@ -104,42 +102,44 @@ class MapShape:
 
 @dataclass(frozen=True, slots=True)
 class LinkInfo:
-    """A cgroup link: the program it runs now, and the inode of its cgroup."""
+    """A cgroup link: the program that it runs now, and its cgroup's inode number."""
 
     prog_id: int
     cgroup_id: int
     attach_type: int
 
 
-_RingCallback = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)
+RingCallback = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)
 
 
 @cache
-def _library() -> ct.CDLL:
+def library() -> ct.CDLL:
+    """Return libbpf. Raises: KernelLacksError."""
     try:
-        library = ct.CDLL("libbpf.so.1", use_errno=True)
+        found = ct.CDLL("libbpf.so.1", use_errno=True)
     except OSError as error:
         raise KernelLacksError(
             "libbpf.so.1 is not installed", hint="apt install libbpf1"
         ) from error
-    library.libbpf_set_print(None)
-    library.ring_buffer__new.restype = ct.c_void_p
-    library.ring_buffer__new.argtypes = [ct.c_int, _RingCallback, ct.c_void_p, ct.c_void_p]
+    found.libbpf_set_print(None)
+    found.ring_buffer__new.restype = ct.c_void_p
+    found.ring_buffer__new.argtypes = [ct.c_int, RingCallback, ct.c_void_p, ct.c_void_p]
     for name in ("ring_buffer__consume", "ring_buffer__epoll_fd", "ring_buffer__free"):
-        getattr(library, name).argtypes = [ct.c_void_p]
-    return library
+        getattr(found, name).argtypes = [ct.c_void_p]
+    return found
 
 
-def _call(what: str, name: str, *args: object) -> int:
-    result = int(getattr(_library(), name)(*args))
+def call(operation: str, function: str, *args: object) -> int:
+    """Call a libbpf function that returns -errno. Raises: OSError, with the operation's name."""
+    result = int(getattr(library(), function)(*args))
     if result < 0:
-        # libbpf 1.x returns -errno; errno itself may be stale.
-        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+        # libbpf 1.x returns -errno; C's errno may be stale.
+        raise OSError(-result, f"{operation}: {os.strerror(-result)}")
     return result
 
 
 def create_map(name: str, shape: MapShape, *, inner: int | None = None) -> int:
-    """Create a map; `inner` is the template of a map of maps. Raises: OSError."""
+    """Create a map; `inner`: the descriptor of a map of maps' template. Raises: OSError."""
     opts = _MapCreateOpts(map_flags=shape.flags, inner_map_fd=inner or 0)
     opts.sz = ct.sizeof(opts)
     btf = None
@@ -150,13 +150,13 @@ def create_map(name: str, shape: MapShape, *, inner: int | None = None) -> int:
         return _create_map(name, shape, opts)
     finally:
         if btf is not None:
-            os.close(btf)  # the map holds it
+            os.close(btf)  # the map holds its own reference
 
 
 def _load_btf(value_size: int) -> int:
-    """Load the least type information that socket storage insists on.
+    """Load the least type information that the kernel requires for socket storage.
 
-    Type 1 is an int, the key; type 2 a struct of the value's size without members.
+    Type 1 is the key, an int; type 2 the value, a struct of that size without members.
     Source: linux/btf.h; bpf_local_storage_map_check_btf().
     """
     names = b"\0int\0value\0"
@@ -165,11 +165,11 @@ def _load_btf(value_size: int) -> int:
     types = key + value
     header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(names))
     raw = header + types + names
-    return _call("load type information", "bpf_btf_load", raw, len(raw), None)
+    return call("load type information", "bpf_btf_load", raw, len(raw), None)
 
 
 def _create_map(name: str, shape: MapShape, opts: _MapCreateOpts) -> int:
-    return _call(
+    return call(
         f"create map {name}",
         "bpf_map_create",
         shape.type,
@@ -191,7 +191,7 @@ def load_program(name: str, insns: bytes, prog_type: int, attach_type: int) -> i
         if log_level:
             opts.log_buf = ct.cast(log, ct.c_char_p)
             opts.log_size = len(log)
-        return _call(
+        return call(
             f"load program {name}",
             "bpf_prog_load",
             prog_type,
@@ -205,7 +205,7 @@ def load_program(name: str, insns: bytes, prog_type: int, attach_type: int) -> i
     try:
         return attempt(0)
     except OSError as first:
-        # Once more for the verifier's reasons, which cost time to write.
+        # Load again for the verifier's log, which takes time to write.
         try:
             return attempt(1)
         except OSError:
@@ -214,35 +214,35 @@ def load_program(name: str, insns: bytes, prog_type: int, attach_type: int) -> i
 
 
 def create_link(prog_fd: int, cgroup_fd: int, attach_type: int) -> int:
-    """Attach a program to a cgroup, beside others' programs. Raises: OSError."""
-    return _call("attach", "bpf_link_create", prog_fd, cgroup_fd, attach_type, None)
+    """Attach a program to a cgroup, in addition to any other programs. Raises: OSError."""
+    return call("attach", "bpf_link_create", prog_fd, cgroup_fd, attach_type, None)
 
 
 def update_link(link_fd: int, prog_fd: int) -> None:
-    """Replace a link's program with no moment in between. Raises: OSError."""
-    _call("replace the program of a link", "bpf_link_update", link_fd, prog_fd, None)
+    """Replace a link's program atomically. Raises: OSError."""
+    call("replace the program of a link", "bpf_link_update", link_fd, prog_fd, None)
 
 
 def detach_link(link_fd: int) -> None:
-    """Take a link's program off its cgroup, now: the last reference's end comes later.
+    """Detach a link's program from its cgroup now, while other references to the link exist.
 
     Raises: OSError.
     """
-    _call("detach a link", "bpf_link_detach", link_fd)
+    call("detach a link", "bpf_link_detach", link_fd)
 
 
 def pin(fd: int, path: Path) -> None:
-    """Give an object a name in bpffs. Raises: OSError."""
-    _call(f"pin {path}", "bpf_obj_pin", fd, os.fsencode(path))
+    """Pin an object in bpffs. Raises: OSError."""
+    call(f"pin {path}", "bpf_obj_pin", fd, os.fsencode(path))
 
 
 def open_pin(path: Path) -> int:
     """Open a pinned object. Raises: OSError."""
-    return _call(f"open {path}", "bpf_obj_get", os.fsencode(path))
+    return call(f"open {path}", "bpf_obj_get", os.fsencode(path))
 
 
 def _info(fd: int, into: ct.Structure) -> None:
-    _call(
+    call(
         "read object info",
         "bpf_obj_get_info_by_fd",
         fd,
@@ -252,49 +252,53 @@ def _info(fd: int, into: ct.Structure) -> None:
 
 
 def map_shape(fd: int) -> MapShape:
-    """Return the shape the kernel has for a map. Raises: OSError."""
+    """Return a map's shape. Raises: OSError."""
     info = _MapInfo()
     _info(fd, info)
     return MapShape(info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
 
 
 def link_info(fd: int) -> LinkInfo:
-    """Return what a cgroup link runs, and where. Raises: OSError."""
+    """Return a cgroup link's program and cgroup. Raises: OSError."""
     info = _LinkInfo()
     _info(fd, info)
     return LinkInfo(info.prog_id, info.cgroup_id, info.attach_type)
 
 
 def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
-    """Return a map's value, None where there is none. Raises: OSError."""
+    """Return a map's value for a key, None if it has none. Raises: OSError."""
     value = ct.create_string_buffer(value_size)
     try:
-        _call("look up", "bpf_map_lookup_elem", fd, key, value)
+        call("look up", "bpf_map_lookup_elem", fd, key, value)
     except FileNotFoundError:
         return None
     return value.raw
 
 
 def update(fd: int, key: bytes, value: bytes) -> None:
-    """Set a map's value. Raises: OSError (E2BIG, ENOSPC: the map is full)."""
-    _call("update map", "bpf_map_update_elem", fd, key, value, ct.c_uint64(BPF_ANY))
+    """Set a map's value for a key. Raises: OSError (E2BIG, ENOSPC: the map is full)."""
+    call("update map", "bpf_map_update_elem", fd, key, value, ct.c_uint64(BPF_ANY))
 
 
 def delete(fd: int, key: bytes) -> None:
-    """Delete a map's entry if it is there. Raises: OSError."""
+    """Delete a map's entry if it exists. Raises: OSError."""
     try:
-        _call("delete from map", "bpf_map_delete_elem", fd, key)
+        call("delete from map", "bpf_map_delete_elem", fd, key)
     except FileNotFoundError:
         return
 
 
 def keys(fd: int, key_size: int) -> Iterator[bytes]:
-    """Yield a map's keys; delete only what was yielded already."""
+    """Yield a map's keys.
+
+    While iterating, delete only keys that were yielded before the current one: without its
+    previous key, the kernel starts again from the first. Raises: OSError.
+    """
     key = ct.create_string_buffer(key_size)
     previous: bytes | None = None
     while True:
         try:
-            _call("walk map", "bpf_map_get_next_key", fd, previous, key)
+            call("walk map", "bpf_map_get_next_key", fd, previous, key)
         except FileNotFoundError:
             return
         previous = key.raw
@@ -302,55 +306,5 @@ def keys(fd: int, key_size: int) -> Iterator[bytes]:
 
 
 def possible_cpus() -> int:
-    """Return how many values a per-CPU map has for each key."""
-    return _call("count CPUs", "libbpf_num_possible_cpus")
-
-
-AT_ONCE = 256  # records of a ring between two turns of whoever reads it
-
-
-class Ring:
-    """A BPF ring buffer's consumer; `fd` becomes readable when records are there."""
-
-    def __init__(self, map_fd: int, on_record: Callable[[bytes], None]) -> None:
-        self._failure: Exception | None = None
-        self._left = AT_ONCE
-
-        def callback(_ctx: int, data: int, size: int) -> int:
-            try:
-                on_record(ct.string_at(data, size))
-            except Exception as error:  # consume() raises it: ctypes would print it and go on
-                self._failure = error
-                return -1
-            self._left -= 1
-            return 0 if self._left else -errno.ECANCELED  # the record counts as read
-
-        self._callback = _RingCallback(callback)  # C holds it: keep it alive
-        self._ring = _library().ring_buffer__new(map_fd, self._callback, None, None)
-        if not self._ring:
-            raise OSError(ct.get_errno(), f"open ring buffer: {os.strerror(ct.get_errno())}")
-        self.fd = _call("ring buffer", "ring_buffer__epoll_fd", self._ring)
-
-    def consume(self) -> int:
-        """Hand waiting records to the callback, return how many: at most `AT_ONCE`.
-
-        A flood must not keep the caller here for ever; `fd` stays readable.
-        Raises: OSError; whatever the callback raised, with the record that it was given gone.
-        """
-        self._left = AT_ONCE
-        try:
-            return _call("read ring buffer", "ring_buffer__consume", self._ring)
-        except OSError as error:
-            if error.errno != errno.ECANCELED:
-                raise
-            return AT_ONCE
-        finally:
-            failure, self._failure = self._failure, None
-            if failure is not None:
-                raise failure
-
-    def close(self) -> None:
-        """Release the ring; the map itself stays."""
-        if self._ring:
-            _library().ring_buffer__free(self._ring)
-            self._ring = None
+    """Return how many values a per-CPU map has for each key. Raises: OSError."""
+    return call("count CPUs", "libbpf_num_possible_cpus")

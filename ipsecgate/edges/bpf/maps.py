@@ -1,6 +1,6 @@
-"""Read the hooks' maps: settings, counters, published tables. Changes nothing.
+"""Read the hooks' maps: settings, counters and published tables. Changes nothing.
 
-Any process of root may read them, whether a controller lives or not.
+Any root process may read them, whether a controller runs or not.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ EPOCH = {TableId.POLICY: Setting.POLICY_EPOCH, TableId.SPD: Setting.SPD_EPOCH}
 
 
 def boot_time() -> int:
-    """Return when CLOCK_BOOTTIME was 0, by the wall clock as it stands now, in nanoseconds."""
-    since = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # first: a pause ends permits early
+    """Return when CLOCK_BOOTTIME was 0, in nanoseconds of the wall clock as it is set now."""
+    # Read this clock first: a pause before the second one then ends entries early, never late.
+    since = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     return time.time_ns() - since
 
 
 class Maps:
-    """The maps of one loaded instance. Raises: OSError if they are not there."""
+    """The maps of one loaded instance, kept open."""
 
     def __init__(self, pins: Pins) -> None:
+        """Open every map. Raises: OSError if one does not exist."""
         self._fds = {name: pins.objects.open_map(name) for name in layout.MAPS}
         self._cpus = libbpf.possible_cpus()
 
     def close(self) -> None:
-        """Close every descriptor; the pins and what they refuse stay."""
+        """Close every descriptor; pins and links stay, and the hooks keep refusing."""
         for fd in self._fds.values():
             os.close(fd)
 
@@ -50,13 +52,13 @@ class Maps:
         self.close()
 
     def setting(self, which: Setting) -> int:
-        """Read one word."""
+        """Return one word of the settings map."""
         raw = libbpf.lookup(self._fds["settings"], INDEX.pack(which), SETTING.size)
         value: int = SETTING.unpack(raw or SETTING.pack(0))[0]
         return value
 
     def counters(self) -> Mapping[Reason, int]:
-        """Return each reason's count, summed over the CPUs."""
+        """Return the count of each reason, summed over the CPUs."""
         size = SETTING.size * self._cpus
         totals = {}
         for reason in Reason:
@@ -65,7 +67,7 @@ class Maps:
         return totals
 
     def table(self, which: TableId) -> Table | None:
-        """Return a table as the hooks search it, None if none was ever published."""
+        """Return a table as the hooks search it, None if it was never published."""
         epoch = self.setting(EPOCH[which])
         if not epoch:
             return None
@@ -83,5 +85,5 @@ class Maps:
         return Table(layout.unpack_masks(raw or b""), entries)
 
     def entry_count(self) -> int:
-        """Return how many entries the map holds, of both tables and of old ones."""
+        """Return how many entries the map holds, of both tables and of replaced ones."""
         return sum(1 for _ in libbpf.keys(self._fds["entries"], layout.KEY_SIZE))

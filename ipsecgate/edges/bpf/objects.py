@@ -3,8 +3,8 @@
     <folder>/maps/<map>
             /progs/<hook>
 
-Two versions may lie side by side while one replaces the other (`pins`). Which one made a
-folder its settings tell, in the one word that never moves: GATE_VERSION.
+Two versions may exist side by side while one replaces the other (`pins`). A folder's version is in
+its settings map, at GATE_VERSION, the one word that no layout ever moves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS = ("progs", "maps")
 
 
 class Hook(NamedTuple):
-    """A program's type and where it is attached: BPF_PROG_TYPE_*, BPF_CGROUP_* of linux/bpf.h."""
+    """A program's type and attach point: BPF_PROG_TYPE_* and BPF_CGROUP_* in linux/bpf.h."""
 
     prog_type: int
     attach_type: int
@@ -48,24 +48,24 @@ def opened(fd: int) -> Iterator[int]:
 
 
 class Objects:
-    """What is pinned in a folder, if anything is. Holds no descriptors of its own."""
+    """The pins in a folder, which may be missing. Keeps no descriptors open."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @property
-    def any(self) -> bool:
-        """Tell whether something is there, whole or not."""
+    def exists(self) -> bool:
+        """Whether the folder has pins, complete or not."""
         return any((self.folder / kind).is_dir() for kind in KINDS)
 
     @property
-    def whole(self) -> bool:
-        """Tell whether every map and program of this version is there."""
+    def is_complete(self) -> bool:
+        """Whether every map and program of this version is pinned."""
         maps = all((self.folder / "maps" / name).exists() for name in MAPS)
         return maps and self.hooks() >= HOOKS.keys()
 
     def hooks(self) -> set[str]:
-        """Return the hooks that have a program here."""
+        """Return the hooks whose program is pinned here."""
         folder = self.folder / "progs"
         return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
@@ -77,8 +77,8 @@ class Objects:
         """Open a pinned program. Raises: OSError."""
         return libbpf.open_pin(self.folder / "progs" / hook)
 
-    def fit(self, bytecode: Bytecode) -> bool:
-        """Tell whether the maps that are here are this version's."""
+    def fits(self, bytecode: Bytecode) -> bool:
+        """Return whether this version can use the maps that are pinned here. Raises: OSError."""
         for name, shape in bytecode.maps.items():
             if (self.folder / "maps" / name).exists():
                 with opened(self.open_map(name)) as fd:
@@ -93,10 +93,11 @@ class Objects:
             raw = libbpf.lookup(fd, INDEX.pack(Setting.VERSION), SETTING.size)
         return int(SETTING.unpack(raw)[0]) if raw else -1
 
-    def make(self, bytecode: Bytecode) -> None:
-        """Pin this version: maps that are here are taken over, programs replaced.
+    def pin(self, bytecode: Bytecode) -> None:
+        """Pin this version: reuse existing maps, replace existing programs.
 
-        New maps refuse whatever is not exempt until tables are published. Raises: OSError.
+        With new maps the hooks refuse every flow that is not exempt until tables are published.
+        Raises: OSError.
         """
         for kind in KINDS:
             (self.folder / kind).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -129,11 +130,11 @@ class Objects:
         return fd
 
     def remove(self) -> None:
-        """Remove every pin; what links still hold stays in force."""
+        """Remove every pin; programs that links still hold stay in force."""
         for kind in KINDS:
             for path in sorted((self.folder / kind).glob("*")):
                 path.unlink()
             with suppress(FileNotFoundError):
                 (self.folder / kind).rmdir()
         with suppress(OSError):
-            self.folder.rmdir()  # unless it has more than these
+            self.folder.rmdir()  # fails if it has other contents

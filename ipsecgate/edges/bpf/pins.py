@@ -1,19 +1,17 @@
-"""Where the gate's objects live in bpffs, and how one version follows another.
+"""Where the gate's objects are in bpffs, and how one version replaces another.
 
     <bpffs>/ipsecgate/<instance>/maps/<map>, progs/<hook>   the version in force (`objects`)
                                 /links/<hook>-<cgroup id>
-                                /next/                      one that is about to be
-                                /old/                       one that is no more
+                                /next/                      the version that will replace it
+                                /old/                       the version that was replaced
 
-A pinned link keeps refusing when every process is gone, and `bpf_link_update`
-replaces its program with no moment in between; so nothing here ever detaches
-in order to attach.
+A pinned link keeps refusing after every process has ended, and `bpf_link_update` replaces its
+program atomically. So nothing here ever detaches a program in order to attach another.
 
-A version with other maps is pinned aside, as `next`. The one before stays in force with
-its tables until the controller has published in the new maps; then the links are switched,
-and `old` is made, which says that they all are. Whoever finds `old` moves the folders to
-their places: so an end in the middle of it, wherever, leaves nothing that the next load
-does not finish.
+A version with other maps is pinned aside, as `next`. The current version stays in force with its
+tables until the controller has published tables in the new maps. Then every link is switched, and
+`old` is created to record that. Any later load or switch that finds `old` moves the folders into
+place. So an interruption at any point leaves a state that the next load completes.
 """
 
 from __future__ import annotations
@@ -42,11 +40,11 @@ class Attachment:
 
 
 def ensure_bpffs(path: Path) -> None:
-    """Mount bpffs at the path if nothing did. Raises: KernelLacksError."""
+    """Mount bpffs at the path unless it is mounted. Raises: KernelLacksError."""
     if type_of(path) == "bpf":
         return
     path.mkdir(parents=True, exist_ok=True)
-    # Without a mode everybody may make folders in it, and so ours before we do.
+    # By default every user may create folders in a bpffs, and so ours before we do.
     run = trust.run(["mount", "-t", "bpf", "-o", "mode=0700", "bpf", str(path)])
     if run.returncode:
         raise KernelLacksError(
@@ -56,7 +54,7 @@ def ensure_bpffs(path: Path) -> None:
 
 
 class Pins:
-    """The pinned objects of one instance. Holds no descriptors of its own."""
+    """The pinned objects of one instance. Keeps no descriptors open."""
 
     def __init__(self, bpffs: Path, instance: str) -> None:
         self.bpffs = bpffs
@@ -67,47 +65,47 @@ class Pins:
 
     @property
     def loaded(self) -> bool:
-        """Tell whether a version is in force, or about to be."""
-        return self.objects.whole
+        """Whether this version is completely pinned, in force or as the next one."""
+        return self.objects.is_complete
 
     @property
     def objects(self) -> Objects:
-        """The objects of this version: those in force, or the next ones."""
-        return self.next if self.next.any else self.current
+        """This version's objects: the next ones if there are any, else those in force."""
+        return self.next if self.next.exists else self.current
 
     def load(self, bytecode: Bytecode) -> None:
-        """Make the pins be this version; links switch to its programs at once, or after `switch`.
+        """Pin this version. Links run its programs at once, or after `switch` if maps differ.
 
-        New pins refuse whatever is not exempt until tables are published.
-        Raises: OSError (ENOSPC, EPERM …).
+        With new maps the hooks refuse every flow that is not exempt until tables are published.
+        Raises: OSError (ENOSPC, EPERM …); GateError.
         """
         ensure_bpffs(self.bpffs)
         for folder in (self.root.parent, self.root, self.root / "links"):
             trust.folder(folder, 0o700)
-        self._finish()
-        if self.next.any and not self.next.fit(bytecode):
+        self._move_into_place()
+        if self.next.exists and not self.next.fits(bytecode):
             self.next.remove()
-        if self.current.fit(bytecode):
-            self.current.make(bytecode)
-            self._point_links(self.current)
+        if self.current.fits(bytecode):
+            self.current.pin(bytecode)
+            self._update_links(self.current)
             self.next.remove()
             return
-        self.next.make(bytecode)
+        self.next.pin(bytecode)
         if not self._links():
             self.switch()
 
     def switch(self) -> None:
         """Put the next version in force, if there is one. Raises: OSError."""
-        if self.next.any:
-            self._point_links(self.next)
+        if self.next.exists:
+            self._update_links(self.next)
             self._old.folder.mkdir(mode=0o700, exist_ok=True)
-            self._finish()
+            self._move_into_place()
 
-    def _point_links(self, objects: Objects) -> None:
-        """Have every link run these programs.
+    def _update_links(self, objects: Objects) -> None:
+        """Make every link run these programs.
 
-        Gone are those of a hook that there is not any more, and of a cgroup that was removed: the
-        kernel has severed these, and they refuse nothing.
+        Removes links of hooks that this version does not have, and of removed cgroups: the kernel
+        has already detached those (ENOLINK), so they refuse nothing.
         """
         for path in self._links():
             hook = path.name.split("-")[0]
@@ -122,8 +120,8 @@ class Pins:
                         raise
                     path.unlink()
 
-    def _finish(self) -> None:
-        """Move the next version to its place, where every link runs it already."""
+    def _move_into_place(self) -> None:
+        """Move the next version to its place, if `old` says that every link runs it."""
         if not self._old.folder.is_dir():
             return
         for kind in KINDS:
@@ -139,7 +137,7 @@ class Pins:
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
     def attach(self, cgroup: Path) -> None:
-        """Put every hook of the version in force on a cgroup; those already there stay.
+        """Attach every hook of the version in force to a cgroup, except those attached already.
 
         Raises: OSError, GateError.
         """
@@ -148,7 +146,7 @@ class Pins:
         made: list[Path] = []
         try:
             with opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as directory:
-                # Of what is open, not of the name: that may be another's by now.
+                # The id of what we opened: the path may name another cgroup by now.
                 cgroup_id = os.fstat(directory).st_ino
                 for hook in sorted(self.current.hooks() & HOOKS.keys()):
                     path = self.root / "links" / f"{hook}-{cgroup_id}"
@@ -161,34 +159,37 @@ class Pins:
                         libbpf.pin(link, path)
                         made.append(path)
         except OSError:
-            # All or none: a cgroup gated for one family only is a hole that looks shut.
+            # All or none: a cgroup that is gated for one family only would look protected.
             for path in made:
                 path.unlink()
             raise
 
     def detach(self, cgroup_id: int) -> int:
-        """Take every hook off a cgroup, return how many there were."""
+        """Detach every hook from a cgroup; return how many there were. Raises: OSError."""
         paths = [p for p in self._links() if p.name.endswith(f"-{cgroup_id}")]
         for path in paths:
             _detach(path)
         return len(paths)
 
     def attachments(self) -> list[Attachment]:
-        """Return what is attached, by the pins' names; the kernel forgets a removed cgroup's id."""
+        """Return what is attached.
+
+        Cgroup ids come from the pins' names, because the kernel forgets those of removed cgroups.
+        """
         found = []
         for path in self._links():
             try:
                 with opened(libbpf.open_pin(path)) as link:
                     info = libbpf.link_info(link)
             except FileNotFoundError:
-                continue  # its cgroup is gone, and the controller has just removed it
+                continue  # the controller has just removed it, because its cgroup is gone
             found.append(
                 Attachment(path.name.split("-")[0], int(path.name.split("-")[1]), info.prog_id)
             )
         return found
 
     def unload(self) -> None:
-        """Remove every pin: the gate is open afterwards."""
+        """Detach and remove everything: the gate is open afterwards. Raises: OSError."""
         for path in self._links():
             _detach(path)
         with suppress(FileNotFoundError):
@@ -196,7 +197,7 @@ class Pins:
         for objects in (self.next, self._old, self.current):
             objects.remove()
         with suppress(OSError):
-            self.root.parent.rmdir()  # the last instance's
+            self.root.parent.rmdir()  # fails if there are other instances
 
 
 def _detach(link: Path) -> None:

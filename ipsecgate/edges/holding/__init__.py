@@ -1,1 +1,5 @@
-"""Held system calls: seccomp listeners, container runtimes, and who reads the callers' memory."""
+"""Held calls: seccomp listeners, and the process that inspects what a held call asks for.
+
+Core decides which call is held and how it is answered. What cannot be inspected goes on unheld, to
+the hooks.
+"""

@@ -1,56 +1,54 @@
-"""What held calls ask for, found out by a process of its own, a thread for each listener.
+"""The controller's side of inspection: sends notifications to the inspector process.
 
-    Eye.ask -> a thread of `looking` reads the caller's memory, looks at its socket -> looked
-    it does not come back within a second -> stuck
+    Inspector.inspect(call, done) -> a thread of `inspector_main` reads memory and socket
+                                  -> done(finding)
+    no answer within a second     -> done(None), for this call and all that wait behind it
 
-A hostile caller can serve that memory, or what it gives for a socket, itself (userfaultfd,
-FUSE), and keep whoever looks waiting for as long as it likes, not even to be killed. So it
-is somebody who has neither the controller's loop nor its lock, nor anything to do for others.
+A hostile target can serve the memory that we read, or the "socket" that we query, itself
+(userfaultfd, FUSE), and so block the reader for as long as it likes; not even SIGKILL ends that.
+Hence a separate process reads: the controller's event loop and its lock are never at stake.
 
-Rules of this module: nothing here waits for an answer; a call that was not seen is told as
-such, in its turn.
+Rule of this module: nothing here waits for an answer. A call that could not be inspected is
+reported as None, in its turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import ipsecgate
 from ipsecgate.core.codec.seccomp import Notification, packed
-from ipsecgate.edges.holding.inspector_process import ANSWER, Found, decode
+from ipsecgate.edges.holding.inspector_main import ANSWER, Finding, decode
 
-TICK = 0.25  # seconds between looks at an eye that was asked something
-TICKS, TICKS_TO_START = 4, 40  # without an answer, or before it can give one, are too many
-IN_FLIGHT = 64  # questions sent that have no answer: the socket holds them all
-START = 10.0  # seconds that the process may take to take over an eye
+log = logging.getLogger("ipsecgate")
 
-# With the controller's own path: what is installed may not be on Python's.
+TICK = 0.25  # seconds
+TICKS, TICKS_TO_START = 4, 40  # without an answer: until we give up a call, or the process's start
+IN_FLIGHT = 64  # notifications sent and not yet answered: the socket buffer holds them all
+START = 10.0  # seconds for the process to accept another inspector's socket
+
+# The child needs the controller's own path: ours may not be on Python's default path.
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from ipsecgate.edges.holding.inspector_process import main
+from ipsecgate.edges.holding.inspector_main import main
 main()
 """
 
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A call; `deadline` is its caller's from before, 0: it has none."""
-
-    call: Notification
-    deadline: float
+Done = Callable[[Finding | None], None]
+"""Receives what a call asks for, None if it could not be inspected."""
 
 
-class _Process:
-    """A running `looking`, and our end of its standard input."""
+class _Running:
+    """A running `inspector_main`, and our end of its standard input."""
 
     def __init__(self) -> None:
         """Raises: OSError."""
@@ -62,113 +60,107 @@ class _Process:
             self.popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", PROGRAM, folder],
                 stdin=theirs.fileno(),
-                start_new_session=True,  # a terminal's interrupt is the controller's
+                start_new_session=True,  # Ctrl-C is for the controller alone
             )
             stack.pop_all()
 
     def end(self) -> None:
-        """Kill it; who waits in the kernel is gone later."""
+        """Kill the process; its threads that block in the kernel may outlive the call."""
         self.socket.close()
         self.popen.kill()
 
 
 class InspectorProcess:
-    """The process, started when the first eye is opened, and again when it died."""
+    """The inspector process: started for the first inspector, restarted after it died."""
 
     def __init__(self) -> None:
-        self._process: _Process | None = None
+        self._running: _Running | None = None
 
     def connect(self) -> socket.socket | None:
-        """Return a socket on which a thread of the process answers; None: there is none."""
-        if self._process is not None and self._process.popen.poll() is not None:
+        """Return a socket that a thread of the process serves; None if there is no process."""
+        if self._running is not None and self._running.popen.poll() is not None:
             self.close()
         try:
-            self._process = self._process or _Process()
+            self._running = self._running or _Running()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError:
             return None
         ours.setblocking(False)
         with theirs:
             try:
-                socket.send_fds(self._process.socket, [b"\0"], [theirs.fileno()])
+                socket.send_fds(self._running.socket, [b"\0"], [theirs.fileno()])
             except OSError:
-                self.close()  # its threads' sockets tell, the next one asks for another
+                self.close()  # `ours` reads its end; the next `connect` starts another process
         return ours
 
     def close(self) -> None:
-        """End the process, and with it all that its threads look at."""
-        if self._process is not None:
-            self._process.end()
-            self._process = None
+        """End the process and all its threads."""
+        if self._running is not None:
+            self._running.end()
+            self._running = None
 
 
 class Inspector:
-    """Looks at the calls of one listener, in the order in which they are asked about.
+    """Inspects the calls of one listener, in the order in which they are passed in."""
 
-    `looked` is told what each asks for, None where nobody could see it; `stuck` that one
-    keeps whoever looks waiting: nobody looks at any other until that is over.
-    """
-
-    def __init__(
-        self,
-        looker: InspectorProcess,
-        looked: Callable[[Question, Found | None], None],
-        stuck: Callable[[Question], None],
-    ) -> None:
-        self._looker = looker
-        self._looked = looked
-        self._stuck = stuck
-        self._asked: deque[Question] = deque()
-        self._sent = 0  # of those, from the first on
-        self._late = 0  # answers that come when nobody waits for them any more
+    def __init__(self, process: InspectorProcess) -> None:
+        self._process = process
+        self._pending: deque[tuple[Notification, Done]] = deque()
+        self._sent = 0  # how many of the pending calls were sent: the first ones
+        self._abandoned = 0  # answers still to come for calls that we gave up
         self._ready = False
-        self._tick: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._ticks = 0
         self._socket: socket.socket | None = None
         self._connect()
 
-    def ask(self, call: Notification, deadline: float = 0.0) -> None:
-        """Ask about a call."""
-        self._asked.append(Question(call, deadline))
-        self._send()
+    def inspect(self, call: Notification, done: Done) -> None:
+        """Find out what a call asks for, and pass it to `done`, perhaps before this returns."""
+        self._pending.append((call, done))
+        self._send_pending()
 
     def close(self) -> None:
-        """Look no more, and tell nothing more."""
+        """Stop; no pending call's `done` is called any more."""
         self._disconnect()
-        self._asked.clear()
+        self._pending.clear()
 
     def _connect(self) -> None:
-        self._socket = self._looker.connect()
+        self._socket = self._process.connect()
         if self._socket is not None:
             asyncio.get_running_loop().add_reader(self._socket, self._on_answer)
 
     def _disconnect(self) -> None:
-        if self._tick is not None:
-            self._tick.cancel()
-            self._tick = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._socket = None
-        self._ready, self._sent, self._late = False, 0, 0
+        self._ready, self._sent, self._abandoned = False, 0, 0
 
-    def _send(self) -> None:
+    def _send_pending(self) -> None:
         if self._socket is None:
             self._connect()
-        if self._socket is None or self._late:
-            self._let_go()
+        if self._socket is None or self._abandoned:
+            self._give_up()
             return
-        with suppress(OSError):  # it is gone: `_on_answer` reads its end
-            while self._ready and self._sent < min(len(self._asked), IN_FLIGHT):
-                self._socket.send(packed(self._asked[self._sent].call))
+        with suppress(OSError):  # the process is gone: `_on_answer` reads the end of the stream
+            while self._ready and self._sent < min(len(self._pending), IN_FLIGHT):
+                call, _ = self._pending[self._sent]
+                self._socket.send(packed(call))
                 self._sent += 1
-        if self._tick is None:
+        if self._timer is None:
             self._ticks = 0
-            self._tick = asyncio.get_running_loop().call_later(TICK, self._on_tick)
+            self._timer = asyncio.get_running_loop().call_later(TICK, self._on_tick)
 
-    def _let_go(self) -> None:
-        while self._asked:
-            self._looked(self._asked.popleft(), None)
+    def _finish_first(self, finding: Finding | None) -> None:
+        _, done = self._pending.popleft()
+        done(finding)
+
+    def _give_up(self) -> None:
+        while self._pending:
+            self._finish_first(None)
 
     def _on_answer(self) -> None:
         assert self._socket is not None  # noqa: S101
@@ -181,30 +173,34 @@ class Inspector:
         self._ticks = 0
         if not answer:
             self._disconnect()
-            if self._asked:  # it may be what the process died of
-                self._looked(self._asked.popleft(), None)
+            if self._pending:  # the first call may have killed the process: never send it twice
+                self._finish_first(None)
         elif not self._ready:
             self._ready = True
-        elif self._late:
-            self._late -= 1
+        elif self._abandoned:
+            self._abandoned -= 1
         else:
             self._sent -= 1
-            self._looked(self._asked.popleft(), decode(answer))
-        if self._asked:
-            self._send()
+            self._finish_first(decode(answer))
+        if self._pending:
+            self._send_pending()
 
     def _on_tick(self) -> None:
-        # Ticks, not a time: where the whole machine stood still, nobody is stuck.
-        self._tick = None
-        if not self._asked:
+        # Count ticks instead of time: if the whole machine was suspended, nobody is blocked.
+        self._timer = None
+        if not self._pending:
             return
         self._ticks += 1
         if self._ticks < (TICKS if self._ready else TICKS_TO_START):
-            self._tick = asyncio.get_running_loop().call_later(TICK, self._on_tick)
+            self._timer = asyncio.get_running_loop().call_later(TICK, self._on_tick)
             return
         if self._ready:
-            self._late, self._sent = self._sent, 0
-            self._stuck(self._asked[0])
+            self._abandoned, self._sent = self._sent, 0
+            call, _ = self._pending[0]
+            log.warning(
+                "thread %d blocks the inspection of its call: until that ends, the other calls of "
+                "its listener are not held, only checked by the hooks", call.pid,
+            )  # fmt: skip
         else:
             self._disconnect()
-        self._let_go()
+        self._give_up()

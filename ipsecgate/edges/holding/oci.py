@@ -1,9 +1,11 @@
-"""The socket at which container runtimes leave their seccomp listeners (`listenerPath`).
+"""The socket to which container runtimes send their seccomp listeners (`listenerPath`).
 
-Rules of this module: root only, as the socket's mode and each peer's credentials say; a
-message that is not understood is told, and every descriptor that came with it closed: calls
-of such a container fail (ENOSYS), they never go unheld. A runtime connects long before it
-sends, and may keep the connection after: what ends a message is its own end.
+Rules of this module:
+- Root only: the socket's mode says so, and each peer's credentials are checked.
+- A message that cannot be used is logged, and every descriptor that came with it is closed. The
+  calls of such a container fail (ENOSYS); they never go unheld.
+- A runtime connects long before it sends, and may keep the connection open afterwards, so the end
+  of the JSON text ends the message, not the end of the stream.
 """
 
 from __future__ import annotations
@@ -19,27 +21,30 @@ from pathlib import Path
 from ipsecgate.core.codec.oci import MESSAGE_LIMIT, Container, OciError, container
 from ipsecgate.edges.host.unix_sockets import listening
 
-PEERS = 256  # at a time, or a quarter of the descriptors: the kernel and IKE need some
-MAX_FDS = 4  # of a message: the listener, and what a later specification may add
+PEERS = 256  # connections at a time, or a quarter of the descriptors: netlink and IKE need some
+MAX_FDS = 4  # per message: the listener, and what a later specification may add
 FD = struct.Struct("=i")
-ROOM = socket.CMSG_LEN(MAX_FDS * FD.size)
+ANCILLARY_SIZE = socket.CMSG_LEN(MAX_FDS * FD.size)
 
-Taken = Callable[[Container, int], None]
-"""Is given a container and its listener, which is the callee's to close from then on."""
-Told = Callable[[str], object]
+OnListener = Callable[[Container, int], None]
+"""Receives a container and its listener, and owns the listener from then on."""
+OnError = Callable[[str], object]
 
 
-async def run(path: Path, taken: Taken, told: Told) -> None:
-    """Take listeners in until cancelled; `told` hears what was wrong. Raises: OSError."""
+async def run(path: Path, on_listener: OnListener, on_error: OnError) -> None:
+    """Accept listeners until cancelled; pass what goes wrong to `on_error`. Raises: OSError."""
     serving: set[asyncio.Task[None]] = set()
-    room = min(PEERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    limit = min(PEERS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def on_peer(peer: socket.socket) -> None:
-        if len(serving) >= room:
+        if len(serving) >= limit:
             peer.close()
-            told(f"a container's listener was not taken: {room} runtimes have not sent theirs yet")
+            on_error(
+                f"a container's seccomp listener was rejected: {limit} runtimes are connected "
+                "and have not sent theirs yet"
+            )
             return
-        task = peers.create_task(_serve(peer, taken, told))
+        task = peers.create_task(_serve(peer, on_listener, on_error))
         serving.add(task)
         task.add_done_callback(serving.discard)
 
@@ -48,7 +53,7 @@ async def run(path: Path, taken: Taken, told: Told) -> None:
             await asyncio.Event().wait()
 
 
-async def _serve(peer: socket.socket, taken: Taken, told: Told) -> None:
+async def _serve(peer: socket.socket, on_listener: OnListener, on_error: OnError) -> None:
     fds: list[int] = []
     try:
         with peer:
@@ -62,16 +67,16 @@ async def _serve(peer: socket.socket, taken: Taken, told: Told) -> None:
                 return  # a container that was not created after all
             if made.listener >= len(fds):
                 raise OciError(f"container {made.name} was sent without its listener")
-            taken(made, fds.pop(made.listener))
+            on_listener(made, fds.pop(made.listener))
     except (OciError, OSError, ValueError) as error:
-        told(f"a container's listener was not taken: {error}")
+        on_error(f"a container's seccomp listener was rejected: {error}")
     finally:
         for fd in fds:
             os.close(fd)
 
 
 async def _receive(peer: socket.socket, fds: list[int]) -> Container | None:
-    """Return the message, its descriptors in `fds`; None if the peer sent nothing.
+    """Return the message, and append its descriptors to `fds`; None if the peer sent nothing.
 
     Raises: OciError, OSError.
     """
@@ -84,9 +89,9 @@ async def _receive(peer: socket.socket, fds: list[int]) -> Container | None:
             await readable.wait()
             readable.clear()
             try:
-                # socket.recv_fds() would drop the flag.
+                # Not socket.recv_fds(): it would drop MSG_CMSG_CLOEXEC.
                 data, ancillary, flags, _ = peer.recvmsg(
-                    MESSAGE_LIMIT, ROOM, socket.MSG_CMSG_CLOEXEC
+                    MESSAGE_LIMIT, ANCILLARY_SIZE, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 continue
@@ -94,13 +99,13 @@ async def _receive(peer: socket.socket, fds: list[int]) -> Container | None:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     fds += (fd for (fd,) in FD.iter_unpack(numbers))
             if flags & socket.MSG_CTRUNC or len(fds) > MAX_FDS:
-                raise OciError("too many descriptors")
+                raise OciError(f"the message has more than {MAX_FDS} descriptors with it")
             raw += data
             made = container(raw) if raw else None
             if made is not None:
                 return made
             if not data and raw:
-                raise OciError("the message is no container process state")
+                raise OciError("the message is not a container process state")
             if not data:
                 return None
     finally:

@@ -1,4 +1,4 @@
-"""seccomp's user notification, one thin wrapper a call; each explains its own errors.
+"""seccomp's user notification: one thin wrapper per system call.
 
 Source: seccomp(2), seccomp_unotify(2), pidfd_getfd(2), process_vm_readv(2).
 """
@@ -24,10 +24,9 @@ from ipsecgate.errors import GateError, KernelLacksError
 # linux/seccomp.h
 SET_MODE_FILTER = 1
 NEW_LISTENER, WAIT_KILLABLE_RECV = 1 << 3, 1 << 5
-RECEIVE, SEND, ID_VALID = 0xC0502100, 0xC0182101, 0x40082102  # the ioctls
-# The same on every machine since Linux 5.1.
-PIDFD_GETFD = 438
-PIDFD_THREAD = os.O_EXCL  # Linux 6.9: any thread's, not only the first one's
+RECEIVE, SEND, ID_VALID = 0xC0502100, 0xC0182101, 0x40082102  # SECCOMP_IOCTL_NOTIF_*
+PIDFD_GETFD = 438  # the same number on every architecture
+PIDFD_THREAD = os.O_EXCL  # Linux 6.9: a pidfd of any thread, not only of the process's first
 
 SO_MARK, SO_DOMAIN, SO_NETNS_COOKIE = 36, 39, 71  # asm-generic/socket.h
 IPPROTO_MPTCP = 262
@@ -50,7 +49,7 @@ class _Vector(ctypes.Structure):
 
 @cache
 def abi() -> Abi:
-    """Return this machine's numbers. Raises: KernelLacksError."""
+    """Return this machine's system call numbers. Raises: KernelLacksError."""
     machine = platform.machine()
     if machine not in ABIS:
         raise KernelLacksError(
@@ -59,18 +58,18 @@ def abi() -> Abi:
     return ABIS[machine]
 
 
-def _check(result: int, what: str) -> int:
+def _check(result: int, call: str) -> int:
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{call}: {os.strerror(number)}")
     return result
 
 
 def install(program: bytes) -> int:
-    """Put this thread and all that it starts under a filter; return the listener, close-on-exec.
+    """Install a filter for this thread and its descendants; return the listener, close-on-exec.
 
-    A call that was taken for a look waits there for the answer: no signal that has a
-    handler ends it. Raises: GateError, KernelLacksError.
+    `program`: struct sock_filter[]. Once the supervisor has received a call, only a fatal signal
+    interrupts it (WAIT_KILLABLE_RECV). Raises: GateError, KernelLacksError.
     """
     filters = _Program(len(program) // 8, program)
     flags = NEW_LISTENER | WAIT_KILLABLE_RECV
@@ -90,7 +89,7 @@ def install(program: bytes) -> int:
             case errno.EACCES:
                 raise GateError(
                     "a seccomp filter needs CAP_SYS_ADMIN", hint="run it as root"
-                ) from (error)
+                ) from error
             case errno.EINVAL | errno.ENOSYS:
                 raise KernelLacksError(
                     "the kernel cannot hold system calls",
@@ -100,15 +99,14 @@ def install(program: bytes) -> int:
 
 
 def is_listener(fd: int) -> bool:
-    """Tell whether a descriptor is a listener."""
+    """Return whether a descriptor is a seccomp listener. Raises: OSError."""
     return str(Path(f"/proc/self/fd/{fd}").readlink()) == LISTENER_NAME
 
 
 def receive(listener: int, buffer: int) -> bool:
-    """Have the kernel write struct seccomp_notif to an address of ours, zero until now.
+    """Have the kernel write struct seccomp_notif to an address of ours, which must be zeroed.
 
-    False: the caller went away meanwhile. Waits where there is none: poll first.
-    Raises: OSError.
+    Blocks if no call waits: poll first. Returns False if the target went away. Raises: OSError.
     """
     if _libc.ioctl(listener, RECEIVE, ctypes.c_void_p(buffer)) == 0:
         return True
@@ -119,13 +117,16 @@ def receive(listener: int, buffer: int) -> bool:
 
 
 def answer(listener: int, ident: int, error: int | None) -> None:
-    """Answer a call; one that nobody waits for any more is none. Raises: OSError."""
+    """Fail a call with an errno, or let it continue (None); no error if it no longer waits.
+
+    Raises: OSError.
+    """
     with suppress(FileNotFoundError):
         fcntl.ioctl(listener, SEND, response(ident, error))
 
 
 def is_waiting(listener: int, ident: int) -> bool:
-    """Tell whether a call still waits for its answer."""
+    """Return whether a call still waits for its answer. Raises: OSError."""
     try:
         fcntl.ioctl(listener, ID_VALID, ident.to_bytes(8, sys.byteorder))
     except FileNotFoundError:
@@ -133,19 +134,19 @@ def is_waiting(listener: int, ident: int) -> bool:
     return True
 
 
-def read(pid: int, address: int, length: int) -> bytes:
-    """Read another process's memory; what is not mapped there is left out. Raises: OSError."""
+def read_memory(pid: int, address: int, length: int) -> bytes:
+    """Read another process's memory, up to the first unmapped page. Raises: OSError."""
     buffer = ctypes.create_string_buffer(length)
-    here = _Vector(ctypes.addressof(buffer), length)
-    there = _Vector(address, length)
-    copied = _libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+    local = _Vector(ctypes.addressof(buffer), length)
+    remote = _Vector(address, length)
+    copied = _libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
     return buffer.raw[: _check(copied, "process_vm_readv")]
 
 
-def take(pid: int, fd: int) -> int:
-    """Return a descriptor of our own for what a thread of another process has open.
+def copy_descriptor(pid: int, fd: int) -> int:
+    """Return our own copy of a descriptor that another process's thread `pid` has open.
 
-    Raises: OSError; EBADF where the thread has no such descriptor.
+    Raises: OSError; EBADF if the thread has no such descriptor.
     """
     process = _open_process(pid)
     try:
@@ -165,12 +166,12 @@ def _open_process(pid: int) -> int:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOENT):
             raise
-    first = thread_group(_status(pid))  # it has the same descriptors
-    return os.pidfd_open(first)
+    # Before 6.9: open the process's first thread, which usually shares the descriptor table.
+    return os.pidfd_open(thread_group(_status(pid)))
 
 
 def is_interrupted(pid: int) -> bool:
-    """Tell whether a thread that waits will surely run a signal handler."""
+    """Return whether a waiting thread is certain to run a signal handler."""
     try:
         return has_signal(_status(pid))
     except OSError:
@@ -189,7 +190,10 @@ def _bound(host: str) -> Address | None:
 
 @dataclass(frozen=True, slots=True)
 class Socket:
-    """What of a socket decides about its flows: `saddr` None and `sport` 0: not bound."""
+    """The properties of a socket that determine its flows.
+
+    `saddr` is None and `sport` 0 if it is not bound; `netns` is the namespace's cookie.
+    """
 
     proto: int
     saddr: Address | None
@@ -199,20 +203,22 @@ class Socket:
     netns: int
 
 
-def look(fd: int) -> Socket:
-    """Look at an Internet socket, and close this descriptor of it.
+def inspect_socket(fd: int) -> Socket:
+    """Return an Internet socket's properties, and close the descriptor.
 
-    Raises: OSError; ValueError if it is none: any socket can be given an Internet address.
+    Raises: OSError; ValueError if it is another kind of socket, because a caller may pass an
+    Internet address with any socket.
     """
     try:
-        # Family and type are given, not found out: getsockname() fits any with the longest name.
+        # Pass family and type, so that Python does not query them: with AF_INET6, getsockname()
+        # has room for the longer name.
         sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, fileno=fd)
     except OSError:
         os.close(fd)
         raise
     with sock:
         if sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN) not in (socket.AF_INET, socket.AF_INET6):
-            raise ValueError("no Internet socket")
+            raise ValueError("not an Internet socket")
         proto = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
         mark = sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
         netns = sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)

@@ -24,23 +24,28 @@ def root() -> Path:
 
 
 def find(target: str) -> list[Path]:
-    """Return the cgroups that a target names now: a path, unit:NAME, container:ID.
+    """Return the existing cgroups that a target names: a path, unit:NAME or container:ID.
 
-    Runtimes nest a cgroup of the same name in a container's: the outermost holds all.
+    Some runtimes nest a cgroup of the same name in a container's: only the outermost is returned,
+    because gating it gates all.
     """
     if not is_pattern(target):
         return [Path(target)] if (Path(target) / "cgroup.procs").is_file() else []
     found = [path for path in walk() if names(target, path)]
-    return [p for p in found if not any(o != p and p.is_relative_to(o) for o in found)]
+    return [
+        path
+        for path in found
+        if not any(other != path and path.is_relative_to(other) for other in found)
+    ]
 
 
 def is_pattern(target: str) -> bool:
-    """Tell whether a target names cgroups by their last name, wherever they are."""
+    """Return whether a target names cgroups by the last part of their path (unit:, container:)."""
     return target.startswith(("unit:", "container:"))
 
 
 def names(target: str, path: Path) -> bool:
-    """Tell whether a target names this cgroup, whether there is one or not."""
+    """Return whether a target names this path, whether such a cgroup exists or not."""
     kind, _, name = target.partition(":")
     match kind:
         case "unit":
@@ -63,28 +68,33 @@ def resolve(target: str) -> Path:
         )
     if len(found) != 1:
         several = ", ".join(str(path) for path in found[:4])
-        raise UsageError(f"{target} names {len(found)} cgroups: {several}")
+        raise UsageError(
+            f"{target} names {len(found)} cgroups: {several}", hint="name one of them by its path"
+        )
     return found[0]
 
 
 def own() -> Path:
-    """Return the cgroup of this process."""
-    return of(os.getpid())
+    """Return the cgroup of this process. Raises: KernelLacksError, OSError."""
+    return of_process(os.getpid())
 
 
-def of(pid: int) -> Path:
+def of_process(pid: int) -> Path:
     """Return the cgroup of a process. Raises: KernelLacksError, OSError."""
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         number, _, path = line.split(":", 2)
         if number == "0":
             return root() / path.strip("/")
-    raise KernelLacksError(f"process {pid} is not in a cgroup of the unified hierarchy (cgroup2)")
+    raise KernelLacksError(
+        f"process {pid} is not in a cgroup of the unified hierarchy (cgroup2)",
+        hint="boot with systemd.unified_cgroup_hierarchy=1",
+    )
 
 
 def join(cgroup: Path) -> None:
     """Move this process into a cgroup. Raises: GateError."""
     try:
-        # One write(2): a buffered one would tell what went wrong when it is too late.
+        # Unbuffered: a buffered file would report the error only when it is closed.
         fd = os.open(cgroup / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, b"0")
@@ -104,7 +114,7 @@ def walk() -> Iterator[Path]:
 
 
 def by_id() -> dict[int, Path]:
-    """Return every cgroup by its id, which is its folder's inode number."""
+    """Return every cgroup by its id: the inode number of its folder."""
     found = {}
     for path in walk():
         try:

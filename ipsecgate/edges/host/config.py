@@ -1,6 +1,9 @@
-"""Read ipsecgate.toml and policies.d/*.toml. Everything wrong is told by file and key.
+"""Read ipsecgate.toml and policies.d/*.toml.
 
-Nothing here changes anything: a configuration is read whole, or refused whole.
+Rules of this module:
+- A configuration is accepted as a whole or rejected as a whole; nothing is changed here.
+- Every error names the file and the key, says what is expected there, and gives an example or the
+  correction as its hint.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import errno
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -28,8 +31,8 @@ T = TypeVar("T")
 
 DEFAULT_VICI = Path("/run/charon.vici")
 
-# What clients were seen to take for a clean failure; EAGAIN only on request,
-# because some believe that they are connected. EINTR and EINPROGRESS never.
+# Errors that the clients we measured report as a plain failure. EAGAIN only on request, because it
+# makes some clients believe that they are connected. Never EINTR or EINPROGRESS.
 ERRNOS = (
     "EPERM",
     "EACCES",
@@ -40,10 +43,43 @@ ERRNOS = (
     "EAGAIN",
 )
 
+GATE_KEYS = ("mode", "default", "cgroups", "host", "vici", "sa_source", "live_flows", "floor")
+ERRNO_KEYS = ("uncovered", "negotiating", "failed", "hold_timeout")
+POLICY_KEYS = ("name", "remote", "protocol", "port", "action", "child", "initiate")
+
+# How to write each key: the hint of an error that has none of its own.
+EXAMPLES = {
+    "gate": "write a line [gate], and its keys below it",
+    "errno": "write a line [errno], and its keys below it",
+    "policy": "write a line [[policy]] for each policy, and its keys below it",
+    "mode": 'for example: mode = "enforce"',
+    "default": 'for example: default = "allow"',
+    "cgroups": 'for example: cgroups = ["unit:postgresql", "/sys/fs/cgroup/web"]',
+    "host": "for example: host = true",
+    "vici": f'for example: vici = "{DEFAULT_VICI}"',
+    "sa_source": 'for example: sa_source = "auto"',
+    "live_flows": 'for example: live_flows = "block"',
+    "floor": 'for example: floor = "none"',
+    "uncovered": 'for example: uncovered = "EPERM"',
+    "negotiating": 'for example: negotiating = "EPERM"',
+    "failed": 'for example: failed = "EHOSTUNREACH"',
+    "hold_timeout": 'for example: hold_timeout = "ETIMEDOUT"',
+    "name": 'for example: name = "db"',
+    "remote": 'for example: remote = ["10.2.0.0/16", "2001:db8:2::/48"]',
+    "protocol": 'for example: protocol = "tcp"',
+    "port": 'for example: port = "5432"',
+    "action": 'for example: action = "protect"',
+    "child": 'for example: child = "net-net"',
+    "initiate": 'for example: initiate = "on-demand"',
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """One instance's configuration. `cgroups` as written: paths, unit:NAME, container:ID."""
+    """One instance's configuration.
+
+    `cgroups` has targets as written: paths, unit:NAME, container:ID. `host`: gate all cgroups.
+    """
 
     settings: Settings = field(default_factory=Settings)
     cgroups: tuple[str, ...] = ()
@@ -52,18 +88,19 @@ class Config:
 
 
 class _Table:
-    """A TOML table that knows where it stands, and which of its keys were read."""
+    """A TOML table with its place in the file; `take` removes keys, `finish` rejects the rest."""
 
     def __init__(self, data: object, file: Path, name: str) -> None:
         self.file = file
         self.name = name
         if not isinstance(data, Mapping):
-            raise self.error("", "must be a table")
+            hint = EXAMPLES.get(name.partition("[")[0], "")
+            raise self.error("", f"must be a table, not {short(data)}", hint)
         self.data = dict(data)
 
     def error(self, key: str, message: str, hint: str = "") -> UsageError:
         where = ".".join(part for part in (self.name, key) if part)
-        return UsageError(f"{self.file}: {where}: {message}", hint=hint)
+        return UsageError(f"{self.file}: {where}: {message}", hint=hint or EXAMPLES.get(key, ""))
 
     def take(self, key: str, kind: type[T], default: T) -> T:
         value = self.data.pop(key, default)
@@ -73,17 +110,21 @@ class _Table:
             raise self.error(key, "must not contain a NUL character")
         return value
 
-    def choice(self, key: str, options: tuple[str, ...], default: str) -> str:
+    def choice(self, key: str, options: Sequence[str], default: str) -> str:
         value = self.take(key, str, default)
         if value not in options:
-            raise self.error(key, f"{short(value)} is not one of {', '.join(options)}")
+            raise self.error(
+                key, f"{short(value)} is not one of {', '.join(options)}", _suggest(value, options)
+            )
         return value
 
     def strings(self, key: str) -> list[str]:
         values = self.take(key, list, [])
         for value in values:
-            if not isinstance(value, str) or "\0" in value:
-                raise self.error(key, f"must be a list of strings, not of {short(value)}")
+            if not isinstance(value, str):
+                raise self.error(key, f"must be a list of strings, but contains {short(value)}")
+            if "\0" in value:
+                raise self.error(key, f"must not contain a NUL character, as in {short(value)}")
         return values
 
     def parsed(self, key: str, text: str, parse: Callable[[str], T]) -> T:
@@ -92,42 +133,50 @@ class _Table:
         except ValueError as error:
             raise self.error(key, str(error)) from error
 
-    def finish(self, known: tuple[str, ...]) -> None:
+    def finish(self, known: Sequence[str]) -> None:
         for key in self.data:
-            near = get_close_matches(key, known, 1)
-            raise self.error(key, "unknown key", f"did you mean {near[0]!r}?" if near else "")
+            hint = _suggest(key, known) or f"the keys here are {', '.join(known)}"
+            raise self.error(key, "unknown key", hint)
 
 
 _KINDS: dict[type, str] = {str: "a string", bool: "true or false", list: "a list", dict: "a table"}
 
 
+def _suggest(text: str, options: Sequence[str]) -> str:
+    near = get_close_matches(text, options, 1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
 def load(path: Path, *, required: bool = True) -> Config:
     """Read a configuration file and the policies.d folder beside it.
 
-    Without the file, and not `required`, the defaults hold. Raises: UsageError.
+    If the file is missing and not `required`, return the defaults. Raises: UsageError.
     """
     if not required and not path.exists():
         return Config()
     document = _Table(_read(path), path, "")
     gate = _Table(document.take("gate", dict, {}), path, "gate")
     errnos = _errnos(_Table(document.take("errno", dict, {}), path, "errno"))
-    policies = _policies(document, path)
+    tables = _policy_tables(document)
     document.finish(("gate", "errno", "policy"))
     for extra in sorted((path.parent / "policies.d").glob("*.toml")):
-        table = _Table(_read(extra), extra, "")
-        policies += _policies(table, extra)
-        table.finish(("policy",))
-    _refuse_duplicates(policies)
+        document = _Table(_read(extra), extra, "")
+        tables += _policy_tables(document)
+        document.finish(("policy",))
+    policies = _policies(tables)
     _refuse_too_many(policies, path)
+    return _config(gate, errnos, policies)
 
+
+def _config(gate: _Table, errnos: Errnos, policies: tuple[Policy, ...]) -> Config:
     mode = gate.choice("mode", ("enforce", "audit"), "enforce")
     default = gate.choice("default", ("allow", "deny"), "allow")
-    source = gate.choice("sa_source", tuple(one.value for one in SaSource), SaSource.AUTO.value)
+    source = gate.choice("sa_source", [source.value for source in SaSource], SaSource.AUTO.value)
     live_flows = gate.choice("live_flows", ("block", "destroy"), "block")
     floor = gate.choice("floor", ("none", "xfrm-block"), "none")
     config = Config(
         settings=Settings(
-            policies=tuple(policy for policy, _ in policies),
+            policies=policies,
             audit=mode == "audit",
             deny=default == "deny",
             errnos=errnos,
@@ -139,9 +188,13 @@ def load(path: Path, *, required: bool = True) -> Config:
         host=gate.take("host", bool, False),
         vici=Path(gate.take("vici", str, str(DEFAULT_VICI))),
     )
-    gate.finish(("mode", "default", "cgroups", "host", "vici", "sa_source", "live_flows", "floor"))
+    gate.finish(GATE_KEYS)
     if config.host and config.cgroups:
-        raise gate.error("cgroups", "cannot be combined with gate.host = true")
+        raise gate.error(
+            "cgroups",
+            "cannot be combined with gate.host = true, which gates every cgroup",
+            "remove one of the two",
+        )
     return config
 
 
@@ -151,51 +204,91 @@ def _read(path: Path) -> dict[str, Any]:
     except trust.UntrustedError as error:
         raise UsageError(str(error), hint=error.hint) from error
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text: {error.reason}") from error
+        raise UsageError(
+            f"{path}: not UTF-8 text: {error.reason} at byte {error.start}",
+            hint="save the file as UTF-8",
+        ) from error
     except RecursionError as error:
         raise UsageError(f"{path}: nested too deeply") from error
-    except ValueError as error:  # TOMLDecodeError, and what int() says of a number too long
-        raise UsageError(f"{path}: {error}") from error
+    except ValueError as error:  # TOMLDecodeError, or int() of too many digits
+        raise UsageError(
+            f"{path}: not valid TOML: {error}",
+            hint='a key is written like mode = "enforce", with quotes around every string',
+        ) from error
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}", hint="create it, or name another file with --config"
+        ) from error
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
 
 
 def _errnos(table: _Table) -> Errnos:
     default = Errnos()
-    names = ("uncovered", "negotiating", "failed", "hold_timeout")
     chosen = {
-        name: getattr(errno, table.choice(name, ERRNOS, errno.errorcode[getattr(default, name)]))
-        for name in names
+        key: getattr(errno, table.choice(key, ERRNOS, errno.errorcode[getattr(default, key)]))
+        for key in ERRNO_KEYS
     }
-    table.finish(names)
+    table.finish(ERRNO_KEYS)
     return Errnos(**chosen)
 
 
-def _policies(document: _Table, file: Path) -> list[tuple[Policy, Path]]:
+def _policy_tables(document: _Table) -> list[_Table]:
     items = document.take("policy", list, [])
     return [
-        (_policy(_Table(item, file, f"policy[{number}]")), file)
-        for number, item in enumerate(items, 1)
+        _Table(item, document.file, f"policy[{number}]") for number, item in enumerate(items, 1)
     ]
+
+
+def _policies(tables: Sequence[_Table]) -> tuple[Policy, ...]:
+    """Raises: UsageError for the first table that is wrong, or has the name of an earlier one."""
+    policies: dict[str, Policy] = {}
+    places: dict[str, _Table] = {}
+    for table in tables:
+        policy = _policy(table)
+        if policy.name in policies:
+            first = places[policy.name]
+            raise table.error(
+                "name",
+                f"{policy.name!r} is already the name of {first.name} in {first.file}",
+                "give each policy a name of its own",
+            )
+        policies[policy.name] = policy
+        places[policy.name] = table
+    return tuple(policies.values())
 
 
 def _policy(table: _Table) -> Policy:
     name = table.take("name", str, "")
+    if not name:
+        raise table.error("name", "missing: every policy needs a name")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_./@-]*", name):
-        raise table.error("name", f"{short(name)} is not a name (letters, digits, _ . / @ -)")
+        raise table.error(
+            "name",
+            f"{short(name)} is not a name: it must begin with a letter or digit, and may contain "
+            "letters, digits and _ . / @ -",
+        )
     remote = tuple(table.parsed("remote", text, _network) for text in table.strings("remote"))
     if not remote:
-        raise table.error("remote", "must name at least one network")
+        raise table.error("remote", "missing: every policy needs at least one network")
     proto = table.choice("protocol", ("any", "tcp", "udp"), "any")
     ports = table.parsed("port", table.take("port", str, "any"), _ports)
     if ports != (0, PORT_MASK) and proto == "any":
-        raise table.error("port", 'needs protocol = "tcp" or "udp"')
+        raise table.error(
+            "port",
+            'needs protocol = "tcp" or protocol = "udp"',
+            'add protocol = "tcp", for example',
+        )
     action = table.choice("action", ("protect", "bypass", "discard"), "protect")
     child = table.take("child", str, "")
     initiate = table.choice("initiate", ("on-demand", "start"), "on-demand")
     if action != "protect" and (child or initiate == "start"):
-        raise table.error("child" if child else "initiate", 'needs action = "protect"')
-    table.finish(("name", "remote", "protocol", "port", "action", "child", "initiate"))
+        raise table.error(
+            "child" if child else "initiate",
+            f'has no effect with action = "{action}"',
+            'remove it, or set action = "protect"',
+        )
+    table.finish(POLICY_KEYS)
     return Policy(
         name=name,
         remote=remote,
@@ -211,14 +304,17 @@ def _network(text: str) -> Network:
     if "%" in text:
         raise ValueError(f"{short(text)}: a network cannot name an interface")
     try:
-        network = ip_network(text)
-        mapped = IPv6Network("::ffff:0:0/96")
-        if isinstance(network, IPv6Network) and network.subnet_of(mapped):
-            # On the wire it is IPv4, through whatever socket it came.
-            return IPv4Network((int(network[0]) & 0xFFFFFFFF, network.prefixlen - 96))
-        return network
+        network = ip_network(text, strict=False)
     except ValueError as error:
-        raise ValueError(f"{short(text)}: {str(error)[:80]}") from error
+        raise ValueError(f"{short(text)} is not an IPv4 or IPv6 network") from error
+    try:
+        ip_network(text)
+    except ValueError as error:
+        raise ValueError(f"{short(text)} has host bits set: write {str(network)!r}") from error
+    if isinstance(network, IPv6Network) and network.subnet_of(IPv6Network("::ffff:0:0/96")):
+        # On the wire it is IPv4, whichever socket sends it.
+        return IPv4Network((int(network[0]) & 0xFFFFFFFF, network.prefixlen - 96))
+    return network
 
 
 def _ports(text: str) -> tuple[int, int]:
@@ -226,28 +322,22 @@ def _ports(text: str) -> tuple[int, int]:
         return 0, PORT_MASK
     found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
     if found is None:
-        raise ValueError(f"{short(text)} is not a port, a range such as 5300-5307, or any")
+        raise ValueError(f'{short(text)} is not a port, a range such as 5300-5307, or "any"')
     low = int(found[1])
     high = int(found[2] or low)
+    if low > high:
+        raise ValueError(f"{text!r} is an empty range: {low} is greater than {high}")
     if not 0 < low <= high <= PORT_MASK:
         raise ValueError(f"{text!r} is not within 1-{PORT_MASK}")
     return low, high
 
 
-def _refuse_too_many(policies: list[tuple[Policy, Path]], path: Path) -> None:
+def _refuse_too_many(policies: Sequence[Policy], path: Path) -> None:
     try:
-        compile_table(policy_rules((policy for policy, _ in policies), {}))
+        compile_table(policy_rules(policies, {}))
     except TableFullError as error:
         raise UsageError(
-            f"{path}: policy: {error}", hint="use fewer distinct prefix lengths and port ranges"
+            f"{path}: policy: {error}",
+            hint="use fewer different prefix lengths and port ranges: each combination of them, "
+            "with the protocol, needs a mask of its own",
         ) from error
-
-
-def _refuse_duplicates(policies: list[tuple[Policy, Path]]) -> None:
-    seen: dict[str, Path] = {}
-    for policy, file in policies:
-        if policy.name in seen:
-            raise UsageError(
-                f"{file}: policy {policy.name!r}: the name is already used in {seen[policy.name]}"
-            )
-        seen[policy.name] = file

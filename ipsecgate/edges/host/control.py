@@ -1,11 +1,11 @@
-"""The controller's socket: one line of JSON asked, one line of JSON answered.
+"""The controller's socket: a request is one line of JSON, and so is the answer.
 
     {"verb": "status"}  ->  {"ok": {...}}
                         or  {"error": "...", "hint": "what to do", "code": exit code}
 
-Root only: the socket's mode says so, and each peer's credentials are checked. A verb
-may name a descriptor of the peer's by number: sending it along (SCM_RIGHTS) takes a
-sendmsg(), which may be what the peer has just given up to us.
+Root only: the socket's mode says so, and each peer's credentials are checked. A request may name
+one of the peer's descriptors by number. Sending the descriptor itself (SCM_RIGHTS) would need a
+sendmsg(), which is a call that the peer may just have asked us to hold.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import Any
 from ipsecgate.edges.host.unix_sockets import listening
 from ipsecgate.errors import GateError, NoControllerError, UsageError
 
-REQUEST_LIMIT = 4096
-ANSWER_LIMIT = 16 << 20
-CLIENTS = 64  # at a time, or a quarter of the descriptors: the kernel and IKE need some
-_TIME_LIMIT = 5.0
-_WORK_LIMIT = 60.0  # for a verb that changes something
+REQUEST_LIMIT = 4096  # bytes
+ANSWER_LIMIT = 16 << 20  # bytes
+CLIENTS = 64  # at a time, or a quarter of the descriptors: netlink and IKE need some
+_TIME_LIMIT = 5.0  # seconds to send or receive a line
+_WORK_LIMIT = 60.0  # seconds to carry out a request
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked, verb and all, and by which process."""
+    """A request's fields, including the verb, and the pid that sent it."""
 
     words: Mapping[str, Any]
     pid: int
@@ -46,12 +46,12 @@ Ask = Callable[..., dict[str, Any]]
 
 @asynccontextmanager
 async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[None]:
-    """Answer the verbs on a socket while the block runs. Raises: OSError."""
+    """Answer requests on a socket until the block ends. Raises: OSError."""
     tasks: set[asyncio.Task[None]] = set()
-    room = min(CLIENTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+    limit = min(CLIENTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     def on_client(client: socket.socket) -> None:
-        if len(tasks) >= room:
+        if len(tasks) >= limit:
             client.close()
             return
         task = asyncio.create_task(_serve(client, verbs))
@@ -61,7 +61,7 @@ async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[Non
     def on_end(task: asyncio.Task[None]) -> None:
         tasks.discard(task)
         if not task.cancelled():
-            task.result()  # a defect is the loop's, hence the service's
+            task.result()  # a defect goes to the loop's exception handler, which ends the service
 
     with listening(path, on_client):
         try:
@@ -82,9 +82,9 @@ async def _serve(client: socket.socket, verbs: Mapping[str, Handler]) -> None:
             writer.close()
             await writer.wait_closed()
     except (ValueError, OSError, TimeoutError):
-        pass  # a peer that does not speak the protocol, or went away
+        pass  # the peer does not follow the protocol, or has disconnected
     finally:
-        writer.transport.abort()  # close() alone waits for a peer that does not read
+        writer.transport.abort()  # close() alone would wait for a peer that does not read
 
 
 async def _answer(
@@ -100,7 +100,7 @@ async def _answer(
         request = json.loads(line)
         handler = verbs[request["verb"]]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return {"error": f'expected {{"verb": one of {", ".join(verbs)}}}'}
+        return {"error": f'expected {{"verb": NAME}}, where NAME is one of {", ".join(verbs)}'}
     try:
         async with asyncio.timeout(_WORK_LIMIT):
             return {"ok": await handler(Request(request, pid))}
@@ -111,53 +111,60 @@ async def _answer(
 
 
 def ask(path: Path, verb: str, limit: float = _TIME_LIMIT) -> dict[str, Any]:
-    """Ask the controller, return its answer. Raises: NoControllerError, UsageError, GateError."""
-    with connected(path, limit) as asking:
-        return asking(verb)
+    """Send a request without fields to the controller; return its answer.
+
+    `limit`: seconds. Raises: NoControllerError, UsageError, GateError.
+    """
+    with connected(path, limit) as request:
+        return request(verb)
 
 
 @contextmanager
 def connected(path: Path, limit: float = _TIME_LIMIT) -> Iterator[Ask]:
-    """Connect to the controller, to ask it one thing: the verb, and words by name.
+    """Connect to the controller; yield a function that sends one request and returns the answer.
 
-    What asks makes no connect(), and no sendto() with an address. `limit`: seconds.
-    Raises: NoControllerError, here and when it is asked; GateError if it refuses.
+    The function takes the verb, and fields by keyword. It calls neither connect() nor sendto()
+    with an address, so it works even if those are held. `limit`: seconds.
+    Raises: NoControllerError, now or from the function; UsageError, GateError if it refuses.
     """
 
-    def asking(verb: str, **words: Any) -> dict[str, Any]:
+    def request(verb: str, **fields: Any) -> dict[str, Any]:
         try:
-            sock.sendall(json.dumps({"verb": verb, **words}).encode() + b"\n")
+            sock.sendall(json.dumps({"verb": verb, **fields}).encode() + b"\n")
             with sock.makefile("rb") as stream:
                 line = stream.readline(ANSWER_LIMIT)
         except OSError as error:
-            raise _nobody(path, error) from error
-        return understood(path, verb, line)
+            raise _no_controller(path, error) from error
+        return parse_answer(path, verb, line)
 
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(limit)
         try:
             sock.connect(os.fspath(path))
         except OSError as error:
-            raise _nobody(path, error) from error
-        yield asking
+            raise _no_controller(path, error) from error
+        yield request
 
 
-def _nobody(path: Path, error: OSError) -> NoControllerError:
+def _no_controller(path: Path, error: OSError) -> NoControllerError:
     return NoControllerError(
         f"no controller answers on {path}: {error.strerror or error}",
         hint="start it with `systemctl start ipsecgate` or `ipsecgate run`",
     )
 
 
-def understood(path: Path, verb: str, line: bytes) -> dict[str, Any]:
-    """Return what the controller's answer holds.
+def parse_answer(path: Path, verb: str, line: bytes) -> dict[str, Any]:
+    """Return the result in an answer; `path` and `verb` are for the error messages.
 
     Raises: NoControllerError, UsageError, GateError.
     """
     try:
         answer = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise NoControllerError(f"the controller on {path} closed the connection") from error
+        raise NoControllerError(
+            f"the controller on {path} closed the connection before it answered",
+            hint="see its log: `journalctl -u ipsecgate`",
+        ) from error
     match answer:
         case {"ok": dict(result)}:
             return result

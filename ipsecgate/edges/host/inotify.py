@@ -1,7 +1,7 @@
-"""Tell which folders of a tree come and go: inotify(7), which the cgroup file system supports.
+"""Report which folders of a tree appear and vanish: inotify(7), which cgroupfs supports.
 
-Rules of this module: a folder is watched before its own folders are looked for, so none is
-missed; one may be told twice. What the kernel could not queue is told as `Overflow`.
+Rule of this module: watch a folder before listing its contents, so that none is missed. A folder
+may therefore be reported twice. If the kernel's queue overflows, `Overflow` says so.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ _libc = ct.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class Appeared:
-    """A folder is there."""
+    """A folder exists."""
 
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class Vanished:
-    """A folder is gone; another of its name may be there by now."""
+    """A folder was removed; another of the same name may exist by now."""
 
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class Overflow:
-    """More happened than was told: look at all of it."""
+    """Events were lost: read the whole tree again."""
 
 
-News = Appeared | Vanished | Overflow
+Event = Appeared | Vanished | Overflow
 
 
 class Folders:
-    """Watches the folders that `wanted` names, from `root` down; `fd` is readable on news.
+    """Watches the folders for which `wanted` is true, from `root` down.
 
-    Raises: OSError where the kernel has no watches left (fs.inotify.max_user_watches).
+    `fd` becomes readable when something happened.
     """
 
     def __init__(self, root: Path, wanted: Callable[[Path], bool]) -> None:
+        """Raises: OSError, for example when fs.inotify.max_user_watches is reached."""
         self._wanted = wanted
         self._paths: dict[int, Path] = {}
         self.fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -66,8 +67,8 @@ class Folders:
         """Stop watching."""
         os.close(self.fd)
 
-    def news(self) -> Iterator[News]:
-        """Yield what happened since, in order. Raises: OSError."""
+    def events(self) -> Iterator[Event]:
+        """Yield what happened since the last call, in order. Raises: OSError."""
         while True:
             try:
                 data = os.read(self.fd, _READ)
@@ -79,9 +80,9 @@ class Folders:
                 at += _HEADER.size
                 name = os.fsdecode(data[at : at + length].rstrip(b"\0"))
                 at += length
-                yield from self._told(number, mask, name)
+                yield from self._decode(number, mask, name)
 
-    def _told(self, number: int, mask: int, name: str) -> Iterator[News]:
+    def _decode(self, number: int, mask: int, name: str) -> Iterator[Event]:
         if mask & _OVERFLOW:
             yield Overflow()
         elif mask & _IGNORED:
@@ -94,8 +95,8 @@ class Folders:
                 yield Appeared(path)
                 yield from self._watch(path)
 
-    def _watch(self, folder: Path) -> Iterator[News]:
-        """Watch a folder and what is in it; yield what is in it."""
+    def _watch(self, folder: Path) -> Iterator[Event]:
+        """Watch a folder and those inside it; yield those inside."""
         if not self._wanted(folder):
             return
         flags = _CREATE | _DELETE | _ONLYDIR
@@ -103,7 +104,7 @@ class Folders:
         if number < 0:
             code = ct.get_errno()
             if not folder.is_dir():
-                return  # gone again
+                return  # removed meanwhile
             raise OSError(code, f"watch {folder}: {os.strerror(code)}")
         self._paths[number] = folder
         try:

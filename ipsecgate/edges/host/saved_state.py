@@ -1,8 +1,8 @@
-"""Keep on disk what must not be forgotten: IKE's connections, and which cgroups are gated.
+"""Two files that keep the gate closed after a restart: IKE's child configurations, and targets.
 
-A gate that starts before the IKE daemon, or after it lost its connections, is not open
-because of the first file; one that boots with a broken configuration is not because of
-the second. A broken file is an error, never an empty set.
+The child configurations say which flows need protection when the gate starts before the IKE daemon,
+or after the daemon has lost its connections. The targets say which cgroups to gate at boot if the
+configuration is broken. A file that cannot be read is an error; it never counts as empty.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ipsecgate.errors import GateError
 T = TypeVar("T")
 
 
-def recall(path: Path) -> tuple[ChildConfig, ...]:
-    """Return what was kept, nothing if nothing ever was. Raises: GateError."""
+def load_children(path: Path) -> tuple[ChildConfig, ...]:
+    """Return the saved child configurations, none if the file does not exist. Raises: GateError."""
     try:
-        items = _the(list, json.loads(trust.read(path)))
-        return tuple(_child(_the(dict, item)) for item in items)
+        items = _exactly(list, json.loads(trust.read(path)))
+        return tuple(_child(_exactly(dict, item)) for item in items)
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, KeyError, RecursionError) as error:
@@ -39,26 +39,26 @@ def recall(path: Path) -> tuple[ChildConfig, ...]:
         ) from error
 
 
-def keep(path: Path, children: tuple[ChildConfig, ...]) -> None:
-    """Replace what is kept, whole or not at all. Raises: OSError."""
+def save_children(path: Path, children: tuple[ChildConfig, ...]) -> None:
+    """Replace the saved child configurations atomically. Raises: OSError."""
     _write(path, [_plain(child) for child in children])
 
 
-def recall_targets(path: Path) -> tuple[str, ...]:
-    """Return the targets that were kept, nothing if none ever were. Raises: GateError."""
+def load_targets(path: Path) -> tuple[str, ...]:
+    """Return the saved targets, none if the file does not exist. Raises: GateError."""
     try:
-        return tuple(_the(str, item) for item in _the(list, json.loads(trust.read(path))))
+        return tuple(_exactly(str, item) for item in _exactly(list, json.loads(trust.read(path))))
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, RecursionError) as error:
         raise GateError(
             f"{path}: cannot read which cgroups are gated: {error}",
-            hint="correct the configuration, which names them",
+            hint="correct the configuration: gate.cgroups in it names them",
         ) from error
 
 
-def keep_targets(path: Path, targets: tuple[str, ...]) -> None:
-    """Replace the targets that are kept, whole or not at all. Raises: OSError."""
+def save_targets(path: Path, targets: tuple[str, ...]) -> None:
+    """Replace the saved targets atomically. Raises: OSError."""
     _write(path, targets)
 
 
@@ -72,7 +72,7 @@ def _write(path: Path, items: Sequence[Any]) -> None:
             os.fsync(file.fileno())
         aside.replace(path)
     except OSError:
-        aside.unlink(missing_ok=True)  # a full disk needs the room
+        aside.unlink(missing_ok=True)  # leave no remains on a full disk
         raise
 
 
@@ -92,31 +92,31 @@ def _plain(child: ChildConfig) -> dict[str, Any]:
 def _child(item: dict[str, Any]) -> ChildConfig:
     return ChildConfig(
         name=ChildName(_name(item["ike"]), _name(item["child"])),
-        mode=Mode[_the(str, item["mode"])],
-        local=tuple(_selector(_the(list, one)) for one in _the(list, item["local"])),
-        remote=tuple(_selector(_the(list, one)) for one in _the(list, item["remote"])),
+        mode=Mode[_exactly(str, item["mode"])],
+        local=tuple(_selector(_exactly(list, one)) for one in _exactly(list, item["local"])),
+        remote=tuple(_selector(_exactly(list, one)) for one in _exactly(list, item["remote"])),
     )
 
 
 def _selector(item: list[Any]) -> TrafficSelector:
     network, *numbers = item
-    proto, low, high = (_the(int, number) for number in numbers)
+    proto, low, high = (_exactly(int, number) for number in numbers)
     if not 0 <= proto <= 0xFF:
         raise ValueError(f"protocol {short(proto)}")
-    # A range that is empty would be taken for "no flow has this", and left out.
+    # An empty range would match no flow, so the child would protect nothing.
     if (low, high) != OPAQUE and not 0 <= low <= high <= PORT_MASK:
         raise ValueError(f"ports {short(low)}-{short(high)}")
-    return TrafficSelector(ip_network(_the(str, network)), proto, (low, high))
+    return TrafficSelector(ip_network(_exactly(str, network)), proto, (low, high))
 
 
 def _name(value: object) -> str:
-    name = _the(str, value)
-    name.encode()  # refuses half of a surrogate pair, which JSON can hold
+    name = _exactly(str, value)
+    name.encode()  # raises for a lone surrogate, which JSON can express
     return name
 
 
-def _the(kind: type[T], value: object) -> T:
-    """Return a value that is of this kind and no other: 0 is not False, {} is not []."""
+def _exactly(kind: type[T], value: object) -> T:
+    """Return a value of exactly this type: False does not count as 0. Raises: ValueError."""
     if type(value) is not kind:
-        raise ValueError(f"{short(value)} is no {kind.__name__}")
+        raise ValueError(f"{short(value)} is not a {kind.__name__}")
     return value

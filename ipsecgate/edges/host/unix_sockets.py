@@ -1,8 +1,8 @@
-"""A socket for root's clients: who connects is taken at once, or later if there is no room.
+"""Listen on a Unix socket for root's clients, and survive a lack of file descriptors.
 
-asyncio's own server tries a hundred times to take one client for whom there is no descriptor,
-and sets a timer for each; where logging is slow, each timer leads to a hundred more. We counted
-3,700 a second. Here it is one, and one line in the log until a client was taken again.
+If there is no descriptor for a client, asyncio's own server tries to accept it a hundred times, and
+sets a timer each time; with slow logging, each timer leads to a hundred more. We counted 3,700
+attempts per second. Here it is one per second, and one line in the log until a client is accepted.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ log = logging.getLogger("ipsecgate")
 
 BACKLOG = 128
 RETRY = 1.0  # seconds
-NO_ROOM = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
-Taken = Callable[[socket.socket], object]
-"""Is given a client's socket, which does not block and is the callee's to close."""
+OnClient = Callable[[socket.socket], object]
+"""Receives a client's non-blocking socket, and must close it."""
 
 
 @contextmanager
-def listening(path: Path, taken: Taken) -> Iterator[None]:
-    """Take clients while the block runs, in a loop that runs already. Raises: OSError."""
-    path.unlink(missing_ok=True)  # the lock says that nobody else listens here
+def listening(path: Path, on_client: OnClient) -> Iterator[None]:
+    """Accept clients in the running event loop until the block ends. Raises: OSError."""
+    path.unlink(missing_ok=True)  # the controller holds a lock, so nobody else listens here
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as server:
         old_mask = os.umask(0o177)
         try:
@@ -37,48 +37,48 @@ def listening(path: Path, taken: Taken) -> Iterator[None]:
         finally:
             os.umask(old_mask)
         server.listen(BACKLOG)
-        door = _Door(server, taken)
-        door.open()
+        acceptor = _Acceptor(server, on_client)
+        acceptor.start()
         try:
             yield
         finally:
-            door.close()
+            acceptor.stop()
             path.unlink(missing_ok=True)
 
 
-class _Door:
-    """A listening socket that is watched, or will be after a pause."""
+class _Acceptor:
+    """Accepts clients of a listening socket, and pauses while no descriptor is free."""
 
-    def __init__(self, server: socket.socket, taken: Taken) -> None:
+    def __init__(self, server: socket.socket, on_client: OnClient) -> None:
         self._server = server
-        self._taken = taken
+        self._on_client = on_client
         self._loop = asyncio.get_running_loop()
-        self._again: asyncio.TimerHandle | None = None
-        self._told = False
+        self._restart: asyncio.TimerHandle | None = None
+        self._warned = False
 
-    def open(self) -> None:
-        self._again = None
-        self._loop.add_reader(self._server, self._on_client)
+    def start(self) -> None:
+        self._restart = None
+        self._loop.add_reader(self._server, self._accept)
 
-    def close(self) -> None:
+    def stop(self) -> None:
         self._loop.remove_reader(self._server)
-        if self._again is not None:
-            self._again.cancel()
+        if self._restart is not None:
+            self._restart.cancel()
 
-    def _on_client(self) -> None:
+    def _accept(self) -> None:
         try:
             client, _ = self._server.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return  # it has gone again
+            return  # the client has disconnected
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in EXHAUSTED:
                 raise
-            if not self._told:
+            if not self._warned:
                 log.warning("cannot accept new clients for now: %s", error.strerror)
-            self._told = True
-            self._loop.remove_reader(self._server)  # it stays readable
-            self._again = self._loop.call_later(RETRY, self.open)
+            self._warned = True
+            self._loop.remove_reader(self._server)  # it stays readable, so it would spin
+            self._restart = self._loop.call_later(RETRY, self.start)
             return
-        self._told = False
+        self._warned = False
         client.setblocking(False)
-        self._taken(client)
+        self._on_client(client)

@@ -1,4 +1,4 @@
-"""Keep the host's floor in the kernel's SPD: add what is missing, then remove what is too much."""
+"""Keep the host floor in the kernel's SPD: add what is missing, then remove what is left over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ RETRY = 2.0  # seconds
 
 
 class Floor:
-    """Keeps the floor with this tag, beside whatever else is done: nothing gated waits for it."""
+    """Maintains the floor with one instance's tag in a task of its own, so no flow waits for it.
+
+    `errors`: why the floor is not as configured, empty if it is.
+    """
 
     def __init__(self, tag: int) -> None:
         self._tag = tag
@@ -28,11 +31,11 @@ class Floor:
         self.errors: list[str] = []
 
     def set(self, wanted: tuple[FloorPolicy, ...]) -> None:
-        """Make the floor be these policies, soon."""
+        """Replace the floor by these policies as soon as `run` gets to it."""
         self._wanted.put_nowait(wanted)
 
     async def run(self) -> None:
-        """Do so until cancelled; what fails is tried again, unless something newer is wanted."""
+        """Apply what `set` asks for until cancelled; retry failures unless they are outdated."""
         while True:
             wanted = await self._wanted.get()
             while not self._wanted.empty():
@@ -49,37 +52,37 @@ class Floor:
 
 
 async def keep(tag: int, wanted: tuple[FloorPolicy, ...]) -> None:
-    """Make the floor with this tag be these policies, in this network namespace.
+    """Replace the floor with this tag by these policies, in this network namespace.
 
-    One that the kernel does not take is not in the way of the others.
-    Raises: OSError, the first of them; DecodeError.
+    If the kernel rejects one policy, the others are still set.
+    Raises: OSError, the first rejection; DecodeError.
     """
     failures: list[OSError] = []
     if not wanted and not has_xfrm():
         return
     async with Requests(NETLINK_XFRM) as requests:
-        there = {
-            one
+        present = {
+            policy
             for event in await requests.dump(encode_policy_dump, decode)
-            if isinstance(event, PolicySet) and (one := ours(event.entry, tag)) is not None
+            if isinstance(event, PolicySet) and (policy := ours(event.entry, tag)) is not None
         }
-        for one in wanted:
-            if one not in there:
+        for policy in wanted:
+            if policy not in present:
                 try:
-                    requests.ask(partial(encode_set, one, tag), _nothing)
+                    requests.ask(partial(encode_set, policy, tag), _nothing)
                 except OSError as error:
                     failures.append(error)
-        kept = {_identity(one) for one in wanted}
-        for one in there:
-            if _identity(one) not in kept:
-                requests.ask(partial(encode_delete, one, tag), _nothing)
+        kept = {_identity(policy) for policy in wanted}
+        for policy in present:
+            if _identity(policy) not in kept:
+                requests.ask(partial(encode_delete, policy, tag), _nothing)
     if failures:
         raise failures[0]
 
 
-def _identity(one: FloorPolicy) -> tuple[object, ...]:
-    """Return what the kernel knows a policy by."""
-    return one.dst, one.proto, one.sport, one.dport
+def _identity(policy: FloorPolicy) -> tuple[object, ...]:
+    """Return the fields by which the kernel identifies a policy."""
+    return policy.dst, policy.proto, policy.sport, policy.dport
 
 
 def _nothing(_datagram: bytes) -> Iterable[XfrmEvent]:

@@ -1,13 +1,15 @@
-"""A netlink socket that hands over datagrams as they are: the transport of the kernel's edges.
+"""A netlink socket that delivers raw datagrams, and requests over it.
 
-pyroute2 makes, sizes and binds the socket, joins its groups and closes it; what it reads does
-not go through pyroute2's queue and marshal. Three reasons, all measured. Its queue is keyed by
-sequence number, and a notification carries that of whoever caused it. Its decoder costs five
-times what our codec does. And after one ENOBUFS it is dead, when an overrun is exactly what we
-must notice and survive. So `setup_endpoint`, the hook its own classes override, attaches our
-protocol to asyncio's transport: from the kernel's multicast to the caller is one recvfrom().
+pyroute2 creates, sizes, binds and closes the socket, and joins its groups. We bypass pyroute2's
+queue and decoder, for three reasons, all measured:
+- Its queue is keyed by sequence number, and a notification carries the sequence number of the
+  request, by any process, that caused it.
+- Its decoder takes five times as long as our codec.
+- After one ENOBUFS it stops for good, but an overrun is exactly what we must notice and survive.
+So we override `setup_endpoint`, as pyroute2's own classes do, and attach our protocol to asyncio's
+transport. Then one recvfrom() takes a datagram from the kernel's multicast to the caller.
 
-Only datagrams that the kernel sent (port 0) are handed over: netlink has no other signature.
+Only datagrams from the kernel (port 0) are delivered; netlink offers no other authentication.
 """
 
 from __future__ import annotations
@@ -25,24 +27,24 @@ from pyroute2.netlink.nlsocket import AsyncNetlinkSocket
 
 from ipsecgate.core.codec.netlink import DecodeError, DumpEnd, dump_end
 
-SO_RCVBUFFORCE = 33  # linux asm-generic/socket.h; the socket module does not have it
-RECEIVE_BUFFER = 64 << 20
-DATAGRAM_LIMIT = 1 << 18
-DRAIN_LIMIT = 100_000
-TIME_LIMIT = 60.0
+SO_RCVBUFFORCE = 33  # asm-generic/socket.h; Python's socket module lacks it
+RECEIVE_BUFFER = 64 << 20  # bytes
+DATAGRAM_LIMIT = 1 << 18  # bytes
+DRAIN_LIMIT = 100_000  # datagrams that one `drain` reads at most
+TIME_LIMIT = 60.0  # seconds for a dump
 DUMP_ATTEMPTS = 10
 
 OnDatagram = Callable[[bytes], None]
 OnError = Callable[[OSError], None]
 Encode = Callable[[int], bytes]
-"""From a sequence number to a request."""
+"""Returns a request with the given sequence number."""
 T = TypeVar("T")
 
 
 class RawNetlinkSocket(AsyncNetlinkSocket):  # type: ignore[misc]  # pyroute2 has no types
     """A netlink socket of one protocol family in the current network namespace.
 
-    `on_error` gets an OSError from reading; ENOBUFS means that datagrams were lost.
+    `on_error` receives each OSError from reading; ENOBUFS means that datagrams were lost.
     """
 
     def __init__(self, family: int, on_datagram: OnDatagram, on_error: OnError) -> None:
@@ -51,7 +53,7 @@ class RawNetlinkSocket(AsyncNetlinkSocket):  # type: ignore[misc]  # pyroute2 ha
         self._on_error = on_error
 
     async def setup_endpoint(self) -> None:
-        """Attach our protocol to the socket, once. pyroute2 calls this from bind()."""
+        """Attach our protocol to the socket, once; pyroute2 calls this from bind()."""
         if getattr(self.local, "transport", None) is None:
             (
                 self.local.transport,
@@ -61,8 +63,9 @@ class RawNetlinkSocket(AsyncNetlinkSocket):  # type: ignore[misc]  # pyroute2 ha
             )
 
     async def join(self, groups: Iterable[int], receive_buffer: int = RECEIVE_BUFFER) -> None:
-        """Bind and join multicast groups, with a buffer of that many bytes if we may.
+        """Bind, and join multicast groups.
 
+        Without CAP_NET_ADMIN, net.core.rmem_max limits the buffer, which is in bytes.
         Raises: OSError.
         """
         try:
@@ -74,7 +77,7 @@ class RawNetlinkSocket(AsyncNetlinkSocket):  # type: ignore[misc]  # pyroute2 ha
             self.add_membership(group)
 
     def drain(self) -> None:
-        """Hand over at once what the kernel has queued so far."""
+        """Deliver now all datagrams that the kernel has queued."""
         for _ in range(DRAIN_LIMIT):
             try:
                 data, (port, _groups) = self.socket.recvfrom(DATAGRAM_LIMIT, socket.MSG_DONTWAIT)
@@ -98,8 +101,8 @@ class _Protocol(asyncio.DatagramProtocol):
     def datagram_received(self, data: bytes, addr: tuple[int, int]) -> None:
         if addr[0] == 0:
             self._on_datagram(data)
-        # asyncio reads one datagram a turn. An SA comes with several, and the last one
-        # opens: whoever takes them in batches does so a turn earlier.
+        # asyncio reads one datagram per turn of its loop. One SA arrives as several, and only the
+        # last one shows that it protects, so reading all of them now opens the flow sooner.
         self._drain()
 
     def error_received(self, exc: Exception) -> None:
@@ -107,10 +110,10 @@ class _Protocol(asyncio.DatagramProtocol):
 
 
 class Requests:
-    """A socket for requests, one after the other; an async context.
+    """A socket for one request at a time; an async context manager.
 
-    It joins no group: a notification carries the sequence number of the request that caused
-    it, and on a shared socket one of them could end a foreign dump.
+    It joins no multicast group: a notification carries the sequence number of the request that
+    caused it, so on a shared socket it could end a dump early.
     """
 
     def __init__(self, family: int) -> None:
@@ -137,10 +140,10 @@ class Requests:
         self._socket.close()
 
     async def dump(self, encode: Encode, decode: Callable[[bytes], Iterable[T]]) -> list[T]:
-        """Return what a dump holds, decoded a datagram per turn of the loop.
+        """Return the decoded objects of a dump.
 
-        It is asked for again when the kernel says that it was changed meanwhile.
-        Raises: OSError with the kernel's errno, DecodeError.
+        Dumps again if the kernel says that the table changed in between (NLM_F_DUMP_INTR).
+        Raises: OSError with the kernel's errno; DecodeError; TimeoutError.
         """
         for _ in range(DUMP_ATTEMPTS):
             found: list[T] = []
@@ -150,19 +153,19 @@ class Requests:
             _raise_if(end.error)
             if not end.interrupted:
                 return found
-        raise OSError(errno.EINTR, "the table changes faster than it can be read")
+        raise OSError(errno.EINTR, f"the table changed during each of {DUMP_ATTEMPTS} dumps")
 
     def ask(self, encode: Encode, decode: Callable[[bytes], Iterable[T]]) -> list[T]:
-        """Return the answer to a request for one object.
+        """Return the decoded answer to a request for one object.
 
-        Nothing to wait for: the kernel has answered when it has taken the request.
+        Does not wait: the kernel queues the answer before send() returns.
         Raises: OSError with the kernel's errno, DecodeError.
         """
         found: list[T] = []
         self._begin(encode, lambda datagram: found.extend(decode(datagram)))
         self._socket.drain()
         if not self._end.done():
-            raise OSError(errno.EAGAIN, "no answer at once")
+            raise OSError(errno.EAGAIN, "the kernel did not answer at once")
         _raise_if(self._end.result().error)
         return found
 

@@ -1,4 +1,4 @@
-"""Ask the kernel what it can do, without changing it."""
+"""Find out what the kernel supports, without changing this host."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SO_NETNS_COOKIE = 71  # asm-generic/socket.h
 
 
 def netns_cookie() -> int:
-    """Return what tells the calling thread's network namespace from all others."""
+    """Return the cookie of the calling thread's network namespace, which is unique until reboot."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), sys.byteorder)
 
 
 def has_xfrm() -> bool:
-    """Tell whether the kernel has the XFRM netlink family."""
+    """Return whether the kernel has the XFRM netlink family."""
     try:
         socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM).close()
     except OSError:
@@ -32,11 +32,10 @@ def has_xfrm() -> bool:
 
 @cache
 def has_esp() -> bool:
-    """Tell whether the running kernel takes an ESP state; asked in a namespace of its own.
+    """Return whether the kernel accepts an ESP state; tried in a new network namespace.
 
-    Any of the two ciphers that strongSwan proposes first will do. Without the
-    right to make a network namespace the answer is False.
-    Raises: GateError if ip(8) or unshare(1) is missing.
+    Either of the two ciphers that strongSwan proposes first is enough. False if this process may
+    not create a network namespace. Raises: GateError if ip(8) or unshare(1) is missing.
     """
     aead = ("aead", "rfc4106(gcm(aes))", "0x" + "11" * 20, "128")
     cbc = ("enc", "cbc(aes)", "0x" + "11" * 16, "auth", "hmac(sha256)", "0x" + "11" * 32)

@@ -1,22 +1,22 @@
-"""Which source address the kernel would choose for an unbound socket, and whether by a tunnel.
+"""Which source address the kernel would choose for an unbound socket, and whether through a tunnel.
 
-It is kept up to date. The tunnel is the TUN device of an IKE daemon that does ESP itself:
+The answer is kept up to date. A tunnel is the TUN device of an IKE daemon that does userspace ESP:
 strongSwan's kernel-libipsec names it ipsec0, ipsec1, and so on.
 
 Rules of this module:
-- The kernel is asked (RTM_GETROUTE), nothing is computed from the table: what it answers holds
-  for rules, metrics and `src` hints alike. The table only tells where the answer can change.
-- A change of routes, rules, addresses or links is a reason to ask again, whatever it says;
-  one of routes only if it touches a destination. An overrun of the watching socket is a change.
-- The first change is answered at once: strongSwan adds a route with a `src` hint just when an
-  SA comes up. Those that follow within `PAUSE` share one answer.
-- A tunnel's route that goes is told before the kernel is asked what takes its place: meanwhile
-  the flow would leave in clear.
+- Ask the kernel (RTM_GETROUTE); compute nothing from the table. Only the kernel's answer accounts
+  for rules, metrics and `src` hints. The table only shows where the answer can change.
+- Ask again after any change of rules, addresses or links, after a change of routes that touches a
+  followed destination, and after an overrun of the watching socket.
+- Handle the first change at once: strongSwan adds a route with a `src` hint just when an SA comes
+  up. Changes that follow within `PAUSE` are handled together.
+- When a tunnel loses its route, report its destinations as outside the tunnel at once, before
+  asking the kernel which route replaces it: until then the flow would leave in the clear.
 
-It sees flows of root without a mark. Rules by mark, user, port or protocol, and sources that
-differ between the next hops of one route, are beyond it.
+Answers hold for flows of root without a mark. Rules by mark, user, port or protocol are not
+supported, nor are sources that differ between the next hops of one route.
 
-pyroute2 is the transport only; why, is said in `ipsecgate.edges.kernel.netlink`.
+pyroute2 is the transport only; `ipsecgate.edges.kernel.netlink` says why.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ from ipsecgate.errors import GateError
 NETLINK_ROUTE = 0
 # RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE
 GROUPS = (1, 5, 7, 8, 9, 11, 19)
-PAUSE = 0.02
-BATCH = 64  # lookups between two turns of the loop, about a millisecond
-TUN = "ipsec"  # Source: kernel_libipsec_plugin.c
+PAUSE = 0.02  # seconds
+BATCH = 64  # lookups, about a millisecond, before the event loop gets a turn
+TUN = "ipsec"  # the device's name without its number; source: kernel_libipsec_plugin.c
 
 
 class RoutesError(GateError):
@@ -67,25 +67,25 @@ class RoutesError(GateError):
 
 
 class Routes:
-    """Tell the sources for the destinations that `follow` names, in this network namespace.
+    """Resolves the sources for the followed destinations, in this network namespace.
 
-    `deliver` is called when they are known, and when they changed.
+    `deliver` is called when they are known, and when they change.
     """
 
     def __init__(self, deliver: Callable[[SourcesResolved], None]) -> None:
         self._deliver = deliver
         self._destinations: tuple[Network, ...] = ()
-        self._cover = PrefixSet(())
+        self._followed = PrefixSet(())  # the same destinations
         self._due = asyncio.Event()
-        self._last: SourcesResolved | None = None
-        self._tuns: set[int] = set()
-        self._closed = 0  # how often a route or a link went
+        self._delivered: SourcesResolved | None = None
+        self._tuns: set[int] = set()  # interface indexes
+        self._losses = 0  # how often a followed route, or a link, was removed
 
     def follow(self, destinations: Iterable[Network]) -> None:
-        """Resolve these from now on, instead of those before."""
+        """Replace the destinations to resolve."""
         self._destinations = tuple(destinations)
-        self._cover = PrefixSet(self._destinations)
-        self._last = None
+        self._followed = PrefixSet(self._destinations)
+        self._delivered = None
         self._due.set()
 
     async def run(self) -> None:
@@ -96,7 +96,7 @@ class Routes:
             while True:
                 await self._due.wait()
                 self._due.clear()
-                await self._tell()
+                await self._update()
                 await asyncio.sleep(PAUSE)
         except OSError as error:
             raise RoutesError(
@@ -106,21 +106,21 @@ class Routes:
             watch.close()
 
     async def source_for(self, address: Address) -> Address | None:
-        """Return the source for a destination, None where it can't be reached. Raises: OSError."""
+        """Return the source for a destination, None if it is unreachable. Raises: OSError."""
         async with Requests(NETLINK_ROUTE) as requests:
-            return _route(requests, address)[0]
+            return _ask_route(requests, address)[0]
 
     async def prefixes(self) -> set[Network]:
-        """Return where the answer can change inside the destinations that are followed.
+        """Return the networks inside the followed destinations at which the answer can change.
 
-        Those are the routes of all tables, the local one's addresses included, and the `to` of
-        rules. Raises: OSError, DecodeError.
+        These are the routes of all tables, including the addresses in the local table, and the
+        `to` selectors of rules. Raises: OSError, DecodeError.
         """
         async with Requests(NETLINK_ROUTE) as requests:
             return await self._prefixes(requests)
 
     async def resolve(self) -> tuple[Source, ...]:
-        """Return the sources now. Raises: OSError, DecodeError."""
+        """Ask the kernel, and return the sources. Raises: OSError, DecodeError."""
         return (await self._resolve()).sources
 
     async def _resolve(self) -> SourcesResolved:
@@ -129,7 +129,7 @@ class Routes:
         async with Requests(NETLINK_ROUTE) as requests:
             pieces = partition(self._destinations, await self._prefixes(requests))
             for count, (piece, address) in enumerate(pieces, start=1):
-                source, link = _route(requests, address)
+                source, link = _ask_route(requests, address)
                 sources.append((piece, source))
                 links.append((piece, link))
                 if count % BATCH == 0:
@@ -146,58 +146,65 @@ class Routes:
         for family in (AF_INET, AF_INET6):
             for encode in (encode_route_dump, encode_rule_dump):
                 try:
-                    found.update(await requests.dump(partial(encode, family), self._inside))
+                    found.update(
+                        await requests.dump(partial(encode, family), self._followed_prefixes)
+                    )
                 except OSError as error:
                     if error.errno != errno.EAFNOSUPPORT:
                         raise
-                    # A kernel without IPv6, or whose module is not loaded: nothing routes it.
-        return {network(one) for one in found}
+                    # The kernel has no IPv6, or its module is not loaded: it routes none.
+        return {network(item) for item in found}
 
-    def _inside(self, datagram: bytes) -> list[Prefix]:
-        return [one for one in decode_prefixes(datagram) if self._cover.contains(one)]
+    def _followed_prefixes(self, datagram: bytes) -> list[Prefix]:
+        return [item for item in decode_prefixes(datagram) if self._followed.contains(item)]
 
-    async def _tell(self) -> None:
-        before = self._closed
+    async def _update(self) -> None:
+        """Resolve, and deliver the result if it differs from the last."""
+        before = self._losses
         resolved = await self._resolve()
-        if self._closed != before:  # asked too early, perhaps; the next look is due
+        if self._losses != before:
+            # Some answers may be older than the loss. Report no tunnel; `_due` is set again.
             resolved = replace(resolved, into_tun=())
-        if resolved != self._last:
-            self._last = resolved
+        if resolved != self._delivered:
+            self._delivered = resolved
             self._deliver(resolved)
 
-    def _close(self, lost: Iterable[tuple[int, Prefix | None]]) -> None:
-        """Tell at once which tunnels lost their route."""
-        gone = []
-        for link, where in lost:
-            if where is None or self._cover.touches(where):
-                self._closed += 1  # and what is being asked just now is out of date
+    def _withdraw_tunnels(self, lost: Iterable[tuple[int, Prefix | None]]) -> None:
+        """Report at once which destinations no longer lead into a tunnel.
+
+        `lost`: interface index and prefix of each removed route; None for a link that went down.
+        """
+        removed = []
+        for link, destination in lost:
+            if destination is None or self._followed.touches(destination):
+                self._losses += 1
                 if link in self._tuns:
-                    gone.append(where)
-        if not gone or self._last is None:
+                    removed.append(destination)
+        if not removed or self._delivered is None:
             return
-        away = PrefixSet(network(where) for where in gone if where is not None)
+        uncovered = PrefixSet(network(item) for item in removed if item is not None)
         into_tun = tuple(
-            (one, into and None not in gone and not away.touches(prefix(one)))
-            for one, into in self._last.into_tun
+            (item, into and None not in removed and not uncovered.touches(prefix(item)))
+            for item, into in self._delivered.into_tun
         )
-        if into_tun != self._last.into_tun:
-            self._last = replace(self._last, into_tun=into_tun)
-            self._deliver(self._last)
+        if into_tun != self._delivered.into_tun:
+            self._delivered = replace(self._delivered, into_tun=into_tun)
+            self._deliver(self._delivered)
 
     def _on_change(self, datagram: bytes) -> None:
         try:
-            self._close(decode_lost(datagram))
+            self._withdraw_tunnels(decode_lost(datagram))
             if only_routes(datagram) and not any(
-                self._cover.touches(one) for one in decode_prefixes(datagram)
+                self._followed.touches(item) for item in decode_prefixes(datagram)
             ):
                 return
         except DecodeError:
-            pass  # a change all the same
+            pass  # something changed, even if we cannot read what
         self._due.set()
 
 
-def _route(requests: Requests, address: Address) -> tuple[Address | None, int]:
-    """Return a destination's source and link; None and 0: it can't be reached."""
+def _ask_route(requests: Requests, address: Address) -> tuple[Address | None, int]:
+    """Return a destination's source and interface index; None and 0 if it is unreachable."""
     try:
         found = requests.ask(partial(encode_route_get, address), decode_route)
     except OSError:
@@ -209,5 +216,5 @@ def _is_tun(requests: Requests, link: int) -> bool:
     try:
         found = requests.ask(partial(encode_link_get, link), decode_link)
     except OSError:
-        return False  # it went meanwhile, or there was none
+        return False  # the interface was removed meanwhile, or the route had none
     return any(kind == "tun" and name.startswith(TUN) for name, kind in found)

@@ -1,4 +1,4 @@
-"""Sockets that stand: listed, and ended from outside, over NETLINK_SOCK_DIAG. No decisions.
+"""List the connected sockets, and destroy those that core selects, over NETLINK_SOCK_DIAG.
 
 Source: sock_diag(7); SOCK_DESTROY needs CONFIG_INET_DIAG_DESTROY.
 """
@@ -21,7 +21,7 @@ from ipsecgate.edges.kernel.netlink import Requests
 NETLINK_SOCK_DIAG = 4
 
 
-async def standing() -> list[Standing]:
+async def connected() -> list[Standing]:
     """Return the connected TCP and UDP sockets of this network namespace.
 
     Raises: OSError, DecodeError.
@@ -29,7 +29,7 @@ async def standing() -> list[Standing]:
     found: list[Standing] = []
     async with Requests(NETLINK_SOCK_DIAG) as requests:
         for family, protocol in KINDS:
-            with suppress(FileNotFoundError):  # a kernel that has no such family or protocol
+            with suppress(FileNotFoundError):  # the kernel lacks the family or the protocol
                 found += await requests.dump(
                     partial(encode_listing, family, protocol), partial(decode_listing, protocol)
                 )
@@ -37,17 +37,17 @@ async def standing() -> list[Standing]:
 
 
 async def destroy(sockets: list[Standing]) -> int:
-    """End sockets, return how many there still were.
+    """Destroy sockets; return how many still existed.
 
-    Raises: OSError; EOPNOTSUPP where the kernel cannot.
+    Raises: OSError; EOPNOTSUPP if the kernel lacks CONFIG_INET_DIAG_DESTROY.
     """
-    ended = 0
+    destroyed = 0
     async with Requests(NETLINK_SOCK_DIAG) as requests:
         for socket in sockets:
             try:
                 requests.ask(partial(encode_destroy, socket), lambda _datagram: ())
-                ended += 1
+                destroyed += 1
             except OSError as error:
-                if error.errno != errno.ENOENT:  # it went by itself
+                if error.errno != errno.ENOENT:  # closed in the meantime
                     raise
-    return ended
+    return destroyed

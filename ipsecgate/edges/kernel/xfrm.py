@@ -1,17 +1,17 @@
 """The kernel's SPD and SAD as a stream of events, over NETLINK_XFRM.
 
 Rules of this module:
-- What it delivers is one ordered story: a `KernelSnapshot` first, then every change since. When
-  the story breaks (the socket's buffer ran over, bytes that can't be decoded, a flush, which
-  doesn't say what it kept) it is told again from a new snapshot, without being asked.
-- Join, then dump, then fold what was notified meanwhile into the dump.
-- Dumps have a socket of their own: a notification carries the sequence number of the request
-  that caused it, and on a shared socket one of them ends a foreign dump early.
-- Never NETLINK_NO_ENOBUFS: losing silently is what it does. Never XFRMNLGRP_ACQUIRE: listening
-  there makes the kernel install larval states where no IKE daemon runs.
-- No decisions: which policy wins and which SA is good is for the core.
+- Deliver one ordered sequence: a `KernelSnapshot`, then every change since. If the sequence breaks,
+  start again from a new snapshot unasked. It breaks when the socket's buffer overruns, when bytes
+  cannot be decoded, and after a flush, which does not say which entries it kept.
+- Join the groups, then dump, then apply to the dump the notifications that arrived meanwhile.
+- Dump on a separate socket: a notification carries the sequence number of the request that caused
+  it, so on a shared socket it could end a dump early.
+- Never set NETLINK_NO_ENOBUFS: it hides lost notifications. Never join XFRMNLGRP_ACQUIRE: with a
+  listener there, the kernel installs larval states even if no IKE daemon runs.
+- Which policy applies and which SA protects is for core to decide.
 
-pyroute2 is the transport only; why, is said in `ipsecgate.edges.kernel.netlink`.
+pyroute2 is the transport only; `ipsecgate.edges.kernel.netlink` says why.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _HINTS = {
 
 
 class XfrmError(GateError):
-    """The kernel's IPsec databases can't be read; `errno` says why."""
+    """The kernel's SPD or SAD cannot be read; `errno` says why."""
 
-    def __init__(self, code: int, doing: str) -> None:
+    def __init__(self, code: int, operation: str) -> None:
         super().__init__(
-            f"{doing}: {os.strerror(code)}",
+            f"{operation}: {os.strerror(code)}",
             hint=_HINTS.get(code, "see the kernel's log (dmesg)"),
         )
         self.errno = code
@@ -61,17 +61,17 @@ class XfrmError(GateError):
 
 @dataclass(frozen=True, slots=True)
 class Overrun:
-    """Notifications were lost; what was delivered so far is stale until the next snapshot."""
+    """Notifications were lost; everything delivered is stale until the next snapshot."""
 
     cause: str
 
 
 class XfrmMonitor:
-    """Follow SPD and SAD of the network namespace that the monitor is opened in.
+    """Follows SPD and SAD of the network namespace in which the monitor is opened.
 
-    `deliver` is called from the event loop, straight from the socket's callback, with the story
-    that the module describes; an exception it raises ends `run`. `on_overrun` is told when the
-    story broke. Nothing is delivered before the first `resync`, which `run` begins with.
+    `deliver` receives the sequence that the module describes, straight from the socket's callback;
+    an exception that it raises ends `run`. `on_overrun` is called when the sequence breaks.
+    Nothing is delivered before the first `resync`, with which `run` begins.
 
         async with XfrmMonitor(deliver) as monitor:
             await monitor.run()
@@ -89,14 +89,14 @@ class XfrmMonitor:
         self._on_overrun = on_overrun
         self._receive_buffer = receive_buffer
         self._socket: RawNetlinkSocket | None = None
-        self._held: list[XfrmEvent] | None = []  # None: deliver at once
-        self._broken = False  # the socket lost something: open another one
-        self._wake = asyncio.Event()  # for run(): a snapshot is due, or `deliver` failed
+        self._buffered: list[XfrmEvent] | None = []  # until the snapshot; None: deliver at once
+        self._broken = False  # the socket lost notifications: open another one
+        self._wake = asyncio.Event()  # run() must take a snapshot, or raise `_failure`
         self._failure: Exception | None = None
         self._resyncing = asyncio.Lock()
 
     async def open(self) -> None:
-        """Join the groups; from now on nothing is missed. Raises: XfrmError."""
+        """Join the groups. From now on a lost notification is noticed. Raises: XfrmError."""
         self.close()
         self._broken = False
         try:
@@ -112,8 +112,8 @@ class XfrmMonitor:
             self._socket.close()
             self._socket = None
 
-    def look(self) -> None:
-        """Take in at once what the kernel has notified so far, not in the loop's next turn."""
+    def drain(self) -> None:
+        """Deliver now what the kernel has notified, instead of in the loop's next turn."""
         if self._socket is not None:
             self._socket.drain()
 
@@ -130,9 +130,9 @@ class XfrmMonitor:
         self.close()
 
     async def run(self) -> None:
-        """Resynchronise now and whenever it is needed, until cancelled.
+        """Resync now and whenever the sequence breaks, until cancelled.
 
-        Raises: XfrmError, DecodeError: a dump failed; whatever `deliver` raised.
+        Raises: XfrmError, DecodeError if a dump fails; whatever `deliver` raised.
         """
         await self.resync()
         while True:
@@ -142,34 +142,35 @@ class XfrmMonitor:
             await self.resync()
 
     async def resync(self, *, check: bool = False) -> KernelSnapshot:
-        """Take a snapshot, deliver it, and go on with the changes since.
+        """Take a snapshot and deliver it, then continue with the changes since.
 
-        `check`: it should tell nothing new, unless something was lost meanwhile.
-        Raises: XfrmError, DecodeError.
+        `check`: mark the snapshot as one that must match what was delivered before, if no
+        notification was lost. Raises: XfrmError, DecodeError.
         """
         async with self._resyncing:
-            losses = self.overruns
-            whole = not self._wake.is_set() and self._held is None
+            overruns = self.overruns
+            unbroken = not self._wake.is_set() and self._buffered is None
             while True:
                 self._wake.clear()
-                self._held = []
+                self._buffered = []
                 if self._broken or self._socket is None:
                     await self.open()
                 taken = await self.snapshot()
                 if self._socket is not None:
                     self._socket.drain()
-                folded = replay(taken, self._held or ())
-                if folded is not None and not self._broken:
+                current = replay(taken, self._buffered or ())
+                if current is not None and not self._broken:
                     break
-            self._held = None
-            told = replace(folded, check=check and whole and losses == self.overruns)
-            self._deliver(told)
-            return told
+            self._buffered = None
+            unbroken = unbroken and overruns == self.overruns
+            snapshot = replace(current, check=check and unbroken)
+            self._deliver(snapshot)
+            return snapshot
 
     async def snapshot(self) -> KernelSnapshot:
-        """Dump policies and states, on a socket of its own.
+        """Dump policies and states, on a separate socket; deliver nothing.
 
-        Not atomic, and nothing is delivered. Raises: XfrmError, DecodeError.
+        The dump is not atomic. Raises: XfrmError, DecodeError.
         """
         try:
             async with Requests(NETLINK_XFRM) as requests:
@@ -187,29 +188,29 @@ class XfrmMonitor:
     def _on_datagram(self, datagram: bytes) -> None:
         try:
             for event in decode(datagram):
-                self._take(event)
+                self._handle(event)
         except DecodeError as error:
-            self._lose(str(error))
+            self._break(str(error))
 
-    def _take(self, event: XfrmEvent) -> None:
-        if self._held is not None:
-            self._held.append(event)
+    def _handle(self, event: XfrmEvent) -> None:
+        if self._buffered is not None:
+            self._buffered.append(event)
             return
         if isinstance(event, PoliciesFlushed | SasFlushed):
             self._wake.set()
         try:
             self._deliver(event)
-        except Exception as error:  # run() raises it: asyncio would log and go on
+        except Exception as error:  # run() raises it: asyncio would log it and go on
             self._failure = error
             self._wake.set()
 
     def _on_error(self, error: OSError) -> None:
-        self._lose(os.strerror(error.errno) if error.errno else str(error))
+        self._break(os.strerror(error.errno) if error.errno else str(error))
 
-    def _lose(self, cause: str) -> None:
+    def _break(self, cause: str) -> None:
         if not self._broken:
             self._broken = True
-            self._held = []
+            self._buffered = []
             self.overruns += 1
             self._wake.set()
             self._on_overrun(Overrun(cause))

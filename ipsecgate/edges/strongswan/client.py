@@ -1,23 +1,22 @@
-"""strongSwan: what it has configured, what it has established, what happens to it.
+"""A session with strongSwan: its configurations, its CHILD_SAs, its events, and commands to it.
 
-Rules of this module: events have a connection of their own, and are registered before
-`connect` returns, so what `established` doesn't show yet will be told. Commands share another
-one and run in order; negotiations have their own (`negotiation`). It doesn't
-reconnect: a client whose daemon is gone says `IkeGone` once and is done. What it does not
-understand of one child says nothing of the others: `unread` names it.
+Rules of this module:
+- Events have a separate connection, registered before `connect` returns. So a CHILD_SA that
+  `established` does not list yet will be reported by an event.
+- Commands share a second connection and run in order; negotiations use their own (`negotiation`).
+- A client never reconnects: it delivers `IkeGone` once, when the daemon is gone, and is finished.
+- A child that cannot be read does not affect the others; `unread` names it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
     Coroutine,
     Iterable,
-    Iterator,
     Mapping,
 )
 from contextlib import suppress
@@ -26,29 +25,24 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ipsecgate.core.codec.vici import (
-    Names,
     ViciError,
     apart,
     child_configs,
-    child_rekey,
     child_sas,
-    child_updown,
-    ike_updown,
     is_userland,
     sections,
     text,
     widened,
 )
-from ipsecgate.core.codec.vici_wire import Answer
 from ipsecgate.core.model.events import (
     ChildUp,
     IkeEvent,
     IkeGone,
-    IkeUnread,
     NegotiationDone,
     NegotiationFailed,
 )
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa
+from ipsecgate.edges.strongswan import events as event_packets
 from ipsecgate.edges.strongswan.negotiation import Negotiator
 from ipsecgate.edges.strongswan.vici import (
     IkeError,
@@ -60,26 +54,18 @@ from ipsecgate.edges.strongswan.vici import (
 
 T = TypeVar("T")
 
-EVENTS = ("child-updown", "child-rekey", "ike-updown")
-COMMAND_LIMIT = 30.0
-
-NAMES = Names(
-    protocol=socket.getprotobyname,
-    service=lambda name, protocol: (
-        socket.getservbyname(name, protocol) if protocol else socket.getservbyname(name)
-    ),
-)
+COMMAND_LIMIT = 30.0  # seconds
 
 
 class IkeClient:
-    """A session with the IKE daemon; made by `connect`, ended by `close` or its `IkeGone`."""
+    """A session with the IKE daemon; opened by `connect`, ended by `close` or its `IkeGone`."""
 
     def __init__(self, path: Path, events: ViciConnection, commands: ViciConnection) -> None:
         self.path = path
-        self._event_source = events
-        self._commands = commands
-        self._command_turn = asyncio.Lock()
-        self._negotiator = Negotiator(path, self.established, self._take_back)
+        self._event_connection = events
+        self._command_connection = commands
+        self._command_lock = asyncio.Lock()
+        self._negotiator = Negotiator(path, self.established, self._drop_half_open)
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: asyncio.Queue[IkeEvent] = asyncio.Queue()
         self._unread: dict[str, list[str]] = {}  # by command
@@ -93,8 +79,8 @@ class IkeClient:
                 for _ in range(2):
                     opened.append(await ViciConnection.open(path))
                 client = cls(path, *opened)
-                for name in EVENTS:
-                    await client._event_source.register(name)
+                for name in event_packets.TYPES:
+                    await client._event_connection.register(name)
                 await client._negotiator.prepare()
         except BaseException as error:
             for connection in opened:
@@ -102,7 +88,7 @@ class IkeClient:
             if isinstance(error, TimeoutError):
                 raise no_answer(path, COMMAND_LIMIT) from None
             raise
-        client._spawn(client._follow())
+        client._spawn(client._receive_events())
         return client
 
     async def __aenter__(self) -> Self:
@@ -117,24 +103,24 @@ class IkeClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the session and what it was waiting for; charon goes on with what it began."""
+        """End the session. Pending calls are cancelled; charon completes what it has begun."""
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._close()
 
     def _close(self) -> None:
-        self._event_source.close()
-        self._commands.close()
+        self._event_connection.close()
+        self._command_connection.close()
         self._negotiator.close()
 
     @property
     def daemon_pid(self) -> int:
-        """The daemon's process id."""
-        return self._event_source.peer_pid
+        """The daemon's process id, 0 if our pid namespace does not contain it."""
+        return self._event_connection.peer_pid
 
     async def events(self) -> AsyncIterator[IkeEvent]:
-        """Yield what happens, in order; the last one is `IkeGone`."""
+        """Yield events in order; the last one is `IkeGone`."""
         while True:
             event = await self._events.get()
             yield event
@@ -142,10 +128,10 @@ class IkeClient:
                 return
 
     async def children(self) -> tuple[ChildConfig, ...]:
-        """Return the children that are configured. There is no event: ask again to know.
+        """Return the loaded child configurations. No event reports their changes: poll.
 
-        None is left out: of one whose selectors are not understood it is their networks.
-        Raises: IkeError, ViciError if not even these are.
+        None is left out: if the selectors of one cannot be read, it has their networks with any
+        protocol and port. Raises: IkeError; ViciError if even the networks cannot be read.
         """
         return await self._read("list-conns", "list-conn", "children", child_configs, widened)
 
@@ -155,7 +141,10 @@ class IkeClient:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """What was not understood of the last lists; it was left out of them."""
+        """Why children of the latest lists could not be read.
+
+        `established` left those out; `children` widened their selectors.
+        """
         return tuple(reason for reasons in self._unread.values() for reason in reasons)
 
     async def _read(
@@ -164,51 +153,52 @@ class IkeClient:
         stream: str,
         section: str,
         read: Callable[..., Iterable[T]],
-        instead: Callable[[Message], Message] | None = None,
+        fallback: Callable[[Message], Message] | None = None,
     ) -> tuple[T, ...]:
-        """Run a command that lists children, and read each for itself.
+        """Run a command that lists children, and read each child separately.
 
-        `instead`: what is read of one that is not understood; without it, it is left out.
+        `fallback` changes the message of a child that cannot be read into one that can; without
+        it, the child is left out.
         """
         messages = await self._command(command, {}, stream)
         found: list[T] = []
         unread: list[str] = []
-        for one in (one for message in messages for one in apart(message, section)):
+        for child in (child for message in messages for child in apart(message, section)):
             try:
-                found.extend(read(one, NAMES))
+                found.extend(read(child, event_packets.NAMES))
             except ViciError as error:
-                unread.append(f"{_label(one, section)}: {error}")
-                if instead is not None:
-                    found.extend(read(instead(one), NAMES))
+                unread.append(f"{_label(child, section)}: {error}")
+                if fallback is not None:
+                    found.extend(read(fallback(child), event_packets.NAMES))
         self._unread[command] = unread
         return tuple(found)
 
     async def userland(self) -> bool:
-        """Tell whether the daemon does ESP itself, by kernel-libipsec. Raises: IkeError."""
-        answer, _ = await self._in_turn(lambda: self._commands.exchange("stats", {}))
+        """Return whether the daemon does userspace ESP (kernel-libipsec). Raises: IkeError."""
+        answer, _ = await self._in_turn(lambda: self._command_connection.exchange("stats", {}))
         return is_userland(answer)
 
     async def initiate(self, name: ChildName, limit: float) -> None:
-        """Have a child negotiated; this does not wait for it.
+        """Start to negotiate a child; do not wait for the end.
 
-        `NegotiationDone` or `NegotiationFailed` comes after `limit` seconds at the latest; a
-        child that is up already counts as done.
+        `NegotiationDone` or `NegotiationFailed` follows within `limit` seconds; a child that is
+        already up counts as done.
         """
         self._spawn(self._initiate(name, limit))
 
     async def terminate(self, ike: str, child: str | None = None, unique: int = 0) -> None:
-        """Have an IKE_SA, or just one child of it, deleted; return when charon was asked.
+        """Ask charon to delete an IKE_SA, or only one child of it; do not wait for the end.
 
-        `unique`: only the CHILD_SA of this number.
+        `unique`: only the CHILD_SA with this number.
         Raises: IkeRefusedError if there is none; IkeUnreachableError.
         """
-        what = {"ike": ike} if child is None else {"ike": ike, "child": child}
+        selection = {"ike": ike} if child is None else {"ike": ike, "child": child}
         if unique:
-            what["child-id"] = str(unique)
-        await self._command("terminate", {**what, "timeout": "-1"})
+            selection["child-id"] = str(unique)
+        await self._command("terminate", {**selection, "timeout": "-1"})
 
     def terminate_soon(self, name: ChildName, unique: int = 0) -> None:
-        """Have a child deleted; this does not wait for it, nor mind if it went by itself."""
+        """Ask charon to delete a child, in a task of its own that ignores failures."""
         self._spawn(self._terminate_quietly(name, unique))
 
     async def _terminate_quietly(self, name: ChildName, unique: int) -> None:
@@ -225,8 +215,8 @@ class IkeClient:
         else:
             self._events.put_nowait(NegotiationFailed(name, cause))
 
-    async def _take_back(self, ike: str) -> None:
-        """Drop the half-open IKE_SAs of a configuration that we began."""
+    async def _drop_half_open(self, ike: str) -> None:
+        """Terminate the half-open IKE_SAs of a configuration that this host initiated."""
         for message in await self._command("list-sas", {"ike": ike}, "list-sa"):
             for _, sa in sections(message):
                 if text(sa, "state") == "CONNECTING" and "initiator" in sa:
@@ -238,28 +228,30 @@ class IkeClient:
     async def _command(
         self, command: str, message: Message, stream: str | None = None
     ) -> list[Message]:
-        return await self._in_turn(lambda: self._commands.request(command, message, stream))
+        return await self._in_turn(
+            lambda: self._command_connection.request(command, message, stream)
+        )
 
     async def _in_turn(self, work: Callable[[], Awaitable[T]]) -> T:
-        async with self._command_turn:
+        async with self._command_lock:
             try:
                 async with asyncio.timeout(COMMAND_LIMIT):
                     return await work()
             except IkeRefusedError:
                 raise
             except BaseException as error:
-                self._close()  # an answer that comes later would be taken for the next one's
+                self._close()  # a late answer would be taken for the next command's
                 if isinstance(error, TimeoutError):
                     raise no_answer(self.path, COMMAND_LIMIT) from None
                 raise
 
-    async def _follow(self) -> None:
+    async def _receive_events(self) -> None:
         reason = ""
         try:
             while True:
-                for event in _understood(await self._event_source.receive()):
+                for event in event_packets.read_events(await self._event_connection.receive()):
                     if isinstance(event, ChildUp):
-                        self._negotiator.came_up(event.sa.name)
+                        self._negotiator.on_child_up(event.sa.name)
                     self._events.put_nowait(event)
         except IkeError as error:
             reason = str(error)
@@ -274,32 +266,13 @@ class IkeClient:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.result()  # what it did not expect is for the loop's exception handler
+            task.result()  # a defect goes to the loop's exception handler
 
 
 def _label(message: Message, section: str) -> str:
-    """Return what a message of `apart` is about."""
+    """Return the names that a message of `apart` has: "ike/child"."""
     names = [*message]
     for body in message.values():
         if isinstance(body, Mapping) and isinstance(body.get(section), Mapping):
             names += body[section]
     return "/".join(names)
-
-
-def _understood(answer: Answer) -> list[IkeEvent]:
-    """Return what an event packet says, or that it was not understood."""
-    try:
-        return list(_events(answer))
-    except ViciError as error:
-        return [IkeUnread(str(error))]
-
-
-def _events(answer: Answer) -> Iterator[IkeEvent]:
-    """Yield what an event packet says; others say nothing. Raises: ViciError."""
-    match answer.event:
-        case "child-updown":
-            yield from child_updown(answer.message, NAMES)
-        case "child-rekey":
-            yield from child_rekey(answer.message, NAMES)
-        case "ike-updown":
-            yield from ike_updown(answer.message)

@@ -1,18 +1,18 @@
-"""Having strongSwan negotiate a child, and learning how that ended.
+"""Have strongSwan negotiate a child, and find out whether that succeeded.
 
 Rules of this module:
-- Only an `initiate` that waits hears of its end. A waiting one occupies one of charon's 16
-  workers, so at most `MAX_WAITING` wait; more are started without, and their failure is known
-  only when the limit runs out.
-- The first attempt asks for no log: 19 more messages slow charon down where system calls are
-  slow (20 ms became 23 in user-mode-linux, nothing measurable on a fast machine). One that
-  failed fast is repeated at once, with the log, to hear the cause.
-- A "yes" is not proof: it may be about another child of the same IKE_SA. Nor is a "no" always a
-  failure: that is also strongSwan's answer when the child is up already.
-- An attempt that ran into the limit is taken back. The next one would join it otherwise, and
-  its retransmission timer, which by then waits for ever longer.
+- Only an `initiate` with a timeout reports its end, and it blocks one of charon's 16 workers. So at
+  most `MAX_WAITING` have one. The others start without, and their failure is noticed only when
+  their limit is reached.
+- The first attempt asks for no log: the 19 extra messages slow charon down where system calls are
+  slow (from 20 to 23 ms in user-mode-linux; not measurable on a fast machine). An attempt that
+  fails fast is repeated once, at once, with the log, to get the cause.
+- Success must be confirmed: strongSwan may report it for another child of the same IKE_SA. Failure
+  must be checked, too: strongSwan also reports it if the child is already up.
+- When the limit is reached, drop the half-open IKE_SA. Otherwise the next attempt would join it,
+  and its retransmission timer, whose intervals have grown long by then.
 
-It does not decide when to negotiate or whether to try again.
+Core decides when to negotiate, and whether to try again after the limit.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ from ipsecgate.core.model.ipsec import ChildName, ChildSa
 from ipsecgate.edges.strongswan.vici import Message, ViciConnection, refusal
 
 MAX_WAITING = 4
-DIAGNOSE_WITHIN = 2.0  # seconds; what failed later failed for lack of an answer
-SETTLE = 0.25  # seconds for child-updown to follow a "yes"
+DIAGNOSE_WITHIN = 2.0  # seconds; an attempt that failed later failed for lack of an answer
+SETTLE = 0.25  # seconds for the child-updown event to follow a reported success
 NO_LOG = "-1"  # below every log level
-UNEXPLAINED = " failed"  # how a refusal ends that doesn't say why
+UNEXPLAINED = " failed"  # the end of a refusal without a cause
 OUT_OF_TIME = " not established after "
 
 
 class Negotiator:
-    """Negotiations with the daemon at `path`, each on a connection of its own.
+    """Negotiations with the daemon at `path`, each on a separate connection.
 
-    `established` lists the CHILD_SAs there are; `take_back` drops half-open IKE_SAs.
+    `established` lists the CHILD_SAs; `drop_half_open` drops an IKE configuration's half-open
+    IKE_SAs.
     """
 
     def __init__(
         self,
         path: Path,
         established: Callable[[], Awaitable[Iterable[ChildSa]]],
-        take_back: Callable[[str], Awaitable[None]],
+        drop_half_open: Callable[[str], Awaitable[None]],
     ) -> None:
         self._path = path
         self._established = established
-        self._take_back = take_back
+        self._drop_half_open = drop_half_open
         self._spare: list[ViciConnection] = []
         self._connections = asyncio.Semaphore(2 * MAX_WAITING)
         self._waiting = 0
         self._ups: dict[ChildName, asyncio.Event] = {}
 
     async def prepare(self) -> None:
-        """Open a connection ahead of the first negotiation. Raises: IkeUnreachableError."""
+        """Open the first negotiation's connection in advance. Raises: IkeUnreachableError."""
         self._spare.append(await ViciConnection.open(self._path))
 
     def close(self) -> None:
@@ -64,13 +65,13 @@ class Negotiator:
         while self._spare:
             self._spare.pop().close()
 
-    def came_up(self, name: ChildName) -> None:
-        """Take note that a child came up."""
+    def on_child_up(self, name: ChildName) -> None:
+        """Record that a child came up."""
         if name in self._ups:
             self._ups[name].set()
 
     async def negotiate(self, name: ChildName, limit: float) -> str | None:
-        """Negotiate a child for `limit` seconds; return why it failed, None if it is up.
+        """Negotiate a child for up to `limit` seconds; return why it failed, None if it is up.
 
         Raises: IkeError, ViciError.
         """
@@ -79,25 +80,25 @@ class Negotiator:
         began = clock()
         deadline = began + limit
         log: list[str] | None = None
-        while (refused := await self._ask(name, deadline - clock(), log)) is not None:
+        while (reason := await self._initiate(name, deadline - clock(), log)) is not None:
             if await self._is_up(name):
                 return None
-            if OUT_OF_TIME in refused:
+            if OUT_OF_TIME in reason:
                 break
-            if log is not None or not refused.endswith(UNEXPLAINED):
-                return failure_cause(log or ()) or refused
+            if log is not None or not reason.endswith(UNEXPLAINED):
+                return failure_cause(log or ()) or reason
             if clock() - began > DIAGNOSE_WITHIN:
                 return f"the peer is silent: strongSwan gave up after {clock() - began:.0f} s"
             log = []
-        if refused is None and await self._comes_up(name, deadline):
+        if reason is None and await self._comes_up(name, deadline):
             return None
-        await self._take_back(name.ike)
+        await self._drop_half_open(name.ike)
         return f"no CHILD_SA within {limit:g} s: the peer is slow or silent"
 
-    async def _ask(self, name: ChildName, limit: float, log: list[str] | None) -> str | None:
-        """Ask once, and wait for the end if there is a place; return the refusal.
+    async def _initiate(self, name: ChildName, limit: float, log: list[str] | None) -> str | None:
+        """Initiate once; return why that failed, None on success or without a wait for the end.
 
-        `log` gets what strongSwan logs meanwhile.
+        charon waits if fewer than `MAX_WAITING` attempts do. `log` receives what it logs.
         """
         wait = self._waiting < MAX_WAITING
         message = {
@@ -131,7 +132,10 @@ class Negotiator:
         return result
 
     async def _comes_up(self, name: ChildName, deadline: float) -> bool:
-        """Wait for the child until the deadline; soon look whether it was up all the time."""
+        """Wait for the child until the deadline.
+
+        Check early whether it was already up, because then no event follows.
+        """
         soon = asyncio.get_running_loop().time() + SETTLE
         for until in (min(soon, deadline), deadline):
             with suppress(TimeoutError):
@@ -147,5 +151,5 @@ class Negotiator:
 
 
 def milliseconds(seconds: float) -> str:
-    """Return a time limit as `initiate` takes it; its 0 would be none at all."""
+    """Return a time limit as `initiate` takes it; 0 would mean no limit."""
     return str(max(1, round(seconds * 1000)))

@@ -1,4 +1,4 @@
-"""Ask which IKE daemon answers, without changing it."""
+"""Find out which IKE daemon runs, without changing it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ipsecgate.core.codec.vici import is_userland
 
 
 def ike_daemon(path: Path, timeout: float = 5.0) -> tuple[str, bool]:
-    """Return what daemon answers on a VICI socket, and whether it does ESP itself.
+    """Return the name and version of a daemon, and whether it does userspace ESP.
 
-    Raises: OSError.
+    `timeout`: seconds for each answer. Raises: OSError.
     """
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(timeout)
         sock.connect(os.fspath(path))
         session = Session(sock)
-        told, userland = session.version(), is_userland(session.stats())
-    return " ".join(told[key].decode() for key in ("daemon", "version")), userland
+        version, userland = session.version(), is_userland(session.stats())
+    return " ".join(version[key].decode() for key in ("daemon", "version")), userland

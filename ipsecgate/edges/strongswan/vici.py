@@ -1,9 +1,11 @@
-"""One VICI connection over asyncio: packets of strongSwan's control protocol, nothing more.
+"""One VICI connection over asyncio: sends and receives the packets of strongSwan's protocol.
 
-Rules of this module: PyPI's `vici` writes packets and messages; its reader, which skips what it
-does not know, and its blocking session are not used. On one connection a command's answer comes
-before the next command is read, and events come in between. A packet longer than VICI allows, or
-one that can't be parsed, ends the connection: what follows it means nothing.
+Rules of this module:
+- PyPI's `vici` encodes packets and messages. We do not use its reader, which skips what it does not
+  know, nor its session, which blocks.
+- charon answers a command before it reads the next one; events may arrive in between.
+- A packet that is longer than VICI allows, or that cannot be parsed, ends the connection, because
+  nothing after it can be trusted.
 
 Source: README.md of strongSwan's vici plugin, "Protocol description".
 """
@@ -25,7 +27,7 @@ from ipsecgate.core.codec.vici_wire import CMD_RESPONSE, EVENT_CONFIRM, Answer, 
 from ipsecgate.errors import GateError
 
 MAX_PACKET: int = protocol.Transport.MAX_SEGMENT  # 512 KiB
-OLD = "install strongSwan 5.9 or later"
+TOO_OLD = "install strongSwan 5.9 or later"
 
 Message = Mapping[str, Any]
 
@@ -34,19 +36,19 @@ _PEER_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
 class IkeError(GateError):
-    """The IKE daemon can't do what was asked."""
+    """The IKE daemon cannot be reached, or refused a command."""
 
 
 class IkeUnreachableError(IkeError):
-    """The connection to the IKE daemon can't be made, or broke."""
+    """The connection to the IKE daemon cannot be made, or broke."""
 
 
 class IkeRefusedError(IkeError):
-    """The IKE daemon answered "no" to a command."""
+    """The IKE daemon refused a command, or does not know it."""
 
 
 class ViciConnection:
-    """A connection to the daemon at `path`; made by `open`."""
+    """A connection to the daemon at `path`; use `open` to make one."""
 
     def __init__(self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self.path = path
@@ -64,7 +66,7 @@ class ViciConnection:
 
     @property
     def peer_pid(self) -> int:
-        """The process that listened on the socket: the daemon's, 0 if it is in no view of ours.
+        """The pid that listened on the socket: the daemon's, 0 if not in our pid namespace.
 
         Source: SO_PEERCRED in unix(7).
         """
@@ -77,7 +79,7 @@ class ViciConnection:
         self._writer.close()
 
     def send(self, packet: bytes) -> None:
-        """Queue a packet; requests are small. Raises: IkeUnreachableError."""
+        """Queue a packet, without waiting for it to be sent. Raises: IkeUnreachableError."""
         if self._writer.is_closing():
             raise _unreachable(self.path, "connection closed")
         self._writer.write(_LENGTH.pack(len(packet)) + packet)
@@ -95,24 +97,26 @@ class ViciConnection:
             raise _unreachable(self.path, os.strerror(error.errno or 0)) from error
         except ViciError as error:
             self.close()
-            raise _unreachable(self.path, f"not understood: {error}") from error
+            raise _unreachable(
+                self.path, f"the daemon sent a packet that cannot be read: {error}"
+            ) from error
 
     async def register(self, event: str) -> None:
-        """Ask for an event.
+        """Subscribe to an event.
 
-        Raises: IkeRefusedError if the daemon doesn't know it; IkeUnreachableError.
+        Raises: IkeRefusedError if the daemon does not know it; IkeUnreachableError.
         """
         self.send(protocol.Packet.register_event(event))
         answer = await self._answer([])
         if answer.kind != EVENT_CONFIRM:
-            raise IkeRefusedError(f"strongSwan has no event {event!r}", hint=OLD)
+            raise IkeRefusedError(f"strongSwan has no event {event!r}", hint=TOO_OLD)
 
     async def exchange(
         self, command: str, message: Message, stream: str | None = None
     ) -> tuple[Message, list[Message]]:
-        """Run a command; return its answer and the events of that name it streamed.
+        """Run a command; return its answer and the messages of the event `stream` before it.
 
-        Raises: IkeRefusedError if the daemon doesn't know it; IkeUnreachableError.
+        Raises: IkeRefusedError if the daemon does not know it; IkeUnreachableError.
         """
         if stream is not None:
             await self.register(stream)
@@ -123,15 +127,15 @@ class ViciConnection:
             self.send(protocol.Packet.unregister_event(stream))
             await self._answer([])
         if answer.kind != CMD_RESPONSE:
-            raise IkeRefusedError(f"strongSwan has no command {command!r}", hint=OLD)
+            raise IkeRefusedError(f"strongSwan has no command {command!r}", hint=TOO_OLD)
         return answer.message, events
 
     async def request(
         self, command: str, message: Message, stream: str | None = None
     ) -> list[Message]:
-        """Run a command; return the events of that name it streamed.
+        """Run a command; return the messages of the event `stream` that came before its answer.
 
-        Raises: IkeRefusedError, with the daemon's own words if it says no; IkeUnreachableError.
+        Raises: IkeRefusedError with the daemon's reason; IkeUnreachableError.
         """
         answer, events = await self.exchange(command, message, stream)
         if (reason := refusal(answer)) is not None:
@@ -145,7 +149,7 @@ class ViciConnection:
 
 
 def refusal(answer: Message) -> str | None:
-    """Return why the daemon says no in an answer, None if it does not."""
+    """Return the reason if an answer reports failure, None if it reports success."""
     if answer.get("success", b"yes") == b"yes":
         return None
     reason = answer.get("errmsg")
@@ -160,7 +164,7 @@ def _unreachable(path: Path, reason: str) -> IkeUnreachableError:
 
 
 def no_answer(path: Path, limit: float) -> IkeUnreachableError:
-    """Return the error of a daemon that kept silent for that many seconds."""
+    """Return the error for a daemon that did not answer for `limit` seconds."""
     return IkeUnreachableError(
         f"strongSwan at {path}: no answer in {limit:g} s",
         hint="see strongSwan's log, and restart it if it hangs",

@@ -1,8 +1,8 @@
-"""When the kernel changed its SAs, policies and routes, seen by a process that does only that.
+"""Record when the kernel changes its SAs, policies and routes, in a process of its own.
 
-A thread would share the interpreter with whatever the test does meanwhile, and its stamps would
-come late by tens of milliseconds; this process is a real-time one, before all others. It keeps
-what it saw until it is asked: waiting for a reader, it would stamp the next event late.
+A thread would share the interpreter with the test, and its time stamps would be tens of
+milliseconds late. The process has real-time priority. It keeps the events until it is asked for
+them: blocked by a slow reader, it would stamp the next event late.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ipsecgate.lab.xfrm_watch import BUFFER, GROUPS, SO_RCVBUFFORCE, XfrmEvent, 
 RTMGRP_IPV4_ROUTE = 0x40
 
 
-class ProtectionSource:
+class KernelEvents:
     """Follow a namespace's XFRM events, and ROUTE for any change of its IPv4 routes.
 
     `local` are its addresses, to tell out from in.
@@ -46,18 +46,18 @@ class ProtectionSource:
         told.close()
 
     def events(self) -> list[XfrmEvent]:
-        """Return what was seen since `forget`. Raises: EOFError if the kernel dropped events."""
+        """Return the events since `forget`. Raises: EOFError if the kernel dropped some."""
         self._output.send("?")
         self._events += self._output.recv()
         return self._events
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Drop the events so far."""
         self.events()
         self._events = []
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.kill()
         self._process.join()
         self._output.close()

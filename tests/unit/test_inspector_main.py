@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ipsecgate.core.codec.seccomp import Notification, notification, packed
 from ipsecgate.core.model.flow import Flow, unmap
-from ipsecgate.edges.holding.inspector_process import ANSWER, decode, encode
+from ipsecgate.edges.holding.inspector_main import ANSWER, Finding, decode, encode
 
 PORTS = st.integers(0, 2**16 - 1)
 WORDS = st.integers(0, 2**32 - 1)
@@ -21,8 +21,9 @@ FLOWS = st.builds(Flow, ADDRESSES, st.integers(0, 255), PORTS, st.none() | ADDRE
 
 
 @given(FLOWS, st.booleans())
-def test_an_encoded_answer_decodes_to_itself(flow: Flow, patient: bool) -> None:
-    assert decode(encode((flow, patient))) == (flow, patient)
+def test_an_encoded_finding_decodes_to_itself(flow: Flow, blocking: bool) -> None:
+    finding = Finding(flow, blocking)
+    assert decode(encode(finding)) == finding
 
 
 def test_an_empty_answer_decodes_to_none() -> None:
@@ -30,9 +31,9 @@ def test_an_empty_answer_decodes_to_none() -> None:
 
 
 @given(st.binary(min_size=ANSWER.size, max_size=ANSWER.size))
-def test_any_bytes_decode_to_a_flow_or_none(raw: bytes) -> None:
-    found = decode(raw)
-    assert found is None or encode(found)[1:] == raw[1:]
+def test_any_bytes_decode_to_a_finding_or_none(raw: bytes) -> None:
+    finding = decode(raw)
+    assert finding is None or encode(finding)[1:] == raw[1:]
 
 
 @pytest.mark.parametrize("length", [0, ANSWER.size - 1, ANSWER.size + 1])

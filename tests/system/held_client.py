@@ -1,8 +1,9 @@
-"""Clients whose calls are held: one call as a word, what came of it as a line of JSON.
+"""A client that makes one kind of call, to be held, and prints the result as a line of JSON.
 
-    python held.py CALL ADDRESS PORT [ARGUMENT]  ->  {"error": "" or an errno, "seconds": 0.1, …}
+    python -m tests.system.held_client CALL ADDRESS PORT ARGUMENT
+        ->  {"error": "" or an errno, "seconds": 0.1, ...}
 
-Calls are made by libc itself where it matters: Python's own connect() hides EINTR.
+Where it matters, libc makes the call directly: Python's own connect() hides EINTR.
 """
 
 from __future__ import annotations
@@ -90,12 +91,12 @@ def uring_connect(address: str, port: int, _argument: str) -> Result:
 
 
 def twice(address: str, port: int, _argument: str) -> Result:
-    """Connect, and again after whatever came of that."""
+    """Connect twice, whatever the first result is."""
     return {"first": tcp(address, port, ""), **tcp(address, port, "")}
 
 
 def threads(address: str, port: int, argument: str) -> Result:
-    """Have many threads send a datagram each, all at one time: when a line comes in."""
+    """Send a datagram from each of many threads at the same time, when a line arrives."""
     threading.stack_size(SMALL_STACK)
     socks = [new(socket.SOCK_DGRAM, address) for _ in range(int(argument))]
     results: list[Result] = []
@@ -118,7 +119,7 @@ def threads(address: str, port: int, argument: str) -> Result:
 
 
 def odd(address: str, port: int, _argument: str) -> Result:
-    """Give an Internet address to what is no Internet socket, in all ways that come to mind."""
+    """Connect sockets of other families, then use bad descriptors and bad pointers."""
     name = ctypes.create_string_buffer(uring.sockaddr(address, port))
     errors = []
     for family, kind in (
@@ -136,7 +137,7 @@ def odd(address: str, port: int, _argument: str) -> Result:
 
 
 def served(address: str, port: int, path: str) -> Result:
-    """Connect to an address in memory that a file system serves."""
+    """Connect to an address that lies in memory mapped from `path`."""
     sock = new(socket.SOCK_STREAM, address)
     with Path(path).open("r+b") as file, mmap.mmap(file.fileno(), mmap.PAGESIZE) as memory:
         where = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -145,15 +146,15 @@ def served(address: str, port: int, path: str) -> Result:
 
 
 def posing(address: str, port: int, path: str) -> Result:
-    """Connect what is a file, then as everybody does."""
+    """Call connect() on a file, then connect normally."""
     name = ctypes.create_string_buffer(uring.sockaddr(address, port))
-    fd = os.open(path, os.O_RDONLY)  # never closed: that is what waits
+    fd = os.open(path, os.O_RDONLY)  # never closed: close() would wait
     first = tried(lambda: checked(uring.libc.connect(fd, name, len(name) - 1)))
     return {"first": first, **tcp(address, port, "")}
 
 
 def hammer(address: str, port: int, _argument: str) -> Result:
-    """Connect by UDP from a few threads until the input ends; tell the errors and the longest."""
+    """Connect by UDP from a few threads until the input ends; print the errors and the longest."""
     ended = threading.Event()
     results: list[Result] = []
 
@@ -175,23 +176,23 @@ def hammer(address: str, port: int, _argument: str) -> Result:
 
 
 def handling(address: str, port: int, _argument: str) -> Result:
-    """Connect with a handler for SIGALRM; tell how many were handled.
+    """Connect with a handler for SIGALRM; print how many signals were handled.
 
-    Python's own handlers run when the call is over, so its C handler is counted.
+    Python runs its own handlers only after the call, so this counts its C handler.
     """
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell)
+    handled, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.siginterrupt(signal.SIGALRM, True)
     sock = new(socket.SOCK_STREAM, address)
     name = ctypes.create_string_buffer(uring.sockaddr(address, port))
     result = tried(lambda: raw_connect(sock, name))
-    return {**result, "handled": len(os.read(told, 1 << 16))}
+    return {**result, "handled": len(os.read(handled, 1 << 16))}
 
 
 def flip(address: str, port: int, other: str) -> Result:
-    """Connect to one address, and have another written over it when a line comes in."""
+    """Connect to one address; overwrite it with another when a line arrives."""
     name = ctypes.create_string_buffer(uring.sockaddr(address, port))
     sock = new(socket.SOCK_STREAM, address)
     changed = uring.sockaddr(other, port)
@@ -207,7 +208,7 @@ def flip(address: str, port: int, other: str) -> Result:
 
 
 def flip_all_the_time(address: str, port: int, other: str) -> Result:
-    """Connect many times while another thread writes one address over the other."""
+    """Connect many times while another thread keeps swapping two addresses."""
     one, two = uring.sockaddr(address, port), uring.sockaddr(other, port)
     name = ctypes.create_string_buffer(one)
     ended = threading.Event()
@@ -221,7 +222,7 @@ def flip_all_the_time(address: str, port: int, other: str) -> Result:
     thread = threading.Thread(target=flipping)
     thread.start()
     for _ in range(300):
-        time.sleep(random.random() / 1000)  # one processor must find time to write, too
+        time.sleep(random.random() / 1000)  # on one processor the writer needs time, too
         with new(socket.SOCK_DGRAM, address) as sock:
             error = tried(lambda s=sock: raw_connect(s, name))["error"]  # type: ignore[misc]
             reached = error or sock.getpeername()[0]
@@ -242,7 +243,15 @@ CALLS: dict[str, Callable[[str, int, str], Result]] = {
 
 def command(call: str, address: object, port: int, argument: object = "") -> list[str]:
     """Return the words that run a call."""
-    return [sys.executable, "-m", "tests.system.held", call, str(address), str(port), str(argument)]
+    return [
+        sys.executable,
+        "-m",
+        "tests.system.held_client",
+        call,
+        str(address),
+        str(port),
+        str(argument),
+    ]
 
 
 if __name__ == "__main__":

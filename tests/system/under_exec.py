@@ -1,4 +1,4 @@
-"""Programs under `ipsecgate exec`, how they end, and what of them is on the wire."""
+"""Run programs under `ipsecgate exec`, and check their packets on the wire."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def start(lab: Lab, gate: Gated, command: Sequence[str], *options: str) -> subpr
 
 
 def say(process: subprocess.Popen[str]) -> None:
-    """Have a call go on that waits for a line."""
+    """Send the line for which a call waits (see `held_client`)."""
     assert process.stdin
     process.stdin.write("\n")
     process.stdin.flush()
 
 
 def ended(process: subprocess.Popen[str], timeout: float = 60.0) -> dict[str, Any]:
-    said, told = process.communicate(timeout=timeout)
-    assert said, f"it ended with {process.returncode}: {told}"
-    result: dict[str, Any] = json.loads(said)
+    output, errors = process.communicate(timeout=timeout)
+    assert output, f"it ended with {process.returncode}: {errors}"
+    result: dict[str, Any] = json.loads(output)
     return result
 
 
@@ -59,7 +59,7 @@ def wait_held(gate: Gated, count: int = 1, timeout: float = 60.0) -> None:
 
 @contextlib.contextmanager
 def nothing_in_clear(lab: Lab, *, esp: bool) -> Iterator[None]:
-    """Capture during the block: nothing in clear, no SYN sent again, and ESP or none."""
+    """Assert that the block sends nothing in clear, repeats no SYN, and sends ESP or none."""
     before = lab.a.counters()["TcpExtTCPSynRetrans"]
     with lab.capture() as capture:
         yield
@@ -71,7 +71,7 @@ def nothing_in_clear(lab: Lab, *, esp: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def paused(pid: int) -> Iterator[None]:
-    """Stop a process during the block."""
+    """Pause a process (SIGSTOP) during the block."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -80,5 +80,5 @@ def paused(pid: int) -> Iterator[None]:
 
 
 def stopped(lab: Lab) -> AbstractContextManager[None]:
-    """Stop strongSwan during the block: a negotiation neither succeeds nor fails."""
+    """Pause strongSwan during the block: a negotiation neither succeeds nor fails."""
     return paused(lab.a.charon.pid)

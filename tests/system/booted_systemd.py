@@ -1,11 +1,11 @@
-"""A real systemd as process 1 of the lab's host a, with the program as `make install` leaves it.
+"""A real systemd as process 1 on the lab's host a, with the program as `make install` leaves it.
 
-It has host a's network, and pids, mounts, devices and a part of the cgroup tree of its own. Its
-root is this machine's with a layer above: what was installed, and the units and settings of the
-test. All that it writes is gone at its end; only the bpffs is kept, to be looked at then.
+It shares the network of host a and has its own pids, mounts, devices and part of the cgroup tree.
+Its root is this machine's, under a layer with the installed program and the units and settings of
+the test. Everything that it writes is deleted at the end, except the bpffs, which tests inspect.
 
-Rules of this module: nothing is emulated, and nothing judged. The machine's own units are
-there, but of those that a boot starts by itself only what `WANTED` names.
+This module judges nothing. The machine's own units are present, but a boot starts only those that
+`WANTED` names.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ipsecgate.lab.uml import children_of
 CHECKOUT = Path(__file__).parents[2]
 INSTALLED = CHECKOUT / ".cache/root"
 UNITS = "usr/lib/systemd/system"
-CHARON = "/run/charon"  # where the lab's strongSwan is seen: PrivateTmp= hides its folder
-# Folders of which only our layers' part is seen: what this machine would start, keeps and is told.
+CHARON = "/run/charon"  # the lab's strongSwan appears here: PrivateTmp= hides its real folder
+# Folders of which only our layer is visible: units that this machine starts, its caches and logs.
 OURS = (
     *("etc/systemd/system", "etc/ipsecgate", "var/cache", "var/log"),
     *(f"{UNITS}/{name}.target.wants" for name in ("sysinit", "sockets", "timers", "multi-user")),
@@ -39,7 +39,7 @@ OURS = (
 WANTED = {"sysinit": ("systemd-journald.service", "systemd-tmpfiles-setup.service")}
 TIMEOUT = 60.0
 
-# Process 1 until it becomes systemd: it makes the root as container tools do, and moves there.
+# Process 1 runs this until it becomes systemd: make the root as container tools do, and enter it.
 INIT = """
 set -eu
 read -r _go
@@ -66,8 +66,8 @@ exec env -i container=ipsecgate-test PATH=/usr/sbin:/usr/bin:/sbin:/bin \
 """
 
 
-class Manager:
-    """Such a systemd; `files` is what the test adds to the root, by its path there."""
+class BootedSystemd:
+    """Such a systemd; `files`: what the test adds to the root, by path."""
 
     def __init__(self, lab: Lab, files: Mapping[str, str]) -> None:
         self._lab = lab
@@ -100,7 +100,7 @@ class Manager:
         self.close()
 
     def boot(self) -> None:
-        """Start it, and wait until it has started all that is wanted."""
+        """Start it, and wait until every wanted unit has started."""
         for folder in (self.cgroup.parents[1], self.cgroup.parent):
             (folder / "cgroup.subtree_control").write_text("+cpu +memory +pids")
         self.bpffs.mkdir()
@@ -122,11 +122,13 @@ class Manager:
             )
         assert self._process.stdin is not None
         self.until(self._is_forked, "it does not start")
-        # Process 1 can give controllers to its units only where no other process is beside it.
+        # Process 1 can enable cgroup controllers for its units only if it is alone in its cgroup.
         (self._lab.cgroup("beside") / "cgroup.procs").write_text(str(self._process.pid))
         self._process.stdin.write("go\n")
         self._process.stdin.close()
-        self.until(self._is_up, "it does not start", within=300)  # the hooks are compiled, too
+        self.until(
+            self._is_up, "it does not start", within=300
+        )  # this includes compiling the hooks
 
     def _is_forked(self) -> bool:
         assert self._process is not None
@@ -147,21 +149,21 @@ class Manager:
         return False
 
     def until(self, holds: Callable[[], object], what: str, within: float = TIMEOUT) -> None:
-        """Wait until something holds."""
+        """Wait until the condition holds. Raises: AssertionError with `what` and the log."""
         deadline = time.monotonic() + within
         while not holds():
             assert time.monotonic() < deadline, f"{what}\n{self.log()}"
             time.sleep(0.05)
 
-    # --- what is done in it -----------------------------------------------------------
+    # --- running commands in it -------------------------------------------------------
 
     def words(self, *argv: str) -> list[str]:
-        """Return the command that runs another one in it, outside its units."""
+        """Return the command that runs `argv` in it, outside its units."""
         spaces = ("--mount", "--pid", "--cgroup", "--net", "--wd=/")
         return ["nsenter", f"--target={self.pid}", *spaces, "--", *argv]
 
     def run(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        """Run a command in it; how it ended is the caller's to look at."""
+        """Run a command in it; the caller checks the exit code."""
         return subprocess.run(
             self.words(*argv), capture_output=True, text=True, check=False, timeout=TIMEOUT * 2
         )
@@ -170,41 +172,41 @@ class Manager:
         return self.run("systemctl", *words)
 
     def start(self, name: str, command: Sequence[str], *properties: str) -> None:
-        """Start a transient unit; its output is in `output(name)`."""
+        """Start a transient unit; `output(name)` returns its output."""
         said = f"StandardOutput=file:/run/{name}.out"
         options = [f"--property={word}" for word in (said, *properties)]
         done = self.run("systemd-run", "--quiet", f"--unit={name}", *options, "--", *command)
         assert done.returncode == 0, done.stderr
 
     def file(self, path: str) -> Path:
-        """Return where a file of its root is seen from here."""
+        """Return the path from here to a file in its root."""
         return Path(f"/proc/{self.pid}/root{path}")
 
     def output(self, name: str) -> str:
         return self.file(f"/run/{name}.out").read_text()
 
     def show(self, unit: str, key: str) -> str:
-        """Return one of a unit's properties."""
+        """Return a property of a unit."""
         return self.systemctl("show", "--value", f"--property={key}", unit).stdout.strip()
 
     def ask(self) -> dict[str, Any]:
-        """Return the controller's own word, nothing where none answers."""
+        """Return the controller's status, {} if none answers."""
         with contextlib.suppress(NoControllerError):
             return control.ask(self.file("/run/ipsecgate/control.sock"), "status", TIMEOUT)
         return {}
 
     @contextlib.contextmanager
     def successor(self) -> Iterator[None]:
-        """Wait until a controller that was started within the block has published."""
+        """Wait at the end until a controller that the block has started is ready."""
         old = self.ask()["pid"]
         yield
         self.until(
-            lambda: (told := self.ask()) and told["pid"] != old and told["ready"],
-            "there is no successor",
+            lambda: (status := self.ask()) and status["pid"] != old and status["ready"],
+            "no new controller became ready",
         )
 
     def main_pid(self, unit: str) -> int:
-        """Return the one process of a service that process 1 started, as seen from here."""
+        """Return the main process of a service: the one whose parent is process 1."""
         pids = (self.cgroup / f"system.slice/{unit}/cgroup.procs").read_text().split()
         (main,) = (int(pid) for pid in pids if self._is_parent(pid))
         return main
@@ -215,24 +217,24 @@ class Manager:
         return False
 
     def log(self, unit: str = "") -> str:
-        """Return the journal, a unit's or all of it."""
+        """Return the journal of a unit, or all of it."""
         if not self._is_systemd():
             return (self._folder / "log").read_text()
-        of = (f"--unit={unit}",) if unit else ()
-        return self.run("journalctl", "--no-pager", "--output=short-monotonic", *of).stdout
+        only = (f"--unit={unit}",) if unit else ()
+        return self.run("journalctl", "--no-pager", "--output=short-monotonic", *only).stdout
 
     # --- its end ----------------------------------------------------------------------
 
     def shut_down(self) -> None:
-        """Have it stop everything and end, as by `systemctl poweroff`."""
+        """Shut it down, as `systemctl poweroff` does, and wait."""
         assert self._process is not None
         os.kill(self.pid, signal.SIGRTMIN + 4)
         self._process.wait(TIMEOUT * 2)
 
     def close(self) -> None:
-        """End it, whatever it does, and take away what it left."""
+        """Kill it, and remove everything that it left."""
         if self._process is not None and self._process.poll() is None:
-            self._process.kill()  # and with it process 1, and with that all of them
+            self._process.kill()  # this also kills process 1 and with it all others
             self._process.wait()
         if self.bpffs.is_dir():
             with contextlib.suppress(OSError):

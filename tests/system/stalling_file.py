@@ -1,4 +1,4 @@
-"""A file whose bytes never come, nor does the end of closing it: served by FUSE, from here.
+"""A file, served by FUSE from this process, on which read() and close() never return.
 
 Source: linux/fuse.h, protocol 7.31.
 """
@@ -36,7 +36,7 @@ ANSWERS = {INIT: _init(), GETATTR: _attributes(), OPEN: bytes(16), RELEASE: b""}
 
 
 class StallingFile:
-    """The file: who reads it, or closes it, waits until the `with` block ends."""
+    """The file. A process that reads or closes it waits until the `with` block ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,7 +60,7 @@ class StallingFile:
         os.close(self._fuse)
 
     def _serve(self) -> None:
-        with suppress(OSError):  # ENODEV: it is gone
+        with suppress(OSError):  # ENODEV: it was unmounted
             while True:
                 request = os.read(self._fuse, LARGEST)
                 _, opcode, unique, *_ = IN.unpack_from(request)

@@ -1,4 +1,4 @@
-"""A controller as systemd would start it, on a host whose way out leads nowhere, without IKE."""
+"""A controller as systemd starts it, without IKE, in a namespace whose only link leads nowhere."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PORT = 9
 
 
 @dataclass
-class Unit:
-    """A controller that is started as systemd would start it."""
+class ControllerProcess:
+    """A controller with a configuration, a cgroup to gate, and a service manager's socket."""
 
     name: str
     cache: Path
@@ -57,7 +57,7 @@ class Unit:
         files: int | None = None,
         wrap: Sequence[str] = (),
     ) -> None:
-        """Start; `code` runs before it, in its process: the step that fails."""
+        """Start the controller; `code` runs first in its process, to break one step."""
         program = f"{code}\nfrom ipsecgate.cli import main\nmain({self.argv('run')!r})\n"
 
         def limit() -> None:
@@ -76,7 +76,7 @@ class Unit:
             )
 
     def _forget(self) -> None:
-        """Take no word of a predecessor's, which has ended, for one of the next."""
+        """Drop what an earlier controller has sent."""
         self.heard.clear()
         self.manager.setblocking(False)
         with suppress(BlockingIOError):
@@ -84,7 +84,7 @@ class Unit:
                 self.manager.recv(4096)
 
     def hears(self, word: str, within: float = 30.0) -> bool:
-        """Wait for a word from the controller."""
+        """Wait for a notification that begins with `word`; return whether it came."""
         deadline = time.monotonic() + within
         while time.monotonic() < deadline:
             self.manager.settimeout(max(0.001, deadline - time.monotonic()))
@@ -100,7 +100,7 @@ class Unit:
         return control.ask(self.folder / "run" / self.name / "control.sock", verb, 60.0)
 
     def eventually(self, holds: Callable[[], Any], within: float = 30.0) -> bool:
-        """Wait until something holds; a controller that does not answer yet is waited for."""
+        """Wait for the condition; return whether it came true. The controller may start late."""
         deadline = time.monotonic() + within
         while time.monotonic() < deadline:
             with suppress(NoControllerError):
@@ -110,7 +110,7 @@ class Unit:
         return False
 
     def configure(self, text: str) -> None:
-        """Write the configuration whole: keys of [gate], then policies."""
+        """Write the configuration: keys of [gate], then policies."""
         self.config.write_text(f'[gate]\nvici = "{self.folder}/vici"\n{text}')
 
     def cli(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -133,7 +133,7 @@ class Unit:
 
 
 @pytest.fixture
-def unit(unique: str, cache: Path, tmp_path: Path) -> Iterator[Unit]:
+def controller(unique: str, cache: Path, tmp_path: Path) -> Iterator[ControllerProcess]:
     with ExitStack() as stack:
         namespace = Namespace(unique)
         stack.callback(namespace.remove)
@@ -152,7 +152,7 @@ def unit(unique: str, cache: Path, tmp_path: Path) -> Iterator[Unit]:
         stack.callback(Pins(Path("/sys/fs/bpf"), unique).unload)
         manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         manager.bind(str(tmp_path / "notify"))
-        made = Unit(unique, cache, tmp_path, cgroup, namespace, manager)
+        made = ControllerProcess(unique, cache, tmp_path, cgroup, namespace, manager)
         made.config.write_text(
             f'[gate]\ncgroups = ["{cgroup}"]\nvici = "{tmp_path}/vici"\n'
             f'[[policy]]\nname = "there"\nremote = ["{THERE[4]}"]\n'
@@ -162,8 +162,8 @@ def unit(unique: str, cache: Path, tmp_path: Path) -> Iterator[Unit]:
 
 
 @pytest.fixture
-def caller(unit: Unit) -> Iterator[Caller]:
-    made = Caller(unit.namespace.path, unit.cgroup)
+def caller(controller: ControllerProcess) -> Iterator[Caller]:
+    made = Caller(controller.namespace.path, controller.cgroup)
     yield made
     made.close()
 

@@ -1,18 +1,19 @@
-"""A gated process speaks while the SA under it lives; what it met is held against the kernel.
+"""A gated process calls repeatedly while its SA changes; each result is compared with the kernel.
 
-    covered(t): the kernel has an outbound SA and an outbound policy at t, by its own XFRM events
-    gap:        from the moment that ceased to be until it is again
-    uncertain:  whoever is refused then is excused, and nobody has to be
+    covered(t)  at time t the kernel has an outbound SA and an outbound policy, by its XFRM events
+    gap         a period that is not covered
+    uncertain   a period in which a call may be refused or let through
 
-Rules of this module: the gate's own word counts for nothing. The witnesses are the kernel's
-events, a capture between the hosts, and what each system call returned. The kernel tells the gate
-and the witness at one time, and the gate needs the processor (the guest has one, and two charons
-want it) before it can act: a call that was made within `Record.tolerance` of an edge of a gap
-may go either way. That is TOLERANCE and twice the longest that the speaking process, which wants
-the processor as well, was kept waiting for it: the gate waits for its turn, and loses it once.
+The gate's own status is not evidence. The evidence is the kernel's events, a capture between the
+hosts, and the result of each system call.
 
-A kernel that is preempted may delete an SA while a packet is on its way through it: the call then
-has the kernel's own EINVAL, and XfrmOutStateInvalid counts it. So many of those are no surprise.
+The gate and this recorder get the kernel's events at the same time, but the gate needs the
+processor before it can act, and the guest has only one. So a call within `Record.tolerance` of the
+edge of a gap may go either way. The tolerance is TOLERANCE plus twice the longest time that the
+calling process itself waited for the processor.
+
+A preempted kernel may delete an SA while a packet is passing through it. The call then returns the
+kernel's own EINVAL, and XfrmOutStateInvalid counts it. That many EINVALs are accepted.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from typing import Self
 from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.gated import Gated
-from ipsecgate.lab.hosts import Host, Lab
+from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.xfrm_watch import XfrmEvent
-from tests.system.pulse import PERIOD, Attempt, Pulse, Target
-from tests.system.witness import ProtectionSource
+from tests.system.kernel_events import KernelEvents
+from tests.system.prober import PERIOD, Attempt, Prober, Target
 
 TOLERANCE = 0.03
 SETTLE = 0.15
@@ -52,7 +53,7 @@ def outbound(event: XfrmEvent) -> bool:
 
 
 def gaps(events: Sequence[XfrmEvent], wanted: Wanted = outbound) -> list[Gap]:
-    """Return when the kernel had no wanted SA, or no wanted policy, to begin with none."""
+    """Return the periods without a wanted SA or policy; the first one begins at -inf."""
     sas: set[int] = set()
     policies: set[tuple[object, object]] = set()
     found: list[Gap] = []
@@ -91,12 +92,12 @@ def openings(
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What happened: every attempt, the kernel's gaps, the wire. Times are CLOCK_MONOTONIC."""
+    """Every attempt, the kernel's gaps, and the captured packets. Times are CLOCK_MONOTONIC."""
 
     attempts: list[Attempt]
     gaps: list[Gap]
     seen: Captured
-    died: int  # packets whose SA went under them
+    died: int  # packets whose SA was deleted while they passed through it
     uncertain: list[Gap] = field(default_factory=list)
 
     @property
@@ -106,17 +107,18 @@ class Record:
 
     @property
     def tolerance(self) -> float:
-        """Return how near to a gap's edge nothing is certain, in seconds."""
+        """Return how close to the edge of a gap a call may go either way, in seconds."""
         pairs = zip(self.attempts, self.attempts[1:], strict=False)
         waited = max((after.ended - before.ended for before, after in pairs), default=0.0)
         return TOLERANCE + 2 * waited
 
     def wrongly_refused(self) -> list[Attempt]:
-        """Return who was refused outside of all gaps; what died is counted by the kernel."""
+        """Return the attempts refused outside all gaps; the kernel counts those with EINVAL."""
         margin, fine = self.tolerance, ("", DIED)
         return [a for a in self.attempts if a.error not in fine and not self._touched(a, margin)]
 
-    def wrongly_let_go(self) -> list[Attempt]:
+    def wrongly_let_through(self) -> list[Attempt]:
+        """Return the attempts let through inside a gap."""
         margin = -self.tolerance
         return [a for a in self.attempts if not a.error and self._within(a, margin)]
 
@@ -132,11 +134,11 @@ class Record:
         )
 
     def in_clear(self) -> list[Packet]:
-        """Return what host a sent in clear; host b has no gate."""
+        """Return the packets that host a sent in clear; host b has no gate."""
         return [packet for packet in self.seen.clear if packet.sender == "a"]
 
     def edge(self) -> float:
-        """Return how far from a gap's edge an attempt went the other way."""
+        """Return the largest distance from a gap's edge at which an attempt went the other way."""
         distances = [
             min(
                 abs(when - edge) for gap in self.gaps for edge in gap for when in (a.began, a.ended)
@@ -149,7 +151,7 @@ class Record:
     def figures(self) -> str:
         refused = sum(bool(a.error) for a in self.attempts)
         lengths = ", ".join(f"{(end - begin) * 1000:.0f}" for begin, end in self.inner_gaps)
-        wrong = f"{len(self.wrongly_refused())} refused, {len(self.wrongly_let_go())} let go"
+        wrong = f"{len(self.wrongly_refused())} refused, {len(self.wrongly_let_through())} let go"
         return (
             f"{len(self.attempts)} attempts, {refused} refused, gaps [{lengths}] ms, "
             f"wrong: {wrong}, at an edge {self.edge() * 1000:.1f} of "
@@ -158,13 +160,13 @@ class Record:
         )
 
     def judge(self, gaps: int | None = 0) -> None:
-        """Assert that the gate's answers were the kernel's; any number of gaps if None."""
+        """Assert that every result matches the kernel; `gaps`: how many, None for any number."""
         assert self.in_clear() == [], self.figures()
         assert self.wrongly_refused() == [], self.figures()
-        assert self.wrongly_let_go() == [], self.figures()
-        told = Counter(a.error for a in self.attempts)
-        assert told.pop(DIED, 0) <= self.died, self.figures()
-        assert told.keys() <= {"", *REFUSALS}, self.figures()
+        assert self.wrongly_let_through() == [], self.figures()
+        errors = Counter(a.error for a in self.attempts)
+        assert errors.pop(DIED, 0) <= self.died, self.figures()
+        assert errors.keys() <= {"", *REFUSALS}, self.figures()
         assert self.seen.esp
         last = {a.target: a.error for a in self.attempts}
         assert set(last.values()) == {""}, "covered again"
@@ -172,10 +174,11 @@ class Record:
             assert len(self.inner_gaps) == gaps
 
 
-class Life:
-    """The witnesses, and a gated process that speaks to `targets` under an SA when this begins.
+class Observation:
+    """Record the kernel, the wire, and a gated process that calls `targets` under an SA.
 
-    `load` has the connections loaded: nothing that comes after is unseen.
+    `load` loads the connections; everything after it is recorded. The block begins when the first
+    SA is in use.
     """
 
     record: Record
@@ -184,28 +187,28 @@ class Life:
         self,
         lab: Lab,
         gate: Gated,
-        witness: ProtectionSource,
+        kernel_events: KernelEvents,
         name: str,
         targets: Sequence[Target],
         load: Callable[[], object],
         period: float = PERIOD,
     ) -> None:
-        self._lab, self._gate, self._witness, self._name = lab, gate, witness, name
+        self._lab, self._gate, self._kernel_events, self._name = lab, gate, kernel_events, name
         self._targets, self._load, self._period = targets, load, period
         self._capture = lab.capture()
-        self._pulse: Pulse | None = None
-        self.uncovered: list[Gap] = []  # what the SAs alone don't show
+        self._prober: Prober | None = None
+        self.uncovered: list[Gap] = []  # gaps that the SAs alone do not show
         self.uncertain: list[Gap] = []
-        self.patience = PATIENCE  # at the end, until everything is let go
+        self.patience = PATIENCE  # seconds at the end for every target to be let through
 
     def __enter__(self) -> Self:
-        self._witness.forget()
+        self._kernel_events.forget()
         self._died = self._count_died()
         self._capture.start()
         try:
             self._load()
             space = self._lab.a.namespace.path
-            self._pulse = Pulse(space, self._gate.cgroup, self._targets, self._period)
+            self._prober = Prober(space, self._gate.cgroup, self._targets, self._period)
             self.wait_sa()
         except BaseException:
             self._close()
@@ -226,22 +229,22 @@ class Life:
             self._close()
 
     def _close(self) -> None:
-        if self._pulse is not None:
-            self._pulse.close()
+        if self._prober is not None:
+            self._prober.close()
         self._capture.close()
 
     def _finish(self) -> None:
-        assert self._pulse is not None
-        self._attempts = self._pulse.stop(self.patience)
-        self._pulse = None
+        assert self._prober is not None
+        self._attempts = self._prober.stop(self.patience)
+        self._prober = None
         self._seen = self._capture.stop()
-        self._events = list(self._witness.events())
+        self._events = list(self._kernel_events.events())
         self._died = self._count_died() - self._died
         self.record = self.record_of(self._targets)
         log.info("%s: %s", self._name, self.record.figures())
 
     def record_of(self, targets: Sequence[Target], wanted: Wanted = outbound) -> Record:
-        """Return what happened to these targets, which depend on the wanted SAs and policies."""
+        """Return the record of these targets, which depend on the wanted SAs and policies."""
         found = sorted([*gaps(self._events, wanted), *self.uncovered])
         attempts = [a for a in self._attempts if a.target in targets]
         uncertain = [*self.uncertain, *openings(self._events, found, wanted)]
@@ -255,39 +258,19 @@ class Life:
         return [e.time for e in self._events if e.name == "ROUTE" and e.time >= since]
 
     def wait(self, *names: str, since: float = 0.0, timeout: float = TIMEOUT) -> float:
-        """Return when the first outbound event of these names came; EXPIRE is the hard one."""
+        """Wait for the first outbound event of these names (EXPIRE: hard); return its time."""
         deadline = time.monotonic() + timeout
         while True:
-            for event in self._witness.events():
-                loud = event.hard or event.name != "EXPIRE"
-                if event.outbound and event.name in names and event.time >= since and loud:
+            for event in self._kernel_events.events():
+                counts = event.hard or event.name != "EXPIRE"
+                if event.outbound and event.name in names and event.time >= since and counts:
                     return event.time
             assert time.monotonic() < deadline, f"no {names} in {timeout:.0f} s"
             time.sleep(0.005)
 
     def wait_sa(self, since: float = 0.0) -> float:
-        """Return when the first SA after `since` came in; it is in use for a while by then."""
+        """Wait until the first SA after `since` is in use; return when it was installed."""
         when = self.wait("NEWSA", since=since)
         self.wait(*POLICIES, since=when)
         time.sleep(SETTLE)
         return when
-
-
-def ask(host: Host, command: str, **what: str) -> None:
-    """Have a VICI command carried out, and wait for its end."""
-    with host.charon.session() as session:
-        answer = getattr(session, command)(what)
-        if command == "terminate":
-            list(answer)
-
-
-def ike_sas(host: Host) -> set[bytes]:
-    with host.charon.session() as session:
-        return {sa["uniqueid"] for each in session.list_sas() for sa in each.values()}
-
-
-def until(condition: Callable[[], bool], otherwise: str, timeout: float = TIMEOUT) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, otherwise
-        time.sleep(0.01)

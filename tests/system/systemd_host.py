@@ -1,4 +1,4 @@
-"""What a systemd is booted with to test the units, and gated processes to tell how it goes."""
+"""The files with which systemd is booted, and gated processes that probe the gate."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.path import SITE_B
+from tests.system.booted_systemd import CHARON, CHECKOUT, INSTALLED, UNITS, BootedSystemd
 from tests.system.caller import Caller
-from tests.system.manager import CHARON, CHECKOUT, INSTALLED, UNITS, Manager
-from tests.system.pulse import Attempt, Pulse
+from tests.system.prober import Attempt, Prober
 
 PORT = 7900
-SPEC = ConnSpec("net", "transport", 4)  # no trap: without the gate it goes out in clear
+SPEC = ConnSpec("net", "transport", 4)  # no trap: without the gate packets leave in clear
 COVERED = str(SITE_B.outer[4].ip)
-NEVER = str(SITE_B.bare[4].ip)  # protected by the configuration, and nobody negotiates for it
+NEVER = str(SITE_B.bare[4].ip)  # protected by the configuration; no connection covers it
 LATER = "203.0.113.9"
 SERVICE, LOAD = "ipsecgate.service", "ipsecgate-load.service"
 CONFIG = f"""
@@ -32,7 +32,7 @@ name = "never"
 remote = ["{NEVER}"]
 """
 
-# Calls once, and says what came of it.
+# Calls once, and prints the errno.
 PROBE = f"""
 import errno, socket
 sock = socket.socket()
@@ -60,7 +60,7 @@ FILES = {
     "etc/probe.py": PROBE,
     "etc/ipsecgate/ipsecgate.toml": CONFIG,
     f"etc/systemd/system/{LOAD}.d/gated.conf": "[Unit]\nWants=gated.slice\nAfter=gated.slice\n",
-    # Debian's own unit; its daemon is the lab's.
+    # Debian's own unit, without a daemon: the lab runs charon.
     "etc/systemd/system/strongswan.service.d/lab.conf": (
         "[Service]\nType=oneshot\nRemainAfterExit=yes\nRestart=no\n"
         "ExecStart=\nExecStart=/bin/true\nExecStartPost=\n"
@@ -87,7 +87,7 @@ def module_lab() -> Iterator[Lab]:
 
 
 def installs() -> Iterator[tuple[Path, Path]]:
-    """Yield what of the checkout is installed, and where."""
+    """Yield each installed file of the checkout, and where it is installed."""
     program = INSTALLED / "usr/lib/ipsecgate/ipsecgate"
     places = {"ipsecgate": program, "bpf": program / "_bpf", "packaging/systemd": INSTALLED / UNITS}
     for name, place in places.items():
@@ -98,19 +98,19 @@ def installs() -> Iterator[tuple[Path, Path]]:
 
 
 @pytest.fixture(scope="module")
-def booted(module_lab: Lab) -> Iterator[Manager]:
+def booted(module_lab: Lab) -> Iterator[BootedSystemd]:
     hint = f"not what this checkout installs: `make installed`, outside, makes {INSTALLED}"
     for file, copy in installs():
         assert copy.is_file(), f"{copy} is missing: {hint}"
         text = file.read_bytes().replace(b"@bindir@", b"/usr/bin")
         assert copy.read_bytes() == text, f"{copy} is {hint}"
-    with Manager(module_lab, FILES) as manager:
+    with BootedSystemd(module_lab, FILES) as manager:
         yield manager
 
 
 @pytest.fixture
-def systemd(lab: Lab, booted: Manager) -> Manager:
-    """It, with a connection that can be negotiated, and no SA."""
+def systemd(lab: Lab, booted: BootedSystemd) -> BootedSystemd:
+    """The booted systemd, with a loaded connection and no SA."""
     if booted.show(SERVICE, "ActiveState") != "active":
         booted.systemctl("start", SERVICE)
     lab.load(SPEC)
@@ -120,16 +120,16 @@ def systemd(lab: Lab, booted: Manager) -> Manager:
     return booted
 
 
-def refused(lab: Lab, systemd: Manager, address: str = NEVER) -> bool:
-    """Tell whether a gated process that calls is refused."""
+def refused(lab: Lab, systemd: BootedSystemd, address: str = NEVER) -> bool:
+    """Return whether a call of a gated process is refused."""
     caller = Caller(lab.a.namespace.path, knocking(systemd))
-    told = caller("tcp", address, PORT)
+    error = caller("tcp", address, PORT)
     caller.close()
-    assert told in ("EPERM", "EINPROGRESS", "ENETUNREACH")
-    return told == "EPERM"
+    assert error in ("EPERM", "EINPROGRESS", "ENETUNREACH")
+    return error == "EPERM"
 
 
-def knocking(systemd: Manager) -> Path:
+def knocking(systemd: BootedSystemd) -> Path:
     """Return a cgroup in the gated slice for processes that outlive all units."""
     cgroup = systemd.cgroup / "gated.slice/knocking"
     cgroup.mkdir(exist_ok=True)
@@ -137,18 +137,18 @@ def knocking(systemd: Manager) -> Path:
 
 
 @contextlib.contextmanager
-def closed(lab: Lab, systemd: Manager) -> Iterator[None]:
-    """All through the block flows with an SA go on, and flows without are refused."""
+def closed(lab: Lab, systemd: BootedSystemd) -> Iterator[None]:
+    """Assert that during the block covered flows pass and uncovered ones are refused."""
     lab.a.charon.initiate("net")
     systemd.until(lambda: not refused(lab, systemd, COVERED), "it is not covered")
     targets = [("tcp", COVERED, PORT, ""), ("tcp", NEVER, PORT, "")]
     with lab.capture() as capture:
-        pulse = Pulse(lab.a.namespace.path, knocking(systemd), targets, 0.02)
+        prober = Prober(lab.a.namespace.path, knocking(systemd), targets, 0.02)
         try:
             yield
-            attempts = pulse.stop()
+            attempts = prober.stop()
         finally:
-            pulse.close()
+            prober.close()
         seen = capture.stop()
     assert seen.esp
     assert not seen.clear
@@ -160,6 +160,6 @@ def outcomes(attempts: Sequence[Attempt], address: str) -> set[str]:
     return {one.error for one in attempts if one.target[1] == address}
 
 
-def usec(systemd: Manager, unit: str) -> int:
+def usec(systemd: BootedSystemd, unit: str) -> int:
     """Return when a unit became active."""
     return int(systemd.show(unit, "ActiveEnterTimestampMonotonic"))

@@ -1,14 +1,13 @@
-"""A process that speaks all the time, and remembers how each attempt was answered.
+"""A process that repeats a round of calls without end, and records the result of each.
 
-    argv: seconds between two rounds, a list of [kind, address, port, source] as JSON
-    input: nothing, or how many seconds it may go on after the input's end until all of a round
-           are let go
-    output: a line when it starts; at its end [which of them, when it began, when it ended,
-            errno or 0] of every attempt, as JSON
+    argv    seconds between two rounds; a list of [kind, address, port, source] as JSON
+    input   at its end: seconds to go on until one whole round is let through ("" is 0)
+    output  a line at the start; at the end, of every attempt [index of the target, start, end,
+            errno or 0], as JSON
 
-Kinds: `fresh` and `kept` are a datagram by sendto(), on a new socket each time or on one that
-stays open and unconnected; `tcp` is a connect() that does not wait for its SYN's answer.
-A source of "" leaves the socket unbound. Times are CLOCK_MONOTONIC.
+Kinds: `fresh` and `kept` send a datagram with sendto(), on a new socket each time or on one that
+stays open and unconnected; `tcp` is a connect() that does not wait for the SYN-ACK. With source ""
+the socket is unbound. Times are CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Target = tuple[str, str, int, str]
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One system call: what it was for, from when to when, its errno's name ("" if let go)."""
+    """One system call: its target, start, end, and the name of its errno ("" if let through)."""
 
     target: Target
     began: float
@@ -40,8 +39,8 @@ class Attempt:
     error: str
 
 
-class Pulse:
-    """Such a process in a network namespace and a cgroup; it speaks until `stop`."""
+class Prober:
+    """Such a process in a network namespace and a cgroup; it calls until `stop`."""
 
     def __init__(
         self, namespace: Path, cgroup: Path, targets: Sequence[Target], period: float = PERIOD
@@ -62,9 +61,9 @@ class Pulse:
         self._process.stdout.readline()
 
     def stop(self, patience: float = 0.0) -> list[Attempt]:
-        """End it as soon as all of a round were let go, or `patience` seconds have passed.
+        """End it when a whole round is let through, or after `patience` seconds.
 
-        Return every attempt in order.
+        Returns every attempt, in order.
         """
         said, _ = self._process.communicate(str(patience), timeout=60 + patience)
         return [
@@ -73,7 +72,7 @@ class Pulse:
         ]
 
     def close(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
@@ -111,8 +110,8 @@ def main() -> None:
     kept: dict[Target, socket.socket] = {}
     log = []
 
-    def is_let_go() -> bool:
-        """Make a round; tell whether nothing was refused."""
+    def is_let_through() -> bool:
+        """Make one round; return whether no call was refused."""
         for which, target in enumerate(targets):
             began = time.monotonic()
             code = attempt(target, kept)
@@ -123,10 +122,10 @@ def main() -> None:
     sys.stdout.flush()
     due = time.monotonic()
     while not select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
-        is_let_go()
+        is_let_through()
         due = max(due + period, time.monotonic())
     last = time.monotonic() + float(sys.stdin.read() or 0)
-    while time.monotonic() < last and not is_let_go():
+    while time.monotonic() < last and not is_let_through():
         time.sleep(period)
     sys.stdout.write(json.dumps(log))
 

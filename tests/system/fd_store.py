@@ -1,4 +1,4 @@
-"""A service manager that keeps descriptors, as systemd does with FileDescriptorStoreMax=."""
+"""A service manager's descriptor store, as systemd's FileDescriptorStoreMax= provides it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ipsecgate.lab.gated import Gated
 FIRST_FD = 3
 
 
-class Keeper:
-    """What a service manager does with descriptors: takes them, and starts the successor."""
+class FdStore:
+    """Stores the descriptors that a controller sends, and starts the next controller with them."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -33,7 +33,7 @@ class Keeper:
         self._folder.cleanup()
 
     def take(self) -> None:
-        """Take in what was sent so far."""
+        """Store the descriptors that have been sent so far."""
         self._socket.setblocking(False)
         while True:
             try:
@@ -45,12 +45,12 @@ class Keeper:
                 (self.kept[words["FDNAME"]],) = fds
 
     def is_given(self, before: int = 0) -> bool:
-        """Tell whether it has more descriptors than before."""
+        """Return whether it holds more than `before` descriptors."""
         self.take()
         return len(self.kept) > before
 
     def fill(self) -> None:
-        """Have no room for more until `take`."""
+        """Fill the socket, so that nothing more can be sent until `take`."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as teller:
             teller.setblocking(False)
             teller.connect(self.path)
@@ -59,9 +59,9 @@ class Keeper:
                     teller.send(b"STATUS=full")
 
     def words(self) -> tuple[list[str], dict[str, str], list[int]]:
-        """Return what starts a controller with what is kept, as systemd would.
+        """Return how systemd would start a controller with the stored descriptors.
 
-        The program that becomes it, its environment, and its descriptors: see `Gated.start`.
+        The command prefix, its environment and the descriptors, as `Gated.start` takes them.
         """
         self.take()
         names, fds = list(self.kept), list(self.kept.values())
@@ -70,7 +70,7 @@ class Keeper:
         shell = f"exec {moved}; {script}" if fds else script
         listen = {"LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": ":".join(names)}
         env = {"NOTIFY_SOCKET": self.path, **listen}
-        return ["bash", "-c", shell, "keeper"], env, fds
+        return ["bash", "-c", shell, "store"], env, fds
 
     def start(self, gate: Gated) -> None:
         """Start a controller, and wait until it is ready. Raises: LabError."""

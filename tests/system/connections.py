@@ -1,4 +1,4 @@
-"""How a test of the whole gate begins."""
+"""The first step of most tests of the whole gate: load a connection."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 
 
-def prepared(
+def load_connection(
     lab: Lab, gate: Gated, mode: str = "tunnel", family: int = 4, start_action: str = "trap"
 ) -> ConnSpec:
-    """Load a connection on both hosts, and have the gate notice it."""
+    """Load a connection on both hosts, and wait until the gate has its policy."""
     spec = ConnSpec(f"{mode}-{family}", mode, family, start_action=start_action)
     lab.load(spec)
     gate.wait_policy(spec.name)

@@ -1,0 +1,48 @@
+"""strongSwan's event packets as our events.
+
+An event that cannot be read becomes `IkeUnread`. Packets of other types are ignored.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+from ipsecgate.core.codec.vici import (
+    Names,
+    ViciError,
+    child_rekey,
+    child_updown,
+    ike_updown,
+)
+from ipsecgate.core.codec.vici_wire import Answer
+from ipsecgate.core.model.events import IkeEvent, IkeUnread
+
+TYPES = ("child-updown", "child-rekey", "ike-updown")
+
+# Selectors may name protocols and services.
+NAMES = Names(
+    protocol=socket.getprotobyname,
+    service=lambda name, protocol: (
+        socket.getservbyname(name, protocol) if protocol else socket.getservbyname(name)
+    ),
+)
+
+
+def read_events(answer: Answer) -> list[IkeEvent]:
+    """Return what an event packet reports."""
+    try:
+        return list(_events(answer))
+    except ViciError as error:
+        return [IkeUnread(str(error))]
+
+
+def _events(answer: Answer) -> Iterator[IkeEvent]:
+    """Raises: ViciError."""
+    match answer.event:
+        case "child-updown":
+            yield from child_updown(answer.message, NAMES)
+        case "child-rekey":
+            yield from child_rekey(answer.message, NAMES)
+        case "ike-updown":
+            yield from ike_updown(answer.message)
