@@ -53,7 +53,7 @@ def controller_status(
         "children": [str(c.name) for c in gate.ike.loaded.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": _negotiations(gate),
-        "sas": _userspace_sas(gate) if gate.protection.in_userland else _kernel_sas(gate),
+        "sas": _userspace_sas(gate) if gate.protection.userspace_esp else _kernel_sas(gate),
         "held": gate.holds.total,
         "holds": [
             Hold(pid=made.pid, flow=str(made.flow), limit=made.limit)

@@ -107,7 +107,7 @@ class Initiate:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """Have IKE delete a CHILD_SA of which the kernel has lost all or a part.
+    """Have IKE delete a CHILD_SA that the kernel has lost, or half of it.
 
     `unique`: the number that IKE gave it; 0: every CHILD_SA of the configuration.
     """

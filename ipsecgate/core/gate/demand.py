@@ -86,8 +86,6 @@ class Demand:
         """Log again what was logged once under the old policies."""
         self._warned.clear()
 
-    # ----------------------------------------------------------------------------------
-
     def _must_wait(self, routed: Flow, policy: Policy) -> bool:
         """Tell whether the hooks refuse a flow only because it has no SA."""
         if self._policy_table.settings.audit or is_exempt(routed):
@@ -106,7 +104,7 @@ class Demand:
     def _negotiate(
         self, flow: Flow, routed: Flow, place: int, policy: Policy
     ) -> tuple[ChildName | None, Outcome]:
-        """Return the child that would protect a flow; ask for it unless that is pointless."""
+        """Return the child that would protect a flow, and ask for it if that can help."""
         config = self._ike.loaded.child_for(flow, routed.saddr, policy)
         name = config.name if config else None
         if self._ike.error:

@@ -85,7 +85,7 @@ class Gate:
     def errors(self) -> list[str]:
         """Return what the operator should mend."""
         errors = [*self.protection.errors, *self.policy_table.errors]
-        if self.settings.floor and self.protection.in_userland:
+        if self.settings.floor and self.protection.userspace_esp:
             errors.append("gate.floor has no effect, because strongSwan does ESP")
         return errors
 

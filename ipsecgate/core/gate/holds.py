@@ -10,8 +10,8 @@ The gate evaluates a flow (`Demand.evaluate`) and passes its state in:
 
 Rules of this module:
 - All calls for one flow are evaluated once. A change costs nothing for the flows it can't affect.
-- An answer opens nothing: the hooks check the flow again. So a table is written before the
-  `Answer` that depends on it, which comes last in a step.
+- An answer opens nothing, because the hooks check the flow again. So the table is written before
+  the `Answer` that depends on it.
 - No errno that a client takes for success or for "wait": EAGAIN, EINTR, EINPROGRESS.
 """
 

@@ -1,9 +1,9 @@
-"""The negotiations that the gate asked IKE for: one a child, however many flows need it.
+"""The negotiations that the gate asked IKE for: one for each child, however many flows need it.
 
-Each method returns an `Outcome`: the commands, and which children and policies it concerns.
+Each change returns an `Outcome`: the commands, and which children and policies it affects.
 
-Source: US 7,028,332 claim 1 (the negotiation component is told to negotiate, with the parameters
-of the policy that covers the flow).
+Source: US 7,028,332 claim 1 (a negotiation component negotiates with the parameters of the policy
+that covers the flow).
 """
 
 from __future__ import annotations
@@ -200,11 +200,11 @@ class Negotiations:
         before, item.coverage = item.coverage, advance(item.coverage, event)
         if before is item.coverage:
             return Outcome()
-        commands = self._commands(name, item, event)
+        commands = self._enter(name, item, event)
         return Outcome(commands, {name}, {item.place: self.coverages(item.place)})
 
-    def _commands(self, name: ChildName, item: Negotiation, event: Input) -> list[do.Command]:
-        """Return the commands that belong to a state just entered."""
+    def _enter(self, name: ChildName, item: Negotiation, event: Input) -> list[do.Command]:
+        """Count, and return the commands of the state that `event` led to."""
         limit, retry = Timer("limit", name), Timer("retry", name)
         match item.coverage:
             case Coverage.NEGOTIATING:

@@ -2,8 +2,8 @@
 
 No flow of such a child is ever refused, so nothing would negotiate it again, and the IKE daemon
 believes it to be up. A flush of the kernel's databases can leave one, if it meets an SA that is
-just being installed. After a while the daemon is told to delete it; the next refused flow has it
-negotiated.
+just being installed. After a while we have the daemon delete it. Then the next flow is refused,
+which starts a new negotiation.
 
 Rules of this module: while a child is installed or deleted it is one-way for a moment, so it must
 be one-way, and on the daemon's list, both now and when a timer fires. A child that becomes one-way

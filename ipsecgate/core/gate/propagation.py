@@ -77,7 +77,7 @@ class Propagation:
         return commands + self.negotiations(self._negotiations.set_live(live))
 
     def policies(self) -> list[do.Command]:
-        """Publish the policies and errnos, if they are others than published."""
+        """Publish the policies and errnos if they have changed; update the host floor."""
         table, commands = self._policy_table, list[do.Command]()
         if not table.policies:
             return []
@@ -92,8 +92,9 @@ class Propagation:
             commands += table.publish_errnos(self._negotiations.coverages_by_place())
             self._holds.recheck_all()
         if table.policies is not NOT_KNOWN_YET:
-            userspace_esp = self._protection.in_userland
             commands += self._floor.update(
-                table.policies, table.settings, userspace_esp=userspace_esp
+                table.policies,
+                table.settings,
+                userspace_esp=self._protection.userspace_esp,
             )
         return commands

@@ -38,9 +38,9 @@ NAMED = 8  # destinations whose sources do not fit, and that are reported
 class Sources:
     """The source address of an unbound socket, by destination.
 
-    An unbound flow has no source at connect(), but the SPD is looked up with one. So the shell
-    resolves it for every network that must be protected, again whenever routes change. While its
-    source is unknown a flow is refused.
+    An unbound flow has no source at connect(), but the SPD lookup needs one. So the controller
+    resolves it for every network that must be protected, and again whenever routes change. A flow
+    is refused while its source is unknown.
     """
 
     def __init__(self) -> None:
@@ -51,17 +51,16 @@ class Sources:
         self._longest: LongestPrefix[Address | None] = LongestPrefix(())
 
     def follow(self, destinations: tuple[Network, ...]) -> list[do.Command]:
-        """Have the sources for these destinations resolved, if they are others than before."""
+        """Have the sources for these destinations resolved, unless they already are."""
         if destinations == self.destinations:
             return []
         self.destinations, self._covered = destinations, PrefixSet(destinations)
         return [do.ResolveSources(destinations)]
 
     def resolved(self, event: on.SourcesResolved) -> list[do.Command]:
-        """Take over what the shell resolved; pass it on to the hooks.
+        """Apply the resolved sources, and pass them on to the hooks.
 
-        Where there are more than the hooks' table holds, the sources of some destinations stay
-        unknown.
+        If they are more than the hooks' table holds, those of some destinations stay unknown.
         """
         sources, lost = fit(event.sources, self.destinations, SOURCES)
         self.by_network = dict(sources)
@@ -74,9 +73,9 @@ class Sources:
         return [do.SetSources(tuple(self.by_network.items()))]
 
     def route(self, flow: Flow) -> Flow:
-        """Return a flow with the source that routing would choose, unless it has one of its own.
+        """Return a bound flow as it is, an unbound one with the source that routing would choose.
 
-        None if unknown.
+        The source is None if it is unknown.
         """
         if flow.saddr is not None:
             return flow
@@ -95,7 +94,7 @@ class Sources:
 class SpdTable:
     """The published table; `content` is None until the first `update`.
 
-    Where rules do not all fit, those of the most demanding peers are left out, so their flows stay
+    If the rules do not all fit, those of the peers that need most are left out, so their flows stay
     refused (`core.tables.capacity`); `errors` names them.
     """
 
@@ -134,7 +133,7 @@ class SpdTable:
 
 
 Notification = on.XfrmEvent | on.ChildUp | on.ChildDown
-"""Events of which several arrive for one change."""
+"""Events that arrive in groups: one change of an SA causes several."""
 
 
 class Protection:
@@ -158,7 +157,7 @@ class Protection:
         return self.userland if self.sa_source is SaSource.VICI else self.kernel_state
 
     @property
-    def in_userland(self) -> bool:
+    def userspace_esp(self) -> bool:
         """Tell whether the IKE daemon does ESP itself."""
         return self.source is self.userland
 
@@ -244,7 +243,7 @@ class Protection:
 
         Packets into the daemon's own TUN device are not in clear: the daemon encrypts them.
         """
-        tun = self._tun if self.in_userland else 0
+        tun = self._tun if self.userspace_esp else 0
         before, self._published_tun = self._published_tun, tun
         set_tun = [do.SetTun(tun)] if tun != before else []
         return [*set_tun, *self.spd_table.update(self.source)]
@@ -262,11 +261,11 @@ class Protection:
         Then another negotiation changes nothing.
         """
         established = self.kernel_state.established(config.name)
-        return not self.in_userland and any(not self.kernel_state.lacks(sa) for sa in established)
+        return not self.userspace_esp and any(not self.kernel_state.lacks(sa) for sa in established)
 
     def one_way(self, networks: Iterable[Network]) -> set[ChildSa]:
         """Return the CHILD_SAs towards these networks whose inbound half the kernel has lost."""
-        if self.in_userland:
+        if self.userspace_esp:
             return set()
         protected = PrefixSet(networks)
         return {
@@ -276,10 +275,10 @@ class Protection:
         }
 
     def stale(self, name: ChildName, flow: Flow) -> list[ChildSa]:
-        """Return the CHILD_SAs that should protect a flow and of which the kernel has nothing.
+        """Return the CHILD_SAs that should protect a flow, if the kernel has none of them.
 
-        None if it has any one of them: it may be the successor in a rekeying. CHILD_SAs whose
-        selectors do not contain the flow, as those with other peers, are left out.
+        If it has one, that may be the successor in a rekeying, so the result is empty. CHILD_SAs
+        whose selectors do not contain the flow, such as those with other peers, are left out.
         """
         remote = flow.daddr, flow.proto, flow.dport
         covering = [
