@@ -1,1 +1,1 @@
-"""Measurements, side by side in one run: ratios and medians, never a pass or a fail."""
+"""Measurements with and without the gate in one run: ratios and medians, without pass or fail."""

@@ -1,10 +1,10 @@
-"""How long a first TCP connection takes: stock Linux, and with the gate, in turns.
+"""Measure how long a first TCP connection takes, alternately without and with the gate.
 
     .venv/bin/python -m ipsecgate.lab.guest -- .venv/bin/python -m bench.first_connection
 
-Prints for each delay of the path the medians of both, their ratio, and with the
-gate the time from the winning policy to the start of the attempt that succeeds
-(the client tries again every millisecond).
+For each delay of the path, print both medians, their ratio and, for the gate, the time from the
+policy that takes effect to the start of the attempt that succeeds (the client retries every
+millisecond).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CASE = first_connection.Case("tcp", 4, "tunnel", gated=True)
 def in_turns(
     lab: Lab, gate: Gated, delay: float, rounds: int
 ) -> list[list[first_connection.Outcome]]:
-    """Return the outcomes without and with the gate, taken in turns."""
+    """Return the outcomes without and with the gate, measured alternately."""
     lab.set_delay(delay)
     pairs = [
         [
@@ -44,7 +44,7 @@ def row(
     stock: Sequence[first_connection.Outcome],
     gated: Sequence[first_connection.Outcome],
 ) -> list[str]:
-    """Return a line of the table."""
+    """Return a row of the table."""
     took = [median(o.connected or float("inf") for o in side) for side in (stock, gated)]
     released = [o.released for o in gated if o.released is not None]
     again = [sum(o.syn_retransmissions for o in side) for side in (stock, gated)]

@@ -1,11 +1,11 @@
-"""What a covered call costs, alone, gated and held; and how fast many held ones are let go.
+"""Measure the cost of a covered call without gate, gated and held; and how fast held calls resume.
 
     .venv/bin/python -m bench.hold
 
-Two hosts on this machine's own kernel, whose strongSwans do ESP themselves. Prints medians
-of the rounds' medians in microseconds, and their ratios to the call that no gate sees. Then,
-for calls that wait for one negotiation, the time from the first to the last of them at the
-hooks, and the memory of the controller.
+This uses two hosts on this machine's own kernel, with userspace ESP. It prints the median over all
+rounds of each round's median in microseconds, and the ratios to the call without the gate. Then,
+for many calls that wait for one negotiation, the time from the first to the last of them at the
+hooks, and the controller's memory.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPEC = ConnSpec("bench", "tunnel", 4)
 
 
 def cost(lab: Lab, gate: Gated, calls: int) -> list[dict[str, float]]:
-    """Return microseconds a call: outside the gate, gated, and held where need be."""
+    """Return microseconds per call: without the gate, gated, and under `ipsecgate exec`."""
     client = [*CLIENT, str(lab.b.address(SPEC)), str(PORT), str(calls)]
     ways = [
         lab.a.run(client),
@@ -44,7 +44,7 @@ def cost(lab: Lab, gate: Gated, calls: int) -> list[dict[str, float]]:
 
 
 def release(lab: Lab, gate: Gated, threads: int) -> float:
-    """Return the milliseconds from the first to the last of many calls that are let go."""
+    """Return the milliseconds from the first to the last of many held calls that resume."""
     lab.a.charon.terminate(SPEC.name)
     while lab.a.established():
         time.sleep(0.01)
@@ -74,7 +74,7 @@ def main() -> None:
             lab.load(SPEC)
             gate.wait_policy(SPEC.name)
             first = [*CLIENT, str(lab.b.address(SPEC)), str(PORT), "1"]
-            lab.a.run(gate.exec_argv(*first))  # from now on it is covered
+            lab.a.run(gate.exec_argv(*first))  # establishes coverage
             rounds = [cost(lab, gate, options.calls) for _ in range(options.rounds)]
             spreads = [release(lab, gate, options.threads) for _ in range(options.rounds)]
             memory = gate.memory()
@@ -85,8 +85,8 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{options.threads} held calls let go within {median(spreads):.1f} ms "
-        f"({min(spreads):.1f} to {max(spreads):.1f}), the controller at most {memory:.1f} MiB"
+        f"{options.threads} held calls resumed within {median(spreads):.1f} ms "
+        f"({min(spreads):.1f} to {max(spreads):.1f}); the controller used up to {memory:.1f} MiB"
     )
 
 

@@ -1,7 +1,8 @@
-"""Make each kind of call many times and print its median, microseconds, as JSON; or one
-UDP connect() from each of many threads.
+"""Make each kind of call COUNT times and print the median in microseconds, as JSON.
 
     hold_client.py ADDRESS PORT COUNT [threads]
+
+With `threads`: only make one UDP connect() from each of COUNT threads.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ STACK = 128 << 10
 
 
 def took(operation: Callable[[], object]) -> float:
-    """Return how many microseconds it took."""
+    """Return the duration of an operation in microseconds."""
     began = time.perf_counter_ns()
     operation()
     return (time.perf_counter_ns() - began) / 1000
 
 
 def costs(to: tuple[str, int], count: int) -> dict[str, float]:
-    """Return the median of each call."""
+    """Return the median duration of each kind of call in microseconds."""
     datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     connected = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 
@@ -50,7 +51,7 @@ def costs(to: tuple[str, int], count: int) -> dict[str, float]:
 
 
 def connect_at_once(to: tuple[str, int], count: int) -> None:
-    """Connect from many threads."""
+    """Call connect() from many threads at the same time."""
     threading.stack_size(STACK)
     go = threading.Event()
 

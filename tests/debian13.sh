@@ -1,14 +1,14 @@
 #!/bin/bash
-# Debian 13 on this machine, whichever Debian it is: a root made by debootstrap, with nothing but git
-# and make, in which the README's two commands run on a fresh clone of what is committed here.
+# Run the README's two commands on Debian 13, on any Debian: in a new root made by debootstrap, which
+# contains only git and make, on a fresh clone of the current commit.
 #
-# debian13.sh          a new root; `make demo` and `make test` in it; nothing may fail or be skipped
-# debian13.sh CMD...   that command, on what is committed by now, in the root of the last time
+# debian13.sh          make a new root and run `make demo` and `make test`; nothing may fail or skip
+# debian13.sh CMD...   run a command in the root of the last run, on the current commit
 #
-# DEBIAN names another release, ARGS is more for pytest. Mirror, proxies and certificates are those
-# of this machine's apt, pip and environment. The lab's cache keeps the naked root and Debian's
+# DEBIAN names another release; ARGS are extra arguments for pytest. Mirror, proxies and certificates
+# are those of this machine's apt, pip and environment. The lab's cache keeps the bare root, Debian's
 # packages, so that the next run downloads little, and the root of the last run: 3 GB.
-# All processes are in a pid namespace, all mounts in a mount namespace: none stays.
+# Processes and mounts are in namespaces of their own, so none is left behind.
 set -euo pipefail
 shopt -s nullglob
 cd "$(dirname "$0")/.."
@@ -17,12 +17,12 @@ cache=${IPSECGATE_LAB_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/ipsecgate}/$release
 base=$cache/base root=$cache/root
 checkout=/root/ipsecgate
 
-# inside CMD...: run it in the root, in namespaces of its own.
+# inside CMD...: run a command in the root, in new namespaces.
 inside() {
     unshare --mount --propagation private --pid --fork --kill-child=KILL "$0" --enter "$@"
 }
 
-# The other side of `inside`. pivot_root: under a mere chroot this machine's mounts would show.
+# The other half of `inside`. Use pivot_root: a plain chroot would show this machine's mounts.
 enter() {
     mount --bind "$root" "$root"
     mount -t proc proc "$root/proc"
@@ -48,13 +48,13 @@ enter() {
         "${kept[@]}" "$@"
 }
 
-# Where this machine's apt has Debian's main section from; security and updates are other suites.
+# Print the mirror of Debian's main section; security and updates are other suites.
 mirror() {
     apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Identifier: Packages' |
         awk '$1 !~ /-/ && $2 == "main" && $3 ~ /\/debian\/$/ && !n++ {print $3}'
 }
 
-# How it gets there, without programs that only this machine has.
+# Print apt's network settings, except those that refer to programs on this machine.
 apt_settings() {
     apt-config dump | grep -E '^Acquire::(https?|Check|Retries)' | grep -v Auto-Detect || true
 }
@@ -62,8 +62,8 @@ apt_settings() {
 make_base() {
     local from
     from=$(mirror)
-    [ -n "$from" ] || { echo "apt has no mirror of Debian here: run apt-get update" >&2; return 1; }
-    echo "$release from $from into $base"
+    [ -n "$from" ] || { echo "apt knows no Debian mirror: run apt-get update" >&2; return 1; }
+    echo "installing $release from $from into $base"
     rm -rf "$base.part"
     (
         eval "$(apt-config shell http_proxy Acquire::http::Proxy)"
@@ -75,7 +75,7 @@ make_base() {
     mv "$base.part" "$base"
 }
 
-# A fresh copy, with this machine's ways to the network, and a fresh clone in it.
+# Copy the bare root, add this machine's network settings and a fresh clone.
 make_root() {
     rm -rf "$root"
     cp -a --reflink=auto "$base" "$root"
@@ -92,11 +92,11 @@ make_root() {
 }
 
 [ "${1-}" != --enter ] || enter "${@:2}"
-[ "$(id -u)" -eq 0 ] || { echo "$0: only root can make another root" >&2; exit 1; }
+[ "$(id -u)" -eq 0 ] || { echo "$0: run it as root" >&2; exit 1; }
 command -v debootstrap >/dev/null ||
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --no-install-recommends debootstrap
 mkdir -p "$cache/archives/partial"
-[ -z "$(git status --porcelain)" ] || { echo "not committed, so not in there:"; git status --short; }
+[ -z "$(git status --porcelain)" ] || { echo "not committed, so not tested:"; git status --short; }
 if [ $# -gt 0 ]; then
     git -C "$root$checkout" fetch --quiet "$PWD" HEAD
     git -C "$root$checkout" checkout --quiet --force --detach FETCH_HEAD

@@ -1,4 +1,4 @@
-"""The kernel's headers, as linux-libc-dev installs them."""
+"""Read the kernel headers that linux-libc-dev installs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 INCLUDE = Path("/usr/include")
-# aarch64's numbers are asm-generic's, whichever machine's headers these are.
+# aarch64 uses the asm-generic numbers, which every machine's headers contain.
 UNISTD = {
     "x86_64": "x86_64-linux-gnu/asm/unistd_64.h",
     "aarch64": "asm-generic/unistd.h",
@@ -14,7 +14,7 @@ UNISTD = {
 
 
 def system_calls(machine: str) -> dict[str, int] | None:
-    """Return a machine's system calls by name; None: its headers are not there."""
+    """Return a machine's system call numbers by name; None if its headers are not installed."""
     path = INCLUDE / UNISTD[machine]
     if not path.is_file():
         return None

@@ -1,9 +1,9 @@
-"""What pytest left in JUnit's files, summed up: nothing may be skipped silently.
+"""Summarize pytest's JUnit files, so that no skipped test goes unnoticed.
 
     python -m tests.results FILE...
 
-Says of each file how many tests passed, and of each test that did not, why. Exits
-with 1 if one failed or was skipped, or if a file is not there: then nothing ran.
+Prints how many tests of each file passed, and for every other test the reason. Exits with 1 if a
+test failed or was skipped, or if a file is missing or empty, because then nothing ran.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ BAD = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
 
 def summary(path: Path) -> tuple[list[str], bool]:
-    """Return the lines about one file, and whether all its tests (there are some) passed."""
+    """Return the lines to print about a file, and whether it has tests and all of them passed."""
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except (OSError, ElementTree.ParseError) as error:
@@ -33,7 +33,7 @@ def summary(path: Path) -> tuple[list[str], bool]:
 
 
 def main() -> int:
-    """Print what is known of the files named on the command line."""
+    """Summarize the files on the command line."""
     good = True
     for word in sys.argv[1:]:
         lines, whole = summary(Path(word))

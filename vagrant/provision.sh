@@ -1,14 +1,14 @@
 #!/bin/bash
-# Make a Debian host one of two: the gate, which runs ipsecgate, or the peer, which it talks to.
+# Set up a Debian host as one of two: the gate, which runs ipsecgate, or the peer that it talks to.
 #
-# provision.sh gate PEER-ADDRESS [KEY]   strongSwan, ipsecgate from this checkout, and a gated service
-# provision.sh peer GATE-ADDRESS [KEY]   strongSwan and a web server
-# provision.sh packages                  print the packages that both install
+# provision.sh gate PEER-ADDRESS [KEY]   install strongSwan, ipsecgate from this checkout, a gated service
+# provision.sh peer GATE-ADDRESS [KEY]   install strongSwan and a web server
+# provision.sh packages                  print the packages that it installs
 #
-# Vagrant calls it (see Vagrantfile). By hand it takes any two Debian 12 or newer hosts that reach
-# each other, as root, with the checkout on the gate and vagrant/ on the peer. KEY is the IKE secret,
-# the same on both; the default is for tests. It may be run again: it changes only what differs.
-# Packages come by apt and pip, if they are not there.
+# Vagrant runs this (see Vagrantfile). It also works by hand on any two hosts with Debian 12 or newer
+# that can reach each other: as root, with the checkout on the gate and vagrant/ on the peer. KEY is
+# the IKE secret, the same on both; the default is for tests only. Missing packages are installed with
+# apt and pip. It is safe to run again.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -16,7 +16,7 @@ export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_U
 packages=(
     charon-systemd strongswan-swanctl  # IKE
     python3-bpfcc python3-venv make    # ipsecgate, and its installation
-    curl iproute2 tcpdump              # what is shown
+    curl iproute2 tcpdump              # first-connection
 )
 
 say() { printf '%s\n' "== $*"; }
@@ -28,17 +28,17 @@ install_packages() {
             missing+=("$package")
     done
     [ "${#missing[@]}" -gt 0 ] || return 0
-    say "packages: ${missing[*]}"
+    say "installing ${missing[*]}"
     apt-get update --quiet --quiet
     apt-get install --yes --quiet --quiet --no-install-recommends "${missing[@]}"
 }
 
-# strongSwan: one connection, transport mode between the two addresses. The gate has a trap, as is
-# usual: without ipsecgate the first packet makes the kernel ask for the SA, and is lost.
+# strongSwan: one transport-mode connection between the two addresses. The gate has a trap, as usual:
+# without ipsecgate the first packet makes the kernel request the SA, and is lost.
 configure_ike() {
     local role=$1 other=$2 address=$3 key=$4 start
     case "$role" in gate) start="trap" ;; peer) start="none" ;; esac
-    say "strongSwan: $role, with $other at $address"
+    say "configuring strongSwan: $role, with $other at $address"
     install -m 600 /dev/stdin /etc/swanctl/conf.d/ipsecgate.conf <<END
 connections {
   $other {
@@ -77,12 +77,12 @@ name_the_other() {
     grep -qxF "$line" /etc/hosts || echo "$line" >>/etc/hosts
 }
 
-# `make install` takes pip from a virtual environment. One for this purpose only has no tools of
-# developers, which `make setup` would bring.
+# `make install` needs pip from a virtual environment. Make a temporary one, because that of `make setup`
+# would install developers' tools.
 install_gate() {
     local venv
     venv=$(mktemp -d)
-    say "ipsecgate from ${here%/*}"
+    say "installing ipsecgate from ${here%/*}"
     python3 -m venv --system-site-packages "$venv"
     "$venv/bin/pip" install --quiet --constraint "${here%/*}/constraints.txt" "${here%/*}"
     make --silent --directory "${here%/*}" --old-file=setup install BIN="$venv/bin"
@@ -90,7 +90,7 @@ install_gate() {
 }
 
 configure_gate() {
-    say "the gate: enforces for web-proxy.service"
+    say "configuring ipsecgate: enforce for web-proxy.service"
     install -d /etc/ipsecgate
     install -m 644 /dev/stdin /etc/ipsecgate/ipsecgate.toml <<END
 [gate]
@@ -112,7 +112,7 @@ END
 }
 
 serve() {
-    say "a web server at port 8000"
+    say "starting a web server on port 8000"
     install -D -m 644 /dev/stdin /srv/web/index.html <<<"hello from the peer"
     install -m 644 "$here/systemd/web.service" /etc/systemd/system/
     systemctl daemon-reload

@@ -26,7 +26,7 @@ from ipsecgate.admin.status_document import (
 )
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
-from ipsecgate.core.model.policy import Policy, SaSource, derived
+from ipsecgate.core.model.policy import Policy, SaSource, derived_policies
 from ipsecgate.core.tables.layout import Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Table, Ternary
 from ipsecgate.edges.bpf.maps import Maps
@@ -53,7 +53,7 @@ def controller_status(
         "children": [str(c.name) for c in gate.ike.loaded.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": _negotiations(gate),
-        "sas": _userspace_sas(gate) if gate.protection.userspace_esp else _kernel_sas(gate),
+        "sas": _userspace_sas(gate) if gate.protection.in_userspace else _kernel_sas(gate),
         "held": gate.holds.total,
         "holds": [
             Hold(pid=made.pid, flow=str(made.flow), limit=made.limit)
@@ -65,7 +65,7 @@ def controller_status(
 def summary(gate: Gate) -> str:
     """Return the state of the gate in one line, for the service manager."""
     if gate.ike.error:
-        return f"Protected flows are refused: strongSwan: {gate.ike.error}"
+        return f"protected flows are refused: IKE daemon: {gate.ike.error}"
     if gate.errors:
         return gate.errors[0]
     negotiations = gate.negotiations.by_child.values()
@@ -78,7 +78,7 @@ def summary(gate: Gate) -> str:
 def _gate_errors(gate: Gate) -> list[str]:
     return [
         *gate.errors,
-        *([f"strongSwan: {gate.ike.error}"] if gate.ike.error else []),
+        *([f"IKE daemon: {gate.ike.error}"] if gate.ike.error else []),
         *(f"ignored part of what strongSwan reports: {reason}" for reason in gate.ike.unread),
     ]
 
@@ -106,7 +106,7 @@ def _userspace_sas(gate: Gate) -> list[Sa]:
             "child": str(sa.name),
             "since": None,
         }
-        for sa in gate.protection.userland.sas()
+        for sa in gate.protection.userspace_esp.sas()
     ]
 
 
@@ -152,7 +152,7 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         controller = Controller(alive=False, pid=None, since=None)
     pins = pins_of(paths)
     with Maps(pins) as maps:
-        counters = hook_counters(maps.counters())
+        counters = _hook_counters(maps.counters())
         spd = maps.table(TableId.SPD)
         policy_table = maps.table(TableId.POLICY)
         audit = bool(maps.setting(Setting.AUDIT))
@@ -186,7 +186,9 @@ def _without_controller(paths: Paths, read_config: Callable[[], Config]) -> Gate
         config = read_config()
     except UsageError as error:
         errors.append(str(error))
-    policies = config.settings.policies or derived(saved_state.load_children(paths.remembered))
+    policies = config.settings.policies or derived_policies(
+        saved_state.load_children(paths.remembered)
+    )
     return {
         "errors": errors,
         "sa_source": _sa_source(config.settings.sa_source),
@@ -241,7 +243,7 @@ def _coverage(
     return next((state for state in pending if state in states), Coverage.UNCOVERED.value)
 
 
-def hook_counters(counters: Mapping[Reason, int]) -> HookCounters:
+def _hook_counters(counters: Mapping[Reason, int]) -> HookCounters:
     """Return the hooks' counters, added up by result, and each by its reason."""
 
     def total(prefix: str) -> int:

@@ -28,8 +28,8 @@ COLOURS = {
 def status(app: App) -> int:
     """Show hooks, policies and coverage, SAs, held calls and counters.
 
-    Exits with 0 if the gate is healthy. Exits with 1 if no controller runs, if a gated
-    cgroup has been removed, or if an error is shown.
+    Exits with 0 if the gate is healthy. Exits with 1 if no controller runs, no policies are
+    known yet, a gated cgroup has been removed, or an error is shown.
     """
     try:
         document = status_of(app.paths, app.config)
@@ -120,6 +120,8 @@ def _policies(policies: list[Policy]) -> Table:
             policy["child"] or "by selector",
             Text(coverage, COLOURS.get(coverage, "")),
         )
+    if not policies:
+        table.add_row(Text("none known", "yellow"))
     return table
 
 

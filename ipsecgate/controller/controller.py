@@ -37,7 +37,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.event_queue import EventQueue
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model import events as on
-from ipsecgate.core.state.floor import tag_of
+from ipsecgate.core.state.floor import instance_tag
 from ipsecgate.core.tables.layout import TableId
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.holding import oci
@@ -101,7 +101,7 @@ class Controller:
         self._since = time.time()
         self._ready = False
         self._adopted = asyncio.Event()
-        self._floor = Floor(tag_of(paths.instance))
+        self._floor = Floor(instance_tag(paths.instance))
         self._waiting = False  # for an event
 
     async def run(self) -> None:

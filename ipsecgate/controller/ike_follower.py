@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import assert_never
 
-from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.edges.strongswan.client import IkeClient

@@ -53,7 +53,7 @@ class Service:
 
     def stopping(self) -> None:
         """Report that the controller was asked to stop."""
-        systemd.notify(STOPPING=1, STATUS="stopped: what no SA covers stays refused")
+        systemd.notify(STOPPING=1, STATUS="stopped: uncovered flows stay refused")
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something slow in the background, so that it does not delay decisions."""

@@ -1,16 +1,18 @@
-"""Nothing gets out: faults by the thousand, under traffic, with a capture between the hosts.
+"""Prove that no packet leaks: thousands of faults under traffic, with a capture between the hosts.
 
-    speaker   a gated process that speaks all the time, in every way there is
-    waiter    another, whose calls are held; `waiting` judges it
-    world     two hosts, the gate, the witnesses; sees what leaked and what was refused
-    bed       makes it
-    tally     counts it, and knows from the kernel's events what was covered when
-    fault     what a fault is; faults_gate, -kernel, -operator, -scarce: those there are
-    run       the faults in turn, from a seed; the table
-    hammer    connect() without a pause, while what is pinned is loaded, upgraded, published
-    lives     the same for a whole gate that is killed, ended, reloaded
-    soak      thousands of rekeys, and what the controller holds meanwhile
+    sender        a gated process that sends all the time, in every possible way
+    held_sender   another one, whose calls are held; `held_calls` judges them
+    targets       the connections and what the senders send to
+    world         two hosts and the gate; reads the capture and the senders' reports
+    build_world   builds it
+    tally         counts everything, and knows from the kernel's events when what was covered
+    fault         what a fault is; faults_gate, _kernel, _operator, _scarce: the faults
+    fault_tools   what faults are made of; scarce: limits on descriptors, disk and memory
+    run           the faults in turn, from a seed; the table
+    hammer        connect() without pause while the hooks are loaded, upgraded and published
+    restarts      the same for a whole gate that is killed, stopped and reloaded
+    soak          thousands of rekeys, and the resources that the controller holds meanwhile
 
-Rules: the gate's own word counts for nothing. What left is the capture's, what was covered is
-the kernel's, what an application met is what its system calls returned.
+Rules: nothing that the gate itself reports counts as evidence. The capture shows what left, the
+kernel's events show what was covered, and system calls show what an application got.
 """

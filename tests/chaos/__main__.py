@@ -1,6 +1,6 @@
-"""`make chaos` in the test kernel: faults, then a life under the hammer, then rekeys.
+"""`make chaos` in the test kernel: faults, then restarts under constant load, then rekeys.
 
-CHAOS_SEED repeats a run; CHAOS_FAULTS, CHAOS_ATTEMPTS, CHAOS_TURNS and CHAOS_REKEYS say how much.
+CHAOS_SEED repeats a run; CHAOS_FAULTS, CHAOS_ATTEMPTS, CHAOS_TURNS and CHAOS_REKEYS set the size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.chaos.build_world import build_world
-from tests.chaos.lives import real
+from tests.chaos.restarts import hammer_gate
 from tests.chaos.run import chosen_seed, run
 from tests.chaos.soak import soak
 from tests.chaos.world import World
@@ -29,7 +29,7 @@ def faults(made: World, seed: int) -> None:
 
 def hammer(made: World, seed: int) -> None:
     attempts, turns = number("ATTEMPTS", 200_000), number("TURNS", 60)
-    result = real(made, random.Random(seed), attempts, turns)
+    result = hammer_gate(made, random.Random(seed), attempts, turns)
     sys.stdout.write(f"\nhammered: {result.figures()}\n")
     result.check(attempts, turns)
 

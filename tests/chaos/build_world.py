@@ -1,4 +1,4 @@
-"""The bed of `World` is made here, and gone at the end."""
+"""Build a `World`, and remove it at the end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.path import LINK
-from tests.chaos.voice import Voice
-from tests.chaos.world import NOWHERE, OPEN, PORT, SPECS, World, ip
+from tests.chaos.reporter import Reporter
+from tests.chaos.targets import NOWHERE, OPEN, PORT, SPECS
+from tests.chaos.world import World, ip
 from tests.system.fd_store import FdStore
 from tests.system.kernel_events import KernelEvents
 
@@ -25,9 +26,9 @@ CACHE_SIZE = "512k"
 
 @contextlib.contextmanager
 def build_world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
-    """Build the bed, everything covered and spoken to; all of it is gone at the end.
+    """Build a world in which everything is covered and answers; the end of the block removes it.
 
-    `cache` keeps the compiled hooks; the gate's own is a small disk, to be full some day.
+    `cache` has the compiled hooks. The gate's own cache is on a small disk, which faults fill.
     """
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(name))
@@ -39,12 +40,12 @@ def build_world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
         for host in (lab.a, lab.b):
             know_neighbour(host, lab.peer(host))
             host.charon.configure(HASTY)
-        Voice(lab.b, World.argv("server", str(PORT)))
+        Reporter(lab.b, World.argv("server", str(PORT)))
         kernel_events = KernelEvents(lab.a.namespace, lab.a.outer.values())
         stack.callback(kernel_events.close)
         store = stack.enter_context(FdStore())
         gate = stack.enter_context(Gated(lab, cache=stack.enter_context(disk(cache))))
-        gate.kill()  # nobody keeps this one's descriptors
+        gate.kill()  # the store must start the controller, to keep its descriptors
         store.start(gate)
         made = World(lab, gate, kernel_events, store)
         stack.callback(made.close)
@@ -58,7 +59,7 @@ def build_world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
 
 @contextlib.contextmanager
 def disk(cache: Path) -> Iterator[Path]:
-    """Return a small disk with the compiled hooks of a cache."""
+    """Yield a small disk with the compiled hooks from a cache."""
     bytecode.get(cache)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={CACHE_SIZE},mode=755", "none", folder]
@@ -73,10 +74,10 @@ def disk(cache: Path) -> Iterator[Path]:
 
 
 def know_neighbour(host: Host, peer: Host) -> None:
-    """Tell a host its peer's link address, for good.
+    """Give a host a permanent neighbour entry for its peer.
 
-    A transport-mode policy for all protocols between two IPv6 neighbours has their neighbour
-    discovery, too. With a trap and no SA they could not find each other any more, IKE included.
+    A transport-mode policy for all protocols between two IPv6 neighbours also covers neighbour
+    discovery. With a trap and no SA they could no longer find each other, not even for IKE.
     """
     with peer.namespace.route() as route:
         (link,) = route.get_links(ifname=LINK)

@@ -1,8 +1,8 @@
-"""What can go wrong, each as a block: it strikes at its beginning and is undone at its end.
+"""Faults as context managers: each strikes at the start of its block and is undone at the end.
 
-`keeps`: what the kernel covers stays covered, so not one call may be refused. A fault leaves
-processes dead or connections unloaded where that is its point; `World.mend` is the service manager
-that starts them again, and the rest is up to the gate.
+`keeps`: everything covered stays covered, so not a single call may be refused. Some faults leave
+processes dead or connections unloaded; `World.mend` acts as the service manager that restarts them,
+and the gate must do the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Strike = Callable[[World, random.Random], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One kind of fault; `weight` is how often it is drawn, relative to the others."""
+    """One kind of fault; `weight` is its relative frequency."""
 
     name: str
     strike: Strike
@@ -42,7 +42,7 @@ def fault(
 
 
 def draw(rng: random.Random) -> list[Fault]:
-    """Draw one fault, or a pair that strikes at once."""
+    """Draw one fault, or two that strike at the same time."""
     count = 1 if rng.random() < 0.8 else 2
     chosen = rng.choices(FAULTS, [f.weight for f in FAULTS], k=count)
     return list(dict.fromkeys(chosen))

@@ -1,4 +1,4 @@
-"""Faults of the controller, and of IKE."""
+"""Faults of the controller and of IKE."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from contextlib import suppress
 from ipsecgate.admin import loader
 from ipsecgate.lab.uml import children_of
 from tests.chaos.fault import fault
-from tests.chaos.tools import (
+from tests.chaos.fault_tools import (
     controller,
     either,
     overrun,
-    stopped,
+    suspended,
     vici,
 )
-from tests.chaos.world import SPECS, World
+from tests.chaos.targets import SPECS
+from tests.chaos.world import World
 
 # --- the controller -----------------------------------------------------------------------
 
@@ -31,14 +32,14 @@ def controller_killed(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(2, keeps=True)
-def controller_ended(world: World, rng: random.Random) -> Iterator[None]:
+def controller_terminated(world: World, rng: random.Random) -> Iterator[None]:
     world.gate.kill(signal.SIGTERM)
     yield
 
 
 @fault(10, keeps=True)
-def controller_stopped(world: World, rng: random.Random) -> Iterator[None]:
-    with stopped(controller(world)):
+def controller_suspended(world: World, rng: random.Random) -> Iterator[None]:
+    with suspended(controller(world)):
         yield
 
 
@@ -70,8 +71,7 @@ def programs_loaded_again(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(4, keeps=True)
-def looking_killed(world: World, rng: random.Random) -> Iterator[None]:
-    """Of the process that looks at held calls."""
+def inspector_killed(world: World, rng: random.Random) -> Iterator[None]:
     pid = controller(world)
     for child in children_of(pid) if pid else ():
         with suppress(ProcessLookupError):
@@ -89,14 +89,14 @@ def charon_killed(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(2)
-def charon_ended(world: World, rng: random.Random) -> Iterator[None]:
+def charon_terminated(world: World, rng: random.Random) -> Iterator[None]:
     world.lab.a.charon.stop()
     yield
 
 
 @fault(8, keeps=True)
-def charon_stopped(world: World, rng: random.Random) -> Iterator[None]:
-    with stopped(world.lab.a.charon.pid):
+def charon_suspended(world: World, rng: random.Random) -> Iterator[None]:
+    with suspended(world.lab.a.charon.pid):
         yield
 
 
@@ -108,8 +108,8 @@ def peer_killed(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(6, keeps=True)
-def peer_stopped(world: World, rng: random.Random) -> Iterator[None]:
-    with stopped(world.lab.b.charon.pid):
+def peer_suspended(world: World, rng: random.Random) -> Iterator[None]:
+    with suspended(world.lab.b.charon.pid):
         yield
 
 
@@ -152,7 +152,7 @@ def reauthenticated(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(2)
-def ike_lost(world: World, rng: random.Random) -> Iterator[None]:
+def ike_dropped(world: World, rng: random.Random) -> Iterator[None]:
     world.lab.drop_ike()
     vici(world.lab.a, "terminate", ike=rng.choice(SPECS).name, force="yes", timeout="-1")
     yield
@@ -160,8 +160,8 @@ def ike_lost(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(2)
-def ike_lost_for_long(world: World, rng: random.Random) -> Iterator[None]:
-    """Until strongSwan gives up, and the gate backs off."""
+def ike_dropped_for_long(world: World, rng: random.Random) -> Iterator[None]:
+    """Long enough for strongSwan to give up and the gate to back off."""
     world.lab.drop_ike()
     vici(world.lab.a, "terminate", ike=rng.choice(SPECS).name, force="yes", timeout="-1")
     time.sleep(rng.uniform(2, 5))

@@ -1,4 +1,4 @@
-"""Faults of the kernel's databases, of the network, and full maps."""
+"""Faults of the kernel's databases and of the network, and full maps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from pyroute2 import NetlinkError
 from ipsecgate.core.tables.layout import ENTRY_SIZE, KEY_SIZE, SOURCES, pack_route, pack_source
 from ipsecgate.lab.path import SITE_A, SITE_B
 from tests.chaos.fault import fault
-from tests.chaos.faults_operator import policies_named_then_derived
-from tests.chaos.tools import (
+from tests.chaos.fault_tools import (
     delete,
     either,
     filled,
@@ -25,11 +24,13 @@ from tests.chaos.tools import (
     storm_of_states,
     vici,
 )
-from tests.chaos.world import SPECS, World, ip
+from tests.chaos.faults_operator import policies_configured_then_derived
+from tests.chaos.targets import SPECS
+from tests.chaos.world import World, ip
 
-FILLER = 255  # a space of the entries map that no table uses
-LOOPBACK = 1
-STRONGSWAN = 220  # its table
+FILLER = 255  # a table id in the entries map that no table uses
+LOOPBACK = 1  # interface index
+STRONGSWAN = 220  # routing table
 
 # --- the kernel -----------------------------------------------------------------------------
 
@@ -65,22 +66,22 @@ def policy_deleted(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(4)
-def half_of_it_deleted(world: World, rng: random.Random) -> Iterator[None]:
-    """What comes in is dropped, until the gate has the child made anew."""
+def inbound_half_deleted(world: World, rng: random.Random) -> Iterator[None]:
+    """Incoming packets are dropped until the gate has the child negotiated again."""
     delete(world, rng, rng.choice(["state", "policy"]), outbound=False)
     yield
 
 
 @fault(3)
 def peer_states_flushed(world: World, rng: random.Random) -> Iterator[None]:
-    """Our ESP is dropped there until somebody asks IKE anew, when all else is over."""
-    world.forgetful = True
+    """The peer drops our ESP until `World.mend` has the IKE_SA negotiated again."""
+    world.peer_lost_sas = True
     world.lab.b.namespace.flush_xfrm(policies=False)
     yield
 
 
 @fault(6, keeps=True)
-def states_of_others(world: World, rng: random.Random) -> Iterator[None]:
+def unrelated_states(world: World, rng: random.Random) -> Iterator[None]:
     storm_of_states(world, 40)
     yield
 
@@ -151,7 +152,7 @@ def route_removed(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(4, keeps=True)
-def routes_of_others(world: World, rng: random.Random) -> Iterator[None]:
+def unrelated_routes(world: World, rng: random.Random) -> Iterator[None]:
     gateway = str(world.lab.b.outer[4])
     for verb in ("add", "del"):
         for net in range(10):
@@ -174,7 +175,7 @@ def entries_full(world: World, rng: random.Random) -> Iterator[None]:
     key = struct.Struct(f"=Q30xB{KEY_SIZE - 39}x")
     with filled(world, "entries", (key.pack(n, FILLER) for n in range(1 << 20)), bytes(ENTRY_SIZE)):
         vici(world.lab.a, "terminate", child=rng.choice(SPECS).child_name, timeout="-1")
-        with policies_named_then_derived(world, rng):  # a new table beside the old
+        with policies_configured_then_derived(world, rng):  # publishes another table
             yield
 
 

@@ -1,4 +1,4 @@
-"""What operators do, rightly or wrongly."""
+"""Actions of an operator, right and wrong ones."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from pathlib import Path
 
 from ipsecgate.admin import loader
 from tests.chaos.fault import fault
-from tests.chaos.tools import (
+from tests.chaos.fault_tools import (
     either,
     reload,
     rewritten,
     vici,
     visit,
 )
-from tests.chaos.world import PROTECTED, SPECS, World
+from tests.chaos.targets import PROTECTED, SPECS
+from tests.chaos.world import World
 
 MORE = "192.0.2.200/32"
-GUEST = Path("/run/host/command")  # only a guest's own may be changed
-
-# --- what operators do ------------------------------------------------------------------------
+GUEST = Path("/run/host/command")  # exists only in a guest, whose clock and cgroups may be changed
 
 
 @fault(6, keeps=True)
-def cgroup_below_made_anew(world: World, rng: random.Random) -> Iterator[None]:
+def cgroup_below_made_and_removed(world: World, rng: random.Random) -> Iterator[None]:
     below = world.gate.cgroup / "below"
     below.mkdir()
     visit(world, below)
@@ -35,8 +34,8 @@ def cgroup_below_made_anew(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(4, keeps=True)
-def gated_cgroup_made_anew(world: World, rng: random.Random) -> Iterator[None]:
-    """Its hooks go with it; who makes it again gates it before anybody is in it."""
+def gated_cgroup_made_again(world: World, rng: random.Random) -> Iterator[None]:
+    """Removing a cgroup removes its hooks, so attach them again before a process enters it."""
     other = world.lab.cgroup("other")
     loader.attach(world.gate.paths, str(other))
     visit(world, other)
@@ -58,16 +57,16 @@ def configuration_broken(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(6, keeps=True)
-def policies_named_then_derived(world: World, rng: random.Random) -> Iterator[None]:
-    """What must be protected stays so, whoever says it; one network more makes it another table."""
-    with rewritten(world, policies_named):
+def policies_configured_then_derived(world: World, rng: random.Random) -> Iterator[None]:
+    """The same networks stay protected; an additional one makes the tables differ."""
+    with rewritten(world, with_policies):
         reload(world)
         yield
     reload(world)
 
 
-def policies_named(text: str) -> str:
-    """Return a configuration with policies of its own."""
+def with_policies(text: str) -> str:
+    """Return a configuration with policies, instead of those derived from strongSwan's."""
     policies = [
         f'[[policy]]\nname = "p{n}"\nremote = ["{net}"]' for n, net in enumerate([*PROTECTED, MORE])
     ]
@@ -78,7 +77,7 @@ def policies_named(text: str) -> str:
 def named_cgroup_comes_and_goes(world: World, rng: random.Random) -> Iterator[None]:
     other = world.lab.cgroup("named")
     with rewritten(world, lambda text: text.replace("cgroups = [", f'cgroups = ["{other}", ')):
-        if reload(world):  # else nobody said that it is gated
+        if reload(world):  # otherwise it is not gated
             visit(world, other)
         yield
     reload(world)
@@ -87,7 +86,7 @@ def named_cgroup_comes_and_goes(world: World, rng: random.Random) -> Iterator[No
 
 @fault(4, keeps=True)
 def clock_jumped(world: World, rng: random.Random) -> Iterator[None]:
-    """By less than a lifetime: the kernel ends SAs by the wall clock, too."""
+    """By less than a lifetime, because the kernel also expires SAs by the wall clock."""
     if not GUEST.exists():
         yield
         return
@@ -99,15 +98,15 @@ def clock_jumped(world: World, rng: random.Random) -> Iterator[None]:
 
 
 @fault(4, keeps=True)
-def floor_laid_and_taken_up(world: World, rng: random.Random) -> Iterator[None]:
+def floor_added_and_removed(world: World, rng: random.Random) -> Iterator[None]:
     with floor(world):
         yield
     reload(world)
 
 
 @fault(3)
-def floor_laid_and_flushed(world: World, rng: random.Random) -> Iterator[None]:
-    """With all that is above it."""
+def floor_added_and_flushed(world: World, rng: random.Random) -> Iterator[None]:
+    """The flush also removes the policies that take precedence over the floor."""
     with floor(world):
         world.lab.a.namespace.flush_xfrm(states=rng.random() < 0.5)
         yield
@@ -116,7 +115,7 @@ def floor_laid_and_flushed(world: World, rng: random.Random) -> Iterator[None]:
 
 @fault(4, keeps=True)
 def live_flows_destroyed_and_rekeyed(world: World, rng: random.Random) -> Iterator[None]:
-    """What is made before it is broken ends nothing."""
+    """A rekey makes the new SA before it deletes the old one, so it must not end any flow."""
     with destroying(world):
         vici(either(world, rng), "rekey", child=rng.choice(SPECS).child_name)
         yield
@@ -133,7 +132,7 @@ def live_flows_destroyed_and_deleted(world: World, rng: random.Random) -> Iterat
 
 @contextmanager
 def gate_has(world: World, line: str) -> Iterator[None]:
-    """Reload with a line more in [gate]; without it, not yet read, at the end."""
+    """Reload with an extra line in [gate]; the end removes the line, but does not reload."""
     with rewritten(world, lambda text: text.replace("[gate]\n", f"[gate]\n{line}\n")):
         reload(world)
         yield
@@ -144,8 +143,8 @@ def floor(world: World) -> AbstractContextManager[None]:
 
 
 def destroying(world: World) -> AbstractContextManager[None]:
-    """Have what stands without an SA ended, on a kernel that can. This suite's cannot.
+    """Have flows without an SA destroyed, if the kernel can. The kernel of this suite cannot.
 
-    Where it can, connections do not stand through it: tests/qemu/test_destroy.py.
+    Where it can, connections do not survive: see tests/qemu/test_destroy.py.
     """
     return gate_has(world, 'live_flows = "destroy"')

@@ -1,11 +1,11 @@
-"""connect() without a pause, while programs, maps, tables and controllers come and go.
+"""Call connect() without pause while programs, maps, tables and controllers are replaced.
 
-Two ways. `native`: on any kernel with BPF, so with all processors there are; the tables are
-written by hand, and what goes round is loading programs, replacing maps by another version's,
-publishing, and a writer that is killed in the middle. `real`: a whole controller, real IKE and ESP
-(`world`), that is killed, ended, reloaded and upgraded.
+There are two variants. `hammer_hooks` runs on any kernel with BPF, so with all processors of the
+machine. It writes the tables itself, and in turn loads programs, replaces the maps with those of
+another version, publishes, and kills a writer half-way. `restarts.hammer_gate` does the same to a
+whole gate with real IKE and ESP (`world`): it is killed, stopped and reloaded.
 
-One target is covered all the time and never refused, one is never covered and always refused.
+Some targets are always covered and never refused, the others never covered and always refused.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from tests.system.hooked_cgroup import HERE, PEER, THERE, HookedCgroup, hooked_c
 WORKERS = 2
 TURNS_WANTED = 200
 ETH_P_IPV6 = 0x86DD
-HAMMERER = Path(__file__).with_name("hammerer.py")
+PROCESS = Path(__file__).with_name("hammer_process.py")
 
 Target = tuple[str, str, int, bool]
 
 
 @dataclass
 class Hammered:
-    """What came of it."""
+    """The result of a run."""
 
     attempts: int = 0
-    refused: int = 0  # though covered
-    let_go: int = 0  # though not covered
-    leaked: int = 0  # packets on the wire of what is not covered
+    refused: int = 0  # although covered
+    let_go: int = 0  # allowed although not covered
+    leaked: int = 0  # packets on the wire to uncovered targets
     turns: collections.Counter[str] = field(default_factory=collections.Counter)
     errors: collections.Counter[str] = field(default_factory=collections.Counter)
     seconds: float = 0.0
@@ -62,8 +62,8 @@ class Hammered:
         turns = ", ".join(f"{name} {count}" for name, count in sorted(self.turns.items()))
         errors = f" {dict(self.errors)}" if self.errors else ""
         return (
-            f"{self.attempts} connect() in {self.seconds:.0f} s beside {self.turns.total()} turns "
-            f"({turns}): let go uncovered {self.let_go}, leaked {self.leaked}, "
+            f"{self.attempts} connect() in {self.seconds:.0f} s during {self.turns.total()} turns "
+            f"({turns}): wrongly allowed {self.let_go}, leaked {self.leaked}, "
             f"wrongly refused {self.refused}{errors}"
         )
 
@@ -74,7 +74,7 @@ class Hammered:
 
 
 class Hammer:
-    """Processes that hammer until the block ends; what they met is in `result` then."""
+    """Processes that call connect() until the block ends; then `result` has the sums."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Hammer:
     ) -> None:
         self.result = Hammered()
         script = 'echo 0 > "$0" && exec "$@"'
-        enter = ["nsenter", f"--net={namespace}", sys.executable, "-S", "-I", str(HAMMERER)]
+        enter = ["nsenter", f"--net={namespace}", sys.executable, "-S", "-I", str(PROCESS)]
         words = [json.dumps(targets), str(step)]
         self._began = time.monotonic()
         self._due = 0
@@ -103,14 +103,14 @@ class Hammer:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until one of them has done another step."""
+        """Wait until the next process, in turn, has completed another step."""
         process = self._processes[self._due % len(self._processes)]
         self._due += 1
         assert process.stdout is not None
         assert process.stdout.readline()
 
     def turn(self, what: Callable[..., None], *arguments: object) -> None:
-        """Do something in the life of a gate, and count it."""
+        """Perform one action on the gate, and count it by name."""
         what(*arguments)
         self.result.turns[what.__name__.replace("_", " ")] += 1
 
@@ -128,8 +128,8 @@ class Hammer:
                 process.kill()
                 process.communicate()
                 continue
-            said, _ = process.communicate(timeout=120)
-            attempts, refused, let_go, errors = json.loads(said.splitlines()[-1])
+            output, _ = process.communicate(timeout=120)
+            attempts, refused, let_go, errors = json.loads(output.splitlines()[-1])
             self.result.attempts += attempts
             self.result.refused += refused
             self.result.let_go += let_go
@@ -137,8 +137,8 @@ class Hammer:
         self.result.seconds = time.monotonic() - self._began
 
 
-def native(cache: Path, rng: random.Random, attempts: int, turns: int) -> Hammered:
-    """Hammer the hooks, at least `attempts` times, beside so many turns."""
+def hammer_hooks(cache: Path, rng: random.Random, attempts: int, turns: int) -> Hammered:
+    """Call connect() at least `attempts` times while performing `turns` random actions."""
     code = bytecode.get(cache)
     targets: list[Target] = [
         (kind, PEER[family], 80, family == 4) for kind in ("tcp", "udp") for family in (4, 6)
@@ -157,7 +157,7 @@ def native(cache: Path, rng: random.Random, attempts: int, turns: int) -> Hammer
 
 
 def packet_socket(hooked: HookedCgroup) -> socket.socket:
-    """Return a socket that sees what arrives at the other end of the way out, IPv6 only."""
+    """Return a packet socket at the far end of the link, for IPv6 only."""
     with hooked.namespace.inside():
         wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         wire.bind(("nowhere", ETH_P_IPV6))
@@ -166,7 +166,7 @@ def packet_socket(hooked: HookedCgroup) -> socket.socket:
 
 
 def count(wire: socket.socket) -> int:
-    """Return how many packets went to the peer that is not covered."""
+    """Return the number of packets to the uncovered peer."""
     found = 0
     with wire:
         while True:
@@ -178,7 +178,7 @@ def count(wire: socket.socket) -> int:
 
 
 def publish(data: Datapath) -> None:
-    """Publish what is in force, anew."""
+    """Publish the current tables again."""
 
     async def both() -> None:
         await data.publish(TableId.POLICY, compile_table(protect()))
@@ -200,7 +200,7 @@ def tables_published(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -
 
 
 def another_version(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
-    """The one in force has other maps: this one is built beside it and then put in its place."""
+    """Pretend that the loaded version has another layout, build this one beside it, and switch."""
     data = Datapath(hooked.pins)
     data.set(Setting.VERSION, LAYOUT + 1)
     data.close()
@@ -215,7 +215,7 @@ def another_version(hooked: HookedCgroup, code: Bytecode, rng: random.Random) ->
 
 
 def writer_killed(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
-    """SIGKILL in the middle of loading and publishing."""
+    """Kill a process with SIGKILL while it loads and publishes."""
     pid = os.fork()
     if not pid:
         try:
@@ -239,9 +239,9 @@ TURNS: list[Callable[[HookedCgroup, Bytecode, random.Random], None]] = [
 
 
 def main() -> int:
-    """Hammer the hooks a million times beside 200 turns: here if hooks load here, else in a guest.
+    """Call connect() a million times during 200 turns, on this kernel if it can load the hooks.
 
-    This kernel is better: it has all processors.
+    Otherwise in a guest, which has only one processor.
     """
     seed = chosen_seed()
     attempts = int(os.environ.get("CHAOS_ATTEMPTS") or 1_000_000)
@@ -254,7 +254,7 @@ def main() -> int:
             os.execv(sys.executable, [sys.executable, *words, "-m", "tests.chaos.hammer"])
         sys.stdout.write(f"seed {seed}\n")
         sys.stdout.flush()
-        result = native(Path(cache), random.Random(seed), attempts, TURNS_WANTED)
+        result = hammer_hooks(Path(cache), random.Random(seed), attempts, TURNS_WANTED)
     sys.stdout.write(result.figures() + "\n")
     result.check(attempts, TURNS_WANTED)
     return 0

@@ -1,4 +1,4 @@
-"""The faults in turn, from a seed, and the table of what came of them."""
+"""Run random faults in turn, from a seed, and print a table of the results."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from ipsecgate.edges.host.saved_state import load_children
 from tests.chaos import faults_gate, faults_kernel, faults_operator, faults_scarce
 from tests.chaos.fault import Fault, draw
 from tests.chaos.tally import TOLERANCE
-from tests.chaos.world import SPECS, NotRecoveredError, World
+from tests.chaos.targets import SPECS
+from tests.chaos.world import NotRecoveredError, World
 
 KINDS = (
     faults_gate,
     faults_kernel,
     faults_operator,
     faults_scarce,
-)  # which register what they have
+)  # importing them registers their faults
 BATCH = 20
 HOLD = (0.01, 0.15)
 SHOWN = 10
-SETTLED = 60.0  # seconds, three pulses of the controller's
+SETTLE_TIMEOUT = 60.0  # seconds: three periods of the controller's regular check
 
 
 @dataclass
@@ -42,23 +43,23 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What struck when, until all was well."""
+    """One or two faults, from the strike to the recovery."""
 
     name: str
     began: float
     recovered: float
-    seconds: float  # from the end of it
+    seconds: float  # from the end of the fault to the recovery
 
 
 def chosen_seed() -> int:
-    """Return CHAOS_SEED, else a new one."""
+    """Return CHAOS_SEED if set, else a random seed."""
     return int(os.environ.get("CHAOS_SEED") or random.SystemRandom().randrange(1 << 32))
 
 
 def run(world: World, seed: int, faults: int, out: TextIO) -> int:
-    """Strike so often and print the table; return how many struck.
+    """Run at least this many faults and print the table; return the number of faults.
 
-    Raises: AssertionError for a leak, what did not recover, a call that was wrongly refused.
+    Raises: AssertionError for a leak, a fault without recovery, or a wrongly refused call.
     """
     rng = random.Random(seed)
     kinds: dict[str, Kind] = defaultdict(Kind)
@@ -68,41 +69,42 @@ def run(world: World, seed: int, faults: int, out: TextIO) -> int:
     out.write(f"seed {seed}\n")
     while struck < faults:
         chosen = draw(rng)
-        one = play(world, chosen, rng, out)
+        last = play(world, chosen, rng, out)
         struck += len(chosen)
-        kinds[chosen[0].name if len(chosen) == 1 else "two at once"].times.append(one.seconds)
-        rounds.append(one)
+        kinds[chosen[0].name if len(chosen) == 1 else "two at once"].times.append(last.seconds)
+        rounds.append(last)
         if "CHAOS_VERBOSE" in os.environ:
-            out.write(f"{name_of(chosen)}: {one.recovered - one.began:.2f} s, {one.seconds:.2f}\n")
+            took = last.recovered - last.began
+            out.write(f"{name_of(chosen)}: {took:.2f} s, {last.seconds:.2f}\n")
         if len(rounds) % BATCH == 0:
-            tell_wrong(world, rounds, out)
+            report_wrong(world, rounds, out)
             out.write(f"{struck} faults in {time.monotonic() - began:.0f} s\n")
             out.flush()
     world.wait_streams()
-    tell_wrong(world, rounds, out)
+    report_wrong(world, rounds, out)
     table(world, kinds, struck, time.monotonic() - began, seed, out)
     world.tally.check()
     return struck
 
 
 def name_of(chosen: list[Fault]) -> str:
-    return " + ".join(one.name for one in chosen)
+    return " + ".join(chosen_fault.name for chosen_fault in chosen)
 
 
 def play(world: World, chosen: list[Fault], rng: random.Random, out: TextIO) -> Round:
-    """Have faults strike at once, undo them, and see how long it takes until all is well."""
+    """Apply the faults together, undo them, and measure the time until everything works again."""
     name = name_of(chosen)
     if "CHAOS_VERBOSE" in os.environ:
         out.write(f"{name} ...\n")
         out.flush()
-    keeps = all(one.keeps for one in chosen)
+    keeps = all(fault.keeps for fault in chosen)
     if keeps:
-        rest(world)
+        wait_idle(world)
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
-        for one in chosen:
-            # Its own dice: how often it throws them may depend on what there is to strike.
-            stack.enter_context(one.strike(world, random.Random(rng.getrandbits(32))))
+        for fault in chosen:
+            # Give each fault its own generator: how often it uses it may depend on the situation.
+            stack.enter_context(fault.strike(world, random.Random(rng.getrandbits(32))))
         time.sleep(rng.uniform(*HOLD))
     world.mend()
     mended = time.monotonic()
@@ -112,29 +114,29 @@ def play(world: World, chosen: list[Fault], rng: random.Random, out: TextIO) -> 
     except NotRecoveredError as error:
         out.write(f"NOT RECOVERED from {name}: {error}\n")
         out.flush()
-        world.tally.stuck.append(name)
+        world.tally.not_recovered.append(name)
         world.renew()
         recovered, keeps = time.monotonic(), False
     if not keeps:
-        world.troubles.append((began, recovered))
+        world.disturbed.append((began, recovered))
     return Round(name, began, recovered, recovered - mended)
 
 
-def rest(world: World) -> None:
-    """Wait until IKE has done all that the faults before asked of it, and all is well.
+def wait_idle(world: World) -> None:
+    """Wait until IKE has completed everything that earlier faults caused, and everything works.
 
-    A deletion that was lost comes again after 1.5 s: nobody keeps what goes by that.
+    A lost deletion is retransmitted after 1.5 s, and would end coverage during the next fault.
     """
-    deadline = time.monotonic() + SETTLED
+    deadline = time.monotonic() + SETTLE_TIMEOUT
     while any(host.charon.busy(spec.name for spec in SPECS) for host in (world.lab.a, world.lab.b)):
         if time.monotonic() > deadline:
-            raise NotRecoveredError(f"IKE is busy\n{world.last_words()}")
+            raise NotRecoveredError(f"IKE is busy\n{world.diagnosis()}")
         time.sleep(0.05)
     world.recover()
 
 
 def settle(world: World) -> None:
-    """Wait until all that strongSwan has loaded is on the disk. Raises: NotRecoveredError."""
+    """Wait until all of strongSwan's connections are saved to disk. Raises: NotRecoveredError."""
     began = time.monotonic()
     with world.lab.a.charon.session() as session:
         conns = [conn for each in session.list_conns() for conn in each.values()]
@@ -145,18 +147,18 @@ def settle(world: World) -> None:
         for remote in child["remote-ts"]
     }
     while True:
-        kept = load_children(world.gate.paths.remembered)
-        missing = wanted - {str(one.network) for child in kept for one in child.remote}
+        saved = load_children(world.gate.paths.remembered)
+        missing = wanted - {str(selector.network) for child in saved for selector in child.remote}
         if not missing:
             return
-        if time.monotonic() > began + SETTLED:
-            raise NotRecoveredError(f"{missing} not remembered\n{world.last_words()}")
+        if time.monotonic() > began + SETTLE_TIMEOUT:
+            raise NotRecoveredError(f"{missing} not saved\n{world.diagnosis()}")
         world.supervise()
         time.sleep(0.05)
 
 
-def tell_wrong(world: World, rounds: list[Round], out: TextIO) -> None:
-    """Judge what was said since the last time; tell the first things that are wrong."""
+def report_wrong(world: World, rounds: list[Round], out: TextIO) -> None:
+    """Judge the results since the last call; print the first wrong ones."""
     tally = world.tally
     known = len(tally.wrong), len(tally.leaked)
     world.judge()
@@ -180,23 +182,23 @@ def table(
         out.write(kind.row(name) + "\n")
     everything = Kind([t for kind in kinds.values() for t in kind.times])
     out.write(everything.row("all") + "\n")
-    ended = f"; the controller ended by itself {len(tally.ended)} times" if tally.ended else ""
+    exits = f"; the controller exited by itself {len(tally.exits)} times" if tally.exits else ""
     out.write(
         f"\nseed {seed}: {struck} faults in {seconds:.0f} s, {tally.attempts} attempts, "
         f"{tally.refused} refused, {tally.blocked} packets blocked\n"
-        f"leaked {len(tally.leaked)}, let go uncovered {tally.let_go}, "
+        f"leaked {len(tally.leaked)}, wrongly allowed {tally.let_go}, "
         f"wrongly refused {len(tally.wrong)}\n"
-        f"seen on the wire: {tally.esp} ESP, {tally.in_clear} in clear to an open peer, "
-        f"{tally.complaints} ICMP errors of the kernel's own; "
-        f"{tally.streams} TCP connections stood through it{ended}\n"
-        f"{tally.calls} calls that may be held, {tally.held} of them were, the longest "
-        f"{tally.longest:.1f} s; {len(tally.late)} did not end, {len(tally.strange)} failed as "
-        f"none may\n"
+        f"on the wire: {tally.esp} ESP, {tally.in_clear} in clear to the open peer, "
+        f"{tally.icmp_errors} ICMP errors from the kernel; "
+        f"{tally.streams} TCP connections survived{exits}\n"
+        f"calls of the held process: {tally.calls}, held {tally.held}, longest "
+        f"{tally.longest:.1f} s; {len(tally.late)} did not end, {len(tally.unexpected)} failed "
+        f"with an undocumented error\n"
     )
-    unkept = world.gate.log.read_text().count("cannot write")
-    out.write(f"the disk took nothing {unkept} times when there was more to be remembered\n")
+    unsaved = world.gate.log.read_text().count("cannot write")
+    out.write(f"the controller could not save its state {unsaved} times\n")
     errors = ", ".join(f"{name} {count}" for name, count in sorted(tally.errors.items()))
     out.write(f"calls returned: {errors}\n")
-    for said in sorted(set(tally.ended)):
-        out.write(f"  it said: {said}\n")
+    for log in sorted(set(tally.exits)):
+        out.write(f"  its log: {log}\n")
     out.flush()

@@ -1,4 +1,4 @@
-"""What runs out: descriptors, room on the disk, memory."""
+"""Limit a resource for the duration of a block: descriptors, disk space, memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ipsecgate.edges.host import cgroups
-from tests.chaos.tools import controller
+from tests.chaos.fault_tools import controller
 from tests.chaos.world import World
 
 
 @contextmanager
 def few_descriptors(world: World, spare: int) -> Iterator[None]:
-    """Leave a live controller so many descriptors, and its old limit at the end."""
+    """Leave a running controller only `spare` descriptors; the end restores the limit."""
     pid = controller(world)
     if not pid:
         yield
@@ -28,13 +28,13 @@ def few_descriptors(world: World, spare: int) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(ProcessLookupError):  # it may have ended, as it says it would
+        with suppress(ProcessLookupError):  # it may have exited, as documented
             resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
 @contextmanager
 def full(disk: Path) -> Iterator[None]:
-    """Fill a disk to the last byte; one that cannot be written to is as good as full."""
+    """Fill a disk to the last byte. A read-only disk counts as full."""
     filler = disk / f"filler-{time.monotonic_ns()}"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         for size in (4096, 1):
@@ -44,13 +44,13 @@ def full(disk: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if filler.exists():  # not on a disk that nothing can be written to
+        if filler.exists():  # not on a read-only disk
             filler.unlink()
 
 
 @contextmanager
 def read_only(disk: Path) -> Iterator[None]:
-    """Have a disk that nothing can be written to; one that is just being written is left alone."""
+    """Remount a disk read-only. This does nothing if a file on it is open for writing."""
     remount = ["mount", "-o", "remount,{}", str(disk)]
     try:
         subprocess.run([word.format("ro") for word in remount], check=False, capture_output=True)
@@ -61,7 +61,7 @@ def read_only(disk: Path) -> Iterator[None]:
 
 @contextmanager
 def little_memory(world: World, limit: int) -> Iterator[None]:
-    """Let a live controller have so many bytes more; the kernel kills it if it needs them."""
+    """Limit a running controller's further memory to `limit` bytes; beyond, the kernel kills it."""
     pid = controller(world)
     if not pid or "memory" not in (cgroups.root() / "cgroup.controllers").read_text().split():
         yield

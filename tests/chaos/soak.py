@@ -1,7 +1,7 @@
-"""Thousands of rekeys under traffic: what the controller holds stays what it is.
+"""Thousands of rekeys under traffic: the controller's use of resources must not grow.
 
-A year of hourly rekeys is nine thousand. The first part of them is warm-up; what is remembered
-of refusals, which has a limit, is filled before.
+A year of hourly rekeys is nine thousand. The first part is a warm-up. The bounded record of recent
+refusals is filled before.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from typing import TextIO
 
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.pins import Pins
-from tests.chaos.tools import storm_at_never, vici
-from tests.chaos.world import SPECS, World
+from tests.chaos.fault_tools import storm_at_never, vici
+from tests.chaos.targets import SPECS
+from tests.chaos.world import World
 
 SAMPLES = 50
 WARM_UP = 0.2  # of the rekeys
-PATIENCE = 3.0  # seconds until one that came to nothing is asked for again
-# What may lie between the most and the least of each: a client that asks, a table that is
-# being cleared. The memory is judged by its trend.
+RETRY = 3.0  # seconds until a rekey without effect is requested again
+# Allowed difference between maximum and minimum: a client may be connected, or a table being
+# cleared. Memory is judged by its trend.
 BOUNDS = {"fds": 4, "threads": 2, "tasks": 4, "timers": 4, "entries": 40, "pins": 0}
-GROWTH = 1024  # KiB over the whole of the measured part, by least squares
+GROWTH = 1024  # KiB over the measured part, by least squares
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the controller held after so many rekeys."""
+    """The resources that the controller held after a number of rekeys."""
 
     rekeys: int
     held: dict[str, int]
 
 
 def soak(world: World, rng: random.Random, rekeys: int, out: TextIO) -> None:
-    """Rekey so often, in turn and by both sides, and print what was held meanwhile.
+    """Rekey the children in turn, from both sides, and print the resources held meanwhile.
 
-    Raises: AssertionError for what grows, a packet in clear, a call that was wrongly refused.
+    Raises: AssertionError if a resource grows, for a packet in clear or a wrongly refused call.
     """
     storm_at_never(world)
     process = world.gate.process
@@ -53,7 +54,7 @@ def soak(world: World, rng: random.Random, rekeys: int, out: TextIO) -> None:
     world.recover()
     world.wait_streams()
     world.judge()
-    assert process.poll() is None, "another controller than in the beginning"
+    assert process.poll() is None, "the controller was restarted"
     measured = [s for s in samples if s.rekeys >= rekeys * WARM_UP]
     out.write(f"\n{done} rekeys in {time.monotonic() - began:.0f} s, after warm-up:\n")
     for name in measured[0].held:
@@ -66,7 +67,7 @@ def soak(world: World, rng: random.Random, rekeys: int, out: TextIO) -> None:
     tally = world.tally
     out.write(
         f"  {tally.attempts} attempts, leaked {len(tally.leaked)}, "
-        f"wrongly refused {len(tally.wrong)}, {tally.streams} TCP connections stood through it\n"
+        f"wrongly refused {len(tally.wrong)}, {tally.streams} TCP connections survived\n"
     )
     out.flush()
     for name, bound in BOUNDS.items():
@@ -79,27 +80,27 @@ def soak(world: World, rng: random.Random, rekeys: int, out: TextIO) -> None:
 
 
 def rekeyed(world: World, rng: random.Random, rekeys: int) -> Iterator[int]:
-    """Rekey one child after the other; yield how many were after each, an old SA being gone."""
+    """Rekey one child after the other; yield the number so far each time an old SA is gone."""
     for done in range(1, rekeys + 1):
         spec = SPECS[done % len(SPECS)]
         host = rng.choice([world.lab.a, world.lab.b])
         if done % 25 == 0:
-            vici(host, "rekey", ike=spec.name)  # besides
+            vici(host, "rekey", ike=spec.name)  # the IKE_SA, too
         seen = len(world.kernel_events.events())
-        asked = 0.0
+        requested = 0.0
         while not any(
             e.name == "DELSA" and e.outbound for e in world.kernel_events.events()[seen:]
         ):
-            if time.monotonic() > asked + PATIENCE:
+            if time.monotonic() > requested + RETRY:
                 vici(host, "rekey", child=spec.child_name)
-                asked = time.monotonic()
+                requested = time.monotonic()
             time.sleep(0.002)
         yield done
 
 
 def held(world: World, pid: int) -> dict[str, int]:
-    """Return what a controller holds, and what is pinned for it."""
-    told = world.gate.ask()
+    """Return the resources of a controller, including its pinned objects."""
+    status_document = world.gate.ask()
     pins = Pins(world.gate.paths.bpffs, world.gate.instance)
     with Maps(pins) as maps:
         entries = maps.entry_count()
@@ -108,8 +109,8 @@ def held(world: World, pid: int) -> dict[str, int]:
     return {
         "fds": len(list(Path(f"/proc/{pid}/fd").iterdir())),
         "threads": int(words["Threads:"]),
-        "tasks": told["tasks"],
-        "timers": told["timers"],
+        "tasks": status_document["tasks"],
+        "timers": status_document["timers"],
         "entries": entries,
         "pins": sum(1 for path in pins.root.rglob("*") if path.is_file()),
         "rss KiB": int(words["VmRSS:"]),
@@ -117,7 +118,7 @@ def held(world: World, pid: int) -> dict[str, int]:
 
 
 def trend(points: list[tuple[int, int]]) -> float:
-    """Return the slope of the line that fits best: least squares."""
+    """Return the slope of the least-squares line."""
     count = len(points)
     mean_x = sum(x for x, _ in points) / count
     mean_y = sum(y for _, y in points) / count

@@ -1,4 +1,4 @@
-"""What became of everything, and when the kernel covered what."""
+"""Count the results, and compute from the kernel's events when what was covered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.xfrm_watch import XfrmEvent
 
-TOLERANCE = 0.06  # seconds: how near to an edge of a gap nothing is certain
+TOLERANCE = 0.06  # seconds around the edges of a gap in which nothing is certain
 CONNECTIONS = 2
 
 Span = tuple[float, float]
@@ -18,47 +18,47 @@ Span = tuple[float, float]
 
 @dataclass
 class Tally:
-    """What became of everything, over all rounds."""
+    """The results of all rounds."""
 
     attempts: int = 0
     refused: int = 0
     blocked: int = 0
     leaked: list[Packet] = field(default_factory=list)
-    let_go: int = 0  # towards what is never covered
-    wrong: list[tuple[str, float]] = field(default_factory=list)  # refused, though covered
-    stuck: list[str] = field(default_factory=list)  # what did not recover
+    let_go: int = 0  # calls that succeeded although nothing covers them
+    wrong: list[tuple[str, float]] = field(default_factory=list)  # refused although covered
+    not_recovered: list[str] = field(default_factory=list)  # faults
     esp: int = 0
-    in_clear: int = 0  # as it should be: towards what need not be protected
-    complaints: int = 0  # ICMP errors of the kernel's own: docs/threat-model.md
+    in_clear: int = 0  # to `open`, which needs no protection
+    icmp_errors: int = 0  # sent by the kernel itself: docs/threat-model.md
     streams: int = 0  # connections that were made, of CONNECTIONS
     calls: int = 0  # of the process whose calls are held
-    held: int = 0  # of these
+    held: int = 0  # of those calls
     longest: float = 0.0  # seconds
-    late: list[str] = field(default_factory=list)  # that took longer than they may
-    strange: list[str] = field(default_factory=list)  # that failed as none may
-    ended: list[str] = field(default_factory=list)  # the controller, by itself
+    late: list[str] = field(default_factory=list)  # calls above the time limit
+    unexpected: list[str] = field(default_factory=list)  # calls with an undocumented error
+    exits: list[str] = field(default_factory=list)  # of the controller, by itself
     errors: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def check(self) -> None:
-        """Assert that nothing got out and nothing was lost; that the witnesses saw at all."""
+        """Assert that nothing leaked and nothing was lost, and that the evidence is not empty."""
         assert not self.leaked, f"{len(self.leaked)} packets in clear"
-        assert not self.let_go, f"{self.let_go} calls let go that nothing covers"
-        assert not self.stuck, f"not recovered from {self.stuck}"
-        assert not self.wrong, f"{len(self.wrong)} calls refused that the kernel covered"
+        assert not self.let_go, f"{self.let_go} calls were allowed although nothing covers them"
+        assert not self.not_recovered, f"not recovered from {self.not_recovered}"
+        assert not self.wrong, f"{len(self.wrong)} calls were refused although covered"
         assert not self.late, f"held calls that did not end: {self.late}"
-        assert not self.strange, f"held calls that failed as none may: {self.strange}"
+        assert not self.unexpected, f"held calls with an undocumented error: {self.unexpected}"
         assert self.held
         assert self.refused
         assert self.esp
         assert self.in_clear
-        assert self.streams == CONNECTIONS, f"connections did not stand: {self.errors}"
+        assert self.streams == CONNECTIONS, f"connections were lost: {self.errors}"
 
 
-def spread(spans: Sequence[Span], pauses: Sequence[Span] = ()) -> list[Span]:
-    """Return spans with all that is uncertain about them.
+def widen(spans: Sequence[Span], pauses: Sequence[Span] = ()) -> list[Span]:
+    """Return the spans, widened by the uncertainty at their edges.
 
-    Where the machine let nobody work at an edge, that is everything until it did: `pauses`, in
-    their order.
+    That is TOLERANCE, and also any pause at the edge during which the sender did not get the CPU.
+    `pauses` must be in order.
     """
     found = []
     for begin, end in spans:
@@ -76,10 +76,10 @@ def spread(spans: Sequence[Span], pauses: Sequence[Span] = ()) -> list[Span]:
 def kernel_gaps(
     events: Sequence[XfrmEvent], family: int, ours: Container[tuple[object, object]]
 ) -> list[Span]:
-    """Return when the kernel had no policy that names an SA for a family, or not that SA.
+    """Return when the kernel had, for a family, no policy whose template names an existing SA.
 
-    A policy that names none is a trap: of the SA that is there yet IKE has taken leave.
-    `ours` are the policies' ends: others, such as the floor's, say nothing.
+    A policy whose template names no SPI is a trap: an SA may still exist, but IKE has deleted it.
+    `ours`: the ends of our policies; others, such as the floor's, are ignored.
     """
     sas: set[int] = set()
     policies: dict[tuple[object, object], int] = {}

@@ -1,12 +1,7 @@
-"""Two hosts, a gate on one, a process that speaks, and who sees what comes of it.
+"""Two hosts, a gate on one of them, two processes that send, and the evidence of what happens.
 
-    net     tunnel mode over IPv4, trapped            host    transport mode over IPv6, trapped
-    never   a connection that the peer doesn't know: always refused, never on the wire
-    open    an address that no connection names: always let go, and on the wire in clear
-
-The last two are the witnesses' own proof: who sees no clear packet must have seen these, and who
-is never refused must have been refused there. Host a has a default route to host b, so whatever
-loses its tunnel's route would go on to the peer in clear.
+Host a has a default route to host b, so a packet that loses its tunnel's route would still reach
+the peer in clear.
 """
 
 from __future__ import annotations
@@ -30,51 +25,43 @@ from ipsecgate.lab.connections import connection
 from ipsecgate.lab.frames import Kind
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
-from ipsecgate.lab.hosts import ConnSpec, Lab
-from tests.chaos import waiting
-from tests.chaos.tally import Span, Tally, kernel_gaps, spread
-from tests.chaos.voice import Voice
+from ipsecgate.lab.hosts import Lab
+from tests.chaos import held_calls
+from tests.chaos.reporter import Reporter
+from tests.chaos.tally import Span, Tally, kernel_gaps, widen
+from tests.chaos.targets import KINDS, NEVER, NOWHERE, OPEN, PORT, PROTECTED, SPECS, Target, covered
 from tests.system.fd_store import FdStore
 from tests.system.kernel_events import KernelEvents
 
-PORT, CLOSED_PORT = 7400, 7401
 PERIOD, HELD_PERIOD = 0.05, 0.1
 RECOVERY = 40.0
-STREAMS = 150.0  # TCP doubles its own wait with every fault
-OPEN = "192.0.2.9"
-NEVER = "192.0.2.3"
-DPD = {"dpd_delay": "1"}
-SPECS = (
-    ConnSpec("net", "tunnel", 4, start_action="trap", options=DPD),
-    ConnSpec("host", "transport", 6, start_action="trap", options=DPD),
-)
-NOWHERE = ConnSpec("never", "transport", 4, remote_ts=(f"{NEVER}/32",))
-PROTECTED = [ip_network(text) for text in ("203.0.113.0/24", "2001:db8::2/128", f"{NEVER}/32")]
-KINDS = ("fresh", "kept", "connected", "tcp", "stream", "ping", "raw")
-SPEAKER, WAITER = (Path(__file__).with_name(f"{name}.py") for name in ("speaker", "waiter"))
-
-Target = tuple[str, str, int]
+STREAM_RECOVERY = 150.0  # seconds: TCP doubles its retransmission timeout with every fault
+SENDER, HELD_SENDER = (Path(__file__).with_name(f"{name}.py") for name in ("sender", "held_sender"))
 
 
 class NotRecoveredError(AssertionError):
-    """What was covered is not again, with everybody's last words."""
+    """Something that was covered did not become covered again; with logs and kernel state."""
 
 
 class World:
-    """The whole bed. Made by `world`."""
+    """Two hosts, the gate and the senders. Made by `build_world`."""
 
-    speaker: Voice
-    waiter: Voice  # its calls are held
+    sender: Reporter
+    held_sender: Reporter
 
     def __init__(self, lab: Lab, gate: Gated, kernel_events: KernelEvents, store: FdStore) -> None:
         self.lab, self.gate, self.kernel_events, self.store = lab, gate, kernel_events, store
         self.route = lab.a.namespace.route()
         self.tally = Tally()
-        self.troubles: list[Span] = []
+        self.disturbed: list[Span] = []  # when refusals are excused
         self.targets = covered(lab, KINDS)
         self.targets += [("fresh", NEVER, PORT), ("tcp", NEVER, PORT), ("fresh", OPEN, PORT)]
-        self.waits = covered(lab, waiting.KINDS)
-        self.waits += [("sendto", NEVER, PORT), ("connect", NEVER, PORT), ("sendto", OPEN, PORT)]
+        self.held_targets = covered(lab, held_calls.KINDS)
+        self.held_targets += [
+            ("sendto", NEVER, PORT),
+            ("connect", NEVER, PORT),
+            ("sendto", OPEN, PORT),
+        ]
         self.policies = {
             (end.network_address, there.network_address)
             for end, there in (
@@ -82,14 +69,14 @@ class World:
                 (ip_network(lab.a.outer[6]), ip_network(lab.b.outer[6])),
             )
         }
-        self.forgetful = False  # the peer's kernel lost its SAs, and its IKE has no way to know
+        self.peer_lost_sas = False  # the peer's kernel lost its SAs, which its IKE cannot notice
         self._capture: Capture | None = None
         self._blocked = self._blocks()
 
-    # --- the bed ----------------------------------------------------------------------
+    # --- setting up and repairing -----------------------------------------------------
 
     def load(self, host: Host) -> None:
-        """Load the connections on one host; what is loaded already stays as it is."""
+        """Load the connections on one host; those already loaded stay unchanged."""
         here = host is self.lab.a
         for spec in (*SPECS, NOWHERE) if here else SPECS:
             local, remote = spec.local_ts, spec.remote_ts
@@ -99,44 +86,47 @@ class World:
             host.charon.load(connection(spec, *ends, spec.start_action if here else "none"))
 
     def start(self) -> None:
-        """Have the processes speak, and wait until all that they say is answered."""
+        """Start the senders, and wait until everything that they send is answered."""
         host, gate = self.lab.a, self.gate
-        words = [sys.executable, "-S", "-I", str(WAITER), str(HELD_PERIOD), json.dumps(self.waits)]
-        self.store.take()  # its queue is short: there must be room for the listener
-        self.waiter = Voice(host, gate.exec_argv(*words, options=["--hold", f"{waiting.HOLD:g}s"]))
-        self.speaker = Voice(
-            host, self.argv("speaker", str(PERIOD), json.dumps(self.targets)), gate.cgroup
+        targets = json.dumps(self.held_targets)
+        argv = [sys.executable, "-S", "-I", str(HELD_SENDER), str(HELD_PERIOD), targets]
+        self.store.take()  # its queue is short: make room for the listener
+        self.held_sender = Reporter(
+            host, gate.exec_argv(*argv, options=["--hold", f"{held_calls.HOLD:g}s"])
+        )
+        self.sender = Reporter(
+            host, self.argv("sender", str(PERIOD), json.dumps(self.targets)), gate.cgroup
         )
         self.store.take()
-        assert self.store.kept, "without its listener it would end with the first controller"
-        self.troubles.append((-math.inf, self.recover()))
+        assert self.store.kept, "unless its listener is kept, it ends with the first controller"
+        self.disturbed.append((-math.inf, self.recover()))
         self.judge()
 
     @staticmethod
     def argv(*words: str) -> list[str]:
-        return [sys.executable, "-S", "-I", str(SPEAKER), *words]
+        return [sys.executable, "-S", "-I", str(SENDER), *words]
 
     def start_gate(self) -> None:
         """Start a controller as a service manager would, and wait until it is ready."""
         self.store.start(self.gate)
 
     def mend(self) -> None:
-        """Have everybody alive who should be, as a service manager would."""
+        """Restart every dead process and load missing connections, as a service manager would."""
         for host in (self.lab.a, self.lab.b):
             if not host.charon.alive:
                 self.lab.restart(host)
             if not {s.name for s in SPECS} <= set(host.charon.loaded()):
                 self.load(host)
-        if self.forgetful:
-            self.forgetful = False
+        if self.peer_lost_sas:
+            self.peer_lost_sas = False
             with self.lab.b.charon.session() as session:
                 for spec in SPECS:
-                    with contextlib.suppress(CommandException):  # it has none
+                    with contextlib.suppress(CommandException):  # there is none
                         list(session.terminate({"ike": spec.name, "timeout": "-1"}))
         self.supervise()
 
     def renew(self) -> None:
-        """Begin anew, as an operator would who has lost patience."""
+        """Restart everything from scratch, as an operator would as a last resort."""
         self.gate.kill()
         self.lab.reset()
         for host in (self.lab.b, self.lab.a):
@@ -145,53 +135,57 @@ class World:
         self.recover()
 
     def supervise(self) -> None:
-        """Start the controller again if it is gone."""
+        """Start the controller again if it has exited."""
         process = self.gate.process
         if process is not None and process.poll() is not None:
-            self.tally.ended.append(tail(self.gate.log, 3))
+            self.tally.exits.append(tail(self.gate.log, 3))
             self.gate.process = None
         if self.gate.process is None:
             self.start_gate()
 
-    # --- what came of it --------------------------------------------------------------
+    # --- reports and judgement --------------------------------------------------------
 
     def recover(self) -> float:
-        """Wait until all that is covered works, return when. Raises: NotRecoveredError."""
+        """Wait until every covered target works; return the time. Raises: NotRecoveredError."""
         began = time.monotonic()
         while True:
             silent = [
                 target
-                for one, target in self._told_of_covered()
-                if target[0] != "stream" and not works(one, target[0], began)
+                for report, target in self._covered_reports()
+                if target[0] != "stream" and not works(report, target[0], began)
             ]
             now = time.monotonic()
             if not silent:
                 return now
             if now > began + RECOVERY:
-                raise NotRecoveredError(f"{silent} for {RECOVERY:.0f} s\n{self.last_words()}")
+                raise NotRecoveredError(f"{silent} for {RECOVERY:.0f} s\n{self.diagnosis()}")
             self.supervise()
             time.sleep(PERIOD / 2)
 
     def wait_streams(self) -> None:
-        """Wait until what stood before a fault goes on. TCP may take its time."""
+        """Wait until the TCP connections work again. TCP's own timeouts make that slow."""
         began = time.monotonic()
         while not all(
-            works(one, "kept", began)
-            for one, target in self._told_of_covered()
+            works(report, "kept", began)
+            for report, target in self._covered_reports()
             if target[0] == "stream"
         ):
-            if time.monotonic() > began + STREAMS:
-                raise NotRecoveredError(f"no stream for {STREAMS:.0f} s\n{self.last_words()}")
+            if time.monotonic() > began + STREAM_RECOVERY:
+                raise NotRecoveredError(
+                    f"no stream for {STREAM_RECOVERY:.0f} s\n{self.diagnosis()}"
+                )
             time.sleep(0.05)
 
-    def _told_of_covered(self) -> Iterator[tuple[dict[str, Any], Target]]:
-        """Ask everybody; yield what is said of the targets that are covered."""
-        for voice, targets in ((self.speaker, self.targets), (self.waiter, self.waits)):
-            for one, target in zip(voice.ask(), targets, strict=True):
+    def _covered_reports(self) -> Iterator[tuple[dict[str, Any], Target]]:
+        """Ask both senders; yield the reports about covered targets."""
+        senders = ((self.sender, self.targets), (self.held_sender, self.held_targets))
+        for sender, targets in senders:
+            for report, target in zip(sender.ask(), targets, strict=True):
                 if target[1] not in (NEVER, OPEN):
-                    yield one, target
+                    yield report, target
 
-    def last_words(self) -> str:
+    def diagnosis(self) -> str:
+        """Return the ends of the logs, the kernel's tables and the gate's status."""
         status = json.dumps(self.gate.status(), indent=1)
         logs = (self.gate.log, self.lab.a.charon.log, self.lab.b.charon.log)
         kernel = [
@@ -206,48 +200,49 @@ class World:
         return "\n---\n".join([*(tail(log, 40) for log in logs), *kernel, status])
 
     def judge(self) -> None:
-        """Take in what was said and seen since the last time."""
-        told, waited, now = self.speaker.ask("all"), self.waiter.ask("all"), time.monotonic()
-        pauses = [(began, ended) for began, ended in told[0]["pauses"]]
-        self._see()
+        """Judge the reports and captured packets since the last call."""
+        reports, held, now = self.sender.ask("all"), self.held_sender.ask("all"), time.monotonic()
+        pauses = [(began, ended) for began, ended in reports[0]["pauses"]]
+        self._judge_capture()
         blocked = self._blocks()
         self.tally.blocked += blocked - self._blocked
         self._blocked = blocked
         events = self.kernel_events.events()
         gaps = {family: kernel_gaps(events, family, self.policies) for family in (4, 6)}
-        for one, target in zip(told, self.targets, strict=True):
-            spans = [*self.troubles, *gaps[6 if ":" in target[1] else 4]]
-            self._judge(one, target, spread(spans, pauses))
-        for one, (kind, address, _) in zip(waited, self.waits, strict=True):
+        for report, target in zip(reports, self.targets, strict=True):
+            spans = [*self.disturbed, *gaps[6 if ":" in target[1] else 4]]
+            self._judge(report, target, widen(spans, pauses))
+        for report, (kind, address, _) in zip(held, self.held_targets, strict=True):
             name = f"{kind} {address}"
-            waiting.take(self.tally, name, one["calls"], one["began"], now)
+            calls = report["calls"]
+            held_calls.count(self.tally, name, calls, report["began"], now)
             if address == NEVER:
-                self.tally.let_go += sum(not error for _, _, error in one["calls"])
+                self.tally.let_go += sum(not error for _, _, error in calls)
             elif address != OPEN:
                 known = gaps[6 if ":" in address else 4]
-                waiting.judge(self.tally, name, one["calls"], known, self.troubles, pauses)
+                held_calls.judge(self.tally, name, calls, known, self.disturbed, pauses)
 
-    def _judge(self, one: dict[str, Any], target: Target, excused: Sequence[Span]) -> None:
-        """Take in what the process met that is not held."""
+    def _judge(self, report: dict[str, Any], target: Target, excused: Sequence[Span]) -> None:
+        """Judge a report of the sender whose calls are not held."""
         tally, (kind, address, _) = self.tally, target
-        counts: collections.Counter[str] = collections.Counter(one["counts"])
+        counts: collections.Counter[str] = collections.Counter(report["counts"])
         tally.attempts += counts.total()
         tally.refused += counts["EPERM"] + counts["EHOSTUNREACH"]
         tally.errors.update({f"{kind} {name}": n for name, n in counts.items() if name})
         if kind == "stream":
-            tally.streams += one["made"]
+            tally.streams += report["made"]
         if address == NEVER:
             tally.let_go += counts[""]
         elif address != OPEN:
-            for began, ended, name in one["failed"]:
+            for began, ended, name in report["failed"]:
                 if not any(begin <= ended and began <= end for begin, end in excused):
                     near = min((max(b - ended, began - e) for b, e in excused), default=math.inf)
                     tally.wrong.append(
                         (f"{kind} {address} {name}, {near * 1000:.0f} ms off", began)
                     )
 
-    def _see(self) -> None:
-        """Look at what was on the wire; the next capture begins before the last one ends."""
+    def _judge_capture(self) -> None:
+        """Judge the packets since the last call; the next capture begins before this one ends."""
         last, self._capture = self._capture, self.lab.capture()
         self._capture.start()
         if last is None:
@@ -259,7 +254,7 @@ class World:
                 if str(packet.daddr) == OPEN:
                     self.tally.in_clear += 1
                 elif packet.is_unreachable:
-                    self.tally.complaints += 1
+                    self.tally.icmp_errors += 1
                 elif not packet.daddr or any(packet.daddr in net for net in PROTECTED):
                     self.tally.leaked.append(packet)
 
@@ -272,18 +267,10 @@ class World:
             self._capture.close()
 
 
-def covered(lab: Lab, kinds: Sequence[str]) -> list[Target]:
-    return [
-        (kind, str(lab.b.address(spec)), CLOSED_PORT if kind in ("tcp", "connect") else PORT)
-        for spec in SPECS
-        for kind in kinds
-    ]
-
-
-def works(one: dict[str, float], kind: str, since: float) -> bool:
-    """Tell whether a target was let go, and answered where it asks, since then."""
-    answered = kind not in ("kept", "connected") or one["echoed"] > since
-    return one["good"] > since and one["bad"] < one["good"] and answered
+def works(report: dict[str, float], kind: str, since: float) -> bool:
+    """Return whether calls have succeeded since then, with an answer if the kind expects one."""
+    answered = kind not in ("kept", "connected") or report["echoed"] > since
+    return report["good"] > since and report["bad"] < report["good"] and answered
 
 
 def tail(path: Path, lines: int) -> str:

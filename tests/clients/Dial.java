@@ -1,7 +1,7 @@
 import java.io.IOException;
 import java.net.Socket;
 
-/** Dial HOST PORT: ask for / over HTTP, print what came. Java's sockets are IPv6 ones, always. */
+/** Dial HOST PORT: request / over HTTP and print the answer. Java always uses IPv6 sockets. */
 public class Dial {
     public static void main(String[] words) throws IOException {
         try (Socket socket = new Socket(words[0], Integer.parseInt(words[1]))) {

@@ -1,6 +1,6 @@
-"""The real clients: what each is told to do, and what it prints when it was served.
+"""The real clients: their command lines, and a part of their output when they are served.
 
-None is told to try again, and none knows of the gate.
+None is configured to retry, and none knows about the gate.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ SSH_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class RealClient:
-    """A client as its user would call it. `served`: a part of what it then prints.
+    """A client as its user would call it. `served`: a part of its output after a success.
 
-    `vague` are the words of one that keeps the cause to itself: curl's for code 7, 7.x and 8.x.
+    `vague`: messages of a failed connection without the cause: those of curl 7 and 8 for exit code
+    7.
     """
 
     name: str
@@ -62,12 +63,12 @@ class RealClient:
 
 
 def piped(program: str, to: str) -> tuple[str, ...]:
-    """Return the argv of a netcat that asks for the page."""
+    """Return the argv of a netcat that requests the page."""
     return ("sh", "-c", f"printf '{REQUEST}' | {program} {to} {HTTP}")
 
 
 def catalogue(to: str, key: Path) -> list[RealClient]:
-    """Return the clients, all of them bound for the address `to`; `key` is ssh's."""
+    """Return the clients, which all connect to the address `to`; `key` is ssh's private key."""
     url = f"http://{to}:{HTTP}/"
     http = str(HTTP)
     ssh = ("ssh", *SSH_OPTIONS.split(), "-i", str(key), "-p", str(SSH), f"root@{to}")

@@ -1,6 +1,6 @@
-"""A bed for real clients: two hosts, a gate on a, the daemons on b; what a client met.
+"""A lab for real clients: two hosts, a gate on a, server daemons on b; and the results of a client.
 
-Every run begins without an SA, and IKE needs two round trips of `DELAY` to make one.
+Runs that need it begin without an SA, and IKE takes two round trips with `DELAY` to negotiate one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.clients.catalogue import RealClient, catalogue
 
 DELAY = 25.0  # ms, one way
 LIMIT = 120.0  # seconds after which a client counts as hung
-SETTLE = 60.0
+SETTLE_TIMEOUT = 60.0
 SPEC = ConnSpec("net", "tunnel", 4, start_action="trap")
 POLICIES = """\
 [[policy]]
@@ -41,10 +41,10 @@ SAYS = {
 
 
 class End(Enum):
-    """How a client ended that was not to be served."""
+    """How a client ended whose calls failed."""
 
     SERVED = "is served"
-    TOLD = "says it"
+    NAMED = "says it"
     VAGUE = "says that it is not connected"
     OTHER = "ends otherwise"
     BELIEVED = "believes itself connected"
@@ -53,9 +53,9 @@ class End(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run of a client: `code` None is a client that hung; `output` is all it printed.
+    """One run of a client. `code`: None if it hung. `output`: stdout and stderr.
 
-    `refused` is how often the hooks refused a call, `held` how many the gate held.
+    `retransmitted`: SYNs. `refused`: calls that the hooks refused. `held`: calls that were held.
     """
 
     client: RealClient = field(repr=False)
@@ -72,18 +72,18 @@ class Outcome:
         return self.code == 0 and self.client.served in self.output
 
     def end(self, error: str) -> End:
-        """Return how it ended, where its call failed with `error` (an errno's name)."""
+        """Return how the client ended; its calls failed with `error` (the name of an errno)."""
         if self.code is None:
             return End.HUNG
         if self.code == 0:
             return End.SERVED if self.served else End.BELIEVED
         if any(words.lower() in self.output.lower() for words in SAYS[error]):
-            return End.TOLD
+            return End.NAMED
         vague = any(words in self.output for words in self.client.vague)
         return End.VAGUE if vague else End.OTHER
 
-    def words(self, error: str) -> str:
-        """Return the line in which the client tells of `error`."""
+    def error_line(self, error: str) -> str:
+        """Return the output line that names `error`, else the last line."""
         lines = [line.strip() for line in self.output.splitlines() if line.strip()]
         found = [
             line for line in lines if any(w.lower() in line.lower() for w in SAYS[error])
@@ -93,7 +93,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class ClientLab:
-    """Clients by name: `to_net` are bound for what must be protected, `forbidden` are not to go."""
+    """A lab with a gate. Clients by name: `to_net` go to the protected net, `forbidden` do not."""
 
     lab: Lab
     gate: Gated
@@ -102,25 +102,25 @@ class ClientLab:
 
     @property
     def net(self) -> Address:
-        """Where what must be protected is bound for."""
+        """The server's address in the protected network."""
         return self.lab.b.inner[4]
 
     @property
     def forbidden_to(self) -> Address:
-        """Where nothing that is gated may go."""
+        """The server's address that the gate refuses."""
         return self.lab.b.bare[4]
 
     def without_sa(self) -> None:
-        """Bring both hosts back to no SA at all, and wait until the gate knows it."""
+        """Drop all SAs on both hosts, and wait until the gate has noticed."""
         self.until(lambda: all(host.namespace.tcp_is_quiet() for host in (self.lab.a, self.lab.b)))
         self._drop()
         if self.state() == "back-off":
-            self.lab.a.charon.initiate(SPEC.child_name)  # an SA ends it, however it came up
+            self.lab.a.charon.initiate(SPEC.child_name)  # any new SA ends the back-off
             self.until(lambda: self.state() == "covered")
             self._drop()
 
     def _drop(self) -> None:
-        """Drop every SA; also what comes of a negotiation that fails by it and is repeated."""
+        """Drop every SA, repeatedly, because a negotiation may be under way."""
         hosts = (self.lab.a, self.lab.b)
 
         def is_gone() -> bool:
@@ -132,25 +132,25 @@ class ClientLab:
         self.until(is_gone)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something, but not for ever."""
-        deadline = time.monotonic() + SETTLE
+        """Wait for a condition, for a limited time."""
+        deadline = time.monotonic() + SETTLE_TIMEOUT
         while not condition():
-            assert time.monotonic() < deadline, f"the SA is {self.state()}, connections stay"
+            assert time.monotonic() < deadline, f"the child is {self.state()}"
             time.sleep(0.02)
 
     def state(self) -> str:
-        """Return the state of the negotiation, as the gate tells it."""
+        """Return the coverage state of the child, as the gate reports it."""
         found = [item["state"] for item in self.gate.ask()["negotiations"]]
         return str(found[0]) if found else "uncovered"
 
     def attempts(self) -> int:
-        """Return how many negotiations the gate began."""
+        """Return the number of negotiations that the gate has begun."""
         return sum(item["attempts"] for item in self.gate.ask()["negotiations"])
 
     def unserved(self, error: str, names: Sequence[str]) -> Iterator[Outcome]:
-        """Run clients whose calls fail, with EPERM, EHOSTUNREACH or ETIMEDOUT."""
+        """Run clients whose calls fail with `error`: EPERM, EHOSTUNREACH or ETIMEDOUT."""
         match error:
-            case "EPERM":  # by a policy, and nothing holds them
+            case "EPERM":  # refused by a policy, without holding
                 for name in names:
                     yield self.run(self.forbidden[name])
             case "EHOSTUNREACH":  # IKE fails: the peer has another key
@@ -159,7 +159,7 @@ class ClientLab:
                 for name in names:
                     yield self.run(self.to_net[name], hold="30s")
                 self.lab.mend_psk()
-            case _:  # the peer does not answer, and the hold is over before IKE gives up
+            case _:  # the peer does not answer, and the hold ends before IKE gives up
                 self.lab.a.charon.configure("retransmit_timeout = 60")
                 for name in names:
                     self.without_sa()
@@ -171,10 +171,9 @@ class ClientLab:
     def run(
         self, client: RealClient, *options: str, hold: str | None = None, gated: bool = True
     ) -> Outcome:
-        """Run a client, usually in the gated cgroup, between two looks at the wire.
+        """Run a client with a capture, by default in the gated cgroup.
 
-        `hold` is for how long `ipsecgate exec` may hold its calls; None: it runs without.
-        `options` are for that, too.
+        `hold`: run it under `ipsecgate exec --hold HOLD`, with further `options`; None: without.
         """
         argv = list(client.argv)
         if hold is not None:
@@ -190,7 +189,7 @@ class ClientLab:
         return Outcome(client, code, output, seconds, seen, *counted)
 
     def _counters(self) -> tuple[int, int, int]:
-        """Return the SYNs sent again, the hooks' refusals and the calls held so far."""
+        """Return the counts of SYN retransmissions, refused calls and held calls so far."""
         refused = sum(n for name, n in self.gate.reasons().items() if name.startswith("refuse"))
         held: int = self.gate.ask()["held"]
         return self.lab.a.counters()["TcpExtTCPSynRetrans"], refused, held
@@ -212,7 +211,7 @@ class ClientLab:
 def client_lab(
     name: str, cache: Path, ports: Collection[int] = tuple(daemons.DAEMONS)
 ) -> Iterator[ClientLab]:
-    """Make the bed, with the daemons of some ports; `cache` has the compiled hooks."""
+    """Make the lab, with the daemons of these ports; `cache` has the compiled hooks."""
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(name))
         lab.warm_up(("tunnel",), (4,))

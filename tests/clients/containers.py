@@ -1,7 +1,7 @@
 """Containers without an image: busybox in a folder, run by crun, runc or podman.
 
-They share the network namespace of the host that starts them, because one gate knows one
-namespace, and their cgroup lies below the one that is named.
+They share the network namespace of the host that starts them, because a gate serves one namespace.
+Their cgroup is below the given one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FOLDERS = ("bin", "dev", "etc", "proc", "run", "sys", "tmp", "var")
 
 
 class Containers:
-    """What runtimes need to run commands in containers; `folder` is a new one of the test's."""
+    """The command lines that run commands in containers; `folder` must be empty."""
 
     def __init__(self, folder: Path, cgroup: Path) -> None:
         self._folder = folder
@@ -32,7 +32,7 @@ class Containers:
     def oci(
         self, runtime: str, name: str, command: Sequence[str], seccomp: dict[str, Any] | None
     ) -> list[str]:
-        """Return the words that run a command by a bare runtime; `seccomp` is its profile."""
+        """Return the argv that runs a command in a bare OCI runtime; `seccomp`: its profile."""
         bundle = self._folder / name
         bundle.mkdir()
         linux: dict[str, Any] = {
@@ -56,7 +56,7 @@ class Containers:
     def podman(
         self, runtime: str, name: str, command: Sequence[str], seccomp: dict[str, Any] | None
     ) -> list[str]:
-        """Return the words that run a command by podman on a runtime."""
+        """Return the argv that runs a command in podman with this runtime."""
         security = "seccomp=unconfined"
         if seccomp is not None:
             profile = self._folder / f"{name}.json"
@@ -72,7 +72,7 @@ class Containers:
             *(f"--{option}={path}" for option, path in places.items()),
             *f"--runtime={runtime} --cgroup-manager=cgroupfs --storage-driver=vfs".split(),
             *f"--events-backend=none run --rm --name={name} --network=host".split(),
-            "--log-driver=k8s-file",  # where process 1 is systemd it would need a journal
+            "--log-driver=k8s-file",  # the default needs a journal if process 1 is systemd
             *f"--cgroupns=host --cgroup-parent={self._cgroup}".split(),
             *f"--security-opt={security} --rootfs {self.root}".split(),
             *command,

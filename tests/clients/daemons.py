@@ -1,7 +1,7 @@
-"""Real servers on a host of the lab: HTTP, git, ssh, PostgreSQL, Redis, each Debian's own daemon.
+"""Real servers on a host of the lab: Debian's HTTP, git, ssh, PostgreSQL and Redis daemons.
 
-Whatever they keep lies in one folder, which the guest has in memory. They run until the lab
-ends, listen on every address of their host, and ask for no password.
+All their data is in one folder, which is in memory in a guest. They run until the lab ends, listen
+on every address of their host, and need no password.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ipsecgate.lab.netns import LabError
 HTTP, GIT, SSH, POSTGRES, REDIS = 8080, 9418, 2222, 5432, 6379
 PAGE = "the page of host b"
 POSTGRES_VERSIONS = Path("/usr/lib/postgresql")
-"""A folder for each version, named 15, 17 and so on; their programs are not in PATH."""
+"""A folder per version, such as 15 or 17; the programs are not in PATH."""
 READY_TIMEOUT = 60.0
 
 SSHD = """\
@@ -38,9 +38,9 @@ PidFile none
 
 @contextlib.contextmanager
 def serving(host: Host, ports: Collection[int]) -> Iterator[Path]:
-    """Run the daemons of some ports; yield their folder, which has ssh's `key`.
+    """Run the daemons of these ports; yield their folder, which contains ssh's private `key`.
 
-    Raises: LabError if one does not listen.
+    Raises: LabError if one does not start to listen.
     """
     folder = Path(tempfile.mkdtemp(prefix="daemons-"))
     folder.chmod(0o755)
@@ -55,7 +55,7 @@ def serving(host: Host, ports: Collection[int]) -> Iterator[Path]:
 
 
 def http(folder: Path) -> list[str]:
-    """Lay out a page, beside it the repository for git's HTTP client."""
+    """Make a page, and a repository for git over HTTP."""
     root = folder / "www"
     root.mkdir()
     (root / "index.html").write_text(PAGE + "\n")
@@ -71,12 +71,12 @@ def http(folder: Path) -> list[str]:
 
 
 def git(folder: Path) -> list[str]:
-    """Give out the same repository by git's own protocol; after `http`."""
+    """Serve the same repository over git's own protocol; `http` must come first."""
     return ["git", "daemon", "--export-all", f"--port={GIT}", f"--base-path={folder}/www"]
 
 
 def ssh(folder: Path) -> list[str]:
-    """Make both sides' keys."""
+    """Make the keys of server and client."""
     Path("/run/sshd").mkdir(exist_ok=True)
     for name in ("host-key", "key"):
         keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
@@ -86,7 +86,7 @@ def ssh(folder: Path) -> list[str]:
 
 
 def postgres(folder: Path) -> list[str]:
-    """Make a database cluster. Nobody may be root who does that, or serves it."""
+    """Make a database cluster as the user postgres, because PostgreSQL refuses to run as root."""
     data = folder / "postgres"
     data.mkdir()
     shutil.chown(data, "postgres")
@@ -110,7 +110,7 @@ def postgres(folder: Path) -> list[str]:
 
 
 def redis(folder: Path) -> list[str]:
-    """Keep nothing on disk, ask nobody for a password."""
+    """Configure no persistence and no password."""
     options = {"port": str(REDIS), "protected-mode": "no", "save": "", "dir": str(folder)}
     return ["redis-server", *(word for key in options for word in (f"--{key}", options[key]))]
 
@@ -122,11 +122,11 @@ DAEMONS: dict[int, Callable[[Path], list[str]]] = {
     POSTGRES: postgres,
     REDIS: redis,
 }
-"""By port: lay out what a daemon needs in a folder, return its argv."""
+"""By port: a function that prepares a daemon's files in a folder and returns its argv."""
 
 
 def wait_listening(host: Host, ports: Collection[int], log: Path) -> None:
-    """Wait until each port takes connections, from the host itself. Raises: LabError."""
+    """Wait until each port accepts connections from the host itself. Raises: LabError."""
     deadline = time.monotonic() + READY_TIMEOUT
     for port in ports:
         while True:

@@ -1,5 +1,5 @@
-// dial HOST:PORT: ask for / over HTTP, print what came. Built without cgo it is static, and its
-// system calls are its own: there is no C library to preload into.
+// dial HOST:PORT: request / over HTTP and print the answer. Built without cgo, it is static and makes
+// its own system calls: there is no C library to preload into.
 package main
 
 import (

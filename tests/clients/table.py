@@ -1,9 +1,9 @@
-"""docs/clients.md's table, from runs of its own: what each client makes of each error.
+"""Make the table in docs/clients.md: how each client reacts to each error.
 
-    python -m tests.clients.table FILE        in a kernel with ESP: run all, write the table
-    python -m tests.clients.table --into DOCUMENT FILE
+    python -m tests.clients.table FILE                    run all clients, write the table to FILE
+    python -m tests.clients.table --into DOCUMENT FILE    copy the table from FILE into a document
 
-`make clients` does both.
+The first form needs a kernel with ESP. `make clients` does both.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tests.clients.client_lab import SAYS, End, Outcome, client_lab
 NAMES = [client.name for client in catalogue("", Path())]
 ERRORS = tuple(SAYS)
 BEGIN, FINISH = "<!-- the table: make clients -->\n", "<!-- end of the table -->\n"
-FINE = (End.TOLD, End.VAGUE)
+FINE = (End.NAMED, End.VAGUE)
 
 
 def measured() -> dict[str, dict[str, Outcome]]:
-    """Run each client into each error; return the outcomes by error and client."""
+    """Run each client with each error; return the outcomes by error and client."""
     with (
         tempfile.TemporaryDirectory() as cache,
         client_lab("ipsecgate-clients", Path(cache)) as here,
@@ -35,9 +35,9 @@ def measured() -> dict[str, dict[str, Outcome]]:
 
 
 def cell(outcome: Outcome, error: str) -> str:
-    """Say how a client ended, and how often it had tried where that was not once."""
+    """Return how a client ended, its exit code, and the number of calls if not 1."""
     end = outcome.end(error)
-    words = end.value if end in FINE else f"**{end.value}**: {outcome.words(error)[:60]}"
+    words = end.value if end in FINE else f"**{end.value}**: {outcome.error_line(error)[:60]}"
     code = "" if outcome.code is None else f", exit {outcome.code}"
     tries = max(outcome.refused, outcome.held)
     return f"{words}{code}{f', {tries} calls' if tries > 1 else ''}".replace("|", "/")
@@ -51,20 +51,20 @@ def rendered(outcomes: dict[str, dict[str, Outcome]]) -> str:
 
 
 def rows_in(document: str) -> dict[str, str]:
-    """Return what a document's table says, by client."""
+    """Return the rows of a document's table, by client."""
     table = document.partition(BEGIN)[2].partition(FINISH)[0]
     rows = [line.strip("| ").partition(" | ") for line in table.splitlines()[2:]]
-    return {name: said for name, _, said in rows}
+    return {name: cells for name, _, cells in rows}
 
 
 def put_into(document: Path, table: str) -> None:
-    """Replace a document's table."""
+    """Replace the table of a document."""
     head, _, rest = document.read_text().partition(BEGIN)
     document.write_text(head + BEGIN + table + FINISH + rest.partition(FINISH)[2])
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, or put into a document what was measured."""
+    """Run the command line."""
     match arguments:
         case ["--into", document, file]:
             put_into(Path(document), Path(file).read_text())

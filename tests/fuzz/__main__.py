@@ -12,20 +12,20 @@ from tests.fuzz.targets import TARGETS
 
 
 def fuzz(kind: type[Target], inputs: int, seed: int) -> subprocess.CompletedProcess[str]:
-    """Have a process of its own feed a target so many inputs; it prints what came of it."""
+    """Feed a target in a process of its own; its output has the figures or the finding."""
     where = f"{kind.__module__}:{kind.__qualname__}"
-    command = [sys.executable, "-m", "tests.fuzz.one", where, str(inputs), str(seed)]
-    same = {**os.environ, "PYTHONHASHSEED": "0"}  # or a seed would not repeat a run
+    command = [sys.executable, "-m", "tests.fuzz.run_target", where, str(inputs), str(seed)]
+    same = {**os.environ, "PYTHONHASHSEED": "0"}  # otherwise a seed does not repeat a run
     return subprocess.run(command, env=same, capture_output=True, text=True, check=False)
 
 
 def feed(kind: type[Target], data: bytes) -> bool:
-    """Feed a target one input; tell whether it broke a rule."""
+    """Feed a target one input; return whether it broke a rule."""
     target = kind()
     try:
         print(judge(target, data, (), target.state()))
     except FoundError as found:
-        found.tell()
+        found.report()
         return True
     finally:
         target.close()
@@ -33,7 +33,7 @@ def feed(kind: type[Target], data: bytes) -> bool:
 
 
 def main() -> int:
-    """Run the targets that are asked for."""
+    """Run the targets named on the command line, or all."""
     parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000, help="for each target")
     parser.add_argument("--seed", type=int, default=1)

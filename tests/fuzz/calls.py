@@ -1,4 +1,4 @@
-"""What held calls bring along: notifications, addresses in a caller's memory, /proc."""
+"""Input from held calls: notifications, addresses in the caller's memory, /proc status."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHERE = 0x7000
 
 
 class Calls(Target):
-    """A notification and what its pointer points to, or a thread's status after a zero byte."""
+    """A notification and the memory at its pointer; after a zero byte, a thread's status."""
 
     name = "seccomp"
     refusals = (seccomp.NotificationError,)

@@ -1,4 +1,4 @@
-"""The control socket: what peers ask the controller, and what a controller answers."""
+"""The control socket: requests of clients, and answers of a controller."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ WORDS = (
 
 
 class AnswerError(Exception):
-    """The controller said no, or hung up without a word."""
+    """The controller answered with an error, or disconnected."""
 
 
 class Control(Target):
-    """Requests, over the real socket of a server that goes on."""
+    """Requests over the socket of a real server, which must keep serving."""
 
     name = "control"
     refusals = (AnswerError,)
@@ -69,7 +69,7 @@ class Control(Target):
         if self._logged:
             raise RuntimeError(str(self._logged.pop()))
         if not answer:
-            raise AnswerError("hung up")
+            raise AnswerError("disconnected")
         document = json.loads(answer)
         if "ok" not in document:
             assert self._asked == asked
@@ -98,15 +98,15 @@ class Control(Target):
 
 
 class Answer(Target):
-    """Answers, as `ask` reads them."""
+    """Answers, as `ask` parses them."""
 
     name = "answer"
     refusals = (GateError, NoControllerError)
     words = (*WORDS, b'{"ok": {}}', b'{"error": 1}', b'"ok"')
 
     def real(self, random: Random) -> tuple[bytes, Any]:
-        told = random.choice(({}, {"pid": 7}, {"children": ["Ω"], "x": {"y": None}}))
-        return json.dumps({"ok": told}).encode() + b"\n", told
+        answer = random.choice(({}, {"pid": 7}, {"children": ["Ω"], "x": {"y": None}}))
+        return json.dumps({"ok": answer}).encode() + b"\n", answer
 
     def feed(self, data: bytes) -> Any:
         result = control.parse_answer(Path("/x"), "status", data)

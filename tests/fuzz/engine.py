@@ -1,9 +1,8 @@
-"""What a decoder that takes bytes from outside is held to, input by input.
+"""The rules that a decoder of outside bytes must keep for every input.
 
-Rules of this module: a real message must be decoded as what it means; a damaged one is decoded
-or refused with an error that the decoder documents; whatever it was, the target's state is the
-same afterwards, and the answer comes soon. Anything else is a finding. Where the inputs come from
-is `tests.fuzz.one`'s affair.
+A real message must decode to its meaning. A damaged one must decode or be refused with an error
+that the decoder documents. No input may change the target's state or take long. Anything else is a
+finding. `tests.fuzz.run_target` makes the inputs.
 """
 
 from __future__ import annotations
@@ -29,27 +28,27 @@ class Target:
 
     name: str
     refusals: tuple[type[Exception], ...] = ()
-    words: tuple[bytes, ...] = ()  # that mean something to the decoder
-    shaped = False  # `damaged` is damaged enough, every other time
+    words: tuple[bytes, ...] = ()  # tokens that mean something to the decoder
+    shaped = False  # half of what `damaged` returns is fed without further mutation
 
     def real(self, random: Random) -> tuple[bytes, Any]:
-        """Return a message as the other side would send it, and what it means."""
+        """Return a message as the other side sends it, and its meaning."""
         raise NotImplementedError
 
     def damaged(self, random: Random) -> bytes:
-        """Return a message that is well-formed in a way, to be damaged further."""
+        """Return a message that is still partly well-formed, to be mutated further."""
         return self.real(random)[0]
 
     def feed(self, data: bytes) -> Any:
-        """Decode, and do what follows from it. Raises: `refusals`."""
+        """Decode the input, and feed the result to its consumer. Raises: `refusals`."""
         raise NotImplementedError
 
     def state(self) -> object:
-        """Return what no input may change."""
+        """Return the state that no input may change."""
         return None
 
     def close(self) -> None:
-        """Give back what the target holds."""
+        """Release what the target holds."""
 
 
 class FoundError(Exception):
@@ -61,8 +60,8 @@ class FoundError(Exception):
             f"  again: .venv/bin/python -m tests.fuzz --target {target.name} --hex {data.hex()}"
         )
 
-    def tell(self) -> None:
-        """Print what was found, and where it came from."""
+    def report(self) -> None:
+        """Print the finding and its cause."""
         print(self, flush=True)
         if self.__cause__ is not None:
             traceback.print_exception(self.__cause__, file=sys.stdout)
@@ -76,13 +75,13 @@ def judge(target: Target, data: bytes, meaning: tuple[Any, ...], before: object)
     except target.refusals as error:
         outcome = type(error).__name__
         if meaning:
-            raise FoundError(target, data, f"refused what is real, {error}") from error
+            raise FoundError(target, data, f"refused a real message, {error}") from error
     except Exception as error:
         raise FoundError(target, data, f"raised {error!r:.500}") from error
     else:
         outcome = ACCEPTED
         if meaning and got != meaning[0]:
-            raise FoundError(target, data, f"made {got!r}\n  of {meaning[0]!r}")
+            raise FoundError(target, data, f"decoded as {got!r}\n  instead of {meaning[0]!r}")
     if target.state() != before:
         raise FoundError(target, data, f"changed state, {outcome}")
     if (took := time.process_time() - began) > SLOW:
@@ -90,8 +89,8 @@ def judge(target: Target, data: bytes, meaning: tuple[Any, ...], before: object)
     return outcome
 
 
-def twist(random: Random, tree: Any, others: tuple[Any, ...]) -> None:
-    """Put something else into a tree of dicts and lists, or take something away."""
+def mutate_tree(random: Random, tree: Any, others: tuple[Any, ...]) -> None:
+    """Replace or delete one element of a tree of dicts and lists."""
     while tree:
         keys = list(tree) if isinstance(tree, dict) else range(len(tree))
         key = random.choice(keys)

@@ -1,4 +1,4 @@
-"""Files: the configuration, and what is remembered of IKE's connections."""
+"""Files: the configuration, and the saved children."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, Mode
 from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
 from ipsecgate.edges.host import config, saved_state
 from ipsecgate.errors import GateError, UsageError
-from tests.fuzz import gate as gates
-from tests.fuzz.engine import Target, twist
+from tests.fuzz import fed_gate as gates
+from tests.fuzz.engine import Target, mutate_tree
 
 DEEP = (b"[" * 3000, b'{"a":' * 3000, b"a." * 3000, b"[" * 150, b"{a=" * 150)
 NUMBERS = (b"9" * 5000, b"NaN", b"nan", b"Infinity", b"-inf", b"1e999", b"0x7f", b"-1", b"65536")
@@ -44,7 +44,7 @@ KINDS = (b"{}", b"[]", b'""', b"null", b"true", b"false", b"[[]]", b"1979-05-27T
 
 
 class _Folder(Target):
-    """A decoder of files in a folder, which must be left as it is."""
+    """A decoder of a file in a folder; it must change neither."""
 
     words: tuple[bytes, ...] = (*DEEP, *NUMBERS, *TEXT, *KINDS)
 
@@ -68,11 +68,11 @@ class _Folder(Target):
 
 
 def _toml(value: object) -> str:
-    return json.dumps(value)  # strings, booleans and lists of them are written alike
+    return json.dumps(value)  # TOML and JSON write strings, booleans and lists of them alike
 
 
 class Config(_Folder):
-    """ipsecgate.toml, and the tables that the gate makes of it."""
+    """ipsecgate.toml, and the tables that the gate builds from it."""
 
     name = "config"
     shaped = True
@@ -152,7 +152,7 @@ class Config(_Folder):
 
 
 class Memory(_Folder):
-    """The remembered children, and the tables that the gate makes of them."""
+    """The saved children, and the tables that the gate builds from them."""
 
     name = "memory"
     shaped = True
@@ -173,7 +173,7 @@ class Memory(_Folder):
     def damaged(self, random: Random) -> bytes:
         tree = json.loads(self.real(random)[0])
         for _ in range(random.choice((1, 1, 2))):
-            twist(random, tree, OTHERS)
+            mutate_tree(random, tree, OTHERS)
         return json.dumps(tree).encode()
 
     def _side(self, random: Random) -> tuple[TrafficSelector, ...]:

@@ -1,4 +1,4 @@
-"""What strongSwan sends: VICI packets, and what their messages mean."""
+"""Input from strongSwan: VICI packets, and the meaning of their messages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from vici.protocol import Message
 
 from ipsecgate.core.codec import vici as meaning
+from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.codec.vici_wire import parse
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
 from ipsecgate.edges.strongswan.vici import refusal
-from tests.fuzz import gate as gates
-from tests.fuzz.engine import Target, twist
+from tests.fuzz import fed_gate as gates
+from tests.fuzz.engine import Target, mutate_tree
 from tests.unit.vici_messages import NAMES
 
 EVENT, RESPONSE = 7, 1
@@ -35,7 +36,7 @@ TEXTS = (
     b"10.2.0.0/16[tcp/70000]", b"10.0.0.0/8[icmp/999(9)]", b"0x10", b"1_0", b"INSTALLED",
     b"::ffff:10.0.0.0/104", b"10.0.0.1..2001:db8::1", b"yes", b"\xc2\xb2",
 )  # fmt: skip
-# What may stand anywhere: a value, and what is none.
+# Valid and invalid elements for any place in a message.
 OTHERS: tuple[Any, ...] = (*TEXTS, [b""], [b"x", b"dynamic"], {}, {"x": {}}, {"x": b""}, [])
 
 
@@ -103,11 +104,11 @@ def sas(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
 
 
 class Vici(Target):
-    """Packets of every kind, their messages, and what the gate makes of them."""
+    """Packets of every kind, their messages, and the gate that is fed with them."""
 
     name = "vici"
     shaped = True
-    refusals = (meaning.ViciError,)
+    refusals = (ViciError,)
     words = (*TEXTS, *(bytes([n]) for n in range(9)), b"\1\1a" * 50, b"\1\0" * 5000, b"\3\1a\0\0")
 
     def __init__(self) -> None:
@@ -121,8 +122,8 @@ class Vici(Target):
             refused = random.random() < 0.5
             answer = {"success": "no", "errmsg": "why"} if refused else {"success": "yes"}
             return pack(RESPONSE, "", answer), ["why" if refused else None, False]
-        name, message, told = self._message(random)
-        return pack(EVENT, name, message), told
+        name, message, meant = self._message(random)
+        return pack(EVENT, name, message), meant
 
     def damaged(self, random: Random) -> bytes:
         name, message, _ = self._message(random)
@@ -130,7 +131,7 @@ class Vici(Target):
         if random.random() < 0.2:
             kind, message = RESPONSE, {"success": "no", "errmsg": "x", "plugins": ["kernel-x"]}
         for _ in range(random.choice((0, 1, 1, 2))):
-            twist(random, message, OTHERS)
+            mutate_tree(random, message, OTHERS)
         return pack(kind, name, message)
 
     def feed(self, data: bytes) -> Any:
@@ -144,23 +145,23 @@ class Vici(Target):
                 return list(children)
             case "list-sa":
                 sas = tuple(meaning.child_sas(message, NAMES))
-                self._tell(on.IkeConnected((gates.CHILD,), sas, 7))
+                self._feed_gate(on.IkeConnected((gates.CHILD,), sas, 7))
                 return list(sas)
             case "child-updown":
-                return self._told(list(meaning.child_updown(message, NAMES)))
+                return self._fed(list(meaning.child_updown(message, NAMES)))
             case "child-rekey":
-                return self._told(list(meaning.child_rekey(message, NAMES)))
+                return self._fed(list(meaning.child_rekey(message, NAMES)))
             case "ike-updown":
-                return self._told(list(meaning.ike_updown(message)))
+                return self._fed(list(meaning.ike_updown(message)))
             case None:
-                return [refusal(message), meaning.is_userland(message)]
+                return [refusal(message), meaning.is_userspace_esp(message)]
 
-    def _told(self, events: list[Any]) -> list[Any]:
-        self._tell(*events)
+    def _fed(self, events: list[Any]) -> list[Any]:
+        self._feed_gate(*events)
         return events
 
-    def _tell(self, *events: on.Event) -> None:
-        """Tell, then the truth again, as after the next look at the daemon."""
+    def _feed_gate(self, *events: on.Event) -> None:
+        """Pass events to the gate, then restore its state as the next list from the daemon does."""
         gates.step(self._gate, *events)
         gates.step(self._gate, on.IkeConnected((gates.CHILD,), (gates.UP,), 7), gates.KERNEL)
 

@@ -1,4 +1,4 @@
-"""What the kernel sends: XFRM and route messages, and the hooks' records and map values."""
+"""Input from the kernel: XFRM and route messages, records of the hooks, map values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ipsecgate.core.model.ipsec import (
     Template,
 )
 from ipsecgate.core.tables import layout
-from tests.fuzz import gate as gates
+from tests.fuzz import fed_gate as gates
 from tests.fuzz.engine import Target
 from tests.unit import xfrm_bytes as raw
 
@@ -112,7 +112,7 @@ def _state(random: Random) -> tuple[bytes, on.XfrmEvent]:
 
 
 class Xfrm(Target):
-    """Notifications of SPD and SAD, and what the gate does about them."""
+    """XFRM notifications, and the gate that is fed with them."""
 
     name = "xfrm"
     refusals = (netlink.DecodeError,)
@@ -133,7 +133,7 @@ class Xfrm(Target):
     def feed(self, data: bytes) -> Any:
         events = list(xfrm.decode(data))
         if events:
-            gates.kernel_tells(self._gate, events)
+            gates.feed_kernel_events(self._gate, events)
         return events
 
     def state(self) -> object:
@@ -141,7 +141,7 @@ class Xfrm(Target):
 
 
 class Framing(Target):
-    """Where a dump ends."""
+    """The end of a dump."""
 
     name = "netlink"
     refusals = (netlink.DecodeError,)
@@ -182,14 +182,14 @@ class Routes(Target):
         body = header + raw.attribute(1, where.network_address.packed)
         body += raw.attribute(4, struct.pack("=I", link)) + raw.attribute(7, source.packed)
         prefix = version, int(where.network_address), where.prefixlen
-        told: Any = (
+        meant: Any = (
             [prefix],
             [(source, link)] if kind == 24 else [],
             [],
             [(link, prefix)] if kind == 25 else [],
             kind in (24, 25),
         )
-        return raw.message(kind, body), told
+        return raw.message(kind, body), meant
 
     def _link(self, random: Random) -> tuple[bytes, Any]:
         index, up, kind = random.randrange(1, 9), random.random() < 0.5, random.choice((16, 17))
@@ -211,13 +211,13 @@ class Routes(Target):
             list(rtnetlink.decode_prefixes(data)),
             list(rtnetlink.decode_route(data)),
             list(rtnetlink.decode_link(data)),
-            list(rtnetlink.decode_lost(data)),
+            list(rtnetlink.decode_removed_routes(data)),
             rtnetlink.only_routes(data),
         )
 
 
 class Ring(Target):
-    """The hooks' records, and what the gate does about them."""
+    """Records of the hooks, and the gate that is fed with them."""
 
     name = "ring"
     refusals = (layout.LayoutError,)
@@ -246,7 +246,7 @@ class Ring(Target):
     def feed(self, data: bytes) -> Any:
         event = layout.unpack_event(data)
         if event.flow.daddr not in gates.POLICY.remote[0]:
-            gates.step(self._gate, event)  # a true one would begin a negotiation
+            gates.step(self._gate, event)  # a real one would start a negotiation
         return event
 
     def state(self) -> object:
@@ -254,7 +254,7 @@ class Ring(Target):
 
 
 class Maps(Target):
-    """Values of the hooks' maps: first a byte that says which kind."""
+    """Values of the hooks' maps; the first byte chooses the kind."""
 
     name = "maps"
     refusals = (layout.LayoutError,)

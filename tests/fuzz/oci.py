@@ -1,4 +1,4 @@
-"""Containers: what a runtime sends with its listener, and a profile that is extended."""
+"""Containers: the message of a runtime with its listener, and a profile to extend."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ WORDS = (*DEEP, *NUMBERS, *TEXT, *KINDS, b"{", b"}", b":", b",", b"null", b" " *
 
 
 class UnfinishedError(Exception):
-    """The end of the message is missing."""
+    """The message is incomplete."""
 
 
 class State(Target):
-    """A container process state, as it stands on the socket so far."""
+    """A container process state, as received so far."""
 
     name = "container"
     refusals = (oci.OciError, UnfinishedError)
@@ -47,7 +47,7 @@ class State(Target):
 
 
 class Profile(Target):
-    """A profile of an operator's, to be extended."""
+    """An operator's profile, to be extended."""
 
     name = "profile"
     refusals = oci.UNFIT

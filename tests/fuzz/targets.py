@@ -1,4 +1,4 @@
-"""Every decoder that takes bytes from outside; a new one is a line here."""
+"""Every decoder of outside bytes; add a new one here."""
 
 from __future__ import annotations
 

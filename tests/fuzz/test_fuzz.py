@@ -1,4 +1,4 @@
-"""Fuzzing in short, and that it finds what is there; `make fuzz` is the long form."""
+"""The short form of `make fuzz`, and a check that planted defects are found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.fuzz import planted
+from tests.fuzz import planted_defects as planted
 from tests.fuzz.__main__ import fuzz
 from tests.fuzz.engine import Target
 from tests.fuzz.targets import TARGETS
@@ -20,7 +20,7 @@ SEED = int(os.environ.get("FUZZ_SEED", "1"))
 
 
 def figures(printed: str) -> tuple[int, int]:
-    """Return how many inputs there were, and how many of them were accepted."""
+    """Return the number of inputs, and how many were accepted."""
     found = re.search(r" (\d+) inputs +(\d+) accepted", printed)
     assert found is not None, printed
     return int(found[1]), int(found[2])
@@ -33,7 +33,7 @@ def test_no_input_breaks_a_decoder(kind: type[Target]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     inputs, accepted = figures(done.stdout)
     assert inputs == INPUTS
-    assert 0 < accepted < INPUTS, "both kinds were fed"
+    assert 0 < accepted < INPUTS, "some inputs were accepted and some refused"
 
 
 def test_a_decoder_without_a_defect_passes() -> None:
@@ -45,8 +45,8 @@ def test_a_decoder_without_a_defect_passes() -> None:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (planted.Mistaken, "made 3"),
-        (planted.Strict, "refused what is real, never"),
+        (planted.Mistaken, "decoded as 3"),
+        (planted.Strict, "refused a real message, never"),
         (planted.Touched, "changed state"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
@@ -59,7 +59,7 @@ def test_a_planted_defect_is_found(kind: type[Target], said: str) -> None:
 
 
 def test_an_input_with_new_coverage_is_mutated_further() -> None:
-    """Of 2^24 ways to begin one is wrong: who only guesses does not find it."""
+    """One of 2^24 prefixes crashes: guessing alone does not find it."""
     done = fuzz(planted.Crashes, 1_000_000, SEED)
     assert done.returncode != 0, done.stdout
     assert "raised IndexError" in done.stdout

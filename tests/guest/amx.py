@@ -1,12 +1,12 @@
-"""Run a command as on a CPU with AMX: the kernel refuses to restore a part of the register state.
+"""Run a command as on a CPU with AMX, where the kernel refuses to restore partial register state.
 
     python -m tests.guest.amx CMD...
 
-A seccomp listener answers ptrace(PTRACE_SETREGSET, NT_X86_XSTATE) with EFAULT if fewer bytes are
-given than such a CPU's XSAVE area has, as the kernel does there. All other requests reach the
-kernel. `python -m tests.guest.amx make demo` shows the README's command on such a machine.
+A seccomp listener answers ptrace(PTRACE_SETREGSET, NT_X86_XSTATE) with EFAULT if the buffer is
+smaller than the XSAVE area of such a CPU, as the kernel does there. All other requests reach the
+kernel. `python -m tests.guest.amx make demo` runs the README's command as on such a machine.
 
-What this does not show: the registers of AMX itself, which this CPU may not have.
+This does not cover the AMX registers themselves, which this CPU may not have.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SETREGSET, XSTATE = 0x4205, 0x202
 
 
 def program() -> bytes:
-    """Return the filter as struct sock_filter[]: it reports the one request."""
+    """Return the filter, a struct sock_filter[], which reports only this request."""
     lines = [
         (LOAD, 0, 0, ARCH),
         (JUMP_EQUAL, 0, 7, abi().arch),
@@ -60,7 +60,7 @@ def program() -> bytes:
 
 
 def serve(listener: int, ended: threading.Event) -> int:
-    """Answer until the command has ended; return how many requests were refused."""
+    """Answer requests until the command has ended; return the number of refused ones."""
     refused = 0
     buffer = ctypes.create_string_buffer(NOTIFICATION.size)
     poll = select.poll()
@@ -74,7 +74,7 @@ def serve(listener: int, ended: threading.Event) -> int:
                 continue
             asked = notification(buffer.raw)
             short = False
-            with suppress(OSError, struct.error):  # it was killed meanwhile
+            with suppress(OSError, struct.error):  # the process was killed meanwhile
                 _base, length = struct.unpack("=QQ", read_memory(asked.pid, asked.args[3], 16))
                 short = length < AREA
             refused += short
@@ -83,12 +83,12 @@ def serve(listener: int, ended: threading.Event) -> int:
 
 
 def run(argv: Sequence[str]) -> tuple[int, int]:
-    """Run a command; return its exit code, and how many requests were refused."""
+    """Run a command; return its exit code and the number of refused requests."""
     installed, ended = threading.Event(), threading.Event()
     facts: dict[str, int] = {}
 
     def under_the_filter() -> None:
-        """Only this thread and what it starts are under the filter."""
+        """Install the filter, which applies only to this thread and its children."""
         try:
             facts["listener"] = install(program())
             installed.set()
@@ -107,7 +107,7 @@ def run(argv: Sequence[str]) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Run the command of the command line, and say how much was refused."""
+    """Run the command on the command line, and print the number of refused requests."""
     code, refused = run(sys.argv[1:])
     sys.stderr.write(f"refused as on a CPU with AMX: {refused} requests\n")
     return code

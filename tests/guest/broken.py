@@ -1,4 +1,4 @@
-"""A test kernel that panics for real before any command begins."""
+"""A test kernel that really panics before any command begins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ipsecgate.lab.kernel import PACKAGE, fetch
 
 
 def without_modules(cache: Path) -> None:
-    """Put user-mode-linux into a lab cache without its modules: its first script cannot go on."""
+    """Put user-mode-linux into a lab cache without its modules, so that its first script fails."""
     real = fetch()
     home = cache / PACKAGE
     (home / "usr/bin").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a guest is told to do, so that its output tells how it was made."""
+"""A script for a guest, whose output shows how the guest was set up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""User-mode-linux on a CPU whose registers are more than it keeps: see tests/guest/amx.py."""
+"""User-mode-linux on a CPU with more register state than it saves: see tests/guest/amx.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZE = 2_000_000
 
 
 def in_guest(*argv: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a command in a guest, on a kernel that refuses as on a CPU with AMX."""
+    """Run a command in a guest, on a kernel that behaves as on a CPU with AMX."""
     ours = [sys.executable, "-c", f"import sys; {before or 'pass'}; {GUEST}", *argv]
     return subprocess.run(
         [sys.executable, "-m", "tests.guest.amx", *ours],
@@ -35,12 +35,12 @@ def in_guest(*argv: str, before: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
-def refusals(said: str) -> int:
-    return int(said.rpartition("CPU with AMX: ")[2].split()[0])
+def refusals(stderr: str) -> int:
+    return int(stderr.rpartition("CPU with AMX: ")[2].split()[0])
 
 
 def test_a_guest_boots_and_its_tasks_keep_their_registers() -> None:
-    """Three at a time: each has vector registers in use when another one is given the CPU."""
+    """Run three at a time, so that each has vector registers in use when another gets the CPU."""
     one = f"head -c {SIZE} /dev/zero | sha256sum"
     done = in_guest("sh", "-c", f"for i in 1 2 3; do ({one}) & done; wait")
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def test_a_guest_boots_and_its_tasks_keep_their_registers() -> None:
 
 
 def test_without_the_library_it_panics_and_shows_its_console() -> None:
-    """What keeps the test above from passing for no reason."""
+    """Without this check the test above could pass even if the library did nothing."""
     done = in_guest("true", before=WITHOUT_THE_LIBRARY)
     assert done.returncode == 125
     assert refusals(done.stderr) == 1
@@ -58,7 +58,7 @@ def test_without_the_library_it_panics_and_shows_its_console() -> None:
     assert "ptrace set fp regs failed, errno = 14" in done.stderr
 
 
-def test_the_kernel_tells_whether_the_library_is_needed() -> None:
+def test_fits_matches_the_cpu_and_the_simulation() -> None:
     ask = "from ipsecgate.lab import xstate; print(xstate.fits())"
     ours = [sys.executable, "-c", ask]
     refused = [sys.executable, "-m", "tests.guest.amx", *ours]
@@ -69,10 +69,10 @@ def test_the_kernel_tells_whether_the_library_is_needed() -> None:
 
 
 @pytest.mark.parametrize("compiler", xstate.COMPILERS)
-def test_each_compiler_builds_it_and_it_knows_the_cpus_components(
+def test_each_compiler_builds_the_library_and_its_component_masks_are_right(
     compiler: str, tmp_path: Path
 ) -> None:
-    """Bits of XSTATE_BV, offsets: Intel SDM volume 1, table 13-1 and CPUID leaf 0xd."""
+    """Bits of XSTATE_BV and offsets: Intel SDM volume 1, table 13-1 and CPUID leaf 0xd."""
     assert shutil.which(compiler), "make setup installs tcc for the tests"
     built = tmp_path / "xstate.so"
     xstate.build(built, compiler)
@@ -85,9 +85,9 @@ def test_each_compiler_builds_it_and_it_knows_the_cpus_components(
 
 
 def components_within(library: Path, *sizes: int) -> list[int]:
-    """Call the library where it is used, preloaded.
+    """Call the library preloaded, as it is used.
 
-    dlopen() would not do: glibc 2.41 refuses a library without PT_GNU_STACK, as tcc writes it.
+    dlopen() fails: glibc 2.41 refuses a library without PT_GNU_STACK, which tcc does not write.
     """
     ask = (
         "import ctypes, sys\n"

@@ -1,4 +1,4 @@
-"""Real guests, booted on this machine: what goes in, what comes out, what stays behind."""
+"""Real guests on this machine: input, output, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab import uml
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
 from tests.guest.probe_script import MARKER_FILE, ODD, SCRIPT, folder_of
-from tests.guest.processes import descendants, outlived
+from tests.processes import descendants, outlived
 
 pytestmark = pytest.mark.skipif(
     has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
 )
 
-# --- one guest that tells everything ---------------------------------------------
+# --- one guest, whose output shows how it was set up -----------------------------
 
 
 @pytest.fixture(scope="module")
@@ -87,28 +87,28 @@ def test_clock_is_right(probed: GuestResult) -> None:
 # --- several ---------------------------------------------------------------------
 
 
-def test_two_at_a_time_do_not_meet() -> None:
-    def one(number: int) -> tuple[int, str]:
+def test_two_guests_at_a_time_are_isolated() -> None:
+    def guest(number: int) -> tuple[int, str]:
         script = f"echo {number} >/tmp/mine; sleep 2; cat /tmp/mine; exit {number}"
         result = run(["sh", "-c", script], timeout=120)
         return result.exit_code, result.output
 
     with ThreadPoolExecutor() as pool:
-        assert list(pool.map(one, [0, 3])) == [(0, "0\n"), (3, "3\n")]
+        assert list(pool.map(guest, [0, 3])) == [(0, "0\n"), (3, "3\n")]
 
 
-# --- what goes wrong -------------------------------------------------------------
+# --- failures --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("leashed", [True, False])
 def test_hung_guest_is_killed_in_time_and_reported(
     leashed: bool, probed: GuestResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not leashed:  # who may not make a pid namespace
+    if not leashed:  # as for a caller who may not create a pid namespace
         monkeypatch.setattr(uml, "_leash", tuple)
     pids = set[int]()
 
-    def look(line: str) -> None:
+    def record_processes(line: str) -> None:
         if line == "hanging\n":
             pids.update(descendants(os.getpid()))
 
@@ -116,7 +116,7 @@ def test_hung_guest_is_killed_in_time_and_reported(
     began = time.monotonic()
     script = 'echo "$IPSECGATE_RESULTS"; echo hanging; sleep 1000'
     with pytest.raises(GuestHung, match="killed after") as caught:
-        run(["sh", "-c", script], timeout=limit, on_output=look)
+        run(["sh", "-c", script], timeout=limit, on_output=record_processes)
     assert time.monotonic() - began < limit + 30
     assert "\nhanging\n" in caught.value.output
     assert caught.value.hint
@@ -125,27 +125,27 @@ def test_hung_guest_is_killed_in_time_and_reported(
     assert not folder_of(caught.value.output).exists()
 
 
-def test_panic_is_reported_with_the_kernels_words() -> None:
+def test_panic_is_reported_with_the_kernels_message() -> None:
     folders: list[Path] = []
 
-    def heard(line: str) -> None:
-        """What was said is here, so the guest may stop."""
+    def let_it_panic(line: str) -> None:
+        """Once the output has arrived, let the guest panic."""
         if line.startswith("/"):
             folders.append(Path(line.strip()))
         if line == "last words\n":
             (folders[0] / "go").touch()
 
-    said = 'echo "$IPSECGATE_RESULTS"; echo last words'
+    output = 'echo "$IPSECGATE_RESULTS"; echo last words'
     wait = 'until [ -e "$IPSECGATE_RESULTS/go" ]; do sleep 0.1; done'
-    script = f"{said}; {wait}; echo c >/proc/sysrq-trigger; sleep 1000"
+    script = f"{output}; {wait}; echo c >/proc/sysrq-trigger; sleep 1000"
     with pytest.raises(GuestPanicked) as caught:
-        run(["sh", "-c", script], timeout=120, on_output=heard)
+        run(["sh", "-c", script], timeout=120, on_output=let_it_panic)
     assert "\nlast words\n" in caught.value.output
     assert "Kernel panic - not syncing: sysrq triggered crash" in caught.value.output
     assert not folder_of(caught.value.output).exists()
 
 
-def test_guest_that_stops_too_early_is_no_success() -> None:
+def test_a_guest_that_powers_off_too_early_is_an_error() -> None:
     with pytest.raises(GuestPanicked, match="stopped while"):
         run(["sh", "-c", "echo o >/proc/sysrq-trigger; sleep 1000"], timeout=120)
 
@@ -165,12 +165,12 @@ def test_guest_dies_with_us(number: signal.Signals, code: int) -> None:
         assert ours.wait(timeout=30) == code
     assert len(pids) > 3
     assert not outlived(pids)
-    if number == signal.SIGKILL:  # nobody was left to do it
+    if number == signal.SIGKILL:  # the owner could not remove it
         shutil.rmtree(folder)
     assert not folder.exists()
 
 
-def test_command_line_passes_output_and_exit_code_on() -> None:
+def test_command_line_passes_on_output_and_exit_code() -> None:
     command = [sys.executable, "-m", "ipsecgate.lab.guest", "--always", "--"]
     done = subprocess.run(
         [*command, "sh", "-c", "echo out; exit 9"], capture_output=True, text=True, check=False

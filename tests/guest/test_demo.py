@@ -1,4 +1,4 @@
-"""`ipsecgate demo` on a kernel without ESP: in a guest, and interrupted."""
+"""`ipsecgate demo` on a kernel without ESP, interrupted while its guest runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.edges.kernel.probe import has_esp
-from tests.guest.processes import descendants, outlived
+from tests.processes import descendants, outlived
 
 pytestmark = pytest.mark.skipif(
     has_esp(), reason="this kernel has ESP: the demo needs no guest here"
 )
 
 
-def test_interrupted_it_leaves_nothing_behind() -> None:
+def test_an_interrupted_demo_leaves_nothing_behind() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "ipsecgate", "demo"],
         stdout=subprocess.PIPE,
@@ -27,13 +27,13 @@ def test_interrupted_it_leaves_nothing_behind() -> None:
         text=True,
     ) as demo:
         assert demo.stdout
-        said = []
+        output = []
         for line in demo.stdout:
-            said.append(line)
+            output.append(line)
             if "two hosts" in line:
                 break
         started = descendants(demo.pid)
-        assert any("linux.uml" in command for command in started.values()), "".join(said)
+        assert any("linux.uml" in command for command in started.values()), "".join(output)
         folders = set(re.findall(r"/tmp/ipsecgate-guest-[^/ ]+", " ".join(started.values())))
         assert folders
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""MPTCP on this machine's kernel: the test kernel has none. The hooks need no ESP."""
+"""MPTCP on this machine's kernel, because the test kernel lacks it. The hooks need no ESP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sockets that stand, listed and ended: the test kernel cannot end one (INET_DIAG_DESTROY)."""
+"""List and destroy open sockets, on this kernel: the test kernel lacks INET_DIAG_DESTROY."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ipsecgate.core.codec.sockdiag import Standing
+from ipsecgate.core.codec.sockdiag import ConnectedSocket
 from ipsecgate.core.model.flow import TCP, UDP
 from ipsecgate.edges.kernel import sockets
 from tests.system.hooked_cgroup import OTHER, PEER, HookedCgroup
@@ -22,7 +22,7 @@ def inside(hooked: HookedCgroup) -> object:
         yield
 
 
-def listed(wanted: Callable[[Standing], bool]) -> list[Standing]:
+def listed(wanted: Callable[[ConnectedSocket], bool]) -> list[ConnectedSocket]:
     return [one for one in asyncio.run(sockets.connected()) if wanted(one)]
 
 
@@ -36,7 +36,7 @@ def test_destroy_ends_only_the_given_socket(hooked: HookedCgroup, call: str, pro
     assert ours[0].flow.dport == 80
     assert ours[0].flow.saddr is not None
     assert asyncio.run(sockets.destroy(ours)) == 1
-    # A UDP socket has no peer any more; whoever waits in it hears ECONNABORTED, too.
+    # A destroyed UDP socket has no peer any more. A blocked call would also get ECONNABORTED.
     assert hooked.gated(call, OTHER[4]) == ("ECONNABORTED" if proto == TCP else "EDESTADDRREQ")
     assert hooked.free(call, OTHER[4]) in ("", "EALREADY")
     assert asyncio.run(sockets.destroy(ours)) == 0, "it is gone"
@@ -44,7 +44,7 @@ def test_destroy_ends_only_the_given_socket(hooked: HookedCgroup, call: str, pro
     hooked.free.forget()
 
 
-def test_a_mapped_socket_is_listed_as_what_it_speaks(hooked: HookedCgroup) -> None:
+def test_a_mapped_socket_is_listed_as_ipv4(hooked: HookedCgroup) -> None:
     assert hooked.free("kept connected 6", f"::ffff:{PEER[4]}") == ""
     (one,) = listed(lambda one: str(one.flow.daddr) == PEER[4])
     assert asyncio.run(sockets.destroy([one])) == 1

@@ -1,4 +1,4 @@
-"""The order of things, and the judgement."""
+"""Boot the host, run the commands, and compare its states."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ State = dict[str, dict[str, str]]
 
 
 def differences(before: State, after: State) -> Iterator[str]:
-    """Yield a line for everything that is not as it was."""
-    for what in sorted(before.keys() | after.keys()):
-        old, new = before.get(what, {}), after.get(what, {})
+    """Yield a line for each entry that differs."""
+    for kind in sorted(before.keys() | after.keys()):
+        old, new = before.get(kind, {}), after.get(kind, {})
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name):
-                yield f"{what}: {name}: {old.get(name, 'not there')} -> {new.get(name, 'gone')}"
+                yield f"{kind}: {name}: {old.get(name, 'missing')} -> {new.get(name, 'gone')}"
 
 
 def lacking(state: State) -> list[str]:
-    """Return what this host was to have of its own, and has not: then it would prove nothing."""
-    told = {what: "\n".join(entries) for what, entries in state.items()}
-    own = {
+    """Return the entries that the host should have but lacks: without them this proves nothing."""
+    texts = {kind: "\n".join(entries) for kind, entries in state.items()}
+    expected = {
         "xfrm state": ("spi 0x00000077", "192.0.2.1 dst 192.0.2.2", "192.0.2.2 dst 192.0.2.1"),
         "xfrm policy": ("198.51.100.9/32", "action block", "dport 22"),
         "rule": ("lookup 77",),
@@ -45,11 +45,16 @@ def lacking(state: State) -> list[str]:
         "BPF": ("program", "map", "link"),
         "sysctl": ("/proc/sys/net/core/rmem_default",),
     }
-    return [f"{w}: {text}" for w, texts in own.items() for text in texts if text not in told[w]]
+    return [
+        f"{kind}: {entry}"
+        for kind, entries in expected.items()
+        for entry in entries
+        if entry not in texts[kind]
+    ]
 
 
 def judge(results: Path, commands: Sequence[str]) -> int:
-    """Print what differs from the state before; return how much does."""
+    """Print the differences from the first state; return their number."""
     states = [
         json.loads((results / f"state-{number}.json").read_text())
         for number in range(len(commands) + 1)
@@ -59,7 +64,7 @@ def judge(results: Path, commands: Sequence[str]) -> int:
         found += [f"after {command}: {line}" for line in differences(states[0], after)]
     for line in found:
         sys.stdout.write(f"{line}\n")
-    counts = ", ".join(f"{len(entries)} of {what}" for what, entries in states[0].items())
+    counts = ", ".join(f"{kind} {len(entries)}" for kind, entries in states[0].items())
     sys.stdout.write(f"compared: {counts}; {len(found)} differ\n")
     return len(found)
 
@@ -70,16 +75,16 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    """Run the README's two commands on a host whose own kernel has ESP; it must stay as it was."""
+    """Run the README's two commands on a host whose kernel has ESP; its state must not change."""
     parser = argparse.ArgumentParser(prog="python -m tests.host", description=main.__doc__)
     parser.add_argument("--timeout", type=float, default=36000.0, metavar="S", help="(10 hours)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("command", nargs="*", help=f"others than {DEMO} and {TEST}")
+    parser.add_argument("command", nargs="*", help=f"instead of {DEMO} and {TEST}")
     options = parser.parse_args()
     commands = options.command or [DEMO, TEST]
     results = options.results.absolute()
     try:
-        code, _said = boot(commands, results, options.timeout, say)
+        code, _output = boot(commands, results, options.timeout, say)
     except GateError as error:
         sys.stderr.write(f"{error.report()}\n")
         return error.exit_code

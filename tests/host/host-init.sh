@@ -1,12 +1,12 @@
-# The last steps before systemd is process 1 of the host (see qemu.py for the first ones).
+# The last steps before systemd becomes process 1 of the host (see qemu.py for the first ones).
 #
-# Called as `sh /run/host/init`; /run/host is a folder of the machine that runs QEMU, with
-#   settings   shell assignments: modules, release, results, terminal, rows, columns
-#   command    a shell script, which ttyS1 gets the output of
-#   booted     made here when the command begins
-#   exit-code  written here
-#   units      copied over the root: the host's own services and their configuration
-# A step that fails ends process 1, so the kernel panics and its words are shown.
+# Called as `sh /run/host/init`. /run/host is a folder on the machine that runs QEMU, with
+#   settings   input: shell assignments of modules, release, results, terminal, rows, columns
+#   command    input: a shell script, whose output goes to ttyS1
+#   units      input, copied over the root: the host's own services and their configuration
+#   booted     output: created when the command begins
+#   exit-code  output
+# A step that fails ends process 1, so the kernel panics and its message is shown.
 set -eu
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 . /run/host/settings
@@ -15,7 +15,7 @@ mount -t proc proc /proc
 mkdir -p /lib/modules "$results"
 mount --bind "$modules" /lib/modules
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 results "$results"
-# Its own, because on the machine that runs QEMU others write there meanwhile.
+# Mount a private one, because other processes on the machine that runs QEMU write to the shared one.
 mount -t tmpfs -o mode=1777 tmpfs /tmp
 mkdir -p /var/cache/ipsecgate
 mount -t tmpfs -o mode=755 tmpfs /var/cache/ipsecgate

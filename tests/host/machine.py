@@ -1,7 +1,7 @@
 """The host: Debian's kernel under QEMU, systemd as process 1, on this machine's files.
 
-It runs the commands one after the other as a service, writes its `state` before the first and
-after each into the results folder, and goes off. Nothing of it is judged here.
+It runs the commands in turn as a service, writes its `state` into the results folder before the
+first one and after each, and powers off. This module does not judge the results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Host(Qemu):
-    """A QEMU whose boot is systemd's."""
+    """A QEMU guest that boots with systemd."""
 
     boot_limit = 1800.0
 
@@ -36,7 +36,7 @@ class Host(Qemu):
 def boot(
     commands: Sequence[str], results: Path, timeout: float, on_output: OnOutput
 ) -> tuple[int, str]:
-    """Run shell commands on a new host; return the first exit code that is not 0, and all it said.
+    """Run shell commands on a new host; return 0 or the first non-zero exit code, and the output.
 
     `results` gets state-0.json, state-1.json and so on.
     Raises: GuestHung, GuestPanicked, GateError.
@@ -45,12 +45,12 @@ def boot(
     results.mkdir(parents=True, exist_ok=True)
     for old in results.glob("state-*.json"):
         old.unlink()
-    get(CACHE)  # compiling takes a minute there
+    get(CACHE)  # compile here, because it takes a minute under emulation
     environment = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
     environment |= {"IPSECGATE_TEST_BYTECODE": str(CACHE)}
     with tempfile.TemporaryDirectory(prefix="ipsecgate-host-", dir="/tmp") as folder:
         work = Path(folder)
-        script = command_file(["sh", "-c", story(commands, results)], environment, CHECKOUT)
+        script = command_file(["sh", "-c", host_script(commands, results)], environment, CHECKOUT)
         (work / "command").write_bytes(os.fsencode(script))
         (work / "settings").write_text(settings_file(kernel, results, terminal=False))
         shutil.copytree(HERE / "units", work / "units")
@@ -59,15 +59,15 @@ def boot(
             return host.exit_code(), host.output.text
 
 
-def story(commands: Sequence[str], results: Path) -> str:
-    """Return the script that gates the host's own cgroup, runs the commands, writes states."""
+def host_script(commands: Sequence[str], results: Path) -> str:
+    """Return the script that gates the host's cgroup, runs the commands and records the states."""
     own = f"{sys.executable} -m ipsecgate --cache-dir {shlex.quote(str(CACHE))}"
     state = f"/usr/bin/python3 -I {HERE}/state.py"
     lines = [
         "status=0",
         f"{own} load && {own} attach /sys/fs/cgroup/own || exit 1",
-        # With its first delegated scope systemd sets all units' limits again, and those of early
-        # boot change, as kernel.pid_max was lower then.
+        # When systemd starts its first delegated scope it sets all units' limits again. Those from
+        # early boot change, because kernel.pid_max was lower then; so do that first.
         "systemd-run --quiet --scope --property=Delegate=yes true || exit 1",
         'echo "this host: Linux $(uname -r), process 1 is $(cat /proc/1/comm),'
         ' its charon is $(systemctl show --value --property=MainPID strongswan)"',

@@ -1,9 +1,9 @@
-"""What of a host must be as it was: written down as JSON, {what: {name: how it is}}.
+"""Record the state of a host that the commands must not change, as JSON: {kind: {name: value}}.
 
     /usr/bin/python3 state.py >FILE
 
-Standard library only, as root, on the host. What the kernel counts and the clock is left out;
-so are loaded modules, which stay, and the cgroup that this runs in, which is the commands' own.
+Standard library only; run it as root, on the host. It leaves out counters, the clock, loaded
+modules, which stay loaded, and the cgroup that it runs in, which belongs to the commands.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ TEXTS = {
     "IKE": "swanctl --list-sas --raw",
     "IKE connection": "swanctl --list-conns",
 }
-# A command's own lines, a line's changing words.
+# Lines of the commands themselves, and parts of a line that change by themselves.
 UNSTABLE = {
     "unit": re.compile(r"^(commands\.|ipsecgate-room-|systemd-tmpfiles-clean|run-)"),
     "IKE": re.compile(r"(established|time|since|rekey|life|install|use-in|use-out)[a-z-]*=\d+"),
     "address": re.compile(r"^\s+valid_lft"),
 }
-# Folders, and what of them changes by itself, or is too much to look at.
+# Folders, and the paths below them that change by themselves or are too many to compare.
 FILES = {
     "/etc": None,
     "/var": re.compile(r"^/var/(log/journal|lib/systemd/timers|lib/systemd/random-seed)"),
@@ -57,7 +57,7 @@ FILES = {
     "/dev/shm": None,
 }
 CONTENT_BELOW = 1 << 20
-# What the kernel counts, or draws.
+# Counters and random numbers of the kernel.
 SYSCTLS = re.compile(
     r"/(random/|.*-state$|.*-nr$|.*nr_|.*_id$|ns_last_pid|pty/nr|.*flush$|.*stat.*|.*count$"
     r"|.*/(net/netfilter|binfmt_misc)/)"
@@ -85,7 +85,7 @@ def texts() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def files(top: str, unstable: re.Pattern[str] | None) -> dict[str, str]:
-    """Return every file: kind, mode, owner, and what is in it, its size if that is much."""
+    """Return every file with kind, mode, owner, size, time and, in /etc, a hash of its content."""
     found = {}
     for folder, folders, names in os.walk(top):
         paths = {name: Path(folder, name) for name in [*folders, *names]}
@@ -127,7 +127,7 @@ def sysctls() -> dict[str, str]:
 
 
 def cgroups() -> dict[str, str]:
-    """Return every cgroup with its settings and processes, but not the commands' own."""
+    """Return every cgroup with its settings and processes, except that of the commands."""
     found = {}
     for folder, _, names in os.walk(CGROUPS):
         if "/commands.service" in folder:
@@ -148,7 +148,7 @@ def cgroups() -> dict[str, str]:
 
 
 def pins() -> dict[str, str]:
-    """Return every file of the bpffs by its inode: a pin of another object is another inode."""
+    """Return every file of the bpffs with its inode: a pin of another object has another inode."""
     found = {}
     for folder, folders, names in os.walk(BPFFS):
         for name in [*folders, *names]:
@@ -158,10 +158,10 @@ def pins() -> dict[str, str]:
 
 
 def bpf_objects() -> dict[str, str]:
-    """Return the ids of all programs, maps and links that the kernel has, wherever they are.
+    """Return the ids of all BPF programs, maps and links in the kernel.
 
-    systemd replaces its units' device filters by equal ones whenever it starts a scope with
-    controllers of its own: of those only the number of each counts.
+    Of systemd's device filters, only the number of equal ones counts, because systemd replaces them
+    whenever it starts a scope with delegated controllers.
     """
     libc, found = ctypes.CDLL(None, use_errno=True), {}
     filters: Counter[str] = Counter()
@@ -182,7 +182,7 @@ def bpf_objects() -> dict[str, str]:
 
 
 def device_filter(libc: ctypes.CDLL, number: int) -> str | None:
-    """Return a cgroup device program's tag, None for any other program."""
+    """Return the tag of a cgroup device program, None for any other program."""
     fd = libc.syscall(SYS_BPF, BPF_PROG_FD, (ctypes.c_uint32 * 3)(number), 12)
     if fd < 0:
         return None
@@ -197,7 +197,7 @@ def device_filter(libc: ctypes.CDLL, number: int) -> str | None:
 
 
 def settled_bpf_objects() -> dict[str, str]:
-    """Return them when they stay the same for a while: what nobody holds goes a moment later."""
+    """Return the BPF objects once they are stable: unreferenced ones disappear a moment later."""
     before, now = {"": ""}, bpf_objects()
     while before != now:
         time.sleep(3)
@@ -206,7 +206,7 @@ def settled_bpf_objects() -> dict[str, str]:
 
 
 def processes() -> dict[str, str]:
-    """Return all processes outside the commands' own cgroup, without the kernel's threads."""
+    """Return all processes outside the commands' cgroup, without kernel threads."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():

@@ -1,9 +1,9 @@
-"""The kernel-facing tests on several kernels, one after the other, and README's table of them.
+"""Run the kernel-facing tests on several kernels in turn, and write the README's table.
 
     python -m tests.matrix [--into DOCUMENT] [KERNEL...]
 
-Kernels: user-mode-linux, and Debian's own of the suites that `runs` names. What one of them
-gave stays in .cache/results/matrix.json, so a table may be made of several runs.
+Kernels: user-mode-linux, and Debian's kernels of the suites in `runs`. The results of each kernel
+are kept in .cache/results/matrix.json, so a table can combine several runs.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ KEPT = RESULTS.with_suffix(".json")
 
 
 def versions() -> str:
-    """Say whose programs ran on all of those kernels."""
+    """Return a sentence with the versions of the programs that ran on the kernels."""
     packages = {"charon-systemd": "strongSwan", "python3-bpfcc": "BCC"}
     query = ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", *packages]
-    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    names = dict(line.split() for line in told.splitlines())
+    output = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    installed = dict(line.split() for line in output.splitlines())
     debian = Path("/etc/debian_version").read_text().strip()
-    said = [f"{name} {names[package]}" for package, name in packages.items()]
-    return f"All with Debian {debian}'s programs: {', '.join(said)}."
+    programs = [f"{name} {installed[package]}" for package, name in packages.items()]
+    return f"All with Debian {debian}'s programs: {', '.join(programs)}."
 
 
 def kept() -> dict[str, Any]:
-    """Return what earlier runs gave."""
+    """Return the results of earlier runs, by kernel."""
     return dict(json.loads(KEPT.read_text())) if KEPT.is_file() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, keep, and write. 0: on every kernel something passed and nothing failed."""
+    """Run the tests, keep the results, write the table. Return 0 if every result is fine."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.matrix",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--into", type=Path, metavar="DOCUMENT", help="that has the table")
-    parser.add_argument("--table", action="store_true", help="run nothing, only write")
+    parser.add_argument("--into", type=Path, metavar="DOCUMENT", help="document with the table")
+    parser.add_argument("--table", action="store_true", help="run nothing, only write the table")
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=", ".join(KERNELS))
     options = parser.parse_args(arguments)
     if unknown := {*options.kernels} - {*KERNELS}:
@@ -65,12 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def results_under(results: dict[str, Any]) -> str:
-    """Return what the results were measured with, one sentence for each."""
+    """Return the distinct version sentences of the results."""
     return " ".join(sorted({result["under"] for result in results.values()}))
 
 
 def is_fine(result: dict[str, Any]) -> bool:
-    """Tell whether a kernel is as it should be."""
+    """Return whether both lists have passed tests and no failure on a kernel."""
     return bool(result["features"]) and all(
         counts["passed"] and not counts["failed"] and not counts["stopped"]
         for counts in table.lists(result)
@@ -78,7 +78,7 @@ def is_fine(result: dict[str, Any]) -> bool:
 
 
 def say(text: str) -> None:
-    """Pass on what the guest says."""
+    """Print the guest's output."""
     sys.stdout.write(text)
     sys.stdout.flush()
 

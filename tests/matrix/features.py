@@ -1,6 +1,6 @@
-"""What a kernel has, each thing tried in it: run in the guest, as root.
+"""Find out which features a kernel has by trying each of them; run this in the guest, as root.
 
-python -m tests.matrix.features FILE      writes JSON: `Features`
+python -m tests.matrix.features FILE      write `Features` as JSON
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ RIGHTS = "-all,+bpf,+net_admin,+perfmon"
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What was found. `compile_seconds` is BCC's in that kernel, `same_bytecode` that it made what
-    the tests load.
+    """The features of a kernel.
 
-    `jit`: how /proc says that BPF programs are compiled, "" where they are interpreted.
-    `btf`: bytes of the kernel's types. `rights`: the hooks load with CAP_BPF, CAP_NET_ADMIN
-    and CAP_PERFMON alone. `ends_sockets`: for `live_flows = "destroy"`.
+    `jit`: bpf_jit_enable of /proc, "" if BPF programs are interpreted. `btf`: size of the kernel's
+    BTF in bytes. `ends_sockets`: can destroy sockets, for `live_flows = "destroy"`. `rights`: the
+    hooks load with only CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON. `compile_seconds`: BCC's time on
+    that kernel. `same_bytecode`: the result is the bytecode that the tests load.
     """
 
     release: str
@@ -56,7 +56,7 @@ class Features:
 
 
 def text(path: str) -> str:
-    """Return what a file of /proc or /sys says, "" if it is not there."""
+    """Return the text of a file in /proc or /sys, "" if it is missing."""
     try:
         return Path(path).read_text().strip()
     except OSError:
@@ -64,25 +64,25 @@ def text(path: str) -> str:
 
 
 def works(*argv: str) -> bool:
-    """Tell whether a command succeeds in a network namespace of its own."""
+    """Return whether a command succeeds in a new network namespace."""
     done = subprocess.run(["unshare", "--net", *argv], capture_output=True, check=False)
     return done.returncode == 0
 
 
 def has_esp(local: str, remote: str) -> bool:
-    """Tell whether the kernel takes an ESP state with the cipher that strongSwan proposes first."""
+    """Return whether the kernel accepts an ESP state with strongSwan's first default cipher."""
     with suppress(OSError):
-        socket.socket(socket.AF_INET6).close()  # brings its module, which ESP's does not
+        socket.socket(socket.AF_INET6).close()  # loads the ipv6 module, which adding ESP does not
     state = f"ip xfrm state add src {local} dst {remote} proto esp spi 0x100 mode tunnel aead"
     return works(*state.split(), "rfc4106(gcm(aes))", "0x" + "11" * 20, "128")
 
 
 def ends_sockets() -> bool:
-    """Tell whether a socket can be ended from outside."""
+    """Return whether the kernel can destroy another process's socket."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ours:
         ours.connect(("127.0.0.1", 9))
         port = ours.getsockname()[1]
-        listed = [one for one in asyncio.run(sockets.connected()) if one.flow.sport == port]
+        listed = [sock for sock in asyncio.run(sockets.connected()) if sock.flow.sport == port]
         try:
             return asyncio.run(sockets.destroy(listed)) == 1
         except OSError as error:
@@ -92,7 +92,7 @@ def ends_sockets() -> bool:
 
 
 def holds_calls() -> bool:
-    """Tell whether a filter for `exec` can be installed; in a child, as it stays."""
+    """Return whether `exec` can install its seccomp filter. Use a child: a filter is permanent."""
     child = os.fork()
     if not child:
         try:
@@ -104,7 +104,7 @@ def holds_calls() -> bool:
 
 
 def load_hooks() -> None:
-    """Load every program without attaching it. Raises: OSError with the verifier's words."""
+    """Load every program without attaching it. Raises: OSError with the verifier's message."""
     code = bytecode.get(Path(os.environ[BYTECODE]))
     maps = {name: libbpf.create_map(name, shape) for name, shape in code.maps.items()}
     for hook, kind in HOOKS.items():
@@ -112,7 +112,7 @@ def load_hooks() -> None:
 
 
 def loads_with_few_rights() -> bool:
-    """Tell whether the hooks load without CAP_SYS_ADMIN."""
+    """Return whether the hooks load without CAP_SYS_ADMIN."""
     script = "from tests.matrix.features import load_hooks; load_hooks()"
     command = ["setpriv", f"--bounding-set={RIGHTS}", sys.executable, "-c", script]
     done = subprocess.run(command, check=False)
@@ -120,7 +120,7 @@ def loads_with_few_rights() -> bool:
 
 
 def compiled() -> tuple[float, bool]:
-    """Compile the hooks here: seconds, and whether that gave what the tests load."""
+    """Compile the hooks; return the seconds, and whether the result is what the tests load."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         code = bytecode.get(Path(folder))
@@ -129,7 +129,7 @@ def compiled() -> tuple[float, bool]:
 
 
 def found() -> Features:
-    """Try everything."""
+    """Try each feature."""
     jit = text("/proc/sys/net/core/bpf_jit_enable")
     btf = Path("/sys/kernel/btf/vmlinux")
     seconds, same = compiled()

@@ -1,10 +1,12 @@
-# Process 1 of another architecture's guest: its root is Debian's packages, unpacked and never
-# set up, so that nothing of it has to run here. Make a machine of it, run one command, power off.
+# Process 1 of a guest of another architecture. Its root consists of Debian's packages, unpacked but
+# not configured, because none of their programs can run on the host. Set up a machine, run one
+# command, power off.
 #
-# Called as `sh /run/host/init`; /run/host is the host's folder with
-#   settings   shell assignments: repository, results
-#   command    a shell script
-#   output     written here, and exit-code at the end
+# Called as `sh /run/host/init`. /run/host is a folder on the host with
+#   settings   input: shell assignments of repository, results
+#   command    input: a shell script
+#   output     output of the command
+#   exit-code  output
 # A step that fails ends process 1, so the kernel panics and the host sees why.
 set -eu
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin

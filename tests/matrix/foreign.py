@@ -1,8 +1,8 @@
-"""Debian's kernel and programs of another architecture, emulated whole: aarch64 here.
+"""Debian's kernel and programs for another architecture (aarch64), fully emulated.
 
-Rules of this module: nothing of the foreign root runs on this machine. Debian's packages are
-only unpacked (mmdebstrap --variant=extract), Python's come as wheels; the kernel boots under
-QEMU with that root, and with this checkout at its own path.
+Rules of this module: no program of the foreign root runs on this machine. Debian's packages are
+only unpacked (mmdebstrap --variant=extract), and Python packages come as wheels. The kernel boots
+under QEMU with that root, and mounts this checkout at the same path.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLATFORMS = ("manylinux2014_aarch64", "manylinux_2_17_aarch64", "manylinux_2_28_
 MACHINE = "-machine virt -accel tcg -cpu max,pauth-impdef=on -smp 1 -m 2048"
 QUIET = "-nodefaults -no-user-config -no-reboot -display none -serial stdio"
 FAST = "mitigations=off kpti=off nokaslr audit=0 apparmor=0 cryptomgr.notests random.trust_cpu=on"
-# Debian makes these when a package is set up.
+# Files that Debian normally creates when packages are configured.
 ACCOUNTS = {
     "passwd": "root:x:0:0::/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
     "group": "root:x:0:\nnogroup:x:65534:\n",
@@ -48,13 +48,13 @@ ACCOUNTS = {
 
 @dataclass(frozen=True, slots=True)
 class ForeignKernel(DebianKernel):
-    """A kernel of another architecture, with the root that it boots into."""
+    """A kernel of another architecture, with its root."""
 
     root: Path
 
 
 def fetch(progress: Progress) -> ForeignKernel:
-    """Return the kernel and root in the lab's cache, made if they are not there.
+    """Return the kernel and root in the lab's cache; make them if they are missing.
 
     Raises: GateError.
     """
@@ -75,7 +75,7 @@ def fetch(progress: Progress) -> ForeignKernel:
 
 
 def _make(aside: Path, home: Path) -> None:
-    again = "see what it says, then try again"
+    again = "fix the error above, then try again"
     aside.chmod(0o755)
     include = f"--include={','.join(PACKAGES)}"
     strap = ["mmdebstrap", "--quiet", "--variant=extract", f"--architectures={ARCHITECTURE}"]
@@ -86,10 +86,10 @@ def _make(aside: Path, home: Path) -> None:
     wheels += [f"--platform={name}" for name in PLATFORMS]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
     run_tool([*pip, *wheels, *WHEELS], ROOT, again)
-    ours = importlib.metadata.version("ipsecgate")  # the checkout has none of its own
-    told = aside / f"site/ipsecgate-{ours}.dist-info/METADATA"
-    told.parent.mkdir()
-    told.write_text(f"Metadata-Version: 2.1\nName: ipsecgate\nVersion: {ours}\n")
+    version = importlib.metadata.version("ipsecgate")  # the checkout has no metadata of its own
+    metadata = aside / f"site/ipsecgate-{version}.dist-info/METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: ipsecgate\nVersion: {version}\n")
     release = max((aside / "lib/modules").glob("[0-9]*")).name
     run_tool(["depmod", "--basedir", str(aside), release], ROOT, "apt-get install kmod")
     aside.rename(home)
@@ -105,7 +105,7 @@ def run(
 ) -> int:
     """Run a command in the guest, in this checkout, and return its exit code.
 
-    `results` is the one folder that the guest may write to. Raises: GateError.
+    `results` is the only folder that the guest can write to. Raises: GateError.
     """
     with tempfile.TemporaryDirectory(prefix="ipsecgate-foreign-") as folder:
         work = Path(folder)

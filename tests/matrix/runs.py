@@ -1,7 +1,7 @@
-"""One kernel of the matrix: boot it, ask what it has, run the lists of tests, keep what came out.
+"""One kernel of the matrix: boot it, find its features, run the test lists, return the results.
 
-Rules of this module: a kernel that does not boot, or stops in between, is a result too; it is
-said where its numbers would be. The numbers are pytest's own, from its JUnit files.
+Rules of this module: a kernel that does not boot or stops early is a result, too, shown in place of
+its numbers. The numbers come from pytest's JUnit files.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ AARCH64 = "aarch64"
 SUITES = ("bookworm", "trixie", "trixie-backports")
 KERNELS = (UML, *SUITES, AARCH64)
 LISTS = ("hooks", "gate")
-"""tests/qemu/*.list: what asks the hooks alone, and the gate on two hosts."""
+"""The test lists tests/qemu/*.list: tests of the hooks alone, and of the gate on two hosts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What became of a list's tests; `stopped` says why there are no more, if there are not."""
+    """The results of a test list; `stopped` says why it did not run to its end, "" if it did."""
 
     passed: int = 0
     failed: int = 0
@@ -46,7 +46,7 @@ class Counts:
 
 
 def counts(junit: Path, stopped: str = "") -> Counts:
-    """Read a JUnit file of pytest's; one that is not there counts nothing."""
+    """Count the results in a JUnit file; a missing file has none."""
     if not junit.is_file():
         return Counts(stopped=stopped or "no results")
     passed, failures, skips = 0, [], []
@@ -63,7 +63,7 @@ def counts(junit: Path, stopped: str = "") -> Counts:
 
 
 def find(name: str) -> kernel.Kernel:
-    """Return a kernel, downloaded if it is not there. Raises: GateError."""
+    """Return a kernel; download it if it is missing. Raises: GateError."""
     if name == UML:
         return kernel.fetch(progress=_say)
     if name == AARCH64:
@@ -72,7 +72,7 @@ def find(name: str) -> kernel.Kernel:
 
 
 def measure(name: str, say: Callable[[str], object]) -> dict[str, Any]:
-    """Run everything on one kernel; return what JSON keeps of it."""
+    """Run everything on one kernel; return the results for JSON."""
     try:
         chosen = find(name)
     except GateError as error:
@@ -84,7 +84,7 @@ def measure(name: str, say: Callable[[str], object]) -> dict[str, Any]:
     found.unlink(missing_ok=True)
     _guest(chosen, [sys.executable, "-m", "tests.matrix.features", str(found)], folder, say)
     features = json.loads(found.read_text()) if found.is_file() else None
-    lists = {one: plain(_list(chosen, one, folder, say)) for one in LISTS}
+    lists = {test_list: plain(_list(chosen, test_list, folder, say)) for test_list in LISTS}
     return {"kernel": chosen.release, "features": features, "lists": lists}
 
 
@@ -100,14 +100,14 @@ def _list(chosen: kernel.Kernel, name: str, folder: Path, say: Callable[[str], o
 def _guest(
     chosen: kernel.Kernel, command: list[str], folder: Path, say: Callable[[str], object]
 ) -> str:
-    """Run a command in a guest; return why it did not come to its end, "" if it did."""
-    ours = {VARIABLE: str(BYTECODE)}
+    """Run a command in a guest; return why it did not run to its end, "" if it did."""
     try:
         if isinstance(chosen, foreign.ForeignKernel):
-            ours = {VARIABLE: str(folder / "bytecode")}  # another machine's, made there
-            foreign.run(chosen, ["python3", *command[1:]], ours, folder, LIMIT, say)
+            # Bytecode depends on the architecture, so the guest compiles its own.
+            variables = {VARIABLE: str(folder / "bytecode")}
+            foreign.run(chosen, ["python3", *command[1:]], variables, folder, LIMIT, say)
         else:
-            env = {**os.environ, **ours}
+            env = {**os.environ, VARIABLE: str(BYTECODE)}
             run(
                 command,
                 env=env,
@@ -124,7 +124,7 @@ def _guest(
 
 
 def plain(result: Counts) -> Mapping[str, Any]:
-    """Return what JSON keeps of a list."""
+    """Return the results of a list for JSON."""
     return {name: getattr(result, name) for name in result.__slots__}
 
 

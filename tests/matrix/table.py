@@ -1,4 +1,4 @@
-"""README's table, from what `runs` kept."""
+"""The README's table, made from the results of `runs`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WHERE = {
 
 
 def rendered(results: Mapping[str, Any], under: str) -> str:
-    """Return the table in Markdown; `under` says what it was measured with."""
+    """Return the table in Markdown; `under` is a sentence with the programs' versions."""
     rows = [HEAD, ("---",) * len(HEAD)]
     rows += [row(name, results[name]) for name in KERNELS if name in results]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
@@ -47,32 +47,31 @@ def row(name: str, result: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def lists(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the counts of each list."""
+    """Return the counts of each test list."""
     return [result["lists"][name] for name in LISTS]
 
 
 def cell(counts: Mapping[str, Any]) -> str:
-    """Say what became of a list's tests; bold where it is not fine."""
-    said = f"{counts['passed']}, {counts['failed']}, {counts['skipped']}"
+    """Return a list's counts; bold if a test failed or the list stopped."""
+    text = f"{counts['passed']}, {counts['failed']}, {counts['skipped']}"
     if counts["stopped"]:
-        said += f": {counts['stopped']}".replace("|", "/")
-    return f"**{said}**" if counts["failed"] or counts["stopped"] else said
+        text += f": {counts['stopped']}".replace("|", "/")
+    return f"**{text}**" if counts["failed"] or counts["stopped"] else text
 
 
 def yes(value: object) -> str:
-    """Return the word for a truth."""
     return "yes" if value else "no"
 
 
 def reasons(results: Mapping[str, Any]) -> str:
-    """Name what was skipped, and why."""
-    said = {
+    """Return a sentence with the reasons of skipped tests, "" if there are none."""
+    skips = {
         f"{result['kernel']}: {reason}"
         for result in results.values()
         for counts in lists(result)
         for reason in counts["skips"]
     }
-    return f" Skipped: {'; '.join(sorted(said))}." if said else ""
+    return f" Skipped: {'; '.join(sorted(skips))}." if skips else ""
 
 
 def put_into(document: Path, table: str) -> None:

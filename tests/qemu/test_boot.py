@@ -1,4 +1,4 @@
-"""Debian's kernel under QEMU, booted from this machine: what goes in, what comes out."""
+"""Debian's kernel under QEMU on this machine: input, output, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
 from ipsecgate.lab.kernel import default_cache
 from tests.guest.broken import without_modules
 from tests.guest.probe_script import MARKER_FILE, ODD, SCRIPT, folder_of
-from tests.guest.processes import descendants, outlived
+from tests.processes import descendants, outlived
 
 pytestmark = pytest.mark.skipif(
     shutil.which(debian.QEMU) is None, reason="QEMU is not installed: see make test-qemu"
@@ -84,7 +84,7 @@ def test_hung_guest_is_killed_in_time_and_reported(
 ) -> None:
     pids = set[int]()
 
-    def look(line: str) -> None:
+    def record_processes(line: str) -> None:
         if line == "hanging\n":
             pids.update(descendants(os.getpid()))
 
@@ -92,7 +92,7 @@ def test_hung_guest_is_killed_in_time_and_reported(
     began = time.monotonic()
     script = 'echo "$IPSECGATE_RESULTS"; echo hanging; sleep 1000'
     with pytest.raises(GuestHung, match="killed after") as caught:
-        run(["sh", "-c", script], timeout=limit, on_output=look, kernel=kernel)
+        run(["sh", "-c", script], timeout=limit, on_output=record_processes, kernel=kernel)
     assert time.monotonic() - began < limit + 5
     assert "\nhanging\n" in caught.value.output
     assert pids
@@ -101,13 +101,15 @@ def test_hung_guest_is_killed_in_time_and_reported(
 
 
 @pytest.mark.parametrize(
-    ("key", "said"), [("c", "sysrq triggered crash"), ("b", "")], ids=["panic", "reset"]
+    ("key", "how"),
+    [("c", "sysrq triggered crash"), ("b", "stopped while its command ran")],
+    ids=["panic", "reset"],
 )
-def test_a_guest_that_stops_too_early_is_no_success(
-    key: str, said: str, kernel: debian.DebianKernel
+def test_a_guest_that_stops_too_early_is_an_error(
+    key: str, how: str, kernel: debian.DebianKernel
 ) -> None:
     def go_on(line: str) -> None:
-        """What was said is here, so the guest may stop."""
+        """Once the output has arrived, let the guest stop."""
         if line.startswith("/"):
             Path(line.strip(), "go").touch()
 
@@ -115,21 +117,21 @@ def test_a_guest_that_stops_too_early_is_no_success(
     script = f"{wait}; echo {key} >/proc/sysrq-trigger; sleep 1000"
     with pytest.raises(GuestPanicked) as caught:
         run(["sh", "-c", script], timeout=180, on_output=go_on, kernel=kernel)
-    assert said in caught.value.output
+    assert how in f"{caught.value}\n{caught.value.output}"
     assert not folder_of(caught.value.output).exists()
 
 
 def test_qemu_is_taken_where_user_mode_linux_does_not_boot(
     kernel: debian.DebianKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its modules are missing, so the real one panics before the command begins."""
+    """Without modules the real user-mode-linux panics before the command begins."""
     without_modules(tmp_path)
     (tmp_path / debian.META).symlink_to(default_cache() / debian.META)
     monkeypatch.setenv("IPSECGATE_LAB_CACHE", str(tmp_path))
-    said: list[str] = []
-    result = run(["uname", "-r"], timeout=120, progress=said.append)
+    progress: list[str] = []
+    result = run(["uname", "-r"], timeout=120, progress=progress.append)
     assert (result.exit_code, result.output) == (0, f"{kernel.release}\n")
-    told = "\n".join(said)
-    assert "panicked before its command began" in told
-    assert "overlay.ko" in told
-    assert said[-1] == "trying QEMU, which is slower"
+    report = "\n".join(progress)
+    assert "panicked before its command began" in report
+    assert "overlay.ko" in report
+    assert progress[-1] == "trying QEMU, which is slower"

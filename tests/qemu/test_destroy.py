@@ -1,8 +1,8 @@
-"""`live_flows = "destroy"` on a kernel that can end sockets, which the everyday one cannot.
+"""`live_flows = "destroy"` on a kernel that can destroy sockets, unlike user-mode-linux.
 
-The application learns at once that its SA is gone; one whose SA is replaced learns nothing, and
-neither does a process that is not gated. What they learn is their system calls' word, what left
-the capture's, when the SA went the kernel's.
+A gated application gets an error as soon as its SA is gone. If the SA is replaced, or the process
+is not gated, nothing happens. The evidence: system calls for the errors, the capture for packets,
+the kernel's events for the time when the SA went.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pytest
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 from ipsecgate.lab.xfrm_watch import XfrmWatch
-from tests.chaos.voice import Voice
-from tests.chaos.world import SPEAKER
+from tests.chaos.reporter import Reporter
+from tests.chaos.world import SENDER
 from tests.system.conftest import cache
 from tests.system.strongswan import vici
 from tests.until import wait_until
@@ -28,9 +28,9 @@ from tests.until import wait_until
 __all__ = ["cache"]
 
 PORT = 7500
-AT_ONCE = 3.0  # seconds, on an emulated machine; TCP itself would try for a quarter of an hour
+SOON = 3.0  # seconds, on an emulated machine; TCP itself would retry for a quarter of an hour
 PIPE = subprocess.PIPE
-STANDER = Path(__file__).with_name("stander.py")
+PROCESS = Path(__file__).with_name("open_sockets.py")
 FINE = {"tcp": "", "udp": ""}
 
 pytestmark = pytest.mark.skipif(
@@ -39,26 +39,26 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Stander:
-    """A process whose sockets stand, gated or not."""
+class OpenSockets:
+    """A process with open sockets, gated or not."""
 
     def __init__(self, lab: Lab, to: object, cgroup: Path | None) -> None:
-        argv = [sys.executable, "-S", "-I", str(STANDER), str(to), str(PORT)]
+        argv = [sys.executable, "-S", "-I", str(PROCESS), str(to), str(PORT)]
         self._process = lab.a.popen(argv, cgroup=cgroup, stdin=PIPE, stdout=PIPE)
-        assert self.hear() == "ready"
+        assert self.next_report() == "ready"
 
-    def hear(self) -> Any:
+    def next_report(self) -> Any:
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
     def echo(self) -> dict[str, str]:
-        """Have both sockets used. Raises: AssertionError if one failed before."""
+        """Use both sockets; return their errors. Raises: AssertionError if one failed before."""
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        told = self.hear()
-        assert isinstance(told, dict), told
-        return told
+        errors = self.next_report()
+        assert isinstance(errors, dict), errors
+        return errors
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def lab() -> Iterator[Lab]:
     with Lab("ipsecgate-test-destroy") as lab:
         lab.warm_up(("tunnel",), (4,))
         lab.warm_up(("transport",), (6,))
-        Voice(lab.b, [sys.executable, "-S", "-I", str(SPEAKER), "server", str(PORT)])
+        Reporter(lab.b, [sys.executable, "-S", "-I", str(SENDER), "server", str(PORT)])
         yield lab
 
 
@@ -77,21 +77,21 @@ def gate(lab: Lab, cache: Path) -> Iterator[Gated]:
 
 
 def deleted(watch: XfrmWatch) -> list[float]:
-    """Return when outbound SAs went."""
+    """Return the times at which outbound SAs were deleted."""
     return [event.time for event in watch.events() if event.name == "DELSA" and event.outbound]
 
 
 def connected(lab: Lab, spec: ConnSpec, gate: Gated) -> bool:
-    told = lab.a.client("tcp-client", lab.b.address(spec), PORT, cgroup=gate.cgroup).result()
-    return told["error"] is None and told["echoed"]
+    report = lab.a.client("tcp-client", lab.b.address(spec), PORT, cgroup=gate.cgroup).result()
+    return report["error"] is None and report["echoed"]
 
 
-# Without a trap nothing of strongSwan's is in the way of what a socket that is ended still sends.
+# Without a trap no strongSwan policy blocks the packets that a destroyed socket still sends.
 @pytest.mark.parametrize(
     ("mode", "family", "start_action", "side"),
     [("tunnel", 4, "none", "a"), ("transport", 6, "trap", "b")],
 )
-def test_who_stands_without_an_sa_is_told_at_once(
+def test_a_flow_without_an_sa_is_destroyed_promptly(
     lab: Lab, gate: Gated, mode: str, family: int, start_action: str, side: str
 ) -> None:
     lab.reset()
@@ -100,25 +100,26 @@ def test_who_stands_without_an_sa_is_told_at_once(
     gate.wait_policy(spec.name)
     with lab.watch() as watch, lab.capture() as capture:
         assert connected(lab, spec, gate), gate.log.read_text()
-        gated = Stander(lab, lab.b.address(spec), gate.cgroup)
-        other = Stander(lab, lab.b.address(spec), None)
+        gated = OpenSockets(lab, lab.b.address(spec), gate.cgroup)
+        other = OpenSockets(lab, lab.b.address(spec), None)
 
         lab.a.charon.rekey(spec.child_name)
         wait_until(lambda: len(deleted(watch)) == 1, "not rekeyed")
-        assert gated.echo() == other.echo() == FINE, "made before it was broken"
+        assert gated.echo() == other.echo() == FINE, "the new SA came before the old one went"
 
         vici(lab.a if side == "a" else lab.b, "terminate", child=spec.child_name)
-        told = {name: (error, when) for name, error, when in (gated.hear(), gated.hear())}
-        assert {name: error for name, (error, _) in told.items()} == {
+        reports = [gated.next_report(), gated.next_report()]
+        ends = {name: (error, when) for name, error, when in reports}
+        assert {name: error for name, (error, _) in ends.items()} == {
             "tcp": "ECONNABORTED",
             "udp": "ECONNABORTED",
         }
         wait_until(lambda: len(deleted(watch)) == 2, "not deleted")
-        assert max(when for _, when in told.values()) - deleted(watch)[1] < AT_ONCE
+        assert max(when for _, when in ends.values()) - deleted(watch)[1] < SOON
         assert gated.echo() == {"tcp": "EPIPE", "udp": "EDESTADDRREQ"}
 
-        assert connected(lab, spec, gate), "it begins anew"
-        assert other.echo() == FINE, "nobody touched a process that is not gated"
+        assert connected(lab, spec, gate), "a new connection works"
+        assert other.echo() == FINE, "a process that is not gated keeps its sockets"
         seen = capture.stop()
     assert seen.esp
     assert not seen.clear

@@ -1,4 +1,4 @@
-"""Which kernel is this? Runs inside the guest, before the proofs; fails where they'd prove less."""
+"""Check the guest's kernel before the other tests: without JIT and BTF they would prove less."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_programs_are_machine_code_and_types_are_known(
 
 
 def test_every_program_of_the_gate_is_machine_code(tmp_path: Path) -> None:
-    """A kernel that does not compile one leaves it to its interpreter, and says nothing."""
+    """If the JIT cannot compile a program, the kernel silently interprets it."""
     code = bytecode.get(Path(os.environ.get("IPSECGATE_TEST_BYTECODE") or tmp_path))
     pins = Pins(Path("/sys/fs/bpf"), f"jit-{os.getpid()}")
     try:

@@ -1,7 +1,7 @@
-"""A packet goes where its header says, wherever its socket said at connect().
+"""A packet goes where its header says, whatever its socket said at connect().
 
-Attacks by what sends it elsewhere than the hooks were told: routing headers, source routes,
-devices, protocols written by hand. Each has a twin that must pass: real answers.
+Attacks that send a packet elsewhere than the hooks were asked about: routing headers, source
+routes, devices, hand-written protocols. Each has a twin that must pass: real answers.
 """
 
 from __future__ import annotations
@@ -52,29 +52,29 @@ FORMS = {"4": "{}", "6": "{}", "mapped": "::ffff:{}"}
 def test_a_packet_to_loopback_that_leaves_the_host_is_blocked(
     hooked: HookedCgroup, attack: str, to: str, reason: Reason
 ) -> None:
-    """It is exempt because it does not leave."""
+    """Loopback is exempt only because it does not leave the host."""
     hooked.data.set(Setting.DENY, 1)
     hooked.data.set(Setting.TUN, 0)
-    told = hooked.gated(f"forge {attack}", to)
+    result = hooked.gated(f"forge {attack}", to)
     assert hooked.counted(reason) == 1
-    assert told == ("" if "begin" in attack else "EPERM")
+    assert result == ("" if "begin" in attack else "EPERM")
     hooked.gated.forget()
 
 
 def blocked(hooked: HookedCgroup) -> None:
-    """Wait until the default blocked a packet."""
+    """Wait until default deny has blocked a packet."""
     deadline = time.monotonic() + 10
     while not hooked.counted(Reason.BLOCK_DEFAULT):
         assert time.monotonic() < deadline, "no packet was sent that way, or it left"
         time.sleep(0.02)
 
 
+# Older kernels run no program for packets of a listening socket: docs/threat-model.md.
 SYN_ACKS_ARE_ASKED_ABOUT = tuple(map(int, platform.release().split(".")[:2])) >= (6, 6)
-"""Older kernels run no program for what a socket that listens sends: docs/threat-model.md."""
 
 
 def test_a_syn_ack_with_a_routing_header_is_blocked(hooked: HookedCgroup) -> None:
-    """The server that is gated sets it, and any client of loopback makes it send."""
+    """A gated server sets the header, and any client on loopback makes it send a SYN-ACK."""
     hooked.data.set(Setting.DENY, 1)
     try:
         assert hooked.gated("forge tcp6 route listen", f"::1%{OTHER[6]}", 8081) == ""
@@ -99,7 +99,7 @@ def test_a_routing_header_set_on_an_established_connection_is_blocked(hooked: Ho
 
 
 def test_default_deny_applies_to_raw_sockets(hooked: HookedCgroup) -> None:
-    """Whatever protocol they write, nobody was asked; but what the kernel answers has no data."""
+    """No hook sees what they write. The kernel's own answers, RST and ACK without data, pass."""
     hooked.data.set(Setting.DENY, 1)
 
     def tcp(flags: int, payload: bytes = b"") -> bytes:
@@ -132,7 +132,7 @@ def test_only_the_router_alert_option_may_leave(hooked: HookedCgroup) -> None:
 
 @contextlib.contextmanager
 def neighbour(hooked: HookedCgroup, name: str) -> Iterator[Caller]:
-    """A host with the addresses that no policy names, at the end of a link of its own."""
+    """Make a host with the addresses that no policy names, on a link of its own."""
     far = Namespace(name)
     try:
         here, there = ["ip", "-n", hooked.namespace.name], ["ip", "-n", name]
@@ -169,7 +169,7 @@ def neighbour(hooked: HookedCgroup, name: str) -> Iterator[Caller]:
 def test_answers_of_a_gated_server_leave(
     hooked: HookedCgroup, unique: str, cache: Path, form: str
 ) -> None:
-    """Under `deny`, and before policies are known: a SYN-ACK, and what a connection says."""
+    """SYN-ACKs and data of a server pass under `deny`, and before policies are known."""
     hooked.data.set(Setting.DENY, 1)
     family = 6 if form == "6" else 4
     kind = "tcp4" if form == "4" else "tcp6"
@@ -186,8 +186,8 @@ def test_answers_of_a_gated_server_leave(
         assert far("forge receive", here) == ""
         with Maps(pins) as maps:
             assert maps.counters()[Reason.BLOCK_NOT_READY] == 0
-            told = hooked.gated("forge tcp6 route begin", f"::1%{OTHER[6]}")
-            assert (told, maps.counters()[Reason.BLOCK_NOT_READY]) == ("", 1)
+            result = hooked.gated("forge tcp6 route begin", f"::1%{OTHER[6]}")
+            assert (result, maps.counters()[Reason.BLOCK_NOT_READY]) == ("", 1)
         pins.unload()
         assert hooked.gated("udp connect", OTHER[family]) == "EPERM"
         hooked.gated.forget()

@@ -1,4 +1,4 @@
-"""Ways round the gate that an auditor tries; what each comes to."""
+"""Attempts to get around the gate, and the result of each (see `attacker`)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def attack(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    told: list[str] = json.loads(done.stdout)
-    return told
+    results: list[str] = json.loads(done.stdout)
+    return results
 
 
 def test_an_io_uring_kernel_thread_is_gated_like_its_process(hooked: HookedCgroup) -> None:
@@ -70,19 +70,19 @@ def test_root_in_its_own_namespaces_is_refused(hooked: HookedCgroup) -> None:
 def test_an_interface_in_another_namespace_can_pass_for_the_daemons(
     hooked: HookedCgroup,
 ) -> None:
-    """A limit that docs/threat-model.md tells: only what never asked, and only with that index."""
+    """A limit in docs/threat-model.md: only raw sockets, and only with exactly that index."""
     assert attack(hooked, "unshared", PEER[4], str(hooked.link)) == ["EPERM", ""]
     assert hooked.counted(Reason.REFUSE_NETNS) == 1
 
 
 def test_root_without_capabilities_can_open_the_pins(hooked: HookedCgroup) -> None:
-    """A limit that docs/threat-model.md tells: they are root's, and opening them takes no more."""
+    """A limit in docs/threat-model.md: root owns the pins, and opening them needs nothing else."""
     pin = str(hooked.pins.current.folder / "maps" / "settings")
     assert attack(hooked, "powerless", "", pin) == [""]
 
 
 def test_an_ike_daemon_that_has_ended_is_not_exempt(hooked: HookedCgroup) -> None:
-    """Its pid may be anybody's by now, in any cgroup."""
+    """Its pid may belong to any process by now."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     hooks = HookWriter(hooked.data)
@@ -96,13 +96,13 @@ def test_an_ike_daemon_that_has_ended_is_not_exempt(hooked: HookedCgroup) -> Non
 def test_a_cgroup_recreated_during_attach_is_gated(
     hooked: HookedCgroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever may make cgroups below it does so between a look at the name and its opening."""
-    folder = hooked.cgroup.with_name(f"{hooked.cgroup.name}-anew")
+    """The cgroup is removed and recreated between the lookup of its name and its opening."""
+    folder = hooked.cgroup.with_name(f"{hooked.cgroup.name}-recreated")
     folder.mkdir()
     hooked.pins.attach(folder)
     opening = os.open
 
-    def anew(path: Path, *flags: int) -> int:
+    def recreate(path: Path, *flags: int) -> int:
         if path == folder:
             folder.rmdir()
             folder.mkdir()
@@ -110,7 +110,7 @@ def test_a_cgroup_recreated_during_attach_is_gated(
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "open", anew)
+            patch.setattr(os, "open", recreate)
             hooked.pins.attach(folder)
         number = folder.stat().st_ino
         hooks = [a.hook for a in hooked.pins.attachments() if a.cgroup_id == number]

@@ -1,4 +1,4 @@
-"""Who attacks the controller: descriptors that lead past the hooks, its sockets under load."""
+"""Attacks on the controller: descriptors that bypass the hooks, and load on its sockets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["caller", "controller"]
 
 
 def exec_with(controller: ControllerProcess, fd: int) -> subprocess.CompletedProcess[str]:
-    """Run a command that would inherit a descriptor."""
+    """Run `exec` with an inherited descriptor."""
     argv = [sys.executable, "-m", "ipsecgate", *controller.argv("exec", "--", "echo", "ran")]
     with controller.namespace.inside():
         return subprocess.run(
@@ -58,7 +58,7 @@ def test_an_inherited_descriptor_that_bypasses_the_hooks_is_refused(
     assert done.stdout == "ran\n", done.stderr
 
 
-ANEW = """
+RECREATE = """
 from ipsecgate.edges.host import cgroups
 from ipsecgate.cli import main
 joining = cgroups.join
@@ -71,14 +71,14 @@ cgroups.join = join
 
 
 def test_a_command_does_not_run_in_a_recreated_cgroup(controller: ControllerProcess) -> None:
-    """It may be, by whoever may make cgroups there, between a look at the name and joining."""
+    """The cgroup is recreated between the lookup of its name and joining it."""
     controller.configure("")
     controller.start()
     assert controller.hears("READY=1"), controller.log
     assert (
         controller.cli("attach", str(controller.cgroup)).returncode == 0
-    )  # hence not followed by its name
-    program = f"{ANEW}\nmain({controller.argv('exec', '--', 'echo', 'ran')!r})"
+    )  # so the controller does not follow its name
+    program = f"{RECREATE}\nmain({controller.argv('exec', '--', 'echo', 'ran')!r})"
     with controller.namespace.inside():
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=False
@@ -89,13 +89,13 @@ def test_a_command_does_not_run_in_a_recreated_cgroup(controller: ControllerProc
 
 @contextlib.contextmanager
 def crowd(path: Path, size: int, *says: bytes) -> Iterator[None]:
-    """Have many clients of root's that say something and stay, those that are let in."""
+    """Connect many clients of root's that send something and stay connected, if accepted."""
     with contextlib.ExitStack() as stack:
         for number in range(size):
             client = stack.enter_context(socket.socket(socket.AF_UNIX))
             client.settimeout(5)
             _connect(client, path)
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # hung up on
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # disconnected
                 client.sendall(says[number % len(says)])
         yield
 
@@ -104,7 +104,7 @@ def _connect(client: socket.socket, path: Path) -> None:
     while True:
         try:
             client.connect(str(path))
-        except BlockingIOError:  # no room to wait in
+        except BlockingIOError:  # the backlog is full
             time.sleep(0.01)
         else:
             return
@@ -122,11 +122,13 @@ def test_a_crowd_of_clients_does_not_stop_the_controller(
     nonsense = (b"", b"{", b"[" * 4000, b'{"verb": "status"}\n', b'{"verb": "hold"}\n')
     with crowd(run / "control.sock", 400, *nonsense), crowd(run / "seccomp.sock", 400, b"", b"{"):
         controller.heard.clear()
-        assert controller.hears("WATCHDOG=1", 5), "decisions are made as ever"
+        assert controller.hears("WATCHDOG=1", 5), "the controller still decides"
         assert refused(caller)
         assert len(list(fds.iterdir())) <= before + control.CLIENTS + oci.PEERS + 8
         began = time.monotonic()
-        assert controller.eventually(lambda: controller.ask()["ready"]), "silent ones are cut off"
+        assert controller.eventually(lambda: controller.ask()["ready"]), (
+            "silent clients are disconnected"
+        )
         assert time.monotonic() - began < 15
     assert controller.eventually(lambda: len(list(fds.iterdir())) <= before + 2)
     assert controller.process.poll() is None, controller.log
@@ -134,7 +136,7 @@ def test_a_crowd_of_clients_does_not_stop_the_controller(
 
 @contextlib.contextmanager
 def filtered() -> Iterator[int]:
-    """Have a process under a filter, as a container's is, and its listener here."""
+    """Run a process under a seccomp filter, as in a container, and yield its listener."""
     ours, theirs = socket.socketpair()
     child = os.fork()
     if not child:
@@ -151,7 +153,7 @@ def filtered() -> Iterator[int]:
 def test_a_runtime_with_an_absurd_pid_does_not_end_the_controller(
     controller: ControllerProcess,
 ) -> None:
-    """A name too long for /proc made a look at its cgroup fail, and that ended the controller."""
+    """Its /proc path was too long, and the failed lookup of its cgroup ended the controller."""
     controller.start()
     assert controller.hears("READY=1"), controller.log
     message = {"fds": ["seccompFd"], "metadata": "", "state": {"id": "odd"}}

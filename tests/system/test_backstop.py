@@ -1,8 +1,7 @@
-"""The packets themselves: in clear towards a protected flow none leaves, whoever made it.
+"""The backstop: no packet of a protected flow leaves in clear, however it was made.
 
-What the hooks are never asked about is in `test_calls`, what poses as the kernel's own in
-`test_forged`; real ESP in `test_gate` and `test_life`.
-Here nothing is ESP but what says so: the way out is not the IKE daemon's device.
+`test_calls` has the calls that no hook sees, `test_forged` packets that pose as the kernel's own,
+`test_gate` and `test_life` real ESP. Here the outgoing link is not the IKE daemon's device.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SPI = struct.pack("!I", 0xC0FFEE)
 
 @pytest.fixture
 def naked(hooked: HookedCgroup) -> HookedCgroup:
-    """The hooked cgroup, with a link behind which nobody does ESP."""
+    """The hooked cgroup with a link that does not lead to an IKE daemon."""
     hooked.data.set(Setting.TUN, 0)
     return hooked
 
@@ -78,7 +77,7 @@ def test_a_socket_bound_to_port_4500_is_not_taken_for_esp(
 def test_ports_are_read_behind_ipv6_extension_headers(
     naked: HookedCgroup, chain: list[int], code: str
 ) -> None:
-    """And what is behind more of them than are looked at does not leave."""
+    """A packet with more headers than the program reads is blocked."""
     dns = ternary(THERE[6], proto=DATAGRAM, dport=(53, 0xFFFF))
     naked.publish(TableId.POLICY, Rule(dns, Entry(State.PROTECT)))
 
@@ -105,9 +104,9 @@ def test_later_fragments_are_blocked(naked: HookedCgroup) -> None:
 
 
 def test_a_source_route_is_blocked(naked: HookedCgroup) -> None:
-    """It names another destination than the header does: here the peer, behind a host between."""
+    """It names another destination than the header: here the peer, behind an intermediate host."""
     through, loose = OTHER[4], bytes([131, 7, 4]) + ip_address(PEER[4]).packed + b"\0"
-    for options in (loose, bytes([1, 1, 1, 1]) + loose):  # behind some padding, too
+    for options in (loose, bytes([1, 1, 1, 1]) + loose):  # also behind padding
         call = v4(udp(1, 2), to=through, options=options)
         assert naked.gated(call, through) == "EPERM"
     assert naked.gated(v4(bytes(8), 2, to=through, options=bytes([148, 4, 0, 0])), through) == ""
@@ -142,16 +141,16 @@ def test_default_deny_blocks_only_sockets_that_no_hook_has_seen(naked: HookedCgr
     naked.data.set(Setting.DENY, 1)
     assert naked.gated("raw", OTHER[4]) == "EPERM"
     assert naked.counted(Reason.BLOCK_DEFAULT) == 1
-    assert naked.gated("kept connected 4", OTHER[4]) == "", "it was asked, at its time"
+    assert naked.gated("kept connected 4", OTHER[4]) == "", "a hook was asked at connect"
     naked.data.set(Setting.DENY, 0)
     assert [naked.gated("kept raw", OTHER[4]) for _ in range(2)] == ["", ""]
     naked.data.set(Setting.DENY, 1)
-    assert naked.gated("kept raw", OTHER[4]) == "EPERM", "what it remembers is out of date"
+    assert naked.gated("kept raw", OTHER[4]) == "EPERM", "its cached verdict is out of date"
     naked.gated.forget()
 
 
 def test_a_socket_is_checked_again_when_the_policies_change(naked: HookedCgroup) -> None:
-    """What it remembers is that its packets may leave in clear: of this generation."""
+    """The socket's cached verdict counts only for the generation of the policies."""
     for _ in range(3):
         assert naked.gated("kept connected 4", OTHER[4]) == ""
     everything = Rule(ternary(ip_network("0.0.0.0/0")), Entry(State.PROTECT))
@@ -168,9 +167,9 @@ def test_only_the_sockets_of_the_ike_daemon_pass(naked: HookedCgroup) -> None:
     for _ in range(3):
         assert naked.gated("kept sendto", PEER[4], 500) == ""
     assert naked.gated("sendto", PEER[6], 500) == ""
-    assert naked.gated("raw", PEER[4]) == "EPERM", "a socket that never asked"
+    assert naked.gated("raw", PEER[4]) == "EPERM", "no hook was asked for this socket"
     naked.data.set(Setting.IKE_CGROUP, naked.cgroup.stat().st_ino + 1)
-    assert naked.gated("sendto", PEER[4], 500) == "EPERM", "its pid, in another cgroup"
+    assert naked.gated("sendto", PEER[4], 500) == "EPERM", "the same pid in another cgroup"
     naked.data.set(Setting.IKE_CGROUP, naked.cgroup.stat().st_ino)
     assert naked.gated("sendto", PEER[4], 500) == ""
     naked.data.set(Setting.IKE, naked.gated.process.pid + 1)
@@ -188,7 +187,7 @@ def test_audit_mode_blocks_nothing(naked: HookedCgroup) -> None:
 
 @pytest.mark.parametrize("call", ["tcp", "sendto", "kept sendto"])
 def test_a_live_entry_expires_at_the_hard_lifetime(hooked: HookedCgroup, call: str) -> None:
-    """With nobody there to close it: an SA's hard lifetime is in the map."""
+    """No controller is needed: the map holds the hard lifetime of the SA."""
 
     def until(deadline: int) -> None:
         entry = Entry(State.LIVE, deadline=deadline)
@@ -202,10 +201,10 @@ def test_a_live_entry_expires_at_the_hard_lifetime(hooked: HookedCgroup, call: s
     for lifetime in (3, 9, 27):
         end = int(time.time()) + lifetime
         until(end)
-        told = hooked.gated(call, PEER[4])
+        result = hooked.gated(call, PEER[4])
         if time.time() < end:
-            break  # it was asked in time
-    assert told in ("", "EINPROGRESS")
+            break  # the call was made in time
+    assert result in ("", "EINPROGRESS")
     while time.time() < end + 0.1:
         time.sleep(0.05)
     assert hooked.gated(call, PEER[4]) == "EPERM"

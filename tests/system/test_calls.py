@@ -1,8 +1,7 @@
-"""Every way an application has to speak: gated by the hooks, or stopped by the backstop.
+"""Every way to send: gated by the hooks, or blocked by the backstop.
 
-The shapes of the kernel's own selftests for these hooks (sock_addr), as cases of
-our own. What no hook sees is listed in docs/protected.md, and asserted here to be
-so, for the list to stay true; the backstop sees its packets.
+The cases follow the kernel's own selftests for these hooks (sock_addr). docs/protected.md lists
+the calls that no hook sees; the tests here keep that list true.
 """
 
 from __future__ import annotations
@@ -66,9 +65,9 @@ def test_calls_that_no_hook_sees_are_blocked_by_the_backstop(
         pytest.skip("missing: UDP-Lite in the kernel (removed in Linux 7.3)")
     before = sum(hooked.data.counters().values())
     assert went_out(hooked.gated(call, PEER[family]))
-    assert sum(hooked.data.counters().values()) == before, "no hook saw it"
+    assert sum(hooked.data.counters().values()) == before, "no hook was called"
     hooked.data.set(Setting.TUN, 0)
-    # SCTP tries again by itself, and IPv6's ping sockets do not ask what became of a packet.
+    # SCTP retries by itself, and IPv6 ping sockets ignore the result of sending.
     silent = {("sctp", 4): "EINPROGRESS", ("sctp", 6): "EINPROGRESS", ("ping", 6): ""}
     assert hooked.gated(call, PEER[family]) == silent.get((call, family), "EPERM")
     assert hooked.counted(Reason.BLOCK_CLEAR) == 1
@@ -90,7 +89,7 @@ def test_a_connected_socket_is_checked_by_the_hooks_only_at_connect(
     assert hooked.gated(f"kept connected {family}", PEER[family]) == ""
     hooked.publish(TableId.SPD)
     assert hooked.gated(f"kept connected {family}", PEER[family]) == ""
-    hooked.data.set(Setting.TUN, 0)  # in clear from now on, and the backstop's
+    hooked.data.set(Setting.TUN, 0)  # in clear from now on: the backstop decides
     assert hooked.gated(f"kept connected {family}", PEER[family]) == "EPERM"
     assert hooked.counted(Reason.BLOCK_CLEAR) == 1
 

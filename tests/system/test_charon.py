@@ -1,4 +1,4 @@
-"""The IKE edge against two real strongSwans: events, and how a negotiation fails."""
+"""The strongSwan edge against two real daemons: events, and how a negotiation fails."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ async def test_a_child_is_reported_up_and_down(lab: Lab, client: IkeClient) -> N
     assert await client.established() == (up.sa,)
     await until(client, NegotiationDone)
 
-    await client.initiate(NAME, 10)  # it is up: done, and no failure
+    await client.initiate(NAME, 10)  # already up: done, not a failure
     await until(client, NegotiationDone)
     await client.terminate("host")
-    told = {type(event) for event in await until(client, ChildDown)}
-    assert told - {NegotiationDone} == {IkeDown, ChildDown}
+    kinds = {type(event) for event in await until(client, ChildDown)}
+    assert kinds - {NegotiationDone} == {IkeDown, ChildDown}
 
 
 async def test_services_and_address_ranges_are_read_back(lab: Lab, client: IkeClient) -> None:
@@ -155,7 +155,7 @@ async def test_a_failure_has_a_cause(
     await client.initiate(NAME, 60)
     failed = (await until(client, NegotiationFailed))[-1]
     assert isinstance(failed, NegotiationFailed)
-    assert cause in failed.cause, "and not that the limit came"
+    assert cause in failed.cause, "the cause, not the time limit"
     assert await client.established() == ()
 
 
@@ -163,7 +163,7 @@ async def test_an_unanswered_negotiation_ends_at_its_limit_and_the_next_one_succ
     lab: Lab, client: IkeClient
 ) -> None:
     load(lab, HOST, HOST)
-    lab.a.charon.configure("retransmit_timeout = 60")  # it does not give up by itself
+    lab.a.charon.configure("retransmit_timeout = 60")  # it does not give up before our limit
     lab.drop_ike()
     began = time.monotonic()
     await client.initiate(NAME, 1)

@@ -1,7 +1,7 @@
-"""Userspace's `Table.classify` and the hooks classify alike, on random tables and flows.
+"""`Table.classify` in userspace and the hooks classify random flows alike in random tables.
 
 The tables go through `Datapath.publish`, the flows are real system calls. Each policy has an
-errno of its own, so what a call returns names the entry that the hook hit.
+errno of its own, so the result of a call names the entry that the hook found.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
 
 SEED = int(os.environ.get("CLASSIFIER_SEED", "1"))
 EXAMPLES = 60
-# Answers that nothing but an entry of these tables gives.
+# Only entries of these tables return these.
 ERRNOS = [code for code in range(errno.ECHRNG, errno.EBFONT) if code in errno.errorcode]
 PORT = 40000
-# Where a table's networks and a flow's addresses are: eight of each, so that all meet.
+# Networks and flows use the same eight addresses on each side, so that they often match.
 FIRST = {
     "src": {4: ip_address("10.1.0.8"), 6: ip_address("2001:db8:1::8")},
     "dst": {4: ip_address("10.2.0.8"), 6: ip_address("2001:db8:2::8")},
@@ -76,7 +76,7 @@ def masked(*values: int, masks: tuple[int, ...]) -> st.SearchStrategy[tuple[int,
 
 @st.composite
 def matches(draw: st.DrawFn, local: bool) -> Ternary:
-    """`local`: with what only the SPD asks about, the near end and marks."""
+    """Draw what a rule matches; `local`: also the local end and marks, as only the SPD does."""
     family = draw(st.sampled_from((4, 6)))
     port_masks = (0xFFFF, 0xFFFE, 0x8003)
     nowhere = st.just((0, 0))
@@ -112,7 +112,7 @@ def calls(draw: st.DrawFn) -> Call:
         draw(st.sampled_from((80, 81, 82, 83))),
         None if src is None else FIRST["src"][family] + src,
         draw(st.sampled_from((0, 5000, 5001))),
-        # UDP connected to a v4-mapped address is asked again by send(), with what it chose.
+        # send() on UDP connected to a v4-mapped address is checked again, with its source.
         mapped=family == 4 and kind is not Kind.UDP_CONNECT and draw(st.booleans()),
         mark=draw(st.sampled_from((0, 0, 1, 5, 0x105))),
     )
@@ -120,7 +120,7 @@ def calls(draw: st.DrawFn) -> Call:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    # As the resolver does, something is said of either family: ::/0 alone would be taken for IPv4.
+    # Both families need an entry, as from the resolver: ::/0 alone would be taken for IPv4.
     sources: dict[Network, Address | None] = {ANY_V4: None, ANY_V6: None}
     for family in (4, 6):
         for network in draw(st.lists(networks("dst", family), max_size=4)):
@@ -135,7 +135,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def expected(case: Case, call: Call) -> str:
-    """Return the errno's name, "" for a call that is let go: the hook's verdict() in Python."""
+    """Return the name of the errno, "" if let through: the hook's verdict() in Python."""
     sport = call.sport or (PORT if call.port_known else 0)
     flow = Flow(call.dst, call.proto, call.dport, call.src, sport, call.mark)
     policy = case.policy.classify(flow_key(flow))
@@ -154,7 +154,7 @@ def expected(case: Case, call: Call) -> str:
 
 def source(case: Case, call: Call) -> Address | None:
     if call.mark:
-        return None  # routing may choose another one for it
+        return None  # routing may choose another source
     around = [network for network in case.sources if call.dst in network]
     best = max(around, key=lambda network: network.prefixlen, default=None)
     return case.sources[best] if best is not None else None
@@ -168,7 +168,7 @@ async def publish(namespaces: TwoNamespaces, case: Case) -> None:
 
 
 def test_hooks_and_userspace_classify_alike(namespaces: TwoNamespaces) -> None:
-    seen: dict[str, int] = {"let go": 0, "refused": 0}
+    seen: dict[str, int] = {"let through": 0, "refused": 0}
 
     @with_seed(SEED)
     @settings(
@@ -181,13 +181,13 @@ def test_hooks_and_userspace_classify_alike(namespaces: TwoNamespaces) -> None:
     @given(cases())
     def compare(case: Case) -> None:
         asyncio.run(publish(namespaces, case))
-        told = namespaces.gated([wire_words(call) for call in case.calls])
+        results = namespaces.gated([wire_words(call) for call in case.calls])
         namespaces.capture.forget(len(case.calls))
         names = {errno.errorcode[code] for code in ERRNOS}
-        for call, (name, _) in zip(case.calls, told, strict=True):
+        for call, (name, _) in zip(case.calls, results, strict=True):
             found = name if name in names else ""
             assert found == expected(case, call), f"{call}: the hook says {name or 'go'}"
-            seen["refused" if found else "let go"] += 1
+            seen["refused" if found else "let through"] += 1
 
     print(f"CLASSIFIER_SEED={SEED}")  # noqa: T201
     compare()

@@ -1,4 +1,4 @@
-"""The command line as an operator meets it: screens, JSON, exit codes, refusals."""
+"""The command line as an operator uses it: screens, JSON, exit codes, refusals."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Real clients, unmodified, held across a real negotiation on real ESP; and refused ones.
+"""Real, unmodified clients: held during a real negotiation, refused, or held in vain.
 
-The servers are real daemons on the other host. Served is a client that ends with 0 and printed
-what only its server knows; packets are judged by a capture between the hosts, retransmissions
-by the kernel's counter.
+The servers are real daemons on the other host. A client was served if it exits with 0 and prints
+what only its server knows. A capture between the hosts and the kernel's counter of retransmissions
+are the evidence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.clients.client_lab import ClientLab, End, client_lab
 
 NAMES = [client.name for client in catalogue("", Path())]
 SOME = ["psql", "Python asyncio", "node", "Java", "Go, static"]
-SAYS_SO = (End.TOLD, End.VAGUE)
+SAYS_SO = (End.NAMED, End.VAGUE)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def clients(cache: Path) -> Iterator[ClientLab]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_refused_client_ends_and_reports_the_error(clients: ClientLab, name: str) -> None:
-    """Without a hold the same client is refused at once."""
+    """Without holding, the same client is refused at once."""
     outcome = clients.run(clients.forbidden[name])
     assert outcome.end("EPERM") in SAYS_SO, outcome
     assert outcome.refused
@@ -38,7 +38,7 @@ def test_a_refused_client_ends_and_reports_the_error(clients: ClientLab, name: s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_held_client_is_served(clients: ClientLab, name: str) -> None:
-    """It asks before there is any SA, and knows nothing of it: one call, no SYN again."""
+    """It calls before there is an SA and notices nothing: one call, no repeated SYN."""
     clients.without_sa()
     attempts = clients.attempts()
     outcome = clients.run(clients.to_net[name], hold="60s")
@@ -48,7 +48,7 @@ def test_a_held_client_is_served(clients: ClientLab, name: str) -> None:
     assert not outcome.seen.clear
     assert outcome.retransmitted == 0
     assert outcome.held
-    assert not outcome.refused, "by the hooks: its own call went on, not another one"
+    assert not outcome.refused, "its first call went through, not a second one"
     assert clients.attempts() == attempts + 1
 
 
@@ -56,8 +56,10 @@ def test_a_held_client_is_served(clients: ClientLab, name: str) -> None:
 def test_a_client_held_until_the_limit_ends_and_reports_the_error(
     clients: ClientLab, error: str
 ) -> None:
-    """Five of them; all are in docs/clients.md (`make clients`)."""
-    for outcome in clients.unserved(error, SOME):
+    """Five clients; `make clients` runs all (docs/clients.md)."""
+    outcomes = list(clients.unserved(error, SOME))
+    assert len(outcomes) == len(SOME)
+    for outcome in outcomes:
         assert outcome.end(error) in SAYS_SO, outcome
         assert not outcome.refused
         assert not outcome.seen.clear

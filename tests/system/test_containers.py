@@ -1,7 +1,7 @@
-"""Containers whose calls are held across a real negotiation, by each runtime of Debian 12.
+"""Containers whose calls are held during a real negotiation, with each runtime of Debian 12.
 
-The profile is `ipsecgate seccomp-profile`'s, the runtimes are unmodified, and what runs inside
-is static busybox. Packets are judged by a capture between the hosts.
+`ipsecgate seccomp-profile` makes the profile, the runtimes are unmodified, and static busybox runs
+inside. A capture between the hosts shows the packets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def here(cache: Path) -> Iterator[ClientLab]:
 
 @pytest.fixture
 def containers(here: ClientLab) -> Iterator[Containers]:
-    # podman takes no path of more than 50 characters, so not pytest's own.
+    # podman accepts no path of more than 50 characters, so not tmp_path.
     with tempfile.TemporaryDirectory(prefix="box-") as folder:
         cgroup = here.lab.cgroup(f"{here.gate.instance}/app/containers")
         yield Containers(Path(folder), cgroup)
@@ -83,7 +83,7 @@ def test_calls_of_a_container_are_held(
 def test_a_runtime_is_not_blocked_by_its_own_filter(
     here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
-    """With --udp every sendmsg() waits for us: also one that would bring us the listener."""
+    """With --udp every sendmsg() is held, even one that would send us the listener."""
     here.without_sa()
     argv = containers.oci(runtime, "udp", wget(here.net), profile("--udp", "--runtime", runtime))
     assert_held(here, here.run(RealClient(runtime, tuple(argv)), gated=False))
@@ -92,7 +92,7 @@ def test_a_runtime_is_not_blocked_by_its_own_filter(
 def test_a_container_keeps_its_own_profile_for_other_calls(
     here: ClientLab, containers: Containers, profile: Profile, tmp_path: Path
 ) -> None:
-    """podman's usual profile, and in one of two runs uname() is taken out of it."""
+    """Two runs with podman's default profile, one of them without uname()."""
     usual = json.loads(DEFAULT_PROFILE.read_text())
     strict = json.loads(DEFAULT_PROFILE.read_text())
     for rule in strict["syscalls"]:
@@ -117,7 +117,7 @@ def test_a_container_keeps_its_own_profile_for_other_calls(
 def test_a_process_executed_later_in_a_container_is_held(
     here: ClientLab, containers: Containers, profile: Profile, runtime: str
 ) -> None:
-    """It has a listener of its own: the runtime sends a second message."""
+    """The runtime sends a second message with a listener of its own."""
     sleep = ["/bin/busybox", "sleep", "1000"]
     argv = containers.oci(runtime, "idle", sleep, profile("--runtime", runtime))
     idle = here.lab.a.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -134,18 +134,18 @@ def test_a_process_executed_later_in_a_container_is_held(
 def test_a_container_outside_every_gated_cgroup_is_logged(
     here: ClientLab, containers: Containers, profile: Profile
 ) -> None:
-    """Its calls are held, but nobody would refuse them."""
+    """Its calls are held, but no hook would refuse them."""
     outside = Containers(containers.root.parent / "outside", here.lab.cgroup("outside"))
     argv = outside.oci("crun", "outside", ["/bin/busybox", "sleep", "1000"], profile())
-    told = "container outside is not in a gated cgroup"
+    warning = "container outside is not in a gated cgroup"
     container = here.lab.a.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    here.until(lambda: told in here.gate.log.read_text())
+    here.until(lambda: warning in here.gate.log.read_text())
     here.lab.a.run([*argv[: argv.index("run")], "kill", "outside", "KILL"])
     container.wait(60)
 
 
 def test_a_container_of_podman_under_exec_is_held(here: ClientLab, containers: Containers) -> None:
-    """Its container inherits the filter, so it needs no profile; a second one is refused."""
+    """The container inherits the filter and needs no profile; a second filter would be refused."""
     here.without_sa()
     beside = here.lab.cgroup(f"{here.gate.instance}/app/podman")
     argv = containers.podman("crun", "inherited", wget(here.net), None)
@@ -161,7 +161,7 @@ def test_a_gated_container_without_the_profile_is_refused(
 ) -> None:
     argv = containers.oci(runtime, "refused", wget(here.forbidden_to), None)
     outcome = here.run(RealClient(runtime, tuple(argv)), gated=False)
-    assert outcome.end("EPERM") is End.TOLD
+    assert outcome.end("EPERM") is End.NAMED
     assert outcome.refused
     assert not outcome.seen.clear
 
@@ -175,7 +175,7 @@ def test_outside_the_container_nothing_changes(here: ClientLab) -> None:
 def test_a_held_call_of_a_container_outlives_the_controller(
     here: ClientLab, containers: Containers, profile: Profile
 ) -> None:
-    """Where somebody keeps the listener, as for `exec`."""
+    """A service manager stores the listener, as for `exec`."""
     argv = containers.oci("crun", "kept", wget(here.net), profile("--hold", "2m"))
     here.gate.kill()
     try:

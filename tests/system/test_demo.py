@@ -1,4 +1,4 @@
-"""`ipsecgate demo` where ESP is: what it tells, and that it cleans up, interrupted too."""
+"""`ipsecgate demo` on a kernel with ESP: its report, and that it always cleans up."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DEMO = (sys.executable, "-m", "ipsecgate", "--json", "demo", "--mode", "tunnel")
 
 
 def left_behind() -> set[str]:
-    """Return everything of a lab that exists now."""
+    """Return every trace of a lab that exists now."""
     places = (RUN, cgroups.root(), Path("/tmp"), Path("/sys/fs/bpf/ipsecgate"))
     found = {str(p) for place in places if place.is_dir() for p in place.glob("*lab-*")}
-    # Not the host's own, nor those of tests beside: they have an IPC namespace of their own.
+    # Daemons of the host and of parallel tests have other IPC namespaces.
     ours = ["--ns", str(os.getpid()), "--nslist", "ipc"]
     charons = subprocess.run(
         ["pgrep", *ours, "-f", "charon-systemd"], capture_output=True, check=False
@@ -31,8 +31,8 @@ def test_the_demo_reports_its_cases_and_leaves_nothing_behind() -> None:
     before = left_behind()
     run = subprocess.run(DEMO, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    told = json.loads(run.stdout)
-    cases = told["cases"]
+    document = json.loads(run.stdout)
+    cases = document["cases"]
     assert len(cases) == 8
     for case in cases:
         assert case["error"] is None

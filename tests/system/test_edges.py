@@ -144,7 +144,9 @@ async def test_a_policy_is_reported_when_added_updated_and_deleted(name: str) ->
 async def test_directions_are_told_apart() -> None:
     async with following() as (monitor, recorder):
         await recorder.next()
-        ip(f"xfrm policy add src 10.1.0.0/16 dst 10.2.0.0/16 dir fwd {TUNNEL}")  # nobody's here
+        ip(
+            f"xfrm policy add src 10.1.0.0/16 dst 10.2.0.0/16 dir fwd {TUNNEL}"
+        )  # forward policies are ignored
         for direction in Direction:
             where = f"src 10.1.0.0/16 dst 10.2.0.0/16 dir {direction.name.lower()}"
             ip(f"xfrm policy add {where} {TUNNEL}")
@@ -175,7 +177,7 @@ async def test_a_larval_state_is_recognised() -> None:
     async with following() as (_, recorder):
         await recorder.next()
         ip("xfrm state allocspi src 192.0.2.1 dst 192.0.2.2 proto esp reqid 7 min 16 max 16")
-        recorder.events.clear()  # whether ALLOCSPI is notified is the kernel's affair
+        recorder.events.clear()  # kernels differ in whether they notify ALLOCSPI
         ip(ADD_NET)
         await recorder.next()
     async with following() as (monitor, _):
@@ -189,11 +191,11 @@ async def test_a_hard_expiry_is_reported_as_a_deletion() -> None:
         ip(f"{STATE} {KEYS} limit time-hard 1")
         ip(f"{ADD_NET} limit time-hard 1")
         events = await recorder.next(4)
-    told = [type(event) for event in events]
-    assert {*told} == {SaSet, SaGone, PolicySet, PolicyGone}
-    assert told.index(SaSet) < told.index(SaGone)
-    assert told.index(PolicySet) < told.index(PolicyGone)
-    assert events[told.index(SaSet)].sa.hard_lifetime == 1
+    kinds = [type(event) for event in events]
+    assert {*kinds} == {SaSet, SaGone, PolicySet, PolicyGone}
+    assert kinds.index(SaSet) < kinds.index(SaGone)
+    assert kinds.index(PolicySet) < kinds.index(PolicyGone)
+    assert events[kinds.index(SaSet)].sa.hard_lifetime == 1
 
 
 async def test_a_flush_is_followed_by_a_snapshot() -> None:
@@ -237,7 +239,7 @@ async def test_an_overrun_leads_to_a_new_snapshot() -> None:
     count = 2000
     async with following(receive_buffer=8192) as (monitor, recorder):
         await recorder.next()
-        batch([  # the loop stands still meanwhile
+        batch([  # the event loop does not run meanwhile
             f"xfrm policy add src 10.1.0.0/16 dst 10.9.{i >> 8}.{i & 255}/32 dir out {TUNNEL}"
             for i in range(count)
         ])  # fmt: skip
@@ -284,7 +286,7 @@ async def test_an_exception_in_the_consumer_ends_the_monitor() -> None:
 
 
 async def test_events_arrive_without_delay() -> None:
-    """From the kernel's answer to the callback: an order, not a promise."""
+    """From the kernel's answer to the callback: an order of magnitude, not a promise."""
     nets = ip_address("10.2.0.0").packed.ljust(16, b"\0") + HOST.packed.ljust(16, b"\0")
     policy = nets + bytes(8) + struct.pack("=HBB12x", socket.AF_INET, 16, 32) + bytes(96)
     policy += struct.pack("=IIBB6x", 1, 0, 1, 1)

@@ -1,4 +1,4 @@
-"""The host's floor on two hosts with real IKE and real ESP: for what is not gated."""
+"""The host floor on two hosts with real IKE and ESP: it covers processes that are not gated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lab() -> Iterator[Lab]:
 
 
 def connect(lab: Lab, spec: ConnSpec, gate: Gated | None, *options: str) -> Report:
-    """Connect, from the gated cgroup or from outside any."""
+    """Connect from the gated cgroup, or from none."""
     cgroup = gate.cgroup if gate else None
     return lab.a.client("tcp-client", lab.b.address(spec), PORT, *options, cgroup=cgroup).result()
 
@@ -34,18 +34,18 @@ def connected(report: Report) -> bool:
     return report["error"] is None and report["echoed"]
 
 
-def floor_of(lab: Lab) -> list[str]:
-    """Return the priorities of the floor's policies, as iproute2 shows them."""
+def floor_policies(lab: Lab) -> list[str]:
+    """Return the priorities of the floor policies, as iproute2 shows them."""
     shown = lab.a.run(["ip", "xfrm", "policy", "list", "dir", "out"]).stdout
     words = shown.split()
-    told = [words[at + 1] for at, word in enumerate(words) if word == "priority"]
-    return [priority for priority in told if int(priority) >= PRIORITY]
+    priorities = [words[at + 1] for at, word in enumerate(words) if word == "priority"]
+    return [priority for priority in priorities if int(priority) >= PRIORITY]
 
 
 def wait_for(lab: Lab, *, floor: bool) -> None:
     deadline = time.monotonic() + 60
-    while bool(floor_of(lab)) is not floor:
-        assert time.monotonic() < deadline, floor_of(lab)
+    while bool(floor_policies(lab)) is not floor:
+        assert time.monotonic() < deadline, floor_policies(lab)
         time.sleep(0.05)
 
 
@@ -54,7 +54,7 @@ def wait_for(lab: Lab, *, floor: bool) -> None:
 def test_ungated_processes_send_protected_or_not_at_all(
     lab: Lab, cache: Path, mode: str, family: int
 ) -> None:
-    """Without a trap, so that nothing of strongSwan's is in the kernel."""
+    """Without a trap, so that strongSwan has no policy in the kernel."""
     lab.reset()
     spec = ConnSpec(f"floor-{mode}-{family}", mode, family, start_action="none")
     with Gated(lab, policies='floor = "xfrm-block"\n', cache=cache) as gate:
@@ -73,18 +73,18 @@ def test_ungated_processes_send_protected_or_not_at_all(
             assert connected(connect(lab, spec, None)), "an SA protects it now"
             seen = capture.stop()
         assert seen.esp
-        unnamed = lab.b.bare[family]  # the end of that connection may come this late
+        unnamed = lab.b.bare[family]  # the end of that connection may arrive this late
         assert not [p for p in seen.clear if unnamed not in (p.saddr, p.daddr)]
 
         lab.a.run(["ip", "xfrm", "policy", "flush"])
         wait_for(lab, floor=True)
         gate.kill()
-        assert floor_of(lab), "a dead controller opens nothing"
+        assert floor_policies(lab), "a dead controller opens nothing"
         lab.a.run(["ip", "xfrm", "state", "flush"])
         assert not connected(connect(lab, spec, None, "--limit", "0.5"))
         gate.cli("unload", "--force")
-        assert floor_of(lab) == []
-    lab.reset()  # the peer protects its side still
+        assert floor_policies(lab) == []
+    lab.reset()  # the peer still protects its side
     assert connected(connect(lab, spec, None)), "in clear, as before there was a gate"
 
 

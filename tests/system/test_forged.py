@@ -1,7 +1,7 @@
-"""Nothing that a process can write makes the backstop take its packet for the kernel's own.
+"""No packet of a process passes for one that the kernel made.
 
-Attacks on what it believes of a packet: that XFRM made it, that it is neighbour discovery.
-Each has a twin that must pass. The other belief, where a packet goes, is in `test_astray`.
+Attacks on two checks of the backstop: whether XFRM made a packet, and whether it is neighbour
+discovery. Each has a twin that must pass. `test_astray` attacks the destination of a packet.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def naked(hooked: HookedCgroup) -> Iterator[HookedCgroup]:
 
 
 def choose(hooked: HookedCgroup, first: int, last: int = 0) -> None:
-    """Have the kernel choose a socket's port from these."""
+    """Let the kernel choose source ports from this range."""
     hooked.namespace.sysctl("ipv4/ip_local_port_range", f"{first} {last or first}")
 
 
@@ -55,7 +55,7 @@ def choose(hooked: HookedCgroup, first: int, last: int = 0) -> None:
 def test_a_port_that_was_given_back_does_not_pass_for_the_kernels(
     naked: HookedCgroup, form: str, before: str, after: str
 ) -> None:
-    """An IPv6 datagram keeps the port that its socket had when it was begun."""
+    """An IPv6 datagram keeps the port that its socket had when the datagram was begun."""
     family = 6 if form == "6" else 4
     peer = FORMS[form].format(PEER[family])
     kind = "udp4" if form == "4" else "udp6"
@@ -64,8 +64,8 @@ def test_a_port_that_was_given_back_does_not_pass_for_the_kernels(
     naked.publish(TableId.SPD)
     choose(naked, NAT_T + 1)
     blocked = naked.counted(Reason.BLOCK_CLEAR)
-    told = naked.gated(f"forge {after}", peer)
-    assert told == ("" if after.endswith("uncork") else "EPERM")  # setsockopt() does not say
+    result = naked.gated(f"forge {after}", peer)
+    assert result == ("" if after.endswith("uncork") else "EPERM")  # setsockopt() reports no error
     assert naked.counted(Reason.BLOCK_CLEAR) == blocked + 1
 
 
@@ -81,7 +81,7 @@ def test_a_bound_port_does_not_pass_for_the_kernels(naked: HookedCgroup, kind: s
 
 
 def test_a_raw_socket_cannot_forge_esp(naked: HookedCgroup) -> None:
-    """Even byte for byte: what a packet holds is not looked at."""
+    """Even byte for byte: the content of a packet proves nothing."""
     forged = SPI + bytes(28)
     for proto in (ESP, AH):
         assert naked.gated(v4(forged, proto), PEER[4]) == "EPERM"
@@ -98,7 +98,7 @@ def test_a_raw_socket_cannot_forge_esp(naked: HookedCgroup) -> None:
 def associated(
     hooked: HookedCgroup, family: int, transform: str, mode: str
 ) -> Iterator[socket.socket]:
-    """Have XFRM protect what goes to the peer; yield what its side of the link sees."""
+    """Let XFRM protect packets to the peer; yield a packet socket on the peer's end of the link."""
     here, peer = HERE[family], PEER[family]
     encap = " encap espinudp 4500 4500 0.0.0.0" if transform == "udp" else ""
     proto = "esp" if transform == "udp" else transform
@@ -132,7 +132,7 @@ def associated(
 
 
 def left(seen: socket.socket, proto: int) -> list[int]:
-    """Return the protocols of the frames until one of `proto` comes, which is not among them."""
+    """Return the protocols of the frames before the first one of `proto`."""
     others: list[int] = []
     while True:
         frame, address = seen.recvfrom(2048)
@@ -162,12 +162,12 @@ def test_packets_made_by_xfrm_leave(
         assert hooked.gated(f"forge udp{family} {options}connect more send", peer) == ""
         assert left(seen, number) == []
         assert hooked.counted(Reason.BLOCK_CLEAR) == 0
-    assert hooked.gated("raw", peer) == "EPERM", "its neighbour"
+    assert hooked.gated("raw", peer) == "EPERM", "without XFRM it is blocked"
     hooked.gated.forget()
 
 
 def test_a_packet_that_compression_left_as_it_was_is_blocked(naked: HookedCgroup) -> None:
-    """It went through XFRM, and looks as before."""
+    """It passed through XFRM unchanged, so it is in clear."""
     naked.publish(TableId.SPD, *live())
     with associated(naked, 4, "comp", "transport"):
         assert naked.gated("sendto", PEER[4]) == "EPERM"
@@ -180,14 +180,14 @@ def test_neighbour_discovery_must_be_short_or_link_local(hooked: HookedCgroup) -
     hooked.publish(TableId.POLICY, everything)
     hooked.data.set(Setting.TUN, 0)
 
-    def told(kind: int, size: int, to: str) -> str:
+    def result(kind: int, size: int, to: str) -> str:
         packet = bytearray(bytes.fromhex(v6(58, bytes([kind]) + bytes(size - 1), to=to).split()[1]))
         packet[7] = 255
         return hooked.gated(f"packet {packet.hex()}", PEER[6])
 
     for kind in (133, 135, 136):
-        assert told(kind, 56, PEER[6]) == ""
-        assert told(kind, 57, PEER[6]) == "EPERM"
+        assert result(kind, 56, PEER[6]) == ""
+        assert result(kind, 57, PEER[6]) == "EPERM"
     for kind in (134, 137):
         for to, code in (
             ("fe80::9", ""),
@@ -195,5 +195,5 @@ def test_neighbour_discovery_must_be_short_or_link_local(hooked: HookedCgroup) -
             (PEER[6], "EPERM"),
             ("ff05::1", "EPERM"),
         ):
-            assert told(kind, 500, to) == code
-    assert told(138, 40, "fe80::9") == "EPERM"
+            assert result(kind, 500, to) == code
+    assert result(138, 40, "fe80::9") == "EPERM"

@@ -1,7 +1,7 @@
 """The whole gate on two hosts with real IKE and real ESP.
 
-Packets are judged by a capture between the hosts, retransmissions by the
-kernel's counter, datagrams by the receiver: never by the gate's own word.
+The evidence is a capture between the hosts, the kernel's counter of retransmissions, and the
+receiver's count of datagrams; never the gate's own status.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def module_lab() -> Iterator[Lab]:
 
 
 class Counted:
-    """The hooks' counters since now."""
+    """The counters of the hooks, counted from now."""
 
     def __init__(self, gate: Gated) -> None:
         self._gate = gate
@@ -102,13 +102,13 @@ def refused_then_protected(lab: Lab, gate: Gated, spec: ConnSpec) -> None:
 def test_without_a_trap_the_gate_starts_the_negotiation(
     lab: Lab, gate: Gated, mode: str, family: int
 ) -> None:
-    """Nothing of strongSwan's is in the kernel, so an open gate would mean clear packets."""
+    """strongSwan has no policy in the kernel, so an open gate would mean packets in clear."""
     spec = load_connection(lab, gate, mode, family, start_action="none")
     refused_then_protected(lab, gate, spec)
 
 
 def test_an_ike_sa_without_a_child_opens_nothing(lab: Lab, gate: Gated) -> None:
-    """It may be up long before (RFC 6023): the first flow makes the child, in an exchange more."""
+    """With RFC 6023 an IKE_SA may have no child; the first flow creates one."""
     spec = ConnSpec("childless", start_action="none", options={"childless": "force"})
     lab.load(spec)
     gate.wait_policy(spec.name)
@@ -149,7 +149,7 @@ def test_many_flows_start_one_negotiation(lab: Lab, gate: Gated) -> None:
         callers = [Caller(lab.a.namespace.path, gate.cgroup) for _ in range(10)]
         for caller in callers:
             stack.callback(caller.close)
-            caller.forget()  # it has started
+            caller.forget()  # wait until it has started
         with stopped(lab):
             assert {caller("tcp", to, PORT) for caller in callers} == {"EPERM"}
         wait_until(lambda: negotiation(gate, spec)["state"] == "covered", "it is not covered")
@@ -179,7 +179,7 @@ def test_a_deleted_sa_closes_the_flow_and_the_next_call_negotiates_again(
     spec = load_connection(lab, gate, start_action=start_action)
     assert connected(connect(lab, gate, spec))
     before = negotiation(gate, spec)["attempts"]
-    lab.let_tcp_close()  # host b has no gate, and host a's RST in answer is no process's
+    lab.let_tcp_close()  # host b has no gate, and the kernel of host a answers with RST
     with lab.capture() as capture:
         lab.b.charon.terminate(spec.name)
         report = connect(lab, gate, spec)
@@ -200,7 +200,7 @@ def test_emptying_the_kernels_databases_closes_the_flow(
     lab.let_tcp_close()  # host b has no gate
     lab.a.run(["ip", "xfrm", what, how])
     refused_and_nothing_in_clear(lab, gate, spec)
-    # strongSwan still believes in its CHILD_SA: the gate has it deleted, and made anew.
+    # strongSwan still lists its CHILD_SA: the gate deletes it and negotiates a new one.
     with lab.capture() as capture:
         report = connect(lab, gate, spec, "--retry", "EPERM,EHOSTUNREACH")
         seen = capture.stop()
@@ -220,7 +220,7 @@ def test_a_killed_daemon_closes_and_a_restarted_one_opens(lab: Lab, gate: Gated)
     refused_and_nothing_in_clear(lab, gate, spec)
     lab.restart(lab.a)
     wait_until(lambda: not is_without_ike(), "it did not come back")
-    refused_and_nothing_in_clear(lab, gate, spec)  # its SAs are in the kernel: not trusted
+    refused_and_nothing_in_clear(lab, gate, spec)  # the old SAs in the kernel are not confirmed
     lab.a.run(["ip", "xfrm", "state", "flush"])
     lab.a.run(["ip", "xfrm", "policy", "flush"])
     lab.load(spec)
@@ -235,11 +235,11 @@ def test_a_wrong_key_is_reported_soon(lab: Lab, gate: Gated) -> None:
     assert report["error"] == "EHOSTUNREACH"
 
     def is_the_key() -> bool:
-        """Where it took long, the first time shows only that it failed."""
+        """If the first failure was slow, only a later one has the cause."""
         connect(lab, gate, spec, "--limit", "1")
         return "AUTH" in negotiation(gate, spec)["last_error"].upper()
 
-    wait_until(is_the_key, "it is not told why")
+    wait_until(is_the_key, "the cause is never reported")
 
 
 # --- the controller dies ---------------------------------------------------------------
@@ -262,13 +262,13 @@ def test_without_its_controller_the_gate_keeps_every_verdict(lab: Lab, gate: Gat
     assert coverage["tunnel-6/tunnel-6"] == "uncovered"
     before = {(h["hook"], h["cgroup"]) for h in status["hooks"]}
 
-    # Run again, while connections are made all the time: adopted without a refusal.
+    # Restart it under constant connections: the hooks are adopted without one refusal.
     space, to = lab.a.namespace.path, str(lab.b.address(covered))
-    with hammering(space, gate.cgroup, "tcp", to, PORT) as told:
+    with hammering(space, gate.cgroup, "tcp", to, PORT) as results:
         gate.start()
-        called_again(told, 100)
-    assert len(told) > 100
-    assert set(told) == {"EINPROGRESS"}
+        called_again(results, 100)
+    assert len(results) > 100
+    assert set(results) == {"EINPROGRESS"}
     assert {(h["hook"], h["cgroup"]) for h in gate.status()["hooks"]} == before
     assert connected(connect(lab, gate, uncovered))
 
@@ -282,9 +282,9 @@ def test_a_second_controller_is_refused(gate: Gated) -> None:
 def test_an_established_connection_is_blocked_and_continues_under_the_next_sa(
     lab: Lab, gate: Gated
 ) -> None:
-    """No trap is left behind: the kernel would send all of it in clear.
+    """No trap remains, so without the gate the kernel would send everything in clear.
 
-    A blocked packet is a request too: IKE is asked, and TCP's own retransmission finds the SA.
+    A blocked packet also starts a negotiation, and TCP's retransmission then finds the SA.
     """
     spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
@@ -297,12 +297,12 @@ def test_an_established_connection_is_blocked_and_continues_under_the_next_sa(
             lab.a.charon.terminate(spec.child_name)
             deadline = time.monotonic() + 60
             while negotiation(gate, spec)["state"] != "covered" or not counted["block_clear"]:
-                assert time.monotonic() < deadline, "negotiated again for what was blocked"
-                told = {caller(call, to, PORT) for call in calls}
-                assert told <= {"", "EPERM", "ECONNREFUSED"}
+                assert time.monotonic() < deadline, "the blocked packet starts no negotiation"
+                results = {caller(call, to, PORT) for call in calls}
+                assert results <= {"", "EPERM", "ECONNREFUSED"}
                 time.sleep(0.02)
             after = time.monotonic()
-            assert caller("kept stream", to, PORT) == "", "the connection still stands"
+            assert caller("kept stream", to, PORT) == "", "the connection is still established"
             time.sleep(0.5)
             seen = capture.stop()
     finally:
@@ -321,21 +321,21 @@ def test_events_show_each_refusal_with_its_policy_and_the_negotiation(
         assert connected(connect(lab, gate, spec, "--retry", "EPERM"))
         lab.a.charon.terminate(spec.child_name)
         caller = Caller(lab.a.namespace.path, gate.cgroup)
-        caller.forget()  # it has started
-        with stopped(lab):  # both are asked for before the SA that the first one calls for
+        caller.forget()  # wait until it has started
+        with stopped(lab):  # both calls come before the SA that the first one starts
             assert caller("tcp", to, PORT) == "EPERM"
             assert caller("raw", to) == "EPERM"  # a raw socket is blocked, not refused
         caller.close()
-        told = json.loads(gate.cli("--json", "events").stdout)
+        records = json.loads(gate.cli("--json", "events").stdout)
         denied = json.loads(gate.cli("--json", "events", "--denied", "--last", "2").stdout)
         assert follower.stdout is not None
-        followed = [json.loads(follower.stdout.readline()) for _ in told]
+        followed = [json.loads(follower.stdout.readline()) for _ in records]
     finally:
         follower.kill()
         follower.wait()
-    assert followed == told
-    ours = [event for event in told if to in event.get("flow", "")]
-    # The connection's own FIN was blocked, too.
+    assert followed == records
+    ours = [event for event in records if to in event.get("flow", "")]
+    # The FIN of the connection was also blocked.
     blocked = [event for event in ours if event["kind"] == "blocked"]
     assert f"253 {to}" in {event["flow"] for event in blocked}
     assert {event["reason"] for event in blocked} == {"block_clear"}
@@ -344,7 +344,7 @@ def test_events_show_each_refusal_with_its_policy_and_the_negotiation(
     assert refused["reason"] in ("refuse_uncovered", "refuse_no_source")
     assert refused["policy"] == f"{spec.name}/{spec.child_name}"
     assert refused["comm"].startswith("python")
-    logged = [event["text"] for event in told if event["kind"] == "log"]
+    logged = [event["text"] for event in records if event["kind"] == "log"]
     assert any(text.startswith(f"{spec.name}/{spec.child_name}: negotiating") for text in logged)
     assert len(denied) == 2
     assert {event["kind"] for event in denied} <= {"refused", "blocked"}

@@ -1,7 +1,7 @@
-"""What becomes of held calls when a process ends: the application's, or the controller's.
+"""Held calls when the application or the controller ends.
 
-No call proceeds in clear, none hangs for ever; and where somebody keeps the listener, a
-successor answers.
+No call proceeds in clear and none hangs forever. If a service manager has stored the listener, the
+next controller answers.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def test_a_killed_application_is_forgotten(lab: Lab, gate: Gated) -> None:
 
 
 def test_a_signal_ends_a_held_program(lab: Lab, gate: Gated) -> None:
-    """Where it has no handler for it."""
+    """The program has no handler for it."""
     spec = load_connection(lab, gate)
     command = ["bash", "-c", f"exec 3<>/dev/tcp/{lab.b.address(spec)}/{PORT}"]
     with nothing_in_clear(lab, esp=False), stopped(lab):
@@ -98,7 +98,7 @@ def test_a_signal_ends_a_held_program(lab: Lab, gate: Gated) -> None:
 
 @pytest.mark.parametrize("covered", [True, False])
 def test_the_next_controller_answers_the_held_calls(lab: Lab, gate: Gated, covered: bool) -> None:
-    """Also where the negotiation came to its end while nobody was there."""
+    """Also if the negotiation ended while no controller was running."""
     gate.kill()
     with FdStore() as store:
         store.start(gate)
@@ -108,7 +108,7 @@ def test_the_next_controller_answers_the_held_calls(lab: Lab, gate: Gated, cover
                 command = held_client.command("twice", lab.b.address(spec), PORT)
                 process = start(lab, gate, command, "--hold", "2m")
                 wait_held(gate)
-                wait_until(store.is_given, "nobody gave it")
+                wait_until(store.is_given, "the listener was not stored")
                 gate.kill()
                 if not covered:
                     store.start(gate)
@@ -131,7 +131,7 @@ def test_a_busy_service_manager_receives_the_listener_later(lab: Lab, gate: Gate
             store.fill()
             process = start(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))
             wait_held(gate)
-            wait_until(store.is_given, "nobody gave it")
+            wait_until(store.is_given, "the listener was not stored")
             process.kill()
 
 
@@ -142,7 +142,7 @@ def calls_again(gate: Gated, before: int) -> bool:
 def test_calls_received_but_not_answered_by_a_killed_controller_are_answered(
     lab: Lab, gate: Gated
 ) -> None:
-    """Covered calls, received and not answered yet: it is killed a few times to meet one."""
+    """Covered calls that it received but did not answer: several kills, to hit one of them."""
     gate.kill()
     with FdStore() as store:
         store.start(gate)
@@ -152,14 +152,14 @@ def test_calls_received_but_not_answered_by_a_killed_controller_are_answered(
         store.take()
         known = len(store.kept)
         process = start(lab, gate, held_client.command("hammer", to, PORT))
-        wait_until(lambda: store.is_given(known), "nobody gave it")
+        wait_until(lambda: store.is_given(known), "the listener was not stored")
         for _ in range(3):
-            before = gate.reasons()["allow_associated"]  # by a socket that connects again
-            wait_until(partial(calls_again, gate, before), "it does not call")
+            before = gate.reasons()["allow_associated"]  # counts connects of a known socket
+            wait_until(partial(calls_again, gate, before), "no call was made")
             gate.kill()
             store.start(gate)
         result = ended(process)
-    assert result["errors"] == [""], "answered, not given up"
+    assert result["errors"] == [""], "every call was answered"
 
 
 def test_the_next_controller_does_not_extend_a_hold(lab: Lab, gate: Gated) -> None:
@@ -171,7 +171,7 @@ def test_the_next_controller_does_not_extend_a_hold(lab: Lab, gate: Gated) -> No
         with nothing_in_clear(lab, esp=False), stopped(lab):
             process = start(lab, gate, command, "--hold", "2m")
             wait_held(gate)
-            wait_until(store.is_given, "nobody gave it")
+            wait_until(store.is_given, "the listener was not stored")
             gate.kill()
             time.sleep(2)
             store.start(gate)
@@ -179,4 +179,4 @@ def test_the_next_controller_does_not_extend_a_hold(lab: Lab, gate: Gated) -> No
             (hold,) = gate.ask()["holds"]
             process.kill()
             process.communicate()
-    assert hold["limit"] < 118.5, "the successor's time was added"
+    assert hold["limit"] < 118.5, "the next controller counted from the start of the call"

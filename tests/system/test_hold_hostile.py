@@ -1,4 +1,4 @@
-"""Held programs that make whoever looks at their calls wait: they get nowhere, others do."""
+"""Programs whose memory or descriptors block the inspector: only their own calls suffer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.uml import children_of
+from tests.processes import process_state
 from tests.system import held_client
 from tests.system.connections import load_connection
 from tests.system.stalling_file import FLUSH, READ, StallingFile
@@ -43,15 +44,15 @@ def file(tmp_path: Path) -> Iterator[StallingFile]:
 
 
 def children(gate: Gated) -> list[int]:
-    """Return the controller's own processes."""
+    """Return the child processes of the controller: its inspectors."""
     assert gate.process
     return children_of(gate.process.pid)
 
 
 def waits_in_the_kernel(pid: int) -> bool:
-    """Tell whether a thread of a process cannot be killed. Source: proc(5)."""
-    stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return "D" in [stat.rpartition(") ")[2][0] for stat in stats]
+    """Return whether a thread of a process is in an uninterruptible wait."""
+    threads = [int(task.name) for task in Path(f"/proc/{pid}/task").iterdir()]
+    return "D" in [process_state(pid, thread) for thread in threads]
 
 
 def said(gate: Gated) -> bool:
@@ -67,11 +68,11 @@ def test_a_call_that_blocks_the_inspector_does_not_affect_others(
     with nothing_in_clear(lab, esp=True):
         with stopped(lab):
             hostile = start(lab, gate, held_client.command(call, address, PORT, file.path))
-            wait_until(lambda: waits_for in file.asked, "nobody looked")
+            wait_until(lambda: waits_for in file.asked, "the call was not inspected")
             assert gate.ask()["ready"]
             other = start(lab, gate, held_client.command("tcp", address, PORT))
             wait_held(gate)
-            wait_until(lambda: said(gate), "nothing was said")
+            wait_until(lambda: said(gate), "nothing was logged")
         assert ended(other)["error"] == ""
         assert run(lab, gate, held_client.command("tcp", address, PORT))["error"] == ""
     hostile.kill()
@@ -85,11 +86,11 @@ def test_the_blocking_process_is_refused_instead_of_held(
         hostile = start(
             lab, gate, held_client.command("posing", lab.b.address(spec), PORT, file.path)
         )
-        wait_until(lambda: said(gate), "nothing was said")
+        wait_until(lambda: said(gate), "nothing was logged")
         assert hostile.stdout
-        result = json.loads(hostile.stdout.readline())  # its end waits, too
+        result = json.loads(hostile.stdout.readline())  # its exit also blocks
         hostile.kill()
-    assert result["first"]["error"] == "ENOTSOCK", "what the kernel says"
+    assert result["first"]["error"] == "ENOTSOCK", "the kernel's own errno"
     assert result["error"] == "EPERM"
 
 
@@ -98,13 +99,13 @@ def test_the_next_controller_does_not_wait_for_a_blocked_inspector(
 ) -> None:
     spec = load_connection(lab, gate)
     hostile = start(lab, gate, held_client.command("posing", lab.b.address(spec), PORT, file.path))
-    wait_until(lambda: FLUSH in file.asked, "nobody looked")
-    (looking,) = children(gate)
+    wait_until(lambda: FLUSH in file.asked, "the call was not inspected")
+    (inspector,) = children(gate)
     gate.kill()
-    wait_until(lambda: waits_in_the_kernel(looking), "it ended with its controller")
+    wait_until(lambda: waits_in_the_kernel(inspector), "the inspector ended with its controller")
     gate.start()
     assert run(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))["error"] == ""
-    assert waits_in_the_kernel(looking)
+    assert waits_in_the_kernel(inspector)
     hostile.kill()
 
 
@@ -112,7 +113,7 @@ def test_a_killed_inspector_is_replaced(lab: Lab, gate: Gated) -> None:
     spec = load_connection(lab, gate)
     command = held_client.command("tcp", lab.b.address(spec), PORT)
     idle = start(lab, gate, ["sleep", "60"])
-    wait_until(lambda: bool(children(gate)), "nobody is there to look")
+    wait_until(lambda: bool(children(gate)), "no inspector is running")
     (first,) = children(gate)
     os.kill(first, signal.SIGKILL)
     assert run(lab, gate, command)["error"] == ""

@@ -1,7 +1,7 @@
-"""The lab itself: what it builds, and what stock Linux does in it.
+"""The lab itself: what it builds, and how stock Linux behaves in it.
 
-Seconds depend on the machine; counts don't. So the claims about stock Linux are counts
-(SYNs sent again, datagrams lost), and times appear only as orders.
+Seconds depend on the machine, counts do not. So the claims about stock Linux are counts (repeated
+SYNs, lost datagrams); times are only compared with each other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TCP_PORT, UDP_PORT = 7000, 7001
 CASES = [
     pytest.param(mode, family, id=f"{mode}-v{family}") for mode in MODES for family in FAMILIES
 ]
-CLOCKS = 0.02  # seconds: the capture's stamps are of another clock
+CLOCKS = 0.02  # seconds: the capture stamps packets with another clock
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_stock_linux_loses_the_first_syn(lab: Lab, tcp: Server, mode: str, famil
         warm = lab.a.client("tcp-client", lab.b.address(spec), TCP_PORT).result()
         ready = watch.wait_sa(since=first["first"])
         assert ready is not None
-        policy = watch.wait_policy(since=ready)  # the trap's is older
+        policy = watch.wait_policy(since=ready)  # the trap is older
         lab.let_tcp_close()
         seen = capture.stop()
     assert first["echoed"], first
@@ -97,7 +97,7 @@ def test_stock_linux_loses_the_first_syn(lab: Lab, tcp: Server, mode: str, famil
     assert len(seen.ike) >= 4
     assert len(seen.esp) >= 16
     assert seen.esp[0].sender == "a"
-    # The SYN that got through left long after the SA was there: TCP's timer decided.
+    # The first SYN that got through left long after the SA was up: at TCP's retransmission.
     assert policy is not None
     assert first["first"] < seen.ike[0].time < seen.ike[3].time < seen.esp[0].time
     assert seen.ike[3].time < ready < policy
@@ -111,7 +111,7 @@ def test_stock_linux_loses_datagrams(lab: Lab, udp: Server, switches: list[str])
     lab.load(spec)
     lab.set_delay(25)
     with lab.capture() as capture:
-        # For four seconds, and the SA comes within them.
+        # For four seconds, during which the SA is established.
         options = (*switches, "--rate", "200", "--count", "800")
         report = lab.a.client("udp-client", lab.b.address(spec), UDP_PORT, *options).result()
         counted = udp.report(expect=800, settle=0.5)
@@ -135,7 +135,7 @@ def test_the_delay_applies_in_each_direction(lab: Lab, tcp: Server) -> None:
     took = slow["connected"] - slow["first"]
     assert took >= 0.08
     assert min(each["connected"] - each["first"] for each in quick) < took
-    # Stamped where it enters the path: the SYN at once, the answer one way later.
+    # Packets are stamped when they enter the path: the SYN at once, the answer one delay later.
     syn, answer = seen.clear[:2]
     assert (syn.sender, answer.sender) == ("a", "b")
     assert slow["first"] < syn.time < slow["connected"] - 0.04
@@ -150,7 +150,7 @@ def test_each_packet_has_its_own_time_stamp(lab: Lab, udp: Server) -> None:
     assert len(times) == 50
     assert report["first"] < times[0]
     assert times[-1] < report["finished"]
-    # Stamped one by one as they were sent, not in the batches in which the capture reads.
+    # Each packet is stamped when it is sent, not when the capture reads a batch.
     assert statistics.median(b - a for a, b in itertools.pairwise(times)) > 0.0005
 
 
@@ -224,7 +224,7 @@ def test_a_silent_peer_answers_nothing_until_reset(lab: Lab) -> None:
         seen = capture.stop()
     lab.a.charon.configure("")
     assert {packet.sender for packet in seen.ike} == {"a"}
-    assert len(seen.ike) == 2, "one request, sent again once"
+    assert len(seen.ike) == 2, "one request and one retransmission"
     lab.reset()
     lab.load(ConnSpec("silent"))
     lab.a.charon.initiate("silent")
@@ -245,7 +245,7 @@ def test_a_process_runs_in_its_cgroup_or_not_at_all(lab: Lab) -> None:
     good, closed = lab.cgroup("app"), lab.cgroup("domain/closed")
     said = lab.a.run(["cat", "/proc/self/cgroup"], cgroup=good).stdout
     assert said.endswith(f"{good.relative_to(cgroups.root())}\n")
-    # A sibling of a threaded cgroup takes no process: the join is EOPNOTSUPP.
+    # A sibling of a threaded cgroup accepts no process: joining fails with EOPNOTSUPP.
     (lab.cgroup("domain/threaded") / "cgroup.type").write_text("threaded")
     refused = lab.a.run(["echo", "ran"], cgroup=closed, check=False)
     assert refused.returncode != 0

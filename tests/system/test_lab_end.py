@@ -1,4 +1,4 @@
-"""The lab leaves nothing: not at its end, not when it is interrupted, not when it was killed."""
+"""The lab leaves nothing behind, whether it ends, is interrupted or is killed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def commandline(pid: int) -> str:
 
 
 def remains(name: str) -> list[str]:
-    """Return what is left in the system that bears a lab's name."""
+    """Return everything in the system that has a lab's name."""
     folders = (RUN, cgroups.root(), Path(tempfile.gettempdir()))
     left = [str(p) for folder in folders for p in folder.iterdir() if p.name.startswith(name)]
     pids = [int(entry.name) for entry in Path("/proc").glob("[0-9]*")]
@@ -51,7 +51,7 @@ def test_a_lab_leaves_nothing_behind(error: type[BaseException] | None) -> None:
     try:
         with Lab("ipsecgate-test-gone") as lab:
             sleeper = lab.a.popen(["sleep", "1000"], cgroup=lab.cgroup("x/y"))
-            # One that leaves its parent behind, and one the lab didn't start itself.
+            # One outlives its parent, and the lab did not start it itself.
             lab.b.run(["sh", "-c", "sleep 1001 >/dev/null 2>&1 &"])
             wait_until(lambda: sleeper.pid in lab.a.namespace.pids(), "it does not sleep")
             pids = [sleeper.pid, *lab.a.namespace.pids(), *lab.b.namespace.pids()]
@@ -64,7 +64,7 @@ def test_a_lab_leaves_nothing_behind(error: type[BaseException] | None) -> None:
         pass
     assert len(pids) >= 5
     gone("ipsecgate-test-gone")
-    # One that nobody has reaped yet has no command line any more.
+    # A zombie has no command line any more.
     wait_until(lambda: not any(commandline(pid) for pid in pids), "some go on")
 
 

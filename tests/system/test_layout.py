@@ -1,4 +1,4 @@
-"""gate.h and its Python mirror agree, by the compiler's own view."""
+"""gate.h and its Python mirror agree, as the compiler sees the types."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def size(kind: Any) -> int:
 @pytest.fixture(scope="module")
 def described(monkeypatch_module: pytest.MonkeyPatch) -> Mapping[str, tuple[Any, Any]]:
     monkeypatch_module.setenv("BCC_KERNEL_SOURCE", str(bytecode.source_dir()))
-    told = compiled_layout(bytecode.source_dir())
-    return {name: (json.loads(key), json.loads(leaf)) for name, (key, leaf) in told.items()}
+    layouts = compiled_layout(bytecode.source_dir())
+    return {name: (json.loads(key), json.loads(leaf)) for name, (key, leaf) in layouts.items()}
 
 
 @pytest.fixture(scope="module")

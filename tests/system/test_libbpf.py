@@ -1,4 +1,4 @@
-"""What libbpf and the verifier refuse, and in which words that arrives."""
+"""Errors of libbpf and the verifier reach the caller with their messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def instruction(code: int, value: int = 0) -> bytes:
 
 
 def test_the_verifiers_message_is_in_the_error() -> None:
-    """And a program that only lacks what it is refused for loads."""
+    """The same program without its mistake loads."""
     with pytest.raises(OSError, match=r"load program connect4: [^\n]+\n(?s:.*)R0 !read_ok"):
         libbpf.load_program("connect4", instruction(EXIT), *HOOKS["connect4"])
     allowed = instruction(MOVE, 1) + instruction(EXIT)

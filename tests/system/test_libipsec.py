@@ -1,8 +1,8 @@
-"""The gate where strongSwan does ESP itself: kernel-libipsec, behind a TUN device.
+"""The gate with userspace ESP: strongSwan's kernel-libipsec behind a TUN device.
 
-XFRM shows nothing here, and no kernel ESP is needed but for the last test. The hosts have a
-route to each other's networks beside the tunnel's, so whatever the gate lets go too early or
-too late is on the wire in clear, for the capture to see.
+XFRM shows nothing here; only the last test needs ESP in the kernel. Beside the tunnel the hosts
+have another route to each other's networks, so a packet that the gate lets through too early or too
+late is on the wire in clear, where the capture sees it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.second_guest
 
 PORT = 7300
 DATAGRAMS = 200
-# ESP goes through two processes, which may have to wait for the processor; nothing may be dropped
-# meanwhile. A socket's receive buffer in bytes (socket(7) doubles it), a device's queue in packets.
+# ESP passes through two processes that may wait for the processor; nothing may be lost meanwhile.
+# The receive buffer of a socket in bytes (socket(7) doubles it), the queue of a device in packets.
 BUFFER, QUEUE = 8 << 20, "20000"
 INET = (socket.AF_INET, socket.AF_INET6)
 
@@ -70,7 +70,7 @@ def attempts(gate: Gated, spec: ConnSpec) -> int:
 
 
 def queue_all(lab: Lab) -> None:
-    """Have both devices, and all UDP sockets of both hosts, keep what nobody takes yet."""
+    """Enlarge the queues of both devices and of all UDP sockets on both hosts."""
     for side in (lab.a, lab.b):
         side.run(["ip", "link", "set", "ipsec0", "txqueuelen", QUEUE])
         enlarged = sum(enlarge_buffers(pid) for pid in side.namespace.pids())
@@ -102,7 +102,7 @@ def refused_and_nothing_in_clear(lab: Lab, gate: Gated, spec: ConnSpec) -> Captu
 
 
 def ours(seen: Captured) -> list[Packet]:
-    """Return what left a in clear: b has no gate, and sends again what a no longer hears."""
+    """Return what a sent in clear. Host b has no gate, and repeats what a no longer receives."""
     return [packet for packet in seen.clear if packet.sender == "a"]
 
 
@@ -148,7 +148,7 @@ def test_the_first_connection_loses_nothing(
     assert set(report["errnos"]) == {"EPERM"}, "it was refused first, so the gate had to open"
     assert seen.esp
     assert not seen.clear
-    # A SYN is sent again as well where its answer was a second late.
+    # A SYN is also repeated if its answer was a second late.
     wait_until(lambda: segments(lab) == before, "a segment was lost")
     if count:
         assert received["distinct"] == DATAGRAMS
@@ -158,18 +158,18 @@ def test_the_first_connection_loses_nothing(
 
 
 def segments(lab: Lab) -> int:
-    """Return how many TCP segments more host a sent than host b got."""
+    """Return how many more TCP segments host a sent than host b received."""
     return lab.a.counters()["TcpOutSegs"] - lab.b.counters()["TcpInSegs"]
 
 
 def sends(gate: Gated) -> None:
-    """Wait until a connected socket sent for a while."""
+    """Wait until a connected socket has sent for a while."""
     before = gate.reasons()["allow_associated"]
     wait_until(lambda: gate.reasons()["allow_associated"] > before + 100, "it does not send")
 
 
 def spis(lab: Lab) -> set[bytes]:
-    """Return host a's outbound SPIs; a predecessor's is kept for a while, and does not count."""
+    """Return the outbound SPIs of host a, without those that a rekey has replaced."""
     with lab.a.charon.session() as session:
         ike_sas = [sa for each in session.list_sas() for sa in each.values()]
     children = [child for sa in ike_sas for child in sa["child-sas"].values()]
@@ -177,7 +177,7 @@ def spis(lab: Lab) -> set[bytes]:
 
 
 def rekey(lab: Lab, side: Host, spec: ConnSpec) -> None:
-    """Have one side do it, and wait until the SA is another."""
+    """Let one side rekey, and wait until the SA has been replaced."""
     before = spis(lab)
     side.charon.rekey(spec.child_name)
     wait_until(lambda: bool(found := spis(lab)) and found.isdisjoint(before), "not rekeyed")
@@ -203,7 +203,7 @@ def test_a_rekey_has_no_gap(lab: Lab, gate: Gated) -> None:
         seen = capture.stop()
     assert report["error"] == "limit"
     assert report["errnos"] == {}
-    # It may have sent another, and been told before it could count it.
+    # The signal may arrive after it has sent a datagram and before it has counted it.
     assert received["distinct"] - report["sent"] in (0, 1)
     assert not seen.clear
 
@@ -213,11 +213,11 @@ def test_a_restarted_controller_refuses_no_covered_flow(lab: Lab, gate: Gated) -
     assert connected(connect(lab, gate, spec))
     gate.kill()
     assert connect(lab, gate, spec)["errnos"] == {}
-    with hammering(lab.a.namespace.path, gate.cgroup, "tcp", str(lab.b.inner[4]), PORT) as told:
+    with hammering(lab.a.namespace.path, gate.cgroup, "tcp", str(lab.b.inner[4]), PORT) as results:
         gate.start()
-        called_again(told, 100)
-    assert len(told) > 100
-    assert set(told) == {"EINPROGRESS"}
+        called_again(results, 100)
+    assert len(results) > 100
+    assert set(results) == {"EINPROGRESS"}
 
 
 # --- closing -------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_the_flow_closes_when_the_daemon_ends_and_opens_when_it_returns(
     wait_until(lambda: any("IKE" in error for error in gate.ask()["errors"]), "it says nothing")
     lab.restart(lab.a)
     time.sleep(1)
-    refused_and_nothing_in_clear(lab, gate, spec)  # what has to be protected is remembered
+    refused_and_nothing_in_clear(lab, gate, spec)  # the saved children are still protected
     lab.load(spec)
     lab.b.charon.drop_all()
     with lab.capture() as capture:
@@ -266,14 +266,14 @@ def test_the_flow_closes_when_the_daemon_ends_and_opens_when_it_returns(
 
 
 def test_a_removed_route_closes_the_flow_and_is_restored(lab: Lab, gate: Gated) -> None:
-    """The SA is up, and the flow would leave beside it."""
+    """The SA is up, but the flow would leave outside the tunnel."""
     spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec))
     lab.let_tcp_close()
     with lab.capture() as capture:
         lab.a.run(["ip", "route", "flush", "table", "220"])
         wait_until(lambda: negotiation(gate, spec)["state"] == "uncovered", "it goes on")
-        # Before anybody is refused: then the gate has it made anew, and that begins by its end.
+        # Check this before a refusal makes the gate delete the SA and negotiate a new one.
         assert len(lab.a.established()) == 1
         report = connect(lab, gate, spec, "--limit", "0.3")
         assert report["error"] == "limit"
@@ -293,7 +293,7 @@ ENDS: dict[str, Callable[[Lab, str], None]] = {
 def test_a_collapse_under_load_lets_nothing_out(
     lab: Lab, gate: Gated, end: Callable[[Lab, str], None]
 ) -> None:
-    """The tunnel's route goes before anybody is told; the next best one leads out in clear."""
+    """The route into the tunnel vanishes first, and the next best route leads out in clear."""
     spec = load_connection(lab, gate, start_action="none")
     assert connected(connect(lab, gate, spec, "--retry", "EPERM,EHOSTUNREACH"))
     space, to = lab.a.namespace.path, str(lab.b.address(spec))
@@ -302,22 +302,22 @@ def test_a_collapse_under_load_lets_nothing_out(
         hammering(space, gate.cgroup, "tcp", to, PORT) as tcp,
         hammering(space, gate.cgroup, "sendto", to, PORT) as udp,
     ):
-        for told in (tcp, udp):
-            called_again(told, 100)
+        for results in (tcp, udp):
+            called_again(results, 100)
         end(lab, spec.child_name)
-        wait_until(lambda: "EPERM" in {*tcp, *udp}, "nobody was refused")
-        for told in (tcp, udp):
-            called_again(told, 100)
+        wait_until(lambda: "EPERM" in {*tcp, *udp}, "no call was refused")
+        for results in (tcp, udp):
+            called_again(results, 100)
         seen = capture.stop()
     assert "EINPROGRESS" in tcp
     assert "" in udp
-    # What host a's kernel answers on its own is no process's: ESP for a charon that was killed by
-    # "port unreachable", what comes late for a socket that was closed by a RST or an ACK.
+    # Ignore what the kernel of host a answers by itself: "port unreachable" for ESP to a killed
+    # charon, RST or ACK for segments to a closed socket.
     sent = [packet for packet in seen.clear if str(packet.daddr) == to]
     assert [packet for packet in sent if packet.is_syn or packet.proto == UDP] == []
 
 
-# --- the wrong source ------------------------------------------------------------------
+# --- a wrong configuration -------------------------------------------------------------
 
 
 def test_configured_xfrm_opens_nothing_with_userspace_esp(lab: Lab, cache: Path) -> None:

@@ -1,7 +1,7 @@
 """The gate's verdict equals the kernel's own, on random SPDs and SADs; see `oracle`.
 
-ORACLE_SEED and ORACLE_CASES make it another or a longer one. The other tests here are of the
-oracle: a gate that errs must be caught.
+ORACLE_SEED and ORACLE_CASES choose another run or a longer one. The other tests check the oracle: a
+gate that errs must be detected.
 """
 
 from __future__ import annotations
@@ -43,21 +43,25 @@ def test_the_gate_never_opens_what_the_kernel_does_not_cover(namespaces: TwoName
     seed, cases = settings(SEED, CASES)
     tally = run(namespaces, seed, cases, sys.stdout)
     kernel = {
-        answer: sum(count for (_, told), count in tally.answers.items() if told == answer)
+        answer: sum(
+            count for (_, kernel_answer), count in tally.answers.items() if kernel_answer == answer
+        )
         for _, answer in tally.answers
     }
     if cases < CASES:
         return
-    assert all(count > cases / 20 for count in kernel.values()), f"seldom asked: {kernel}"
+    assert all(count > cases / 20 for count in kernel.values()), f"seldom seen: {kernel}"
     assert len(kernel) == 3
     assert tally.answers["live", COVERED] > cases / 10
     assert sum(tally.stricter.values()) < kernel[COVERED] / 2, "stricter is the exception"
     assert tally.full < tally.worlds / 10
-    assert {gate for gate, told in tally.answers if told == REFUSED} == {"refused"}
+    assert {gate for gate, kernel_answer in tally.answers if kernel_answer == REFUSED} == {
+        "refused"
+    }
 
 
 def policies(change: Callable[[SpdEntry], SpdEntry | None]) -> Callable[..., KernelSnapshot]:
-    """Return a distortion of every policy; None leaves it out."""
+    """Return a function that changes every policy of a snapshot; None drops the policy."""
 
     def distort(true: KernelSnapshot) -> KernelSnapshot:
         changed = (change(entry) for entry in true.policies)

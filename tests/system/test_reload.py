@@ -1,4 +1,4 @@
-"""Reloads under a hammer, on two hosts with real IKE and real ESP: no window either way."""
+"""Reloads under load, on two hosts with real IKE and ESP: no moment of a wrong verdict."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_reloads_under_load_neither_refuse_covered_flows_nor_leak(lab: Lab, cach
         space = lab.a.namespace.path
         with lab.capture() as capture:
             with contextlib.ExitStack() as hammers:
-                told = [
+                results = [
                     hammers.enter_context(hammering(space, gate.cgroup, "tcp", str(to), PORT))
                     for to in (there, there, nowhere)
                 ]
@@ -60,21 +60,21 @@ def test_reloads_under_load_neither_refuse_covered_flows_nor_leak(lab: Lab, cach
                     text = head.replace("[gate]\n", f'[gate]\ndefault = "{default}"\n')
                     gate.config.write_text(text + variants[number % len(variants)])
                     gate.ask("reload")
-                    for each in told:
+                    for each in results:
                         called_again(each, CALLS)
                     if number % 10 == 9:
                         gate.config.write_text(f"{text}{db}colour = 1\n")
                         with pytest.raises(UsageError, match="colour"):
                             gate.ask("reload")
             seen = capture.stop()
-        assert {*told[0], *told[1]} == {"EINPROGRESS"}, "covered all the time"
-        assert set(told[2]) <= {"EPERM", "EHOSTUNREACH"}, "uncovered all the time"
+        assert {*results[0], *results[1]} == {"EINPROGRESS"}, "covered all the time"
+        assert set(results[2]) <= {"EPERM", "EHOSTUNREACH"}, "uncovered all the time"
         assert not [packet for packet in seen.clear if packet.sender == "a"]
         assert seen.esp
 
 
 def test_jumps_of_the_clock_neither_refuse_nor_leak(lab: Lab, cache: Path) -> None:
-    """Timers are the monotonic clock's. The kernel's lifetimes are not: what ends is made anew."""
+    """Our timers use the monotonic clock. The kernel's lifetimes do not: SAs may expire."""
     spec = ConnSpec("clock", "tunnel", 4)
     with Gated(lab, cache=cache) as gate:
         lab.load(spec)

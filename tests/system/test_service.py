@@ -1,6 +1,6 @@
-"""The controller as a service: watched, and closed through what breaks it.
+"""The controller as a service: its watchdog, and the gate stays closed when it breaks.
 
-A real process and real hooks; no IKE daemon, so whatever must be protected is refused.
+A real process and real hooks; without an IKE daemon every protected flow is refused.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ def test_the_service_manager_hears_ready_watchdog_and_stopping(
 ) -> None:
     controller.start(env={"WATCHDOG_USEC": "200000"})
     assert controller.hears("READY=1"), controller.log
-    assert any("STATUS=protected flows are refused: IKE" in line for line in controller.heard)
+    status = "STATUS=protected flows are refused: IKE daemon"
+    assert any(status in line for line in controller.heard)
     beats = []
     for _ in range(40):
         controller.heard.clear()
-        assert controller.hears("WATCHDOG=1"), "though nothing happens"
+        assert controller.hears("WATCHDOG=1"), "also while nothing happens"
         beats.append(time.monotonic())
-    assert beats[-1] - beats[0] > 0.05 * len(beats), "no more often than is asked for"
+    assert beats[-1] - beats[0] > 0.05 * len(beats), "no more often than required"
     assert controller.process is not None
     controller.process.send_signal(signal.SIGTERM)
     assert controller.hears("STOPPING=1")
@@ -61,7 +62,9 @@ Controller._execute = stuck
 
 def test_a_controller_stuck_in_a_decision_stops_its_watchdog(controller: ControllerProcess) -> None:
     controller.start(code=STUCK, env={"WATCHDOG_USEC": "200000"})
-    assert controller.eventually(lambda: controller.ask()["pid"]), "the rest of it goes on"
+    assert controller.eventually(lambda: controller.ask()["pid"]), (
+        "the rest of the controller works"
+    )
     assert not controller.hears("WATCHDOG=1", 1)
 
 
@@ -75,7 +78,7 @@ TASK = """
 from ipsecgate.edges.kernel import routes
 async def defect(self):
     raise LookupError("a defect in a task")
-routes.Routes._tell = defect
+routes.Routes._update = defect
 """
 STEP = """
 from ipsecgate.core.gate.gate import Gate
@@ -105,7 +108,7 @@ def test_an_unexpected_exception_ends_the_process_and_opens_nothing(
 
 
 def test_clients_cannot_take_all_descriptors(controller: ControllerProcess, caller: Caller) -> None:
-    """Who connects to the control socket takes none from the kernel's side."""
+    """Clients of the control socket leave descriptors for the kernel and IKE."""
     controller.start(files=64)
     assert controller.hears("READY=1"), controller.log
     path = controller.folder / "run" / controller.name / "control.sock"
@@ -135,13 +138,13 @@ def test_too_few_descriptors_at_start_open_nothing(
 
 
 def settled(controller: ControllerProcess) -> bool:
-    """Tell whether a controller that was started is ready, or ended in vain."""
+    """Return whether a controller that was started is ready or has ended."""
     assert controller.process is not None
     return controller.process.poll() is not None or controller.ask()["ready"]
 
 
 def test_a_full_run_folder_opens_nothing(controller: ControllerProcess, caller: Caller) -> None:
-    """Whichever of its files has no room: the controller ends with a reason, or does without."""
+    """Whichever file does not fit: the controller ends with an error, or works without it."""
     run = controller.folder / "run"
     run.mkdir()
     controller.start()
@@ -170,7 +173,7 @@ def test_a_full_run_folder_opens_nothing(controller: ControllerProcess, caller: 
 def test_the_hooks_load_although_a_full_disk_cannot_keep_them(
     controller: ControllerProcess, caller: Caller, tmp_path: Path
 ) -> None:
-    """The hooks are compiled though they cannot be kept."""
+    """They are compiled at every start."""
     full = tmp_path / "full"
     full.mkdir()
     subprocess.run(
@@ -197,7 +200,7 @@ def test_the_status_is_one_json_document(controller: ControllerProcess) -> None:
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1, "without IKE it is degraded"
-    assert "IKE" in json.loads(done.stdout)["errors"][0]
+    assert "IKE daemon" in json.loads(done.stdout)["errors"][0]
 
 
 def test_a_full_disk_keeps_the_saved_children(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""A host with two addresses and a tunnel behind each, to networks that overlap.
+"""A host with two addresses and a tunnel from each to the same networks.
 
-Which tunnel an unbound socket's flow is for, the routes decide: strongSwan's own with a `src`
-hint (table 220), which come and go with its tunnels, and whatever else changes them.
+The routes decide which tunnel an unbound socket uses: strongSwan's own routes with a preferred
+source (table 220), which come and go with the tunnels, and any others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PORT, CLOSED_PORT = 7300, 7301
 REMOTE, THERE = "203.0.113.0/24", "203.0.113.1"
 NETWORKS = {"one": "198.51.100.0/25", "two": "198.51.100.128/25"}
 SOURCES = {"one": "198.51.100.1", "two": "198.51.100.129"}
-PERIOD = 0.02  # there are nine targets
+PERIOD = 0.02  # seconds between rounds of nine targets
 ROUNDS = 30
 
 
@@ -105,8 +105,8 @@ def ip(lab: Lab, command: str) -> None:
     lab.a.run(["ip", *command.split()])
 
 
-def of(lab: Lab, name: str) -> Wanted:
-    """Tell a tunnel's SAs (by their outer source) and policies (by their inner network)."""
+def of_tunnel(lab: Lab, name: str) -> Wanted:
+    """Match a tunnel's SAs (by outer source) and policies (by inner network)."""
     mine = {outer(lab)[name], type(outer(lab)[name])(NETWORKS[name].split("/")[0])}
 
     def wanted(event: XfrmEvent) -> bool:
@@ -116,7 +116,7 @@ def of(lab: Lab, name: str) -> Wanted:
 
 
 def hint(lab: Lab, source: str) -> float:
-    """Give strongSwan's table a route that prefers a source; return when it was not yet there."""
+    """Set the preferred source in strongSwan's table; return a time just before that."""
     with lab.a.namespace.route() as route:
         began = time.monotonic()
         route.route("replace", dst=REMOTE, gateway="192.0.2.2", prefsrc=source, table=220)
@@ -142,18 +142,19 @@ def test_each_source_depends_on_its_own_tunnel(lab: Lab, observe: Begin) -> None
             observed.wait_sa(observed.wait("DELSA", since=since))
     gaps, uncertain = [], []
     for name in SOURCES:
-        record = observed.record_of(targets(name), of(lab, name))
+        record = observed.record_of(targets(name), of_tunnel(lab, name))
         record.judge(1)
         gaps += record.gaps
         uncertain += record.uncertain
-    # strongSwan's route is that of the tunnel that came up last.
+    # The tunnel that came up last has strongSwan's route.
     attempts = observed.record_of(targets()).attempts
+    assert attempts
     unbound = replace(record, attempts=attempts, gaps=gaps, uncertain=uncertain)
     assert unbound.wrongly_refused() == []
 
 
 def answers(gate: Gated) -> int:
-    """Return how many calls the hooks answered."""
+    """Return how many calls the hooks have decided."""
     return sum(gate.reasons().values())
 
 
@@ -169,17 +170,17 @@ def test_routes_may_change_between_two_tunnels(lab: Lab, gate: Gated, observe: B
             return answers(gate) > enough
 
         wait_until(swapped, "too few attempts")
-        # The route of table 220 stays, and the kernel goes on using the address.
+        # The route in table 220 stays, and the kernel keeps using the address.
         ip(lab, f"address del {SOURCES['two']}/32 dev lo")
         time.sleep(0.1)
         ended = time.monotonic()
         ip(lab, f"address add {SOURCES['two']}/32 dev lo")
-    unbound = observed.record_of(targets(), of(lab, "one"))
+    unbound = observed.record_of(targets(), of_tunnel(lab, "one"))
     changing = [a for a in unbound.attempts if since < a.began < ended]
     assert len(changing) > 50
     assert {a.error for a in changing}.isdisjoint(REFUSALS)
     assert unbound.in_clear() == []
-    observed.record_of(targets("one"), of(lab, "one")).judge()
+    observed.record_of(targets("one"), of_tunnel(lab, "one")).judge()
 
 
 def test_a_route_to_an_unprotected_source_refuses_the_flow(lab: Lab, observe: Begin) -> None:
@@ -191,20 +192,20 @@ def test_a_route_to_an_unprotected_source_refuses_the_flow(lab: Lab, observe: Be
             time.sleep(0.3)
     changed = [observed.routed(when)[0] for when in changes]
     observed.uncovered += zip(changed[::2], changed[1::2], strict=True)
-    record = observed.record_of(targets(), of(lab, "one"))
-    # Before, it was for the tunnel whose route strongSwan made last, and that may be the other.
+    record = observed.record_of(targets(), of_tunnel(lab, "one"))
+    # Before that, the route may have belonged to the other tunnel.
     since = [a for a in record.attempts if a.began > changes[0]]
     replace(record, attempts=since).judge(3)
 
 
 def test_the_route_of_a_tunnel_comes_and_goes_with_it(lab: Lab, observe: Begin) -> None:
-    """Without the tunnel the main table's route gives a source that it does not protect."""
+    """Without the tunnel the route in the main table gives an unprotected source."""
     with observe("two", start_action="none") as observed:
         wait_until(lambda: unbound_source(lab) == SOURCES["two"], "no route of its own")
         since = time.monotonic()
         lab.b.charon.terminate("two")
         observed.wait_sa(observed.wait("DELSA"))
-    observed.record_of(targets("two"), of(lab, "two")).judge(1)
+    observed.record_of(targets("two"), of_tunnel(lab, "two")).judge(1)
     changed = observed.routed(since)
     observed.uncovered.append((changed[0], changed[-1]))
-    observed.record_of(targets(), of(lab, "two")).judge(2)
+    observed.record_of(targets(), of_tunnel(lab, "two")).judge(2)

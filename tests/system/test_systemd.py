@@ -1,7 +1,7 @@
-"""The units as installed, under a real systemd as process 1: boot, life, every way to end.
+"""The installed units under a real systemd as process 1: boot, operation, and every way to end.
 
-One boot for all tests, in their order. What is judged are system calls of gated processes, a
-capture between the hosts, the kernel's files of a process, and what systemd itself says.
+All tests share one boot, in their order. The evidence is system calls of gated processes, a capture
+between the hosts, /proc, and systemd's own properties.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def usec(systemd: BootedSystemd, unit: str) -> int:
 
 
 def test_the_gate_is_closed_before_the_network_is_up(booted: BootedSystemd) -> None:
-    """And before any ordinary service, though what it is to refuse is not known yet."""
-    told = {name: booted.output(name).strip() for name in PROBES}
-    assert told == {
+    """And before any ordinary service, although the policies are not known yet."""
+    results = {name: booted.output(name).strip() for name in PROBES}
+    assert results == {
         "probe-before": "EINPROGRESS",
         "probe-gated": "EPERM",
         "probe-free": "EINPROGRESS",
@@ -75,12 +75,12 @@ def test_the_gate_is_closed_before_the_network_is_up(booted: BootedSystemd) -> N
 
 
 def test_the_services_are_healthy_after_boot(systemd: BootedSystemd) -> None:
-    told = systemd.run("ipsecgate", "status")
-    assert told.returncode == 0, told.stdout + told.stderr
-    assert "Controller  running, pid" in told.stdout
+    done = systemd.run("ipsecgate", "status")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Controller  running, pid" in done.stdout
     systemd.until(
         lambda: systemd.show(SERVICE, "StatusText").endswith("children covered"),
-        "it says otherwise",
+        "the status text does not say so",
     )
     assert systemd.show(SERVICE, "NRestarts") == "0"
 
@@ -108,14 +108,14 @@ def test_the_controller_is_confined(lab: Lab, systemd: BootedSystemd) -> None:
     seen = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
     assert {"null", "full"} <= set(seen)
     assert not {"kmsg", CHECKOUT.name} & set(seen)
-    for group, told in ((cgroup, "EPERM"), (None, "")):  # IPAddressDeny=
+    for group, error in ((cgroup, "EPERM"), (None, "")):  # IPAddressDeny=
         caller = Caller(lab.a.namespace.path, group)
-        assert caller("sendto", COVERED, PORT) == told
+        assert caller("sendto", COVERED, PORT) == error
         caller.close()
 
 
 def can_write(pid: int, path: str) -> bool:
-    """Tell whether root could write there, as a process sees the file system."""
+    """Return whether root could write to a path in the mount namespace of a process."""
     script = 'case $0 in (*/bpf/*) mkdir "$0" && rmdir "$0";; (*) echo x >"$0";; esac'
     words = ["nsenter", f"--target={pid}", "--mount", "sh", "-c", script, path]
     return subprocess.run(words, capture_output=True, check=False).returncode == 0
@@ -142,7 +142,7 @@ def test_a_gated_service_reaches_the_peer_inside_esp_only(lab: Lab, systemd: Boo
     assert clear == {"gated.slice": False, "system.slice": True}
 
 
-# --- the controller's ends ----------------------------------------------------------------
+# --- how the controller ends --------------------------------------------------------------
 
 
 def test_a_killed_controller_is_restarted(lab: Lab, systemd: BootedSystemd) -> None:
@@ -160,17 +160,17 @@ def test_a_stuck_controller_is_replaced_by_the_watchdog(lab: Lab, systemd: Boote
     with closed(lab, systemd):
         with systemd.successor():
             os.kill(systemd.main_pid(SERVICE), signal.SIGKILL)
-        systemd.until(lambda: alive_for(systemd) > 5, "one that decides is not left alone")
-        drop_in.unlink()  # it keeps its limit, its successor has the usual one
+        systemd.until(lambda: alive_for(systemd) > 5, "a healthy controller was replaced")
+        drop_in.unlink()  # the running controller keeps this limit, the next one has the usual
         systemd.systemctl("daemon-reload")
         with systemd.successor():
             os.kill(systemd.main_pid(SERVICE), signal.SIGSTOP)
     killed = "Watchdog timeout (limit 4s)"
-    systemd.until(lambda: killed in systemd.log(SERVICE), "it was not the watchdog")
+    systemd.until(lambda: killed in systemd.log(SERVICE), "the watchdog did not end it")
 
 
 def alive_for(systemd: BootedSystemd) -> float:
-    """Return for how many seconds the controller was ready when it last said that it is alive."""
+    """Return the seconds from readiness to the controller's last watchdog message."""
     alive = int(systemd.show(SERVICE, "WatchdogTimestampMonotonic"))
     return (alive - usec(systemd, SERVICE)) / 1e6
 
@@ -179,7 +179,7 @@ def alive_for(systemd: BootedSystemd) -> float:
 def test_a_held_call_is_answered_by_the_next_controller(
     lab: Lab, systemd: BootedSystemd, end: str, error: str
 ) -> None:
-    """systemd keeps its listener, but not when it is told that the service shall stop."""
+    """systemd keeps the listener, except when the service is stopped."""
     command = held_client.command("tcp", COVERED, PORT)
     name = f"held-{end}"
     with nothing_in_clear(lab, esp=not error):
@@ -198,7 +198,7 @@ def test_a_held_call_is_answered_by_the_next_controller(
                         os.kill(systemd.main_pid(SERVICE), signal.SIGKILL)
                     else:
                         systemd.systemctl("restart", "--no-block", SERVICE)
-                assert started_for(systemd) >= CONNECT, "active before it asked for IPsec"
+                assert started_for(systemd) >= CONNECT, "it became active before it had asked IKE"
                 systemd.until(lambda: systemd.ask().get("holds"), "it is not held any more")
         systemd.until(lambda: systemd.output(name), "it is never answered")
     assert json.loads(systemd.output(name))["error"] == error
@@ -206,13 +206,13 @@ def test_a_held_call_is_answered_by_the_next_controller(
 
 
 def started_for(systemd: BootedSystemd) -> float:
-    """Return for how many seconds a controller was started before its service was active."""
+    """Return the seconds from the start of the controller until its service was active."""
     systemd.until(lambda: systemd.show(SERVICE, "ActiveState") == "active", "it is not active")
     began = int(systemd.show(SERVICE, "ExecMainStartTimestampMonotonic"))
     return (usec(systemd, SERVICE) - began) / 1e6
 
 
-# --- what an operator does ----------------------------------------------------------------
+# --- operation ----------------------------------------------------------------------------
 
 
 def test_a_reload_adopts_the_whole_configuration_or_nothing(
@@ -223,17 +223,17 @@ def test_a_reload_adopts_the_whole_configuration_or_nothing(
     assert not refused(lab, systemd, LATER)
     with closed(lab, systemd):
         config.write_text(more)
-        told = systemd.systemctl("reload", SERVICE)
-        assert told.returncode == 0, told.stderr
+        done = systemd.systemctl("reload", SERVICE)
+        assert done.returncode == 0, done.stderr
         assert refused(lab, systemd, LATER)
         config.write_text(more.replace(LATER, "nonsense"))
-        told = systemd.systemctl("reload", SERVICE)
-        assert told.returncode != 0
-        assert f"Job for {SERVICE} failed" in told.stderr
+        done = systemd.systemctl("reload", SERVICE)
+        assert done.returncode != 0
+        assert f"Job for {SERVICE} failed" in done.stderr
         refusal = re.compile(r"reload refused: \S+ipsecgate.toml: policy.*'nonsense'")
-        systemd.until(lambda: refusal.search(systemd.log(SERVICE)), "it is not told why")
+        systemd.until(lambda: refusal.search(systemd.log(SERVICE)), "the cause is not logged")
         assert systemd.show(SERVICE, "ActiveState") == "active"
-        assert refused(lab, systemd, LATER), "the old one is in force"
+        assert refused(lab, systemd, LATER), "the old configuration is in force"
         assert "the last reload was refused" in systemd.run("ipsecgate", "status").stdout
         config.write_text(CONFIG)
         assert systemd.systemctl("reload", SERVICE).returncode == 0
@@ -255,11 +255,11 @@ def test_stopping_or_restarting_the_services_opens_nothing(
         assert systemd.systemctl("start", SERVICE).returncode != 0
         assert not runs(systemd, f"Requires={LOAD}", f"After={LOAD}")
         assert runs(systemd)
-        told = systemd.run("ipsecgate", "status")
-        assert told.returncode == 1
-        assert {"not", "running:", "'nonsense'"} <= set(told.stdout.replace(":\n", ": ").split())
+        done = systemd.run("ipsecgate", "status")
+        assert done.returncode == 1
+        assert {"not", "running:", "'nonsense'"} <= set(done.stdout.replace(":\n", ": ").split())
         put(config, CONFIG)
-        # Restart= may be at it with what was configured before: such a start is joined, and fails.
+        # Restart= may be starting it with the old configuration; our start would join it and fail.
         systemd.until(
             lambda: systemd.systemctl("start", LOAD, SERVICE).returncode == 0, "neither starts"
         )
@@ -268,14 +268,14 @@ def test_stopping_or_restarting_the_services_opens_nothing(
 
 
 def put(config: Path, text: str) -> None:
-    """Write it at once: who is restarted may read it at any time, and half of it is another one."""
+    """Replace the file atomically: a restarting service may read it at any time."""
     beside = config.with_name("next")
     beside.write_text(text)
     beside.replace(config)
 
 
 def runs(systemd: BootedSystemd, *properties: str) -> bool:
-    """Tell whether a service that does nothing, with these properties, is run."""
+    """Return whether an empty service with these properties runs."""
     options = [f"--property={word}" for word in ("Type=oneshot", *properties)]
     return systemd.run("systemd-run", "--quiet", *options, "true").returncode == 0
 
@@ -288,7 +288,7 @@ def test_a_controller_over_its_memory_limit_is_replaced(lab: Lab, systemd: Boote
         systemd.until(lambda: int(systemd.show(SERVICE, "NRestarts")) > before, "it is not ended")
         systemd.systemctl(*limit, "MemoryMax=512M")
     killed = "killed by the OOM killer"
-    systemd.until(lambda: killed in systemd.log(SERVICE), "it was not the memory")
+    systemd.until(lambda: killed in systemd.log(SERVICE), "the OOM killer did not end it")
 
 
 def test_the_gate_stays_closed_until_the_end_of_shutdown(lab: Lab, systemd: BootedSystemd) -> None:

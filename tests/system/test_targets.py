@@ -1,4 +1,4 @@
-"""The cgroups that a configuration names: gated when they appear, and a reload's part in it."""
+"""The cgroups that a configuration names are gated when they appear, and follow a reload."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ POLICY = f'[[policy]]\nname = "there"\nremote = ["{THERE[4]}"]\n'
 
 @pytest.fixture
 def folder(controller: ControllerProcess) -> Iterator[Path]:
-    """A cgroup to make others in."""
+    """A cgroup in which tests create others."""
     path = cgroups.root() / f"{controller.name}-tree"
     path.mkdir()
     yield path
@@ -165,9 +165,9 @@ def test_a_socket_stays_gated_after_its_cgroup_is_removed(
 
 def test_a_path_outside_the_cgroup_tree_is_refused(controller: ControllerProcess) -> None:
     controller.configure('cgroups = ["/tmp"]\n')
-    told = controller.cli("run")
-    assert told.returncode == 2
-    assert "gate.cgroups: /tmp is not below" in told.stderr
+    done = controller.cli("run")
+    assert done.returncode == 2
+    assert "gate.cgroups: /tmp is not below" in done.stderr
     assert not Pins(Path("/sys/fs/bpf"), controller.name).loaded
 
 
@@ -184,8 +184,8 @@ def test_a_reload_gates_new_targets_and_ungates_removed_ones(
     assert controller.cli("attach", str(by_hand)).returncode == 0
     controller.configure(f'cgroups = ["{new}"]\n{POLICY}')
     controller.heard.clear()
-    told = controller.cli("--json", "reload")
-    assert told.returncode == 0, told.stderr
+    done = controller.cli("--json", "reload")
+    assert done.returncode == 0, done.stderr
     assert is_gated(controller, new)
     assert not is_gated(controller, old)
     assert is_gated(controller, by_hand), "the configuration never named it"
@@ -210,9 +210,9 @@ def test_a_refused_reload_changes_nothing(
     start(controller, str(controller.cgroup))
     before = controller.ask()["policies"]
     controller.config.write_text(text.replace("VICI", f"{controller.folder}/vici"))
-    told = controller.cli("reload")
-    assert told.returncode == 2
-    assert said in " ".join(told.stderr.split())
+    done = controller.cli("reload")
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.split())
     assert refused(caller)
     status = controller.ask()
     assert status["policies"] == before
@@ -220,7 +220,7 @@ def test_a_refused_reload_changes_nothing(
     assert is_gated(controller, controller.cgroup)
     controller.configure(f'cgroups = ["{controller.cgroup}"]\n{POLICY}')
     assert controller.cli("reload").returncode == 0
-    assert not any("reload" in error for error in controller.ask()["errors"])
+    assert not any("last reload" in error for error in controller.ask()["errors"])
 
 
 def test_policies_modes_and_errnos_change_at_sighup(
@@ -253,15 +253,15 @@ def test_reload_without_a_controller_is_an_error(controller: ControllerProcess) 
     assert controller.cli("reload").returncode == 3
 
 
-# --- the edge -----------------------------------------------------------------------------
+# --- the inotify edge -----------------------------------------------------------------------
 
 
 def test_folders_report_what_appears_and_vanishes(folder: Path) -> None:
     folders = Folders(folder, lambda path: path.name != "deaf")
     (folder / "a/b").mkdir(parents=True)
     (folder / "deaf/c").mkdir(parents=True)
-    told = list(folders.events())
-    assert {Appeared(folder / name) for name in ("a", "a/b", "deaf")} == set(told)
+    found = list(folders.events())
+    assert {Appeared(folder / name) for name in ("a", "a/b", "deaf")} == set(found)
     (folder / "a/b/c").mkdir()
     assert list(folders.events()) == [Appeared(folder / "a/b/c")]
     (folder / "a/b/c").rmdir()

@@ -1,6 +1,6 @@
-"""The lab's clients: refused by the kernel (EPERM), they try again and tell so.
+"""The lab's clients retry when the kernel refuses them with EPERM, and report it.
 
-The refusal is an XFRM policy of the kernel's own that blocks; no SA is needed here.
+A blocking XFRM policy refuses them; no SA is needed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def policy(lab: Lab, *words: str) -> None:
 
 def wait_refused(lab: Lab, before: dict[str, int], times: int) -> None:
     enough = before["XfrmOutPolBlock"] + times
-    wait_until(lambda: lab.a.counters()["XfrmOutPolBlock"] >= enough, "the client doesn't try")
+    wait_until(lambda: lab.a.counters()["XfrmOutPolBlock"] >= enough, "the client does not try")
 
 
 @pytest.mark.parametrize("switch", [[], ["--same-socket"]], ids=["new", "same-socket"])
@@ -61,7 +61,7 @@ def test_the_tcp_client_retries_until_it_is_let_through(lab: Lab, switch: list[s
     assert report["first"] < report["first_refused"] < opened
     assert opened < report["success_start"] < report["connected"] < report["finished"]
     assert report["first_success"] == report["success_start"]
-    assert len(seen.syns) == 1, "nothing left while it was refused"
+    assert len(seen.syns) == 1, "no SYN left while it was refused"
     assert lab.a.counters()["TcpExtTCPSynRetrans"] == before["TcpExtTCPSynRetrans"]
 
 
@@ -81,7 +81,7 @@ def test_the_udp_client_retries_and_loses_nothing(lab: Lab, switch: list[str]) -
     calls = 51 if switch else 50
     assert report["errnos"] == {"EPERM": report["attempts"] - calls}
     assert report["first"] < opened < report["first_success"]
-    # Sent on from where it was held back, not in one burst.
+    # After the refusals it goes on at its rate, not in a burst.
     assert report["finished"] - report["first_success"] >= 49 / 1000
 
 

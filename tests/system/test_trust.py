@@ -1,4 +1,4 @@
-"""Root calls the program in a folder, and with variables, that somebody else has prepared."""
+"""Root runs the program in a folder and with variables that another user has prepared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODULES = ("ipsecgate", "bcc", "json", "struct", "ctypes", "sitecustomize")
 
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
-    """A stranger's folder: each module and program in it leaves a trace in `ran` when it is run."""
+    """Another user's folder, whose modules and programs leave a line in `ran` when they run."""
     folder = tmp_path / "trap"
     (folder / "kernel").mkdir(parents=True)
     tmp_path.chmod(0o755)
@@ -37,7 +37,7 @@ def trap(tmp_path: Path) -> Path:
 def test_no_program_or_module_of_another_user_is_run(
     verb: list[str], trap: Path, tmp_path: Path, unique: str
 ) -> None:
-    """The hooks are compiled: the cache is empty."""
+    """The cache is empty, so the hooks are compiled as well."""
     places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
     command = [sys.executable, "-P", "-m", "ipsecgate", *places, "-i", unique, "--json"]
     environment = {

@@ -1,4 +1,4 @@
-"""The units: valid, narrow, and enough: the controller runs inside what they allow."""
+"""The systemd units: valid, strict, and sufficient for the controller."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ UNITS = ROOT / "packaging/systemd"
 EXPOSURE = {
     "ipsecgate.service": 2.5,
     "ipsecgate-load.service": 2.0,
-}  # of 10, and not more
+}  # upper limits, of 10
 NEEDED = ("CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `make install-files` makes, beside this system's own units."""
+    """A root with the output of `make install-files` and this system's own units."""
     root = tmp_path_factory.mktemp("root")
     subprocess.run(
         ["make", "-s", "-o", "setup", "install-files", f"DESTDIR={root}"], cwd=ROOT, check=True
@@ -62,8 +62,8 @@ def analyze(*words: str) -> str:
 
 @pytest.mark.parametrize("name", EXPOSURE)
 def test_systemd_analyze_accepts_the_units(root: Path, name: str) -> None:
-    told = analyze("verify", f"--root={root}", "--man=no", name)
-    assert not [line for line in told.splitlines() if "ipsecgate" in line]
+    done = analyze("verify", f"--root={root}", "--man=no", name)
+    assert not [line for line in done.splitlines() if "ipsecgate" in line]
     spoilt = root / "usr/lib/systemd/system/ipsecgate-spoilt.service"
     spoilt.write_text((root / f"usr/lib/systemd/system/{name}").read_text() + "Colour=red\n")
     assert "Colour" in analyze("verify", f"--root={root}", "--man=no", spoilt.name)
@@ -71,9 +71,9 @@ def test_systemd_analyze_accepts_the_units(root: Path, name: str) -> None:
 
 @pytest.mark.parametrize(("name", "limit"), EXPOSURE.items())
 def test_the_exposure_of_the_units_is_low(root: Path, name: str, limit: float) -> None:
-    told = analyze("security", "--offline=true", "--no-pager", f"--root={root}", name)
-    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", told)
-    assert found, told
+    done = analyze("security", "--offline=true", "--no-pager", f"--root={root}", name)
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done)
+    assert found, done
     assert float(found[1]) <= limit
 
 
@@ -92,15 +92,15 @@ def test_the_units_define_no_step_that_opens_the_gate() -> None:
     assert setting("ipsecgate-load.service", "Before") == before
 
 
-# --- what the unit allows is enough ------------------------------------------------------
+# --- the units allow enough --------------------------------------------------------------
 
 
 def expand(group: str) -> set[str]:
-    """Return a group's system calls, of the groups in it as well."""
+    """Return the system calls of a group, including its nested groups."""
     calls: set[str] = set()
-    told = analyze("syscall-filter", group)
-    assert told.startswith(group), told
-    for line in told.splitlines()[1:]:
+    done = analyze("syscall-filter", group)
+    assert done.startswith(group), done
+    for line in done.splitlines()[1:]:
         word = line.strip()
         if word.startswith("@"):
             calls |= expand(word)
@@ -110,7 +110,7 @@ def expand(group: str) -> set[str]:
 
 
 def allowed_calls(name: str) -> list[int]:
-    """Return the numbers of what a unit's SystemCallFilter= lets through."""
+    """Return the numbers of the system calls that a unit's SystemCallFilter= allows."""
     calls: set[str] = set()
     for line in setting(name, "SystemCallFilter"):
         minus = line.startswith("~")
@@ -122,8 +122,8 @@ def allowed_calls(name: str) -> list[int]:
     return sorted(numbers[call] for call in calls if call in numbers)
 
 
-# As systemd does it: no new privileges, then a filter that answers EPERM; W^X by the kernel
-# where it has that (6.3).
+# As systemd does: no new privileges, then a filter that returns EPERM; the kernel enforces W^X
+# from 6.3 on.
 CONFINE = """
 import ctypes, struct
 def confine(calls, error):
@@ -169,12 +169,14 @@ def test_loading_at_boot_works_inside_its_unit(
     controller: ControllerProcess, caller: Caller
 ) -> None:
     assert caller("tcp", PEER[4], PORT) == "EINPROGRESS", "nothing is loaded yet"
-    told = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
-    assert told.returncode == 0, told.stderr
-    assert f"gated: {controller.cgroup}" in told.stdout.splitlines()
+    done = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
+    assert done.returncode == 0, done.stderr
+    assert f"gated: {controller.cgroup}" in done.stdout.splitlines()
     assert {a.hook for a in Pins(Path("/sys/fs/bpf"), controller.name).attachments()} == set(HOOKS)
     assert refused(caller)
-    assert refused_at(caller, "192.0.2.99"), "what no policy names, too: nothing is published"
+    assert refused_at(caller, "192.0.2.99"), (
+        "also flows that no policy names, as nothing is published yet"
+    )
 
 
 def test_a_boot_with_a_broken_configuration_gates_the_previous_targets(
@@ -186,9 +188,9 @@ def test_a_boot_with_a_broken_configuration_gates_the_previous_targets(
     assert controller.cli("unload", "--force").returncode == 0
     assert caller("tcp", PEER[4], PORT) == "EINPROGRESS", "as after a boot"
     controller.config.write_text("[gate")
-    told = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
-    assert told.returncode == 2
-    assert f"now gated: {controller.cgroup}" in " ".join(told.stderr.split())
+    done = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
+    assert done.returncode == 2
+    assert f"now gated: {controller.cgroup}" in " ".join(done.stderr.split())
     assert refused(caller)
 
 
@@ -206,9 +208,9 @@ def test_the_controller_works_inside_its_unit(
     assert not refused_at(caller, "192.0.2.99")
     assert "Operation not permitted" not in controller.log
     assert "Traceback" not in controller.log
-    told = in_unit(controller, "ipsecgate.service", "--json", "status")
-    assert told.returncode == 1, told.stderr
-    assert '"alive": true' in told.stdout
+    done = in_unit(controller, "ipsecgate.service", "--json", "status")
+    assert done.returncode == 1, done.stderr
+    assert '"alive": true' in done.stdout
 
 
 @pytest.mark.parametrize("missing", NEEDED)
@@ -224,7 +226,7 @@ def test_each_capability_is_needed(controller: ControllerProcess, missing: str) 
 
 
 def test_a_system_call_outside_the_filter_fails(controller: ControllerProcess) -> None:
-    """The filter of these tests does filter."""
+    """The filter of these tests works."""
     code = f"{confined('ipsecgate.service')}\nimport os\nos.chown('/tmp', 0, 0)\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "PermissionError" in done.stderr
@@ -242,10 +244,10 @@ def test_holding_calls_needs_the_capability_to_take_a_listener(
     controller.start(code=confined("ipsecgate.service"), wrap=only(allowed))
     assert controller.hears("READY=1"), controller.log
     words = ("exec", "--hold", "1s", "--cgroup", str(controller.cgroup), "--", sys.executable, "-c")
-    told = controller.cli(*words, CONNECT)
-    assert told.returncode != 0, "there is no IKE daemon to end the wait"
-    assert ("TimeoutError" in told.stderr) is (not without), "held to its limit"
+    done = controller.cli(*words, CONNECT)
+    assert done.returncode != 0, "there is no IKE daemon to end the wait"
+    assert ("TimeoutError" in done.stderr) is (not without), "held to its limit"
     if not without:
         assert controller.eventually(lambda: "was held for" in controller.log), controller.log
     assert ("was held for" in controller.log) is (not without), controller.log
-    assert ("pidfd_getfd: Operation not permitted" in told.stderr) is bool(without)
+    assert ("pidfd_getfd: Operation not permitted" in done.stderr) is bool(without)

@@ -12,6 +12,9 @@ from typing import Any, Self
 
 from vici.protocol import FiniteStream, Message, Packet
 
+from ipsecgate.core.model.events import IkeEvent
+from ipsecgate.edges.strongswan.client import IkeClient
+
 Section = dict[str, Any]
 Handler = Callable[["Session", Section], Awaitable[Section]]
 YES: Section = {"success": "yes"}
@@ -99,3 +102,35 @@ class FakeCharon:
                 return
             answer = await self.handlers[name](session, asked)
             session.send(bytes([Packet.CMD_RESPONSE]) + Message.serialize(answer))
+
+
+def streaming(event: str, *messages: Section) -> Handler:
+    """Return a handler that sends the events, then an empty answer."""
+
+    async def handler(session: Session, _asked: Section) -> Section:
+        for message in messages:
+            session.event(event, message)
+        return {}
+
+    return handler
+
+
+def answering(*answers: Section) -> Handler:
+    """Return a handler that gives these answers, one per request."""
+    left = list(answers)
+
+    async def handler(_session: Session, _asked: Section) -> Section:
+        return left.pop(0)
+
+    return handler
+
+
+async def next_events(client: IkeClient, count: int = 1) -> list[IkeEvent]:
+    """Return the next `count` events of a client. Raises: TimeoutError after 30 s."""
+    found = []
+    async with asyncio.timeout(30):
+        async for event in client.events():
+            found.append(event)
+            if len(found) == count:
+                break
+    return found

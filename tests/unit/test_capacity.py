@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ipsecgate.core.codec.vici import Names, selectors
+from ipsecgate.core.codec.vici_selectors import Names, selectors
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP, UDP, Flow, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import ESP, Action, ChildName, SaId, SpdKey
@@ -71,7 +71,7 @@ def test_a_selector_that_fits_keeps_its_verdicts_when_others_are_closed(
     assert len(made.entries) <= 8
     for key in keys:
         rule, entry = first(rules, key), made.classify(key)
-        live = rule is not None and rule.entry is LIVE and rule.of not in closed
+        live = rule is not None and rule.entry is LIVE and rule.owner not in closed
         assert (entry is not None and entry.state is State.LIVE) == live
 
 

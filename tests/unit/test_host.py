@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.host.__main__ import differences, judge, lacking
-from tests.host.machine import story
+from tests.host.machine import host_script
 
 WANTED = (
     *("xfrm state", "xfrm policy", "rule", "rule of IPv6", "route", "pin", "cgroup", "process"),
@@ -22,7 +22,7 @@ def test_every_change_addition_and_removal_is_reported() -> None:
     assert list(differences(before, after)) == [
         "pin: p: 7 -> 8",
         "rule: b: 1 -> gone",
-        "rule: c: not there -> 1",
+        "rule: c: missing -> 1",
     ]
     assert list(differences(before, before)) == []
 
@@ -39,6 +39,6 @@ def test_a_host_without_any_state_of_its_own_is_rejected(
 
 
 def test_the_state_is_recorded_after_every_command() -> None:
-    script = story(["make demo", "echo 'it is'"], Path("/r"))
+    script = host_script(["make demo", "echo 'it is'"], Path("/r"))
     assert [script.count(f"/r/state-{number}.json") for number in range(4)] == [1, 1, 1, 0]
     assert "'make demo'" in script

@@ -2,76 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import struct
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
-from unittest.mock import ANY
 
 import pytest
 
-from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.model.events import (
     ChildUp,
-    IkeEvent,
     IkeGone,
-    IkeUnread,
+    IkeUnparsed,
     IkeUp,
-    NegotiationDone,
-    NegotiationFailed,
 )
-from ipsecgate.core.model.ipsec import ChildName
-from ipsecgate.edges.strongswan import negotiation, vici
+from ipsecgate.edges.strongswan import vici
 from ipsecgate.edges.strongswan.client import IkeClient
 from ipsecgate.edges.strongswan.vici import IkeRefusedError, IkeUnreachableError
-from tests.unit.fake_charon import YES, FakeCharon, Handler, Section, Session, no
-from tests.unit.vici_messages import CHILD, SA, conn, ike_sa
-from tests.until import until
-
-UP: Section = {"up": "yes", **ike_sa()}
-
-
-def streaming(event: str, *messages: Section) -> Handler:
-    async def handler(session: Session, _asked: Section) -> Section:
-        for message in messages:
-            session.event(event, message)
-        return {}
-
-    return handler
-
-
-def answering(*answers: Section) -> Handler:
-    left = list(answers)
-
-    async def handler(_session: Session, _asked: Section) -> Section:
-        return left.pop(0)
-
-    return handler
-
-
-@pytest.fixture
-async def charon(tmp_path: Path) -> AsyncIterator[FakeCharon]:
-    path = tmp_path / "vici"
-    async with FakeCharon(path, list_sas=streaming("list-sa"), terminate=answering(YES)) as fake:
-        yield fake
-
-
-@pytest.fixture
-async def client(charon: FakeCharon) -> AsyncIterator[IkeClient]:
-    async with await IkeClient.connect(charon.path) as ike:
-        yield ike
-
-
-async def take(client: IkeClient, count: int = 1) -> list[IkeEvent]:
-    found = []
-    async with asyncio.timeout(30):
-        async for event in client.events():
-            found.append(event)
-            if len(found) == count:
-                break
-    return found
+from tests.unit.fake_charon import (
+    YES,
+    FakeCharon,
+    answering,
+    next_events,
+    no,
+    streaming,
+)
+from tests.unit.vici_messages import CHILD, SA, UP, conn, ike_sa
 
 
 async def test_configurations_and_sas_are_listed(charon: FakeCharon, client: IkeClient) -> None:
@@ -98,9 +53,9 @@ async def test_events_arrive_in_order_and_then_the_end_of_the_connection(
 ) -> None:
     charon.raise_event("ike-updown", UP)
     charon.raise_event("child-updown", UP)
-    assert await take(client, 2) == [IkeUp("gw", 7), ChildUp(SA)]
+    assert await next_events(client, 2) == [IkeUp("gw", 7), ChildUp(SA)]
     charon.die()
-    (gone,) = await take(client)
+    (gone,) = await next_events(client)
     assert isinstance(gone, IkeGone)
     assert "closed the connection" in gone.reason
     with pytest.raises(IkeUnreachableError):
@@ -113,8 +68,8 @@ async def test_a_child_that_cannot_be_parsed_does_not_affect_the_others(
     odd = {"local-ts": ["10.0.0.0/8[nosuch/protocol]"]}
     charon.raise_event("child-updown", ike_sa(**odd))
     charon.raise_event("child-updown", UP)
-    unread, up = await take(client, 2)
-    assert isinstance(unread, IkeUnread)
+    unread, up = await next_events(client, 2)
+    assert isinstance(unread, IkeUnparsed)
     assert "nosuch" in unread.reason
     assert up == ChildUp(SA)
 
@@ -137,14 +92,14 @@ async def test_a_malformed_packet_ends_the_session(
     for session in charon.sessions:
         if session.events:
             session.send(packet)
-    (gone,) = await take(client)
+    (gone,) = await next_events(client)
     assert isinstance(gone, IkeGone)
 
 
 async def test_an_oversized_packet_ends_the_session(charon: FakeCharon, client: IkeClient) -> None:
     for session in charon.sessions:
         session.writer.write(struct.pack("!I", vici.MAX_PACKET + 1))
-    (gone,) = await take(client)
+    (gone,) = await next_events(client)
     assert isinstance(gone, IkeGone)
 
 
@@ -188,144 +143,3 @@ async def test_a_selector_with_unknown_ports_protects_the_whole_network(
     charon.handlers["list-conns"] = streaming("list-conn", message)
     with pytest.raises(ViciError):
         await client.children()
-
-
-# --- negotiations -------------------------------------------------------------------
-
-
-async def negotiate(charon: FakeCharon, client: IkeClient, limit: float = 5) -> list[Section]:
-    """Initiate, wait until the client is idle, and return its initiate requests."""
-    await client.initiate(ChildName("gw", "net"), limit)
-    await until(lambda: len(client._tasks) <= 1)
-    return [asked for name, asked in charon.requests if name == "initiate"]
-
-
-def quiet(client: IkeClient) -> bool:
-    return client._events.empty()
-
-
-async def test_a_successful_negotiation_costs_one_silent_request(
-    charon: FakeCharon, client: IkeClient
-) -> None:
-    async def initiate(session: Session, _asked: Section) -> Section:
-        session.charon.raise_event("child-updown", UP)
-        return YES
-
-    charon.handlers["initiate"] = initiate
-    asked = await negotiate(charon, client)
-    assert asked == [{"ike": "gw", "child": "net", "timeout": ANY, "loglevel": "-1"}]
-    assert 0 < int(asked[0]["timeout"]) <= 5000
-    assert [name for name, _ in charon.requests] == ["initiate"]
-    assert await take(client, 2) == [ChildUp(SA), NegotiationDone(ChildName("gw", "net"))]
-    assert quiet(client)
-
-
-async def test_a_failed_negotiation_is_repeated_once_to_log_its_cause(
-    charon: FakeCharon, client: IkeClient
-) -> None:
-    async def initiate(session: Session, _asked: Section) -> Section:
-        if "control-log" in session.events:
-            session.event("control-log", {"msg": "received TS_UNACCEPTABLE notify, no CHILD_SA"})
-        return no("establishing CHILD_SA 'net' failed")
-
-    charon.handlers["initiate"] = initiate
-    silent, logged = await negotiate(charon, client)
-    assert "loglevel" in silent
-    assert "loglevel" not in logged
-    cause = "the peer accepts none of our traffic selectors"
-    assert await take(client) == [NegotiationFailed(ChildName("gw", "net"), cause)]
-
-
-async def test_a_negotiation_refused_with_a_reason_is_not_repeated(
-    charon: FakeCharon, client: IkeClient
-) -> None:
-    reason = "CHILD_SA config 'net' not found"
-    charon.handlers["initiate"] = answering(no(reason))
-    await negotiate(charon, client)
-    assert await take(client) == [NegotiationFailed(ChildName("gw", "net"), reason)]
-
-
-async def test_a_failure_whose_child_is_already_up_counts_as_done(
-    charon: FakeCharon, client: IkeClient
-) -> None:
-    charon.handlers["list-sas"] = streaming("list-sa", ike_sa())
-    charon.handlers["initiate"] = answering(no("establishing CHILD_SA 'net' failed"))
-    assert len(await negotiate(charon, client)) == 1
-    assert await take(client) == [NegotiationDone(ChildName("gw", "net"))]
-    assert quiet(client)
-
-
-async def test_the_success_of_another_child_is_a_failure_of_this_one(
-    charon: FakeCharon, client: IkeClient
-) -> None:
-    charon.handlers["list-sas"] = streaming("list-sa", ike_sa(name=b"other"))
-    charon.handlers["initiate"] = answering(YES)
-    await negotiate(charon, client, limit=0.05)
-    (failed,) = await take(client)
-    assert isinstance(failed, NegotiationFailed)
-    assert "within 0.05 s" in failed.cause
-
-
-async def test_an_unanswered_negotiation_ends_at_the_limit_and_its_half_open_ike_sa_is_dropped(
-    charon: FakeCharon, client: IkeClient
-) -> None:
-    half_open: dict[str, Any] = {"uniqueid": "9", "state": "CONNECTING", "initiator": "yes"}
-    others = {"uniqueid": "8", "state": "ESTABLISHED", "initiator": "yes"}
-    theirs = {"uniqueid": "7", "state": "CONNECTING"}
-    charon.handlers["list-sas"] = streaming(
-        "list-sa", {"gw": half_open}, {"gw": others}, {"gw": theirs}
-    )
-    charon.handlers["initiate"] = answering(no("CHILD_SA 'net' not established after 50ms"))
-    await negotiate(charon, client, limit=0.05)
-    (failed,) = await take(client)
-    assert isinstance(failed, NegotiationFailed)
-    assert "slow or silent" in failed.cause
-    dropped = [asked for name, asked in charon.requests if name == "terminate"]
-    assert dropped == [{"ike-id": "9", "force": "yes", "timeout": "-1"}]
-
-
-async def test_a_late_failure_is_not_repeated(
-    charon: FakeCharon, client: IkeClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(negotiation, "DIAGNOSE_WITHIN", 0.0)
-    charon.handlers["initiate"] = answering(no("establishing CHILD_SA 'net' failed"))
-    await negotiate(charon, client)
-    (failed,) = await take(client)
-    assert isinstance(failed, NegotiationFailed)
-    assert "silent" in failed.cause
-
-
-async def test_only_a_few_negotiations_wait_inside_the_daemon(
-    charon: FakeCharon, client: IkeClient
-) -> None:
-    async def initiate(_session: Session, asked: Section) -> Section:
-        if asked["timeout"] == "-1":
-            return YES
-        await asyncio.sleep(60)
-        return YES
-
-    charon.handlers["initiate"] = initiate
-    for number in range(10):
-        await client.initiate(ChildName("gw", f"net-{number}"), 2)
-    (failed,) = await take(client)
-    assert isinstance(failed, NegotiationFailed)  # one that did not wait inside charon
-    waits = [asked["timeout"] for name, asked in charon.requests if name == "initiate"]
-    assert waits[negotiation.MAX_WAITING :] == ["-1"] * 6
-    assert all(0 < int(limit) <= 2000 for limit in waits[: negotiation.MAX_WAITING])
-
-
-async def test_the_daemon_may_end_during_a_negotiation(
-    charon: FakeCharon, client: IkeClient
-) -> None:
-    async def initiate(session: Session, _asked: Section) -> Section:
-        session.charon.die()
-        return YES
-
-    charon.handlers["initiate"] = initiate
-    await client.initiate(ChildName("gw", "net"), 5)
-    (first,) = await take(client)
-    assert isinstance(first, IkeGone | NegotiationFailed)
-    if isinstance(first, NegotiationFailed):
-        assert "closed the connection" in first.cause
-        (last,) = await take(client)
-        assert isinstance(last, IkeGone)

@@ -14,7 +14,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import PORT_MASK, TCP, UDP, Flow, Network, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildSa
 from ipsecgate.core.model.policy import SaSource, Settings
-from ipsecgate.core.state.userland import Userland
+from ipsecgate.core.state.userspace_esp import UserspaceEsp
 from ipsecgate.core.tables.layout import State, TableId, flow_key
 from ipsecgate.core.tables.table import EMPTY, compile_table
 from tests.unit.transcript import (
@@ -204,10 +204,10 @@ def states(
     remote: Sequence[TrafficSelector],
     routes: Sequence[tuple[Network, bool]] = ((THERE, True), (V6_THERE, True)),
 ) -> list[bool]:
-    source = Userland()
+    source = UserspaceEsp()
     source.routed(tuple(routes))
-    source.ike_knows([replace(LISTED, local=tuple(local), remote=tuple(remote))])
-    table = compile_table(source.agreed_rules()) if local else EMPTY
+    source.ike_connected([replace(LISTED, local=tuple(local), remote=tuple(remote))])
+    table = compile_table(source.hook_rules()) if local else EMPTY
     found = [table.classify(flow_key(flow)) for flow in flows]
     return [entry is not None and entry.state is State.LIVE for entry in found]
 

@@ -8,8 +8,8 @@ from ipaddress import ip_address
 import pytest
 
 from ipsecgate.lab.xfrm_watch import XfrmEvent
-from tests.chaos.tally import TOLERANCE, Span, Tally, kernel_gaps, spread
-from tests.chaos.waiting import LAG, LIMIT, Call, judge, take
+from tests.chaos.held_calls import LAG, LIMIT, Call, count, judge
+from tests.chaos.tally import TOLERANCE, Span, Tally, kernel_gaps, widen
 
 GAP = (100.0, 110.0)
 
@@ -64,17 +64,17 @@ def test_the_kernel_covers_from_the_policy_that_names_an_sa_until_either_is_gone
     ],
 )
 def test_a_pause_at_the_edge_of_a_gap_widens_it(pauses: list[Span], around: Span) -> None:
-    assert spread([GAP], pauses) == [around]
+    assert widen([GAP], pauses) == [around]
 
 
 def test_late_calls_and_unexpected_errors_are_counted() -> None:
     tally = Tally()
-    take(tally, "sendto x", [(1.0, 2.0, ""), (2.0, 2.0, "EPERM")], 0.0, 1000.0)
-    assert (tally.calls, tally.held, tally.late, tally.strange) == (2, 1, [], [])
-    take(tally, "sendto x", [(1.0, 2.0 + LIMIT, "ENOSYS")], 0.0, 1000.0)
+    count(tally, "sendto x", [(1.0, 2.0, ""), (2.0, 2.0, "EPERM")], 0.0, 1000.0)
+    assert (tally.calls, tally.held, tally.late, tally.unexpected) == (2, 1, [], [])
+    count(tally, "sendto x", [(1.0, 2.0 + LIMIT, "ENOSYS")], 0.0, 1000.0)
     assert len(tally.late) == 1
-    assert tally.strange == ["sendto x: ENOSYS"]
-    take(tally, "sendto x", [], 999.0, 1000.0)
+    assert tally.unexpected == ["sendto x: ENOSYS"]
+    count(tally, "sendto x", [], 999.0, 1000.0)
     assert len(tally.late) == 1, "it is not late yet"
-    take(tally, "sendto x", [], 500.0, 1000.0)
+    count(tally, "sendto x", [], 500.0, 1000.0)
     assert len(tally.late) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from ipsecgate.core.codec.vici import Names
+from ipsecgate.core.codec.vici_selectors import Names
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildName, ChildSa
 
@@ -72,3 +72,7 @@ def ike_sa(**child: Any) -> dict[str, Any]:
     children = {"net-3": {**CHILD, **child}}
     body = {"uniqueid": b"7", "state": b"ESTABLISHED", **HOSTS}
     return {"gw": {**body, "child-sas": children}}
+
+
+# A `child-updown` or `ike-updown` event of SA.
+UP: dict[str, Any] = {"up": "yes", **ike_sa()}

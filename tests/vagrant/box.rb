@@ -1,4 +1,4 @@
-# What is particular to the box of tests/vagrant/box.sh; Vagrant reads it before the project's own file.
+# Settings for the box of tests/vagrant/box.sh. Vagrant reads this file before the project's Vagrantfile.
 Vagrant.configure("2") do |config|
   config.vm.boot_timeout = 600
   config.vm.provider :libvirt do |libvirt|

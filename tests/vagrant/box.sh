@@ -1,13 +1,12 @@
 #!/bin/bash
-# Make a Vagrant box of Debian 12 for libvirt in which vagrant/provision.sh needs no network.
+# Build a Vagrant box of Debian 12 for libvirt in which vagrant/provision.sh needs no network.
 #
-# box.sh BOX PIP KEY   write the file BOX, as root; PIP is a pip that reaches its index, KEY a public
-#                      ssh key that lets Vagrant in
+# box.sh BOX PIP KEY   write the file BOX, as root; PIP is a pip that can reach its index, KEY the file
+#                      of the public ssh key that Vagrant logs in with
 #
-# It is what debian/bookworm64 is, with three differences: the packages that the provisioning would
-# install are there, pip finds its wheels in /opt/wheels, and the kernel is started by QEMU itself,
-# because a boot loader takes long under emulation. Whatever apt needs (mirror, proxy, keys) is taken
-# from this machine.
+# It differs from debian/bookworm64 in three ways: the packages that the provisioning would install are
+# installed already, pip finds its wheels in /opt/wheels, and QEMU boots the kernel directly, because
+# a boot loader is slow under emulation. apt uses this machine's mirror, proxy and keys.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 checkout=$here/../..
@@ -17,14 +16,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 root=$work/root
 
-# What a box is: kernel, systemd, ssh, and what Vagrant itself calls.
+# A box needs a kernel, systemd, ssh, and the programs that Vagrant itself runs.
 machine=(
     linux-image-amd64 initramfs-tools lz4 systemd-sysv dbus udev kmod
     openssh-server sudo rsync ifupdown isc-dhcp-client iproute2 procps ca-certificates
 )
 mapfile -t packages < <("$checkout/vagrant/provision.sh" packages)
 
-# The versions of constraints.txt, and what builds the program.
+# Download the dependencies in the versions of constraints.txt, and the build backend.
 wheels() {
     local needs
     mapfile -t needs < <(sed -n 's/^requires = \["\(.*\)"\]/\1/p
@@ -42,7 +41,7 @@ configure() {
     printf '[global]\nno-index = true\nfind-links = /opt/wheels\n' >"$root/etc/pip.conf"
     install -d "$root/opt/wheels"
     install -m 644 "$work"/wheels/*.whl "$root/opt/wheels/"
-    # Names are asked for by nobody here, and nobody would answer.
+    # There is no DNS server that could answer.
     printf 'UseDNS no\n' >"$root/etc/ssh/sshd_config.d/box.conf"
     chroot "$root" useradd --create-home --shell /bin/bash vagrant
     echo 'vagrant ALL=(ALL) NOPASSWD: ALL' >"$root/etc/sudoers.d/vagrant"
@@ -51,7 +50,7 @@ configure() {
     chroot "$root" chown -R vagrant: /home/vagrant
     rm -f "$root"/etc/ssh/ssh_host_*
     chroot "$root" ssh-keygen -q -A
-    # Nobody needs these, and each takes seconds of an emulated boot.
+    # These are not needed, and each costs seconds of an emulated boot.
     chroot "$root" systemctl mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer \
         e2scrub_reap.service fstrim.timer systemd-timesyncd.service 2>/dev/null
 }
@@ -70,7 +69,7 @@ pack() {
 }
 
 wheels
-# Only what QEMU's disk needs: a small initramfs is unpacked in no time.
+# Include only the modules for QEMU's disk: a small initramfs unpacks quickly.
 install -d "$work/initramfs/conf.d"
 printf 'MODULES=list\nCOMPRESS=lz4\nFSTYPE=ext4\n' >"$work/initramfs/conf.d/box"
 printf '%s\n' virtio_pci virtio_blk ext4 >"$work/initramfs/modules"

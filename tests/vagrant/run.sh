@@ -1,10 +1,11 @@
 #!/bin/bash
-# A real `vagrant up` of vagrant/Vagrantfile, unchanged, and what vagrant/README.md shows; `make vagrant-test`.
+# Run a real `vagrant up` of vagrant/Vagrantfile, unchanged, and the commands of vagrant/README.md; this
+# is `make vagrant-test`.
 #
-# As root. Everything runs in namespaces of its own: libvirt, its networks and the machines see no
-# network but theirs, leave nothing behind, and end with this script. Hence the box (box.sh) has all
-# that the provisioning needs. Its driver is QEMU's emulation, which needs no hardware virtualisation
-# and takes about ten minutes; IPSECGATE_TEST_DRIVER=kvm is quicker where KVM works.
+# Run it as root. Everything is in new namespaces: libvirt, its networks and the machines see only their
+# own network, leave nothing behind, and end with this script. So the box (box.sh) must contain all that
+# the provisioning needs. The default driver is QEMU's emulation, which needs no hardware virtualisation
+# and takes about ten minutes; IPSECGATE_TEST_DRIVER=kvm is faster where KVM works.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 cache=$checkout/.cache/vagrant
@@ -24,7 +25,7 @@ fail() {
     exit 1
 }
 
-# Vagrant draws thousands of bars.
+# Remove Vagrant's thousands of progress bars.
 plain() { tr '\r' '\n' | grep --line-buffered -v 'Progress: [0-9]*%' || true; }
 
 prepare() {
@@ -39,18 +40,18 @@ prepare() {
             "${missing[@]}"
     fi
     mkdir -p "$cache" "${log%/*}"
-    vagrant box list >/dev/null  # the first call ever writes the well-known key
+    vagrant box list >/dev/null  # Vagrant's very first run writes its well-known key
     ssh-keygen -y -f "$VAGRANT_HOME/insecure_private_key" >"$cache/key.pub"
     made_of=$(cat tests/vagrant/box.* constraints.txt pyproject.toml "$cache/key.pub" \
         <(vagrant/provision.sh packages) | sha256sum)
     if [ ! -f "$box" ] || [ "$made_of" != "$(cat "$box.made-of" 2>/dev/null)" ]; then
-        say "making the box"
+        say "building the box"
         tests/vagrant/box.sh "$box" .venv/bin/pip "$cache/key.pub"
         echo "$made_of" >"$box.made-of"
     fi
 }
 
-# libvirt without systemd, with everything it writes in a folder that goes away.
+# Run libvirt without systemd, with all that it writes in a temporary folder.
 start_libvirt() {
     local own=$cache/libvirt folder
     rm -rf "$own"
@@ -64,7 +65,7 @@ start_libvirt() {
     mount --bind "$own/lib" /var/lib/libvirt
     mount --bind "$own/cache" /var/cache/libvirt
     mount --bind "$own/log" /var/log/libvirt
-    # It looks for its package's user even where it is told to take another.
+    # It looks up the user of its package even if another one is configured.
     cp /etc/passwd /etc/group "$own"
     getent passwd libvirt-qemu >/dev/null || echo 'libvirt-qemu:x:64055:64055::/:/bin/false' >>"$own/passwd"
     getent group libvirt-qemu >/dev/null || echo 'libvirt-qemu:x:64055:' >>"$own/group"
@@ -84,7 +85,7 @@ start_libvirt() {
     fail "libvirtd does not answer"
 }
 
-# The host's end of the cable is a witness: it sees what both machines send.
+# Capture on the host's end of the cable, which sees the packets of both machines.
 watch_cable() {
     local bridge
     bridge=$(virsh --connect qemu:///system net-info ipsecgate | awk '/^Bridge/ { print $2 }')
@@ -104,16 +105,16 @@ judge_cable() {
     local esp ike clear
     kill "$watcher"
     wait "$watcher" || true
-    # IKE goes on at port 4500, behind four zeros where ESP in UDP has its SPI (RFC 3948, 2.2).
+    # IKE continues on port 4500, with four zero bytes where ESP in UDP has its SPI (RFC 3948, 2.2).
     local is_ike='(udp port 500 or (udp port 4500 and udp[8:4] = 0))'
     esp=$(seen esp) ike=$(seen "$is_ike") clear=$(seen "not esp and not arp and not $is_ike")
     echo "on the cable between the machines: $esp ESP, $ike IKE, $clear cleartext"
-    [ "$esp" -gt 0 ] && [ "$ike" -gt 0 ] && [ "$clear" -eq 0 ] || fail "that is not what it should be"
+    [ "$esp" -gt 0 ] && [ "$ike" -gt 0 ] && [ "$clear" -eq 0 ] || fail "expected ESP, IKE and no cleartext"
 }
 
 gate() { vagrant ssh gate -c "$1" 2>/dev/null; }
 
-shows_what_the_readme_says() {
+run_readme_commands() {
     say "$1"
     gate 'sudo ipsecgate status'
     watch_cable
@@ -121,11 +122,11 @@ shows_what_the_readme_says() {
     judge_cable
 }
 
-# After a boot the hooks are there before ssh, and the controller soon after.
-until_well() {
+# After a boot the hooks are loaded before ssh starts, and the controller is ready soon after.
+wait_ready() {
     local limit=$((SECONDS + 300))
     until gate 'sudo ipsecgate status' >/dev/null; do
-        [ "$SECONDS" -lt "$limit" ] || fail "all is not well: $(gate 'sudo ipsecgate status')"
+        [ "$SECONDS" -lt "$limit" ] || fail "the gate is not ready: $(gate 'sudo ipsecgate status')"
         sleep 5
     done
 }
@@ -138,12 +139,12 @@ inside() {
     vagrant box add --force --name debian/bookworm64 "$box" >/dev/null
     say "vagrant up"
     vagrant up 2>&1 | plain
-    say "it is up"
-    shows_what_the_readme_says "as it was provisioned"
+    say "both machines are up"
+    run_readme_commands "after provisioning"
     say "vagrant reload gate"
     vagrant reload gate
-    until_well
-    shows_what_the_readme_says "after a boot"
+    wait_ready
+    run_readme_commands "after a reboot"
     say "vagrant destroy"
     vagrant destroy --force
     say "vagrant-test passed"

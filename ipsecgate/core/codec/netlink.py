@@ -152,7 +152,7 @@ def encode_dump(message_type: int, body: bytes, sequence: int) -> bytes:
     return _encode(message_type, NLM_F_REQUEST | NLM_F_DUMP, body, sequence)
 
 
-def encode_ask(message_type: int, body: bytes, sequence: int) -> bytes:
+def encode_request(message_type: int, body: bytes, sequence: int) -> bytes:
     """Encode a request for one object; its answer ends as a dump does (`dump_end`)."""
     return _encode(message_type, NLM_F_REQUEST | NLM_F_ACK, body, sequence)
 

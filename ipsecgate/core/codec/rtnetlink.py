@@ -18,7 +18,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from socket import AF_INET, AF_INET6
 
-from ipsecgate.core.codec.netlink import Message, Span, encode_ask, encode_dump, messages
+from ipsecgate.core.codec.netlink import Message, Span, encode_dump, encode_request, messages
 from ipsecgate.core.model.flow import Address
 from ipsecgate.core.model.prefixes import WIDTH, Prefix
 
@@ -54,7 +54,7 @@ def encode_route_get(address: Address, sequence: int) -> bytes:
     family = AF_INET if address.version == 4 else AF_INET6
     raw = address.packed
     destination = struct.pack("=HH", 4 + len(raw), RTA_DST) + raw
-    return encode_ask(GETROUTE, _header(family, len(raw) * 8) + destination, sequence)
+    return encode_request(GETROUTE, _header(family, len(raw) * 8) + destination, sequence)
 
 
 def decode_prefixes(datagram: bytes) -> Iterator[Prefix]:
@@ -108,7 +108,7 @@ def decode_route(datagram: bytes) -> Iterator[tuple[Address, int]]:
 
 def encode_link_get(index: int, sequence: int) -> bytes:
     """Encode RTM_GETLINK for one link."""
-    return encode_ask(GETLINK, _LINK.pack(0, 0, index, 0, 0), sequence)
+    return encode_request(GETLINK, _LINK.pack(0, 0, index, 0, 0), sequence)
 
 
 def decode_link(datagram: bytes) -> Iterator[tuple[str, str]]:
@@ -128,7 +128,7 @@ def decode_link(datagram: bytes) -> Iterator[tuple[str, str]]:
         yield _text(message, attributes, IFLA_IFNAME), _text(message, info, IFLA_INFO_KIND)
 
 
-def decode_lost(datagram: bytes) -> Iterator[tuple[int, Prefix | None]]:
+def decode_removed_routes(datagram: bytes) -> Iterator[tuple[int, Prefix | None]]:
     """Yield the link and destination of each route that went, and (link, None) of each link.
 
     A link that is down has lost its routes without a word about them. Raises: DecodeError.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from socket import AF_INET, AF_INET6
 
-from ipsecgate.core.codec.netlink import encode_ask, encode_dump, messages
+from ipsecgate.core.codec.netlink import encode_dump, encode_request, messages
 from ipsecgate.core.model.flow import TCP, UDP, Address, Flow, unmap
 
 SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
@@ -30,7 +30,7 @@ _U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ConnectedSocket:
     """A connected socket: its flow, the id of its cgroup (None: not told), its name in netlink."""
 
     flow: Flow
@@ -45,13 +45,13 @@ def encode_listing(family: int, protocol: int, sequence: int) -> bytes:
     return encode_dump(SOCK_DIAG_BY_FAMILY, body, sequence)
 
 
-def encode_destroy(socket: Standing, sequence: int) -> bytes:
+def encode_destroy(socket: ConnectedSocket, sequence: int) -> bytes:
     """Encode the end of a socket: what it is doing fails with ECONNABORTED."""
     body = _REQUEST.pack(socket.family, socket.flow.proto, 0, 0, CONNECTED) + socket.id
-    return encode_ask(SOCK_DESTROY, body, sequence)
+    return encode_request(SOCK_DESTROY, body, sequence)
 
 
-def decode_listing(protocol: int, datagram: bytes) -> Iterator[Standing]:
+def decode_listing(protocol: int, datagram: bytes) -> Iterator[ConnectedSocket]:
     """Yield the sockets of a listing. Raises: DecodeError."""
     for message in messages(datagram):
         if message.type != SOCK_DIAG_BY_FAMILY:
@@ -74,7 +74,7 @@ def decode_listing(protocol: int, datagram: bytes) -> Iterator[Standing]:
             mark=0 if mark is None else _U32.unpack_from(datagram, mark)[0],
         )
         told = None if cgroup is None else _U64.unpack_from(datagram, cgroup)[0]
-        yield Standing(flow, told, family, raw)
+        yield ConnectedSocket(flow, told, family, raw)
 
 
 def _address(family: int, raw: bytes) -> Address:

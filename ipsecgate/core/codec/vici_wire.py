@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ipsecgate.core.codec.vici import Section, ViciError
+from ipsecgate.core.codec.vici_sections import Section, ViciError
 
 CMD_RESPONSE, CMD_UNKNOWN = 1, 2
 EVENT_CONFIRM, EVENT_UNKNOWN, EVENT = 5, 6, 7

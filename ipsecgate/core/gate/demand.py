@@ -72,7 +72,7 @@ class Demand:
         outcome = Outcome()
         for place, policy in enumerate(self._policy_table.policies):
             if policy.start:
-                outcome.add(self._ask(policy.any_flow(), place, policy))
+                outcome.add(self._ask(policy.sample_flow(), place, policy))
         orphans, self._orphans = self._orphans, set()
         for flow in orphans:
             outcome.add(self.refused(flow))

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.ipsec import ChildConfig
-from ipsecgate.core.model.policy import Policy, derived
+from ipsecgate.core.model.policy import Policy, derived_policies
 
 
 class DerivedPolicies:
@@ -19,7 +19,7 @@ class DerivedPolicies:
 
     def __init__(self, remembered: Iterable[ChildConfig]) -> None:
         self._known = {c.name: c for c in remembered}
-        self.policies: tuple[Policy, ...] = derived(self._known.values())
+        self.policies: tuple[Policy, ...] = derived_policies(self._known.values())
         self.errors: list[str] = []
 
     def learn(self, children: Iterable[ChildConfig]) -> list[do.Command]:
@@ -38,5 +38,5 @@ class DerivedPolicies:
         ]
         if self._known == before:
             return []
-        self.policies = derived(self._known.values())
+        self.policies = derived_policies(self._known.values())
         return [do.Remember(tuple(self._known.values()))]

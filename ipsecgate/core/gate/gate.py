@@ -85,7 +85,7 @@ class Gate:
     def errors(self) -> list[str]:
         """Return what the operator should mend."""
         errors = [*self.protection.errors, *self.policy_table.errors]
-        if self.settings.floor and self.protection.userspace_esp:
+        if self.settings.floor and self.protection.in_userspace:
             errors.append("gate.floor has no effect, because strongSwan does ESP")
         return errors
 
@@ -144,7 +144,7 @@ class Gate:
                 return self._ike_connected(event)
             case on.IkeGone(reason):
                 return self._ike_gone(reason)
-            case on.IkeUnread(reason):
+            case on.IkeUnparsed(reason):
                 return [*self.ike.log_unread((reason,)), do.AskIke()]
             case on.NegotiationFailed(name, cause):
                 return self._propagate.negotiations(self.negotiations.failed(name, cause))
@@ -285,7 +285,7 @@ class Gate:
         return [
             *self._propagate.protection(),
             do.ExemptIke(0),
-            do.Log("error", f"lost the IKE daemon ({reason}): protected flows are refused"),
+            do.Log("error", f"no IKE daemon ({reason}): protected flows are refused"),
             *self._propagate.negotiations(self.negotiations.ike_gone()),
         ]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.ipsec import SpdEntry
 from ipsecgate.core.model.policy import Policy, Settings
-from ipsecgate.core.state.floor import floor_of, is_floor
+from ipsecgate.core.state.floor import floor_policies, is_floor
 
 
 class HostFloor:
@@ -29,11 +29,11 @@ class HostFloor:
         if policies == self._policies:
             return []
         self._policies = policies
-        return [do.SetFloor(floor_of(policies))]
+        return [do.SetFloor(floor_policies(policies))]
 
     def compare(self, spd: Iterable[SpdEntry]) -> None:
         """Have the next `update` lay the floor again if the kernel holds less than all of it."""
         if self._policies is not None:
             found = sum(is_floor(entry) for entry in spd)
-            if found < len(floor_of(self._policies)):
+            if found < len(floor_policies(self._policies)):
                 self._policies = None

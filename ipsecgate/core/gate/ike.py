@@ -36,9 +36,9 @@ class Ike:
         """Exempt and log a daemon that was gone, and warn if it contradicts `sa_source`."""
         exempt = do.ExemptIke(event.pid)
         log = do.Log("info", f"connected to the IKE daemon, pid {event.pid}")
-        if configured is SaSource.AUTO or event.userland == (configured is SaSource.VICI):
+        if configured is SaSource.AUTO or event.userspace_esp == (configured is SaSource.VICI):
             return [exempt, log]
-        other = "strongSwan" if event.userland else "the kernel"
+        other = "strongSwan" if event.userspace_esp else "the kernel"
         text = f"gate.sa_source is {configured.value!r}, but {other} does ESP"
         return [exempt, log, do.Log("warning", text)]
 
@@ -91,7 +91,7 @@ class LoadedChildren:
     def _around(self, flow: Flow) -> list[ChildConfig]:
         """Return the children whose remote selectors contain a flow, narrowest first."""
         remote = flow.daddr, flow.proto, flow.dport
-        near = {config for _, found in self._by_network.around(flow.daddr) for config in found}
+        near = {config for _, found in self._by_network.containing(flow.daddr) for config in found}
         fits = {
             config: max(_narrowness(sel) for sel in config.remote if sel.contains(*remote))
             for config in sorted(near, key=self._order.__getitem__)

@@ -69,7 +69,7 @@ class Propagation:
             self._holds.recheck_all()
             children = list(self._negotiations.by_child)
         else:
-            flows = self._flow_index.among(changed)
+            flows = self._flow_index.within(changed)
             self._holds.recheck_flows(flows)
             children = self._negotiations.judged_by(flows)
         by_child = self._negotiations.by_child
@@ -95,6 +95,6 @@ class Propagation:
             commands += self._floor.update(
                 table.policies,
                 table.settings,
-                userspace_esp=self._protection.userspace_esp,
+                userspace_esp=self._protection.in_userspace,
             )
         return commands

@@ -25,9 +25,9 @@ from ipsecgate.core.model.ipsec import (
     SpdEntry,
 )
 from ipsecgate.core.model.policy import SaSource
-from ipsecgate.core.model.prefixes import LongestPrefix, PrefixSet, fit, prefix
+from ipsecgate.core.model.prefixes import LongestPrefix, PrefixSet, as_prefix, limit_sources
 from ipsecgate.core.state.kernel_state import KernelState
-from ipsecgate.core.state.userland import Userland
+from ipsecgate.core.state.userspace_esp import UserspaceEsp
 from ipsecgate.core.tables.capacity import fit_spd, join_names
 from ipsecgate.core.tables.layout import SOURCES, Key, State, TableId, flow_key
 from ipsecgate.core.tables.table import EMPTY, Table, TableFullError, Ternary, compile_table
@@ -62,7 +62,7 @@ class Sources:
 
         If they are more than the hooks' table holds, those of some destinations stay unknown.
         """
-        sources, lost = fit(event.sources, self.destinations, SOURCES)
+        sources, lost = limit_sources(event.sources, self.destinations, SOURCES)
         self.by_network = dict(sources)
         self._longest = LongestPrefix(sources)
         self.errors = [
@@ -79,16 +79,16 @@ class Sources:
         """
         if flow.saddr is not None:
             return flow
-        return replace(flow, saddr=next(self._longest.around(flow.daddr), (None, None))[1])
+        return replace(flow, saddr=next(self._longest.containing(flow.daddr), (None, None))[1])
 
     def are_known(self, networks: Iterable[Network]) -> bool:
         """Tell whether something was resolved for each of these networks."""
         known = PrefixSet(self.by_network)
-        return all(known.touches(prefix(network)) for network in networks)
+        return all(known.overlaps(as_prefix(network)) for network in networks)
 
     def follows(self, network: Network) -> bool:
         """Tell whether a network lies within the destinations."""
-        return self._covered.contains(prefix(network))
+        return self._covered.contains(as_prefix(network))
 
 
 class SpdTable:
@@ -104,14 +104,14 @@ class SpdTable:
         # Regions that the last update may have changed; None: unknown, it may be any flow.
         self.changed: list[Ternary] | None = []
 
-    def update(self, source: KernelState | Userland) -> list[do.Command]:
+    def update(self, source: KernelState | UserspaceEsp) -> list[do.Command]:
         """Publish the rules of `source`."""
-        rules = source.agreed_rules()
+        rules = source.hook_rules()
         self.errors = []
         try:
             table = compile_table(rules)
         except TableFullError as error:
-            table, closed = fit_spd(rules, source.party_of)
+            table, closed = fit_spd(rules, source.peer_of)
             names = join_names(source.name_of(owner) for owner in closed)
             self.errors = [f"SPD table: {error}; refused until all fit: {names}"]
         old, self.content = self.content, table
@@ -141,7 +141,7 @@ class Protection:
 
     def __init__(self, configured: SaSource) -> None:
         self.kernel_state = KernelState()
-        self.userland = Userland()
+        self.userspace_esp = UserspaceEsp()
         self.sources = Sources()
         self.spd_table = SpdTable()
         self.sa_source = configured  # with AUTO, the daemon's as soon as it is connected
@@ -152,14 +152,14 @@ class Protection:
         self._heard: set[type[on.Event]] = set()
 
     @property
-    def source(self) -> KernelState | Userland:
+    def source(self) -> KernelState | UserspaceEsp:
         """Return the one that knows the live SAs."""
-        return self.userland if self.sa_source is SaSource.VICI else self.kernel_state
+        return self.userspace_esp if self.sa_source is SaSource.VICI else self.kernel_state
 
     @property
-    def userspace_esp(self) -> bool:
+    def in_userspace(self) -> bool:
         """Tell whether the IKE daemon does ESP itself."""
-        return self.source is self.userland
+        return self.source is self.userspace_esp
 
     @property
     def errors(self) -> list[str]:
@@ -172,10 +172,10 @@ class Protection:
         """Apply one notification; return whether it may change what is protected."""
         match event:
             case on.ChildUp():
-                self.kernel_state.ike_adds(event.sa)
-                self.userland.ike_adds(event.sa)
+                self.kernel_state.child_up(event.sa)
+                self.userspace_esp.child_up(event.sa)
             case on.ChildDown():
-                self.userland.ike_drops(event.sa)
+                self.userspace_esp.child_down(event.sa)
             case _:
                 return self.kernel_state.apply(event)
         return True
@@ -195,7 +195,7 @@ class Protection:
         """Apply the routes: sources for the hooks, and destinations behind the daemon's device."""
         self._heard.add(on.SourcesResolved)
         self._tun = event.tun
-        self.userland.routed(event.into_tun)
+        self.userspace_esp.routed(event.into_tun)
         return self.sources.resolved(event)
 
     def ike_connected(self, event: on.IkeConnected) -> bool:
@@ -203,16 +203,16 @@ class Protection:
         self._heard.add(on.IkeConnected)
         before = self.sa_source
         if self._configured is SaSource.AUTO:
-            self.sa_source = SaSource.VICI if event.userland else SaSource.XFRM
-        kernel = self.kernel_state.ike_knows(event.established)
-        userland = self.userland.ike_knows(event.established)
-        return kernel or userland or before is not self.sa_source
+            self.sa_source = SaSource.VICI if event.userspace_esp else SaSource.XFRM
+        kernel = self.kernel_state.ike_connected(event.established)
+        daemon = self.userspace_esp.ike_connected(event.established)
+        return kernel or daemon or before is not self.sa_source
 
     def ike_gone(self) -> None:
         """Stop trusting any SA: no daemon confirms it."""
         self._heard.add(on.IkeGone)
         self.kernel_state.ike_gone()
-        self.userland.ike_gone()
+        self.userspace_esp.ike_gone()
 
     def may_be_unknown(self, entry: SpdEntry) -> bool:
         """Tell whether a kernel policy may belong to a connection that was loaded just now.
@@ -243,7 +243,7 @@ class Protection:
 
         Packets into the daemon's own TUN device are not in clear: the daemon encrypts them.
         """
-        tun = self._tun if self.userspace_esp else 0
+        tun = self._tun if self.in_userspace else 0
         before, self._published_tun = self._published_tun, tun
         set_tun = [do.SetTun(tun)] if tun != before else []
         return [*set_tun, *self.spd_table.update(self.source)]
@@ -261,17 +261,19 @@ class Protection:
         Then another negotiation changes nothing.
         """
         established = self.kernel_state.established(config.name)
-        return not self.userspace_esp and any(not self.kernel_state.lacks(sa) for sa in established)
+        return not self.in_userspace and any(
+            not self.kernel_state.is_missing(sa) for sa in established
+        )
 
     def one_way(self, networks: Iterable[Network]) -> set[ChildSa]:
         """Return the CHILD_SAs towards these networks whose inbound half the kernel has lost."""
-        if self.userspace_esp:
+        if self.in_userspace:
             return set()
         protected = PrefixSet(networks)
         return {
             sa
-            for sa in self.kernel_state.halves()
-            if any(protected.touches(prefix(remote.network)) for remote in sa.remote)
+            for sa in self.kernel_state.one_way_children()
+            if any(protected.overlaps(as_prefix(remote.network)) for remote in sa.remote)
         }
 
     def stale(self, name: ChildName, flow: Flow) -> list[ChildSa]:
@@ -286,4 +288,4 @@ class Protection:
             for sa in self.source.established(name)
             if any(selector.contains(*remote) for selector in sa.remote)
         ]
-        return covering if all(self.source.lacks(sa) for sa in covering) else []
+        return covering if all(self.source.is_missing(sa) for sa in covering) else []

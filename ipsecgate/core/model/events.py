@@ -137,14 +137,14 @@ class IkeDown:
 class IkeConnected:
     """The IKE daemon answers: what it has loaded, what it has established, its pid.
 
-    `userland`: it does ESP itself (kernel-libipsec), so the kernel knows no SA of its.
+    `userspace_esp`: it does ESP itself (kernel-libipsec), so the kernel knows no SA of its.
     `unread`: what was not understood; it is in neither list, and says nothing of what is.
     """
 
     children: tuple[ChildConfig, ...]
     established: tuple[ChildSa, ...]
     pid: int
-    userland: bool = False
+    userspace_esp: bool = False
     unread: tuple[str, ...] = ()
 
 
@@ -171,7 +171,7 @@ class NegotiationDone:
 
 
 @dataclass(frozen=True, slots=True)
-class IkeUnread:
+class IkeUnparsed:
     """The IKE daemon told something that was not understood: what it lists says how it is."""
 
     reason: str
@@ -183,7 +183,7 @@ IkeEvent = (
     | IkeUp
     | IkeDown
     | IkeGone
-    | IkeUnread
+    | IkeUnparsed
     | NegotiationFailed
     | NegotiationDone
 )

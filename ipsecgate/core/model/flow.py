@@ -20,6 +20,7 @@ ICMP = (1, 58)
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 
 PORT_MASK = 0xFFFF
+OPAQUE = (PORT_MASK, 0)  # a traffic selector for packets without ports, RFC 7296 3.13.1
 DHCP = (("255.255.255.255", 68, 67), ("ff02::1:2", 546, 547))
 ANY_V4 = IPv4Network("0.0.0.0/0")
 ANY_V6 = IPv6Network("::/0")
@@ -94,7 +95,7 @@ class Selector:
     ifindex: int = 0
 
     @property
-    def answer(self) -> Selector:
+    def reply(self) -> Selector:
         """What comes back, as strongSwan has it: the ends exchanged, and from any interface.
 
         Of ICMP the ports are type and code, both ways; unless they are 0. Source: ts2selector()

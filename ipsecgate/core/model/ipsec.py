@@ -15,7 +15,7 @@ ESP = 50
 AH = 51
 COMP = 108
 
-LATE = 2  # seconds after its hard lifetime by which the kernel has surely let go of a state
+EXPIRY_SLACK = 2  # seconds after its hard lifetime by which the kernel has surely let go of a state
 
 
 class Action(IntEnum):
@@ -68,7 +68,7 @@ class Template:
     daddr: Address | None = None
     optional: bool = False
 
-    def may_name(self, sa: SaId) -> bool:
+    def accepts(self, sa: SaId) -> bool:
         """Tell whether it is this SA that it asks for, as far as it says which."""
         return self.proto == sa.proto and self.spi in (0, sa.spi) and self.daddr in (None, sa.daddr)
 
@@ -140,7 +140,7 @@ class Sa:
 
         Source: xfrm_timer_handler(), which looks at whole seconds, and not in each.
         """
-        return self.installed_at + self.hard_lifetime + LATE if self.hard_lifetime else 0
+        return self.installed_at + self.hard_lifetime + EXPIRY_SLACK if self.hard_lifetime else 0
 
 
 # --- the IKE daemon's words for the same

@@ -39,7 +39,7 @@ class Policy:
     child: str | None = None
     start: bool = False
 
-    def any_flow(self) -> Flow:
+    def sample_flow(self) -> Flow:
         """Return a flow that it names, to negotiate before anyone asks."""
         network = self.remote[0]
         host = network[0] if network.num_addresses == 1 else network[1]
@@ -77,7 +77,7 @@ class Settings:
     destroy: bool = False  # end the sockets whose SA went, instead of blocking their packets
 
 
-def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
+def derived_policies(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
     """Return a protect policy for every distinct remote traffic selector.
 
     Which child protects it is found when a flow asks: the one that it was derived

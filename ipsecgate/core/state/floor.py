@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from zlib import crc32
 
-from ipsecgate.core.codec.netlink import encode_ask
+from ipsecgate.core.codec.netlink import encode_request
 from ipsecgate.core.codec.xfrm import DELPOLICY, POLICY_BLOCK, UPDPOLICY
 from ipsecgate.core.model.flow import ANY_V6, PORT_MASK, Network
 from ipsecgate.core.model.ipsec import Action, Direction, SpdEntry
@@ -54,12 +54,12 @@ class FloorPolicy:
     dport: tuple[int, int] = (0, 0)
 
 
-def tag_of(instance: str) -> int:
+def instance_tag(instance: str) -> int:
     """Return what an instance's policies are known by; never 0."""
     return crc32(f"ipsecgate/{instance}".encode()) | 1
 
 
-def floor_of(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
+def floor_policies(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
     """Return the floor under these policies."""
     found: list[FloorPolicy] = []
     for place, policy in enumerate(policies, 1):
@@ -89,7 +89,7 @@ def is_floor(entry: SpdEntry) -> bool:
     return ours and entry.priority >= PRIORITY and not entry.templates
 
 
-def ours(entry: SpdEntry, tag: int) -> FloorPolicy | None:
+def parse_own(entry: SpdEntry, tag: int) -> FloorPolicy | None:
     """Return a policy of this floor as it was made, None for anybody else's."""
     sel = entry.key.selector
     if not is_floor(entry) or entry.key.host_bits != (tag, 0) or sel.src.prefixlen:
@@ -109,13 +109,13 @@ def encode_set(one: FloorPolicy, tag: int, sequence: int) -> bytes:
     action = POLICY_BLOCK if one.block else 0
     tail = _POLICY.pack(PRIORITY + one.place, 0, Direction.OUT, action, 0, 0)
     body = _selector(one, tag) + _LIFETIME + bytes(32) + tail
-    return encode_ask(UPDPOLICY, body, sequence)
+    return encode_request(UPDPOLICY, body, sequence)
 
 
 def encode_delete(one: FloorPolicy, tag: int, sequence: int) -> bytes:
     """Encode XFRM_MSG_DELPOLICY, by selector."""
     body = _selector(one, tag) + _POLICY_ID.pack(0, Direction.OUT)
-    return encode_ask(DELPOLICY, body, sequence)
+    return encode_request(DELPOLICY, body, sequence)
 
 
 def _selector(one: FloorPolicy, tag: int) -> bytes:

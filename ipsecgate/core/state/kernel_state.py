@@ -46,7 +46,13 @@ from ipsecgate.core.model.ipsec import (
     Template,
 )
 from ipsecgate.core.state.floor import PRIORITY, is_floor
-from ipsecgate.core.state.spd import EVERYTHING, Negotiated, agreed_on, region_of, spd_rules
+from ipsecgate.core.state.spd import (
+    EVERYTHING,
+    Negotiated,
+    negotiated_regions,
+    region_of,
+    spd_rules,
+)
 from ipsecgate.core.tables.table import Rule, Ternary
 
 
@@ -113,10 +119,10 @@ class KernelState:
     def _things(self) -> set[SpdEntry | Sa]:
         return {*self.policies.values(), *self.inbound.values(), *self.sas.values()}
 
-    def ike_knows(self, established: Iterable[ChildSa]) -> bool:
+    def ike_connected(self, established: Iterable[ChildSa]) -> bool:
         """The daemon is connected and lists these CHILD_SAs; return whether that is news.
 
-        The list may be older than what `ike_adds` was told: of SAs that the kernel
+        The list may be older than what `child_up` was told: of SAs that the kernel
         has nothing is forgotten.
         """
         before = self._ike, self._known
@@ -126,7 +132,7 @@ class KernelState:
         self._by_name = None
         return before != (self._ike, self._known)
 
-    def ike_adds(self, sa: ChildSa) -> None:
+    def child_up(self, sa: ChildSa) -> None:
         """The daemon told of one more CHILD_SA."""
         self._known[sa.outbound] = sa
         self._by_name = None
@@ -138,7 +144,7 @@ class KernelState:
         self._known = {}
         self._by_name = None
 
-    def trusted_sas(self) -> list[Sa]:
+    def confirmed_sas(self) -> list[Sa]:
         """Return the SAs that may cover a flow."""
         return [
             sa
@@ -154,7 +160,7 @@ class KernelState:
                 self._by_name.setdefault(sa.name, []).append(sa)
         return self._by_name.get(name, [])
 
-    def lacks(self, told: ChildSa) -> bool:
+    def is_missing(self, told: ChildSa) -> bool:
         """Tell whether the kernel has not what the daemon says is established.
 
         Of two children for the same flows the policy names one, and the other protects nothing.
@@ -167,9 +173,9 @@ class KernelState:
                 for template in entry.templates:
                     self._asking.setdefault(template.reqid, []).append(template)
         asking = self._asking.get(told.reqid, ())
-        return not any(template.may_name(told.outbound) for template in asking)
+        return not any(template.accepts(told.outbound) for template in asking)
 
-    def halves(self) -> set[ChildSa]:
+    def one_way_children(self) -> set[ChildSa]:
         """Return the CHILD_SAs that can send, and of which something is missing to receive.
 
         That is the inbound state; and for each outbound policy that names the SA, as those of the
@@ -194,9 +200,9 @@ class KernelState:
             and not (
                 (told.inbound, told.reqid) in states
                 and all(
-                    (selector.answer, told.reqid) in receiving
+                    (selector.reply, told.reqid) in receiving
                     for template, selector in sending.get((told.spi_out, told.reqid), ())
-                    if template.may_name(told.outbound)
+                    if template.accepts(told.outbound)
                 )
             )
         }
@@ -204,14 +210,14 @@ class KernelState:
     def outbound_sas(self) -> list[Sa]:
         """Return the trusted SAs without those the daemon calls inbound."""
         inbound = {sa.inbound for sa in self._known.values()}
-        return [sa for sa in self.trusted_sas() if sa.id not in inbound]
+        return [sa for sa in self.confirmed_sas() if sa.id not in inbound]
 
     def child_of(self, sa: Sa) -> ChildName | None:
         """Return which child the daemon lists an SA under, None until it does."""
         known = self._known.get(sa.id)
         return known.name if known else None
 
-    def party_of(self, entry: SpdEntry) -> Hashable:
+    def peer_of(self, entry: SpdEntry) -> Hashable:
         """Return who answers for a policy: its peer, else where it leads."""
         ends = (template.daddr for template in entry.templates if template.daddr is not None)
         return next(ends, entry.key.selector.dst)
@@ -221,17 +227,17 @@ class KernelState:
         selector = entry.key.selector
         flows = f"{selector.src} to {selector.dst}"
         for sa in self._known.values():
-            if any(t.reqid == sa.reqid and t.may_name(sa.outbound) for t in entry.templates):
+            if any(t.reqid == sa.reqid and t.accepts(sa.outbound) for t in entry.templates):
                 return f"{sa.name} ({flows}, peer {sa.remote_host})"
-        return f"{flows} (peer {self.party_of(entry)})"
+        return f"{flows} (peer {self.peer_of(entry)})"
 
-    def rules(self) -> list[Rule]:
+    def kernel_rules(self) -> list[Rule]:
         """Return the kernel's own answers, as far as its SAs are trusted."""
-        return spd_rules(self.policies.values(), self.trusted_sas())
+        return spd_rules(self.policies.values(), self.confirmed_sas())
 
-    def agreed_rules(self) -> list[Rule]:
+    def hook_rules(self) -> list[Rule]:
         """Return the hook's SPD table as rules: the kernel's answers within what was agreed."""
-        return spd_rules(self._before_the_floor(), self.trusted_sas(), self._agreed())
+        return spd_rules(self._before_the_floor(), self.confirmed_sas(), self._agreed())
 
     def _before_the_floor(self) -> list[SpdEntry]:
         """Return the policies without a floor that is the last of them.
@@ -248,11 +254,11 @@ class KernelState:
 
         def agreed(sa: Sa, template: Template) -> Iterable[Ternary]:
             if sa.id in self._known:
-                return agreed_on(self._known[sa.id].local, self._known[sa.id].remote)
+                return negotiated_regions(self._known[sa.id].local, self._known[sa.id].remote)
             if template.spi == sa.id.spi:
                 return (EVERYTHING,)
             named = naming().get((sa.id.spi, sa.reqid), ())
-            return (region for other, region in named if other.may_name(sa.id))
+            return (region for other, region in named if other.accepts(sa.id))
 
         return agreed
 

@@ -13,7 +13,7 @@ Rules of this module (validated against the kernel, see docs/protected.md):
 - `Negotiated` narrows once more: what the peers agreed on may be less than what the
   kernel would send, and the peer drops the rest.
 - A policy's mark is matched against the flow's, a state's against its policy's.
-- A rule that lets go is its policy's (`Rule.of`): where not all fit, it closes as a whole.
+- A rule that lets go is its policy's (`Rule.owner`): where not all fit, it closes as a whole.
 - A flow has no interface id (it gets one inside an XFRM interface, which the
   hooks do not see), so policies that ask for one match none.
 
@@ -63,14 +63,14 @@ def whole(_sa: Sa, _template: Template) -> Iterable[Ternary]:
 
 
 def by_reqid(sas: Iterable[Sa]) -> dict[int, list[Sa]]:
-    """Index states for `live_regions`."""
+    """Index states for `live_rules`."""
     index: dict[int, list[Sa]] = {}
     for sa in sas:
         index.setdefault(sa.reqid, []).append(sa)
     return index
 
 
-def live_regions(
+def live_rules(
     entry: SpdEntry, sas: Mapping[int, list[Sa]], negotiated: Negotiated = whole
 ) -> list[Rule]:
     """Return the parts of a policy's selector that live states protect now, and until when.
@@ -102,7 +102,7 @@ def live_regions(
             for part in _protected_by(template, ends, fitting, negotiated)
         ]
         regions = [region for region in narrowed if region is not None]
-    owned = (replace(region, of=entry) for region in regions)
+    owned = (replace(region, owner=entry) for region in regions)
     return sorted(owned, key=lambda region: -_end(region))
 
 
@@ -152,7 +152,7 @@ def _protected_by(
 
 
 @lru_cache(maxsize=1 << 16)
-def agreed_on(
+def negotiated_regions(
     local: tuple[TrafficSelector, ...], remote: tuple[TrafficSelector, ...], exact: bool = False
 ) -> list[Ternary]:
     """Return the flows between two sets of traffic selectors, each local with each remote.
@@ -196,7 +196,7 @@ def spd_rules(
         key=lambda p: p.priority,
     )
     for _, group in groupby(applicable, key=lambda p: p.priority):
-        tied = [(region_of(p), live_regions(p, index, negotiated)) for p in group]
+        tied = [(region_of(p), live_rules(p, index, negotiated)) for p in group]
         rules.extend(_disagreements(tied))
         rules.extend(_unsettled(selector for selector, _ in tied))
         for selector, regions in tied:

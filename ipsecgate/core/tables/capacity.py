@@ -24,12 +24,12 @@ from ipsecgate.core.tables.layout import TUPLES, Key, State
 from ipsecgate.core.tables.policy_rules import matches, rule_of
 from ipsecgate.core.tables.table import (
     LIMIT,
-    Overlaps,
+    OverlapIndex,
     Rule,
     Table,
     TableFullError,
     Ternary,
-    compile_open,
+    compile_partial,
     compile_table,
     ternary,
 )
@@ -49,30 +49,30 @@ class _Need:
     entries: int = 0
 
 
-def fit_spd(rules: Sequence[Rule], party_of: Callable[[Any], Hashable]) -> tuple[Table, list[Any]]:
-    """Return a table, and whose live rules are not in it. `party_of`: who answers for an owner."""
-    admitted = _admitted(rules, party_of)
-    kept = [rule for rule in rules if rule.entry.state is not State.LIVE or rule.of in admitted]
-    table, closed = compile_open(_needed(kept))
-    owners = dict.fromkeys(rule.of for rule in rules if rule.entry.state is State.LIVE)
+def fit_spd(rules: Sequence[Rule], peer_of: Callable[[Any], Hashable]) -> tuple[Table, list[Any]]:
+    """Return a table, and whose live rules are not in it. `peer_of`: who answers for an owner."""
+    admitted = _admitted(rules, peer_of)
+    kept = [rule for rule in rules if rule.entry.state is not State.LIVE or rule.owner in admitted]
+    table, closed = compile_partial(_needed(kept))
+    owners = dict.fromkeys(rule.owner for rule in rules if rule.entry.state is State.LIVE)
     return table, [owner for owner in owners if owner not in admitted or owner in closed]
 
 
-def _admitted(rules: Iterable[Rule], party_of: Callable[[Any], Hashable]) -> set[Any]:
+def _admitted(rules: Iterable[Rule], peer_of: Callable[[Any], Hashable]) -> set[Any]:
     """Choose the owners that fit, those of the most modest parties first."""
     needs: dict[Any, _Need] = {}
-    before = Overlaps()  # what is dead
+    before = OverlapIndex()  # what is dead
     for rule in rules:
         if rule.entry.state is not State.LIVE:
             before.add(rule)
             continue
-        need = needs.setdefault(rule.of, _Need())
+        need = needs.setdefault(rule.owner, _Need())
         need.masks.add(rule.match.mask)
         need.masks.update(before.masks(rule.match))
         need.entries += 1
     parties: dict[Hashable, list[Any]] = {}
     for owner in needs:
-        parties.setdefault(party_of(owner), []).append(owner)
+        parties.setdefault(peer_of(owner), []).append(owner)
 
     def modesty(owners: Iterable[Any]) -> tuple[int, int]:
         theirs = [needs[owner] for owner in owners]
@@ -93,7 +93,7 @@ def _admitted(rules: Iterable[Rule], party_of: Callable[[Any], Hashable]) -> set
 
 def _needed(rules: Sequence[Rule]) -> list[Rule]:
     """Leave out what is dead and before nothing live: without it there is no entry, or a dead."""
-    behind = Overlaps()  # what is live
+    behind = OverlapIndex()  # what is live
     kept: list[Rule] = []
     for rule in reversed(rules):
         if rule.entry.state is State.LIVE:
@@ -183,11 +183,11 @@ _WIDTHS = (_whole, _rounded, _everything)
 def _arranged(policies: Sequence[Policy], widened: dict[int, list[Ternary]]) -> list[Rule]:
     """Return the rules: what was widened is last, and before what is laxer and shares its flows."""
     rules: list[Rule] = []
-    wide: list[tuple[Policy, list[Rule], Overlaps]] = []
+    wide: list[tuple[Policy, list[Rule], OverlapIndex]] = []
     for place, policy in enumerate(policies):
         if place in widened:
             region = [rule_of(policy, place, match) for match in widened[place]]
-            flows = Overlaps()
+            flows = OverlapIndex()
             for match in matches(policy) if region else ():
                 flows.add(rule_of(policy, place, match))
             wide.append((policy, region, flows))

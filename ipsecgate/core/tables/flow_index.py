@@ -53,7 +53,7 @@ class FlowIndex:
         self._keys = {flow: _key_of(route(flow)) for flow in self._keys}
         self._indexes.clear()
 
-    def among(self, regions: Iterable[Ternary]) -> set[Flow]:
+    def within(self, regions: Iterable[Ternary]) -> set[Flow]:
         """Return the flows that lie in one of these regions."""
         found: set[Flow] = set()
         for region in regions:

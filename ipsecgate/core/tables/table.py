@@ -111,12 +111,12 @@ def port_masks(low: int, high: int) -> list[tuple[int, int]]:
 class Rule:
     """Flows that match get this entry, unless an earlier rule has them.
 
-    `of` is whose it is: where not all rules fit, all that an owner lets go is closed together.
+    `owner` is whose it is: where not all rules fit, all that an owner lets go is closed together.
     """
 
     match: Ternary
     entry: Entry
-    of: Any = field(default=None, compare=False)
+    owner: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ def compile_table(rules: Iterable[Rule]) -> Table:
     return table
 
 
-def compile_open(rules: Iterable[Rule]) -> tuple[Table, set[Any]]:
+def compile_partial(rules: Iterable[Rule]) -> tuple[Table, set[Any]]:
     """Order as many rules into tuples as there is room for; return also whose are closed.
 
     No live rule is behind one that found no room and has a flow of it. What is closed is dead
@@ -192,7 +192,7 @@ def compile_open(rules: Iterable[Rule]) -> tuple[Table, set[Any]]:
     """
     groups: list[_Group] = []
     closed: set[Any] = set()
-    missing = Overlaps()
+    missing = OverlapIndex()
     count = 0
     for rule in rules:
         if any(group.shadows(rule.match) for group in groups):
@@ -200,8 +200,8 @@ def compile_open(rules: Iterable[Rule]) -> tuple[Table, set[Any]]:
         place = _place(groups, rule.match)
         full = count == LIMIT or place == TUPLES
         if rule.entry.state is State.LIVE:
-            if full or rule.of in closed or missing.any(rule.match):
-                closed.add(rule.of)
+            if full or rule.owner in closed or missing.any(rule.match):
+                closed.add(rule.owner)
                 continue
         elif full:
             missing.add(rule)
@@ -216,7 +216,7 @@ def compile_open(rules: Iterable[Rule]) -> tuple[Table, set[Any]]:
 def _table(groups: list[_Group], closed: Container[Any] = ()) -> Table:
     entries = {
         (index, value): replace(rule.entry, state=State.DEAD, deadline=0)
-        if rule.of in closed and rule.entry.state is State.LIVE
+        if rule.owner in closed and rule.entry.state is State.LIVE
         else rule.entry
         for index, group in enumerate(groups)
         for value, rule in group.rules.items()
@@ -224,7 +224,7 @@ def _table(groups: list[_Group], closed: Container[Any] = ()) -> Table:
     return Table(tuple(group.mask for group in groups), entries)
 
 
-class Overlaps:
+class OverlapIndex:
     """Rules that can be asked quickly whether they have a flow in common with another."""
 
     def __init__(self) -> None:

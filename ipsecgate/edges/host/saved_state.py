@@ -16,8 +16,7 @@ from reprlib import repr as short
 from typing import Any, TypeVar
 
 from ipsecgate import trust
-from ipsecgate.core.codec.vici import OPAQUE
-from ipsecgate.core.model.flow import PORT_MASK, TrafficSelector
+from ipsecgate.core.model.flow import OPAQUE, PORT_MASK, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
 from ipsecgate.errors import GateError
 
@@ -102,10 +101,10 @@ def _selector(item: list[Any]) -> TrafficSelector:
     network, *numbers = item
     proto, low, high = (_exactly(int, number) for number in numbers)
     if not 0 <= proto <= 0xFF:
-        raise ValueError(f"protocol {short(proto)}")
+        raise ValueError(f"invalid protocol {short(proto)}")
     # An empty range would match no flow, so the child would protect nothing.
     if (low, high) != OPAQUE and not 0 <= low <= high <= PORT_MASK:
-        raise ValueError(f"ports {short(low)}-{short(high)}")
+        raise ValueError(f"invalid ports {short(low)}-{short(high)}")
     return TrafficSelector(ip_network(_exactly(str, network)), proto, (low, high))
 
 

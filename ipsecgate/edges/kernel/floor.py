@@ -9,7 +9,7 @@ from functools import partial
 
 from ipsecgate.core.codec.xfrm import decode, encode_policy_dump
 from ipsecgate.core.model.events import PolicySet, XfrmEvent
-from ipsecgate.core.state.floor import FloorPolicy, encode_delete, encode_set, ours
+from ipsecgate.core.state.floor import FloorPolicy, encode_delete, encode_set, parse_own
 from ipsecgate.edges.kernel.netlink import Requests
 from ipsecgate.edges.kernel.probe import has_xfrm
 from ipsecgate.edges.kernel.xfrm import NETLINK_XFRM
@@ -64,7 +64,7 @@ async def keep(tag: int, wanted: tuple[FloorPolicy, ...]) -> None:
         present = {
             policy
             for event in await requests.dump(encode_policy_dump, decode)
-            if isinstance(event, PolicySet) and (policy := ours(event.entry, tag)) is not None
+            if isinstance(event, PolicySet) and (policy := parse_own(event.entry, tag)) is not None
         }
         for policy in wanted:
             if policy not in present:

@@ -106,12 +106,12 @@ class TwoNamespaces:
         """
         snapshot = self.distort(await self.monitor.snapshot())
         kernel_state = KernelState()
-        kernel_state.ike_knows(())
+        kernel_state.ike_connected(())
         for entry in snapshot.policies:
             kernel_state.apply(PolicySet(entry))
         for sa in snapshot.sas:
             kernel_state.apply(SaSet(sa))
-        return compile_table(kernel_state.rules())
+        return compile_table(kernel_state.kernel_rules())
 
     def counted(self) -> tuple[int, int]:
         """Return how often the hooks have let go and refused so far, under an SA or not."""

@@ -1,4 +1,4 @@
-# What this host has of its own, beside what its charon brings.
+# The state of this host, besides that of its charon.
 hostname a-host
 ip link set lo up
 ip netns add peer

@@ -1,4 +1,4 @@
-"""Decoders with a defect each, to see that it is found; and one without."""
+"""Decoders with one planted defect each, which fuzzing must find, and one without."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ REAL = b"GOOD"
 
 
 class Sound(Target):
-    """Knows one message, and refuses all others."""
+    """Accepts one message, and refuses all others."""
 
     name = "sound"
     refusals = (ValueError,)
@@ -29,7 +29,7 @@ class Sound(Target):
 
 
 class Crashes(Sound):
-    """Three bytes lead to it, and each looks as wrong as the others to whoever only guesses."""
+    """Crashes after three right bytes, which only coverage reveals one by one."""
 
     name = "crashes"
 

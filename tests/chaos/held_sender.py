@@ -1,12 +1,12 @@
-"""A process whose calls are held, a thread for each target, until its input ends.
+"""A process whose calls are held: one thread per target sends until the input ends.
 
-    waiter PERIOD TARGETS    TARGETS: a list of [kind, address, port] as JSON
-        input "?":   a line with, for each target, when the last call that went began, the last
-                     that failed, and the one that is under way (0: none)
-        input "all": the same, and every call since the last time: [began, ended, error]
+    held_sender PERIOD TARGETS    TARGETS: a JSON list of [kind, address, port]
+        input "?":   answers with a line of JSON: for each target, the start of the last call that
+                     succeeded, of the last that failed, and of one that is under way (0: none)
+        input "all": also every call since the last time: [began, ended, error]
 
-Kinds: `sendto` a datagram from a new socket, `associate` UDP's connect(), `connect` TCP's to a
-port that nobody listens on. Sockets block; a handshake that is let go has HANDSHAKE seconds.
+Kinds: `sendto` sends a datagram from a new socket, `associate` is UDP's connect(), `connect` is
+TCP's, to a closed port. Sockets block; an allowed handshake has HANDSHAKE to complete.
 Times are CLOCK_MONOTONIC.
 """
 
@@ -21,12 +21,12 @@ import threading
 import time
 
 HANDSHAKE = struct.pack("@ll", 2, 0)  # struct timeval
-# The peer's answer, and none in time: in both cases the call was let go.
-WENT = (errno.ECONNREFUSED, errno.EINPROGRESS)
+# The peer's answer, and no answer in time: in both cases the call was allowed.
+ALLOWED = (errno.ECONNREFUSED, errno.EINPROGRESS)
 
 
 class Target:
-    """One way to speak to one address, and what came of it."""
+    """One kind of call to one address, and its results."""
 
     def __init__(self, kind: str, address: str, port: int) -> None:
         self.kind, self.where = kind, (address, port)
@@ -34,8 +34,8 @@ class Target:
         self.good = self.bad = self.under_way = 0.0
         self.calls: list[tuple[float, float, str]] = []
 
-    def speak(self, period: float) -> None:
-        """Call after call, until the process ends."""
+    def send(self, period: float) -> None:
+        """Make one call after the other, until the process ends."""
         while True:
             with self.new() as sock:
                 self.under_way = began = time.monotonic()
@@ -61,27 +61,27 @@ class Target:
             else:
                 sock.connect(self.where)
         except OSError as error:
-            if error.errno not in WENT:
+            if error.errno not in ALLOWED:
                 return errno.errorcode.get(error.errno or 0, str(error))
         return ""
 
-    def told(self, everything: bool) -> dict[str, object]:
-        told: dict[str, object] = {"good": self.good, "bad": self.bad, "began": self.under_way}
+    def report(self, everything: bool) -> dict[str, object]:
+        report: dict[str, object] = {"good": self.good, "bad": self.bad, "began": self.under_way}
         if everything:
-            count = len(self.calls)  # its thread goes on
-            told["calls"], self.calls[:count] = self.calls[:count], []
-        return told
+            count = len(self.calls)  # the thread may append more meanwhile
+            report["calls"], self.calls[:count] = self.calls[:count], []
+        return report
 
 
 def main() -> None:
     targets = [Target(*words) for words in json.loads(sys.argv[2])]
     for target in targets:
-        threading.Thread(target=target.speak, args=(float(sys.argv[1]),), daemon=True).start()
+        threading.Thread(target=target.send, args=(float(sys.argv[1]),), daemon=True).start()
     sys.stdout.write('"ready"\n')
     sys.stdout.flush()
     for line in sys.stdin:
-        told = [target.told(line.strip() == "all") for target in targets]
-        sys.stdout.write(json.dumps(told) + "\n")
+        reports = [target.report(line.strip() == "all") for target in targets]
+        sys.stdout.write(json.dumps(reports) + "\n")
         sys.stdout.flush()
 
 

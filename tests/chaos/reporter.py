@@ -1,4 +1,4 @@
-"""A process that speaks: asked by a line, it answers with one of JSON."""
+"""A process in a host that answers each line of its input with one line of JSON."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ipsecgate.lab.host import Host
 PIPE = subprocess.PIPE
 
 
-class Voice:
-    """One that runs, and says so with its first line."""
+class Reporter:
+    """A running process; construction waits for its first line, which says that it is ready."""
 
     def __init__(self, host: Host, argv: Sequence[str], cgroup: Path | None = None) -> None:
         process = host.popen(argv, cgroup=cgroup, stdin=PIPE, stdout=PIPE)
         assert process.stdin is not None
         assert process.stdout is not None
         self._input, self._output = process.stdin, process.stdout
-        assert self._output.readline(), f"it does not run: {argv}"
+        assert self._output.readline(), f"it exited: {argv}"
 
     def ask(self, word: str = "?") -> list[dict[str, Any]]:
-        """Return what it says of each of its targets."""
+        """Send a request; return the report for each of its targets."""
         self._input.write(f"{word}\n")
         self._input.flush()
-        told: list[dict[str, Any]] = json.loads(self._output.readline())
-        return told
+        reports: list[dict[str, Any]] = json.loads(self._output.readline())
+        return reports

@@ -1,8 +1,8 @@
-"""A process with a TCP connection and a connected UDP socket that stand, and say how they end.
+"""A process with an open TCP connection and a connected UDP socket, which reports how they end.
 
-argv: ADDRESS PORT, where `tests/chaos/speaker.py server` echoes
-output: "ready" when both were answered; a line [kind, error, when] as soon as one fails that
-        nobody uses; when is CLOCK_MONOTONIC
+argv: ADDRESS PORT, where `tests/chaos/sender.py server` echoes
+output: "ready" once both sockets got an answer; a line [kind, error, when] as soon as an idle
+        socket fails; when is CLOCK_MONOTONIC
 input: any line; the answer is {kind: "" if it was echoed, else the error}
 """
 
@@ -16,9 +16,9 @@ import socket
 import sys
 import time
 
-SAID = b"E, and eight bytes and more"  # E: a datagram that asks for an answer
-PATIENCE = 5.0  # seconds
-LIFE = 120  # seconds, so that nobody waits for ever for its word
+PAYLOAD = b"E, and eight bytes and more"  # E requests an echo of a datagram
+ANSWER_TIMEOUT = 5.0  # seconds
+LIFETIME = 120  # seconds, so that its reader does not wait forever
 
 
 def named(error: OSError) -> str:
@@ -32,20 +32,20 @@ def say(what: object) -> None:
 
 def echo(sock: socket.socket) -> str:
     try:
-        sock.send(SAID)
-        return "" if sock.recv(len(SAID)) == SAID else "another answer"
+        sock.send(PAYLOAD)
+        return "" if sock.recv(len(PAYLOAD)) == PAYLOAD else "a wrong answer"
     except OSError as error:
         return named(error)
 
 
 def main() -> None:
-    signal.alarm(LIFE)
+    signal.alarm(LIFETIME)
     address, port = sys.argv[1], int(sys.argv[2])
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     kinds = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
     socks = {name: socket.socket(family, kind) for name, kind in kinds.items()}
     for sock in socks.values():
-        sock.settimeout(PATIENCE)
+        sock.settimeout(ANSWER_TIMEOUT)
         sock.connect((address, port))
     say("ready" if not any(map(echo, socks.values())) else "no answer")
     open_sockets = dict(socks)

@@ -23,14 +23,14 @@ from dataclasses import replace
 
 from ipsecgate.core.model.flow import PORT_MASK, Network
 from ipsecgate.core.model.ipsec import ChildName, ChildSa
-from ipsecgate.core.model.prefixes import PrefixSet, prefix
-from ipsecgate.core.state.spd import DEAD, LIVE, agreed_on
+from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
+from ipsecgate.core.state.spd import DEAD, LIVE, negotiated_regions
 from ipsecgate.core.tables.table import Rule, Ternary, ternary
 
 RoutedIn = tuple[tuple[Network, bool], ...]
 
 
-class Userland:
+class UserspaceEsp:
     """CHILD_SAs as the daemon told, and where routing leads; beside `Mirror`."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Userland:
         """Take in which destinations lead into the TUN device; the longest prefix counts."""
         self._into_tun = into_tun
 
-    def ike_knows(self, established: Iterable[ChildSa]) -> bool:
+    def ike_connected(self, established: Iterable[ChildSa]) -> bool:
         """The daemon is connected and lists these CHILD_SAs; return whether that is news."""
         before = self._up
         listed = {sa.spi_in: sa for sa in established}
@@ -53,12 +53,12 @@ class Userland:
         self._down &= listed.keys()
         return self._up != before
 
-    def ike_adds(self, sa: ChildSa) -> None:
+    def child_up(self, sa: ChildSa) -> None:
         """The daemon told of one more CHILD_SA."""
         self._up[sa.spi_in] = sa
         self._new.add(sa.spi_in)
 
-    def ike_drops(self, sa: ChildSa) -> None:
+    def child_down(self, sa: ChildSa) -> None:
         """The daemon told that a CHILD_SA is gone, or has been replaced."""
         self._up.pop(sa.spi_in, None)
         self._new.discard(sa.spi_in)
@@ -74,12 +74,12 @@ class Userland:
         """Return what the daemon says is established of a child."""
         return [sa for sa in self._up.values() if sa.name == name]
 
-    def lacks(self, sa: ChildSa) -> bool:
+    def is_missing(self, sa: ChildSa) -> bool:
         """Tell whether no route leads to what the daemon says that it protects."""
         tunnels = PrefixSet(network for network, into in self._into_tun if into)
-        return not any(tunnels.touches(prefix(there.network)) for there in sa.remote)
+        return not any(tunnels.overlaps(as_prefix(there.network)) for there in sa.remote)
 
-    def party_of(self, sa: ChildSa) -> Hashable:
+    def peer_of(self, sa: ChildSa) -> Hashable:
         """Return who answers for a CHILD_SA."""
         return sa.remote_host
 
@@ -91,7 +91,7 @@ class Userland:
         """Return every CHILD_SA that is up."""
         return list(self._up.values())
 
-    def agreed_rules(self) -> list[Rule]:
+    def hook_rules(self) -> list[Rule]:
         """Return the hook's SPD table as rules.
 
         The longest prefixes come first, as in routing; inside, wide regions before narrow
@@ -100,9 +100,9 @@ class Userland:
         """
         agreed = sorted(
             (
-                Rule(part, LIVE, of=sa)
+                Rule(part, LIVE, owner=sa)
                 for sa in self._up.values()
-                for part in agreed_on(sa.local, sa.remote, exact=True)
+                for part in negotiated_regions(sa.local, sa.remote, exact=True)
             ),
             key=lambda rule: _width(rule.match),
         )
@@ -119,7 +119,7 @@ class Userland:
                         unbound = replace(part.mask, sport=PORT_MASK)
                         rules.append(Rule(Ternary(part.value, unbound), DEAD))
                     rules.append(replace(rule, match=part))
-            elif tunnels.contains(prefix(network)):
+            elif tunnels.contains(as_prefix(network)):
                 rules.append(Rule(destination, DEAD))  # an exception inside a tunnel's network
         return rules
 

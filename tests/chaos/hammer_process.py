@@ -1,11 +1,11 @@
-"""A process that makes connect() calls without a pause until its input ends.
+"""A process that calls connect() without pause until its input ends.
 
-    argv: a list of [kind, address, port, covered] as JSON, kind is tcp or udp; STEP
-    output: a line when it starts, and after every STEP calls; at its end how many calls there
-            were, how many for what is covered were refused, how many for what is not were let
-            go, and the errnos of those
+    argv: a JSON list of [kind, address, port, covered], kind is tcp or udp; STEP
+    output: a line at the start and after every STEP calls; at the end JSON with the number of
+            calls, of refused calls to covered targets, of successful calls to uncovered targets,
+            and the errnos of these wrong results
 
-A TCP socket is new each time and does not wait for its answer; a UDP socket is kept.
+TCP uses a new non-blocking socket for each call, UDP always the same socket.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import select
 import socket
 import sys
 
-ROUNDS = 100  # between two looks at the input
+ROUNDS = 100  # between two checks of the input
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         kept = socket.socket(family, socket.SOCK_DGRAM) if kind == "udp" else None
         targets.append((kept, family, (address, port), covered))
-    sys.stdout.write("it starts\n")
+    sys.stdout.write("started\n")
     sys.stdout.flush()
     while not select.select([sys.stdin], [], [], 0)[0]:
         for _ in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""What faults are made of."""
+"""The building blocks of faults."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ from ipsecgate.errors import GateError
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.netns import NETLINK_XFRM
 from ipsecgate.lab.path import index_of
-from tests.chaos.world import NEVER, World, ip
+from tests.chaos.targets import NEVER
+from tests.chaos.world import World, ip
+from tests.processes import process_state
 
 PIDFD_GETFD = 438
 STORM = 3000
 OVERRUN = 200
-VICI_LIMIT = 2.0  # seconds that a daemon has to answer: another fault may have stopped it
+VICI_TIMEOUT = 2.0  # seconds: another fault may have suspended the daemon
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
 def rewritten(world: World, change: Callable[[str], str]) -> Iterator[None]:
-    """Have another configuration, not yet read, and the old one at the end."""
+    """Change the configuration file without a reload; the end restores it."""
     config = world.gate.config
     before = config.read_text()
     config.write_text(change(before))
@@ -48,13 +50,14 @@ def rewritten(world: World, change: Callable[[str], str]) -> Iterator[None]:
 
 
 def controller(world: World) -> int:
-    """Return the controller's process, 0: another fault has ended it."""
+    """Return the controller's process id, or 0 if another fault has ended it."""
     process = world.gate.process
     return process.pid if process is not None and process.poll() is None else 0
 
 
 @contextmanager
-def stopped(pid: int) -> Iterator[None]:
+def suspended(pid: int) -> Iterator[None]:
+    """Suspend a process (SIGSTOP) for the duration of the block; 0: do nothing."""
     if not pid:
         yield
         return
@@ -68,7 +71,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 def reload(world: World) -> bool:
-    """Have the configuration read again; False: it was refused, or nobody answers."""
+    """Request a reload; return False if it was refused or there is no controller."""
     try:
         control.ask(world.gate.paths.control, "reload")
     except GateError:
@@ -80,28 +83,25 @@ def either(world: World, rng: random.Random) -> Host:
     return rng.choice([world.lab.a, world.lab.b])
 
 
-def vici(host: Host, command: str, **what: Any) -> None:
-    """Ask for something; a daemon that is away, stopped or has nothing of it is no matter."""
+def vici(host: Host, command: str, **request: Any) -> None:
+    """Send a VICI command; ignore a daemon that is down, suspended, or fails the command."""
     if command == "terminate":
-        what = {"timeout": "-1", **what}
+        request = {"timeout": "-1", **request}
     with suppress(OSError, CommandException), socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(VICI_LIMIT)
+        sock.settimeout(VICI_TIMEOUT)
         sock.connect(str(host.charon.vici_socket))
-        answer = getattr(Session(sock), command)(what)
+        answer = getattr(Session(sock), command)(request)
         if command == "terminate":
             list(answer)
 
 
 def is_stopped(pid: int) -> bool:
-    """Tell whether a process is stopped, or gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZ"
-    except FileNotFoundError:
-        return True
+    """Return whether a process is suspended, or has ended."""
+    return process_state(pid) in (None, "T", "Z")
 
 
 def delete(world: World, rng: random.Random, what: str, *, outbound: bool) -> None:
-    """Delete one state or policy of host a, if there is one."""
+    """Delete a random state or policy of host a in that direction, if there is one."""
     command = ["ip", "-n", world.lab.a.namespace.name, "xfrm", what]
     lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     site = world.lab.a.site
@@ -136,7 +136,7 @@ def route_of(world: World) -> dict[str, str]:
 
 
 def storm_of_states(world: World, count: int) -> None:
-    """Have states come and go that are nobody's."""
+    """Add and delete states that belong to no connection."""
     name = "src 192.0.2.77 dst 192.0.2.78 proto esp spi 0x{:x}"
     keys = f"enc cbc(aes) 0x{'11' * 16} auth-trunc hmac(sha256) 0x{'11' * 32} 128"
     lines = []
@@ -149,9 +149,9 @@ def storm_of_states(world: World, count: int) -> None:
 
 
 def overrun(world: World, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Have the controller lose notifications: it is stopped, and its buffer holds but one."""
+    """Overrun the controller's XFRM socket: suspend it, and shrink its buffer to one message."""
     pid = controller(world)
-    with stopped(pid):
+    with suspended(pid):
         if pid:
             shrink(pid)
         storm_of_states(world, OVERRUN // 2)
@@ -160,7 +160,7 @@ def overrun(world: World, meanwhile: Callable[[], None] = lambda: None) -> None:
 
 
 def shrink(pid: int) -> None:
-    """Make the receive buffer of the socket that follows XFRM as small as it may be."""
+    """Minimize the receive buffer of a process's XFRM socket."""
     pidfd = os.pidfd_open(pid)
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
@@ -179,7 +179,7 @@ def shrink(pid: int) -> None:
 
 @contextmanager
 def filled(world: World, name: str, keys: Iterator[bytes], value: bytes) -> Iterator[None]:
-    """Fill a map of the hooks until it takes no more, and empty it of that at the end."""
+    """Fill a map of the hooks until it is full; the end deletes these entries."""
     fd = Pins(world.gate.paths.bpffs, world.gate.instance).current.open_map(name)
     mine = []
     try:
@@ -199,12 +199,12 @@ def filled(world: World, name: str, keys: Iterator[bytes], value: bytes) -> Iter
 
 
 def storm_at_never(world: World) -> None:
-    """Have the hooks refuse thousands of flows, all of them different."""
+    """Make the hooks refuse thousands of different flows."""
     visit(world, world.gate.cgroup, STORM)
 
 
 def visit(world: World, cgroup: Path, flows: int = 20) -> None:
-    """Have somebody in a cgroup ask for what is never covered: it is refused."""
+    """Send to uncovered flows from a cgroup, which must refuse them all; count the results."""
     done = world.lab.a.run(World.argv("storm", NEVER, str(flows)), cgroup=cgroup)
     world.tally.attempts += flows
     world.tally.refused += int(done.stdout)

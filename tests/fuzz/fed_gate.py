@@ -1,7 +1,7 @@
-"""A gate in the middle of its work, to be given what decoders make of noise.
+"""A running gate that is fed the events which decoders make from damaged input.
 
-What it then commands is packed as the data path would write it: a value that no map can hold is
-a finding, too.
+Its commands are packed as the data path would write them: a value that no map can hold is also a
+finding.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POLICY = Policy("net", (ip_network("10.2.0.0/16"),))
 
 
 def settled(*, configured: bool = True) -> Gate:
-    """Return a gate that covers 10.1/16 to 10.2/16, by configuration or by what IKE has."""
+    """Return a gate that covers 10.1/16 to 10.2/16, by configuration or by loaded connections."""
     gate = Gate(Settings((POLICY,) if configured else ()))
     for command in gate.start():
         write(command)
@@ -49,13 +49,13 @@ def settled(*, configured: bool = True) -> Gate:
 
 
 def step(gate: Gate, *events: on.Event) -> None:
-    """Have the gate take in events, and write what it commands."""
+    """Pass events to the gate, and pack its commands."""
     for command in gate.step(*events):
         write(command)
 
 
 def write(command: do.Command) -> None:
-    """Make the bytes that the command would put into the maps."""
+    """Pack the bytes that a command would write into the maps."""
     match command:
         case do.Publish():
             layout.pack_masks(command.content.masks)
@@ -72,12 +72,12 @@ def write(command: do.Command) -> None:
 
 
 def fingerprint(gate: Gate) -> object:
-    """Return all that decisions are made of."""
+    """Return all state on which decisions depend."""
     return (
         dict(gate.protection.kernel_state.policies),
         dict(gate.protection.kernel_state.inbound),
         dict(gate.protection.kernel_state.sas),
-        {sa.id for sa in gate.protection.kernel_state.trusted_sas()},
+        {sa.id for sa in gate.protection.kernel_state.confirmed_sas()},
         {table: (content.masks, dict(content.entries))
          for table, content in gate.tables.items()},
         gate.errors,
@@ -91,7 +91,7 @@ def fingerprint(gate: Gate) -> object:
     )  # fmt: skip
 
 
-def kernel_tells(gate: Gate, events: Iterable[on.XfrmEvent]) -> None:
-    """Have the gate take in one datagram's events, then the truth again, as a resync does."""
+def feed_kernel_events(gate: Gate, events: Iterable[on.XfrmEvent]) -> None:
+    """Pass the events of one datagram to the gate, then restore its state as a resync does."""
     step(gate, *events)
     step(gate, KERNEL)

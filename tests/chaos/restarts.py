@@ -1,4 +1,4 @@
-"""The life of a whole gate under the hammer, with real IKE and ESP."""
+"""Kill, stop and reload a whole gate under constant connect() calls, with real IKE and ESP."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable
 
 from ipsecgate.admin import loader
-from tests.chaos.faults_operator import policies_named_then_derived
+from tests.chaos.fault_tools import reload
+from tests.chaos.faults_operator import policies_configured_then_derived
 from tests.chaos.hammer import Hammer, Hammered, Target
-from tests.chaos.tools import reload
-from tests.chaos.world import CLOSED_PORT, NEVER, SPECS, World
+from tests.chaos.targets import CLOSED_PORT, NEVER, SPECS
+from tests.chaos.world import World
 
 
-def real(world: World, rng: random.Random, attempts: int, turns: int) -> Hammered:
-    """Hammer a whole gate through its life; its connections stay covered."""
+def hammer_gate(world: World, rng: random.Random, attempts: int, turns: int) -> Hammered:
+    """Call connect() at least `attempts` times during `turns` restarts; coverage never changes."""
     covered = str(world.lab.b.address(SPECS[0]))
     targets: list[Target] = [
         *[("udp", covered, CLOSED_PORT, True)] * 3,
@@ -26,7 +27,7 @@ def real(world: World, rng: random.Random, attempts: int, turns: int) -> Hammere
     space = world.lab.a.namespace.path
     with Hammer(space, world.gate.cgroup, targets, 1, -(-attempts // turns)) as hammer:
         for _ in range(turns):
-            hammer.turn(rng.choice(LIVES), world, rng)
+            hammer.turn(rng.choice(RESTARTS), world, rng)
             hammer.wait()
     world.recover()
     world.judge()
@@ -52,7 +53,7 @@ def killed_while_it_starts(world: World, rng: random.Random) -> None:
     world.start_gate()
 
 
-def ended(world: World, rng: random.Random) -> None:
+def terminated(world: World, rng: random.Random) -> None:
     world.gate.kill(signal.SIGTERM)
     world.start_gate()
 
@@ -63,15 +64,15 @@ def loaded(world: World, rng: random.Random) -> None:
 
 
 def reloaded(world: World, rng: random.Random) -> None:
-    with policies_named_then_derived(world, rng):
+    with policies_configured_then_derived(world, rng):
         time.sleep(rng.uniform(0, 0.05))
     reload(world)
 
 
-LIVES: list[Callable[[World, random.Random], None]] = [
+RESTARTS: list[Callable[[World, random.Random], None]] = [
     killed,
     killed_while_it_starts,
-    ended,
+    terminated,
     *[loaded] * 3,
     *[reloaded] * 4,
 ]

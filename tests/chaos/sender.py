@@ -1,16 +1,16 @@
-"""A gated process that speaks all the time, and its peer; or one that asks for much at once.
+"""A gated process that sends all the time; its peer; and one that sends a lot at once.
 
-    speaker PERIOD TARGETS   TARGETS: a list of [kind, address, port] as JSON
-        input "?": a line with, for each target, when the last attempt that went began, the
-                   last that failed, and the last whose answer came back
-        input "all": the same, and every failure and count since the last time; with the first
-                   one when it came to speak too late, and since when it had not
+    sender PERIOD TARGETS    TARGETS: a JSON list of [kind, address, port]
+        input "?": answers with a line of JSON: for each target, the start of the last attempt that
+                   succeeded, of the last that failed, and of the last that was answered
+        input "all": also the failures and counts since the last time; the first target's report
+                   also has "pauses": when this process did not get the CPU for too long
     server PORT              echoes TCP, and datagrams that ask for it
-    storm ADDRESS COUNT      COUNT datagrams to as many ports
+    storm ADDRESS COUNT      sends COUNT datagrams to as many ports; prints how many were refused
 
-Kinds: `fresh` and `kept` are sendto() on a new socket each time or on one that stays, `connected`
-send() on a connected socket, `tcp` a connect() to a port that nobody listens on, `stream` bytes on
-a connection that stands, `ping` and `raw` those sockets. Times are CLOCK_MONOTONIC.
+Kinds: `fresh` and `kept` are sendto() on a new socket each time or on the same one, `connected` is
+send() on a connected socket, `tcp` a connect() to a closed port, `stream` writes to an established
+connection, `ping` and `raw` use sockets of these types. Times are CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ import time
 STAMP = struct.Struct("=d")
 ECHO = b"E"
 ASKS = ("kept", "connected", "stream")
-LATE = 1.2  # periods from one time it speaks to the next: the machine was busy
-PATIENCE = 5  # failures in a row until a connected socket is made anew
-WAITS = (errno.EINPROGRESS, errno.EAGAIN)
+LATE = 1.2  # periods between two rounds that count as a pause: the machine was busy
+MAX_FAILURES = 5  # in a row, then a kept socket is replaced
+PENDING = (errno.EINPROGRESS, errno.EAGAIN)
 
 
 class Target:
-    """One way to speak to one address, and what came of it."""
+    """One kind of call to one address, and its results."""
 
     def __init__(self, kind: str, address: str, port: int) -> None:
         self.kind, self.address, self.port = kind, address, port
@@ -46,13 +46,15 @@ class Target:
         self.counts: collections.Counter[str] = collections.Counter()
         self.failed: list[tuple[float, float, str]] = []
 
-    def speak(self) -> None:
+    def send(self) -> None:
+        """Make one attempt and record its result."""
         began = time.monotonic()
+        name = ""
         try:
             self.attempt(began)
-            name = ""
         except OSError as error:
-            name = "" if error.errno in WAITS else errno.errorcode.get(error.errno or 0, str(error))
+            if error.errno not in PENDING:
+                name = errno.errorcode.get(error.errno or 0, str(error))
         self.counts[name] += 1
         if not name:
             self.good, self.failures = began, 0
@@ -61,7 +63,7 @@ class Target:
         self.failures += 1
         self.failed.append((began, time.monotonic(), name))
         broken = self.kind == "stream" and name not in ("EPERM", "EHOSTUNREACH", "ENETUNREACH")
-        if broken or (self.kind != "stream" and self.failures >= PATIENCE):
+        if broken or (self.kind != "stream" and self.failures >= MAX_FAILURES):
             self.close()
 
     def attempt(self, now: float) -> None:
@@ -111,8 +113,8 @@ class Target:
             self.made += 1
         return self.sock
 
-    def hear(self) -> None:
-        """Take in what was answered."""
+    def receive(self) -> None:
+        """Read pending answers."""
         if self.sock is None:
             return
         try:
@@ -126,10 +128,10 @@ class Target:
                     data = data[1:]
                 if self.kind in ASKS and len(data) == STAMP.size:
                     self.echoed = max(self.echoed, *STAMP.unpack(data))
-        except OSError:  # nothing more, or an error that the next attempt meets again
+        except OSError:  # no more data, or an error that the next attempt will get again
             return
         if self.kind == "stream":
-            self.close()  # the peer ended it
+            self.close()  # the peer closed it
 
     def close(self) -> None:
         if self.sock is not None:
@@ -137,12 +139,12 @@ class Target:
             self.sock = None
         self.failures = 0
 
-    def told(self, everything: bool) -> dict[str, object]:
-        told: dict[str, object] = {"good": self.good, "bad": self.bad, "echoed": self.echoed}
+    def report(self, everything: bool) -> dict[str, object]:
+        report: dict[str, object] = {"good": self.good, "bad": self.bad, "echoed": self.echoed}
         if everything:
-            told |= {"counts": self.counts, "failed": self.failed, "made": self.made}
+            report |= {"counts": self.counts, "failed": self.failed, "made": self.made}
             self.counts, self.failed, self.made = collections.Counter(), [], 0
-        return told
+        return report
 
 
 def say(what: object) -> None:
@@ -150,9 +152,9 @@ def say(what: object) -> None:
     sys.stdout.flush()
 
 
-def speaker(period: float, targets: list[Target]) -> None:
+def sender(period: float, targets: list[Target]) -> None:
     say("ready")
-    due = spoke = time.monotonic()
+    due = sent = time.monotonic()
     pauses: list[tuple[float, float]] = []
     while True:
         if select.select([sys.stdin], [], [], max(0.0, due - time.monotonic()))[0]:
@@ -160,18 +162,18 @@ def speaker(period: float, targets: list[Target]) -> None:
             if not word:
                 return
             for target in targets:
-                target.hear()
-            told = [target.told(word == "all") for target in targets]
+                target.receive()
+            reports = [target.report(word == "all") for target in targets]
             if word == "all":
-                told[0]["pauses"], pauses = pauses, []
-            say(told)
+                reports[0]["pauses"], pauses = pauses, []
+            say(reports)
             continue
-        before, spoke = spoke, time.monotonic()
-        if spoke > before + LATE * period:
-            pauses.append((before, spoke))
+        before, sent = sent, time.monotonic()
+        if sent > before + LATE * period:
+            pauses.append((before, sent))
         for target in targets:
-            target.hear()
-            target.speak()
+            target.receive()
+            target.send()
         due = max(due + period, time.monotonic())
 
 
@@ -189,21 +191,21 @@ def server(port: int) -> None:
         ready = set(select.select([sys.stdin, datagrams, listener, *peers], [], [])[0])
         if sys.stdin in ready:
             return
-        for one in {datagrams, listener, *peers} & ready:
+        for sock in {datagrams, listener, *peers} & ready:
             with contextlib.suppress(OSError):
-                if one is datagrams:
-                    data, sender = datagrams.recvfrom(2048)
+                if sock is datagrams:
+                    data, source = datagrams.recvfrom(2048)
                     if data.startswith(ECHO):
-                        datagrams.sendto(data, sender)
-                elif one is listener:
+                        datagrams.sendto(data, source)
+                elif sock is listener:
                     peers.append(listener.accept()[0])
                 else:
-                    data = one.recv(65536)
-                    one.sendall(data)
+                    data = sock.recv(65536)
+                    sock.sendall(data)
                     if data:
                         continue
-                    peers.remove(one)
-                    one.close()
+                    peers.remove(sock)
+                    sock.close()
 
 
 def storm(address: str, count: int) -> None:
@@ -220,8 +222,8 @@ def storm(address: str, count: int) -> None:
 
 def main() -> None:
     match sys.argv[1:]:
-        case ["speaker", period, targets]:
-            speaker(float(period), [Target(*words) for words in json.loads(targets)])
+        case ["sender", period, targets]:
+            sender(float(period), [Target(*words) for words in json.loads(targets)])
         case ["server", port]:
             server(int(port))
         case ["storm", address, count]:

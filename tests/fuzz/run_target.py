@@ -1,9 +1,9 @@
-"""One target under libFuzzer: `python -m tests.fuzz.one MODULE:CLASS INPUTS SEED`.
+"""Run one target under libFuzzer: `python -m tests.fuzz.run_target MODULE:CLASS INPUTS SEED`.
 
-What an input makes the decoders do is measured, and what makes them do something new is damaged
-further. It ends with a line of figures, or with the first input that breaks a rule of the engine.
+libFuzzer measures the coverage of each input and mutates those with new coverage further. The run
+ends with a line of figures, or with the first input that breaks a rule of the engine.
 
-A process of its own, because libFuzzer ends the one that it runs in.
+It needs a process of its own, because libFuzzer ends the process that it runs in.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import atheris
 
 from tests.fuzz.engine import ACCEPTED, FoundError, Target, judge
 
-REAL = 8  # of so many inputs one is a real message
-WORD = 5  # into one of so many a word is put that means something
+REAL = 8  # one input of so many is a real message
+WORD = 5  # one mutated input of so many gets a token of the target
 RESULTS = Path(".cache/results")
 OPTIONS = ("-verbosity=0", "-len_control=0", "-max_len=131072", "-rss_limit_mb=4096",
            "-timeout=60", f"-artifact_prefix={RESULTS}/")  # fmt: skip
@@ -30,7 +30,7 @@ OPTIONS = ("-verbosity=0", "-len_control=0", "-max_len=131072", "-rss_limit_mb=4
 
 @dataclass
 class Run:
-    """Makes the inputs, feeds them, and counts what came of them."""
+    """Makes inputs, feeds them, and counts the outcomes."""
 
     target: Target
     inputs: int
@@ -38,12 +38,12 @@ class Run:
     outcomes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._real: tuple[bytes, Any] | None = None  # the message just made, and what it means
+        self._real: tuple[bytes, Any] | None = None  # the last real message, and its meaning
         self._before = self.target.state()
         self._began = time.monotonic()
 
     def mutate(self, data: bytes, size: int, seed: int) -> bytes:
-        """Return the next input, made of one that did something new or anew; at most `size`."""
+        """Return the next input, at most `size` bytes, from the corpus or from scratch."""
         random = Random(seed)
         if seed % REAL == 0:
             self._real = self.target.real(random)
@@ -58,21 +58,21 @@ class Run:
         return data[:size]
 
     def feed(self, data: bytes) -> None:
-        """Feed one. Raises: FoundError."""
+        """Feed one input. Raises: FoundError."""
         meant = self._real[1:] if self._real is not None and self._real[0] == data else ()
         self._real = None
         try:
             self.outcomes[judge(self.target, data, meant, self._before)] += 1
         except FoundError as found:
-            found.tell()
+            found.report()
             self.target.close()
             raise
         if self.outcomes.total() == self.inputs:
             print(self.figures(), flush=True)
-            self.target.close()  # libFuzzer ends the process, and nothing of Python's runs then
+            self.target.close()  # libFuzzer ends the process without running Python code
 
     def figures(self) -> str:
-        """Return what came of the inputs, as a line."""
+        """Return the counts of the outcomes, as a line."""
         refused = ", ".join(
             f"{count} {name}" for name, count in self.outcomes.most_common() if name != ACCEPTED
         )
@@ -84,14 +84,14 @@ class Run:
 
 
 def main() -> None:
-    """Run the target that the command line names; libFuzzer ends the process."""
+    """Run the target on the command line; libFuzzer ends the process."""
     where, inputs, seed = sys.argv[1:]
     module, name = where.split(":")
     with atheris.instrument_imports(include=["ipsecgate", module]):
         target: Target = getattr(import_module(module), name)()
     run = Run(target, int(inputs), int(seed))
     limits = (f"-runs={run.inputs}", f"-seed={run.seed}")
-    RESULTS.mkdir(parents=True, exist_ok=True)  # for an input that never ends
+    RESULTS.mkdir(parents=True, exist_ok=True)  # libFuzzer writes an input that never ends there
     atheris.Setup([sys.argv[0], *OPTIONS, *limits], run.feed, custom_mutator=run.mutate)
     atheris.Fuzz()
 
