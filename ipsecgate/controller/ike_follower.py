@@ -76,14 +76,14 @@ class IkeFollower:
             poll.cancel()
 
     async def _poll(self, client: IkeClient) -> None:
-        userland: bool | None = None  # a daemon keeps its plugins as long as it lives
+        userspace_esp: bool | None = None  # a daemon keeps its plugins as long as it lives
         listed: on.IkeConnected | None = None
         pause = PAUSE
         while True:
             self._poll_due.clear()
             try:
-                if userland is None:
-                    userland = await client.userland()
+                if userspace_esp is None:
+                    userspace_esp = await client.userland()
                 children = await client.children()
                 established = await client.established()
             except IkeUnreachableError:
@@ -97,7 +97,7 @@ class IkeFollower:
                 continue
             self._last_error = ""
             before, pid = listed, client.daemon_pid
-            listed = on.IkeConnected(children, established, pid, userland, client.unread)
+            listed = on.IkeConnected(children, established, pid, userspace_esp, client.unread)
             self._deliver(listed)
             # A caller may keep asking for a flow that no connection protects. The gate polls again
             # each time, so back off.
