@@ -83,7 +83,7 @@ class IkeFollower:
             self._poll_due.clear()
             try:
                 if userspace_esp is None:
-                    userspace_esp = await client.userland()
+                    userspace_esp = await client.does_userspace_esp()
                 children = await client.children()
                 established = await client.established()
             except IkeUnreachableError:

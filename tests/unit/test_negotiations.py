@@ -63,7 +63,7 @@ def test_a_negotiation_without_an_answer_ends_at_its_limit(trapped: Transcript) 
 def test_a_child_that_only_the_daemon_has_is_deleted_at_the_limit(
     trapped: Transcript, within: bool
 ) -> None:
-    """Somebody flushed the kernel's databases; IKE would answer "up" for ever."""
+    """After a flush of the kernel's databases the daemon keeps reporting its child as up."""
     remote = THERE if within else ip_network("10.2.7.0/24")
     listed = replace(LISTED, remote=(TrafficSelector(remote),))
     commands = trapped.after(REFUSED, on.NegotiationDone(NAME))
