@@ -34,7 +34,7 @@ class Remembered:
 
     @property
     def errors(self) -> list[str]:
-        """Return what the operator should mend."""
+        """Return the problems that the operator should fix."""
         if self._unwritten is None:
             return []
         return [

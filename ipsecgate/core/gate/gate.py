@@ -83,7 +83,7 @@ class Gate:
 
     @property
     def errors(self) -> list[str]:
-        """Return what the operator should mend."""
+        """Return the problems that the operator should fix."""
         errors = [*self.protection.errors, *self.policy_table.errors]
         if self.settings.floor and self.protection.in_userspace:
             errors.append("gate.floor has no effect, because strongSwan does ESP")

@@ -58,7 +58,7 @@ class PolicyTable:
 
     @property
     def errors(self) -> list[str]:
-        """Return what the operator should mend."""
+        """Return the problems that the operator should fix."""
         return [*self._errors, *self._derived.errors]
 
     def learn(self, settings: Settings, children: Iterable[ChildConfig]) -> list[do.Command]:

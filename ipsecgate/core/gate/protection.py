@@ -163,7 +163,7 @@ class Protection:
 
     @property
     def errors(self) -> list[str]:
-        """Return what the operator should mend."""
+        """Return the problems that the operator should fix."""
         return [*self.spd_table.errors, *self.sources.errors]
 
     # --- events in ------------------------------------------------------------------
