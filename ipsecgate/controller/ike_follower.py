@@ -82,7 +82,7 @@ class IkeFollower:
             self._news.clear()
             try:
                 if userland is None:
-                    userland = await client.userland()
+                    userland = await client.does_userspace_esp()
                 children = await client.children()
                 established = await client.established()
             except IkeUnreachableError:

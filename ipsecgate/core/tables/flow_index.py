@@ -1,6 +1,6 @@
-"""Flows that somebody waits for, found by what changed in the hooks' SPD table.
+"""Watched flows, found by the regions of the hooks' SPD table that changed.
 
-Rules of this module: a change that concerns none of them costs nothing for each of them.
+Rules of this module: a change costs nothing for the flows outside its regions.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.tables.layout import Key
 from ipsecgate.core.tables.table import Ternary
 
-MASKS = 64  # by which the flows are indexed; then the indexes are made anew
+MASKS = 64  # indexes kept, one per mask; when the limit is reached, all are rebuilt on demand
 
 
 class FlowIndex:
-    """A set of flows; `key_of` says under which key the hooks look one up, None: unknown."""
+    """A multiset of flows. `key_of` returns the key that the hooks look up; None: unknown."""
 
     def __init__(self, key_of: Callable[[Flow], Key | None]) -> None:
         self._key_of = key_of
         self._keys: dict[Flow, Key | None] = {}
         self._times: Counter[Flow] = Counter()
-        self._indexes: dict[Key, dict[Key, set[Flow]]] = {}  # by mask, by what it keeps of a key
+        self._indexes: dict[Key, dict[Key, set[Flow]]] = {}  # by mask, then by masked key
 
     def add(self, flow: Flow) -> None:
-        """Watch a flow, once more if it is watched."""
+        """Watch a flow; one that was added twice must be discarded twice."""
         self._times[flow] += 1
         if flow not in self._keys:
             self._keys[flow] = key = self._key_of(flow)
@@ -34,7 +34,7 @@ class FlowIndex:
                     index.setdefault(key.masked(mask), set()).add(flow)
 
     def discard(self, flow: Flow) -> None:
-        """Watch it once less."""
+        """Undo one `add`."""
         self._times[flow] -= 1
         if self._times[flow] > 0:
             return
@@ -47,12 +47,12 @@ class FlowIndex:
                     del index[key.masked(mask)]
 
     def reroute(self) -> None:
-        """The sources are others, and so may be any key."""
+        """Recompute every key, because source addresses have changed."""
         self._keys = {flow: self._key_of(flow) for flow in self._keys}
         self._indexes.clear()
 
     def within(self, regions: Iterable[Ternary]) -> set[Flow]:
-        """Return the flows that lie in one of these regions."""
+        """Return the flows that lie in one of the regions."""
         found: set[Flow] = set()
         for region in regions:
             found |= self._index(region.mask).get(region.value, set())
