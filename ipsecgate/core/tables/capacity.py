@@ -37,8 +37,8 @@ from ipsecgate.core.tables.table import (
     ternary,
 )
 
-# How many masks policies that are not widened may use, tried in turn. Two are reserved for the
-# policies that are widened to everything, one for each IP version.
+# Limits that `_widen` aims at for the number of masks, tried in turn, because `_arrange` may add
+# masks. Two are left for policies that are widened to everything, one for each IP version.
 BUDGETS = (TUPLES - 2, TUPLES // 2, TUPLES // 4, 0)
 NAMES = 8  # in one message
 
