@@ -73,9 +73,9 @@ def floor_policies(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
                 found.append(
                     FloorPolicy(min(place, _LAST), block, network, policy.proto, dport=dport)
                 )
-    if not any(one.block for one in found):
+    if not any(policy.block for policy in found):
         return ()
-    if any(one.block and one.dst.version == 6 for one in found):
+    if any(policy.block and policy.dst.version == 6 for policy in found):
         found[:0] = [
             FloorPolicy(0, False, LOOPBACK),
             *(FloorPolicy(0, False, ANY_V6, ICMPV6, sport=types) for types in NEIGHBOURS),
@@ -105,26 +105,26 @@ def parse_own(entry: SpdEntry, tag: int) -> FloorPolicy | None:
     )
 
 
-def encode_set(one: FloorPolicy, tag: int, sequence: int) -> bytes:
+def encode_set(policy: FloorPolicy, tag: int, sequence: int) -> bytes:
     """Encode XFRM_MSG_UPDPOLICY, which adds or replaces the policy."""
-    action = POLICY_BLOCK if one.block else 0
-    tail = _POLICY.pack(PRIORITY + one.place, 0, Direction.OUT, action, 0, 0)
-    body = _selector(one, tag) + _LIFETIME + bytes(32) + tail
+    action = POLICY_BLOCK if policy.block else 0
+    tail = _POLICY.pack(PRIORITY + policy.place, 0, Direction.OUT, action, 0, 0)
+    body = _selector(policy, tag) + _LIFETIME + bytes(32) + tail
     return encode_request(UPDPOLICY, body, sequence)
 
 
-def encode_delete(one: FloorPolicy, tag: int, sequence: int) -> bytes:
+def encode_delete(policy: FloorPolicy, tag: int, sequence: int) -> bytes:
     """Encode XFRM_MSG_DELPOLICY, by selector."""
-    body = _selector(one, tag) + _POLICY_ID.pack(0, Direction.OUT)
+    body = _selector(policy, tag) + _POLICY_ID.pack(0, Direction.OUT)
     return encode_request(DELPOLICY, body, sequence)
 
 
-def _selector(one: FloorPolicy, tag: int) -> bytes:
+def _selector(policy: FloorPolicy, tag: int) -> bytes:
     """Return struct xfrm_selector, 56 bytes."""
-    size = one.dst.max_prefixlen // 8
+    size = policy.dst.max_prefixlen // 8
     return _SELECTOR.pack(
-        one.dst.network_address.packed.ljust(16, b"\0"),
+        policy.dst.network_address.packed.ljust(16, b"\0"),
         tag.to_bytes(size).ljust(16, b"\0"),
-        *one.dport,
-        *one.sport,
-    ) + _REST.pack(_FAMILY[one.dst.version], one.dst.prefixlen, 0, one.proto, 0, 0)
+        *policy.dport,
+        *policy.sport,
+    ) + _REST.pack(_FAMILY[policy.dst.version], policy.dst.prefixlen, 0, policy.proto, 0, 0)
