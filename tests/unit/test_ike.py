@@ -41,11 +41,11 @@ async def test_the_first_kernel_plugin_shows_whether_esp_is_in_userspace(
     charon: FakeCharon, client: IkeClient
 ) -> None:
     with pytest.raises(IkeRefusedError):
-        await client.userland()
+        await client.does_userspace_esp()
     for first in (True, False):
         plugins = ["kernel-libipsec", "kernel-netlink"][:: 1 if first else -1]
         charon.handlers["stats"] = answering({"plugins": plugins})
-        assert await client.userland() is first
+        assert await client.does_userspace_esp() is first
 
 
 async def test_events_arrive_in_order_and_then_the_end_of_the_connection(

@@ -165,7 +165,7 @@ class IkeClient:
         self._unread[command] = unread
         return tuple(found)
 
-    async def userland(self) -> bool:
+    async def does_userspace_esp(self) -> bool:
         """Return whether the daemon does userspace ESP (kernel-libipsec). Raises: IkeError."""
         answer, _ = await self._in_turn(lambda: self._command_connection.exchange("stats", {}))
         return is_userspace_esp(answer)

@@ -20,5 +20,5 @@ def ike_daemon(path: Path, timeout: float = 5.0) -> tuple[str, bool]:
         sock.settimeout(timeout)
         sock.connect(os.fspath(path))
         session = Session(sock)
-        version, userland = session.version(), is_userspace_esp(session.stats())
-    return " ".join(version[key].decode() for key in ("daemon", "version")), userland
+        version, userspace_esp = session.version(), is_userspace_esp(session.stats())
+    return " ".join(version[key].decode() for key in ("daemon", "version")), userspace_esp
