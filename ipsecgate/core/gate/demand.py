@@ -24,7 +24,7 @@ _STATES = {Coverage.NEGOTIATING: FlowState.PENDING, Coverage.BACK_OFF: FlowState
 
 
 class Demand:
-    """Has the SAs negotiated that flows need."""
+    """Starts the negotiations of the SAs that flows need."""
 
     def __init__(
         self,
@@ -41,12 +41,12 @@ class Demand:
         self._warned: set[tuple[str, Flow]] = set()
 
     def refused(self, flow: Flow) -> Outcome:
-        """Have the child negotiated that would protect a flow which the hooks refused."""
+        """Ask for the child that would protect a flow which the hooks refused."""
         found = self._policy_table.policy_for(flow)
         return Outcome() if found is None else self._ask(flow, *found)
 
     def evaluate(self, flow: Flow) -> tuple[Evaluation, Outcome]:
-        """Return what a call for a flow waits for, and have its child negotiated if need be."""
+        """Return what a call for a flow has to wait for; ask for its child if that can help."""
         table, routed = self._policy_table, self._protection.sources.route(flow)
         if table.content is None and not table.settings.audit:
             # Without a table the hooks refuse everything.

@@ -32,7 +32,7 @@ class HostFloor:
         return [do.SetFloor(floor_policies(policies))]
 
     def compare(self, spd: Iterable[SpdEntry]) -> None:
-        """Have the next `update` lay the floor again if the kernel holds less than all of it."""
+        """Have the next `update` restore the floor if the kernel has lost part of it."""
         if self._policies is not None:
             found = sum(is_floor(entry) for entry in spd)
             if found < len(floor_policies(self._policies)):

@@ -94,7 +94,7 @@ class Negotiations:
     # --- change -----------------------------------------------------------------------
 
     def ask(self, name: ChildName, flow: Flow, routed: Flow, policy: tuple[int, str]) -> Outcome:
-        """Have a child negotiated for a refused flow, unless it is under way or has failed.
+        """Start a child's negotiation for a refused flow, unless it is under way or has failed.
 
         `routed`: the flow with its source. `policy`: the place and name of the one that asks.
         """

@@ -43,13 +43,13 @@ class Propagation:
         return commands
 
     def routes(self) -> None:
-        """Find every flow again at the next `protection`: its source may be another."""
+        """Route every flow again; the next `protection` then checks all negotiations."""
         self._flow_index.reroute(self._protection.sources.route)
         self._rerouted = True
         self._holds.recheck_all()
 
     def spd_read(self) -> None:
-        """Have the host floor laid again if a dump shows that the kernel has lost part of it."""
+        """Restore the host floor at the next update if a dump shows that part of it is missing."""
         self._floor.compare(self._protection.kernel_state.policies.values())
 
     def protection(self) -> list[do.Command]:
