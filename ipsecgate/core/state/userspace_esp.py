@@ -1,19 +1,19 @@
-"""What the gate knows of IPsec outside the kernel: the CHILD_SAs that the IKE daemon reports.
+"""Protection where the IKE daemon does ESP itself: its CHILD_SAs joined with routing.
 
-With strongSwan's plugin kernel-libipsec the daemon does ESP itself, behind a TUN device. SPD
-and SAD are empty then, nothing is ever told about them, and VICI is the only witness.
+With strongSwan's kernel-libipsec plugin the daemon does ESP in userspace, behind a TUN device. The
+kernel's SPD and SAD are empty, XFRM sends no notifications, and VICI is the only source.
 
 Rules of this module:
-- A flow is protected when the traffic selectors of an established CHILD_SA have it, exactly as
-  negotiated, *and* routing sends it into the daemon's TUN device. Each alone is not enough:
-  without the route the flow leaves in clear, without the SA the daemon drops it. So a daemon
-  that has the kernel do ESP, taken for one that does not, opens nothing.
-- What happened and what is listed come on two connections, so a list may be older than an event
-  that was heard before it. It revives no child that was told down, and what was told up since
-  the list before need not be in it. Any other child that is not listed is gone.
-- Where the daemon is gone, everything is.
+- A flow is protected when an established CHILD_SA has it in its traffic selectors, exactly as
+  negotiated, *and* routing sends it into the daemon's TUN device. Without the route it would leave
+  in clear; without the SA the daemon drops it. A daemon that uses the kernel's ESP but is
+  configured as one that does not therefore opens nothing: it has no TUN device.
+- Events and lists arrive on two connections, so a list may be older than an event that we have
+  already handled. A list never restores a child that an event has removed, and it need not contain
+  one that an event has added since the last list. Any other child that is not listed is gone.
+- When the daemon is gone, so are its SAs.
 
-It does not look at the kernel's databases, nor at ICMP's types.
+It does not read the kernel's SPD and SAD, and protects no ICMP selector with a type or code.
 """
 
 from __future__ import annotations
@@ -27,104 +27,105 @@ from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
 from ipsecgate.core.state.spd import DEAD, LIVE, negotiated_regions
 from ipsecgate.core.tables.table import Rule, Ternary, ternary
 
-RoutedIn = tuple[tuple[Network, bool], ...]
+TunRoutes = tuple[tuple[Network, bool], ...]
+"""Destinations, and whether each is routed into the TUN device; the longest prefix wins."""
 
 
 class UserspaceEsp:
-    """CHILD_SAs as the daemon told, and where routing leads; beside `Mirror`."""
+    """The daemon's CHILD_SAs and the routes into its TUN device; the twin of `KernelState`."""
 
     def __init__(self) -> None:
-        self._up: dict[int, ChildSa] = {}  # by inbound SPI: we chose it, so it is the only one
-        self._new: set[int] = set()  # told up since the last list
-        self._down: set[int] = set()  # told down, and perhaps in a list that is on its way
-        self._into_tun: RoutedIn = ()
+        self._up: dict[int, ChildSa] = {}  # by inbound SPI, which our side chose: it is unique
+        self._added: set[int] = set()  # by an event, since the last list
+        self._removed: set[int] = set()  # by an event; a list under way may still contain them
+        self._tun_routes: TunRoutes = ()
 
-    def routed(self, into_tun: RoutedIn) -> None:
-        """Take in which destinations lead into the TUN device; the longest prefix counts."""
-        self._into_tun = into_tun
+    def routed(self, tun_routes: TunRoutes) -> None:
+        """Replace the routes into the TUN device."""
+        self._tun_routes = tun_routes
 
     def ike_connected(self, established: Iterable[ChildSa]) -> bool:
-        """The daemon is connected and lists these CHILD_SAs; return whether that is news."""
+        """Handle the daemon's list of CHILD_SAs; return whether anything changed."""
         before = self._up
         listed = {sa.spi_in: sa for sa in established}
-        new = {spi: self._up[spi] for spi in self._new}
-        self._up = new | {spi: sa for spi, sa in listed.items() if spi not in self._down}
-        self._new.clear()
-        self._down &= listed.keys()
+        added = {spi: self._up[spi] for spi in self._added}
+        self._up = added | {spi: sa for spi, sa in listed.items() if spi not in self._removed}
+        self._added.clear()
+        self._removed &= listed.keys()
         return self._up != before
 
     def child_up(self, sa: ChildSa) -> None:
-        """The daemon told of one more CHILD_SA."""
+        """Handle a new CHILD_SA."""
         self._up[sa.spi_in] = sa
-        self._new.add(sa.spi_in)
+        self._added.add(sa.spi_in)
 
     def child_down(self, sa: ChildSa) -> None:
-        """The daemon told that a CHILD_SA is gone, or has been replaced."""
+        """Handle a CHILD_SA that was deleted or replaced."""
         self._up.pop(sa.spi_in, None)
-        self._new.discard(sa.spi_in)
-        self._down.add(sa.spi_in)
+        self._added.discard(sa.spi_in)
+        self._removed.add(sa.spi_in)
 
     def ike_gone(self) -> None:
-        """Its SAs went with it."""
+        """Forget every SA."""
         self._up.clear()
-        self._new.clear()
-        self._down.clear()
+        self._added.clear()
+        self._removed.clear()
 
     def established(self, name: ChildName) -> list[ChildSa]:
-        """Return what the daemon says is established of a child."""
+        """Return the established CHILD_SAs of a child."""
         return [sa for sa in self._up.values() if sa.name == name]
 
     def is_missing(self, sa: ChildSa) -> bool:
-        """Tell whether no route leads to what the daemon says that it protects."""
-        tunnels = PrefixSet(network for network, into in self._into_tun if into)
-        return not any(tunnels.overlaps(as_prefix(there.network)) for there in sa.remote)
+        """Return whether no route into the TUN device leads to what a CHILD_SA protects."""
+        tunnels = PrefixSet(network for network, into in self._tun_routes if into)
+        return not any(tunnels.overlaps(as_prefix(remote.network)) for remote in sa.remote)
 
     def peer_of(self, sa: ChildSa) -> Hashable:
-        """Return who answers for a CHILD_SA."""
+        """Return the peer of a CHILD_SA."""
         return sa.remote_host
 
     def name_of(self, sa: ChildSa) -> str:
-        """Return a CHILD_SA's name."""
+        """Return a CHILD_SA's name for messages."""
         return f"{sa.name} (peer {sa.remote_host})"
 
     def sas(self) -> list[ChildSa]:
-        """Return every CHILD_SA that is up."""
+        """Return every established CHILD_SA."""
         return list(self._up.values())
 
     def hook_rules(self) -> list[Rule]:
-        """Return the hook's SPD table as rules.
+        """Return the hooks' SPD table as first-match rules.
 
-        The longest prefixes come first, as in routing; inside, wide regions before narrow
-        ones, which they make superfluous. A source port that is still to be chosen, 0, is in
-        a range of them only by chance.
+        The longest destination prefixes come first, as in routing. Within one, wide regions precede
+        the narrow ones that they make redundant. Source port 0 means that the kernel has yet to
+        choose the port, so a selector with source ports does not match it.
         """
-        agreed = sorted(
+        negotiated = sorted(
             (
-                Rule(part, LIVE, owner=sa)
+                Rule(region, LIVE, owner=sa)
                 for sa in self._up.values()
-                for part in negotiated_regions(sa.local, sa.remote, exact=True)
+                for region in negotiated_regions(sa.local, sa.remote, exact=True)
             ),
-            key=lambda rule: _width(rule.match),
+            key=lambda rule: _narrowness(rule.match),
         )
-        tunnels = PrefixSet(network for network, into in self._into_tun if into)
+        tunnels = PrefixSet(network for network, into in self._tun_routes if into)
         rules: list[Rule] = []
-        for network, into in sorted(self._into_tun, key=lambda item: -item[0].prefixlen):
+        for network, into in sorted(self._tun_routes, key=lambda item: -item[0].prefixlen):
             destination = ternary(network)
             if into:
-                for rule in agreed:
-                    part = destination.intersect(rule.match)
-                    if part is None:
+                for rule in negotiated:
+                    region = destination.intersect(rule.match)
+                    if region is None:
                         continue
-                    if part.mask.sport and not part.value.sport:
-                        unbound = replace(part.mask, sport=PORT_MASK)
-                        rules.append(Rule(Ternary(part.value, unbound), DEAD))
-                    rules.append(replace(rule, match=part))
+                    if region.mask.sport and not region.value.sport:
+                        unbound = replace(region.mask, sport=PORT_MASK)
+                        rules.append(Rule(Ternary(region.value, unbound), DEAD))
+                    rules.append(replace(rule, match=region))
             elif tunnels.contains(as_prefix(network)):
                 rules.append(Rule(destination, DEAD))  # an exception inside a tunnel's network
         return rules
 
 
-def _width(region: Ternary) -> tuple[bool, int]:
+def _narrowness(region: Ternary) -> tuple[bool, int]:
     mask = region.mask
     words = (mask.saddr, mask.daddr, mask.sport, mask.dport, mask.proto, mask.family)
     return mask.sport != 0, sum(word.bit_count() for word in words)
