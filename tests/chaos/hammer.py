@@ -36,7 +36,7 @@ from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.pins import Pins
 from ipsecgate.errors import GateError
 from tests.chaos.run import chosen_seed
-from tests.system.bed import HERE, PEER, THERE, Bed, live, protect
+from tests.system.bed import HERE, PEER, THERE, Bed, live, no_backstop, protect
 from tests.system.bed import bed as make_bed
 
 WORKERS = 2
@@ -208,7 +208,7 @@ def another_version(bed: Bed, code: Bytecode, rng: random.Random) -> None:
     bed.pins.load(code)
     data = Datapath(bed.pins)
     data.set(Setting.NETNS, bed.netns)
-    data.set(Setting.TUN, bed.link)
+    no_backstop(data, bed.link)
     data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
     publish(data)
     bed.pins.switch()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ class Bed:
     namespace: Namespace
     link: int
     netns: int
+    ike: socket.socket
     refusals: list[FlowRefused] = field(default_factory=list)
     before: Mapping[Reason, int] = field(default_factory=dict)
 
@@ -66,12 +69,11 @@ class Bed:
             Setting.AUDIT,
             Setting.DENY,
             Setting.IKE,
-            Setting.IKE_CGROUP,
             Setting.ERROR,
         ):
             self.data.set(setting, 0)
         self.data.set(Setting.NETNS, self.netns)
-        self.data.set(Setting.TUN, self.link)
+        no_backstop(self.data, self.link)
         self.data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
         self.publish(TableId.POLICY, *protect())
         self.publish(TableId.SPD)
@@ -120,9 +122,24 @@ def bed(name: str, cache: Path, bpffs: Path = Path("/sys/fs/bpf")) -> Iterator[B
         stack.callback(gated.close)
         with namespace.inside():
             netns = netns_cookie()
-        made = Bed(cgroup, pins, data, gated, free, namespace, link, netns)
+            ike = ike_socket()
+        made = Bed(cgroup, pins, data, gated, free, namespace, link, netns, ike)
+        stack.callback(lambda: made.ike.close())  # noqa: PLW0108  a test may have replaced it
         data.open_ring(made.refusals.append)
         yield made
+
+
+def ike_socket(port: int = 500) -> socket.socket:
+    """Return what the IKE daemon has in its network namespace, and the backstop looks for."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", port))
+    return sock
+
+
+def no_backstop(data: Datapath, link: int) -> None:
+    """Have this link count as the device of an IKE daemon that is in this process's cgroup."""
+    data.set(Setting.TUN, link)
+    data.set(Setting.IKE_CGROUP, cgroups.of(os.getpid()).stat().st_ino)
 
 
 def protect() -> list[Rule]:

@@ -160,6 +160,7 @@ def test_a_socket_is_looked_at_again_when_policies_change(naked: Bed) -> None:
 
 
 def test_the_ike_daemons_sockets_pass_and_nobody_elses(naked: Bed) -> None:
+    naked.data.set(Setting.IKE_CGROUP, 0)
     naked.data.set(Setting.IKE, naked.gated.process.pid)
     for _ in range(3):
         assert naked.gated("kept sendto", PEER[4], 500) == ""

@@ -241,6 +241,7 @@ def test_audit_counts_and_refuses_nothing(bed: Bed) -> None:
 
 
 def test_the_ike_daemon_is_exempt_and_nobody_else(bed: Bed) -> None:
+    bed.data.set(Setting.IKE_CGROUP, bed.cgroup.stat().st_ino)
     bed.data.set(Setting.IKE, bed.gated.process.pid)
     assert bed.gated("sendto", PEER[4], 500) == ""
     assert bed.counted(Reason.ALLOW_EXEMPT) == 1

@@ -18,7 +18,7 @@ from ipsecgate.edges import bytecode, libbpf
 from ipsecgate.edges.datapath import Datapath
 from ipsecgate.edges.objects import HOOKS, opened
 from ipsecgate.edges.pins import Pins
-from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, protect, went_out
+from tests.system.bed import HERE, OTHER, PEER, THERE, Bed, live, no_backstop, protect, went_out
 from tests.system.bed import bed as make_bed
 from tests.system.caller import called_again, hammering
 
@@ -55,7 +55,7 @@ def take_over(bed: Bed) -> Datapath:
     """Publish in the maps of the next version what was in force before."""
     data = Datapath(bed.pins)
     data.set(Setting.NETNS, bed.netns)
-    data.set(Setting.TUN, bed.link)
+    no_backstop(data, bed.link)
     data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
 
     async def publish() -> None:

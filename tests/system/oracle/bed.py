@@ -31,6 +31,7 @@ from ipsecgate.edges.routes import Routes
 from ipsecgate.edges.xfrm import XfrmMonitor
 from ipsecgate.lab import path
 from ipsecgate.lab.netns import Namespace
+from tests.system.bed import ike_socket, no_backstop
 from tests.system.oracle.caller import DEVICE, SO_MARK, Caller
 from tests.system.oracle.capture import Capture
 from tests.system.oracle.generate import CALL_MARKS, FAR, LOCAL, NEAR, REMOTE
@@ -94,7 +95,7 @@ class Bed:
         ]
         self.data.set(Setting.ERROR, REFUSAL)
         self.data.set(Setting.NETNS, netns_cookie())
-        self.data.set(Setting.TUN, self.device)  # the hooks alone: no backstop behind them
+        no_backstop(self.data, self.device)  # the hooks alone
         await self.data.publish(TableId.POLICY, compile_table(everything))
         await self.settle()
 
@@ -177,6 +178,7 @@ def bed(cache: Path, name: str | None = None) -> Iterator[Bed]:
         pins.load(bytecode.get(cache))
         pins.attach(cgroup)
         stack.enter_context(near.inside())
+        stack.enter_context(ike_socket())
         made = Bed(near, cgroup, pins, far)
         stack.callback(made.close)
         yield made
