@@ -81,6 +81,26 @@ def test_a_command_does_not_run_in_a_cgroup_made_anew(unit: Unit) -> None:
     assert "was made anew" in done.stderr
 
 
+TYPE = "import fcntl, termios\nfor letter in b'x', b'\\n': fcntl.ioctl(0, termios.TIOCSTI, letter)"
+
+
+def test_a_user_on_roots_terminal_may_type_there(unit: Unit) -> None:
+    """A limit that docs/threat-model.md tells, where the kernel has it still."""
+    unit.start()
+    assert unit.hears("READY=1"), unit.log
+    command = unit.argv("exec", "--user", "nobody", "--", "/usr/bin/python3", "-S", "-c", TYPE)
+    ours, terminal = os.openpty()
+    with unit.namespace.inside(), os.fdopen(ours, "rb"), os.fdopen(terminal, "rb") as root:
+        argv = ["setsid", "--ctty", "--wait", sys.executable, "-m", "ipsecgate", *command]
+        done = subprocess.run(argv, stdin=root, stderr=subprocess.PIPE, check=False, timeout=60)
+        legacy = Path("/proc/sys/dev/tty/legacy_tiocsti")
+        if legacy.exists() and legacy.read_text().strip() == "0":
+            assert b"Errno 5" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr
+            assert root.readline() == b"x\n"
+
+
 @contextlib.contextmanager
 def crowd(path: Path, size: int, *says: bytes) -> Iterator[None]:
     """Have many clients of root's that say something and stay, those that are let in."""

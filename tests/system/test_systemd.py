@@ -139,6 +139,17 @@ def test_a_gated_service_reaches_the_peer_inside_esp_only(lab: Lab, systemd: Man
     assert clear == {"gated.slice": False, "system.slice": True}
 
 
+def test_who_has_systemd_ask_is_outside(systemd: Manager) -> None:
+    """A limit that docs/threat-model.md tells: a process is gated, not its wish."""
+    probe = ["/usr/bin/python3", "-S", "-I", "/etc/probe.py"]
+    said = ["--property=Type=oneshot", "--property=StandardOutput=file:/run/another.out"]
+    asks = ["systemd-run", "--quiet", *said, *probe]
+    for name, command in (("itself", probe), ("asks", asks)):
+        systemd.start(name, command, "Slice=gated.slice", "Type=oneshot")
+    told = [systemd.output(name).strip() for name in ("itself", "another")]
+    assert told == ["EPERM", "EINPROGRESS"]
+
+
 # --- the controller's ends ----------------------------------------------------------------
 
 
