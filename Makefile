@@ -145,6 +145,7 @@ chaos: setup ## a thousand faults, a million connects, thousands of rekeys: noth
 bench: setup ## measurements: ratios and medians, on this machine
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection
 	$(BIN)/python -m bench.hold
+	$(BIN)/python -m bench.packet
 
 # Debian's Vagrant and libvirt in namespaces of their own; the box is made here, once (2 GB in .cache).
 vagrant-test: setup ## a real `vagrant up` of vagrant/, first connections, a boot (slow)
