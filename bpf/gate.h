@@ -80,7 +80,8 @@ struct gate_source {
 #define GATE_GENERATION 7       /* raised after every change of a table or a source */
 #define GATE_NETNS 8            /* cookie of the network namespace whose SPD this is */
 #define GATE_TUN 9              /* interface behind which the IKE daemon does ESP, 0 = none */
-#define GATE_IKE_CGROUP 10      /* where the IKE daemon is, 0 = anywhere: its pid may be another's */
+#define GATE_IKE_CGROUP 10      /* the IKE daemon's cgroup: its pid, or GATE_TUN, may be another's.
+				 * 0: the pid counts in any cgroup, GATE_TUN in no namespace */
 #define GATE_SETTINGS 11
 
 /* What a socket remembers, and in which generation that was true. */
