@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The backstop: packets of a gated cgroup, on their way out and after XFRM. Towards a
- * flow that must be protected they are ESP or AH by now, or they do not leave: what
- * never asked (raw, ping, SCTP), what asked long ago (established, connected), what was
- * let go the moment before its SA was taken away.
+ * The backstop: outgoing packets of a gated cgroup, after XFRM. If their flow must be
+ * protected they are ESP or AH by now, or they are dropped. It stops what no hook checks (raw
+ * sockets, ping, SCTP), what a hook checked long ago (established connections, connected
+ * sockets), and what a hook allowed just before its SA was removed.
  */
 
 #define SOCK_STREAM 1
@@ -27,7 +27,8 @@ static __always_inline int block(struct __sk_buff *skb, const struct gate_key *f
 	return 1;
 }
 
-/* Remember that a socket's packets need not be looked at again, unless it speaks to many. */
+/* Let a packet leave, and remember its flow so that the socket's next packets pass faster. A
+ * socket with many destinations keeps the first of this generation. */
 static __always_inline int pass(struct bpf_sock *sk, const struct gate_key *flow, __u64 generation)
 {
 	struct gate_association now = { .kind = GATE_CLEAR, .flow = *flow,
@@ -42,24 +43,24 @@ static __always_inline int pass(struct bpf_sock *sk, const struct gate_key *flow
 	return 1;
 }
 
-/* TCP without data and not a SYN: what the kernel answers for sockets that are gone. It does
- * so through a raw socket of its own, which is nobody's. */
+/* TCP without data and without SYN: the kernel's replies for sockets that are gone, which it
+ * sends through a raw socket of its own. */
 static __always_inline int is_answer(struct __sk_buff *skb, const struct packet *packet)
 {
-	__u8 head[2] = {}; /* its length in 32-bit words and four bits more; its flags */
+	__u8 head[2] = {}; /* header length in 32-bit words, in the upper 4 bits; flags */
 
 	return !packet->routed && !bpf_skb_load_bytes(skb, packet->at + 12, head, sizeof(head)) &&
 	       !(head[1] & SYN) && skb->len == packet->at + (head[0] >> 4) * 4;
 }
 
-/* Were the hooks asked, and for this destination? A packet goes where its header says, and
- * that need not be where the socket was connected to: a routing header, a translated
- * address. Loopback was let go because it never leaves, and this packet is about to.
- * UDP that is not connected is asked for every datagram, and refused where this matters. */
+/* Did a hook check this flow, with this destination? A routing header or address translation
+ * can give a packet another destination than the socket's. The hooks exempt loopback because
+ * it never leaves the host, but this packet is leaving. For unconnected UDP this returns 0:
+ * a hook checks each datagram, and refuses it where the answer matters. */
 static __always_inline int was_asked(struct __sk_buff *skb, struct bpf_sock *sk,
 				     const struct gate_key *flow, const struct packet *packet)
 {
-	/* The verifier wants every field read at a fixed offset: volatile keeps the reads apart. */
+	/* The verifier requires a fixed offset for each read; volatile keeps them separate. */
 	const volatile struct bpf_sock *peer = sk;
 	__u32 to[4], v4;
 
@@ -118,7 +119,7 @@ int egress(struct __sk_buff *skb)
 	__u64 epoch;
 
 	if (skb->ifindex == LOOPBACK)
-		return 1; /* to an address of this host: never leaves it */
+		return 1; /* to an address of this host: it never leaves */
 	packet.at = skb->protocol == bpf_htons(0x0800) ? read_v4(skb, &flow, &packet)
 						       : read_v6(skb, &flow, &packet);
 	if (packet.at && (flow.proto == ESP || flow.proto == AH) && is_of_xfrm(skb, &packet))

@@ -1,26 +1,26 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The gate: four hooks over one verdict, and a backstop behind them. The hooks run in
- * the caller's connect(), sendto() or sendmsg(), before TCP or UDP knows of it (US
+ * The gate: four hooks over one verdict, and a backstop behind them. The hooks run in the
+ * caller's connect(), sendto() or sendmsg(), before the request reaches TCP or UDP (US
  * 7,028,332, claim 1).
  *
- *   policy: must this flow be protected?   none -> the default, BYPASS -> go
- *   exempt: loopback, the IKE daemon       -> go
- *   SPD:    which kernel policy wins for it, and is an SA live under it?
- *           live -> go, anything else -> refused, and one event for userspace
+ *   policy: must this flow be protected?   no entry -> the default, BYPASS -> allow
+ *   exempt: loopback, DHCP, the IKE daemon -> allow
+ *   SPD:    which kernel policy wins, and has it a live SA?
+ *           live -> allow, anything else -> refuse, and one event for userspace
  *
- * The backstop sees every packet after XFRM: what must be protected is ESP or AH by then,
- * or does not leave. It is no gate, because a lost SYN is what the gate is there to spare.
+ * The backstop sees every packet after XFRM. By then, traffic that must be protected is ESP or
+ * AH, or the packet is dropped. It cannot replace the hooks: they exist to avoid a dropped SYN.
  *
- * Whatever is unknown (no table, no source address) is a refusal.
+ * Anything unknown (no table, no source address) means refusal.
  */
 static __always_inline int is_zero(const __u32 *addr)
 {
 	return !(addr[0] | addr[1] | addr[2] | addr[3]);
 }
 
-/* 127.0.0.0/8, ::1, and the unspecified addresses, which the kernel connects to
- * loopback. They never leave the host, and IPv6's is not exempt from XFRM. */
+/* 127.0.0.0/8, ::1, and the unspecified addresses, which the kernel connects to loopback.
+ * They never leave the host, but XFRM does look up policies for ::1. */
 static __always_inline int is_loopback(const struct gate_key *flow)
 {
 	const __u32 *d = flow->daddr;
@@ -30,8 +30,8 @@ static __always_inline int is_loopback(const struct gate_key *flow)
 	return !(d[0] | d[1] | d[2]) && (!d[3] || d[3] == bpf_htonl(1));
 }
 
-/* A host without an address asks for one: RFC 2131 section 4.1, RFC 8415 sections 7.1 and 7.2.
- * Never past the link, and no SA could have it. Not everybody may use a client's ports. */
+/* A host without an address requests one: RFC 2131 section 4.1, RFC 8415 sections 7.1 and 7.2.
+ * The request stays on the link, and no SA could carry it. The client ports are privileged. */
 static __always_inline int is_dhcp(const struct gate_key *flow)
 {
 	const __u32 *d = flow->daddr;
@@ -75,14 +75,14 @@ static __always_inline int refuse(const struct gate_key *flow, int reason,
 		count(GATE_AUDITED);
 		return 1;
 	}
-	/* Linux 7.3 loads only what can set no more than an errno. 0 would still be EPERM. */
+	/* Linux 7.3 requires proof that the value is an errno, hence the mask. 0 means EPERM. */
 	if (error > EPERM)
 		bpf_set_retval(-(int)(error & MAX_ERRNO));
 	return 0;
 }
 
-/* Fill in the source that the kernel's routing would choose; 0: unknown. The table
- * is for sockets without a mark or a device: routing may choose another for those. */
+/* Fill in the source that routing would choose; return 0 if it is unknown. The table applies
+ * only to sockets without a mark or device: with one, routing may choose another source. */
 static __always_inline int route(struct gate_key *flow, int plain)
 {
 	struct gate_route to = { .prefixlen = 128 };
@@ -100,7 +100,7 @@ static __always_inline int route(struct gate_key *flow, int plain)
 	return 1;
 }
 
-/* A UDP socket is asked for every datagram, and mostly for the same flow. */
+/* The hooks run for each datagram of a UDP socket, mostly for the same flow: remember it. */
 static __always_inline int is_associated(struct bpf_sock *sk, const struct gate_key *flow,
 					 __u64 generation)
 {
@@ -113,7 +113,7 @@ static __always_inline int is_associated(struct bpf_sock *sk, const struct gate_
 	       same_flow(&known->flow, flow) && !is_over(known->deadline);
 }
 
-/* The backstop knows no process: it knows the IKE daemon's sockets by what they sent before. */
+/* The backstop cannot see the process, so the hooks mark the IKE daemon's sockets for it. */
 static __always_inline void know_daemon(struct bpf_sock *sk, const struct gate_key *flow)
 {
 	struct gate_association daemon = { .kind = GATE_DAEMON, .flow = *flow };
@@ -131,7 +131,7 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_
 				   __u32 hook)
 {
 	struct bpf_sock *sk = ctx->sk;
-	/* Read before the tables: if they change meanwhile, what is remembered is outdated. */
+	/* Read before the tables, so that a change in between outdates what the socket remembers. */
 	struct gate_association now = { .kind = GATE_COVERED, .flow = *flow,
 					.generation = setting(GATE_GENERATION) };
 	struct gate_key routed = *flow;
@@ -162,7 +162,7 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_
 	if (!route(&routed, !flow->mark && !(sk && sk->bound_dev_if)))
 		return refuse(flow, GATE_REFUSE_NO_SOURCE, policy, hook);
 	if (same(routed.saddr, routed.daddr))
-		return allow(GATE_ALLOW_EXEMPT); /* the host's own address: never leaves it */
+		return allow(GATE_ALLOW_EXEMPT); /* the host's own address: it never leaves the host */
 	winner = classify(GATE_SPD, setting_after(now.generation, GATE_EPOCH + GATE_SPD), &routed);
 	if (!winner || winner->state != GATE_LIVE || is_over(winner->deadline))
 		return refuse(flow, GATE_REFUSE_UNCOVERED, policy, hook);
@@ -180,7 +180,7 @@ static __always_inline void map_v4(__u32 *addr, __u32 v4)
 	addr[3] = v4;
 }
 
-/* sk's source is what the socket is bound to; its port is in host order. */
+/* sk's source is the bound address; src_port is in host order. */
 static __always_inline int gate_v4(struct bpf_sock_addr *ctx, __u32 saddr, __u32 hook)
 {
 	struct gate_key flow = { .family = AF_INET, .proto = ctx->protocol };
@@ -198,7 +198,7 @@ static __always_inline int gate_v4(struct bpf_sock_addr *ctx, __u32 saddr, __u32
 	return verdict(ctx, &flow, hook);
 }
 
-/* A v4-mapped destination leaves as IPv4, through whichever socket it came. */
+/* A v4-mapped destination leaves as IPv4, whatever the socket's family. */
 static __always_inline int gate_v6(struct bpf_sock_addr *ctx, __u32 *saddr, __u32 hook)
 {
 	struct gate_key flow = { .family = AF_INET6, .proto = ctx->protocol };

@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * What the gate's files share: the maps, looking a flow up, telling of a refusal, and
- * what a socket remembers. The files are compiled as one, in this order: maps, gate, packet,
- * backstop.
+ * What the other files share: the maps, looking up a flow, reporting a refusal, and what a
+ * socket remembers. The files are compiled as one, in the order maps, gate, packet, backstop.
  */
 #include "gate.h"
 
@@ -32,9 +31,9 @@ static __always_inline __u64 setting(int which)
 	return word ? *word : 0;
 }
 
-/* A setting that is read after the generation on any processor: its place depends on it (no
- * generation has its highest bit), and loads that depend on each other are not reordered. What
- * a socket remembers would else be of an old table and of the new generation. */
+/* Read a setting after the generation, on any processor: the index depends on the generation
+ * (whose highest bit is always 0), and dependent loads are not reordered. Otherwise a socket
+ * could remember an old table's answer under the new generation. */
 static __always_inline __u64 setting_after(__u64 generation, int which)
 {
 	return setting(which + (int)(generation >> 63));
@@ -48,7 +47,7 @@ static __always_inline void count(int reason)
 		*counter += 1;
 }
 
-/* First match in tuple order; 0: no entry matches. */
+/* Return the first match in tuple order, 0 if no entry matches. */
 static __always_inline struct gate_entry *classify(__u32 table, __u64 epoch,
 						   const struct gate_key *flow)
 {
@@ -87,7 +86,7 @@ static __always_inline int same(const __u32 *a, const __u32 *b)
 	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]));
 }
 
-/* Who is told of: a packet has nobody, its sender may be long gone. */
+/* Report a refusal, with the calling process. A packet has none: its sender may be gone. */
 static __always_inline void tell(const struct gate_key *flow, __u32 reason, __u32 policy,
 				 __u32 hook, __u64 cgroup)
 {
@@ -96,7 +95,7 @@ static __always_inline void tell(const struct gate_key *flow, __u32 reason, __u3
 	__u64 *last;
 	struct gate_event *event;
 
-	topic.sport = 0; /* a retrying client has a new one each time */
+	topic.sport = 0; /* each attempt of a client has a new one */
 	topic.tuple = reason;
 	last = recent.lookup(&topic);
 	if (last && now - *last < GATE_EVENT_INTERVAL_NS)
@@ -134,7 +133,7 @@ static __always_inline int is_over(__u64 deadline)
 	return deadline && bpf_ktime_get_boot_ns() >= deadline;
 }
 
-/* Replaced as a whole: another thread's call on this socket must not see half. */
+/* Replace it as a whole: a concurrent call on this socket must not see half of it. */
 static __always_inline void associate(struct bpf_sock *sk, struct gate_association *now)
 {
 	sockets.sk_storage_delete(sk);

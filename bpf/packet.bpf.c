@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Reading a packet on its way out: its flow, and what of it is certain. Its sender may have
- * written every byte, so whatever is believed of it is what the kernel alone could do.
+ * Reading an outgoing packet: its flow, and which of its properties can be trusted. The sender
+ * may have written every byte, so only what the kernel alone can do counts as proof.
  */
 
 #define ICMP 1
@@ -17,8 +17,8 @@
 #define DCCP 33
 #define UDPLITE 136
 
-#define EXTENSIONS 6 /* IPv6 headers that are looked behind */
-#define DISCOVERY 96 /* the longest of the kernel's neighbour discovery, IPv6 header included */
+#define EXTENSIONS 6 /* IPv6 extension headers that are skipped at most */
+#define DISCOVERY 96 /* the longest neighbour discovery packet of the kernel, with its IPv6 header */
 
 struct ipv4 {
 	__u8 version_ihl;
@@ -42,7 +42,7 @@ struct ipv6 {
 	__u32 daddr[4];
 };
 
-/* What is behind the ports of UDP: ESP in UDP begins with its SPI, IKE with a zero. */
+/* UDP's header and the next 4 bytes: the SPI of ESP in UDP, or 0 for IKE (RFC 3948). */
 struct udp_head {
 	__u16 sport;
 	__u16 dport;
@@ -51,19 +51,19 @@ struct udp_head {
 	__u32 spi;
 };
 
-/* What is known of a packet besides its flow. */
+/* A packet's properties besides its flow. */
 struct packet {
-	int at;       /* where the transport's header begins, 0: it can't be read */
-	int proto_at; /* where the number of the transport's protocol is */
+	int at;       /* offset of the transport header; 0: the packet cannot be read */
+	int proto_at; /* offset of the transport protocol's number */
 	int hops;     /* IPv6's hop limit */
 	int routed;   /* it has a routing header */
 };
 
-/* Did XFRM make it? Nothing in the packet tells: a process can write all of it. The kernel
- * has no link header yet, and its place in the socket buffer is unset; XFRM leaves there
- * where it wrote the protocol's number (xfrm4_transport_output() and its like), and no
- * process can. Whatever else has set it by now, a device that the packet went through,
- * say, points elsewhere: then this tells no. */
+/* Did XFRM produce the packet? Its bytes prove nothing, because a process can write all of
+ * them. But there is no link header yet, and XFRM sets the socket buffer's MAC header offset
+ * to where it wrote the protocol's number (xfrm4_transport_output() and its siblings), which
+ * no process can do. If anything else has set it, such as a device that the packet passed
+ * through, it points elsewhere and this returns 0. */
 static __always_inline int is_of_xfrm(struct __sk_buff *skb, const struct packet *packet)
 {
 	__u64 there = 0;
@@ -73,8 +73,8 @@ static __always_inline int is_of_xfrm(struct __sk_buff *skb, const struct packet
 	       !bpf_skb_load_bytes(skb, packet->proto_at, &here, sizeof(here)) && here == there;
 }
 
-/* Is it ESP in UDP? XFRM made it then, and the socket's own port is another: a datagram that
- * was not worth compressing (RFC 3173) went through XFRM, too. */
+/* Is it ESP in UDP? XFRM must have produced it, and the source port must not be the socket's:
+ * a datagram that IPComp left uncompressed (RFC 3173) has been through XFRM, too. */
 static __always_inline int is_encapsulated(struct __sk_buff *skb, struct bpf_sock *sk,
 					   const struct gate_key *flow,
 					   const struct packet *packet)
@@ -88,8 +88,8 @@ static __always_inline int is_encapsulated(struct __sk_buff *skb, struct bpf_soc
 	return !bpf_skb_load_bytes(skb, packet->at, &head, sizeof(head)) && head.spi;
 }
 
-/* Neighbour discovery: RFC 4861 section 6.1, RFC 4890 section 4.4.1. The kernel's is short,
- * the routers' (advertisement, redirect) stays on the link: a raw socket can write it, too. */
+/* Neighbour discovery: RFC 4861 section 6.1, RFC 4890 section 4.4.1. A raw socket can send it,
+ * too, so the kernel's messages must be short, and a router's must stay on the link. */
 static __always_inline int is_neighbour_discovery(struct __sk_buff *skb,
 						  const struct gate_key *flow, int hops)
 {
@@ -103,8 +103,8 @@ static __always_inline int is_neighbour_discovery(struct __sk_buff *skb,
 	return (type == 134 || type == 137) && (to >> 22 == 0xfe80 >> 6 || to >> 16 == 0xff02);
 }
 
-/* Options may name another destination (a source route), and nothing else needs them but a
- * router's alert, RFC 2113, of IGMP. */
+/* IPv4 options may name another destination (a source route), so a packet with options cannot
+ * be read. The exception is IGMP's router alert, RFC 2113. */
 static __always_inline int is_alert(struct __sk_buff *skb, const struct ipv4 *ip)
 {
 	__u32 option = 0;
@@ -114,7 +114,7 @@ static __always_inline int is_alert(struct __sk_buff *skb, const struct ipv4 *ip
 	       option == bpf_htonl(0x94040000);
 }
 
-/* Return where the transport's header begins, 0: this packet can't be read. */
+/* Return the offset of the transport header, 0 if the packet cannot be read. */
 static __always_inline int read_v4(struct __sk_buff *skb, struct gate_key *flow,
 				   struct packet *packet)
 {
@@ -131,7 +131,7 @@ static __always_inline int read_v4(struct __sk_buff *skb, struct gate_key *flow,
 		return 0;
 	if (ip.fragment & bpf_htons(0x1fff))
 		return 0;
-	/* What XFRM made of the packet does not mind options. */
+	/* Options do not matter once XFRM has processed the packet. */
 	if ((ip.version_ihl & 15) > 5 && !is_alert(skb, &ip) && !is_of_xfrm(skb, packet))
 		return 0;
 	return (ip.version_ihl & 15) * 4;
@@ -154,7 +154,7 @@ static __always_inline int read_v6(struct __sk_buff *skb, struct gate_key *flow,
 	if (*(__u8 *)&ip.flow >> 4 != 6)
 		return 0;
 	for (int i = 0; i < EXTENSIONS; i++) {
-		__u8 head[4] = {}; /* next header, length in 8 octets less one; of a fragment its offset */
+		__u8 head[4] = {}; /* next header, length in 8-octet units minus 1; a fragment's offset */
 
 		if (flow->proto != HOPOPTS && flow->proto != ROUTING && flow->proto != DSTOPTS &&
 		    flow->proto != FRAGMENT)
@@ -162,7 +162,7 @@ static __always_inline int read_v6(struct __sk_buff *skb, struct gate_key *flow,
 		if (bpf_skb_load_bytes(skb, at, head, sizeof(head)))
 			return 0;
 		if (flow->proto == ROUTING && head[3])
-			return 0; /* segments are left: it goes on, to another destination */
+			return 0; /* segments left: it is forwarded to another destination */
 		packet->routed |= flow->proto == ROUTING;
 		packet->proto_at = at;
 		if (flow->proto == FRAGMENT) {
@@ -188,7 +188,7 @@ static __always_inline int read_ports(struct __sk_buff *skb, struct gate_key *fl
 		flow->sport = words[0];
 		flow->dport = words[1];
 		return 1;
-	case ICMP: case ICMPV6: /* type and code, as RFC 7296 section 3.13.1 has them for a port */
+	case ICMP: case ICMPV6: /* type and code in place of a port, RFC 7296 section 3.13.1 */
 		if (bpf_skb_load_bytes(skb, at, words, sizeof(words[0])))
 			return 0;
 		flow->dport = words[0];

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ipsecgate.core.state.floor import tag_of
+from ipsecgate.core.state.floor import instance_tag
 from ipsecgate.edges.bpf import bytecode, libbpf
 from ipsecgate.edges.bpf.objects import opened
 from ipsecgate.edges.bpf.pins import Pins
@@ -109,7 +109,7 @@ def unload(paths: Paths, *, force: bool) -> None:
                 hint="first `ipsecgate detach` each, or use `ipsecgate unload --force`",
             )
         pins.unload()
-    asyncio.run(floor.keep(tag_of(paths.instance), ()))
+    asyncio.run(floor.keep(instance_tag(paths.instance), ()))
 
 
 def attach(paths: Paths, target: str) -> Path:

@@ -179,7 +179,12 @@ def settings_file(kernel: Kernel, results: Path, terminal: bool) -> str:
         "rows": str(size.lines),
         "columns": str(size.columns),
     }
-    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in settings.items())
+    return assignments(settings)
+
+
+def assignments(variables: Mapping[str, str]) -> str:
+    """Return shell assignments, one per line."""
+    return "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
 
 
 @contextmanager

@@ -223,12 +223,12 @@ class Lab:
 
 def sweep(prefix: str) -> None:
     """Remove what the labs of dead owners left behind: processes, namespaces, cgroups, folders."""
-    for found in netns.RUN.iterdir() if netns.RUN.exists() else ():
-        if netns.is_leftover(found.name, prefix):
-            netns.discard(found)
-    for found in cgroups.tops():
-        if netns.is_leftover(found.name, prefix):
-            cgroups.discard(found)
-    for found in Path(tempfile.gettempdir()).iterdir():
-        if netns.is_leftover(found.name, prefix):
-            shutil.rmtree(found, ignore_errors=True)
+    for entry in netns.RUN.iterdir() if netns.RUN.exists() else ():
+        if netns.is_leftover(entry.name, prefix):
+            netns.discard(entry)
+    for entry in cgroups.tops():
+        if netns.is_leftover(entry.name, prefix):
+            cgroups.discard(entry)
+    for entry in Path(tempfile.gettempdir()).iterdir():
+        if netns.is_leftover(entry.name, prefix):
+            shutil.rmtree(entry, ignore_errors=True)

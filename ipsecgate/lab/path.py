@@ -93,10 +93,11 @@ def connect(path: Namespace, hosts: dict[str, Namespace]) -> None:
         path.sysctl(f"ipv6/conf/{BRIDGE}/disable_ipv6", "1")
         route.link("set", index=bridge, state="up")
     for site, other in (sites, sites[::-1]):
-        _furnish(hosts[site.name], site, other)
+        _configure(hosts[site.name], site, other)
 
 
-def _furnish(host: Namespace, site: Site, other: Site) -> None:
+def _configure(host: Namespace, site: Site, other: Site) -> None:
+    """Bring a host's links up; add its addresses and the routes to the other host's network."""
     with host.route() as route:
         loop, link = index_of(route, "lo"), index_of(route, LINK)
         for index in (loop, link):

@@ -187,7 +187,7 @@ def enter(cgroup: Path, keep: Sequence[Path]) -> None:
     _call("unshare", CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET)
     mount("none", Path("/"), "", MS_REC | MS_PRIVATE)
     opened = [(path, os.open(path, os.O_PATH | os.O_CLOEXEC)) for path in keep]
-    _furnish()
+    _mount_filesystems()
     for path, fd in opened:
         path.mkdir(parents=True, exist_ok=True)
         mount(f"/proc/self/fd/{fd}", path, "", MS_BIND | MS_REC)
@@ -203,7 +203,8 @@ def enter(cgroup: Path, keep: Sequence[Path]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
 
 
-def _furnish() -> None:
+def _mount_filesystems() -> None:
+    """Mount the room's own file systems over the host's."""
     (first, mode), *others = EMPTY.items()
     mount("tmpfs", Path(first), "tmpfs", 0, f"mode={mode}")
     Path(first, "lock").mkdir()

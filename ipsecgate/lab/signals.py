@@ -17,13 +17,13 @@ def exit_on_sigterm() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     try:
-        ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        if ours:
+        installed = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if installed:
             signal.signal(signal.SIGTERM, leave)
     except ValueError:  # not the main thread, which alone may set handlers
-        ours = False
+        installed = False
     try:
         yield
     finally:
-        if ours:
+        if installed:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

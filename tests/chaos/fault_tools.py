@@ -111,8 +111,8 @@ def delete(world: World, rng: random.Random, what: str, *, outbound: bool) -> No
     found = []
     for block in f"\n{lines}".split("\nsrc ")[1:]:
         words = block.split()
-        ours = words[0].removesuffix("/128") in map(str, local)
-        if "socket" in words or ours is not outbound:
+        is_outbound = words[0].removesuffix("/128") in map(str, local)
+        if "socket" in words or is_outbound is not outbound:
             continue
         name = ["src", words[0], "dst", words[2]]
         if what == "state":
@@ -181,7 +181,7 @@ def shrink(pid: int) -> None:
 def filled(world: World, name: str, keys: Iterator[bytes], value: bytes) -> Iterator[None]:
     """Fill a map of the hooks until it is full; the end deletes these entries."""
     fd = Pins(world.gate.paths.bpffs, world.gate.instance).current.open_map(name)
-    mine = []
+    added = []
     try:
         for key in keys:
             try:
@@ -190,10 +190,10 @@ def filled(world: World, name: str, keys: Iterator[bytes], value: bytes) -> Iter
                 if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
                     raise
                 break
-            mine.append(key)
+            added.append(key)
         yield
     finally:
-        for key in mine:
+        for key in added:
             libbpf.delete(fd, key)
         os.close(fd)
 

@@ -74,7 +74,7 @@ def inbound_half_deleted(world: World, rng: random.Random) -> Iterator[None]:
 
 @fault(3)
 def peer_states_flushed(world: World, rng: random.Random) -> Iterator[None]:
-    """The peer drops our ESP until `World.mend` has the IKE_SA negotiated again."""
+    """The peer drops our ESP until `World.mend` terminates the IKE_SAs."""
     world.peer_lost_sas = True
     world.lab.b.namespace.flush_xfrm(policies=False)
     yield

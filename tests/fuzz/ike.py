@@ -9,6 +9,7 @@ from typing import Any
 from vici.protocol import Message
 
 from ipsecgate.core.codec import vici as meaning
+from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.codec.vici_wire import parse
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TrafficSelector
@@ -107,7 +108,7 @@ class Vici(Target):
 
     name = "vici"
     shaped = True
-    refusals = (meaning.ViciError,)
+    refusals = (ViciError,)
     words = (*TEXTS, *(bytes([n]) for n in range(9)), b"\1\1a" * 50, b"\1\0" * 5000, b"\3\1a\0\0")
 
     def __init__(self) -> None:
@@ -153,7 +154,7 @@ class Vici(Target):
             case "ike-updown":
                 return self._fed(list(meaning.ike_updown(message)))
             case None:
-                return [refusal(message), meaning.is_userland(message)]
+                return [refusal(message), meaning.is_userspace_esp(message)]
 
     def _fed(self, events: list[Any]) -> list[Any]:
         self._feed_gate(*events)

@@ -20,6 +20,7 @@ from pathlib import Path
 from ipsecgate.errors import GateError
 from ipsecgate.lab.archive import mirror
 from ipsecgate.lab.debian import DebianKernel
+from ipsecgate.lab.guest import assignments
 from ipsecgate.lab.kernel import Progress, default_cache, locked, run_tool
 from ipsecgate.lab.qemu import initrd, shared
 
@@ -112,8 +113,7 @@ def run(
         (work / "initrd").write_bytes(initrd(kernel))
         (work / "init").write_bytes(INIT.read_bytes())
         settings = {"repository": str(ROOT), "results": str(results)}
-        lines = [f"{name}={shlex.quote(value)}\n" for name, value in settings.items()]
-        (work / "settings").write_text("".join(lines))
+        (work / "settings").write_text(assignments(settings))
         variables = {
             **environment,
             "PYTHONPATH": f"/site:{ROOT}",

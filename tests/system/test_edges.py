@@ -251,7 +251,7 @@ async def test_an_overrun_leads_to_a_new_snapshot() -> None:
         last = [event for event in recorder.events if isinstance(event, KernelSnapshot)][-1]
         assert len(last.policies) == count
         recorder.events.clear()
-        ip(f"{STATE} {KEYS}")  # and it goes on
+        ip(f"{STATE} {KEYS}")  # it still reports events
         (came,) = await recorder.next()
         assert isinstance(came, SaSet)
 

@@ -34,7 +34,7 @@ def connected(report: Report) -> bool:
     return report["error"] is None and report["echoed"]
 
 
-def floor_of(lab: Lab) -> list[str]:
+def floor_policies(lab: Lab) -> list[str]:
     """Return the priorities of the floor policies, as iproute2 shows them."""
     shown = lab.a.run(["ip", "xfrm", "policy", "list", "dir", "out"]).stdout
     words = shown.split()
@@ -44,8 +44,8 @@ def floor_of(lab: Lab) -> list[str]:
 
 def wait_for(lab: Lab, *, floor: bool) -> None:
     deadline = time.monotonic() + 60
-    while bool(floor_of(lab)) is not floor:
-        assert time.monotonic() < deadline, floor_of(lab)
+    while bool(floor_policies(lab)) is not floor:
+        assert time.monotonic() < deadline, floor_policies(lab)
         time.sleep(0.05)
 
 
@@ -79,11 +79,11 @@ def test_ungated_processes_send_protected_or_not_at_all(
         lab.a.run(["ip", "xfrm", "policy", "flush"])
         wait_for(lab, floor=True)
         gate.kill()
-        assert floor_of(lab), "a dead controller opens nothing"
+        assert floor_policies(lab), "a dead controller opens nothing"
         lab.a.run(["ip", "xfrm", "state", "flush"])
         assert not connected(connect(lab, spec, None, "--limit", "0.5"))
         gate.cli("unload", "--force")
-        assert floor_of(lab) == []
+        assert floor_policies(lab) == []
     lab.reset()  # the peer still protects its side
     assert connected(connect(lab, spec, None)), "in clear, as before there was a gate"
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from ipsecgate.edges.bpf.compiler import layout as compiled_layout
 
 SIZES = {"unsigned int": 4, "unsigned short": 2, "unsigned char": 1, "unsigned long long": 8,
          "int": 4, "char": 1}  # fmt: skip
-HEADER = (bytecode.source_dir() / "gate.h").read_text()
 
 
 def size(kind: Any) -> int:
@@ -74,33 +71,6 @@ def test_key_fields_are_at_the_offsets_that_python_uses(
     assert int.from_bytes(raw[at["mark"] : at["mark"] + 4], sys.byteorder) == 0xB
     assert layout.unpack_key(raw) == (10, layout.Key(1, 2, 0x0304, 0x0506, 7, 8, 0xB))
     assert at["space"] == layout.SPACE_OFFSET
-
-
-def constant(name: str) -> int:
-    found = re.search(rf"^#define GATE_{name}\s+(\d+)", HEADER, re.M)
-    assert found, f"GATE_{name} is not in gate.h"
-    return int(found[1])
-
-
-@pytest.mark.parametrize("name", ["LAYOUT", "BUFFERS", "TUPLES", "ENTRIES", "SOURCES"])
-def test_constants_agree(name: str) -> None:
-    assert constant(name) == getattr(layout, name)
-
-
-@pytest.mark.parametrize(
-    ("enum", "prefix"), [(layout.Reason, ""), (layout.State, ""), (layout.TableId, "")]
-)
-def test_enums_agree(enum: type[IntEnum], prefix: str) -> None:
-    for member in enum:
-        assert constant(prefix + member.name) == member
-
-
-def test_setting_numbers_agree() -> None:
-    epoch = constant("EPOCH")
-    assert epoch + layout.TableId.POLICY == layout.Setting.POLICY_EPOCH
-    assert epoch + layout.TableId.SPD == layout.Setting.SPD_EPOCH
-    for name in ("AUDIT", "DENY", "IKE", "ERROR", "VERSION", "GENERATION", "NETNS"):
-        assert constant(name) == layout.Setting[name]
 
 
 def test_a_malformed_event_is_an_error() -> None:

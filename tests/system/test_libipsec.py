@@ -272,7 +272,7 @@ def test_a_removed_route_closes_the_flow_and_is_restored(lab: Lab, gate: Gated) 
     lab.let_tcp_close()
     with lab.capture() as capture:
         lab.a.run(["ip", "route", "flush", "table", "220"])
-        wait_until(lambda: negotiation(gate, spec)["state"] == "uncovered", "it goes on")
+        wait_until(lambda: negotiation(gate, spec)["state"] == "uncovered", "it stays covered")
         # Check this before a refusal makes the gate delete the SA and negotiate a new one.
         assert len(lab.a.established()) == 1
         report = connect(lab, gate, spec, "--limit", "0.3")

@@ -14,14 +14,8 @@ import pytest
 from ipsecgate.core.model.flow import TCP
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import SaSource
-from ipsecgate.edges.host.config import (
-    ERRNO_KEYS,
-    EXAMPLES,
-    GATE_KEYS,
-    POLICY_KEYS,
-    Config,
-    load,
-)
+from ipsecgate.edges.host.config import Config, load
+from ipsecgate.edges.host.config_table import ERRNO_KEYS, EXAMPLES, GATE_KEYS, POLICY_KEYS
 from ipsecgate.errors import UsageError
 
 WHOLE = """

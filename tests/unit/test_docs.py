@@ -17,6 +17,10 @@ ARCHITECTURE = ROOT / "docs/architecture.md"
 
 # `path` or `path: name` in backticks; the suffix tells a path from other code.
 PLACE = re.compile(r"`([\w./-]+\.(?:py|c|h|sh|list))(?:: ([\w.]+))?`")
+# A path below the root anywhere else, as in a command.
+FILE = re.compile(
+    r"(?<![\w./-])(?:bench|bpf|docs|ipsecgate|packaging|tests|vagrant)/[\w./-]+\.(?:py|c|h|sh|md|list|svg)\b"
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -58,7 +62,7 @@ def missing(text: str) -> list[str]:
         file = find(path)
         if file is None or (name and name not in names_in(file)):
             wrong.append(f"{path}: {name}" if name else path)
-    return wrong
+    return wrong + [path for path in FILE.findall(text) if find(path) is None]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -71,6 +75,7 @@ def test_a_place_that_does_not_exist_is_found() -> None:
     assert missing("`core/gate/gate.py: Gate.stop`") == ["core/gate/gate.py: Gate.stop"]
     assert missing("`bpf/gate.bpf.c: opinion`") == ["bpf/gate.bpf.c: opinion"]
     assert missing("`core/gate/fence.py`") == ["core/gate/fence.py"]
+    assert missing("pytest tests/unit/test_fence.py -x") == ["tests/unit/test_fence.py"]
 
 
 def test_the_walks_name_functions() -> None:

@@ -18,16 +18,16 @@ from ipsecgate.core.state.floor import (
     FloorPolicy,
     encode_delete,
     encode_set,
-    floor_of,
+    floor_policies,
+    instance_tag,
     is_floor,
-    ours,
-    tag_of,
+    parse_own,
 )  # fmt: skip
 from ipsecgate.core.tables.layout import TableId
 from tests.unit import xfrm_bytes
 from tests.unit.transcript import REFUSED, SOURCES, THERE, TRAP, UP, Transcript, connected
 
-TAG = tag_of("default")
+TAG = instance_tag("default")
 PROTECT = Policy("db", (THERE,))
 SIX = ip_network("2001:db8:2::/48")
 BLOCK = FloorPolicy(1, True, THERE)
@@ -37,16 +37,16 @@ def test_the_floor_blocks_protected_networks_and_allows_earlier_bypasses() -> No
     away = Policy("away", (ip_network("10.2.9.0/24"),), action=Action.BYPASS)
     never = Policy("never", (ip_network("10.4.0.0/16"),), action=Action.DISCARD)
     web = Policy("web", (ip_network("10.5.0.0/16"),), proto=TCP, ports=(80, 81))
-    assert floor_of((away, never, PROTECT, web)) == (
+    assert floor_policies((away, never, PROTECT, web)) == (
         FloorPolicy(1, False, ip_network("10.2.9.0/24")),
         FloorPolicy(3, True, THERE),
         FloorPolicy(4, True, ip_network("10.5.0.0/16"), TCP, dport=(80, 0xFFFE)),
     )
-    assert floor_of((away, never)) == ()
+    assert floor_policies((away, never)) == ()
 
 
 def test_an_ipv6_floor_allows_loopback_and_neighbour_discovery() -> None:
-    first, *types, block = floor_of((Policy("six", (SIX,)),))
+    first, *types, block = floor_policies((Policy("six", (SIX,)),))
     assert first == FloorPolicy(0, False, ip_network("::1/128"))
     assert block == FloorPolicy(1, True, SIX)
     covered = {n for n in range(256) for t in types if n & t.sport[1] == t.sport[0]}
@@ -71,8 +71,8 @@ def test_an_encoded_floor_policy_decodes_to_itself(one: FloorPolicy) -> None:
     assert event.entry.key.selector.dst == one.dst
     assert event.entry.key.selector.src.prefixlen == 0
     assert is_floor(event.entry)
-    assert ours(event.entry, TAG) == one
-    assert ours(event.entry, tag_of("another")) is None
+    assert parse_own(event.entry, TAG) == one
+    assert parse_own(event.entry, instance_tag("another")) is None
 
 
 def test_the_requests_match_the_layout_of_the_kernel_headers() -> None:
@@ -100,9 +100,9 @@ def floors(commands: list[do.Command]) -> list[do.SetFloor]:
 def test_the_floor_changes_no_verdict_and_no_table() -> None:
     transcript = Transcript(Settings((PROTECT,), floor=True))
     transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    before = transcript.gate.hook_tables.tables[TableId.SPD]
+    before = transcript.gate.tables[TableId.SPD]
     assert not transcript.after(on.PolicySet(entry_of(BLOCK)))
-    assert transcript.gate.hook_tables.tables[TableId.SPD] == before
+    assert transcript.gate.tables[TableId.SPD] == before
     transcript.after(REFUSED, *UP)
     assert transcript.is_open()
     # The floor hides a policy of even worse priority.
@@ -131,9 +131,9 @@ def test_the_floor_follows_the_policies_and_is_restored_after_a_flush() -> None:
 def test_with_userspace_esp_there_is_no_floor() -> None:
     transcript = Transcript(Settings((PROTECT,), floor=True))
     transcript.after(on.KernelSnapshot((), ()), SOURCES)
-    commands = floors(transcript.after(on.IkeConnected((), (), pid=42, userland=True)))
+    commands = floors(transcript.after(on.IkeConnected((), (), pid=42, userspace_esp=True)))
     assert commands[-1].policies == ()
-    assert any("gate.floor" in error for error in transcript.gate.policy_table.errors)
+    assert any("gate.floor" in error for error in transcript.gate.errors)
 
 
 def test_an_inbound_policy_is_never_taken_for_the_floor() -> None:

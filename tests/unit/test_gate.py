@@ -39,13 +39,13 @@ def test_a_flow_opens_once_the_kernel_has_its_sa_and_the_policy_that_names_it(
 ) -> None:
     assert not trapped.is_open()
     assert initiated(trapped.after(REFUSED)) == [NAME]
-    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.NEGOTIATING
+    assert trapped.gate.negotiations.by_child[NAME].coverage is Coverage.NEGOTIATING
 
-    assert not trapped.after(on.SaSet(SA)), "the trap says nothing of what the peer agreed to"
+    assert not trapped.after(on.SaSet(SA)), "the trap does not show the negotiated selectors"
     opened = trapped.after(on.PolicySet(PINNED))
     assert isinstance(opened[0], do.SetEntry), "the first command opens, in one write"
     assert trapped.is_open()
-    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+    assert trapped.gate.negotiations.by_child[NAME].coverage is Coverage.COVERED
 
 
 def test_notifications_that_arrive_together_make_one_change(trapped: Transcript) -> None:
@@ -85,9 +85,9 @@ def test_a_flow_closes_before_anything_else_is_done(trapped: Transcript, closing
     trapped.after(REFUSED, *UP)
     assert trapped.is_open()
     first = trapped.after(closing)[0]
-    assert isinstance(first, do.SetEntry | do.Publish), "closing comes before all else"
+    assert isinstance(first, do.SetEntry | do.Publish), "the first command closes"
     assert not trapped.is_open()
-    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.UNCOVERED
+    assert trapped.gate.negotiations.by_child[NAME].coverage is Coverage.UNCOVERED
 
 
 def test_a_kernel_policy_of_higher_priority_closes_the_flow(trapped: Transcript) -> None:
@@ -95,7 +95,7 @@ def test_a_kernel_policy_of_higher_priority_closes_the_flow(trapped: Transcript)
     bypass = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.2.0.0/24"))), priority=1,
                      action=Action.BYPASS, templates=())  # fmt: skip
     trapped.after(on.PolicySet(bypass))
-    assert not trapped.is_open(), "the kernel would send it in clear now"
+    assert not trapped.is_open(), "the kernel would now send it in clear"
     trapped.after(on.PolicyGone(bypass.key))
     assert trapped.is_open()
 
@@ -112,13 +112,13 @@ def test_the_flow_stays_open_during_a_rekey(trapped: Transcript) -> None:
 def test_an_sa_that_the_daemon_does_not_list_opens_nothing() -> None:
     transcript = Transcript()
     transcript.after(on.KernelSnapshot((TRAP,), (SA,)), connected(), SOURCES)
-    assert not transcript.is_open(), "left by a daemon that was killed"
+    assert not transcript.is_open(), "a killed daemon left the SA"
     transcript.after(connected(LISTED))
     assert transcript.is_open()
 
 
 def test_a_restarted_controller_publishes_only_after_kernel_and_daemon_have_answered() -> None:
-    """Half the truth would refuse what a predecessor's table rightly lets go."""
+    """With only one of them it would refuse flows that the previous table rightly opens."""
     for first, second in ((0, 1), (1, 0)):
         transcript = Transcript()
         events = (on.KernelSnapshot((TRAP,), (SA,)), connected(LISTED))
@@ -131,15 +131,15 @@ def test_a_restarted_controller_publishes_only_after_kernel_and_daemon_have_answ
 
 
 def test_a_flow_is_covered_only_once_its_route_chooses_a_protected_source() -> None:
-    """Tunnel mode: the unbound source is in the policy only once strongSwan's route is."""
+    """Tunnel mode: only strongSwan's route gives an unbound socket a source inside the policy."""
     transcript = Transcript()
     outer = on.SourcesResolved(((THERE, LOCAL),))
     transcript.after(on.KernelSnapshot((), ()), connected(), outer)
     assert initiated(transcript.after(REFUSED)) == [NAME]
     transcript.after(*UP)
-    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.NEGOTIATING
+    assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.NEGOTIATING
     transcript.after(SOURCES)
-    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+    assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.COVERED
 
 
 def test_the_daemon_is_exempt_while_it_is_connected(trapped: Transcript) -> None:
@@ -168,7 +168,7 @@ def test_a_periodic_check_repairs_and_counts_what_has_drifted(trapped: Transcrip
 
 
 def test_a_periodic_check_verifies_every_hook_table(trapped: Transcript) -> None:
-    tables = trapped.gate.hook_tables.tables
+    tables = trapped.gate.tables
     assert tables.keys() == set(TableId)
     assert trapped.after(on.CheckDue()) == [do.Verify(*item) for item in tables.items()]
 

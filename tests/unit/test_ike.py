@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.model.events import (
     ChildUp,
     IkeGone,
-    IkeUnread,
+    IkeUnparsed,
     IkeUp,
 )
 from ipsecgate.edges.strongswan import vici
@@ -41,11 +41,11 @@ async def test_the_first_kernel_plugin_shows_whether_esp_is_in_userspace(
     charon: FakeCharon, client: IkeClient
 ) -> None:
     with pytest.raises(IkeRefusedError):
-        await client.userland()
+        await client.does_userspace_esp()
     for first in (True, False):
         plugins = ["kernel-libipsec", "kernel-netlink"][:: 1 if first else -1]
         charon.handlers["stats"] = answering({"plugins": plugins})
-        assert await client.userland() is first
+        assert await client.does_userspace_esp() is first
 
 
 async def test_events_arrive_in_order_and_then_the_end_of_the_connection(
@@ -69,7 +69,7 @@ async def test_a_child_that_cannot_be_parsed_does_not_affect_the_others(
     charon.raise_event("child-updown", ike_sa(**odd))
     charon.raise_event("child-updown", UP)
     unread, up = await next_events(client, 2)
-    assert isinstance(unread, IkeUnread)
+    assert isinstance(unread, IkeUnparsed)
     assert "nosuch" in unread.reason
     assert up == ChildUp(SA)
 

@@ -11,7 +11,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import PORT_MASK, UDP, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildName, SpdKey
-from ipsecgate.core.state.spd import agreed_on
+from ipsecgate.core.state.spd import negotiated_regions
 from ipsecgate.core.tables.layout import flow_key
 from tests.unit.transcript import (
     HERE,
@@ -100,7 +100,7 @@ def test_a_list_made_before_a_child_came_up_does_not_remove_it(trapped: Transcri
 def test_the_negotiated_flows_are_in_both_traffic_selectors(
     local: TrafficSelector, remote: TrafficSelector, expected: set[int]
 ) -> None:
-    parts = agreed_on((local,), (remote,))
+    parts = negotiated_regions((local,), (remote,))
     ports = (0, 80, PORT_MASK)
     keys = {port: flow_key(replace(ROUTED, dport=port)) for port in ports}
     assert {port for port, key in keys.items() if any(p.matches(key) for p in parts)} == expected

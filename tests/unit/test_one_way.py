@@ -41,7 +41,7 @@ INBOUND = replace(SA, id=SaId(LOCAL, CHILD.spi_in, ESP), saddr=PEER)
 def receiving(entry: SpdEntry, **other: object) -> SpdEntry:
     """Return the inbound policy that belongs to an outbound one; `other` alters its selector."""
     template = replace(entry.templates[0], spi=0, saddr=PEER, daddr=LOCAL)
-    back = replace(entry.key.selector.answer, **other)  # type: ignore[arg-type]
+    back = replace(entry.key.selector.reply, **other)  # type: ignore[arg-type]
     key = replace(entry.key, selector=back, direction=Direction.IN)
     return SpdEntry(key, entry.priority, entry.action, (template,))
 
@@ -184,17 +184,17 @@ TYPE = replace(CHOSEN, proto=1, sport=8, sport_mask=PORT_MASK)
 TYPE_0 = replace(CHOSEN, proto=1, sport_mask=PORT_MASK)  # code 0, in one direction only
 DEVICE = replace(CHOSEN, ifindex=4)
 BACK = {
-    PORTS: replace(CHOSEN.answer, proto=UDP, sport=53, sport_mask=0xFFF0, dport=7,
+    PORTS: replace(CHOSEN.reply, proto=UDP, sport=53, sport_mask=0xFFF0, dport=7,
                    dport_mask=PORT_MASK),
-    TYPE: replace(CHOSEN.answer, proto=1, sport=8, sport_mask=PORT_MASK),
-    TYPE_0: replace(CHOSEN.answer, proto=1, dport_mask=PORT_MASK),
-    DEVICE: CHOSEN.answer,
+    TYPE: replace(CHOSEN.reply, proto=1, sport=8, sport_mask=PORT_MASK),
+    TYPE_0: replace(CHOSEN.reply, proto=1, dport_mask=PORT_MASK),
+    DEVICE: CHOSEN.reply,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("selector", BACK, ids=["ports", "ICMP type", "ICMP type 0", "device"])
 def test_the_answering_policy_has_the_reversed_selector(selector: Selector) -> None:
-    assert selector.answer == BACK[selector]
+    assert selector.reply == BACK[selector]
     entry = replace(PINNED, key=SpdKey(selector))
     assert not deleted(established([entry, receiving(entry)]).after(FIRED))
     assert deleted(established([entry, receiving(entry, proto=99)]).after(FIRED)) == [DELETED]

@@ -66,7 +66,7 @@ def test_a_stale_sa_is_not_confirmed_by_another_peers_equal_spi() -> None:
     transcript = Transcript()
     transcript.after(on.KernelSnapshot((TRAP,), (SA,)), connected(OTHER_LISTED), SOURCES)
     assert not transcript.is_open(), "a killed daemon left it, and no peer has it"
-    assert transcript.gate.protection.kernel_state.trusted_sas() == []
+    assert transcript.gate.protection.kernel_state.confirmed_sas() == []
 
 
 def test_an_sa_protects_only_the_flows_of_its_own_policy() -> None:
@@ -84,7 +84,7 @@ def test_an_sa_protects_only_the_flows_of_its_own_policy() -> None:
 
 def mirrored(*events: on.XfrmEvent) -> KernelState:
     kernel_state = KernelState()
-    kernel_state.ike_knows((LISTED, OTHER_LISTED))
+    kernel_state.ike_connected((LISTED, OTHER_LISTED))
     for event in events:
         kernel_state.apply(event)
     return kernel_state
@@ -92,8 +92,8 @@ def mirrored(*events: on.XfrmEvent) -> KernelState:
 
 def test_a_listed_sa_is_missing_even_if_another_peer_has_its_spi() -> None:
     kernel_state = mirrored(on.PolicySet(PINNED), on.PolicySet(OTHER_POLICY), on.SaSet(OTHER_SA))
-    assert kernel_state.lacks(LISTED)
-    assert not kernel_state.lacks(OTHER_LISTED)
+    assert kernel_state.is_missing(LISTED)
+    assert not kernel_state.is_missing(OTHER_LISTED)
     assert kernel_state.child_of(OTHER_SA) == OTHER_LISTED.name
     assert kernel_state.child_of(replace(SA, id=SaId(OTHER, 0x77, ESP))) is None
 
@@ -109,11 +109,11 @@ def test_a_peer_cannot_hide_a_one_way_child_by_choosing_our_spi() -> None:
     same = replace(LISTED, spi_out=LISTED.spi_in)
     sa = replace(SA, id=SaId(SA.id.daddr, LISTED.spi_in, ESP))
     kernel_state = KernelState()
-    kernel_state.ike_knows((same,))
+    kernel_state.ike_connected((same,))
     kernel_state.apply(on.SaSet(sa))
-    assert kernel_state.halves() == {same}
+    assert kernel_state.one_way_children() == {same}
     kernel_state.apply(on.SaSet(replace(sa, id=SaId(LOCAL, same.spi_in, ESP), saddr=sa.id.daddr)))
-    assert kernel_state.halves() == set()
+    assert kernel_state.one_way_children() == set()
 
 
 def test_of_two_peers_only_the_one_without_kernel_state_is_deleted() -> None:
@@ -138,7 +138,7 @@ def test_an_unparsed_child_is_logged_once_and_does_not_affect_the_others() -> No
     assert [c.text for c in commands if isinstance(c, do.Log) and "peer/odd" in c.text]
     again = transcript.after(partial)
     assert not [c for c in again if isinstance(c, do.Log)], "commands once"
-    commands = transcript.after(on.IkeUnread("child-updown: no value 'name'"))
+    commands = transcript.after(on.IkeUnparsed("child-updown: no value 'name'"))
     assert do.AskIke() in commands
     assert transcript.is_open()
 
@@ -146,7 +146,7 @@ def test_an_unparsed_child_is_logged_once_and_does_not_affect_the_others() -> No
 @pytest.mark.parametrize("mode", [Mode.TUNNEL, Mode.TRANSPORT])
 def test_a_template_names_an_sa_of_its_own_peer_only(mode: Mode) -> None:
     template: Any = replace(TRAP.templates[0], mode=mode)
-    assert template.may_name(SA.id)
-    assert not template.may_name(OTHER_SA.id)
-    assert replace(template, daddr=None).may_name(OTHER_SA.id)
-    assert not replace(template, spi=1).may_name(SA.id)
+    assert template.accepts(SA.id)
+    assert not template.accepts(OTHER_SA.id)
+    assert replace(template, daddr=None).accepts(OTHER_SA.id)
+    assert not replace(template, spi=1).accepts(SA.id)

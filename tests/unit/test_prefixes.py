@@ -15,10 +15,10 @@ from ipsecgate.core.model.prefixes import (
     SPECIAL,
     LongestPrefix,
     PrefixSet,
+    as_prefix,
     compress,
-    fit,
+    limit_sources,
     partition,
-    prefix,
 )
 
 
@@ -154,8 +154,8 @@ def test_a_prefix_set_contains_and_touches_as_defined(
     networks: list[Network], one: Network
 ) -> None:
     cover = PrefixSet(networks)
-    assert cover.contains(prefix(one)) == any(inside(one, other) for other in networks)
-    assert cover.touches(prefix(one)) == any(
+    assert cover.contains(as_prefix(one)) == any(inside(one, other) for other in networks)
+    assert cover.overlaps(as_prefix(one)) == any(
         inside(one, other) or inside(other, one) for other in networks
     )
 
@@ -180,7 +180,7 @@ LEFT, RIGHT = ip_address("10.0.0.1"), ip_address("10.0.0.2")
 
 
 def looked_up(sources: Iterable[tuple[Network, Address | None]], address: Address) -> object:
-    return next(LongestPrefix(sources).around(address), (None, None))[1]
+    return next(LongestPrefix(sources).containing(address), (None, None))[1]
 
 
 @given(st.lists(st.tuples(networks(), st.sampled_from((LEFT, RIGHT, None))), max_size=12),
@@ -189,8 +189,10 @@ def test_destinations_that_do_not_fit_become_unknown_and_nothing_else_changes(
     found: list[tuple[Network, Address | None]], destinations: list[Network], limit: int
 ) -> None:
     cover = PrefixSet(destinations)
-    sources = [(one, source) for one, source in dict(found).items() if cover.contains(prefix(one))]
-    fitted, lost = fit(sources, destinations, limit)
+    sources = [
+        (one, source) for one, source in dict(found).items() if cover.contains(as_prefix(one))
+    ]
+    fitted, lost = limit_sources(sources, destinations, limit)
     assert len(fitted) <= limit
     for one in (*destinations, *(one for one, _ in sources)):
         for address in (one[0], one[-1]):
@@ -204,7 +206,7 @@ def test_destinations_that_do_not_fit_become_unknown_and_nothing_else_changes(
 def test_the_most_fragmented_destination_is_dropped_first() -> None:
     busy, calm = ip_network("10.1.0.0/16"), ip_network("10.1.128.0/17")
     pieces = [(ip_network((int(busy[0]) + n, 32)), RIGHT) for n in range(1, 20)]
-    fitted, lost = fit([(busy, LEFT), *pieces], [busy, calm], 10)
+    fitted, lost = limit_sources([(busy, LEFT), *pieces], [busy, calm], 10)
     assert lost == [busy]
     assert looked_up(fitted, ip_address("10.1.0.1")) is None
     assert looked_up(fitted, ip_address("10.1.200.1")) == LEFT

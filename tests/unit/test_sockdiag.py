@@ -9,7 +9,12 @@ from socket import AF_INET, AF_INET6
 import pytest
 
 from ipsecgate.core.codec.netlink import DecodeError
-from ipsecgate.core.codec.sockdiag import Standing, decode_listing, encode_destroy, encode_listing
+from ipsecgate.core.codec.sockdiag import (
+    ConnectedSocket,
+    decode_listing,
+    encode_destroy,
+    encode_listing,
+)
 from ipsecgate.core.model.flow import TCP, UDP, Flow
 
 COOKIE = bytes(range(8))
@@ -59,5 +64,5 @@ def test_the_request_to_destroy_names_the_exact_socket() -> None:
     assert struct.unpack_from("=IHHII", request) == (16 + 56, 21, 0x5, 9, 0)
     assert request[16:18] == bytes((AF_INET, TCP))
     assert request[24:] == one.id
-    assert isinstance(one, Standing)
+    assert isinstance(one, ConnectedSocket)
     assert len(encode_listing(AF_INET, UDP, 1)) == 16 + 56

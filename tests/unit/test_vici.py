@@ -9,15 +9,15 @@ import pytest
 
 from ipsecgate.core.codec.causes import failure_cause
 from ipsecgate.core.codec.vici import (
-    ViciError,
     child_configs,
     child_rekey,
     child_sas,
     child_updown,
     ike_updown,
-    is_userland,
-    selectors,
+    is_userspace_esp,
 )
+from ipsecgate.core.codec.vici_sections import ViciError
+from ipsecgate.core.codec.vici_selectors import selectors
 from ipsecgate.core.model.events import ChildDown, ChildUp, IkeDown, IkeUp
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
@@ -131,8 +131,8 @@ def test_only_installed_children_are_listed(state: str, found: list[ChildSa]) ->
     ],
 )
 def test_the_first_kernel_plugin_does_esp(plugins: str, userland: bool) -> None:
-    assert is_userland({"plugins": [name.encode() for name in plugins.split()]}) is userland
-    assert not is_userland({"uptime": {}})
+    assert is_userspace_esp({"plugins": [name.encode() for name in plugins.split()]}) is userland
+    assert not is_userspace_esp({"uptime": {}})
 
 
 def test_a_child_without_spis_is_left_out() -> None:
@@ -173,7 +173,7 @@ def test_a_value_where_a_section_should_be_is_an_error(odd: Any) -> None:
     with pytest.raises(ViciError):
         list(ike_updown({"gw": {**sa, "uniqueid": b"yes"}}))
     with pytest.raises(ViciError):
-        is_userland({"plugins": b"kernel-libipsec"})
+        is_userspace_esp({"plugins": b"kernel-libipsec"})
 
 
 def test_events_are_parsed() -> None:

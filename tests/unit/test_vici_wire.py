@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vici.protocol import Message
 
-from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.codec.vici_wire import DEPTH, Answer, parse
 from ipsecgate.edges.strongswan.vici import refusal
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from ipsecgate.core.codec.vici import Names
+from ipsecgate.core.codec.vici_selectors import Names
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildName, ChildSa
 

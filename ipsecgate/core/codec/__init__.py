@@ -1,1 +1,1 @@
-"""Bytes and text from outside into the domain's types, and back."""
+"""Codecs: bytes and text from outside into the domain's types, and back."""

@@ -1,10 +1,10 @@
-"""Why a negotiation failed, in a human's words, from what strongSwan logged about it.
+"""The cause of a failed negotiation in plain words, extracted from strongSwan's log.
 
-VICI's own answer is "establishing CHILD_SA 'x' failed" whatever happened; the reason is only in
-the log, as text. The first rule that matches a line decides, so the rules go from the particular
-to the general; what no rule knows is passed on as it stands.
+VICI's reply is always "establishing CHILD_SA 'x' failed"; the cause is only in the log, as text.
+The first rule that matches any line wins, so rules go from specific to general. If none matches,
+the last line is returned unchanged.
 
-Source: control-log of strongSwan 5.9.8, provoked case by case; RFC 7296 section 3.10.1.
+Source: control-log of strongSwan 5.9.8, each case provoked; RFC 7296 section 3.10.1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def failure_cause(lines: Sequence[str]) -> str | None:
-    """Return why the negotiation that these lines are about failed; None without any line."""
+    """Return the cause that the log lines of a negotiation give; None without any line."""
     for pattern, words in RULES:
         for line in lines:
             if match := pattern.search(line):

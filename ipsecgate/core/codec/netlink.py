@@ -1,8 +1,8 @@
-"""Netlink's framing: a datagram is messages, a message is a structure and attributes.
+"""Netlink's framing: a datagram holds messages, a message a structure and attributes.
 
-Rules of this module: bytes in, values out, no socket, no knowledge of what the messages mean.
-Headers are host order and everything is padded to 4 bytes. A read outside the message it
-belongs to raises `DecodeError`, so no caller checks a length twice.
+Rules of this module: bytes in, values out; it opens no socket and knows nothing of what a message
+means. Headers are in host order and everything is padded to 4 bytes. A read beyond the end of a
+message raises `DecodeError`, so callers need not check lengths.
 
 Source: linux/netlink.h (struct nlmsghdr, nlattr), RFC 3549 section 2.
 """
@@ -27,9 +27,9 @@ _MAX_ERRNO = 4095  # Source: linux/err.h
 
 
 class DecodeError(GateError):
-    """Bytes that are not what the kernel's headers say.
+    """A message that does not match the kernel's headers.
 
-    It carries the message's type, the field, and the offset of that field in the datagram.
+    It has the message's type, the field, and that field's offset in the datagram.
     """
 
     def __init__(self, message_type: int, field: str, offset: int) -> None:
@@ -43,7 +43,7 @@ class DecodeError(GateError):
 
 
 class Span(NamedTuple):
-    """Where an attribute's payload lies in the datagram: [start, end)."""
+    """The position of an attribute's payload in the datagram: [start, end)."""
 
     start: int
     end: int
@@ -65,15 +65,15 @@ class Message:
         return DecodeError(self.type, field, offset)
 
     def structure(self, size: int, field: str) -> int:
-        """Return where the message's fixed structure starts. Raises: DecodeError if cut short."""
+        """Return the offset of the fixed structure. Raises: DecodeError if it is truncated."""
         if self.start + size > self.end:
             raise self.bad(field, self.start)
         return self.start
 
     def attributes(self, structure_size: int) -> dict[int, Span]:
-        """Return the attributes after the structure by type; of a repeated one, the last.
+        """Return the attributes after the structure, by type. A repeated one replaces the first.
 
-        Raises: DecodeError if a length runs out of the message.
+        Raises: DecodeError if one extends beyond the message.
         """
         found: dict[int, Span] = {}
         at = self.start + align(structure_size)
@@ -90,7 +90,7 @@ class Message:
     def payload(
         self, attributes: Mapping[int, Span], kind: int, size: int, field: str
     ) -> int | None:
-        """Return where an attribute's payload starts, None without one.
+        """Return the offset of an attribute's payload, None if the attribute is absent.
 
         Raises: DecodeError if it is shorter than `size`.
         """
@@ -104,7 +104,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class DumpEnd:
-    """How a dump ended: `error` is an errno or 0; `interrupted`: the kernel wants another try."""
+    """The end of a dump. `error`: an errno or 0. `interrupted`: inconsistent, so repeat it."""
 
     error: int
     interrupted: bool = False
@@ -116,7 +116,7 @@ def align(length: int) -> int:
 
 
 def messages(datagram: bytes) -> Iterator[Message]:
-    """Yield the messages in a datagram. Raises: DecodeError at a header that does not fit."""
+    """Yield the messages of a datagram. Raises: DecodeError at an invalid header."""
     at = 0
     while at < len(datagram):
         if at + _HEADER.size > len(datagram):
@@ -129,7 +129,7 @@ def messages(datagram: bytes) -> Iterator[Message]:
 
 
 def dump_end(datagram: bytes, sequence: int) -> DumpEnd | None:
-    """Return how the dump with that sequence number ended if it ends here, else None.
+    """Return the end of the dump with this sequence number, None if the datagram has none.
 
     NLMSG_DONE and NLMSG_ERROR both begin with an errno, negative or 0. Raises: DecodeError.
     """
@@ -148,12 +148,12 @@ def dump_end(datagram: bytes, sequence: int) -> DumpEnd | None:
 
 
 def encode_dump(message_type: int, body: bytes, sequence: int) -> bytes:
-    """Encode a request to dump everything, with the structure that the type asks for."""
+    """Encode a request to dump all objects; `body` is the structure that the type requires."""
     return _encode(message_type, NLM_F_REQUEST | NLM_F_DUMP, body, sequence)
 
 
-def encode_ask(message_type: int, body: bytes, sequence: int) -> bytes:
-    """Encode a request for one object; its answer ends as a dump does (`dump_end`)."""
+def encode_request(message_type: int, body: bytes, sequence: int) -> bytes:
+    """Encode a request about one object; its reply ends as a dump does (`dump_end`)."""
     return _encode(message_type, NLM_F_REQUEST | NLM_F_ACK, body, sequence)
 
 

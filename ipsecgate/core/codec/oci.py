@@ -1,9 +1,9 @@
-"""Containers: the seccomp profile that has their calls held, and what the runtime then says.
+"""OCI containers: the seccomp profile that holds their calls, and the runtime's message.
 
     profile -> runtime -> the filter, and one message with its listener, to `listenerPath`
 
-The profile speaks of the same calls as `core.codec.seccomp`, in the words of libseccomp, which
-makes the filter there.
+The profile selects the same calls as the filter in `core.codec.seccomp`. Here libseccomp compiles
+it.
 
 Source: the OCI runtime specification, config-linux.md, "Seccomp" and "The Container
 Process State"; seccomp_rule_add(3).
@@ -22,32 +22,32 @@ from ipsecgate.core.model.policy import HOLD, HOLD_LONGEST
 
 Json = dict[str, Any]
 
-MESSAGE_LIMIT = 64 << 10  # bytes; annotations are in there
+MESSAGE_LIMIT = 64 << 10  # bytes, including annotations
 ARCHITECTURES = {
     "x86_64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"),
     "aarch64": ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"),
 }
 FLAGS = ("SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",)
-LENGTHS = {"connect": 2, "sendto": 5}  # which argument is the address's length
+LENGTHS = {"connect": 2, "sendto": 5}  # the index of the argument with the address length
 ALLOW, NOTIFY = "SCMP_ACT_ALLOW", "SCMP_ACT_NOTIFY"
 LISTENER = "seccompFd"
 METADATA = re.compile(r"ipsecgate hold=(\d+(?:\.\d+)?)")
-BITS = 8  # all of `INET_LENGTHS` fit
-LOW_HALF = 0xFFFFFFFF  # of an argument: all that is of a length
+BITS = 8  # enough for each of `INET_LENGTHS`
+LOW_HALF = 0xFFFFFFFF  # of an argument; a length has 32 bits
 
 
 class OciError(ValueError):
-    """A profile that cannot be extended, or a message that no runtime sends."""
+    """A profile that cannot be extended, or an invalid message."""
 
 
 # --- the profile ------------------------------------------------------------------------
 
 UNFIT = (OciError, KeyError, TypeError, AttributeError)
-"""What `profile` raises of a base that is none."""
+"""The errors of `profile` for an invalid base."""
 
 
 def base(raw: bytes) -> Json:
-    """Read a profile that is to be extended. Raises: OciError."""
+    """Parse a profile to extend. Raises: OciError."""
     try:
         read = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -66,11 +66,11 @@ def profile(
     flags: bool = True,
     base: Json | None = None,
 ) -> Json:
-    """Return the `linux.seccomp` of a container: its calls are held for `hold` seconds.
+    """Return a container's `linux.seccomp`, which holds its calls for up to `hold` seconds.
 
-    `datagrams`: sendmsg() and sendmmsg(), too. `flags`: have a call that is held not be
-    ended by a signal's handler. `base` is a profile that stays in force for all other calls;
-    None: all others are allowed. Raises: `UNFIT`.
+    `datagrams`: also hold sendmsg() and sendmmsg(). `flags`: only a fatal signal interrupts a held
+    call. `base`: a profile that stays in force for all other calls; None allows them all.
+    Raises: `UNFIT`.
     """
     if base is None:
         base = {"defaultAction": ALLOW, "architectures": list(ARCHITECTURES[machine])}
@@ -90,9 +90,9 @@ def profile(
 
 
 def _without(base: Json, names: Sequence[str]) -> tuple[list[Json], set[str]]:
-    """Return the rules of a profile that are not about `names`, and which of these it allowed.
+    """Return a profile's rules without those for `names`, and the names that it allows.
 
-    What is allowed only under conditions, or forbidden, is no call that could be held.
+    A call that the profile forbids, or allows only under conditions, cannot be held.
     """
     if base.get("listenerPath"):
         raise OciError("the profile already has a listener")
@@ -116,16 +116,17 @@ def _rule(name: str, action: str, condition: Json | None) -> Json:
 
 
 def _internet(name: str) -> list[Json | None]:
-    """Return the conditions under which a call is held; None: always."""
+    """Return the conditions under which a call is held, one rule each; None: always."""
     if name not in LENGTHS:
         return [None]
     return [_masked(LENGTHS[name], length, LOW_HALF) for length in INET_LENGTHS]
 
 
 def _others(index: int) -> Iterator[Json]:
-    """Yield conditions of which every length but `INET_LENGTHS` meets one.
+    """Yield conditions that together match every length except `INET_LENGTHS`.
 
-    libseccomp has no "and" over one argument, but a mask: blocks of 2^n values it is.
+    libseccomp cannot combine conditions on one argument with "and", but it has masks: so the
+    complement is divided into blocks of 2^n values.
     """
     yield {"index": index, "value": (1 << BITS) - 1, "op": "SCMP_CMP_GT"}
     for first, mask in blocks(INET_LENGTHS):
@@ -137,7 +138,7 @@ def _masked(index: int, value: int, mask: int) -> Json:
 
 
 def blocks(without: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first value and the mask of each block; together all of `BITS` bits but some."""
+    """Yield (first value, mask) of aligned blocks: all numbers of `BITS` bits except `without`."""
     todo = [(0, BITS)]
     while todo:
         first, bits = todo.pop()
@@ -152,10 +153,10 @@ def blocks(without: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A container: its process, for how long that one's calls are held.
+    """A container: its process, and how long its calls are held in seconds.
 
-    `pid` 0: not told, as by `crun exec`.
-    `listener` is the place of the seccomp listener among the descriptors that came along.
+    `pid` 0: unknown, as for `crun exec`. `listener` is the index of the seccomp listener among the
+    descriptors that came with the message.
     """
 
     name: str
@@ -165,7 +166,7 @@ class Container:
 
 
 def container(raw: bytes) -> Container | None:
-    """Read a container process state; None while its end is missing. Raises: OciError."""
+    """Parse a container process state; None while it is incomplete. Raises: OciError."""
     if len(raw) > MESSAGE_LIMIT:
         raise OciError(f"the message is longer than {MESSAGE_LIMIT} bytes")
     try:

@@ -1,11 +1,11 @@
-"""Codec for the little we ask of NETLINK_ROUTE: prefixes of routes and rules, where a flow goes.
+"""Codec for the parts of NETLINK_ROUTE that we use: destinations of routes and rules, and links.
 
-Rules of this module: bytes in, values out, no socket. Routes and rules share their layout, a
-12-byte header (0:family 1:dst_len 7:type) and the destination as attribute 1; all addresses are
-network order, with exactly their family's length.
+Rules of this module: bytes in, values out; it opens no socket. Routes and rules share a layout: a
+12-byte header (0:family 1:dst_len 7:type) and the destination as attribute 1. Addresses are in
+network order, and exactly as long as their family's.
 
-pyroute2 can decode all this, and more; its classes take 56 µs for a route, this 2, and a host
-with many routes has its table read at every change.
+pyroute2 could decode all of this, but takes 56 µs for a route where this takes 2, and the whole
+table is read at every change.
 
 Source: linux/rtnetlink.h (struct rtmsg, ifinfomsg), linux/fib_rules.h (struct fib_rule_hdr).
 """
@@ -18,7 +18,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from socket import AF_INET, AF_INET6
 
-from ipsecgate.core.codec.netlink import Message, Span, encode_ask, encode_dump, messages
+from ipsecgate.core.codec.netlink import Message, Span, encode_dump, encode_request, messages
 from ipsecgate.core.model.flow import Address
 from ipsecgate.core.model.prefixes import WIDTH, Prefix
 
@@ -50,15 +50,15 @@ def encode_rule_dump(family: int, sequence: int) -> bytes:
 
 
 def encode_route_get(address: Address, sequence: int) -> bytes:
-    """Encode RTM_GETROUTE for one destination, as an unbound socket of root would ask."""
+    """Encode RTM_GETROUTE for one destination: the route of an unbound socket of root."""
     family = AF_INET if address.version == 4 else AF_INET6
     raw = address.packed
     destination = struct.pack("=HH", 4 + len(raw), RTA_DST) + raw
-    return encode_ask(GETROUTE, _header(family, len(raw) * 8) + destination, sequence)
+    return encode_request(GETROUTE, _header(family, len(raw) * 8) + destination, sequence)
 
 
 def decode_prefixes(datagram: bytes) -> Iterator[Prefix]:
-    """Yield the destinations of the routes and rules in a datagram, dump or notification.
+    """Yield the destinations of the routes and rules in a datagram of a dump or a notification.
 
     A default route or a rule for everything is a prefix of 0 bits. Raises: DecodeError.
     """
@@ -68,7 +68,7 @@ def decode_prefixes(datagram: bytes) -> Iterator[Prefix]:
 
 
 def _prefixes(message: Message) -> Iterator[Prefix]:
-    """Yield the destination of a route or rule; nothing for multicast routing and MPLS."""
+    """Yield the destination of a route or rule, but not of multicast routing or MPLS."""
     at = message.structure(_HEADER.size, "rtmsg")
     family, bits = message.data[at], message.data[at + 1]
     if family not in _VERSION:
@@ -85,14 +85,14 @@ def _prefixes(message: Message) -> Iterator[Prefix]:
 
 
 def only_routes(datagram: bytes) -> bool:
-    """Tell whether a notification is about routes and nothing else. Raises: DecodeError."""
+    """Return whether a notification is about routes only. Raises: DecodeError."""
     return all(message.type in ROUTES for message in messages(datagram))
 
 
 def decode_route(datagram: bytes) -> Iterator[tuple[Address, int]]:
-    """Yield the source and the link of the route in the answer to `encode_route_get`.
+    """Yield the source and the interface index of the route in a reply to `encode_route_get`.
 
-    Nothing: the route leads nowhere, or there is no address to use on it. Raises: DecodeError.
+    Yields nothing if there is no usable route, or no source address for it. Raises: DecodeError.
     """
     for message in messages(datagram):
         if message.type != NEWROUTE:
@@ -108,13 +108,13 @@ def decode_route(datagram: bytes) -> Iterator[tuple[Address, int]]:
 
 def encode_link_get(index: int, sequence: int) -> bytes:
     """Encode RTM_GETLINK for one link."""
-    return encode_ask(GETLINK, _LINK.pack(0, 0, index, 0, 0), sequence)
+    return encode_request(GETLINK, _LINK.pack(0, 0, index, 0, 0), sequence)
 
 
 def decode_link(datagram: bytes) -> Iterator[tuple[str, str]]:
-    """Yield the name and the kind ("tun", "veth") of the link in the answer to `encode_link_get`.
+    """Yield the name and the kind ("tun", "veth") of the link in a reply to `encode_link_get`.
 
-    A link that a driver made, without rtnetlink, has no kind: "". Raises: DecodeError.
+    The kind is "" for a link that a driver created without rtnetlink. Raises: DecodeError.
     """
     for message in messages(datagram):
         if message.type != NEWLINK:
@@ -128,10 +128,10 @@ def decode_link(datagram: bytes) -> Iterator[tuple[str, str]]:
         yield _text(message, attributes, IFLA_IFNAME), _text(message, info, IFLA_INFO_KIND)
 
 
-def decode_lost(datagram: bytes) -> Iterator[tuple[int, Prefix | None]]:
-    """Yield the link and destination of each route that went, and (link, None) of each link.
+def decode_removed_routes(datagram: bytes) -> Iterator[tuple[int, Prefix | None]]:
+    """Yield (interface index, destination) of each removed route, and (index, None) of a lost link.
 
-    A link that is down has lost its routes without a word about them. Raises: DecodeError.
+    A link that goes down loses its routes without a notification for each. Raises: DecodeError.
     """
     for message in messages(datagram):
         if message.type == DELROUTE:

@@ -1,11 +1,11 @@
-"""seccomp user notification as bytes: the filter, what it reports, what is answered.
+"""Codec for seccomp user notification: the filter, its notifications, and the responses.
 
-    connect(), sendto()  -> reported if the address is as long as an Internet one: a
-                            filter sees numbers, never what a pointer points to
-    sendmsg(), sendmmsg()  -> reported always, where datagrams are asked for
+    connect(), sendto()    reported if the address has the length of an Internet one; a filter
+                           sees the arguments, but not the memory that they point to
+    sendmsg(), sendmmsg()  always reported, if the filter was built with `datagrams`
 
-Rules of this module: a foreign architecture or x32 is let go, like everything that is
-not understood. Nothing is opened by that: the hooks are asked whichever way a call came.
+Rules of this module: a call of a foreign architecture or of x32, or one that cannot be read, is not
+held. That lets nothing through, because the hooks decide about every call.
 
 Source: seccomp_unotify(2); linux/seccomp.h, linux/filter.h, linux/audit.h.
 """
@@ -23,7 +23,7 @@ from ipsecgate.core.model.flow import Address, unmap
 
 @dataclass(frozen=True, slots=True)
 class Abi:
-    """A machine's AUDIT_ARCH_ number, and those of its system calls."""
+    """A machine's AUDIT_ARCH_* and system call numbers."""
 
     arch: int
     seccomp: int
@@ -46,24 +46,26 @@ RET_ALLOW, RET_USER_NOTIF = 0x7FFF0000, 0x7FC00000
 LOAD, JUMP_EQUAL, RETURN = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
 NR, ARCH, ARGUMENTS = 0, 4, 16  # in struct seccomp_data
 
-ERESTARTNOINTR = 513  # linux/errno.h, of the kernel alone: after the handler, call again
+ERESTARTNOINTR = 513  # linux/errno.h, kernel-internal: restart the call after the signal handler
 NOTIFICATION = struct.Struct("=QIIiIQ6Q")
 RESPONSE = struct.Struct("=QqiI")
 CONTINUE = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
 
 _INSTRUCTION = struct.Struct("=HBBI")
-_NAME = struct.Struct("=QI")  # how struct msghdr, and so struct mmsghdr, begins
+_NAME = struct.Struct(
+    "=QI"
+)  # the start of struct msghdr, and so of struct mmsghdr: msg_name, msg_namelen
 
 Read = Callable[[int, int], bytes]
-"""Reads so many bytes of the caller's memory; what is not there is left out."""
+"""Reads (address, length) of the target's memory; returns fewer bytes where it is not mapped."""
 
 
 class NotificationError(ValueError):
-    """Bytes that no kernel can have written."""
+    """Bytes that no kernel writes."""
 
 
 def program(abi: Abi, *, datagrams: bool = False) -> bytes:
-    """Return the filter as struct sock_filter[]; `datagrams`: sendmsg() and sendmmsg(), too."""
+    """Return the filter as struct sock_filter[]. `datagrams`: also report sendmsg(), sendmmsg()."""
     lines = [
         (LOAD, 0, 0, ARCH),
         (JUMP_EQUAL, 1, 0, abi.arch),
@@ -79,7 +81,7 @@ def program(abi: Abi, *, datagrams: bool = False) -> bytes:
 
 
 def _if_internet(number: int, argument: int) -> Sequence[tuple[int, int, int, int]]:
-    """Report a call if the argument, an address length, is one of `INET_LENGTHS`."""
+    """Return instructions that report a call if its length argument is one of `INET_LENGTHS`."""
     lengths = [
         (JUMP_EQUAL, left, 0, length) for left, length in zip((3, 2, 1), INET_LENGTHS, strict=True)
     ]
@@ -94,7 +96,7 @@ def _if_internet(number: int, argument: int) -> Sequence[tuple[int, int, int, in
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """A call that waits for an answer; `pid` is the calling thread's."""
+    """A held call: struct seccomp_notif. `pid` is the calling thread's id."""
 
     id: int
     pid: int
@@ -104,12 +106,12 @@ class Notification:
 
     @property
     def fd(self) -> int:
-        """Return the socket's descriptor, in the caller: the first argument of each."""
+        """The target's descriptor of the socket: the first argument of all these calls."""
         return self.args[0] & 0xFFFFFFFF
 
 
 def notification(raw: bytes) -> Notification:
-    """Read struct seccomp_notif. Raises: NotificationError."""
+    """Decode struct seccomp_notif. Raises: NotificationError."""
     if len(raw) != NOTIFICATION.size:
         raise NotificationError(f"notification of {len(raw)} bytes, not {NOTIFICATION.size}")
     ident, pid, _flags, nr, arch, _ip, *args = NOTIFICATION.unpack(raw)
@@ -117,23 +119,23 @@ def notification(raw: bytes) -> Notification:
 
 
 def packed(call: Notification) -> bytes:
-    """Return what `notification` reads."""
+    """Encode struct seccomp_notif, the inverse of `notification`."""
     return NOTIFICATION.pack(call.id, call.pid, 0, call.nr, call.arch, 0, *call.args)
 
 
 def response(ident: int, error: int | None) -> bytes:
-    """Return struct seccomp_notif_resp: fail with an errno, or None: go on."""
+    """Encode struct seccomp_notif_resp: fail with the errno, or continue the call if it is None."""
     return RESPONSE.pack(ident, 0, -(error or 0), CONTINUE if error is None else 0)
 
 
 def destination(call: Notification, abi: Abi, read: Read) -> tuple[Address, int] | None:
-    """Return the address and port that a call names; None where it names none on the Internet.
+    """Return a call's destination address and port; None if it has no Internet address.
 
-    Of sendmmsg()'s messages the first: it returns how many went, and the caller makes
-    another call for the one that was refused.
+    For sendmmsg() that is the first message's. The call returns how many messages were sent, and
+    the caller must repeat it for one that was refused.
     """
     if call.arch != abi.arch:
-        return None  # a container's filter may report those, too
+        return None  # a container's filter may report foreign architectures, too
     if call.nr == abi.connect:
         where, length = call.args[1:3]
     elif call.nr == abi.sendto:
@@ -143,7 +145,7 @@ def destination(call: Notification, abi: Abi, read: Read) -> tuple[Address, int]
     else:
         header = read(call.args[1], _NAME.size)
         if len(header) < _NAME.size:
-            return None  # the kernel will say EFAULT
+            return None  # the kernel will return EFAULT
         where, length = _NAME.unpack(header)
     length = min(length & 0xFFFFFFFF, max(INET_LENGTHS))
     if not where or length < min(INET_LENGTHS):
@@ -152,9 +154,9 @@ def destination(call: Notification, abi: Abi, read: Read) -> tuple[Address, int]
 
 
 def sockaddr(raw: bytes, *, to_send: bool = False) -> tuple[Address, int] | None:
-    """Read struct sockaddr_in or sockaddr_in6, v4-mapped to IPv4; None for any other.
+    """Decode struct sockaddr_in or sockaddr_in6, v4-mapped as IPv4; None for any other.
 
-    connect() takes AF_UNSPEC for "disconnect", what sends for AF_INET.
+    AF_UNSPEC means "disconnect" to connect(), and AF_INET to the sending calls (`to_send`).
     """
     if len(raw) < 16:
         return None
@@ -167,10 +169,10 @@ def sockaddr(raw: bytes, *, to_send: bool = False) -> tuple[Address, int] | None
 
 
 def has_signal(status: str) -> bool:
-    """Tell from /proc/TID/status whether the thread will surely run a signal handler.
+    """Return whether the thread is certain to run a signal handler, given /proc/TID/status.
 
-    A signal for the whole process may be another thread's to handle: it counts
-    where there is no other. Source: proc(5).
+    Another thread may handle a signal that is pending for the whole process, so that counts only if
+    there is no other thread. Source: proc(5). Raises: NotificationError.
     """
     pending, shared, blocked, caught, threads = (
         int(_word(status, name), 16) for name in ("SigPnd", "ShdPnd", "SigBlk", "SigCgt", "Threads")
@@ -179,7 +181,7 @@ def has_signal(status: str) -> bool:
 
 
 def thread_group(status: str) -> int:
-    """Return from /proc/TID/status the pid of the process's first thread."""
+    """Return the process id (thread group) in /proc/TID/status. Raises: NotificationError."""
     return int(_word(status, "Tgid", "[0-9]{1,10}"))
 
 

@@ -1,6 +1,6 @@
-"""Sockets that stand: how the kernel lists those that are connected, and ends one.
+"""Codec for NETLINK_SOCK_DIAG: list the connected sockets, and destroy one.
 
-Rules of this module: bytes in, values out; only TCP and UDP, only sockets with a peer.
+Rules of this module: bytes in, values out; TCP and UDP sockets with a peer only.
 
 Source: linux/inet_diag.h (struct inet_diag_req_v2, inet_diag_msg), linux/sock_diag.h.
 """
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from socket import AF_INET, AF_INET6
 
-from ipsecgate.core.codec.netlink import encode_ask, encode_dump, messages
+from ipsecgate.core.codec.netlink import encode_dump, encode_request, messages
 from ipsecgate.core.model.flow import TCP, UDP, Address, Flow, unmap
 
 SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
 INET_DIAG_MARK, INET_DIAG_CGROUP_ID = 15, 21
-# All but TIME_WAIT, CLOSE and LISTEN, which have nothing more to say: tcp_states.h.
+# All states but TIME_WAIT, CLOSE and LISTEN, which send no more data. Source: tcp_states.h.
 CONNECTED = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11, 12))
 KINDS = tuple((family, protocol) for family in (AF_INET, AF_INET6) for protocol in (TCP, UDP))
 
@@ -30,8 +30,8 @@ _U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """A connected socket: its flow, the id of its cgroup (None: not told), its name in netlink."""
+class ConnectedSocket:
+    """A connected socket: flow, cgroup id (None: unknown), and struct inet_diag_sockid."""
 
     flow: Flow
     cgroup: int | None
@@ -45,13 +45,13 @@ def encode_listing(family: int, protocol: int, sequence: int) -> bytes:
     return encode_dump(SOCK_DIAG_BY_FAMILY, body, sequence)
 
 
-def encode_destroy(socket: Standing, sequence: int) -> bytes:
-    """Encode the end of a socket: what it is doing fails with ECONNABORTED."""
+def encode_destroy(socket: ConnectedSocket, sequence: int) -> bytes:
+    """Encode a request to destroy a socket; its pending calls fail with ECONNABORTED."""
     body = _REQUEST.pack(socket.family, socket.flow.proto, 0, 0, CONNECTED) + socket.id
-    return encode_ask(SOCK_DESTROY, body, sequence)
+    return encode_request(SOCK_DESTROY, body, sequence)
 
 
-def decode_listing(protocol: int, datagram: bytes) -> Iterator[Standing]:
+def decode_listing(protocol: int, datagram: bytes) -> Iterator[ConnectedSocket]:
     """Yield the sockets of a listing. Raises: DecodeError."""
     for message in messages(datagram):
         if message.type != SOCK_DIAG_BY_FAMILY:
@@ -73,8 +73,8 @@ def decode_listing(protocol: int, datagram: bytes) -> Iterator[Standing]:
             sport=sport,
             mark=0 if mark is None else _U32.unpack_from(datagram, mark)[0],
         )
-        told = None if cgroup is None else _U64.unpack_from(datagram, cgroup)[0]
-        yield Standing(flow, told, family, raw)
+        cgroup_id = None if cgroup is None else _U64.unpack_from(datagram, cgroup)[0]
+        yield ConnectedSocket(flow, cgroup_id, family, raw)
 
 
 def _address(family: int, raw: bytes) -> Address:

@@ -1,8 +1,8 @@
-"""VICI's packets as bytes: what strongSwan sends, whole, or an error.
+"""Decoder for VICI's packets.
 
-Rules of this module: bytes in, values out, no socket. Nothing is skipped and nothing is
-guessed: an element of an unknown type, a name that occurs twice, or a length that runs out of
-the packet makes the whole of it an error. What a lenient reader leaves out would not be protected.
+Rules of this module: bytes in, values out; it opens no socket. It is strict: an unknown element
+type, a repeated name, or a length beyond the end makes the whole packet an error. A selector that a
+lenient decoder skipped would not be protected.
 
     packet   kind (1), for an event its name (length 1, text), message
     message  elements: type (1), for all but an end a name (length 1, text), then
@@ -10,7 +10,7 @@ the packet makes the whole of it an error. What a lenient reader leaves out woul
              KEY_VALUE      length (2), bytes
              LIST_START     LIST_ITEM (1), length (2), bytes, repeated, up to LIST_END
 
-Lengths are network order, names UTF-8, values bytes as they are.
+Lengths are in network order, names UTF-8, values arbitrary bytes.
 
 Source: README.md of strongSwan's vici plugin, "Message format".
 """
@@ -20,18 +20,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ipsecgate.core.codec.vici import Section, ViciError
+from ipsecgate.core.codec.vici_sections import Section, ViciError
 
 CMD_RESPONSE, CMD_UNKNOWN = 1, 2
 EVENT_CONFIRM, EVENT_UNKNOWN, EVENT = 5, 6, 7
 KINDS = frozenset({CMD_RESPONSE, CMD_UNKNOWN, EVENT_CONFIRM, EVENT_UNKNOWN, EVENT})
 SECTION_START, SECTION_END, KEY_VALUE, LIST_START, LIST_ITEM, LIST_END = range(1, 7)
-DEPTH = 16  # sections within each other; strongSwan's own are 4 deep
+DEPTH = 16  # of nested sections; strongSwan nests 4
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One packet from the daemon: `event` is its name, None for the answer to a command."""
+    """A packet from the daemon. `event` is an event's name, None for the reply to a command."""
 
     kind: int
     event: str | None
@@ -39,7 +39,7 @@ class Answer:
 
 
 def parse(packet: bytes) -> Answer:
-    """Parse a packet that a daemon sends. Raises: ViciError."""
+    """Decode a packet from the daemon. Raises: ViciError."""
     reader = _Reader(packet)
     kind = reader.number(1)
     if kind not in KINDS:
@@ -85,7 +85,7 @@ def _list(reader: _Reader) -> list[bytes]:
 
 
 class _Reader:
-    """A packet's bytes, read from front to back."""
+    """A cursor over a packet's bytes."""
 
     def __init__(self, packet: bytes) -> None:
         self._packet = packet
@@ -93,15 +93,15 @@ class _Reader:
 
     @property
     def done(self) -> bool:
-        """Tell whether everything was read."""
+        """Whether the packet ends here."""
         return self._at == len(self._packet)
 
     def bad(self, what: str) -> ViciError:
-        """Return the error to raise for what was read last."""
+        """Return the error to raise for the element that was read last."""
         return ViciError(f"{what} before byte {self._at} of a packet of {len(self._packet)}")
 
     def take(self, size: int) -> bytes:
-        """Read that many bytes. Raises: ViciError if there are fewer."""
+        """Read `size` bytes. Raises: ViciError if fewer are left."""
         taken = self._packet[self._at : self._at + size]
         if len(taken) < size:
             raise self.bad(f"{size} bytes that are not there")
@@ -109,16 +109,16 @@ class _Reader:
         return taken
 
     def number(self, size: int) -> int:
-        """Read a number of that many bytes."""
+        """Read an unsigned number of `size` bytes."""
         return int.from_bytes(self.take(size))
 
     def name(self) -> str:
-        """Read a name."""
+        """Read a name: its length (1 byte) and UTF-8 text. Raises: ViciError."""
         try:
             return self.take(self.number(1)).decode()
         except UnicodeDecodeError:
             raise self.bad("name that is not UTF-8") from None
 
     def value(self) -> bytes:
-        """Read a value."""
+        """Read a value: its length (2 bytes) and bytes."""
         return self.take(self.number(2))

@@ -1,6 +1,7 @@
-"""What must be protected where no policy is configured: what the IKE daemon ever had loaded.
+"""Policies derived from all connections that the IKE daemon ever had loaded.
 
-Rules of this module: it only grows, so a daemon that lost its connections opens nothing.
+They are in force while none is configured. They only grow, so a daemon that has lost its
+connections opens nothing.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from dataclasses import replace
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.ipsec import ChildConfig
-from ipsecgate.core.model.policy import Policy, derived
+from ipsecgate.core.model.policy import Policy, derived_policies
 
 
 class DerivedPolicies:
-    """The connections that were ever seen, as policies; `remembered` are a predecessor's."""
+    """One policy for each remote traffic selector. `remembered`: children from earlier runs."""
 
     def __init__(self, remembered: Iterable[ChildConfig]) -> None:
         self._known = {c.name: c for c in remembered}
-        self.policies: tuple[Policy, ...] = derived(self._known.values())
+        self.policies: tuple[Policy, ...] = derived_policies(self._known.values())
         self.errors: list[str] = []
 
     def learn(self, children: Iterable[ChildConfig]) -> list[do.Command]:
-        """Add what the daemon has loaded now."""
+        """Add the children that the daemon has loaded now."""
         before = dict(self._known)
         children = tuple(children)
         for child in children:
@@ -37,5 +38,5 @@ class DerivedPolicies:
         ]
         if self._known == before:
             return []
-        self.policies = derived(self._known.values())
+        self.policies = derived_policies(self._known.values())
         return [do.Remember(tuple(self._known.values()))]

@@ -1,1 +1,1 @@
-"""The domain's types: flows, IPsec's databases, the operator's policies, and events."""
+"""The domain's types: flows, SPD and SAD, the operator's policies, and events."""

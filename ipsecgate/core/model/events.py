@@ -1,8 +1,9 @@
-"""What happened outside, as data. `now` is monotonic seconds, stamped by the shell."""
+"""Events: the inputs of `core.gate`, as plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ipsecgate.core.model.flow import Address, Flow, Network
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Sa, SaId, SpdEntry, SpdKey
@@ -13,40 +14,40 @@ from ipsecgate.core.model.policy import Settings
 
 @dataclass(frozen=True, slots=True)
 class PolicySet:
-    """A policy is in: XFRM_MSG_NEWPOLICY or XFRM_MSG_UPDPOLICY."""
+    """A policy was added or replaced: XFRM_MSG_NEWPOLICY or XFRM_MSG_UPDPOLICY."""
 
     entry: SpdEntry
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyGone:
-    """A policy is out: XFRM_MSG_DELPOLICY, or POLEXPIRE with hard set."""
+    """A policy was removed: XFRM_MSG_DELPOLICY, or POLEXPIRE with `hard` set."""
 
     key: SpdKey
 
 
 @dataclass(frozen=True, slots=True)
 class PoliciesFlushed:
-    """XFRM_MSG_FLUSHPOLICY: resynchronise, the message does not say what was kept."""
+    """Policies were flushed: XFRM_MSG_FLUSHPOLICY. Resynchronise to see which remain."""
 
 
 @dataclass(frozen=True, slots=True)
 class SaSet:
-    """A state is in: XFRM_MSG_NEWSA or XFRM_MSG_UPDSA (either direction)."""
+    """A state was added or changed, in either direction: XFRM_MSG_NEWSA or XFRM_MSG_UPDSA."""
 
     sa: Sa
 
 
 @dataclass(frozen=True, slots=True)
 class SaGone:
-    """A state is out: XFRM_MSG_DELSA, or EXPIRE with hard set (no DELSA follows)."""
+    """A state was removed: XFRM_MSG_DELSA, or EXPIRE with `hard` set (no DELSA follows)."""
 
     id: SaId
 
 
 @dataclass(frozen=True, slots=True)
 class SasFlushed:
-    """XFRM_MSG_FLUSHSA: resynchronise."""
+    """States were flushed: XFRM_MSG_FLUSHSA. Resynchronise."""
 
 
 XfrmEvent = PolicySet | PolicyGone | PoliciesFlushed | SaSet | SaGone | SasFlushed
@@ -54,9 +55,9 @@ XfrmEvent = PolicySet | PolicyGone | PoliciesFlushed | SaSet | SaGone | SasFlush
 
 @dataclass(frozen=True, slots=True)
 class KernelSnapshot:
-    """Everything a dump of SPD and SAD showed.
+    """A dump of SPD and SAD.
 
-    `check`: nothing was lost before it, so it should tell nothing new.
+    `check`: no notification was lost before it, so it should contain nothing new.
     """
 
     policies: tuple[SpdEntry, ...]
@@ -69,11 +70,11 @@ class KernelSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class SourcesResolved:
-    """Which source address an unbound socket gets, by destination network.
+    """The source addresses that the kernel chooses for unbound sockets, by destination network.
 
-    None: no route. Longest prefix wins, as in the route table it was read from.
-    `into_tun` tells in the same way which destinations are routed into a TUN device
-    of the IKE daemon's, and `tun` is that device's index; empty and 0 where there is none.
+    None: no route. The longest prefix wins. `into_tun` has the same form and gives whether a
+    destination is routed into the IKE daemon's TUN device; `tun` is that device's interface index.
+    They are empty and 0 without such a device.
     """
 
     sources: tuple[tuple[Network, Address | None], ...]
@@ -86,10 +87,10 @@ class SourcesResolved:
 
 @dataclass(frozen=True, slots=True)
 class FlowRefused:
-    """The hook refused a flow (in audit mode: would have).
+    """A hook refused a flow, or would have in audit mode.
 
-    `reason` is a layout.Reason; `policy` is its place in the configuration,
-    None where no policy names the flow.
+    `reason` is a `layout.Reason`. `policy` is the policy's place in the configuration, None if no
+    policy matches the flow.
     """
 
     flow: Flow
@@ -105,21 +106,21 @@ class FlowRefused:
 
 @dataclass(frozen=True, slots=True)
 class ChildUp:
-    """A CHILD_SA came up, or replaced another one (rekeying); either side may have asked."""
+    """A CHILD_SA was established or replaced another (rekeying), whichever peer initiated it."""
 
     sa: ChildSa
 
 
 @dataclass(frozen=True, slots=True)
 class ChildDown:
-    """A CHILD_SA went away, or was replaced (rekeying)."""
+    """A CHILD_SA was deleted, or replaced by another (rekeying)."""
 
     sa: ChildSa
 
 
 @dataclass(frozen=True, slots=True)
 class IkeUp:
-    """An IKE_SA was established; `unique` tells it from others of its configuration."""
+    """An IKE_SA was established; `unique` distinguishes it from others of its configuration."""
 
     ike: str
     unique: int
@@ -127,7 +128,7 @@ class IkeUp:
 
 @dataclass(frozen=True, slots=True)
 class IkeDown:
-    """An IKE_SA went away, and its children with it; also one that never was established."""
+    """An IKE_SA ended, and its CHILD_SAs with it. It may never have been established."""
 
     ike: str
     unique: int
@@ -135,29 +136,30 @@ class IkeDown:
 
 @dataclass(frozen=True, slots=True)
 class IkeConnected:
-    """The IKE daemon answers: what it has loaded, what it has established, its pid.
+    """The IKE daemon answered: the loaded children, the established CHILD_SAs, and its pid.
 
-    `userland`: it does ESP itself (kernel-libipsec), so the kernel knows no SA of its.
-    `unread`: what was not understood; it is in neither list, and says nothing of what is.
+    `userspace_esp`: it does ESP itself (kernel-libipsec), so the kernel has none of its SAs.
+    `unread`: errors for the children that could not be parsed. A loaded child is then left out or
+    has wider selectors; an established one is left out. The rest of the lists is not affected.
     """
 
     children: tuple[ChildConfig, ...]
     established: tuple[ChildSa, ...]
     pid: int
-    userland: bool = False
+    userspace_esp: bool = False
     unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class IkeGone:
-    """The IKE daemon does not answer. What it had installed is not trusted."""
+    """The IKE daemon does not answer. None of its SAs is confirmed any more."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class NegotiationFailed:
-    """A negotiation that the gate asked for ended without a CHILD_SA."""
+    """A negotiation that the gate started ended without a CHILD_SA."""
 
     name: ChildName
     cause: str
@@ -165,14 +167,17 @@ class NegotiationFailed:
 
 @dataclass(frozen=True, slots=True)
 class NegotiationDone:
-    """IKE says that the child is up, perhaps that it was all the time. Not proof of an SA."""
+    """The IKE daemon reports the child as up, which does not prove an SA.
+
+    It may have been up before the negotiation.
+    """
 
     name: ChildName
 
 
 @dataclass(frozen=True, slots=True)
-class IkeUnread:
-    """The IKE daemon told something that was not understood: what it lists says how it is."""
+class IkeUnparsed:
+    """The IKE daemon sent an event that we could not parse. Its lists give the current state."""
 
     reason: str
 
@@ -183,7 +188,7 @@ IkeEvent = (
     | IkeUp
     | IkeDown
     | IkeGone
-    | IkeUnread
+    | IkeUnparsed
     | NegotiationFailed
     | NegotiationDone
 )
@@ -194,7 +199,7 @@ IkeEvent = (
 
 @dataclass(frozen=True, slots=True)
 class Reconfigured:
-    """The configuration was read anew, whole. `Adopted` tells when it is in force."""
+    """The operator reloaded the configuration. `Adopted` reports that it is in force."""
 
     settings: Settings
 
@@ -204,7 +209,7 @@ class Reconfigured:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A system call that waits: the listener that reported it, and its id there."""
+    """A held system call: the listener that reported it, and its id there."""
 
     listener: int
     id: int
@@ -212,7 +217,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class CallMade:
-    """A thread asks for a flow, and waits to be let go; for at most `limit` seconds."""
+    """A thread waits in a system call for a flow, at most `limit` seconds."""
 
     call: Call
     flow: Flow
@@ -222,21 +227,21 @@ class CallMade:
 
 @dataclass(frozen=True, slots=True)
 class CallExpired:
-    """A held call has reached its limit."""
+    """A held call reached its limit."""
 
     call: Call
 
 
 @dataclass(frozen=True, slots=True)
 class CallInterrupted:
-    """A held call's thread has a signal handler to run, and will call again after it."""
+    """A held call's thread must run a signal handler, and will repeat the call afterwards."""
 
     call: Call
 
 
 @dataclass(frozen=True, slots=True)
 class CallGone:
-    """A held call's thread does not wait any more: it was killed."""
+    """A held call's thread was killed."""
 
     call: Call
 
@@ -249,22 +254,22 @@ CallEvent = CallMade | CallExpired | CallInterrupted | CallGone
 
 @dataclass(frozen=True, slots=True)
 class Timer:
-    """A timer of one child: `kind` is "limit" or "retry" of its negotiation, or "half"."""
+    """A timer of one child: its negotiation's limit or retry, or the check for a one-way SA."""
 
-    kind: str
+    kind: Literal["limit", "retry", "one-way"]
     name: ChildName
 
 
 @dataclass(frozen=True, slots=True)
 class TimerFired:
-    """A timer that the core asked for (`StartTimer`) ran out."""
+    """A timer started by `StartTimer` ran out."""
 
     timer: Timer
 
 
 @dataclass(frozen=True, slots=True)
 class CheckDue:
-    """Time to compare what the hooks have with what they were told."""
+    """It is time to compare the hooks' tables with what was written into them."""
 
 
 OtherEvent = (

@@ -1,8 +1,8 @@
-"""What an application asks for (`Flow`) and what a policy names (`Selector`).
+"""Flows, which applications ask for, and selectors, which policies match them with.
 
-Rules of this module: ports and protocols are plain host-order integers, 0 means
-"any" in a selector and "not chosen yet" in a flow; an IPv4-mapped IPv6 address
-is its IPv4 address here, because the wire sees IPv4.
+Rules of this module: ports and protocols are integers in host order; 0 means "any" in a selector
+and "not chosen yet" in a flow. A v4-mapped IPv6 address is represented by its IPv4 address,
+because that is what leaves the host.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ ICMP = (1, 58)
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 
 PORT_MASK = 0xFFFF
+OPAQUE = (PORT_MASK, 0)  # a traffic selector for packets without ports, RFC 7296 3.13.1
 DHCP = (("255.255.255.255", 68, 67), ("ff02::1:2", 546, 547))
 ANY_V4 = IPv4Network("0.0.0.0/0")
 ANY_V6 = IPv6Network("::/0")
 
 
 def unmap(address: Address) -> Address:
-    """Return the IPv4 address inside ::ffff:a.b.c.d, any other address as it is.
+    """Return the IPv4 address of ::ffff:a.b.c.d, and any other address unchanged.
 
     Source: RFC 4291 section 2.5.5.2.
     """
@@ -36,16 +37,16 @@ def unmap(address: Address) -> Address:
 
 
 def parse_address(text: str) -> Address:
-    """Parse an address, v4-mapped ones to IPv4. Raises: ValueError."""
+    """Parse an address; a v4-mapped one becomes IPv4. Raises: ValueError."""
     return unmap(ip_address(text))
 
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """A request of an application: connect() or a datagram's sendto().
+    """A flow that an application asks for, by connect() or by sending a datagram.
 
-    `saddr` None and `sport` 0: the socket is not bound, the kernel will choose.
-    `mark` is the socket's SO_MARK. Of ICMP `dport` is type and code, 8 bits each.
+    `saddr` None and `sport` 0: the socket is not bound, so the kernel will choose them.
+    `mark` is the socket's SO_MARK. For ICMP, `dport` is type << 8 | code.
     Source: US 7,028,332 claim 1 (source and destination address, protocol, ports).
     """
 
@@ -65,9 +66,9 @@ class Flow:
 
 
 def is_exempt(flow: Flow) -> bool:
-    """Tell whether a flow never leaves the link, as the hooks do: loopback, and DHCP.
+    """Return whether the hooks exempt a flow because of its addresses: loopback and DHCP.
 
-    The unspecified address connects to loopback.
+    The kernel connects the unspecified address to loopback.
     Source: is_loopback() and is_dhcp() in gate.bpf.c.
     """
     if flow.daddr.is_loopback or flow.daddr.is_unspecified:
@@ -77,9 +78,9 @@ def is_exempt(flow: Flow) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """RFC 4301's selector as Linux holds it: networks, protocol, masked ports.
+    """RFC 4301's selector in Linux's form: networks, protocol, masked ports.
 
-    A port matches when (flow port ^ port) & mask is 0; mask 0 is any port.
+    A port matches if (flow's port ^ port) & mask is 0, so mask 0 matches any port.
     `proto` 0 is any protocol, `ifindex` 0 any interface.
     Source: struct xfrm_selector in linux/xfrm.h; __xfrm4_selector_match().
     """
@@ -94,11 +95,11 @@ class Selector:
     ifindex: int = 0
 
     @property
-    def answer(self) -> Selector:
-        """What comes back, as strongSwan has it: the ends exchanged, and from any interface.
+    def reply(self) -> Selector:
+        """The selector of the replies, as strongSwan installs it: reversed, and on any interface.
 
-        Of ICMP the ports are type and code, both ways; unless they are 0. Source: ts2selector()
-        in strongSwan's kernel_netlink_ipsec.c.
+        For ICMP, sport and dport hold type and code in both directions, so they are not swapped
+        unless they are 0. Source: ts2selector() in strongSwan's kernel_netlink_ipsec.c.
         """
         sport, dport = (self.sport, self.sport_mask), (self.dport, self.dport_mask)
         if self.proto not in ICMP or not (self.sport or self.dport):
@@ -106,10 +107,7 @@ class Selector:
         return Selector(self.dst, self.src, self.proto, *sport, *dport)
 
     def matches(self, flow: Flow) -> bool:
-        """Tell whether the flow is in the selector; its source must be known.
-
-        Raises: ValueError if the flow has no source address yet.
-        """
+        """Return whether the flow matches. Raises: ValueError if it has no source address yet."""
         if flow.saddr is None:
             raise ValueError(f"{flow} has no source address: resolve its route first")
         return (
@@ -123,7 +121,7 @@ class Selector:
 
 @dataclass(frozen=True, slots=True)
 class TrafficSelector:
-    """One side of what a CHILD_SA protects; `ports` is an inclusive range, `proto` 0 any.
+    """One side of a CHILD_SA's traffic. `ports` is an inclusive range; `proto` 0 is any.
 
     Source: RFC 7296 section 3.13.
     """
@@ -133,7 +131,7 @@ class TrafficSelector:
     ports: tuple[int, int] = (0, PORT_MASK)
 
     def contains(self, address: Address, proto: int, port: int) -> bool:
-        """Tell whether one end of a flow is inside."""
+        """Return whether one end of a flow matches."""
         return (
             address in self.network
             and self.proto in (0, proto)

@@ -1,6 +1,6 @@
-"""The kernel's IPsec databases in RFC 4301's words: SPD entries and SAs.
+"""IPsec's databases: the kernel's SPD entries and SAs, and the IKE daemon's view of them.
 
-A wildcard address (all zero on the wire) is None. Numbers are host order.
+A wildcard address (all zero in netlink) is None. Numbers are in host order.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ ESP = 50
 AH = 51
 COMP = 108
 
-LATE = 2  # seconds after its hard lifetime by which the kernel has surely let go of a state
+EXPIRY_SLACK = 2  # seconds after its hard lifetime within which the kernel has deleted a state
 
 
 class Action(IntEnum):
-    """What a policy asks for. Source: RFC 4301 section 4.4.1; values are the map's (gate.h)."""
+    """What a policy does with a flow, as in gate.h. Source: RFC 4301 section 4.4.1."""
 
     PROTECT = 1
     BYPASS = 2
@@ -29,7 +29,7 @@ class Action(IntEnum):
 class Mode(IntEnum):
     """XFRM_MODE_* of linux/xfrm.h.
 
-    UNKNOWN is any that is not here: what has it protects nothing, and stands beside the others.
+    UNKNOWN stands for any other mode. An SA with it protects nothing; other SAs are not affected.
     """
 
     UNKNOWN = -1
@@ -42,7 +42,7 @@ class Mode(IntEnum):
 
 
 class Direction(IntEnum):
-    """XFRM_POLICY_* of linux/xfrm.h: of which packets a policy is asked, if a process has them."""
+    """XFRM_POLICY_* of linux/xfrm.h: the policies for locally received and sent packets."""
 
     IN = 0
     OUT = 1
@@ -50,7 +50,7 @@ class Direction(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A flow's mark matches when (mark & mask) == value; mask 0 is any."""
+    """A mark selector: it matches if (mark & mask) == value; mask 0 matches any."""
 
     value: int = 0
     mask: int = 0
@@ -58,7 +58,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What a packet needs: struct xfrm_user_tmpl. `spi` and `reqid` 0: any."""
+    """The SA that a policy requires: struct xfrm_user_tmpl. `spi` 0: any."""
 
     proto: int
     mode: Mode
@@ -68,17 +68,17 @@ class Template:
     daddr: Address | None = None
     optional: bool = False
 
-    def may_name(self, sa: SaId) -> bool:
-        """Tell whether it is this SA that it asks for, as far as it says which."""
+    def accepts(self, sa: SaId) -> bool:
+        """Return whether the template's protocol, SPI and destination admit this SA."""
         return self.proto == sa.proto and self.spi in (0, sa.spi) and self.daddr in (None, sa.daddr)
 
 
 @dataclass(frozen=True, slots=True)
 class SpdKey:
-    """What identifies a policy in the kernel: one per key.
+    """What identifies a policy: the kernel holds one per key.
 
-    `host_bits`: what the source and destination have beyond their prefixes. They match
-    nothing, but 10.0.0.1/8 and 10.0.0.2/8 are two policies.
+    `host_bits`: the bits of source and destination beyond their prefixes. They do not affect
+    matching, but 10.0.0.1/8 and 10.0.0.2/8 are two policies.
     """
 
     selector: Selector
@@ -90,7 +90,7 @@ class SpdKey:
 
 @dataclass(frozen=True, slots=True)
 class SpdEntry:
-    """A policy: struct xfrm_userpolicy_info. Lowest `priority` number wins."""
+    """A policy: struct xfrm_userpolicy_info. The lowest `priority` number wins."""
 
     key: SpdKey
     priority: int
@@ -101,7 +101,7 @@ class SpdEntry:
 
 @dataclass(frozen=True, slots=True)
 class SaId:
-    """(destination, SPI, protocol): what names an SA on the wire. Source: RFC 4301 4.1."""
+    """(destination, SPI, protocol), which identify an SA. Source: RFC 4301 section 4.1."""
 
     daddr: Address
     spi: int
@@ -115,11 +115,11 @@ class SaId:
 class Sa:
     """A state of the SAD: struct xfrm_usersa_info with its attributes.
 
-    `selector` None: the state's own selector has no family and matches every flow.
-    `cpu`: on which alone it protects what leaves (RFC 9611), None = on any.
-    `larval`: no algorithm or SPI 0, so it protects nothing.
-    `hard_lifetime`: seconds from installation to hard expiry, None = unlimited.
-    `installed_at`: when that was, by the wall clock, seconds since the epoch.
+    `selector` None: it has no address family, so it matches every flow.
+    `cpu`: the only CPU whose outbound packets it protects (RFC 9611); None: any.
+    `larval`: it has no algorithm or SPI 0, so it protects nothing.
+    `installed_at`: wall clock, seconds since the epoch.
+    `hard_lifetime`: seconds from then to hard expiry; None: unlimited.
     """
 
     id: SaId
@@ -136,21 +136,18 @@ class Sa:
 
     @property
     def deadline(self) -> int:
-        """When it has ended by itself, by the wall clock, seconds since the epoch; 0 = never.
+        """When it will have expired: wall clock, seconds since the epoch; 0: never.
 
-        Source: xfrm_timer_handler(), which looks at whole seconds, and not in each.
+        Source: xfrm_timer_handler(), which counts whole seconds and may run late.
         """
-        return self.installed_at + self.hard_lifetime + LATE if self.hard_lifetime else 0
+        return self.installed_at + self.hard_lifetime + EXPIRY_SLACK if self.hard_lifetime else 0
 
 
-# --- the IKE daemon's words for the same
+# --- the IKE daemon's view
 
 
 class ChildName(NamedTuple):
-    """The name of a child configuration: its connection's in swanctl.conf, and its own in that.
-
-    A child's own name is unique only within its connection.
-    """
+    """The name of a child configuration: its connection's name, and its own within that."""
 
     ike: str
     child: str
@@ -165,11 +162,10 @@ class ChildName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ChildConfig:
-    """A CHILD_SA configuration that strongSwan has loaded, by IKE and child name.
+    """A child configuration that strongSwan has loaded.
 
-    `local` and `remote` are its traffic selectors; a `dynamic` one is resolved
-    to the IKE address where that is configured, else left out; a range of
-    addresses becomes the networks that make it up.
+    `local` and `remote` are its traffic selectors. `dynamic` becomes the IKE address if that is
+    configured, and is left out otherwise. A range of addresses becomes networks.
     """
 
     name: ChildName
@@ -180,14 +176,14 @@ class ChildConfig:
 
 @dataclass(frozen=True, slots=True)
 class ChildSa:
-    """An established CHILD_SA as `list-sas` shows it. SPIs are host order.
+    """An established CHILD_SA, as `list-sas` reports it. SPIs are in host order.
 
-    `local` and `remote` are the traffic selectors as negotiated: the peer may have
-    narrowed them, and drops what is outside whatever the kernel's policy says. `unique`
-    tells it from others of its configuration.
+    `local` and `remote` are the negotiated traffic selectors. The peer may have narrowed them, and
+    drops everything else, whatever the kernel's policy says. `unique` distinguishes it from others
+    of its configuration.
 
-    An SPI alone names nothing: its receiver chose it, so two peers may have chosen the same, and
-    a peer may choose any. `outbound` and `inbound` are the names of the kernel's two states.
+    An SPI alone identifies nothing: its receiver chooses it, so two peers may choose the same one.
+    `outbound` and `inbound` identify the kernel's two states.
     """
 
     name: ChildName
@@ -199,16 +195,16 @@ class ChildSa:
     remote: tuple[TrafficSelector, ...] = ()
     unique: int = 0
     proto: int = ESP
-    local_host: Address | None = None  # None: not told
+    local_host: Address | None = None  # None: unknown
 
     @property
     def outbound(self) -> SaId:
-        """The state that sends."""
+        """The state for sent packets."""
         return SaId(self.remote_host, self.spi_out, self.proto)
 
     @property
     def inbound(self) -> SaId | None:
-        """The state that receives, None where its destination was not told."""
+        """The state for received packets, None if its destination is unknown."""
         if self.local_host is None:
             return None
         return SaId(self.local_host, self.spi_in, self.proto)

@@ -1,8 +1,7 @@
-"""What must be protected: the operator's policies, first match wins.
+"""The operator's policies, which say what must be protected. The first match wins.
 
-Where the configuration names none, every remote traffic selector of the loaded
-CHILD_SA configurations is one, protect. That set only grows while the gate
-remembers it: a gate whose IKE daemon lost its connections is not open.
+Without configured policies, each remote traffic selector of the loaded child configurations becomes
+a protect policy (`derived_policies`).
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from errno import EHOSTUNREACH, EPERM, ETIMEDOUT
 from ipsecgate.core.model.flow import PORT_MASK, TCP, Flow, Network, TrafficSelector
 from ipsecgate.core.model.ipsec import Action, ChildConfig
 
-# How long a call may be held, in seconds: by default; on a non-blocking socket, whose thread has
-# other work to do, and for a UDP connect(), because getaddrinfo() makes one for each address;
-# and at most (three years), because a timer takes no more.
-HOLD = 30.0
+# How long a call may be held, in seconds.
+HOLD = 30.0  # by default
+# On a non-blocking socket, whose thread has other work to do, and for a UDP connect(), because
+# getaddrinfo() makes one for each address.
 HOLD_IMPATIENT = 5.0
-HOLD_LONGEST = 1e8
+HOLD_LONGEST = 1e8  # three years; a timer takes no more
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Flows towards `remote`, with this protocol (0 any) and destination port.
+    """A rule for the flows to `remote` with this protocol (0: any) and destination port.
 
-    `child` is "ike/child" or a child's name, None: found by traffic selector.
-    `start`: negotiate as soon as the IKE daemon is there, not when first asked.
+    `child`: "ike/child" or a child's own name; None: choose it by traffic selector.
+    `start`: negotiate when the IKE daemon connects, instead of at the first flow.
     """
 
     name: str
@@ -39,8 +38,8 @@ class Policy:
     child: str | None = None
     start: bool = False
 
-    def any_flow(self) -> Flow:
-        """Return a flow that it names, to negotiate before anyone asks."""
+    def sample_flow(self) -> Flow:
+        """Return a flow that the policy matches, to negotiate for before there is one."""
         network = self.remote[0]
         host = network[0] if network.num_addresses == 1 else network[1]
         return Flow(host, self.proto or TCP, self.ports[0])
@@ -48,7 +47,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Errnos:
-    """What a refused call returns: by the state of the SA that the flow would need."""
+    """The errno of a refused call, by the state of the child that would protect the flow."""
 
     uncovered: int = EPERM
     negotiating: int = EPERM
@@ -57,7 +56,7 @@ class Errnos:
 
 
 class SaSource(Enum):
-    """Who says which SAs are live. AUTO: whichever does ESP, as the IKE daemon tells."""
+    """Where to read which SAs are live. AUTO: from the one that does ESP."""
 
     AUTO = "auto"
     XFRM = "xfrm"
@@ -66,28 +65,28 @@ class SaSource(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the operator configured, as far as decisions need it."""
+    """The configuration, without what only the edges use."""
 
     policies: tuple[Policy, ...] = ()
     audit: bool = False
     deny: bool = False
     errnos: Errnos = field(default_factory=Errnos)
     sa_source: SaSource = SaSource.AUTO
-    floor: bool = False  # block what leaves outside gated cgroups, too
-    destroy: bool = False  # end the sockets whose SA went, instead of blocking their packets
+    floor: bool = False  # also block unprotected traffic from outside gated cgroups
+    destroy: bool = False  # destroy sockets whose SA is gone, instead of blocking their packets
 
 
-def derived(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
-    """Return a protect policy for every distinct remote traffic selector.
+def derived_policies(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
+    """Return a protect policy for each distinct remote traffic selector.
 
-    Which child protects it is found when a flow asks: the one that it was derived
-    from may have been replaced by another of the same selector.
+    It names no child: by the time of a flow, another child may have replaced the one that it was
+    derived from.
     """
     found: dict[TrafficSelector, Policy] = {}
     for config in children:
         for number, selector in enumerate(config.remote):
             if selector.ports[0] > selector.ports[1]:
-                continue  # OPAQUE: ports that no flow has
+                continue  # OPAQUE: no flow matches
             suffix = f"#{number}" if len(config.remote) > 1 else ""
             name = f"{config.name}{suffix}"
             policy = Policy(name, (selector.network,), proto=selector.proto, ports=selector.ports)

@@ -1,13 +1,13 @@
-"""Which destinations must be asked about, to know the source address of every unbound flow.
+"""Longest-prefix tables, and which destinations to query to build one that agrees with the kernel.
 
-The kernel chooses the source of an unbound socket by the most specific route, so within a
-protected network the answer can change only where a route or rule begins. Asking once for each
-such piece, at an address that is in no smaller piece, gives a longest-prefix table that agrees
-with the kernel everywhere.
+The kernel chooses the source address of an unbound socket by the most specific route. Within a
+protected network the choice can therefore change only where a route or a rule begins. One query
+for each such network, at an address that no smaller network contains, gives a longest-prefix
+table that agrees with the kernel everywhere.
 
-Rules of this module: networks are (version, first address, bits) inside, because a table of
-routes can be long; everything is one sort and one sweep. Sorted like that, a network comes
-right before the networks inside it.
+Rules of this module: a table of routes can be long, so networks are plain tuples here (`Prefix`),
+and each algorithm is one sort and one sweep. In that order a network comes right before the
+networks inside it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from typing import Generic, TypeVar
 from ipsecgate.core.model.flow import Address, Network
 
 Prefix = tuple[int, int, int]
+"""IP version, first address as an integer, prefix length."""
 Source = tuple[Network, Address | None]
+"""A destination network and the source address that the kernel chooses for it; None: no route."""
 T = TypeVar("T")
 
 WIDTH = {4: 32, 6: 128}
 
-# Asking about these says nothing about the network around them: "this host", loopback, multicast,
-# broadcast; and what can't be asked about without naming an interface.
+# A query at one of these addresses says nothing about the network around it ("this host",
+# loopback, multicast, broadcast), or needs an interface (link-local).
 SPECIAL: tuple[Network, ...] = tuple(
     ip_network(text)
     for text in (
@@ -36,177 +38,200 @@ SPECIAL: tuple[Network, ...] = tuple(
 )
 
 
-def prefix(network: Network) -> Prefix:
-    """Return a network as this module sorts it."""
+def as_prefix(network: Network) -> Prefix:
+    """Return a network as a `Prefix`."""
     return network.version, int(network.network_address), network.prefixlen
 
 
-def network(one: Prefix) -> Network:
-    """Return the network of a prefix."""
-    version, first, bits = one
-    return IPv4Network((first, bits)) if version == 4 else IPv6Network((first, bits))
+def as_network(prefix: Prefix) -> Network:
+    """Return a `Prefix` as a network."""
+    version, first, length = prefix
+    return IPv4Network((first, length)) if version == 4 else IPv6Network((first, length))
 
 
 class LongestPrefix(Generic[T]):
-    """Values by network, found by the longest prefix: one look-up for each length there is."""
+    """Values by network. A lookup costs one dictionary access for each prefix length in use."""
 
     def __init__(self, items: Iterable[tuple[Network, T]]) -> None:
-        self._of: dict[int, dict[int, dict[int, tuple[Network, T]]]] = {4: {}, 6: {}}
-        for one, value in items:
-            first = int(one.network_address) >> one.max_prefixlen - one.prefixlen
-            self._of[one.version].setdefault(one.prefixlen, {})[first] = one, value
-        for version, lengths in self._of.items():
-            self._of[version] = dict(sorted(lengths.items(), reverse=True))
+        # By version, prefix length (longest first) and the first bits of the address.
+        self._tables: dict[int, dict[int, dict[int, tuple[Network, T]]]] = {4: {}, 6: {}}
+        for network, value in items:
+            leading = int(network.network_address) >> network.max_prefixlen - network.prefixlen
+            table = self._tables[network.version].setdefault(network.prefixlen, {})
+            table[leading] = network, value
+        for version, lengths in self._tables.items():
+            self._tables[version] = dict(sorted(lengths.items(), reverse=True))
 
-    def around(self, address: Address, bits: int | None = None) -> Iterator[tuple[Network, T]]:
-        """Yield the networks that an address is in, or a network of so many bits, longest first."""
+    def containing(
+        self, address: Address, longest: int | None = None
+    ) -> Iterator[tuple[Network, T]]:
+        """Yield the networks that contain an address, longest prefix first.
+
+        `longest` leaves out those with a longer prefix, so the rest contain that whole network.
+        """
         number, width = int(address), address.max_prefixlen
-        for length, found in self._of[address.version].items():
-            if (bits is None or length <= bits) and (number >> width - length) in found:
+        for length, found in self._tables[address.version].items():
+            if (longest is None or length <= longest) and (number >> width - length) in found:
                 yield found[number >> width - length]
 
 
 class PrefixSet:
-    """A set of networks that can be asked quickly about others."""
+    """A set of networks; each test is one binary search."""
 
     def __init__(self, networks: Iterable[Network]) -> None:
+        # Only the outermost networks: disjoint ranges in ascending order.
         self._first: dict[int, list[int]] = {4: [], 6: []}
         self._last: dict[int, list[int]] = {4: [], 6: []}
-        for one in sorted(map(prefix, networks)):
-            version, first, _bits = one
-            last = _last(one)
+        for prefix in sorted(map(as_prefix, networks)):
+            version, first, _length = prefix
+            last = _last_address(prefix)
             if not self._last[version] or self._last[version][-1] < last:
                 self._first[version].append(first)
                 self._last[version].append(last)
 
-    def contains(self, one: Prefix) -> bool:
-        """Tell whether a network lies within one of these, or is one."""
-        version, first, _bits = one
+    def contains(self, prefix: Prefix) -> bool:
+        """Return whether the prefix lies within one of the networks."""
+        version, first, _length = prefix
         at = bisect_right(self._first[version], first) - 1
-        return at >= 0 and _last(one) <= self._last[version][at]
+        return at >= 0 and _last_address(prefix) <= self._last[version][at]
 
-    def touches(self, one: Prefix) -> bool:
-        """Tell whether a network has an address in common with one of these."""
-        version, first, _bits = one
-        at = bisect_right(self._first[version], _last(one)) - 1
+    def overlaps(self, prefix: Prefix) -> bool:
+        """Return whether the prefix shares an address with one of the networks."""
+        version, first, _length = prefix
+        at = bisect_right(self._first[version], _last_address(prefix)) - 1
         return at >= 0 and first <= self._last[version][at]
 
 
 def partition(
     protected: Iterable[Network], prefixes: Iterable[Network]
 ) -> list[tuple[Network, Address]]:
-    """Return the networks to ask about, each with an address to ask with.
+    """Return the networks to query, each with an address to query it at.
 
-    The networks are the protected ones and the prefixes inside one of them; the address is in
-    no smaller one of the list. A network that smaller ones cover completely is left out: no
-    address of it is looked up there. Addresses that say little (`SPECIAL`) are taken only where
-    there are no others.
+    The networks are the protected ones and those of `prefixes` that lie inside one. No smaller
+    network of the list contains the address. A network that smaller ones cover completely is left
+    out, because no lookup ever ends there. An address of `SPECIAL` is used only if the network
+    has no other.
     """
     wanted = list(protected)
     cover = PrefixSet(wanted)
-    asked = {prefix(one) for one in wanted}
-    asked.update(one for one in map(prefix, prefixes) if cover.contains(one))
-    free = _free(asked)
-    better = _free(asked.union(map(prefix, SPECIAL)))
+    queried = {as_prefix(network) for network in wanted}
+    queried.update(prefix for prefix in map(as_prefix, prefixes) if cover.contains(prefix))
+    any_address = _uncovered_addresses(queried)
+    ordinary = _uncovered_addresses(queried.union(map(as_prefix, SPECIAL)))
     return [
-        (network(one), _address(one[0], better.get(one, free[one])))
-        for one in sorted(asked)
-        if one in free
+        (as_network(prefix), _address(prefix[0], ordinary.get(prefix, any_address[prefix])))
+        for prefix in sorted(queried)
+        if prefix in any_address
     ]
 
 
-def compress(sources: Iterable[tuple[Network, T]]) -> tuple[tuple[Network, T], ...]:
-    """Leave out the networks that have the source, or whatever it is, of the network around them.
+def compress(items: Iterable[tuple[Network, T]]) -> tuple[tuple[Network, T], ...]:
+    """Remove each network whose value is that of the next larger network around it.
 
-    A longest-prefix lookup gives the same answers before and after.
+    A longest-prefix lookup returns the same values before and after.
     """
-    found: list[tuple[Network, T]] = []
-    around: list[tuple[Network, T]] = []
-    for network_, source in sorted(sources, key=lambda item: prefix(item[0])):
-        while around and not _inside(network_, around[-1][0]):
-            around.pop()
-        if not around or around[-1][1] != source:
-            found.append((network_, source))
-            around.append((network_, source))
-    return tuple(found)
+    kept: list[tuple[Network, T]] = []
+    enclosing: list[tuple[Network, T]] = []  # the kept networks around the sweep, innermost last
+    for network, value in sorted(items, key=lambda item: as_prefix(item[0])):
+        while enclosing and not _is_inside(network, enclosing[-1][0]):
+            enclosing.pop()
+        if not enclosing or enclosing[-1][1] != value:
+            kept.append((network, value))
+            enclosing.append((network, value))
+    return tuple(kept)
 
 
-def fit(
+def limit_sources(
     sources: Iterable[Source], destinations: Iterable[Network], limit: int
 ) -> tuple[tuple[Source, ...], list[Network]]:
-    """Return at most so many sources, and the destinations that lost some: theirs is unknown.
+    """Return at most `limit` sources, and the destinations whose source is unknown as a result.
 
-    Those in the most pieces come last. A piece is never left out alone: the network around it
-    would answer for it, and wrongly.
+    The destinations with the most pieces lose theirs first. A single piece is never left out
+    alone: lookups in it would find the larger network around it, and a wrong source.
     """
     sources = tuple(sources)
     if len(sources) <= limit:
         return sources, []
     known = LongestPrefix(sources)
     destinations = tuple(destinations)
-    wanted = LongestPrefix((one, None) for one in destinations)
+    by_destination = LongestPrefix((network, None) for network in destinations)
     pieces: dict[Network, dict[Network, Address | None]] = {one: {} for one in destinations}
-    for one, source in sources:
-        owner = next(wanted.around(one.network_address, one.prefixlen), (one, None))[0]
-        pieces.setdefault(owner, {})[one] = source
-    for owner, theirs in pieces.items():  # its own may have been that of the network around it
-        around = next(known.around(owner.network_address, owner.prefixlen), (owner, None))[1]
-        theirs.setdefault(owner, around)
-    room, lost = limit - len(pieces), []
-    for owner in sorted(pieces, key=lambda one: len(pieces[one])):
-        room -= len(pieces[owner]) - 1
-        if room < 0:
-            room += len(pieces[owner]) - 1
-            pieces[owner] = {owner: None}
-            lost.append(owner)
-    found = [item for theirs in pieces.values() for item in theirs.items()]
+    for network, source in sources:
+        around = by_destination.containing(network.network_address, network.prefixlen)
+        destination = next(around, (network, None))[0]
+        pieces.setdefault(destination, {})[network] = source
+    for destination, own in pieces.items():
+        # `compress` may have removed its own entry in favour of a larger network's.
+        around_it = known.containing(destination.network_address, destination.prefixlen)
+        own.setdefault(destination, next(around_it, (destination, None))[1])
+    lost = _collapse_largest(pieces, limit)
+    found = [item for own in pieces.values() for item in own.items()]
     if len(found) <= limit:
         return tuple(found), lost
-    outer: dict[Network, list[Source]] = {}
-    for one, source in found:
-        *_, (outermost, _) = wanted.around(one.network_address, one.prefixlen)
-        outer.setdefault(outermost, []).append((one, source))
+    # More destinations than the limit: leave out whole outermost networks.
+    outermost: dict[Network, list[Source]] = {}
+    for network, source in found:
+        *_, (outer, _) = by_destination.containing(network.network_address, network.prefixlen)
+        outermost.setdefault(outer, []).append((network, source))
     kept: list[Source] = []
-    for owner in sorted(outer, key=lambda one: len(outer[one])):
-        if len(kept) + len(outer[owner]) <= limit:
-            kept += outer[owner]
+    for outer in sorted(outermost, key=lambda network: len(outermost[network])):
+        if len(kept) + len(outermost[outer]) <= limit:
+            kept += outermost[outer]
         else:
-            lost.append(owner)
+            lost.append(outer)
     return tuple(kept), lost
 
 
-def _free(prefixes: Iterable[Prefix]) -> dict[Prefix, int]:
-    """Return the first address of each network that no smaller network has, where there is one."""
+def _collapse_largest(
+    pieces: dict[Network, dict[Network, Address | None]], limit: int
+) -> list[Network]:
+    """Replace the pieces of the largest destinations by one "unknown" each; return those."""
+    room, lost = limit - len(pieces), []
+    for destination in sorted(pieces, key=lambda network: len(pieces[network])):
+        extra = len(pieces[destination]) - 1
+        if extra <= room:
+            room -= extra
+        else:
+            pieces[destination] = {destination: None}
+            lost.append(destination)
+    return lost
+
+
+def _uncovered_addresses(prefixes: Iterable[Prefix]) -> dict[Prefix, int]:
+    """Return the first address of each network that no smaller one contains, if there is one."""
     found: dict[Prefix, int] = {}
-    open_: list[tuple[Prefix, int]] = []  # networks around the sweep, with the next address to try
+    # The networks around the sweep, each with its next address that may be uncovered.
+    enclosing: list[tuple[Prefix, int]] = []
 
-    def close(one: Prefix, candidate: int) -> None:
-        if candidate <= _last(one):
-            found.setdefault(one, candidate)
+    def close(prefix: Prefix, candidate: int) -> None:
+        if candidate <= _last_address(prefix):
+            found.setdefault(prefix, candidate)
 
-    for one in sorted(prefixes):
-        version, first, _bits = one
-        while open_ and (open_[-1][0][0] != version or _last(open_[-1][0]) < first):
-            close(*open_.pop())
-        if open_:
-            around, candidate = open_[-1]
+    for prefix in sorted(prefixes):
+        version, first, _length = prefix
+        while enclosing and (
+            enclosing[-1][0][0] != version or _last_address(enclosing[-1][0]) < first
+        ):
+            close(*enclosing.pop())
+        if enclosing:
+            around, candidate = enclosing[-1]
             if candidate < first:
                 found.setdefault(around, candidate)
-            open_[-1] = around, _last(one) + 1
-        open_.append((one, first))
-    while open_:
-        close(*open_.pop())
+            enclosing[-1] = around, _last_address(prefix) + 1
+        enclosing.append((prefix, first))
+    while enclosing:
+        close(*enclosing.pop())
     return found
 
 
-def _last(one: Prefix) -> int:
-    version, first, bits = one
-    return first + (1 << WIDTH[version] - bits) - 1
+def _last_address(prefix: Prefix) -> int:
+    version, first, length = prefix
+    return first + (1 << WIDTH[version] - length) - 1
 
 
-def _inside(inner: Network, outer: Network) -> bool:
-    one, other = prefix(inner), prefix(outer)
-    return one[0] == other[0] and other[1] <= one[1] and _last(one) <= _last(other)
+def _is_inside(inner: Network, outer: Network) -> bool:
+    a, b = as_prefix(inner), as_prefix(outer)
+    return a[0] == b[0] and b[1] <= a[1] and _last_address(a) <= _last_address(b)
 
 
 def _address(version: int, number: int) -> Address:

@@ -1,1 +1,1 @@
-"""What the kernel and the IKE daemon have now, and which flows that protects."""
+"""The SAs and policies that the kernel and the IKE daemon have, and the flows they protect."""

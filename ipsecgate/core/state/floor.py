@@ -1,12 +1,12 @@
-"""The host's floor: XFRM policies that block, behind all others, what no SA may leave without.
+"""The host floor: XFRM block policies behind all others, for every process of the host.
 
-For the networks of the protect policies, whatever process sends; a bypass policy before one is a
-policy that allows. They stand at the far end of the priorities in the operator's order, so any
-policy of the IKE daemon wins over them, and its sockets have policies of their own.
+A protect policy becomes a policy that blocks its networks, a bypass policy one that allows them.
+They have the highest priority numbers, in the operator's order, so every policy of the IKE daemon
+wins over them. The daemon's own sockets have per-socket policies.
 
-Rules of this module: what is ours is told by its priority and by the tag in the host bits of its
-source, which is a network of 0 bits and so matches every address. The kernel takes policies of
-one selector for one, whatever their priorities: the tag keeps ours apart from everybody's.
+Rules of this module: a floor policy is recognised by its priority and by a tag in the host bits of
+its source, a /0 that matches every address. The kernel treats policies with the same selector as
+one, whatever their priorities; the tag makes each instance's selectors distinct.
 
 Source: linux/xfrm.h; xfrm_policy_insert_list(), selector_cmp().
 """
@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from zlib import crc32
 
-from ipsecgate.core.codec.netlink import encode_ask
-from ipsecgate.core.codec.xfrm import DELPOLICY, POLICY_BLOCK, UPDPOLICY
+from ipsecgate.core.codec.netlink import encode_request
+from ipsecgate.core.codec.xfrm import DELPOLICY, UPDPOLICY
+from ipsecgate.core.codec.xfrm_structures import POLICY_BLOCK
 from ipsecgate.core.model.flow import ANY_V6, PORT_MASK, Network
 from ipsecgate.core.model.ipsec import Action, Direction, SpdEntry
 from ipsecgate.core.model.policy import Policy
@@ -30,9 +31,9 @@ PRIORITY = 0xFFFF_0000
 _LAST = 0xFFFF
 
 ICMPV6 = 58
-# Neighbour discovery's types 133 to 136, in the two aligned blocks that hold them.
+# The ICMPv6 types of neighbour discovery, 133 to 136, as two aligned blocks; one contains 132.
 NEIGHBOURS = ((132, PORT_MASK & ~3), (136, PORT_MASK))
-LOOPBACK = ip_network("::1/128")  # unlike 127.0.0.1, the kernel asks its policies about it
+LOOPBACK = ip_network("::1/128")  # subject to XFRM policies, unlike 127.0.0.1
 
 _FAMILY = {4: 2, 6: 10}
 _SELECTOR = struct.Struct("!16s16sHHHH")  # and then, in host order:
@@ -44,7 +45,7 @@ _POLICY_ID = struct.Struct("=IB3x")
 
 @dataclass(frozen=True, slots=True)
 class FloorPolicy:
-    """One policy of the floor; `place` orders them."""
+    """One policy of the floor; `place` gives the order. Ports are (value, mask)."""
 
     place: int
     block: bool
@@ -54,17 +55,17 @@ class FloorPolicy:
     dport: tuple[int, int] = (0, 0)
 
 
-def tag_of(instance: str) -> int:
-    """Return what an instance's policies are known by; never 0."""
+def instance_tag(instance: str) -> int:
+    """Return the tag of an instance's policies; never 0."""
     return crc32(f"ipsecgate/{instance}".encode()) | 1
 
 
-def floor_of(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
-    """Return the floor under these policies."""
+def floor_policies(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
+    """Return the floor for the operator's policies; empty without a protect policy."""
     found: list[FloorPolicy] = []
     for place, policy in enumerate(policies, 1):
         if policy.action is Action.DISCARD:
-            continue  # nobody is promised anything about processes that are not gated
+            continue  # discard is a promise about gated processes only
         block = policy.action is Action.PROTECT
         for network in policy.remote:
             for value, mask in port_masks(*policy.ports):
@@ -72,9 +73,9 @@ def floor_of(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
                 found.append(
                     FloorPolicy(min(place, _LAST), block, network, policy.proto, dport=dport)
                 )
-    if not any(one.block for one in found):
+    if not any(policy.block for policy in found):
         return ()
-    if any(one.block and one.dst.version == 6 for one in found):
+    if any(policy.block and policy.dst.version == 6 for policy in found):
         found[:0] = [
             FloorPolicy(0, False, LOOPBACK),
             *(FloorPolicy(0, False, ANY_V6, ICMPV6, sport=types) for types in NEIGHBOURS),
@@ -83,14 +84,14 @@ def floor_of(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
 
 
 def is_floor(entry: SpdEntry) -> bool:
-    """Tell whether a policy is a floor's, whichever instance's."""
+    """Return whether a kernel policy belongs to the floor of any instance."""
     key = entry.key
-    ours = key.direction is Direction.OUT and key.host_bits[0] != 0
-    return ours and entry.priority >= PRIORITY and not entry.templates
+    tagged = key.direction is Direction.OUT and key.host_bits[0] != 0
+    return tagged and entry.priority >= PRIORITY and not entry.templates
 
 
-def ours(entry: SpdEntry, tag: int) -> FloorPolicy | None:
-    """Return a policy of this floor as it was made, None for anybody else's."""
+def parse_own(entry: SpdEntry, tag: int) -> FloorPolicy | None:
+    """Parse a kernel policy of the floor with this tag; return None for any other policy."""
     sel = entry.key.selector
     if not is_floor(entry) or entry.key.host_bits != (tag, 0) or sel.src.prefixlen:
         return None
@@ -104,26 +105,26 @@ def ours(entry: SpdEntry, tag: int) -> FloorPolicy | None:
     )
 
 
-def encode_set(one: FloorPolicy, tag: int, sequence: int) -> bytes:
-    """Encode XFRM_MSG_UPDPOLICY, which adds a policy or replaces it."""
-    action = POLICY_BLOCK if one.block else 0
-    tail = _POLICY.pack(PRIORITY + one.place, 0, Direction.OUT, action, 0, 0)
-    body = _selector(one, tag) + _LIFETIME + bytes(32) + tail
-    return encode_ask(UPDPOLICY, body, sequence)
+def encode_set(policy: FloorPolicy, tag: int, sequence: int) -> bytes:
+    """Encode XFRM_MSG_UPDPOLICY, which adds or replaces the policy."""
+    action = POLICY_BLOCK if policy.block else 0
+    tail = _POLICY.pack(PRIORITY + policy.place, 0, Direction.OUT, action, 0, 0)
+    body = _selector(policy, tag) + _LIFETIME + bytes(32) + tail
+    return encode_request(UPDPOLICY, body, sequence)
 
 
-def encode_delete(one: FloorPolicy, tag: int, sequence: int) -> bytes:
+def encode_delete(policy: FloorPolicy, tag: int, sequence: int) -> bytes:
     """Encode XFRM_MSG_DELPOLICY, by selector."""
-    body = _selector(one, tag) + _POLICY_ID.pack(0, Direction.OUT)
-    return encode_ask(DELPOLICY, body, sequence)
+    body = _selector(policy, tag) + _POLICY_ID.pack(0, Direction.OUT)
+    return encode_request(DELPOLICY, body, sequence)
 
 
-def _selector(one: FloorPolicy, tag: int) -> bytes:
+def _selector(policy: FloorPolicy, tag: int) -> bytes:
     """Return struct xfrm_selector, 56 bytes."""
-    size = one.dst.max_prefixlen // 8
+    size = policy.dst.max_prefixlen // 8
     return _SELECTOR.pack(
-        one.dst.network_address.packed.ljust(16, b"\0"),
+        policy.dst.network_address.packed.ljust(16, b"\0"),
         tag.to_bytes(size).ljust(16, b"\0"),
-        *one.dport,
-        *one.sport,
-    ) + _REST.pack(_FAMILY[one.dst.version], one.dst.prefixlen, 0, one.proto, 0, 0)
+        *policy.dport,
+        *policy.sport,
+    ) + _REST.pack(_FAMILY[policy.dst.version], policy.dst.prefixlen, 0, policy.proto, 0, 0)

@@ -1,9 +1,9 @@
-"""Fold notifications that arrived while a dump was taken into the dump.
+"""Fold the notifications that arrived during a dump into the dump.
 
-A dump is not atomic: it may show an object before or after the change that a notification
-reports. Setting and deleting by key are idempotent, so the last notification about a key is the
-truth about it, and the dump is the truth about every other key. Folding instead of replaying
-one by one matters: an SA that came and went during the dump must not look alive in between.
+A dump is not atomic: it may contain an object as it was before or after the change that a
+notification reports. Setting and deleting by key are idempotent, so the last notification for a key
+gives its state, and the dump gives that of every other key. They are folded into one snapshot
+because an SA that was added and removed during the dump must not seem live in between.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ipsecgate.core.model.events import (
 
 
 def replay(snapshot: KernelSnapshot, events: Iterable[XfrmEvent]) -> KernelSnapshot | None:
-    """Return the snapshot with the events applied; None if a flush among them voids it."""
+    """Return the snapshot with the events applied; None if one is a flush, which invalidates it."""
     policies = {entry.key: entry for entry in snapshot.policies}
     sas = {sa.id: sa for sa in snapshot.sas}
     for event in events:

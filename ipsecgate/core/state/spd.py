@@ -1,23 +1,24 @@
-"""Which flows the kernel would send under an SA: the SPD joined with the SAD.
+"""The SPD joined with the SAD: which flows the kernel would send under a live SA.
 
-Rules of this module (validated against the kernel, see docs/protected.md):
-- Lowest priority number wins; ties that disagree count as the stricter one,
-  because netlink does not tell the kernel's own order.
-- A policy protects when every template that is not optional has a state with
-  its reqid, protocol, mode and SPI (0 is any); in tunnel mode the endpoints are
-  the template's, in transport mode those of the tunnel before it, else the flow's
-  own. A state's selector narrows.
-- A source port that the kernel has yet to choose may be any of `EPHEMERAL`: where the
-  answer depends on it, the flow is not protected.
-- Anything else that wins, BLOCK or no template, leaves the flow unprotected.
-- `Negotiated` narrows once more: what the peers agreed on may be less than what the
-  kernel would send, and the peer drops the rest.
-- A policy's mark is matched against the flow's, a state's against its policy's.
-- A rule that lets go is its policy's (`Rule.of`): where not all fit, it closes as a whole.
-- A flow has no interface id (it gets one inside an XFRM interface, which the
-  hooks do not see), so policies that ask for one match none.
+Rules of this module (docs/protected.md; random SPDs and SADs are tested against the kernel):
+- Which policy wins: that with the lowest priority number. The kernel breaks ties by an order that
+  netlink does not show, so where policies of one priority differ, the flow is not protected.
+- What protects: the winning policy must ask for ESP or AH, and each template that is not optional
+  needs a state with its reqid, protocol, mode and SPI (0: any). In tunnel mode the state's
+  endpoints must be the template's. In transport mode they must be those of the tunnel template
+  before it or, without one, the flow's own addresses. A state's selector narrows the result.
+- Marks: a policy's mark is matched against the flow's, a state's against its policy's.
+- Negotiated selectors (`Negotiated`) narrow it further: the peer drops what lies outside them, even
+  if the kernel would send it.
+- An unbound socket's source port is unknown; it may be any of `EPHEMERAL`. A flow is not protected
+  if the answer depends on that port.
+- Interface ids: a flow gets one inside an XFRM interface, which the hooks do not see, so policies
+  and states with one never match.
+- Everything else that wins (a block policy, or one without templates) leaves the flow unprotected.
+- Each live rule belongs to its policy (`Rule.owner`): if the hooks' table is too small for all of
+  them, all rules of the policy are dropped together.
 
-Source: RFC 4301 section 4.4; xfrm_policy_match(), xfrm_tmpl_resolve_one().
+Source: RFC 4301 section 4.4; xfrm_policy_match(), xfrm_tmpl_resolve_one(), xfrm_state_find().
 """
 
 from __future__ import annotations
@@ -45,76 +46,48 @@ DEAD = Entry(State.DEAD)
 NEVER = float("inf")
 
 EVERYTHING = Ternary(Key(), Key())
-PORT_BLOCKS = 8  # a range that takes more is left as wide as the kernel has it
-# What the kernel chooses from: net.ipv4.ip_local_port_range as it is where nobody changed it.
+PORT_BLOCKS = (
+    8  # a port range that needs more aligned blocks stays as wide as the kernel's selector
+)
+# The ports that the kernel chooses from: net.ipv4.ip_local_port_range at its default.
 EPHEMERAL = range(32768, 61000)
 _ENDPOINTS_FROM_TEMPLATE = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS, Mode.UNKNOWN)
 
-Ends = tuple[Address | None, Address | None]
-"""Where an SA begins and ends."""
+Endpoints = tuple[Address | None, Address | None]
+"""An SA's source and destination; None: unknown, so no state matches."""
 Negotiated = Callable[[Sa, Template], Iterable[Ternary]]
-Tied = tuple[Ternary, list[Rule]]
-"""A policy's selector, and the live parts of it."""
+"""Returns the regions that were negotiated for an SA, as used by a template."""
+PolicyRules = tuple[Ternary, list[Rule]]
+"""A policy's region, and its live rules."""
 
 
-def whole(_sa: Sa, _template: Template) -> Iterable[Ternary]:
-    """Take the kernel's word alone."""
+def unrestricted(_sa: Sa, _template: Template) -> Iterable[Ternary]:
+    """Restrict nothing: a `Negotiated` for the kernel's view alone."""
     return (EVERYTHING,)
 
 
-def by_reqid(sas: Iterable[Sa]) -> dict[int, list[Sa]]:
-    """Index states for `live_regions`."""
-    index: dict[int, list[Sa]] = {}
-    for sa in sas:
-        index.setdefault(sa.reqid, []).append(sa)
-    return index
-
-
-def live_regions(
-    entry: SpdEntry, sas: Mapping[int, list[Sa]], negotiated: Negotiated = whole
+def spd_rules(
+    policies: Iterable[SpdEntry], sas: Iterable[Sa], negotiated: Negotiated = unrestricted
 ) -> list[Rule]:
-    """Return the parts of a policy's selector that live states protect now, and until when.
-
-    The longest-lived come first, so that they answer where several states protect.
-    """
-    templates = [t for t in entry.templates if not t.optional]
-    if entry.action is not Action.PROTECT or not templates or entry.key.selector.ifindex:
-        return []
-    if not any(t.proto in (AH, ESP) for t in templates):
-        return []  # compressed, and readable by everybody
-    mark = entry.key.mark
-    regions = [Rule(region_of(entry), LIVE)]
-    ends: Ends | None = None
-    for template in entry.templates:
-        if template.mode in _ENDPOINTS_FROM_TEMPLATE:
-            # Also of what goes around the tunnel; unknown where it may be left out.
-            ends = (None, None) if template.optional else (template.saddr, template.daddr)
-        if template.optional:
-            continue
-        fitting = [
-            sa
-            for sa in sas.get(template.reqid, ())
-            if not sa.if_id and mark.value & mark.mask & sa.mark.mask == sa.mark.value
-        ]
-        narrowed = [
-            _both(region, part)
-            for region in regions
-            for part in _protected_by(template, ends, fitting, negotiated)
-        ]
-        regions = [region for region in narrowed if region is not None]
-    owned = (replace(region, of=entry) for region in regions)
-    return sorted(owned, key=lambda region: -_end(region))
-
-
-def _end(region: Rule) -> float:
-    return region.entry.deadline or NEVER
-
-
-def _both(region: Rule, part: Rule) -> Rule | None:
-    match = region.match.intersect(part.match)
-    if match is None:
-        return None
-    return Rule(match, min(region, part, key=_end).entry)
+    """Return first-match rules that give the kernel's answer, live or dead, for every flow."""
+    by_reqid = _index_by_reqid(sas)
+    rules: list[Rule] = []
+    applicable = sorted(
+        # A mark value with bits outside its mask matches no flow.
+        (p for p in policies if not p.key.if_id and not p.key.mark.value & ~p.key.mark.mask),
+        key=lambda p: p.priority,
+    )
+    for _, group in groupby(applicable, key=lambda p: p.priority):
+        tied = [(region_of(p), live_rules(p, by_reqid, negotiated)) for p in group]
+        rules.extend(_disagreements(tied))
+        rules.extend(_undecided(region for region, _ in tied))
+        for region, live in tied:
+            with_source_port = [rule for rule in live if rule.match.mask.sport]
+            rules.extend(rule for rule in live if not rule.match.mask.sport)
+            rules.extend(_undecided(rule.match for rule in with_source_port))
+            rules.extend(with_source_port)
+            rules.append(Rule(region, DEAD))
+    return rules
 
 
 def region_of(entry: SpdEntry) -> Ternary:
@@ -123,9 +96,53 @@ def region_of(entry: SpdEntry) -> Ternary:
     return from_selector(entry.key.selector, (mark.value, mark.mask))
 
 
+def live_rules(
+    entry: SpdEntry, by_reqid: Mapping[int, list[Sa]], negotiated: Negotiated = unrestricted
+) -> list[Rule]:
+    """Return the parts of a policy's region that states protect now, with their deadlines.
+
+    The latest deadline comes first, so it applies where several states protect.
+    """
+    required = [t for t in entry.templates if not t.optional]
+    if entry.action is not Action.PROTECT or not required or entry.key.selector.ifindex:
+        return []
+    if not any(t.proto in (AH, ESP) for t in required):
+        return []  # IPComp alone compresses, but protects nothing
+    mark = entry.key.mark
+    rules = [Rule(region_of(entry), LIVE)]
+    endpoints: Endpoints | None = None  # of the last tunnel template; None: none so far
+    for template in entry.templates:
+        if template.mode in _ENDPOINTS_FROM_TEMPLATE:
+            # An optional tunnel may be left out, which leaves the endpoints unknown.
+            endpoints = (None, None) if template.optional else (template.saddr, template.daddr)
+        if template.optional:
+            continue
+        candidates = [
+            sa
+            for sa in by_reqid.get(template.reqid, ())
+            if not sa.if_id and mark.value & mark.mask & sa.mark.mask == sa.mark.value
+        ]
+        narrowed = [
+            _intersection(rule, part)
+            for rule in rules
+            for part in _protected_by(template, endpoints, candidates, negotiated)
+        ]
+        rules = [rule for rule in narrowed if rule is not None]
+    owned = (replace(rule, owner=entry) for rule in rules)
+    return sorted(owned, key=lambda rule: -_deadline(rule))
+
+
+def _index_by_reqid(sas: Iterable[Sa]) -> dict[int, list[Sa]]:
+    index: dict[int, list[Sa]] = {}
+    for sa in sas:
+        index.setdefault(sa.reqid, []).append(sa)
+    return index
+
+
 def _protected_by(
-    template: Template, ends: Ends | None, sas: Iterable[Sa], negotiated: Negotiated
+    template: Template, endpoints: Endpoints | None, sas: Iterable[Sa], negotiated: Negotiated
 ) -> Iterator[Rule]:
+    """Yield the regions for which a state satisfies the template."""
     for sa in sas:
         if sa.larval or sa.mode is Mode.UNKNOWN:
             continue
@@ -134,85 +151,41 @@ def _protected_by(
         if template.spi not in (0, sa.id.spi):
             continue
         if sa.cpu is not None:
-            continue  # who asks now may send from another
+            continue  # the flow's packets may be sent from another CPU
         if sa.selector is not None and sa.selector.ifindex:
-            continue  # by which interface a flow leaves is not known here
-        if ends is not None:
-            if (sa.saddr, sa.id.daddr) != ends:
-                continue
-            part: Ternary | None = EVERYTHING
-        else:
+            continue  # the flow's outgoing interface is unknown here
+        part: Ternary | None
+        if endpoints is None:
             part = ternary(ip_network(sa.id.daddr), src=ip_network(sa.saddr))
-        if sa.selector is not None and part is not None:
+        elif (sa.saddr, sa.id.daddr) == endpoints:
+            part = EVERYTHING
+        else:
+            continue
+        if sa.selector is not None:
             part = part.intersect(from_selector(sa.selector))
         if part is not None:
             live = replace(LIVE, deadline=sa.deadline)
-            agreed = (part.intersect(one) for one in negotiated(sa, template))
-            yield from (Rule(one, live) for one in agreed if one is not None)
+            regions = (part.intersect(region) for region in negotiated(sa, template))
+            yield from (Rule(region, live) for region in regions if region is not None)
 
 
-@lru_cache(maxsize=1 << 16)
-def agreed_on(
-    local: tuple[TrafficSelector, ...], remote: tuple[TrafficSelector, ...], exact: bool = False
-) -> list[Ternary]:
-    """Return the flows between two sets of traffic selectors, each local with each remote.
-
-    The kernel rounds a port range up to one mask; here it is exact, within `PORT_BLOCKS`.
-    ICMP's types and codes stay as the kernel's selector has them. `exact`: there is no
-    kernel's selector, so any range is exact, and what names types or codes has no flow.
-    """
-    return [
-        ternary(there.network, src=near.network, proto=near.proto or there.proto,
-                sport=sport, dport=dport)
-        for there in remote
-        for near in local
-        if near.network.version == there.network.version
-        and (near.proto == there.proto or 0 in (near.proto, there.proto))
-        for sport in _blocks(near, exact)
-        for dport in _blocks(there, exact)
-    ]  # fmt: skip
+def _intersection(rule: Rule, part: Rule) -> Rule | None:
+    """Return what both match, until the earlier of their deadlines."""
+    match = rule.match.intersect(part.match)
+    if match is None:
+        return None
+    return Rule(match, min(rule, part, key=_deadline).entry)
 
 
-def _blocks(selector: TrafficSelector, exact: bool) -> list[tuple[int, int]]:
-    low, high = selector.ports
-    if low > high:
-        return []  # OPAQUE: ports that no packet has
-    if (low, high) == (0, PORT_MASK):
-        return [(0, 0)]
-    if selector.proto in ICMP:
-        return [] if exact else [(0, 0)]
-    blocks = port_masks(low, high)
-    return blocks if exact or len(blocks) <= PORT_BLOCKS else [(0, 0)]
+def _deadline(rule: Rule) -> float:
+    return rule.entry.deadline or NEVER
 
 
-def spd_rules(
-    policies: Iterable[SpdEntry], sas: Iterable[Sa], negotiated: Negotiated = whole
-) -> list[Rule]:
-    """Return the kernel's answer for every flow, as first-match rules."""
-    index = by_reqid(sas)
-    rules: list[Rule] = []
-    applicable = sorted(
-        (p for p in policies if not p.key.if_id and not p.key.mark.value & ~p.key.mark.mask),
-        key=lambda p: p.priority,
-    )
-    for _, group in groupby(applicable, key=lambda p: p.priority):
-        tied = [(region_of(p), live_regions(p, index, negotiated)) for p in group]
-        rules.extend(_disagreements(tied))
-        rules.extend(_unsettled(selector for selector, _ in tied))
-        for selector, regions in tied:
-            by_port = [region for region in regions if region.match.mask.sport]
-            rules.extend(region for region in regions if not region.match.mask.sport)
-            rules.extend(_unsettled(region.match for region in by_port))
-            rules.extend(by_port)
-            rules.append(Rule(selector, DEAD))
-    return rules
+def _undecided(matches: Iterable[Ternary]) -> Iterator[Rule]:
+    """Yield dead rules for unbound flows that may or may not match, depending on their port.
 
-
-def _unsettled(matches: Iterable[Ternary]) -> Iterator[Rule]:
-    """Yield the flows of which nobody knows yet whether they will match.
-
-    A socket that is not bound shows source port 0 at connect(). TCP asks the SPD with 0, and
-    IPv4 again with the port that the kernel then chooses; UDP asks with that one only.
+    At connect() an unbound socket has source port 0. TCP looks up the SPD with 0 and, for IPv4,
+    again with the port that the kernel chose; UDP looks it up with the chosen port only.
     """
     for match in matches:
         if match.mask.sport and _may_be_chosen(match.value.sport, match.mask.sport):
@@ -227,30 +200,71 @@ def _may_be_chosen(value: int, mask: int) -> bool:
     return value == 0 or any(port & mask == value for port in EPHEMERAL)
 
 
-def _disagreements(tied: list[Tied]) -> Iterator[Rule]:
-    """Yield what two policies of one priority share, unless both protect all of it."""
-    selectors = {selector for selector, _ in tied}
-    if len(selectors) == len(tied) and len({selector.mask for selector in selectors}) == 1:
-        return  # of one mask and not equal: they have no flow in common
+# --- policies of one priority -----------------------------------------------------------
+
+
+def _disagreements(tied: list[PolicyRules]) -> Iterator[Rule]:
+    """Yield dead rules for the flows of two policies, unless both protect their whole region."""
+    regions = {region for region, _ in tied}
+    if len(regions) == len(tied) and len({region.mask for region in regions}) == 1:
+        return  # distinct values under one mask: no two share a flow
     for (a, a_live), (b, b_live) in _overlapping(tied):
         shared = a.intersect(b)
-        if shared is not None and not all(
-            whole in {region.match for region in live} for whole, live in ((a, a_live), (b, b_live))
-        ):
+        both_protect = all(
+            region in {rule.match for rule in live} for region, live in ((a, a_live), (b, b_live))
+        )
+        if shared is not None and not both_protect:
             yield Rule(shared, DEAD)
 
 
-def _overlapping(tied: list[Tied]) -> Iterator[tuple[Tied, Tied]]:
-    """Yield the pairs that have a flow in common, without looking at every pair."""
-    by_mask: dict[Key, list[Tied]] = {}
-    for one in tied:
-        by_mask.setdefault(one[0].mask, []).append(one)
-    for (mask, these), (other, those) in combinations_with_replacement(by_mask.items(), 2):
-        common = common_mask(mask, other)
-        index: dict[Key, list[Tied]] = {}
-        for one in those:
-            index.setdefault(one[0].value.masked(common), []).append(one)
-        for one in these:
-            yield from (
-                (one, two) for two in index.get(one[0].value.masked(common), ()) if one is not two
-            )
+def _overlapping(tied: list[PolicyRules]) -> Iterator[tuple[PolicyRules, PolicyRules]]:
+    """Yield the pairs of policies that share a flow, without comparing every pair."""
+    by_mask: dict[Key, list[PolicyRules]] = {}
+    for policy in tied:
+        by_mask.setdefault(policy[0].mask, []).append(policy)
+    for (mask_a, group_a), (mask_b, group_b) in combinations_with_replacement(by_mask.items(), 2):
+        common = common_mask(mask_a, mask_b)
+        index: dict[Key, list[PolicyRules]] = {}
+        for b in group_b:
+            index.setdefault(b[0].value.masked(common), []).append(b)
+        for a in group_a:
+            yield from ((a, b) for b in index.get(a[0].value.masked(common), ()) if a is not b)
+
+
+# --- negotiated traffic selectors -------------------------------------------------------
+
+
+@lru_cache(maxsize=1 << 16)
+def negotiated_regions(
+    local: tuple[TrafficSelector, ...], remote: tuple[TrafficSelector, ...], exact: bool = False
+) -> list[Ternary]:
+    """Return the flows between local and remote traffic selectors, for each pair of them.
+
+    The kernel's selector rounds a port range up to one mask. Here a range is exact if `PORT_BLOCKS`
+    blocks suffice; a wider one, and ICMP types and codes, are left to the kernel's selector. With
+    `exact` there is no kernel selector, so every range is exact and a selector with ICMP types or
+    codes has no flows.
+    """
+    return [
+        ternary(there.network, src=here.network, proto=here.proto or there.proto,
+                sport=sport, dport=dport)
+        for there in remote
+        for here in local
+        if here.network.version == there.network.version
+        and (here.proto == there.proto or 0 in (here.proto, there.proto))
+        for sport in _port_blocks(here, exact)
+        for dport in _port_blocks(there, exact)
+    ]  # fmt: skip
+
+
+def _port_blocks(selector: TrafficSelector, exact: bool) -> list[tuple[int, int]]:
+    """Return the ports of a selector as (value, mask) blocks."""
+    low, high = selector.ports
+    if low > high:
+        return []  # OPAQUE
+    if (low, high) == (0, PORT_MASK):
+        return [(0, 0)]
+    if selector.proto in ICMP:
+        return [] if exact else [(0, 0)]
+    blocks = port_masks(low, high)
+    return blocks if exact or len(blocks) <= PORT_BLOCKS else [(0, 0)]

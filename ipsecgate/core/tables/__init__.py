@@ -1,1 +1,1 @@
-"""What the hooks search: their maps' layout, and rules compiled into tables."""
+"""The hooks' tables: the layout of their maps, and rules compiled into masks and entries."""

@@ -1,9 +1,10 @@
-"""The mirror of bpf/gate.h: what the hooks' maps and events look like as bytes.
+"""The mirror of bpf/gate.h: the hooks' maps and events as bytes.
 
-Rules of this module: every number here stands in gate.h under the same name, and
-`tests/kernel/test_layout.py` compares the two through the compiler's own view.
-Addresses are 128-bit integers here, IPv4 as ::ffff:a.b.c.d; ports and protocols
-are host-order integers here and network-order bytes there.
+Rules of this module: every constant and enum member has the name and value that gate.h gives it;
+tests/unit/test_gate_header.py compares them, and the offsets of the structures.
+tests/system/test_layout.py compares the sizes with what the compiler makes of them. In Python an
+address is a 128-bit integer (IPv4 as ::ffff:a.b.c.d), and ports are host-order integers; in the
+maps both are in network order.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ NS = 1_000_000_000
 
 
 class TableId(IntEnum):
-    """The two tables a flow is looked up in."""
+    """The two tables in which the hooks look up a flow."""
 
     POLICY = 0
     SPD = 1
 
 
 class State(IntEnum):
-    """What a table says of the flows that match an entry."""
+    """The state of a table's entry, which holds for the flows that match it."""
 
     PROTECT = 1
     BYPASS = 2
@@ -47,7 +48,7 @@ class State(IntEnum):
 
 
 class Setting(IntEnum):
-    """Words of the settings map."""
+    """Indexes of the settings map."""
 
     POLICY_EPOCH = 0
     SPD_EPOCH = 1
@@ -63,7 +64,7 @@ class Setting(IntEnum):
 
 
 class Reason(IntEnum):
-    """Why a flow was let go or refused, or a packet blocked; the last three count besides."""
+    """Why a flow was allowed or refused, or a packet blocked. The last three only count."""
 
     ALLOW_DEFAULT = 0
     ALLOW_BYPASS = 1
@@ -99,7 +100,7 @@ EXPLAINED = {
     Reason.BLOCK_NOT_READY: "a packet was sent, and the policies are not known yet",
     Reason.BLOCK_UNREADABLE: "the packet is a later fragment or has a source route",
 }
-"""What an event's reason means, to the operator."""
+"""The reasons that events have, explained to the operator."""
 
 COUNTERS = len(Reason)
 NO_POLICY = 0xFFFFFFFF
@@ -129,7 +130,7 @@ class Key:
     mark: int = 0
 
     def masked(self, mask: Key) -> Key:
-        """Return the bits that the mask keeps."""
+        """Return the key with only the bits of the mask."""
         return Key(*(getattr(self, f.name) & getattr(mask, f.name) for f in fields(Key)))
 
 
@@ -137,8 +138,8 @@ class Key:
 class Entry:
     """struct gate_entry. `error` 0 is EPERM; `id` is a policy's place in the configuration.
 
-    `deadline`: when a live SA ends by itself, seconds of the wall clock since the epoch, 0 =
-    never. In the map it is nanoseconds of CLOCK_BOOTTIME, which the hooks can read.
+    `deadline`: when the SA expires, wall clock, seconds since the epoch; 0: never. In the map it is
+    in nanoseconds of CLOCK_BOOTTIME, which the hooks can read.
     """
 
     state: State
@@ -151,8 +152,8 @@ _KEY = struct.Struct("!16s16sHHBBBB")  # and then:
 _MARK = struct.Struct("=I")
 _ENTRY = struct.Struct("=III4xQ")
 _ROUTE = struct.Struct("=I16s")
-_EVENT = struct.Struct("=QQ44sIIII16s")
-_LAST = 2**64 - 1  # a lifetime of centuries, which the kernel takes, ends here
+_EVENT = struct.Struct("=QQ44sIIII16s4x")  # the compiler pads it to a multiple of 8
+_LAST = 2**64 - 1  # the kernel accepts lifetimes of centuries: the latest deadline that fits
 SETTING = struct.Struct("=Q")
 INDEX = struct.Struct("=I")
 KEY_SIZE = _KEY.size + _MARK.size
@@ -164,19 +165,19 @@ SPACE_OFFSET = 38  # of gate_key
 
 
 def address_bits(address: Address | None, family: int) -> int:
-    """Return the 128 bits of an address in the maps' one form; None is unspecified."""
+    """Return the 128 bits of an address, as in the maps; None is the unspecified address."""
     if address is None:
         return V4_MAPPED if family == 4 else 0
     return V4_MAPPED | int(address) if address.version == 4 else int(address)
 
 
 def address_from_bits(bits: int, family: int) -> Address:
-    """Invert `address_bits`."""
+    """Return the address of 128 bits, the inverse of `address_bits`."""
     return IPv4Address(bits & 0xFFFFFFFF) if family == 4 else IPv6Address(bits)
 
 
 def flow_key(flow: Flow) -> Key:
-    """Return a flow as the hook sees it."""
+    """Return the key under which the hook looks up a flow."""
     daddr = unmap(flow.daddr)
     family = daddr.version
     return Key(
@@ -205,7 +206,7 @@ def pack_key(key: Key, space: int = 0, tuple_: int = 0) -> bytes:
 
 
 def unpack_key(raw: bytes) -> tuple[int, Key]:
-    """Return a map key's tuple and masked flow. Raises: LayoutError."""
+    """Return the tuple and the masked flow of struct gate_key. Raises: LayoutError."""
     if len(raw) != KEY_SIZE:
         raise LayoutError(f"key of {len(raw)} bytes, expected {KEY_SIZE}")
     saddr, daddr, sport, dport, proto, family, _space, tuple_ = _KEY.unpack_from(raw)
@@ -215,7 +216,7 @@ def unpack_key(raw: bytes) -> tuple[int, Key]:
 
 
 def unpack_masks(raw: bytes) -> tuple[Key, ...]:
-    """Return the masks in use, in order. Raises: LayoutError."""
+    """Return the masks of struct gate_masks that are in use, in order. Raises: LayoutError."""
     if len(raw) not in (0, MASKS_SIZE):
         raise LayoutError(f"masks of {len(raw)} bytes, expected {MASKS_SIZE}")
     masks = []
@@ -238,20 +239,20 @@ def unpack_entry(raw: bytes, boot: int = 0) -> Entry:
 
 
 def pack_masks(masks: tuple[Key, ...]) -> bytes:
-    """Return struct gate_masks, ended by an unused mask. Raises: LayoutError if too many."""
+    """Return struct gate_masks, filled up with unused masks. Raises: LayoutError if too many."""
     if len(masks) > TUPLES:
         raise LayoutError(f"{len(masks)} masks, the table holds {TUPLES}")
     return b"".join(pack_key(mask, tuple_=1) for mask in masks).ljust(MASKS_SIZE, b"\0")
 
 
 def pack_entry(entry: Entry, boot: int = 0) -> bytes:
-    """Return struct gate_entry, 24 bytes; `boot`: when CLOCK_BOOTTIME was 0, wall clock ns."""
+    """Return struct gate_entry, 24 bytes. `boot`: the wall clock at CLOCK_BOOTTIME 0, in ns."""
     deadline = min(max(1, entry.deadline * NS - boot), _LAST) if entry.deadline else 0
     return _ENTRY.pack(entry.state, entry.error, entry.id, deadline)
 
 
 def pack_route(network: Network) -> bytes:
-    """Return struct gate_route: the LPM key of a destination network."""
+    """Return struct gate_route, the LPM key of a destination network."""
     prefix = network.prefixlen + (96 if network.version == 4 else 0)
     bits = address_bits(network.network_address, network.version)
     return _ROUTE.pack(prefix, bits.to_bytes(16))
@@ -263,7 +264,7 @@ def pack_source(source: Address | None) -> bytes:
 
 
 def space(table: TableId, epoch: int) -> int:
-    """Return where the masks and entries of a table's epoch live."""
+    """Return the space that holds the masks and entries of a table's epoch."""
     return table * BUFFERS + epoch % BUFFERS
 
 

@@ -17,7 +17,7 @@ STATES = {
 
 
 def matches(policy: Policy) -> list[Ternary]:
-    """Return the flows that a policy names, in the hook's form."""
+    """Return the flows that a policy names, as the hooks match them."""
     return [
         ternary(network, proto=policy.proto, dport=block)
         for network in policy.remote
@@ -26,7 +26,7 @@ def matches(policy: Policy) -> list[Ternary]:
 
 
 def policy_rules(policies: Iterable[Policy], errors: Mapping[int, int]) -> list[Rule]:
-    """Return the rules of the hook's policy table; `errors` by the policy's place."""
+    """Return the rules of the hooks' policy table; `errors`: errnos by the policy's place."""
     return [
         rule_of(policy, place, match, errors.get(place, 0))
         for place, policy in enumerate(policies)
@@ -35,5 +35,5 @@ def policy_rules(policies: Iterable[Policy], errors: Mapping[int, int]) -> list[
 
 
 def rule_of(policy: Policy, place: int, match: Ternary, error: int = 0) -> Rule:
-    """Return the rule of a policy for these flows."""
+    """Return a policy's rule for these flows. `error`: the errno of a refusal, 0 for EPERM."""
     return Rule(match, Entry(STATES[policy.action], error, place))

@@ -143,7 +143,7 @@ class Listeners:
 
     def _keep(self, listener: Listener) -> None:
         """Have the service manager keep the listener for a successor; retry if it is busy."""
-        if listener.number not in self._listeners or not systemd.is_there():
+        if listener.number not in self._listeners or not systemd.has_manager():
             return
         if not systemd.keep(listener.fd, f"hold-{listener.number}-{listener.limit:.3f}"):
             asyncio.get_running_loop().call_later(RETRY, self._keep, listener)

@@ -1,9 +1,7 @@
 """Read ipsecgate.toml and policies.d/*.toml.
 
-Rules of this module:
-- A configuration is accepted as a whole or rejected as a whole; nothing is changed here.
-- Every error names the file and the key, says what is expected there, and gives an example or the
-  correction as its hint.
+Rule of this module: a configuration is accepted as a whole or rejected as a whole. Nothing is
+changed here.
 """
 
 from __future__ import annotations
@@ -11,13 +9,12 @@ from __future__ import annotations
 import errno
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, TypeVar
+from typing import Any
 
 from ipsecgate import trust
 from ipsecgate.core.model.flow import PORT_MASK, PROTOCOLS, Network
@@ -25,9 +22,8 @@ from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
 from ipsecgate.core.tables.policy_rules import policy_rules
 from ipsecgate.core.tables.table import TableFullError, compile_table
+from ipsecgate.edges.host.config_table import ERRNO_KEYS, GATE_KEYS, POLICY_KEYS, Table
 from ipsecgate.errors import UsageError
-
-T = TypeVar("T")
 
 DEFAULT_VICI = Path("/run/charon.vici")
 
@@ -43,36 +39,6 @@ ERRNOS = (
     "EAGAIN",
 )
 
-GATE_KEYS = ("mode", "default", "cgroups", "host", "vici", "sa_source", "live_flows", "floor")
-ERRNO_KEYS = ("uncovered", "negotiating", "failed", "hold_timeout")
-POLICY_KEYS = ("name", "remote", "protocol", "port", "action", "child", "initiate")
-
-# How to write each key: the hint of an error that has none of its own.
-EXAMPLES = {
-    "gate": "write a line [gate], and its keys below it",
-    "errno": "write a line [errno], and its keys below it",
-    "policy": "write a line [[policy]] for each policy, and its keys below it",
-    "mode": 'for example: mode = "enforce"',
-    "default": 'for example: default = "allow"',
-    "cgroups": 'for example: cgroups = ["unit:postgresql", "/sys/fs/cgroup/web"]',
-    "host": "for example: host = true",
-    "vici": f'for example: vici = "{DEFAULT_VICI}"',
-    "sa_source": 'for example: sa_source = "auto"',
-    "live_flows": 'for example: live_flows = "block"',
-    "floor": 'for example: floor = "none"',
-    "uncovered": 'for example: uncovered = "EPERM"',
-    "negotiating": 'for example: negotiating = "EPERM"',
-    "failed": 'for example: failed = "EHOSTUNREACH"',
-    "hold_timeout": 'for example: hold_timeout = "ETIMEDOUT"',
-    "name": 'for example: name = "db"',
-    "remote": 'for example: remote = ["10.2.0.0/16", "2001:db8:2::/48"]',
-    "protocol": 'for example: protocol = "tcp"',
-    "port": 'for example: port = "5432"',
-    "action": 'for example: action = "protect"',
-    "child": 'for example: child = "net-net"',
-    "initiate": 'for example: initiate = "on-demand"',
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -87,66 +53,6 @@ class Config:
     vici: Path = DEFAULT_VICI
 
 
-class _Table:
-    """A TOML table with its place in the file; `take` removes keys, `finish` rejects the rest."""
-
-    def __init__(self, data: object, file: Path, name: str) -> None:
-        self.file = file
-        self.name = name
-        if not isinstance(data, Mapping):
-            hint = EXAMPLES.get(name.partition("[")[0], "")
-            raise self.error("", f"must be a table, not {short(data)}", hint)
-        self.data = dict(data)
-
-    def error(self, key: str, message: str, hint: str = "") -> UsageError:
-        where = ".".join(part for part in (self.name, key) if part)
-        return UsageError(f"{self.file}: {where}: {message}", hint=hint or EXAMPLES.get(key, ""))
-
-    def take(self, key: str, kind: type[T], default: T) -> T:
-        value = self.data.pop(key, default)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.error(key, f"must be {_KINDS[kind]}, not {short(value)}")
-        if kind is str and "\0" in str(value):
-            raise self.error(key, "must not contain a NUL character")
-        return value
-
-    def choice(self, key: str, options: Sequence[str], default: str) -> str:
-        value = self.take(key, str, default)
-        if value not in options:
-            raise self.error(
-                key, f"{short(value)} is not one of {', '.join(options)}", _suggest(value, options)
-            )
-        return value
-
-    def strings(self, key: str) -> list[str]:
-        values = self.take(key, list, [])
-        for value in values:
-            if not isinstance(value, str):
-                raise self.error(key, f"must be a list of strings, but contains {short(value)}")
-            if "\0" in value:
-                raise self.error(key, f"must not contain a NUL character, as in {short(value)}")
-        return values
-
-    def parsed(self, key: str, text: str, parse: Callable[[str], T]) -> T:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise self.error(key, str(error)) from error
-
-    def finish(self, known: Sequence[str]) -> None:
-        for key in self.data:
-            hint = _suggest(key, known) or f"the keys here are {', '.join(known)}"
-            raise self.error(key, "unknown key", hint)
-
-
-_KINDS: dict[type, str] = {str: "a string", bool: "true or false", list: "a list", dict: "a table"}
-
-
-def _suggest(text: str, options: Sequence[str]) -> str:
-    near = get_close_matches(text, options, 1)
-    return f"did you mean {near[0]!r}?" if near else ""
-
-
 def load(path: Path, *, required: bool = True) -> Config:
     """Read a configuration file and the policies.d folder beside it.
 
@@ -154,13 +60,13 @@ def load(path: Path, *, required: bool = True) -> Config:
     """
     if not required and not path.exists():
         return Config()
-    document = _Table(_read(path), path, "")
-    gate = _Table(document.take("gate", dict, {}), path, "gate")
-    errnos = _errnos(_Table(document.take("errno", dict, {}), path, "errno"))
+    document = Table(_read(path), path, "")
+    gate = Table(document.take("gate", dict, {}), path, "gate")
+    errnos = _errnos(Table(document.take("errno", dict, {}), path, "errno"))
     tables = _policy_tables(document)
     document.finish(("gate", "errno", "policy"))
     for extra in sorted((path.parent / "policies.d").glob("*.toml")):
-        document = _Table(_read(extra), extra, "")
+        document = Table(_read(extra), extra, "")
         tables += _policy_tables(document)
         document.finish(("policy",))
     policies = _policies(tables)
@@ -168,7 +74,7 @@ def load(path: Path, *, required: bool = True) -> Config:
     return _config(gate, errnos, policies)
 
 
-def _config(gate: _Table, errnos: Errnos, policies: tuple[Policy, ...]) -> Config:
+def _config(gate: Table, errnos: Errnos, policies: tuple[Policy, ...]) -> Config:
     mode = gate.choice("mode", ("enforce", "audit"), "enforce")
     default = gate.choice("default", ("allow", "deny"), "allow")
     source = gate.choice("sa_source", [source.value for source in SaSource], SaSource.AUTO.value)
@@ -223,7 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {error.strerror}") from error
 
 
-def _errnos(table: _Table) -> Errnos:
+def _errnos(table: Table) -> Errnos:
     default = Errnos()
     chosen = {
         key: getattr(errno, table.choice(key, ERRNOS, errno.errorcode[getattr(default, key)]))
@@ -233,17 +139,15 @@ def _errnos(table: _Table) -> Errnos:
     return Errnos(**chosen)
 
 
-def _policy_tables(document: _Table) -> list[_Table]:
+def _policy_tables(document: Table) -> list[Table]:
     items = document.take("policy", list, [])
-    return [
-        _Table(item, document.file, f"policy[{number}]") for number, item in enumerate(items, 1)
-    ]
+    return [Table(item, document.file, f"policy[{number}]") for number, item in enumerate(items, 1)]
 
 
-def _policies(tables: Sequence[_Table]) -> tuple[Policy, ...]:
+def _policies(tables: Sequence[Table]) -> tuple[Policy, ...]:
     """Raises: UsageError for the first table that is wrong, or has the name of an earlier one."""
     policies: dict[str, Policy] = {}
-    places: dict[str, _Table] = {}
+    places: dict[str, Table] = {}
     for table in tables:
         policy = _policy(table)
         if policy.name in policies:
@@ -258,7 +162,7 @@ def _policies(tables: Sequence[_Table]) -> tuple[Policy, ...]:
     return tuple(policies.values())
 
 
-def _policy(table: _Table) -> Policy:
+def _policy(table: Table) -> Policy:
     name = table.take("name", str, "")
     if not name:
         raise table.error("name", "missing: every policy needs a name")

@@ -16,8 +16,7 @@ from reprlib import repr as short
 from typing import Any, TypeVar
 
 from ipsecgate import trust
-from ipsecgate.core.codec.vici import OPAQUE
-from ipsecgate.core.model.flow import PORT_MASK, TrafficSelector
+from ipsecgate.core.model.flow import OPAQUE, PORT_MASK, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
 from ipsecgate.errors import GateError
 

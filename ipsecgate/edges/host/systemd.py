@@ -16,7 +16,7 @@ from ipsecgate.printable import printable
 FIRST_FD = 3  # SD_LISTEN_FDS_START
 
 
-def is_there() -> bool:
+def has_manager() -> bool:
     """Return whether a service manager wants to be notified."""
     return bool(os.environ.get("NOTIFY_SOCKET"))
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from ipsecgate.core.codec.xfrm import decode, encode_policy_dump
 from ipsecgate.core.model.events import PolicySet, XfrmEvent
-from ipsecgate.core.state.floor import FloorPolicy, encode_delete, encode_set, ours
+from ipsecgate.core.state.floor import FloorPolicy, encode_delete, encode_set, parse_own
 from ipsecgate.edges.kernel.netlink import Requests
 from ipsecgate.edges.kernel.probe import has_xfrm
 from ipsecgate.edges.kernel.xfrm import NETLINK_XFRM
@@ -31,7 +31,7 @@ class Floor:
         self.errors: list[str] = []
 
     def set(self, wanted: tuple[FloorPolicy, ...]) -> None:
-        """Replace the floor by these policies as soon as `run` gets to it."""
+        """Replace the floor with these policies as soon as `run` gets to it."""
         self._wanted.put_nowait(wanted)
 
     async def run(self) -> None:
@@ -52,7 +52,7 @@ class Floor:
 
 
 async def keep(tag: int, wanted: tuple[FloorPolicy, ...]) -> None:
-    """Replace the floor with this tag by these policies, in this network namespace.
+    """Replace the floor that has this tag with these policies, in this network namespace.
 
     If the kernel rejects one policy, the others are still set.
     Raises: OSError, the first rejection; DecodeError.
@@ -64,7 +64,7 @@ async def keep(tag: int, wanted: tuple[FloorPolicy, ...]) -> None:
         present = {
             policy
             for event in await requests.dump(encode_policy_dump, decode)
-            if isinstance(event, PolicySet) and (policy := ours(event.entry, tag)) is not None
+            if isinstance(event, PolicySet) and (policy := parse_own(event.entry, tag)) is not None
         }
         for policy in wanted:
             if policy not in present:

@@ -31,8 +31,8 @@ from socket import AF_INET, AF_INET6
 from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.codec.rtnetlink import (
     decode_link,
-    decode_lost,
     decode_prefixes,
+    decode_removed_routes,
     decode_route,
     encode_link_get,
     encode_route_dump,
@@ -46,10 +46,10 @@ from ipsecgate.core.model.prefixes import (
     Prefix,
     PrefixSet,
     Source,
+    as_network,
+    as_prefix,
     compress,
-    network,
     partition,
-    prefix,
 )
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket, Requests
 from ipsecgate.errors import GateError
@@ -153,7 +153,7 @@ class Routes:
                     if error.errno != errno.EAFNOSUPPORT:
                         raise
                     # The kernel has no IPv6, or its module is not loaded: it routes none.
-        return {network(item) for item in found}
+        return {as_network(item) for item in found}
 
     def _followed_prefixes(self, datagram: bytes) -> list[Prefix]:
         return [item for item in decode_prefixes(datagram) if self._followed.contains(item)]
@@ -176,15 +176,15 @@ class Routes:
         """
         removed = []
         for link, destination in lost:
-            if destination is None or self._followed.touches(destination):
+            if destination is None or self._followed.overlaps(destination):
                 self._losses += 1
                 if link in self._tuns:
                     removed.append(destination)
         if not removed or self._delivered is None:
             return
-        uncovered = PrefixSet(network(item) for item in removed if item is not None)
+        uncovered = PrefixSet(as_network(item) for item in removed if item is not None)
         into_tun = tuple(
-            (item, into and None not in removed and not uncovered.touches(prefix(item)))
+            (item, into and None not in removed and not uncovered.overlaps(as_prefix(item)))
             for item, into in self._delivered.into_tun
         )
         if into_tun != self._delivered.into_tun:
@@ -193,9 +193,9 @@ class Routes:
 
     def _on_change(self, datagram: bytes) -> None:
         try:
-            self._withdraw_tunnels(decode_lost(datagram))
+            self._withdraw_tunnels(decode_removed_routes(datagram))
             if only_routes(datagram) and not any(
-                self._followed.touches(item) for item in decode_prefixes(datagram)
+                self._followed.overlaps(item) for item in decode_prefixes(datagram)
             ):
                 return
         except DecodeError:

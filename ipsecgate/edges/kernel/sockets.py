@@ -11,7 +11,7 @@ from functools import partial
 
 from ipsecgate.core.codec.sockdiag import (
     KINDS,
-    Standing,
+    ConnectedSocket,
     decode_listing,
     encode_destroy,
     encode_listing,
@@ -21,12 +21,12 @@ from ipsecgate.edges.kernel.netlink import Requests
 NETLINK_SOCK_DIAG = 4
 
 
-async def connected() -> list[Standing]:
+async def connected() -> list[ConnectedSocket]:
     """Return the connected TCP and UDP sockets of this network namespace.
 
     Raises: OSError, DecodeError.
     """
-    found: list[Standing] = []
+    found: list[ConnectedSocket] = []
     async with Requests(NETLINK_SOCK_DIAG) as requests:
         for family, protocol in KINDS:
             with suppress(FileNotFoundError):  # the kernel lacks the family or the protocol
@@ -36,7 +36,7 @@ async def connected() -> list[Standing]:
     return found
 
 
-async def destroy(sockets: list[Standing]) -> int:
+async def destroy(sockets: list[ConnectedSocket]) -> int:
     """Destroy sockets; return how many still existed.
 
     Raises: OSError; EOPNOTSUPP if the kernel lacks CONFIG_INET_DIAG_DESTROY.

@@ -24,16 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from ipsecgate.core.codec.vici import (
-    ViciError,
-    apart,
-    child_configs,
-    child_sas,
-    is_userland,
-    sections,
-    text,
-    widened,
-)
+from ipsecgate.core.codec.vici import child_configs, child_sas, is_userspace_esp, widen
+from ipsecgate.core.codec.vici_sections import ViciError, sections, split_children, text
 from ipsecgate.core.model.events import (
     ChildUp,
     IkeEvent,
@@ -133,7 +125,7 @@ class IkeClient:
         None is left out: if the selectors of one cannot be read, it has their networks with any
         protocol and port. Raises: IkeError; ViciError if even the networks cannot be read.
         """
-        return await self._read("list-conns", "list-conn", "children", child_configs, widened)
+        return await self._read("list-conns", "list-conn", "children", child_configs, widen)
 
     async def established(self) -> tuple[ChildSa, ...]:
         """Return the CHILD_SAs that carry traffic. Raises: IkeError."""
@@ -143,7 +135,7 @@ class IkeClient:
     def unread(self) -> tuple[str, ...]:
         """Why children of the latest lists could not be read.
 
-        `established` left those out; `children` widened their selectors.
+        `established` left those out; `children` widen their selectors.
         """
         return tuple(reason for reasons in self._unread.values() for reason in reasons)
 
@@ -163,7 +155,7 @@ class IkeClient:
         messages = await self._command(command, {}, stream)
         found: list[T] = []
         unread: list[str] = []
-        for child in (child for message in messages for child in apart(message, section)):
+        for child in (child for message in messages for child in split_children(message, section)):
             try:
                 found.extend(read(child, event_packets.NAMES))
             except ViciError as error:
@@ -173,10 +165,10 @@ class IkeClient:
         self._unread[command] = unread
         return tuple(found)
 
-    async def userland(self) -> bool:
+    async def does_userspace_esp(self) -> bool:
         """Return whether the daemon does userspace ESP (kernel-libipsec). Raises: IkeError."""
         answer, _ = await self._in_turn(lambda: self._command_connection.exchange("stats", {}))
-        return is_userland(answer)
+        return is_userspace_esp(answer)
 
     async def initiate(self, name: ChildName, limit: float) -> None:
         """Start to negotiate a child; do not wait for the end.
@@ -270,7 +262,7 @@ class IkeClient:
 
 
 def _label(message: Message, section: str) -> str:
-    """Return the names that a message of `apart` has: "ike/child"."""
+    """Return the names that a message of `split_children` has: "ike/child"."""
     names = [*message]
     for body in message.values():
         if isinstance(body, Mapping) and isinstance(body.get(section), Mapping):

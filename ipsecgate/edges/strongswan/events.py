@@ -1,6 +1,6 @@
 """strongSwan's event packets as our events.
 
-An event that cannot be read becomes `IkeUnread`. Packets of other types are ignored.
+An event that cannot be read becomes `IkeUnparsed`. Packets of other types are ignored.
 """
 
 from __future__ import annotations
@@ -8,15 +8,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 
-from ipsecgate.core.codec.vici import (
-    Names,
-    ViciError,
-    child_rekey,
-    child_updown,
-    ike_updown,
-)
+from ipsecgate.core.codec.vici import child_rekey, child_updown, ike_updown
+from ipsecgate.core.codec.vici_sections import ViciError
+from ipsecgate.core.codec.vici_selectors import Names
 from ipsecgate.core.codec.vici_wire import Answer
-from ipsecgate.core.model.events import IkeEvent, IkeUnread
+from ipsecgate.core.model.events import IkeEvent, IkeUnparsed
 
 TYPES = ("child-updown", "child-rekey", "ike-updown")
 
@@ -34,7 +30,7 @@ def read_events(answer: Answer) -> list[IkeEvent]:
     try:
         return list(_events(answer))
     except ViciError as error:
-        return [IkeUnread(str(error))]
+        return [IkeUnparsed(str(error))]
 
 
 def _events(answer: Answer) -> Iterator[IkeEvent]:

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ipsecgate.core.codec.causes import failure_cause
-from ipsecgate.core.codec.vici import text
+from ipsecgate.core.codec.vici_sections import text
 from ipsecgate.core.model.ipsec import ChildName, ChildSa
 from ipsecgate.edges.strongswan.vici import Message, ViciConnection, refusal
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vici import Session
 
-from ipsecgate.core.codec.vici import is_userland
+from ipsecgate.core.codec.vici import is_userspace_esp
 
 
 def ike_daemon(path: Path, timeout: float = 5.0) -> tuple[str, bool]:
@@ -20,5 +20,5 @@ def ike_daemon(path: Path, timeout: float = 5.0) -> tuple[str, bool]:
         sock.settimeout(timeout)
         sock.connect(os.fspath(path))
         session = Session(sock)
-        version, userland = session.version(), is_userland(session.stats())
-    return " ".join(version[key].decode() for key in ("daemon", "version")), userland
+        version, userspace_esp = session.version(), is_userspace_esp(session.stats())
+    return " ".join(version[key].decode() for key in ("daemon", "version")), userspace_esp

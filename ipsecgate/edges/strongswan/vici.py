@@ -22,7 +22,7 @@ from typing import Any
 
 from vici import protocol
 
-from ipsecgate.core.codec.vici import ViciError
+from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.codec.vici_wire import CMD_RESPONSE, EVENT_CONFIRM, Answer, parse
 from ipsecgate.errors import GateError
 

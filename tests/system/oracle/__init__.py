@@ -1,16 +1,16 @@
-"""An oracle: what does the kernel do with a flow, and does the gate say the same?
+"""An oracle: the gate's verdict on a flow must agree with what the kernel does.
 
     generate  a random SPD and SAD, and random calls, from a seed      -> World
     wire      install them, by netlink messages of its own
     namespaces       namespaces, a veth, a cgroup with the real hooks on it, and two callers
     caller    the process that makes the calls: one copy gated, one free
-    capture   what came out at the other end of the veth, call by call
-    model     what the kernel's rules make of a call, read naively: which limit explains
-              a gate that is stricter, and whether the kernel itself surprises us
-    judge     all of it together; the first wrong answer, shrunk
+    capture   the packets at the other end of the veth, call by call
+    model     a naive reading of the kernel's rules: which documented limit explains a stricter
+              gate, and whether the kernel did something that its rules do not allow
+    judge     the comparison; it shrinks the first wrong answer
 
-Nothing of the gate's own idea of XFRM (its codec, its SPD, its tables) is used for the kernel's
-side: neither to install, nor to see, nor to explain.
+The kernel's side (installing, capturing, explaining) uses nothing of the gate's own model of XFRM:
+not its codec, its SPD or its tables.
 
     python -m tests.system.oracle      100,000 calls, or ORACLE_CASES; ORACLE_SEED repeats
 """

@@ -1,4 +1,4 @@
-"""Judge ORACLE_CASES calls in random worlds, from ORACLE_SEED on: a new one if there is none."""
+"""Judge ORACLE_CASES calls in random worlds from ORACLE_SEED on, by default a random seed."""
 
 from __future__ import annotations
 

@@ -3,10 +3,9 @@
     [[kind, address, port, bind address or null, bind port, late, mark], ...]
     -> [[errno's name or "", names of the XFRM counters that moved], ...]
 
-Before each call it sends a marker frame with the call's number out of the same interface, and
-one after the last: what is seen between two markers is what that call sent. TCP does not wait;
-a socket closed while it waits for its SYN's answer sends nothing more. Run as a script it sees
-only the standard library.
+Before each call, and after the last, it sends a marker frame with the call's number through the
+same interface: the packets between two markers are that call's. TCP does not wait; a socket closed
+in SYN_SENT sends nothing more. As a script it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Answer = tuple[str, list[str]]
 
 
 class Caller:
-    """Such a process in a network namespace, in a cgroup or outside any."""
+    """Such a process in a network namespace, in a cgroup or in none."""
 
     def __init__(self, namespace: Path, cgroup: Path | None) -> None:
         join = f"echo 0 > {cgroup}/cgroup.procs && " if cgroup else ""
@@ -40,14 +39,14 @@ class Caller:
         )
 
     def __call__(self, calls: list[list[Any]]) -> list[Answer]:
-        """Make the calls in order; return what each was told."""
+        """Make the calls in order; return the answer to each."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps(calls) + "\n")
         self.process.stdin.flush()
-        told = [(name, moved) for name, moved in json.loads(self.process.stdout.readline())]
-        assert len(told) == len(calls)
-        return told
+        answers = [(name, moved) for name, moved in json.loads(self.process.stdout.readline())]
+        assert len(answers) == len(calls)
+        return answers
 
     def close(self) -> None:
         """End the process."""
@@ -90,7 +89,7 @@ def counters(fd: int) -> dict[bytes, bytes]:
 
 
 def batch(calls: list[list[Any]], wire: socket.socket, fd: int) -> list[Answer]:
-    told: list[Answer] = []
+    answers: list[Answer] = []
     header = bytes(12) + struct.pack("!H", MARKER)
     before = counters(fd)
     for number, call in enumerate(calls):
@@ -101,10 +100,10 @@ def batch(calls: list[list[Any]], wire: socket.socket, fd: int) -> list[Answer]:
         except OSError as error:
             name = errno.errorcode.get(error.errno or 0, repr(error))
         after = counters(fd)
-        told.append((name, [k.decode() for k in after if after[k] != before[k]]))
+        answers.append((name, [k.decode() for k in after if after[k] != before[k]]))
         before = after
     wire.send(header + struct.pack("=I", len(calls)))
-    return told
+    return answers
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What came out at the far end of the veth, between one marker frame and the next."""
+"""The packets at the far end of the veth, between one marker frame and the next."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IPIP, IPV6 = 4, 41
 
 
 class HarnessError(AssertionError):
-    """The oracle itself does not understand what it sees: no verdict can be trusted."""
+    """The oracle cannot explain what it captured, so none of its verdicts counts."""
 
 
 class Sent(Enum):
@@ -36,7 +36,7 @@ class Sent(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A packet: protected ones with their outermost SPI, others with what they are."""
+    """A packet: a protected one with its outermost SPI, another with protocol and port."""
 
     sent: Sent
     spi: int = 0
@@ -65,7 +65,7 @@ class Capture:
         self._socket.close()
 
     def forget(self, count: int) -> None:
-        """Take no notice of what `count` calls sent."""
+        """Discard the packets of `count` calls."""
         number = -1
         while number < count:
             frame = self._socket.recv(2048)
@@ -98,7 +98,7 @@ class Capture:
 
 def _seen(ip: bytes) -> Seen:
     daddr, upper = _read(ip)
-    # Take off what protects nothing: compression, and the plain tunnel that may come with it.
+    # Remove compression, and the plain tunnel that may come with it: neither protects.
     while upper.proto in (COMP, IPIP, IPV6):
         if upper.proto == COMP:
             plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(upper.body[4:])
@@ -115,7 +115,7 @@ def _seen(ip: bytes) -> Seen:
 
 
 def _read(ip: bytes) -> tuple[Address, Transport]:
-    """Return where an IP packet goes and what it carries."""
+    """Return the destination of an IP packet and its payload."""
     if ip[0] >> 4 == 4:
         return ip_address(ip[16:20]), ipv4(ip)
     return ip_address(ip[24:40]), ipv6(ip)
@@ -123,7 +123,7 @@ def _read(ip: bytes) -> tuple[Address, Transport]:
 
 def answer(seen: list[Seen], dst: Address, dport: int, spis: set[int]) -> Sent:
     """Return what one call sent. Raises: HarnessError for packets that it can't have sent."""
-    if len(set(seen)) > 1:  # a SYN comes again if its caller has to wait for a second
+    if len(set(seen)) > 1:  # a SYN is repeated if its caller has to wait for a second
         raise HarnessError(f"more than one packet: {'; '.join(map(str, seen))}")
     for one in seen:
         if one.sent is Sent.COVERED and one.spi not in spis:

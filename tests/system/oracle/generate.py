@@ -1,7 +1,7 @@
 """Random worlds in a small universe, so that selectors overlap, nest and tie.
 
-A state is mostly made to fit some template and some call, and then often spoilt in one place:
-what is nearly right is what tells a good rule from a bad one.
+Most states are made to fit a template and a call; many of those are then altered in one field.
+States that almost fit find wrong rules best.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REMOTE: dict[int, list[Address]] = {
     4: [ip_address(f"203.0.113.{n}") for n in range(8, 16)],
     6: [ip_address(f"2001:db8:b::{n:x}") for n in range(8, 16)],
 }
-# Where SAs of tunnels begin and end: on this host, and somewhere beyond the wire.
+# The ends of tunnel SAs: on this host, and beyond the wire.
 NEAR: dict[int, list[Address]] = {
     4: [ip_address("192.0.2.1"), ip_address("192.0.2.2")],
     6: [ip_address("2001:db8::1"), ip_address("2001:db8::2")],
@@ -64,14 +64,14 @@ CALLS = 60
 
 
 class Maker:
-    """Makes the parts of one world. `device`: the index of the interface that flows leave by."""
+    """Makes the parts of one world. `device`: the index of the outgoing interface."""
 
     def __init__(self, seed: int, device: int) -> None:
         self.seed = seed
         self.dice = Random(seed)
         self.device = device
         self.spis = iter(range(0x1000, 0x10000))
-        # Policies of one family meet each other more often.
+        # Policies of one family overlap more often.
         self.families = self.one((4,), (4,), (6,), (4, 4, 4, 6, 6))
 
     def chance(self, probability: float) -> bool:
@@ -153,8 +153,8 @@ class Maker:
 
     def template(self, family: int) -> Tmpl:
         mode = self.one(TUNNEL, TUNNEL, TUNNEL, TRANSPORT, TRANSPORT, TRANSPORT, BEET)
-        # BEET mode between families is not whole: Linux 6.1 sends two bytes of AH, and panics in
-        # esp6_output_tail() where a tunnel comes first.
+        # BEET mode between families is broken: Linux 6.1 sends two bytes of AH, and panics in
+        # esp6_output_tail() if a tunnel comes first.
         proto = ESP if mode == BEET else self.one(*[ESP] * 8, AH, AH, COMP)
         spi = next(self.spis) if self.chance(0.12) else 0
         if mode == TRANSPORT:
@@ -224,11 +224,11 @@ class Maker:
             sel = self.selector(self.family())
             if self.chance(0.2):
                 sel = replace(sel, ifindex=self.one(self.device, 1))
-            if self.chance(0.25):  # low ports, or only those with which an SPD is asked first
+            if self.chance(0.25):  # low ports, or only those of the first SPD lookup
                 sport = self.one(self.port(SPORTS, 1), (0, 0x8000), (0, PORT_MASK))
                 sel = replace(self.wide(one.dst.version), sport=sport)
             return replace(one, sel=sel, unspec=False)
-        # Nothing but the address of an AH or ESP state may be in UDP.
+        # UDP encapsulation fits only an ESP state that is not altered.
         return replace(one, **{name: others[name]}, encap=False)
 
 

@@ -2,10 +2,10 @@
 
     the gate        the kernel (the same call outside the cgroup)
     live            covered: right; anything else: WRONG
-    refused         clear or refused: right; covered: "stricter", with a reason that the
-                    model names, else WRONG
+    refused         clear or refused: right; covered: "stricter" if the model names a
+                    reason, else WRONG
 
-A gated call that was let go must itself have left as ESP or AH.
+A gated call that was let through must itself have left as ESP or AH.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ WENT_OUT = ("", "EINPROGRESS")
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one call met. `gate` is "live" or "refused", `kernel` covered, clear or refused."""
+    """The outcome of one call: `gate` is live or refused, `kernel` covered, clear or refused."""
 
     call: Call
     gate: str
     kernel: str
-    told: str
+    details: str
     reason: str = ""
     wrong: str = ""
 
 
 class WrongAnswerError(AssertionError):
-    """The gate and the kernel disagree; the text says where, smaller than it was found."""
+    """The gate and the kernel disagree; the text has the smallest case that shows it."""
 
 
 @dataclass
 class Tally:
-    """What was counted so far."""
+    """The counts so far."""
 
     worlds: int = 0
     full: int = 0
@@ -65,8 +65,8 @@ class Tally:
 
     def __str__(self) -> str:
         kernel: collections.Counter[str] = collections.Counter()
-        for (_gate, told), count in self.answers.items():
-            kernel[told] += count
+        for (_gate, outcome), count in self.answers.items():
+            kernel[outcome] += count
         live = sum(count for (gate, _), count in self.answers.items() if gate == "live")
         rows = {
             "cases": self.cases,
@@ -113,7 +113,7 @@ class Judge:
             self.tally.add(verdict)
 
     def install(self, world: World) -> tuple[World, list[str]]:
-        """Install a world; return what of it the kernel took, and the errnos of the rest."""
+        """Install a world; return the part that the kernel accepted, and the errnos of the rest."""
         codes = self.namespaces.installer.install(world)
         count = len(world.policies)
         policies = [p for p, code in zip(world.policies, codes, strict=False) if not code]
@@ -134,37 +134,37 @@ class Judge:
         free = self.made(namespaces.free, world)
         model = Model(world, namespaces.source_for, namespaces.device)
         found = []
-        for call, (told_gated, sent_gated, _), (told, sent, moved) in zip(
+        for call, (gated_error, sent_gated, _), (error, sent, moved) in zip(
             world.calls, gated, free, strict=True
         ):
-            gate = "refused" if told_gated == REFUSED_BY_GATE else "live"
-            kernel = kernel_answer(call, told, sent, moved)
+            gate = "refused" if gated_error == REFUSED_BY_GATE else "live"
+            kernel = kernel_answer(call, error, sent, moved)
             verdict = Verdict(
-                call, gate, kernel, f"{told_gated or 0}/{told or 0} {' '.join(moved)}"
+                call, gate, kernel, f"{gated_error or 0}/{error or 0} {' '.join(moved)}"
             )
             found.append(check(verdict, model, sent_gated))
         live = sum(v.gate == "live" for v in found)
-        # send() on an IPv6 socket connected to a v4-mapped address is asked once more.
+        # send() on an IPv6 socket connected to a v4-mapped address is checked once more.
         if stopped != len(found) - live or allowed < live:
-            lines = "\n".join(f"{v.call}: {v.told}" for v in found)
+            lines = "\n".join(f"{v.call}: {v.details}" for v in found)
             raise HarnessError(f"the hooks let {allowed} go and stopped {stopped}:\n{lines}")
         return found
 
     def made(self, caller: Caller, world: World) -> list[tuple[str, Sent, list[str]]]:
-        """Make the world's calls; return what was told, sent, and which counters moved."""
+        """Make the world's calls; return each result, what was sent, and which counters moved."""
         spis = {s.spi for s in world.states}
         words = [wire_words(call) for call in world.calls]
-        told = caller(words)
+        results = caller(words)
         seen = self.namespaces.capture.windows(len(words))
         return [
             (name, answer(packets, call.dst, call.dport, spis), moved)
-            for call, (name, moved), packets in zip(world.calls, told, seen, strict=True)
+            for call, (name, moved), packets in zip(world.calls, results, seen, strict=True)
         ]
 
     # --- the first wrong answer ------------------------------------------------------------
 
     async def explain(self, world: World, verdict: Verdict) -> str:
-        """Return a report of a wrong answer, its world made as small as it goes."""
+        """Return a report of a wrong answer in the smallest world that shows it."""
         small, last = await self.shrink(replace(world, calls=(verdict.call,)), verdict)
         model = Model(small, self.namespaces.source_for, self.namespaces.device)
         self.install(small)
@@ -174,7 +174,7 @@ class Judge:
             for (index, key), entry in sorted(table.entries.items(), key=lambda item: item[0][0])
         )
         return (
-            f"{last.wrong}\nthe gate: {last.gate}, the kernel: {last.kernel} ({last.told})\n"
+            f"{last.wrong}\nthe gate: {last.gate}, the kernel: {last.kernel} ({last.details})\n"
             f"call: {last.call}\n"
             f"source: {model.packet(last.call, 0).src}, ephemeral port {small.port}\n"
             f"{small}\nthe gate's table:\n{entries}\n"
@@ -183,7 +183,7 @@ class Judge:
         )
 
     async def shrink(self, world: World, verdict: Verdict) -> tuple[World, Verdict]:
-        """Leave out policies, templates and states, one at a time, while it stays wrong."""
+        """Drop policies and states one at a time as long as the answer stays wrong."""
         progress = self.shrinks
         while progress:
             progress = False
@@ -205,7 +205,7 @@ class Judge:
         return verdict if verdict.wrong else None
 
     async def end(self) -> None:
-        """Leave nothing behind."""
+        """Flush the kernel's databases and the hook table."""
         self.namespaces.installer.flush()
         await self.namespaces.data.publish(TableId.SPD, EMPTY)
         await self.namespaces.settle()
@@ -222,21 +222,21 @@ def variants(world: World) -> list[World]:
 
 
 def wire_words(call: Call) -> list[Any]:
-    """Return a call as the caller's process takes it."""
+    """Return a call in the form that the calling process accepts."""
     prefix = "::ffff:" if call.mapped else ""
     bind = f"{prefix}{call.src}" if call.src else None
     words = [call.kind.value, f"{prefix}{call.dst}", call.dport, bind, call.sport, call.late]
     return [*words, call.mark]
 
 
-def kernel_answer(call: Call, told: str, sent: Sent, moved: list[str]) -> str:
-    """Return what the kernel did. Raises: HarnessError if there is no telling."""
+def kernel_answer(call: Call, error: str, sent: Sent, moved: list[str]) -> str:
+    """Return what the kernel did. Raises: HarnessError if that is unclear."""
     if sent is Sent.NOTHING:
-        if told in WENT_OUT and not any(name.startswith("XfrmOut") for name in moved):
-            raise HarnessError(f"{call}: nothing was sent, and nothing says why")
+        if error in WENT_OUT and not any(name.startswith("XfrmOut") for name in moved):
+            raise HarnessError(f"{call}: nothing was sent, for no visible reason")
         return REFUSED
-    if told not in WENT_OUT:
-        raise HarnessError(f"{call}: {told}, but it was sent {sent.value}")
+    if error not in WENT_OUT:
+        raise HarnessError(f"{call}: {error}, but it was sent {sent.value}")
     return COVERED if sent is Sent.COVERED else CLEAR
 
 
@@ -247,9 +247,9 @@ def check(verdict: Verdict, model: Model, sent: Sent) -> Verdict:
     if gate == "refused" and sent is not Sent.NOTHING:
         wrong = f"refused, but it was sent {sent.value}"
     elif gate == "live" and sent is not Sent.COVERED:
-        wrong = f"let go as covered, but it was sent {sent.value}"
+        wrong = f"let through as covered, but it was sent {sent.value}"
     elif gate == "live" and kernel != COVERED:
-        wrong = f"let go as covered, but the kernel's own answer is {kernel}"
+        wrong = f"let through as covered, but the kernel's own answer is {kernel}"
     elif kernel not in (possible := model.answers(call)):
         wrong = f"the kernel's answer is {kernel}, its rules as read allow {sorted(possible)}"
     elif gate == "refused" and kernel == COVERED:

@@ -1,8 +1,7 @@
-"""What the kernel's rules make of a call, read naively: policy by policy, state by state.
+"""A naive reading of the kernel's rules for a call: policy by policy, state by state.
 
-It never decides who is right; it explains. A gate that is stricter than the kernel must be so
-for a reason that is named here, and a kernel that does what no reading of its rules allows
-is a surprise that ends the run.
+It does not judge, it explains. A gate that is stricter than the kernel must have a reason named
+here. If the kernel does something that this reading does not allow, the run ends.
 
 Source: xfrm_policy_match(), xfrm_tmpl_resolve_one(), xfrm_state_look_at(), linux 6.1.
 """
@@ -36,7 +35,7 @@ Path = tuple[bool, Address, Address]
 
 
 class Has(Enum):
-    """Is there a state for a template?"""
+    """Whether a template has a state."""
 
     NO = "no"
     MAYBE = "maybe"
@@ -73,7 +72,7 @@ def selects(sel: Sel, packet: Packet) -> bool:
 
 
 def accepts(state: State, packet: Packet) -> bool:
-    """Tell whether a state's own selector lets a packet in."""
+    """Return whether a state's own selector accepts a packet."""
     if state.unspec and state.sel is None:
         return True
     if state.sel is None:
@@ -91,28 +90,28 @@ def is_any(address: Address) -> bool:
 
 
 class Model:
-    """The answers of one world. `source_for`: the kernel's own, by destination and mark."""
+    """The answers of one world. `source_for`: the kernel's source, by destination and mark."""
 
     def __init__(self, world: World, source_for: Saddr, device: int) -> None:
         self.world = world
         self.source_for = source_for
         self.device = device
 
-    # --- what the kernel looks up --------------------------------------------------------
+    # --- the kernel's lookup -------------------------------------------------------------
 
     def packet(self, call: Call, sport: int) -> Packet:
         src = call.src or self.source_for(call.dst, call.mark)
-        # IPv4's lookup is told the interface of the route, IPv6's only that of a bound socket.
+        # IPv4 looks up with the interface of the route, IPv6 only with that of a bound socket.
         oif = self.device if call.dst.version == 4 else 0
         return Packet(src, call.dst, call.proto, sport, call.dport, call.mark, oif)
 
     def answers(self, call: Call) -> set[str]:
-        """Return every answer that the kernel may give; more than one where policies tie.
+        """Return every answer that the kernel may give; more than one if policies tie.
 
-        TCP asks before it chooses a source port, with 0. Refused then, it may be over (a policy
-        that blocks, a pinned SPI whose state does not fit) or not: a missing state leaves only
-        a black hole, and the next lookup decides. IPv4 asks again with the port in any case,
-        IPv6 only if it fell into that hole.
+        TCP looks up first with source port 0, before it chooses one. A refusal may then be final (a
+        blocking policy, a pinned SPI whose state does not fit) or not: a missing state only gives a
+        black hole route, and the next lookup decides. IPv4 always looks up again with the port,
+        IPv6 only after a black hole route.
         """
         last = self.final(call, call.sport or self.world.port)
         if call.kind is not Kind.TCP or call.port_known:
@@ -126,13 +125,13 @@ class Model:
         return first | (last if REFUSED in first else set())
 
     def final(self, call: Call, sport: int) -> set[str]:
-        """Return what may become of a call whose last lookup is with this port."""
+        """Return the possible answers to a call whose last lookup uses this port."""
         packet = self.packet(call, sport)
         outcomes = [self.outcomes(p, packet) for p in self.tied(packet)]
         return set().union(*outcomes) if outcomes else {CLEAR}
 
     def tied(self, packet: Packet) -> list[Policy]:
-        """Return the policies of the lowest number that match; the kernel takes the oldest."""
+        """Return the matching policies of the best priority; the kernel chooses the oldest."""
         matching = [
             p for p in self.world.policies
             if p.sel.src.version == packet.dst.version
@@ -144,11 +143,13 @@ class Model:
         return [p for p in matching if p.priority == best]
 
     def outcomes(self, policy: Policy, packet: Packet) -> set[str]:
-        """Return what may become of a packet under a policy."""
+        """Return the possible answers to a packet under a policy."""
         if policy.block:
             return {REFUSED}
         found: set[str] = set()
-        paths = [(False, packet.src, packet.dst)]  # protected yet? and the SA's ends so far
+        paths = [
+            (False, packet.src, packet.dst)
+        ]  # whether protected so far, and the ends of the last SA
         for tmpl in policy.tmpls:
             paths = [
                 after
@@ -160,7 +161,7 @@ class Model:
     def after(
         self, path: Path, tmpl: Tmpl, policy: Policy, packet: Packet, found: set[str]
     ) -> Iterator[Path]:
-        """Yield where a template leads; a refusal goes into `found`."""
+        """Yield the paths after a template; add a possible refusal to `found`."""
         protected, local, remote = path
         if tmpl.mode in (TUNNEL, BEET):
             assert tmpl.dst is not None
@@ -176,12 +177,12 @@ class Model:
     def has_state(
         self, tmpl: Tmpl, policy: Policy, local: Address, remote: Address, packet: Packet
     ) -> Has:
-        """Look as xfrm_state_find() does: first by both ends, then by the far one.
+        """Search as xfrm_state_find() does: first by both ends, then by the far end.
 
-        Each look reads a whole bucket of a hash that begins with 8 of them. The first takes
-        states from any address, too, if they happen to be there. The second is meant for those,
-        and does not compare the source: any state that happens to be there is taken. So a
-        state may be found, and may not.
+        Each search reads one bucket of a hash table with at least 8 buckets. The first also accepts
+        a state from any address that happens to be in the bucket. The second is meant for those
+        states, but does not compare the source, so it accepts any state in the bucket. Whether
+        such a state is found depends on the hash.
         """
         value, mask = policy.mark
         found = [
@@ -199,7 +200,7 @@ class Model:
         if any(s in exact for s in valid):
             return Has.YES
         if any(s.life is Life.LARVAL for s in exact):
-            # Somebody is negotiating: there is no second look.
+            # A negotiation is in progress, so there is no second search.
             return Has.MAYBE if any(s in wildcard for s in valid) else Has.NO
         if any(s.life is Life.LARVAL for s in wildcard):
             return Has.MAYBE if valid else Has.NO
@@ -210,7 +211,7 @@ class Model:
     # --- why the gate may be stricter ------------------------------------------------------
 
     def reasons(self, call: Call) -> list[str]:
-        """Return the documented limits that this call meets, the most telling one first."""
+        """Return the documented limits that apply to this call, the most specific first."""
         return list(dict.fromkeys(self._reasons(call)))
 
     def _reasons(self, call: Call) -> Iterator[str]:
@@ -249,7 +250,7 @@ class Model:
             yield "state for an interface"
 
     def _near(self, call: Call) -> list[Policy]:
-        """Return the policies that match, if the interface is left out of it."""
+        """Return the policies whose networks match."""
         packet = self.packet(call, call.sport or self.world.port)
         return [
             p for p in self.world.policies

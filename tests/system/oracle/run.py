@@ -1,4 +1,4 @@
-"""Worlds one after the other, with progress and a closing table."""
+"""Judge worlds one after the other, with progress and a final table."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ REPORT_EVERY = 10.0
 
 
 def settings(seed: int, cases: int) -> tuple[int, int]:
-    """Return ORACLE_SEED and ORACLE_CASES, else what is given."""
+    """Return ORACLE_SEED and ORACLE_CASES, by default the arguments."""
     return int(os.environ.get("ORACLE_SEED") or seed), int(os.environ.get("ORACLE_CASES") or cases)
 
 
 def run(
     namespaces: TwoNamespaces, seed: int, cases: int, out: TextIO, shrinks: bool = True
 ) -> Tally:
-    """Judge worlds of seed, seed + 1, … until so many calls are counted.
+    """Judge the worlds of seed, seed + 1, … until `cases` calls are counted.
 
     Raises: WrongAnswerError, HarnessError.
     """

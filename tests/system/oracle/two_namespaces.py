@@ -1,4 +1,4 @@
-"""Where a world lives: two namespaces, a veth between them, a cgroup with the hooks on it.
+"""The setting of a world: two namespaces, a veth between them, a cgroup with the hooks.
 
     <name>-a   the host: addresses, routes, XFRM, both callers;  eth0 has no neighbours to ask
     <name>-b   the far end: it has no address and answers nothing; the capture is there
@@ -39,10 +39,10 @@ from tests.system.oracle.generate import CALL_MARKS, FAR, LOCAL, NEAR, REMOTE
 from tests.system.oracle.wire import Installer
 
 FAR_END = "eth1"
-# Nothing else returns it, so it says that the gate refused, and not XFRM.
+# Nothing else returns this errno, so it distinguishes the gate from XFRM.
 REFUSAL = errno.EBADE
 PROTECTED = (ip_network("203.0.113.8/29"), ip_network("2001:db8:b::8/125"))
-# Destinations with a source of their own; all others take the route's first choice.
+# Destinations with a preferred source; the others get the default of the route.
 HINTS = (
     ("203.0.113.8/30", LOCAL[4][1]),
     ("203.0.113.14/31", LOCAL[4][2]),
@@ -79,7 +79,7 @@ class TwoNamespaces:
             one.close()
 
     def source_for(self, destination: Address, mark: int = 0) -> Address:
-        """Return what the kernel chooses, asked before there was any policy."""
+        """Return the source that the kernel chose before there was any policy."""
         return self._sources[destination, mark]
 
     def set_port(self, port: int) -> None:
@@ -87,7 +87,7 @@ class TwoNamespaces:
         Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"{port} {port}")
 
     async def prepare(self) -> None:
-        """Protect everything; know the sources as the controller does."""
+        """Protect everything; resolve the sources as the controller does."""
         routes = Routes(lambda _resolved: None)
         routes.follow(PROTECTED)
         self.data.set_sources(await routes.resolve())
@@ -103,19 +103,19 @@ class TwoNamespaces:
     async def table(self) -> Table:
         """Return the gate's view of the SPD and SAD as they are. Raises: TableFullError.
 
-        Every SA is trusted: what is tested is XFRM, not the IKE daemon's word.
+        Every SA counts as confirmed: the test is about XFRM, not about the IKE daemon.
         """
         snapshot = self.distort(await self.monitor.snapshot())
         kernel_state = KernelState()
-        kernel_state.ike_knows(())
+        kernel_state.ike_connected(())
         for entry in snapshot.policies:
             kernel_state.apply(PolicySet(entry))
         for sa in snapshot.sas:
             kernel_state.apply(SaSet(sa))
-        return compile_table(kernel_state.rules())
+        return compile_table(kernel_state.kernel_rules())
 
     def counted(self) -> tuple[int, int]:
-        """Return how often the hooks have let go and refused so far, under an SA or not."""
+        """Return how many covered calls the hooks have let through, and how many refused."""
         counters = self.data.counters()
         covered = counters[Reason.ALLOW_COVERED] + counters[Reason.ALLOW_ASSOCIATED]
         return covered, counters[Reason.REFUSE_UNCOVERED] + counters[Reason.REFUSE_NO_SOURCE]
@@ -135,7 +135,7 @@ def kernel_source(destination: Address, mark: int) -> Address:
 
 
 def furnish(name: str, near: Namespace, far: Namespace) -> None:
-    """Join the namespaces; addresses and routes of the near one."""
+    """Connect the namespaces; set up addresses and routes of the near one."""
     for one in (near, far):
         path.prepare(one)
     far.sysctl("ipv6/conf/default/disable_ipv6", "1")

@@ -1,7 +1,7 @@
 """Install a world's SPD and SAD: many netlink messages in one send, one answer each.
 
-Written from linux/xfrm.h, independent of the gate's codec. The ciphers are the null ones: quick
-to set up, always built in, and an ESP packet is one all the same.
+Written from linux/xfrm.h, independent of the gate's codec. It uses null ciphers: they are fast to
+set up and always built in, and the packets are ESP as well.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def keys(one: State) -> bytes:
 
 
 class Installer:
-    """A socket to the XFRM of the current namespace."""
+    """An XFRM socket in the current namespace."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM)
@@ -104,7 +104,7 @@ class Installer:
         assert set(codes) <= {0, ESRCH}, codes
 
     def install(self, world: World) -> list[int]:
-        """Put a world in the place of the one before; return each thing's errno, 0 = it is in."""
+        """Replace the installed world; return the errno of each policy and state, 0 if accepted."""
         self.flush()
         messages = [(NEWPOLICY, policy(one)) for one in world.policies]
         messages += [self._birth(one) for one in world.states]

@@ -1,4 +1,4 @@
-"""The words of the oracle: what is installed and who calls whom, printable as ip(8) takes it.
+"""The oracle's types: policies, states and calls, printed in the syntax of ip(8).
 
 Addresses of a selector keep the bits beyond their prefix, as the kernel does. A `None` address
 is the wildcard. Everything is host order.
@@ -19,8 +19,7 @@ TRANSPORT, TUNNEL, BEET = 0, 1, 4
 PROTO_NAMES = {ESP: "esp", AH: "ah", COMP: "comp"}
 MODE_NAMES = {TRANSPORT: "transport", TUNNEL: "tunnel", BEET: "beet"}
 PORT_MASK = 0xFFFF
-Masked = tuple[int, int]
-"""A port or a mark: (value, mask)."""
+Masked = tuple[int, int]  # a port or a mark: (value, mask)
 
 
 def _masked(name: str, masked: Masked) -> str:
@@ -69,7 +68,7 @@ class Tmpl:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """An outbound policy; without `block` and `tmpls` it lets through."""
+    """An outbound policy; without `block` and `tmpls` it is a bypass."""
 
     sel: Sel
     priority: int
@@ -86,7 +85,7 @@ class Policy:
 
 
 class Life(Enum):
-    """What a state has been through."""
+    """The stage of a state's lifetime."""
 
     VALID = "valid"
     LARVAL = "larval"  # made by XFRM_MSG_ALLOCSPI
@@ -159,7 +158,7 @@ class Call:
 
     @property
     def port_known(self) -> bool:
-        """Tell whether the socket has a source port when the hook sees it."""
+        """Return whether the socket has a source port when the hook sees it."""
         if self.sport or self.kind in (Kind.SENDTO, Kind.PKTINFO):
             return True
         return self.src is not None and not self.late
@@ -173,7 +172,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A whole case. `port`: what the kernel gives to sockets that did not choose one."""
+    """One test case. `port`: the source port that the kernel assigns to unbound sockets."""
 
     seed: int
     policies: tuple[Policy, ...]

@@ -1,0 +1,129 @@
+"""bpf/gate.h and its Python mirror have the same constants, enum members and structure offsets.
+
+The header is parsed as text, so this runs without a compiler. tests/system/test_layout.py compares
+the sizes with those that the compiler computes.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+
+import pytest
+
+from ipsecgate.core.tables import layout
+from ipsecgate.edges.bpf import bytecode
+
+HEADER = (bytecode.source_dir() / "gate.h").read_text()
+DEFINES = {
+    name: int(value.rstrip("UL"))
+    for name, value in re.findall(r"^#define GATE_(\w+)\s+(\w+)", HEADER, re.MULTILINE)
+}
+TYPES = {"__u8": 1, "__u16": 2, "__u32": 4, "__u64": 8, "char": 1}
+MIRRORED = ("LAYOUT", "BUFFERS", "TUPLES", "ENTRIES", "SOURCES")
+ENUMS: tuple[type[IntEnum], ...] = (layout.TableId, layout.State, layout.Setting, layout.Reason)
+COUNTS = {"TABLES": layout.TableId, "SETTINGS": layout.Setting, "COUNTERS": layout.Reason}
+# The header names the first of two consecutive words: epoch + table.
+EPOCHS = ("POLICY_EPOCH", "SPD_EPOCH")
+# Constants of the hooks alone: map sizes, a socket's memory, and which hook reports an event.
+HOOKS_ONLY = {
+    *("RECENT", "RING_PAGES", "EVENT_INTERVAL_NS", "COVERED", "CLEAR", "DAEMON"),
+    *("CONNECT4", "CONNECT6", "SENDMSG4", "SENDMSG6", "EGRESS"),
+}
+
+
+def expected() -> dict[str, int]:
+    """Return what the header must define, according to the mirror."""
+    members = {member.name: int(member) for enum in ENUMS for member in enum}
+    epochs = [members.pop(name) for name in EPOCHS]
+    assert epochs == [members["POLICY"] + epochs[0], members["SPD"] + epochs[0]]
+    constants = {name: getattr(layout, name) for name in MIRRORED}
+    return {**constants, **members, "EPOCH": epochs[0], **{n: len(e) for n, e in COUNTS.items()}}
+
+
+def test_every_constant_of_the_header_is_mirrored_by_name_and_value() -> None:
+    assert {k: v for k, v in DEFINES.items() if k not in HOOKS_ONLY} == expected()
+
+
+def test_no_two_enum_members_share_a_name() -> None:
+    names = [member.name for enum in ENUMS for member in enum]
+    assert len(names) == len(set(names))
+
+
+def offsets(struct: str) -> dict[str, int]:
+    """Return the offsets of a structure's members, "" for its size; natural alignment."""
+    body = re.search(rf"^struct {struct} {{\n(.*?)^}};", HEADER, re.MULTILINE | re.DOTALL)
+    assert body, struct
+    found, at, widest = {}, 0, 1
+    for kind, nested, name, count in re.findall(
+        r"^\t(?:(\w+)|struct (\w+)) (\w+)(?:\[(\w+)\])?;", body[1], re.MULTILINE
+    ):
+        size, alignment = (offsets(nested)[""], 4) if nested else (TYPES[kind], TYPES[kind])
+        at = -(-at // alignment) * alignment
+        found[name] = at
+        times = DEFINES[count[5:]] if count.startswith("GATE_") else int(count or 1)
+        at, widest = at + size * times, max(widest, alignment)
+    return {**found, "": -(-at // widest) * widest}
+
+
+@pytest.mark.parametrize(
+    ("struct", "size"),
+    [
+        ("gate_key", layout.KEY_SIZE),
+        ("gate_masks", layout.MASKS_SIZE),
+        ("gate_entry", layout.ENTRY_SIZE),
+        ("gate_route", layout.ROUTE_SIZE),
+        ("gate_event", layout.EVENT_SIZE),
+    ],
+)
+def test_sizes(struct: str, size: int) -> None:
+    assert offsets(struct)[""] == size
+
+
+def numbered(struct: str, members: dict[str, tuple[int, bytes]]) -> bytes:
+    """Return a structure with these members; the value of each is (its size, its bytes)."""
+    at = offsets(struct)
+    raw = bytearray(at[""])
+    for name, (size, value) in members.items():
+        raw[at[name] : at[name] + size] = value.ljust(size, b"\0")
+    return bytes(raw)
+
+
+def host(value: int, size: int = 4) -> tuple[int, bytes]:
+    return size, layout.INDEX.pack(value) if size == 4 else layout.SETTING.pack(value)
+
+
+def test_an_entry_has_its_members_where_the_header_puts_them() -> None:
+    entry = layout.Entry(layout.State.LIVE, error=13, id=7, deadline=5)
+    raw = numbered(
+        "gate_entry",
+        {
+            "state": host(layout.State.LIVE),
+            "error": host(13),
+            "id": host(7),
+            "deadline": host(5 * layout.NS, 8),
+        },
+    )
+    assert layout.pack_entry(entry) == raw
+    assert layout.unpack_entry(raw) == entry
+
+
+def test_an_event_has_its_members_where_the_header_puts_them() -> None:
+    key = layout.Key(saddr=1, daddr=2, sport=3, dport=4, proto=6, family=6, mark=5)
+    raw = numbered(
+        "gate_event",
+        {
+            "ns": host(1, 8),
+            "cgroup": host(11, 8),
+            "flow": (layout.KEY_SIZE, layout.pack_key(key)),
+            "reason": host(layout.Reason.REFUSE_NETNS),
+            "policy": host(12),
+            "pid": host(13),
+            "hook": host(14),
+            "comm": (16, b"curl"),
+        },
+    )
+    event = layout.unpack_event(raw)
+    assert layout.flow_key(event.flow) == key
+    assert (event.reason, event.policy) == (layout.Reason.REFUSE_NETNS, 12)
+    assert (event.pid, event.comm, event.cgroup) == (13, "curl", 11)
