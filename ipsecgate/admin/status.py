@@ -50,14 +50,14 @@ def controller_status(
         "drift": Drift(kernel=gate.protection.drift, maps=changed_entries),
         "errors": [*_gate_errors(gate), *errors],
         "sa_source": _sa_source(gate.protection.sa_source),
-        "children": [str(c.name) for c in gate.ike.children],
+        "children": [str(c.name) for c in gate.ike.loaded.children],
         "policies": [_policy(policy) for policy in gate.policies],
         "negotiations": _negotiations(gate),
         "sas": _userspace_sas(gate) if gate.protection.in_userspace else _kernel_sas(gate),
         "held": gate.holds.total,
         "holds": [
             Hold(pid=made.pid, flow=str(made.flow), limit=made.limit)
-            for made in gate.holds.of.values()
+            for made in gate.holds.calls.values()
         ],
     }
 
@@ -66,9 +66,9 @@ def summary(gate: Gate) -> str:
     """Return the state of the gate in one line, for the service manager."""
     if gate.ike.error:
         return f"protected flows are refused: IKE daemon: {gate.ike.error}"
-    if gate.policy_table.errors:
-        return gate.policy_table.errors[0]
-    negotiations = gate.negotiations.of.values()
+    if gate.errors:
+        return gate.errors[0]
+    negotiations = gate.negotiations.by_child.values()
     covered = sum(item.coverage is Coverage.COVERED for item in negotiations)
     text = f"{len(gate.policies)} policies; {covered} of {len(negotiations)} children covered"
     last_error = next((item.last_error for item in negotiations if item.last_error), "")
@@ -77,7 +77,7 @@ def summary(gate: Gate) -> str:
 
 def _gate_errors(gate: Gate) -> list[str]:
     return [
-        *gate.policy_table.errors,
+        *gate.errors,
         *([f"IKE daemon: {gate.ike.error}"] if gate.ike.error else []),
         *(f"ignored part of what strongSwan reports: {reason}" for reason in gate.ike.unread),
     ]
@@ -93,7 +93,7 @@ def _negotiations(gate: Gate) -> list[Negotiation]:
             "flow": str(item.flow),
             "policy": item.policy,
         }
-        for name, item in gate.negotiations.of.items()
+        for name, item in gate.negotiations.by_child.items()
     ]
 
 

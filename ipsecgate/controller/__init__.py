@@ -1,1 +1,1 @@
-"""The long-lived process: edges become events for the gate, its commands are carried out."""
+"""The long-lived process: events from the edges go to the gate, its commands are carried out."""

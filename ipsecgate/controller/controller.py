@@ -1,12 +1,12 @@
-"""The shell around the core: descriptors become events, commands are carried out.
+"""The shell around the core: events go in, commands are carried out.
 
     ring, held calls, XFRM, VICI, routes, timers
-        --events--> Gate.step --commands--> maps, VICI, timers, answers to the held calls
+        --events--> Gate.step --commands--> maps, VICI, timers, answers to held calls
 
-Rules of this module: no decisions. One queue and one consumer, so events are handled one
-after the other. Between two slices of them the kernel's notifications are read, and they come
-first (`core.gate.event_queue`). A command that fails ends the process; the hooks stay and keep
-refusing what no SA covers.
+Rules of this module: the gate decides. There is one queue with one consumer, so events are handled
+one after the other. Before each slice of them the kernel's notifications are read; they come first
+(`core.gate.event_queue`). A command that fails ends the process, and the hooks go on refusing
+uncovered flows.
 """
 
 from __future__ import annotations
@@ -16,20 +16,23 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from ipsecgate.admin import loader, status
 from ipsecgate.admin.status_document import ControllerStatus, Process
+from ipsecgate.controller.containers import Containers
+from ipsecgate.controller.cut_off import close_sockets
 from ipsecgate.controller.hook_writer import HookWriter
 from ipsecgate.controller.ike_follower import IkeFollower
 from ipsecgate.controller.journal import Journal
 from ipsecgate.controller.reload import Reload, refuse_what_needs_a_restart
+from ipsecgate.controller.remembered import Remembered
 from ipsecgate.controller.service import Service
 from ipsecgate.controller.targets import Targets
+from ipsecgate.controller.timers import Timers
 from ipsecgate.controller.xfrm_follower import XfrmFollower
-from ipsecgate.core.codec.oci import Container
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.event_queue import EventQueue
 from ipsecgate.core.gate.gate import Gate
@@ -41,7 +44,7 @@ from ipsecgate.edges.holding import oci
 from ipsecgate.edges.holding.listeners import Listeners
 from ipsecgate.edges.host import control, saved_state, systemd
 from ipsecgate.edges.host.config import Config
-from ipsecgate.edges.kernel import probe, sockets
+from ipsecgate.edges.kernel import probe
 from ipsecgate.edges.kernel.floor import Floor
 from ipsecgate.edges.kernel.routes import Routes
 from ipsecgate.errors import GateError
@@ -54,21 +57,21 @@ log = logging.getLogger("ipsecgate")
 async def run(paths: Paths, read: Callable[[], Config]) -> None:
     """Run one instance's controller until SIGTERM or SIGINT; `read` reads the configuration.
 
-    Raises: GateError for what the operator can mend.
+    Raises: GateError if it cannot start or go on.
     """
     config = read()
     loader.check_targets(paths, config)
     busy = f"a controller of instance {paths.instance!r} is running"
     with held(paths.run_instance / "controller.lock", wait=False, busy=busy):
         loader.load(paths)
-        # From the kernel's word that a policy is gone until it is refused, flows leave in clear.
+        # After the kernel deletes a policy, flows leave in clear until we have closed them.
         with suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, -20)
         await Controller(paths, config, read).run()
 
 
 def _first(error: BaseException) -> BaseException:
-    """Return what went wrong first, out of the groups that tasks wrap it in."""
+    """Return the first exception inside the groups that a TaskGroup raises."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
@@ -80,22 +83,21 @@ class Controller:
     def __init__(self, paths: Paths, config: Config, read: Callable[[], Config]) -> None:
         self._paths = paths
         self._config = config
-        self._reload = Reload(read, self._in_force)
+        self._reload = Reload(read, self._adopt)
         self._targets = Targets(paths, loader.check_targets(paths, config))
         self._gate = Gate(config.settings, saved_state.load_children(paths.remembered))
         self._data = Datapath(loader.pins_of(paths))
         self._hooks = HookWriter(self._data)
         self._queue = EventQueue()
-        self._news = asyncio.Event()  # something is in it
-        self._timers: dict[on.Timer, asyncio.TimerHandle] = {}
+        self._queued = asyncio.Event()  # set while the queue may hold events
+        self._timers = Timers(self._put)
         self._kernel = XfrmFollower(config.settings.sa_source, self._on_kernel)
         self._ike = IkeFollower(config.vici, self._put)
         self._routes = Routes(self._put)
         self._listeners = Listeners(self._on_call, paths.holds)
         self._journal = Journal()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._service = Service()
-        self._unkept: do.Remember | None = None
+        self._remembered = Remembered(paths.remembered)
         self._since = time.time()
         self._ready = False
         self._adopted = asyncio.Event()
@@ -103,17 +105,18 @@ class Controller:
         self._waiting = False  # for an event
 
     async def run(self) -> None:
-        """Follow everything until told to end."""
+        """Run until SIGTERM, SIGINT or a defect. Raises: the first exception of any part."""
         loop = asyncio.get_running_loop()
         self._hooks.begin(self._config.settings, probe.netns_cookie())
-        await self._targets.look()
+        await self._targets.scan()
         ring = self._data.open_ring(self._on_refusal)
         loop.add_reader(ring, self._data.drain)
         self._listeners.adopt(systemd.kept())
+        containers = Containers(self._paths, self._listeners, self._service)
         log.addHandler(self._journal)
         verbs = {
             "status": self._status,
-            "events": self._tell_events,
+            "events": self._events_since,
             "hold": self._take_listener,
             "reload": lambda _request: self._reload.run(),
         }
@@ -131,9 +134,9 @@ class Controller:
                     tasks.create_task(self._kernel.check(self._check_hooks)),
                     tasks.create_task(self._targets.run()),
                     tasks.create_task(self._floor.run()),
-                    tasks.create_task(oci.run(self._paths.seccomp, self._on_container, log.error)),
+                    tasks.create_task(oci.run(self._paths.seccomp, containers.add, log.error)),
                 ]
-                loop.add_signal_handler(signal.SIGHUP, lambda: self._later(self._reload.log()))
+                loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
                 for number in (signal.SIGTERM, signal.SIGINT):
                     loop.add_signal_handler(number, self._stop, work)
         except BaseExceptionGroup as group:
@@ -144,13 +147,19 @@ class Controller:
             self._data.close()
             log.removeHandler(self._journal)
 
+    def _on_reload_signal(self) -> None:
+        self._service.spawn(self._reload.run_logged())
+
     def _stop(self, work: list[asyncio.Task[None]]) -> None:
         self._service.stopping()
         for task in work:
             task.cancel()
 
-    async def _in_force(self, config: Config) -> None:
-        """Put a configuration in force: policies, then cgroups, and those it lost last."""
+    async def _adopt(self, config: Config) -> None:
+        """Put a configuration in force: policies first, then gate cgroups, ungate others last.
+
+        Raises: UsageError, GateError; the old configuration then stays in force.
+        """
         refuse_what_needs_a_restart(self._paths.config, self._config, config)
         if not self._ready:
             raise GateError("the controller is starting", hint="try again in a moment")
@@ -159,13 +168,13 @@ class Controller:
         self._put(on.Reconfigured(config.settings))
         await self._adopted.wait()
         self._config = config
-        await self._targets.follow(targets)
+        await self._targets.change(targets)
 
     # --- events in ------------------------------------------------------------------
 
     def _put(self, event: on.Event) -> None:
         self._queue.put(event)
-        self._news.set()
+        self._queued.set()
 
     def _on_refusal(self, refusal: on.FlowRefused) -> None:
         self._put(refusal)
@@ -173,7 +182,7 @@ class Controller:
         self._journal.refusal(refusal, self._gate.policies, audit=audit)
 
     def _on_call(self, event: on.CallEvent) -> None:
-        # Most calls are for flows that are covered: these need not wait for their turn.
+        # Most calls are for covered flows; answer those without a turn in the queue.
         if isinstance(event, on.CallMade) and self._idle and self._gate.holds.is_free(event.flow):
             self._listeners.answer(event.call, None)
         else:
@@ -181,7 +190,7 @@ class Controller:
 
     @property
     def _idle(self) -> bool:
-        """Tell whether all that happened was decided, and all commands carried out."""
+        """Tell whether every event was handled, and every command carried out."""
         return self._waiting and not self._queue
 
     def _check_hooks(self) -> None:
@@ -190,7 +199,7 @@ class Controller:
     def _on_kernel(self, event: on.XfrmEvent | on.KernelSnapshot) -> None:
         self._put(event)
         if isinstance(event, on.KernelSnapshot):
-            self._ike.look()  # which of these SAs does it vouch for?
+            self._ike.poll_now()  # to see which of these SAs the daemon lists
 
     async def _decide(self) -> None:
         for command in self._gate.start():
@@ -205,32 +214,32 @@ class Controller:
                         f"cannot carry out {type(command).__name__}: {error.strerror or error}",
                         hint="uncovered flows stay refused until a controller runs again",
                     ) from error
-            self._tell_ready()
+            self._report_ready()
             if self._service.alive():
-                self._retry()
-                self._service.tell(status.summary(self._gate))
+                self._remembered.retry()
+                self._service.report(status.summary(self._gate))
 
     async def _events(self) -> list[on.Event]:
-        """Return what is to be decided next; nothing if nothing happened for a pulse."""
-        if self._queue or self._gate.holds.unsettled:
-            await asyncio.sleep(0)  # whoever has news, or asks something, has a turn
+        """Return the events to handle next; none if none came within a pulse."""
+        if self._queue or self._gate.holds.has_due:
+            await asyncio.sleep(0)  # let other tasks deliver events and answer requests
         else:
-            self._news.clear()
+            self._queued.clear()
             self._waiting = True
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._service.pulse):
-                    await self._news.wait()
+                    await self._queued.wait()
             self._waiting = False
-        self._kernel.look()
+        self._kernel.read_now()
         return self._queue.take()
 
-    def _tell_ready(self) -> None:
-        # The SPD table comes last: it waits until both the kernel and IKE were heard.
-        if not self._ready and TableId.SPD in self._gate.hook_tables.tables:
+    def _report_ready(self) -> None:
+        # The SPD table is published last, once the state of both the kernel and IKE is known.
+        if not self._ready and TableId.SPD in self._gate.tables:
             self._ready = True
             self._hooks.relax(self._config.settings)
             loader.switch(self._paths)
-            self._service.tell(status.summary(self._gate))
+            self._service.report(status.summary(self._gate))
             self._service.ready()
             log.info("ready")
 
@@ -245,88 +254,27 @@ class Controller:
             case do.SetFloor():
                 self._floor.set(command.policies)
             case do.CutOff():
-                self._later(self._cut_off())
+                self._service.spawn(close_sockets(self._paths, self._gate.is_cut_off))
             case do.Adopted():
                 self._adopted.set()
             case do.ResolveSources():
                 self._routes.follow(command.destinations)
             case do.StartTimer() | do.StopTimer():
-                self._set_timer(command)
+                self._timers.execute(command)
             case do.AskIke() | do.Initiate() | do.Terminate():
                 await self._ike.execute(command)
             case do.Remember():
-                self._remember(command)
+                self._remembered.execute(command)
             case do.Log():
                 log.log(logging.getLevelName(command.level.upper()), "%s", command.text)
             case _:
                 await self._hooks.execute(command)
 
-    async def _cut_off(self) -> None:
-        """End the sockets that stand without an SA; what cannot be ended is blocked."""
-        try:
-            lost = [one for one in await sockets.connected() if self._gate.is_cut_off(one.flow)]
-            gated = await asyncio.to_thread(loader.gated_ids, self._paths) if lost else ()
-            ended = await sockets.destroy([one for one in lost if one.cgroup in gated])
-        except OSError as error:
-            log.warning("cannot close sockets, so their packets are blocked: %s", error.strerror)
-        else:
-            log.info("closed %d sockets that no SA protects any more", ended)
-
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do what may take long beside the decisions: closing a flow must not wait for it."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.result()  # a defect is the loop's, hence the service's
-
-    def _remember(self, command: do.Remember) -> None:
-        self._unkept = None
-        try:
-            saved_state.save_children(self._paths.remembered, command.children)
-        except OSError as error:
-            self._unkept = command
-            log.error("cannot write %s: %s", self._paths.remembered, error.strerror or error)
-
-    def _retry(self) -> None:
-        if self._unkept is not None:
-            self._remember(self._unkept)
-
-    def _set_timer(self, command: do.StartTimer | do.StopTimer) -> None:
-        running = self._timers.pop(command.timer, None)
-        if running is not None:
-            running.cancel()
-        if isinstance(command, do.StartTimer):
-            self._timers[command.timer] = asyncio.get_running_loop().call_later(
-                command.seconds, self._put, on.TimerFired(command.timer)
-            )
-
-    def _on_container(self, container: Container, listener: int) -> None:
-        self._listeners.add(listener, container.hold)
-        log.info("holding the calls of container %s", container.name)
-        self._later(self._warn_if_ungated(container))
-
-    async def _warn_if_ungated(self, container: Container) -> None:
-        try:
-            gated = await asyncio.to_thread(loader.is_gated, self._paths, container.pid)
-        except (ProcessLookupError, FileNotFoundError):
-            return  # it has ended already
-        except (OSError, GateError) as error:  # a warning less, and nothing else less
-            log.warning("cannot check whether container %s is gated: %s", container.name, error)
-            return
-        if not gated:
-            log.warning(
-                "container %s is not gated: the hooks do not check its calls", container.name
-            )
-
     async def _take_listener(self, request: control.Request) -> dict[str, Any]:
         self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))
         return {}
 
-    async def _tell_events(self, request: control.Request) -> dict[str, Any]:
+    async def _events_since(self, request: control.Request) -> dict[str, Any]:
         return {"events": self._journal.since(int(request.words["since"]))}
 
     async def _status(self, _request: control.Request) -> ControllerStatus:
@@ -337,13 +285,12 @@ class Controller:
             tasks=len(asyncio.all_tasks()),
             timers=len(self._timers),
         )
-        errors = [*self._targets.errors, *self._reload.errors, *self._floor.errors]
-        if self._unkept is not None:
-            errors.insert(
-                0,
-                f"{self._paths.remembered} cannot be written: after a restart without strongSwan "
-                "the gate would protect the older set of policies that the file holds",
-            )
+        errors = [
+            *self._remembered.errors,
+            *self._targets.errors,
+            *self._reload.errors,
+            *self._floor.errors,
+        ]
         return status.controller_status(
-            self._gate, process, changed_entries=self._hooks.mended, errors=errors
+            self._gate, process, changed_entries=self._hooks.repaired, errors=errors
         )

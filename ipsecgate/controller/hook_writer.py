@@ -1,4 +1,4 @@
-"""What the gate tells the hooks, carried out on their maps. No decisions."""
+"""Carries out the gate's commands on the hooks' maps."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ log = logging.getLogger("ipsecgate")
 
 
 class HookWriter:
-    """The controller's hand on the data path."""
+    """Writes tables and settings into the data path."""
 
     def __init__(self, data: Datapath) -> None:
         self._data = data
-        self.mended = 0  # entries that somebody else had changed
+        self.repaired = 0  # entries that somebody else had changed
 
     def begin(self, settings: Settings, netns: int) -> None:
-        """Say whose SPD it is, and set what can be stricter at once."""
+        """Set the network namespace whose SPD counts, and the settings that are stricter."""
         self._data.set(Setting.NETNS, netns)
-        self._exempt(0)  # a predecessor's daemon may be gone, and its pid another's
+        self._exempt(0)  # the daemon may have ended, and another process may have its pid
         self._data.set(Setting.ERROR, settings.errnos.uncovered)
         if not settings.audit:
             self._data.set(Setting.AUDIT, 0)
@@ -34,12 +34,12 @@ class HookWriter:
             self._data.set(Setting.DENY, 1)
 
     def relax(self, settings: Settings) -> None:
-        """Set what is laxer, now that the tables are in."""
+        """Set the settings that are laxer, once the tables are published."""
         self._data.set(Setting.AUDIT, int(settings.audit))
         self._data.set(Setting.DENY, int(settings.deny))
 
     async def execute(self, command: do.HookCommand) -> None:
-        """Carry a command out. Raises: OSError; GateError if a table cannot be published."""
+        """Carry out a command. Raises: OSError; GateError if a table cannot be published."""
         match command:
             case do.SetEntry():
                 self._data.set_entry(command.table, command.index, command.key, command.entry)
@@ -61,14 +61,14 @@ class HookWriter:
                 assert_never(command)
 
     def _exempt(self, pid: int) -> None:
-        """Exempt a process where it is now: some day its pid will be another's, elsewhere."""
+        """Exempt a process in its present cgroup only, because its pid may be used again."""
         self._data.set(Setting.IKE, 0)
         if not pid:
             return
         try:
             cgroup = cgroups.of_process(pid).stat().st_ino
         except (OSError, GateError) as error:
-            # It has ended, so its pid may be another's already; or it is in no cgroup of ours.
+            # It has ended, so another process may have its pid; or its cgroup is not visible.
             log.warning(
                 "the IKE daemon (pid %d) is not exempt, because its cgroup is unknown: %s",
                 pid,
@@ -82,7 +82,7 @@ class HookWriter:
         try:
             await self._data.publish(command.table, command.content)
         except OSError as error:
-            # An old SPD table may say "live" of what is gone: nothing is live, and we end.
+            # The old SPD table may call flows live whose SAs are gone, so empty it and end.
             if command.table is TableId.SPD:
                 await self._data.publish(TableId.SPD, EMPTY)
             raise GateError(
@@ -91,12 +91,12 @@ class HookWriter:
             ) from error
 
     async def _verify(self, command: do.Verify) -> None:
-        mended = await self._data.repair(command.table, command.content)
-        self.mended += mended
-        if mended:
+        repaired = await self._data.repair(command.table, command.content)
+        self.repaired += repaired
+        if repaired:
             name = command.table.name
             log.error(
                 "%d entries of the %s table differed from what was published: repaired",
-                mended,
+                repaired,
                 name,
             )

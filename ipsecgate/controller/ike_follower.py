@@ -1,4 +1,4 @@
-"""The IKE daemon, followed from one connection to the next: its news as events. No decisions."""
+"""Follows the IKE daemon over VICI, from one connection to the next, and delivers its events."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from ipsecgate.edges.strongswan.vici import IkeError, IkeUnreachableError
 
 log = logging.getLogger("ipsecgate")
 
-POLL = 2.0  # seconds between looks at the loaded connections: VICI has no event for them
-PAUSE = 0.05  # at least, however often somebody asks for a look; twice that after each in vain,
-PAUSE_LAST = 0.5  # up to this
+POLL = 2.0  # seconds between polls of the loaded connections: VICI has no event for them
+# Seconds between polls that the gate asked for; doubled after each one that showed nothing new.
+PAUSE = 0.05
+PAUSE_LAST = 0.5
 RETRY = 0.5  # seconds until the daemon is tried again
-CONNECT = 5.0  # seconds it has to answer at first
+CONNECT = 5.0  # seconds that the daemon may take for its first answer
 
 
 class IkeFollower:
-    """The daemon on a VICI socket, there or not; `deliver` gets what it tells."""
+    """Follows the daemon behind a VICI socket; `deliver` gets its events."""
 
     def __init__(self, vici: Path, deliver: Callable[[on.Event], None]) -> None:
         self._vici = vici
         self._deliver = deliver
         self._client: IkeClient | None = None
-        self._news = asyncio.Event()
-        self._trouble = ""
+        self._poll_due = asyncio.Event()
+        self._last_error = ""
 
-    def look(self) -> None:
-        """Look at once what it has loaded and established."""
-        self._news.set()
+    def poll_now(self) -> None:
+        """List the loaded and established children without waiting for the next poll."""
+        self._poll_due.set()
 
     async def execute(self, command: do.IkeCommand) -> None:
-        """Carry a command out, if the daemon is there."""
+        """Carry out a command; ignored without a connection, when `IkeGone` is on its way."""
         if self._client is None:
-            return  # IkeGone is told already
+            return
         match command:
             case do.AskIke():
-                self.look()
+                self.poll_now()
             case do.Initiate():
                 await self._client.initiate(command.name, command.limit)
             case do.Terminate():
@@ -52,19 +53,19 @@ class IkeFollower:
                 assert_never(command)
 
     async def run(self) -> None:
-        """Follow it until cancelled."""
+        """Follow the daemon until cancelled."""
         while True:
             try:
                 async with asyncio.timeout(CONNECT):
                     client = await IkeClient.connect(self._vici)
-                await self._with(client)
+                await self._follow(client)
             except TimeoutError:
                 self._deliver(on.IkeGone(f"no answer within {CONNECT:.0f} s"))
             except IkeError as error:
                 self._deliver(on.IkeGone(str(error)))
             await asyncio.sleep(RETRY)
 
-    async def _with(self, client: IkeClient) -> None:
+    async def _follow(self, client: IkeClient) -> None:
         """Follow one connection until it breaks."""
         async with client, asyncio.TaskGroup() as tasks:
             poll = tasks.create_task(self._poll(client))
@@ -75,34 +76,35 @@ class IkeFollower:
             poll.cancel()
 
     async def _poll(self, client: IkeClient) -> None:
-        userland: bool | None = None  # a daemon keeps its plugins as long as it lives
-        told: on.IkeConnected | None = None
+        userspace_esp: bool | None = None  # a daemon keeps its plugins as long as it lives
+        listed: on.IkeConnected | None = None
         pause = PAUSE
         while True:
-            self._news.clear()
+            self._poll_due.clear()
             try:
-                if userland is None:
-                    userland = await client.does_userspace_esp()
+                if userspace_esp is None:
+                    userspace_esp = await client.does_userspace_esp()
                 children = await client.children()
                 established = await client.established()
             except IkeUnreachableError:
-                return  # IkeGone says so
+                return  # the event connection breaks, too, and `run` delivers IkeGone
             except (IkeError, ViciError) as error:
-                # What was known stays in force; a connection that cannot be read is told.
-                if str(error) != self._trouble:
+                # The last list stays in force. Log each error once.
+                if str(error) != self._last_error:
                     log.error("cannot read strongSwan's connections: %s", error)
-                self._trouble = str(error)
+                self._last_error = str(error)
                 await asyncio.sleep(POLL)
                 continue
-            self._trouble = ""
-            before, pid = told, client.daemon_pid
-            told = on.IkeConnected(children, established, pid, userland, client.unread)
-            self._deliver(told)
-            # Who asks for what no connection protects has it looked at again and again.
-            pause = PAUSE if told != before else min(2 * pause, PAUSE_LAST)
+            self._last_error = ""
+            before, pid = listed, client.daemon_pid
+            listed = on.IkeConnected(children, established, pid, userspace_esp, client.unread)
+            self._deliver(listed)
+            # A caller may keep asking for a flow that no connection protects. The gate polls again
+            # each time, so back off.
+            pause = PAUSE if listed != before else min(2 * pause, PAUSE_LAST)
             try:
                 async with asyncio.timeout(POLL):
-                    await self._news.wait()
+                    await self._poll_due.wait()
             except TimeoutError:
                 pause = PAUSE
             await asyncio.sleep(pause)

@@ -1,7 +1,7 @@
-"""What happened lately, for `ipsecgate events`: refusals, and all that the log was told.
+"""Recent refusals and log messages, for `ipsecgate events`.
 
-Rules of this module: it remembers the last `SIZE`, no more; a number that only grows tells
-a reader what it has seen already, and that it missed some.
+Rules of this module: it keeps the last `SIZE` records. Their numbers only grow, so a reader knows
+which ones it has seen, and notices when it has missed some.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 
 class Journal(logging.Handler):
-    """The last records, oldest first; as a handler of `logging` it takes in what is logged."""
+    """The last records, oldest first; a `logging` handler, so log messages are among them."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -30,28 +30,28 @@ class Journal(logging.Handler):
         self._seq = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Remember what was logged."""
+        """Record a log message."""
         self._add("log", record.getMessage(), level=record.levelname.lower())
 
-    def refusal(self, told: FlowRefused, policies: Sequence[Policy], *, audit: bool) -> None:
-        """Remember that a flow was refused, or a packet of it blocked."""
-        reason = Reason(told.reason)
-        place = told.policy
+    def refusal(self, event: FlowRefused, policies: Sequence[Policy], *, audit: bool) -> None:
+        """Record that a flow was refused, or one of its packets blocked."""
+        reason = Reason(event.reason)
+        place = event.policy
         self._add(
             "blocked" if reason.name.startswith("BLOCK") else "refused",
             EXPLAINED[reason],
-            flow=str(told.flow),
-            source=None if told.flow.saddr is None else str(told.flow.saddr),
+            flow=str(event.flow),
+            source=None if event.flow.saddr is None else str(event.flow.saddr),
             reason=reason.name.lower(),
             policy=policies[place].name if place is not None and place < len(policies) else None,
             audited=audit,
-            pid=told.pid or None,
-            comm=told.comm or None,
-            cgroup_id=told.cgroup,
+            pid=event.pid or None,
+            comm=event.comm or None,
+            cgroup_id=event.cgroup,
         )
 
     def since(self, seq: int) -> list[Record]:
-        """Return what came after the record of that number; 0: all that is remembered."""
+        """Return the records after the one with this number; 0: all of them."""
         return [record for record in self._records if record["seq"] > seq]
 
     def _add(self, kind: str, text: str, **more: Any) -> None:

@@ -1,4 +1,4 @@
-"""Read the configuration anew, whole or not at all, while everything stays in force."""
+"""Reloads the configuration: all of it or nothing, while the old one stays in force."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ log = logging.getLogger("ipsecgate")
 
 
 class Reload:
-    """Reads with `read` and puts in force with `adopt`; one at a time.
+    """Reads with `read` and puts in force with `adopt`; one reload at a time.
 
-    A configuration that is refused changes nothing; `errors` tells of it until one is taken.
+    A configuration that is refused changes nothing; `errors` shows why until one is adopted.
     """
 
     def __init__(
@@ -26,12 +26,12 @@ class Reload:
     ) -> None:
         self._read = read
         self._adopt = adopt
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self.errors: list[str] = []
 
     async def run(self) -> Mapping[str, Any]:
-        """Do it; return when the new configuration is in force. Raises: UsageError, GateError."""
-        async with self._turn:
+        """Reload; return once the new configuration is in force. Raises: UsageError, GateError."""
+        async with self._lock:
             systemd.reloading()
             try:
                 config = await asyncio.to_thread(self._read)
@@ -46,8 +46,8 @@ class Reload:
             log.info("reloaded")
             return {"policies": len(config.settings.policies), "cgroups": list(config.cgroups)}
 
-    async def log(self) -> None:
-        """Do it for who only sent a signal: the log says how it ended."""
+    async def run_logged(self) -> None:
+        """Reload for a signal, whose sender gets no answer: only the log shows the result."""
         try:
             await self.run()
         except GateError:
@@ -55,7 +55,7 @@ class Reload:
 
 
 def refuse_what_needs_a_restart(file: Path, old: Config, new: Config) -> None:
-    """Refuse a change of what is followed from the start to the end. Raises: UsageError."""
+    """Refuse changes to settings that are only read at the start. Raises: UsageError."""
     before = {"vici": old.vici, "sa_source": old.settings.sa_source}
     after = {"vici": new.vici, "sa_source": new.settings.sa_source}
     for key, value in after.items():

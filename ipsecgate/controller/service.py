@@ -1,41 +1,43 @@
-"""The controller as a service: what systemd is told, and what ends the process.
+"""The controller as a service: reports to systemd, and defects that end the process.
 
-Rules of this module: systemd hears that we live from whoever decides, between two
-decisions, so a loop that is stuck is killed. A defect anywhere ends the process;
-the hooks keep refusing, and systemd starts a successor.
+Rules of this module: the watchdog is fed by the task that decides, between two decisions, so
+systemd kills a loop that hangs. A defect in any task or callback ends the process; the hooks go on
+refusing, and systemd starts another controller.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from typing import Any
 
 from ipsecgate.edges.host import systemd
 
 log = logging.getLogger("ipsecgate")
 
-PULSE = 5.0  # seconds between looks at what is to be retried, where no watchdog wants more
+PULSE = 5.0  # seconds between reports and retries; less if the watchdog asks for it
 
 
 class Service:
-    """Talks to the service manager for one controller, and watches over its loop."""
+    """Reports to the service manager, runs background tasks, and watches for defects."""
 
     def __init__(self) -> None:
         watchdog = systemd.watchdog()
         self.pulse = PULSE if watchdog is None else min(PULSE, watchdog / 2)
         self._loop = asyncio.get_running_loop()
         self._failure: asyncio.Future[None] = self._loop.create_future()
+        self._background: set[asyncio.Task[None]] = set()
         self._due = self._loop.time()
         self._status = ""
         self._loop.set_exception_handler(self._on_defect)
 
     def ready(self) -> None:
-        """Say that what must be refused is, and that IPsec is followed."""
+        """Report that the hooks refuse unprotected flows and IPsec is followed."""
         systemd.notify(READY=1)
 
     def alive(self) -> bool:
-        """Say that decisions are being made, if it is time to. True: it was."""
+        """Feed the watchdog if a pulse has passed; return whether one has."""
         now = self._loop.time()
         if now < self._due:
             return False
@@ -43,22 +45,33 @@ class Service:
         systemd.notify(WATCHDOG=1)
         return True
 
-    def tell(self, status: str) -> None:
-        """Say how it goes, in one line, if that is news."""
+    def report(self, status: str) -> None:
+        """Report the state in one line, if it has changed."""
         if status != self._status:
             self._status = status
             systemd.notify(STATUS=status)
 
     def stopping(self) -> None:
-        """Say that the end was asked for."""
+        """Report that the controller was asked to stop."""
         systemd.notify(STOPPING=1, STATUS="stopped: uncovered flows stay refused")
 
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something slow in the background, so that it does not delay decisions."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled():
+            task.result()  # raises in a callback, hence a defect
+
     async def watch(self) -> None:
-        """Wait for a defect that no task tells of. Raises: whatever it was."""
+        """Wait for a defect outside the main tasks. Raises: its exception."""
         await self._failure
 
     def _on_defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Take what asyncio would only log: exceptions in callbacks and in forgotten tasks."""
+        """Handle what asyncio would only log: exceptions in callbacks and background tasks."""
         error = context.get("exception")
         if error is None:
             log.warning("%s", context.get("message"))

@@ -1,8 +1,8 @@
-"""The cgroups that the configuration names: gated when they appear, for as long as it does.
+"""Gates the cgroups that the configuration names, when they appear.
 
-Rules of this module: nothing is ungated but what the configuration named and names no more, and
-that last. A removed cgroup's pins go when the kernel has let go of it: sockets may outlive it.
-What `attach` gated is left alone.
+Rules of this module: a cgroup is ungated only after the configuration stops naming it, and after
+everything else in a reload. The pins of a removed cgroup stay until the kernel frees it, because
+sockets may outlive it. Cgroups that `attach` gated are left alone.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from ipsecgate.paths import Paths
 
 log = logging.getLogger("ipsecgate")
 
-POLL = 2.0  # seconds between looks where inotify cannot tell, or where something failed
+POLL = 2.0  # seconds between scans without inotify, or after a failure
 
 
 class Targets:
-    """Gates what the configured targets name. Blocking work is done in a thread."""
+    """Gates the cgroups that the configured targets name. Blocking work runs in a thread."""
 
     def __init__(self, paths: Paths, wanted: Iterable[str]) -> None:
         self._paths = paths
         self._root = cgroups.root()
         self._wanted = tuple(wanted)
-        self._kept: tuple[str, ...] | None = None  # on disk
-        self._gated: dict[Path, int] = {}  # because a target names them; their ids
+        self._saved: tuple[str, ...] | None = None  # the targets on disk
+        self._gated: dict[Path, int] = {}  # cgroup ids, of those that a target names
         self._errors: dict[Path, str] = {}
-        self._going: set[int] = set()  # removed cgroups whose pins are left
-        self._again = asyncio.Event()
-        self._turn = asyncio.Lock()
+        self._removed: set[int] = set()  # ids of removed cgroups whose pins are still there
+        self._wake = asyncio.Event()
+        self._lock = asyncio.Lock()
 
     @property
     def errors(self) -> list[str]:
-        """What is named and not gated."""
+        """Return why targets are not gated."""
         waiting = [
             f"cgroup {target} does not exist: it will be gated when it appears"
             for target in self._wanted
@@ -48,27 +48,27 @@ class Targets:
         ]
         return [*waiting, *self._errors.values()]
 
-    async def look(self) -> None:
-        """Gate what is named and there."""
-        async with self._turn:
-            await asyncio.to_thread(self._look)
+    async def scan(self) -> None:
+        """Gate every cgroup that exists and that a target names."""
+        async with self._lock:
+            await asyncio.to_thread(self._scan)
 
-    async def follow(self, wanted: Iterable[str]) -> None:
-        """Gate what these targets name, and then ungate what they do not name any more."""
-        async with self._turn:
+    async def change(self, wanted: Iterable[str]) -> None:
+        """Gate the cgroups that these targets name, then ungate those that they don't."""
+        async with self._lock:
             self._wanted = tuple(wanted)
-            await asyncio.to_thread(self._look)
+            await asyncio.to_thread(self._scan)
             await asyncio.to_thread(self._ungate)
-        self._again.set()  # other folders are to be watched
+        self._wake.set()  # to watch other folders
 
     async def run(self) -> None:
-        """Follow the cgroups that come and go, until cancelled."""
+        """Gate cgroups as they appear, until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            self._again.clear()
+            self._wake.clear()
             folders = await self._open()
             try:
-                await self.look()  # what came before it was watched
+                await self.scan()  # cgroups that appeared before the watch began
                 await self._watch(folders)
             finally:
                 if folders is not None:
@@ -85,40 +85,40 @@ class Targets:
             return None
 
     async def _watch(self, folders: Folders | None) -> None:
-        """Take what is told; return when all is to be looked at anew."""
+        """Act on notifications; return when the folders must be opened again."""
         wanted = self._wanted
         while self._wanted is wanted:
             if folders is not None:
-                asyncio.get_running_loop().add_reader(folders.fd, self._on_news, folders.fd)
-            look = folders is None or bool(self._errors)
+                asyncio.get_running_loop().add_reader(folders.fd, self._on_readable, folders.fd)
+            poll = folders is None or bool(self._errors)
             with suppress(TimeoutError):
-                async with asyncio.timeout(POLL if look or self._going else None):
-                    await self._again.wait()
-            self._again.clear()
-            if look:
-                await self.look()
-            elif self._going:
-                async with self._turn:
+                async with asyncio.timeout(POLL if poll or self._removed else None):
+                    await self._wake.wait()
+            self._wake.clear()
+            if poll:
+                await self.scan()
+            elif self._removed:
+                async with self._lock:
                     await asyncio.to_thread(self._prune)
             if folders is not None and not await self._take(folders):
                 return
 
-    def _on_news(self, fd: int) -> None:
-        asyncio.get_running_loop().remove_reader(fd)  # until it was read
-        self._again.set()
+    def _on_readable(self, fd: int) -> None:
+        asyncio.get_running_loop().remove_reader(fd)  # until it has been read
+        self._wake.set()
 
     async def _take(self, folders: Folders) -> bool:
-        """Act on what happened; False: nobody knows all that did."""
+        """Act on notifications; return False if some were lost."""
         try:
-            for news in folders.events():
-                match news:
+            for event in folders.events():
+                match event:
                     case Overflow():
                         return False
                     case Appeared(path) if any(cgroups.names(t, path) for t in self._wanted):
-                        async with self._turn:
+                        async with self._lock:
                             await asyncio.to_thread(self._gate, path)
                     case Vanished(path) if path in self._gated:
-                        await self.look()
+                        await self.scan()
         except OSError as error:
             log.warning("cannot follow cgroups: %s", error)
             await asyncio.sleep(POLL)
@@ -126,7 +126,7 @@ class Targets:
         return True
 
     def _is_on_the_way(self, folder: Path) -> bool:
-        """Tell whether a cgroup that is named may appear in this one."""
+        """Tell whether a cgroup that a target names may appear inside this one."""
         return any(
             cgroups.is_pattern(target)
             or (Path(target) != folder and Path(target).is_relative_to(folder))
@@ -135,33 +135,33 @@ class Targets:
 
     # --- in a thread, one at a time -----------------------------------------------------
 
-    def _look(self) -> None:
+    def _scan(self) -> None:
         for path, number in list(self._gated.items()):
             if _id(path) != number:
                 del self._gated[path]
-                self._going.add(number)
+                self._removed.add(number)
                 log.info("cgroup removed: %s", path)
         self._errors = {}
-        self._keep()
+        self._save()
         for target in self._wanted:
             for path in cgroups.find(target):
                 self._gate(path)
         self._prune()
 
-    def _keep(self) -> None:
-        if self._kept == self._wanted:
+    def _save(self) -> None:
+        if self._saved == self._wanted:
             return
         try:
             saved_state.save_targets(self._paths.targets, self._wanted)
         except OSError as error:
             log.warning("cannot write %s: %s", self._paths.targets, error.strerror or error)
         else:
-            self._kept = self._wanted
+            self._saved = self._wanted
 
     def _prune(self) -> None:
-        """Tidy up; where that fails nothing is open, and nothing else must fail for it."""
+        """Remove the pins of removed cgroups; a failure opens nothing, so it is only logged."""
         try:
-            self._going &= loader.prune(self._paths)
+            self._removed &= loader.prune(self._paths)
         except (GateError, OSError) as error:
             log.warning("cannot remove the pins of removed cgroups: %s", error)
 
@@ -183,7 +183,7 @@ class Targets:
         for path, number in list(self._gated.items()):
             if any(cgroups.names(target, path) for target in self._wanted):
                 continue
-            with suppress(GateError):  # somebody else did
+            with suppress(GateError):  # somebody else has ungated it
                 loader.detach(self._paths, str(number))
             del self._gated[path]
             log.info("no longer gated: %s", path)

@@ -1,4 +1,4 @@
-"""The kernel's IPsec databases, followed and, every so often, compared. No decisions."""
+"""Follows the kernel's IPsec databases, and compares them with a dump every `CHECK` seconds."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ipsecgate.edges.kernel.xfrm import Overrun, XfrmMonitor
 
 log = logging.getLogger("ipsecgate")
 
-CHECK = 60.0  # seconds between comparisons of what is known with what is
+CHECK = 60.0  # seconds between comparisons
 
 
 class XfrmFollower:
-    """SPD and SAD of this network namespace; `deliver` gets what they tell."""
+    """Follows the SPD and SAD of this network namespace; `deliver` gets their events."""
 
     def __init__(
         self, source: SaSource, deliver: Callable[[on.XfrmEvent | on.KernelSnapshot], None]
@@ -27,22 +27,22 @@ class XfrmFollower:
         self._monitor: XfrmMonitor | None = None
 
     async def run(self) -> None:
-        """Follow them until cancelled; end at once where there is nothing to follow."""
+        """Follow both until cancelled; return at once if only the IKE daemon's SAs count."""
         if self._source is SaSource.VICI:
             return
         if self._source is SaSource.AUTO and not probe.has_xfrm():
-            self._deliver(on.KernelSnapshot((), ()))  # nor will there ever be anything
+            self._deliver(on.KernelSnapshot((), ()))  # a kernel without XFRM stays empty
             return
-        async with XfrmMonitor(self._deliver, _tell) as self._monitor:
+        async with XfrmMonitor(self._deliver, _log_overrun) as self._monitor:
             await self._monitor.run()
 
-    def look(self) -> None:
-        """Deliver at once what they have told so far."""
+    def read_now(self) -> None:
+        """Deliver the notifications that have arrived so far."""
         if self._monitor is not None:
             self._monitor.drain()
 
     async def check(self, also: Callable[[], None]) -> None:
-        """Have what is known compared with what is, until cancelled; then do `also`."""
+        """Have the databases compared regularly, and call `also` each time, until cancelled."""
         while True:
             await asyncio.sleep(CHECK)
             if self._monitor is not None:
@@ -50,5 +50,5 @@ class XfrmFollower:
             also()
 
 
-def _tell(overrun: Overrun) -> None:
+def _log_overrun(overrun: Overrun) -> None:
     log.warning("XFRM notifications were lost (%s): reading the SPD and SAD again", overrun.cause)

@@ -79,15 +79,15 @@ def fingerprint(gate: Gate) -> object:
         dict(gate.protection.kernel_state.sas),
         {sa.id for sa in gate.protection.kernel_state.confirmed_sas()},
         {table: (content.masks, dict(content.entries))
-         for table, content in gate.hook_tables.tables.items()},
-        dict(gate.hook_tables.errors),
+         for table, content in gate.tables.items()},
+        gate.errors,
         gate.policies,
-        gate.ike.children,
+        gate.ike.loaded.children,
         gate.ike.error,
         gate.protection.sa_source,
         gate.settings,
-        dict(gate.protection.sources),
-        sorted(gate.negotiations.of),
+        dict(gate.protection.sources.by_network),
+        sorted(gate.negotiations.by_child),
     )  # fmt: skip
 
 

@@ -240,7 +240,7 @@ class Ring(Target):
         pid, cgroup = random.getrandbits(32), random.getrandbits(64)
         comm = random.choice(("curl", "", "Ω", "fifteen letters"))
         record = struct.pack("=QQ", random.getrandbits(63), cgroup) + layout.pack_key(key)
-        record += struct.pack("=IIII16s", reason, number, pid, 1, comm.encode())
+        record += struct.pack("=IIII16s4x", reason, number, pid, 1, comm.encode())
         return record, on.FlowRefused(flow, reason, policy, pid, comm, cgroup)
 
     def feed(self, data: bytes) -> Any:

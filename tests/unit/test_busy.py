@@ -61,10 +61,11 @@ class Spied(Transcript):
 
     def spy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for owner, name in (
-            (self.gate.holds, "look"),
+            (self.gate.demand, "evaluate"),
             (self.gate.protection, "is_live"),
-            (self.gate.hook_tables, "policies"),
-            (self.gate.negotiations, "states"),
+            (self.gate.policy_table, "publish"),
+            (self.gate.policy_table, "publish_errnos"),
+            (self.gate.negotiations, "coverages"),
         ):
             monkeypatch.setattr(owner, name, self.counting(name, getattr(owner, name)))
         monkeypatch.setattr(
@@ -95,14 +96,15 @@ def test_a_kernel_event_reevaluates_only_the_calls_and_children_of_its_peer(
     busy.spy(monkeypatch)
     commands = busy.after_together(*up(7))
     assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [7]
-    assert busy.done["look"] == 1
+    assert busy.done["evaluate"] == 1
     assert 1 <= busy.done["is_live"] <= 4
-    assert busy.done["states"] == 1
-    assert not busy.done["policies"]
+    assert busy.done["coverages"] == 1
+    assert not busy.done["publish"]
+    assert not busy.done["publish_errnos"]
     busy.done.clear()
     (closing, *_) = busy.after_together(on.SaGone(up(7)[0].sa.id))  # type: ignore[union-attr]
     assert isinstance(closing, do.SetEntry)
-    assert busy.done["look"] == 0
+    assert busy.done["evaluate"] == 0
     assert 1 <= busy.done["is_live"] <= 4
 
 
@@ -112,8 +114,8 @@ def test_a_failure_reevaluates_only_the_calls_of_its_child(
     busy.spy(monkeypatch)
     commands = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), "no"))
     assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [9]
-    assert busy.done["look"] == 1
-    assert busy.done["states"] == 1
+    assert busy.done["evaluate"] == 1
+    assert busy.done["coverages"] == 1
 
 
 def test_a_refusal_costs_the_same_with_any_number_of_policies(
@@ -122,10 +124,11 @@ def test_a_refusal_costs_the_same_with_any_number_of_policies(
     busy.spy(monkeypatch)
     for host in range(1, 101):
         busy.after(replace(REFUSED, flow=flow(5, host)))
-    assert not busy.done["policies"]
-    assert busy.done["states"] <= 100
+    assert not busy.done["publish"]
+    assert not busy.done["publish_errnos"]
+    assert busy.done["coverages"] <= 100
     assert 100 <= busy.done["contains"] <= 100 * 4
-    assert busy.done["look"] == 0
+    assert busy.done["evaluate"] == 0
 
 
 def test_many_calls_for_one_flow_are_evaluated_once(
@@ -135,7 +138,7 @@ def test_many_calls_for_one_flow_are_evaluated_once(
     for number in range(500):
         call = on.CallMade(on.Call(2, number), flow(3), pid=number + 1, limit=30.0)
         assert busy.after(call) == [do.Hold(call)]
-    assert busy.done["look"] <= 1
+    assert busy.done["evaluate"] <= 1
     commands = busy.after_together(*up(3))
     assert len([c for c in commands if isinstance(c, do.Answer)]) == 501
 
@@ -145,13 +148,13 @@ def test_a_change_that_affects_every_call_is_worked_off_in_slices(
 ) -> None:
     busy.spy(monkeypatch)
     busy.after(on.SourcesResolved(tuple((network, ip_address("10.1.0.2")) for network in PEERS)))
-    assert busy.done["look"] == SLICE
+    assert busy.done["evaluate"] == SLICE
     evaluated = SLICE
-    while busy.gate.holds.unsettled:
+    while busy.gate.holds.has_due:
         busy.done.clear()
         busy.after_together()
-        evaluated += busy.done["look"]
-        assert busy.done["look"] <= SLICE
+        evaluated += busy.done["evaluate"]
+        assert busy.done["evaluate"] <= SLICE
     assert evaluated == MANY
 
 
@@ -159,8 +162,8 @@ def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.M
     """Otherwise a peer that rekeys without a pause has the whole table rebuilt for each SA."""
     transcript = Spied()
     listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
-    hook_tables = transcript.gate.hook_tables
-    monkeypatch.setattr(hook_tables, "spd", transcript.counting("spd", hook_tables.spd))
+    table = transcript.gate.protection.spd_table
+    monkeypatch.setattr(table, "update", transcript.counting("spd", table.update))
     transcript.after_together(*(on.ChildUp(replace(listed, spi_out=n)) for n in range(1, 50)))
     assert transcript.done["spd"] == 1
 
@@ -170,8 +173,8 @@ def test_a_list_of_sas_without_changes_rebuilds_no_table(
 ) -> None:
     """A refused flow that no child protects makes the gate ask the daemon twenty times a second."""
     transcript = Spied()
-    hook_tables = transcript.gate.hook_tables
-    monkeypatch.setattr(hook_tables, "spd", transcript.counting("spd", hook_tables.spd))
+    table = transcript.gate.protection.spd_table
+    monkeypatch.setattr(table, "update", transcript.counting("spd", table.update))
     loaded = on.IkeConnected(tuple(map(child, range(MANY))), (), 42)
     listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
     for seen, established in ((0, ()), (1, (listed,)), (1, (listed,)), (2, ())):
@@ -189,20 +192,21 @@ def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> 
         transcript = Spied()
         for number in range(150):
             transcript.after(*random_events(random, number))
-            while transcript.gate.holds.unsettled:
+            while transcript.gate.holds.has_due:
                 transcript.after_together()
             gate = transcript.gate
-            for item in gate.negotiations.of.values():
+            for item in gate.negotiations.by_child.values():
                 live = gate.protection.is_live(item.flow)
                 assert live == (item.coverage is Coverage.COVERED), (seed, number)
                 covered += live
                 negotiated += 1
-            for made in gate.holds.of.values():
-                place = gate.policy_table.place_of(made.flow)
-                assert place is not None
+            for made in gate.holds.calls.values():
+                found = gate.policy_table.policy_for(made.flow)
+                assert found is not None
                 assert not gate.protection.is_live(made.flow), (seed, number)
-                config = gate.ike.child(made.flow, gate.policies[place])
-                item_ = gate.negotiations.of.get(config.name) if config else None
+                source = gate.protection.sources.route(made.flow).saddr
+                config = gate.ike.loaded.child_for(made.flow, source, found[1])
+                item_ = gate.negotiations.by_child.get(config.name) if config else None
                 assert item_ is None or item_.coverage is not Coverage.BACK_OFF, (seed, number)
                 held += item_ is not None
     assert min(covered, negotiated - covered, held) > 500, "each case occurred often"

@@ -157,9 +157,9 @@ def test_a_peer_that_negotiates_an_address_range_closes_only_its_own_flows() -> 
         assert transcript.is_open()
         entry = transcript.entry(TableId.SPD, theirs)
         assert (entry is not None and entry.state is State.LIVE) == both
-        named = [error for error in transcript.gate.policy_table.errors if "range/net" in error]
+        named = [error for error in transcript.gate.errors if "range/net" in error]
         assert bool(named) != both
-        assert not any("peer/net" in error for error in transcript.gate.policy_table.errors)
+        assert not any("peer/net" in error for error in transcript.gate.errors)
 
 
 def test_a_peer_with_many_selectors_closes_only_its_own_flows() -> None:
@@ -184,7 +184,7 @@ def test_a_peer_with_many_selectors_closes_only_its_own_flows() -> None:
     assert transcript.is_open()
     closed = replace(ROUTED, saddr=ip_address("10.1.8.1"), daddr=ip_address("10.7.4.1"))
     assert not transcript.is_open(closed)
-    (error,) = transcript.gate.policy_table.errors
+    (error,) = transcript.gate.errors
     assert "peer/net (10.1.0.0/20 to 10.7.0.0/21, peer 192.0.2.3)" in error
     assert f"peer {LISTED.remote_host}" not in error
     assert error.endswith(" and 25 more")
@@ -234,6 +234,6 @@ def test_a_policy_with_too_many_masks_is_the_only_one_widened() -> None:
     at = transcript.entry(TableId.POLICY, replace(base, daddr=ip_address("10.9.2.1")))
     assert at is not None
     assert at.state is State.PROTECT, "first match wins"
-    (error,) = transcript.gate.policy_table.errors
+    (error,) = transcript.gate.errors
     assert "POLICY table" in error
     assert error.endswith("because of big")

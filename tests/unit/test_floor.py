@@ -100,9 +100,9 @@ def floors(commands: list[do.Command]) -> list[do.SetFloor]:
 def test_the_floor_changes_no_verdict_and_no_table() -> None:
     transcript = Transcript(Settings((PROTECT,), floor=True))
     transcript.after(on.KernelSnapshot((TRAP,), ()), connected(), SOURCES)
-    before = transcript.gate.hook_tables.tables[TableId.SPD]
+    before = transcript.gate.tables[TableId.SPD]
     assert not transcript.after(on.PolicySet(entry_of(BLOCK)))
-    assert transcript.gate.hook_tables.tables[TableId.SPD] == before
+    assert transcript.gate.tables[TableId.SPD] == before
     transcript.after(REFUSED, *UP)
     assert transcript.is_open()
     # The floor hides a policy of even worse priority.
@@ -133,7 +133,7 @@ def test_with_userspace_esp_there_is_no_floor() -> None:
     transcript.after(on.KernelSnapshot((), ()), SOURCES)
     commands = floors(transcript.after(on.IkeConnected((), (), pid=42, userspace_esp=True)))
     assert commands[-1].policies == ()
-    assert any("gate.floor" in error for error in transcript.gate.policy_table.errors)
+    assert any("gate.floor" in error for error in transcript.gate.errors)
 
 
 def test_an_inbound_policy_is_never_taken_for_the_floor() -> None:

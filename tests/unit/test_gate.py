@@ -39,13 +39,13 @@ def test_a_flow_opens_once_the_kernel_has_its_sa_and_the_policy_that_names_it(
 ) -> None:
     assert not trapped.is_open()
     assert initiated(trapped.after(REFUSED)) == [NAME]
-    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.NEGOTIATING
+    assert trapped.gate.negotiations.by_child[NAME].coverage is Coverage.NEGOTIATING
 
     assert not trapped.after(on.SaSet(SA)), "the trap does not show the negotiated selectors"
     opened = trapped.after(on.PolicySet(PINNED))
     assert isinstance(opened[0], do.SetEntry), "the first command opens, in one write"
     assert trapped.is_open()
-    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+    assert trapped.gate.negotiations.by_child[NAME].coverage is Coverage.COVERED
 
 
 def test_notifications_that_arrive_together_make_one_change(trapped: Transcript) -> None:
@@ -87,7 +87,7 @@ def test_a_flow_closes_before_anything_else_is_done(trapped: Transcript, closing
     first = trapped.after(closing)[0]
     assert isinstance(first, do.SetEntry | do.Publish), "the first command closes"
     assert not trapped.is_open()
-    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.UNCOVERED
+    assert trapped.gate.negotiations.by_child[NAME].coverage is Coverage.UNCOVERED
 
 
 def test_a_kernel_policy_of_higher_priority_closes_the_flow(trapped: Transcript) -> None:
@@ -137,9 +137,9 @@ def test_a_flow_is_covered_only_once_its_route_chooses_a_protected_source() -> N
     transcript.after(on.KernelSnapshot((), ()), connected(), outer)
     assert initiated(transcript.after(REFUSED)) == [NAME]
     transcript.after(*UP)
-    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.NEGOTIATING
+    assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.NEGOTIATING
     transcript.after(SOURCES)
-    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+    assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.COVERED
 
 
 def test_the_daemon_is_exempt_while_it_is_connected(trapped: Transcript) -> None:
@@ -168,7 +168,7 @@ def test_a_periodic_check_repairs_and_counts_what_has_drifted(trapped: Transcrip
 
 
 def test_a_periodic_check_verifies_every_hook_table(trapped: Transcript) -> None:
-    tables = trapped.gate.hook_tables.tables
+    tables = trapped.gate.tables
     assert tables.keys() == set(TableId)
     assert trapped.after(on.CheckDue()) == [do.Verify(*item) for item in tables.items()]
 

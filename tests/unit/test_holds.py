@@ -54,7 +54,7 @@ def test_a_call_is_held_until_covered_and_answered_after_the_table_is_written(
     wrote = next(n for n, c in enumerate(opened) if isinstance(c, do.SetEntry | do.Publish))
     assert opened.index(do.Answer(CALL, None)) > wrote
     assert trapped.is_open()
-    assert not trapped.gate.holds.of
+    assert not trapped.gate.holds.calls
     assert trapped.gate.holds.total == 1
 
 
@@ -132,7 +132,7 @@ def test_an_interrupted_call_is_restarted(trapped: Transcript) -> None:
 def test_the_call_of_a_dead_process_is_forgotten(trapped: Transcript) -> None:
     trapped.after(MADE)
     assert trapped.after(on.CallGone(CALL)) == []
-    assert not trapped.gate.holds.of
+    assert not trapped.gate.holds.calls
 
 
 def test_a_call_is_held_before_kernel_and_daemon_have_answered() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,3 +147,9 @@ def test_every_module_has_a_room() -> None:
 def test_there_are_no_import_cycles() -> None:
     graph = {name_of(path): set(ours(path)) - {name_of(path)} for path in MODULES}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+def test_no_part_of_the_gate_is_given_a_function_to_call_back() -> None:
+    """Data flows from events to commands. Only random numbers come through a function."""
+    for path in (PACKAGE / "core/gate").glob("*.py"):
+        assert set(re.findall(r"(\w+): Callable\[", path.read_text())) <= {"spread"}, path.name

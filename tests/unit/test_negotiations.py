@@ -44,7 +44,7 @@ def test_after_a_failure_the_gate_backs_off_with_another_errno(trapped: Transcri
     assert len(pauses) == 1
     assert 0.75 <= pauses[0] <= 1.25
     assert trapped.errno == EHOSTUNREACH
-    assert trapped.gate.negotiations.of[NAME].last_error == "AUTHENTICATION_FAILED"
+    assert trapped.gate.negotiations.by_child[NAME].last_error == "AUTHENTICATION_FAILED"
     assert initiated(trapped.after(REFUSED)) == []
 
     trapped.after(on.TimerFired(on.Timer("retry", NAME)))
@@ -54,7 +54,7 @@ def test_after_a_failure_the_gate_backs_off_with_another_errno(trapped: Transcri
 
 def test_a_negotiation_without_an_answer_ends_at_its_limit(trapped: Transcript) -> None:
     trapped.after(REFUSED, on.TimerFired(on.Timer("limit", NAME)))
-    item = trapped.gate.negotiations.of[NAME]
+    item = trapped.gate.negotiations.by_child[NAME]
     assert item.coverage is Coverage.BACK_OFF
     assert "strongSwan did not finish within" in item.last_error
 
@@ -70,7 +70,7 @@ def test_a_child_that_only_the_daemon_has_is_deleted_at_the_limit(
     assert do.AskIke() in commands
     commands = trapped.after(connected(listed), on.TimerFired(on.Timer("limit", NAME)))
     assert (do.Terminate(NAME) in commands) == within
-    item = trapped.gate.negotiations.of[NAME]
+    item = trapped.gate.negotiations.by_child[NAME]
     assert item.coverage is Coverage.BACK_OFF
     assert "strongSwan reports it as up" in item.last_error
 
@@ -78,7 +78,7 @@ def test_a_child_that_only_the_daemon_has_is_deleted_at_the_limit(
 def test_a_negotiation_may_be_done_before_the_kernel_reports_the_sa(trapped: Transcript) -> None:
     trapped.after(REFUSED, on.NegotiationDone(NAME), *UP)
     trapped.after(on.TimerFired(on.Timer("limit", NAME)))
-    assert trapped.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+    assert trapped.gate.negotiations.by_child[NAME].coverage is Coverage.COVERED
 
 
 def test_the_back_off_grows_up_to_its_limit(trapped: Transcript) -> None:

@@ -63,7 +63,7 @@ def test_a_covered_flow_stays_open_and_its_policies_are_published_once() -> None
     assert [c.table for c in hook_tables] == [TableId.POLICY], "the SPD table stays"
     assert transcript.is_open()
     assert kinds(commands)[-1] is do.Adopted
-    item = transcript.gate.negotiations.of[NAME]
+    item = transcript.gate.negotiations.by_child[NAME]
     assert (item.place, item.policy, item.coverage) == (1, "renamed", Coverage.COVERED)
 
 
@@ -140,7 +140,7 @@ def test_a_negotiation_that_no_policy_asks_for_any_more_is_forgotten(
     transcript.after(REFUSED, on.NegotiationFailed(NAME, "no"))
     reload(transcript, *policies)
     transcript.after(BOTH)
-    assert not transcript.gate.negotiations.of
+    assert not transcript.gate.negotiations.by_child
     timer = on.Timer("retry", NAME)
     assert (
         initiated(transcript.after(on.TimerFired(timer), on.NegotiationFailed(NAME, "late"))) == []
@@ -151,7 +151,7 @@ def test_a_refusal_from_before_the_reload_is_judged_by_the_new_policies() -> Non
     transcript = running(PROTECT)
     reload(transcript, FIRST, PROTECT)
     assert initiated(transcript.after(REFUSED)) == [NAME], "position 0 is a bypass now"
-    assert transcript.gate.negotiations.of[NAME].policy == "db"
+    assert transcript.gate.negotiations.by_child[NAME].policy == "db"
 
 
 def test_without_configured_policies_the_loaded_connections_apply() -> None:

@@ -85,7 +85,7 @@ async def test_the_service_reports_at_half_the_watchdog_interval(
 async def test_a_status_is_sent_once(manager: socket.socket) -> None:
     service = Service()
     for status in ("a", "a", "b"):
-        service.tell(status)
+        service.report(status)
     service.stopping()
     assert [received(manager)["STATUS"] for _ in range(2)] == ["a", "b"]
     assert received(manager)["STOPPING"] == "1"

@@ -34,8 +34,8 @@ async def test_a_failed_cleanup_of_pins_does_not_stop_a_reload(
     monkeypatch.setattr(loader, "detach", detach)
     monkeypatch.setattr(loader, "prune", prune)
     targets = Targets(Paths(run=tmp_path), [str(old)])
-    await targets.look()
+    await targets.scan()
     assert attached == {old}
-    await targets.follow([str(new)])
+    await targets.change([str(new)])
     assert attached == {new}
     assert "cannot remove the pins of removed cgroups: prune: Too many open files" in caplog.text

@@ -60,14 +60,14 @@ def up(transcript: Transcript) -> None:
 def test_a_flow_opens_once_its_sa_is_up_and_its_route_leads_into_the_tunnel(
     transcript: Transcript,
 ) -> None:
-    assert TableId.SPD in transcript.gate.hook_tables.tables, "published without waiting for XFRM"
+    assert TableId.SPD in transcript.gate.tables, "published without waiting for XFRM"
     assert not transcript.is_open()
     assert initiated(transcript.after(REFUSED)) == [NAME]
     assert not any(isinstance(c, do.Publish) for c in transcript.after(TUNNEL)), "no SA yet"
     opened = transcript.after(on.ChildUp(LISTED))
     assert isinstance(opened[0], do.Publish)
     assert transcript.is_open()
-    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.COVERED
+    assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.COVERED
 
 
 def test_an_sa_without_its_route_opens_nothing(transcript: Transcript) -> None:
@@ -95,7 +95,7 @@ def test_a_flow_closes_before_anything_else_is_done(
     commands = transcript.after(*closing)
     assert not transcript.is_open()
     assert isinstance(commands[0], do.Publish | do.SetSources), "before all else"
-    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.UNCOVERED
+    assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.UNCOVERED
     transcript.after(connected(), TUNNEL, on.ChildUp(REKEYED))
     assert transcript.is_open()
 
@@ -130,9 +130,9 @@ def test_a_list_older_than_an_event_changes_nothing(transcript: Transcript) -> N
 
 def test_a_restarted_controller_opens_for_the_listed_sas() -> None:
     transcript = Transcript(remembered=(NET,))
-    assert TableId.SPD not in transcript.gate.hook_tables.tables
+    assert TableId.SPD not in transcript.gate.tables
     for event in (connected(LISTED), TUNNEL):
-        assert TableId.SPD not in transcript.gate.hook_tables.tables, "half is still missing"
+        assert TableId.SPD not in transcript.gate.tables, "half is still missing"
         transcript.after(event)
     assert transcript.is_open()
 
@@ -189,7 +189,7 @@ def test_a_child_that_has_its_route_is_not_deleted(transcript: Transcript) -> No
     commands = transcript.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", NAME)))
     assert do.Terminate(NAME) not in commands
     # The route chooses a source that the SA does not protect.
-    assert transcript.gate.negotiations.of[NAME].coverage is Coverage.BACK_OFF
+    assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.BACK_OFF
 
 
 # --- selectors and routes ----------------------------------------------------------------

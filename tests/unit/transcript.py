@@ -20,7 +20,6 @@ from random import Random
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.gate import Gate
-from ipsecgate.core.gate.negotiations import Negotiations
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP, Flow, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import (
@@ -83,7 +82,7 @@ class Transcript:
     def __init__(
         self, settings: Settings | None = None, remembered: Iterable[ChildConfig] = ()
     ) -> None:
-        self.gate = Gate(settings or Settings(), tuple(remembered), Negotiations(Random(1)))
+        self.gate = Gate(settings or Settings(), tuple(remembered), Random(1).random)
         self.tables: dict[TableId, dict[tuple[int, Key], Entry]] = {}
         self._execute(self.gate.start())
 
@@ -97,7 +96,7 @@ class Transcript:
 
     def entry(self, table: TableId, flow: Flow) -> Entry | None:
         """Look a flow up as the hook does, in what the commands have written."""
-        masks = self.gate.hook_tables.tables[table].masks
+        masks = self.gate.tables[table].masks
         for index, mask in enumerate(masks):
             found = self.tables[table].get((index, flow_key(flow).masked(mask)))
             if found is not None:

@@ -1,4 +1,4 @@
-"""What must happen outside, as data. The shell executes each and knows them all."""
+"""What the gate wants done outside, as data. The controller carries out each command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipsecgate.core.tables.table import Table
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Replace a table of the hooks."""
+    """Replace a hook table."""
 
     table: TableId
     content: Table
@@ -22,7 +22,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class SetEntry:
-    """Change one entry of the published table: one write, in force at once."""
+    """Change one entry of a published table: one write, in force at once."""
 
     table: TableId
     index: int
@@ -32,7 +32,7 @@ class SetEntry:
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """Compare a table of the hooks with what was published, and mend it."""
+    """Compare a hook table with what was published, and repair it."""
 
     table: TableId
     content: Table
@@ -40,33 +40,33 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class SetSources:
-    """Tell the hooks which source an unbound socket gets, by destination network."""
+    """Set the source address of unbound sockets in the hooks, by destination network."""
 
     sources: tuple[tuple[Network, Address | None], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SetTun:
-    """Tell the backstop behind which interface the IKE daemon does ESP, by index; 0: none."""
+    """Have the backstop pass packets into the IKE daemon's TUN device. `index` 0: none."""
 
     index: int
 
 
 @dataclass(frozen=True, slots=True)
 class CutOff:
-    """End the sockets of gated cgroups whose flows are uncovered now (`Gate.is_cut_off`)."""
+    """Close the sockets of gated cgroups that have lost their SA (`Gate.is_cut_off`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResolveSources:
-    """Keep resolving the unbound source for these destinations (`SourcesResolved`)."""
+    """Resolve sources for these destinations from now on (`SourcesResolved`)."""
 
     destinations: tuple[Network, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class SetModes:
-    """Set what holds beside the tables: audit, the default, the errno of its refusals."""
+    """Set audit mode, whether flows without a policy are denied, and with which errno."""
 
     audit: bool
     deny: bool
@@ -75,26 +75,26 @@ class SetModes:
 
 @dataclass(frozen=True, slots=True)
 class SetFloor:
-    """Have the kernel block what leaves outside gated cgroups; none: no floor."""
+    """Replace the host floor, which blocks unprotected packets of every process; empty: none."""
 
     policies: tuple[FloorPolicy, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """The new configuration (`Reconfigured`) is in force."""
+    """Report that the new configuration (`Reconfigured`) is in force."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExemptIke:
-    """Exempt this process's sockets: the IKE daemon. 0: none."""
+    """Exempt the sockets of the IKE daemon. `pid` 0: none."""
 
     pid: int
 
 
 @dataclass(frozen=True, slots=True)
 class AskIke:
-    """Look at once what the IKE daemon has loaded (`IkeConnected`)."""
+    """List what the IKE daemon has loaded, without waiting for a poll (`IkeConnected`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +107,9 @@ class Initiate:
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """Have IKE delete a CHILD_SA that it believes in and the kernel has not, or not whole.
+    """Have IKE delete a CHILD_SA that the kernel has lost, or half of it.
 
-    `unique`: this one of its configuration; 0: all of them.
+    `unique`: the number that IKE gave it; 0: every CHILD_SA of the configuration.
     """
 
     name: ChildName
@@ -118,7 +118,7 @@ class Terminate:
 
 @dataclass(frozen=True, slots=True)
 class StartTimer:
-    """Answer with `TimerFired` after so many seconds; replaces a timer of the same name."""
+    """Deliver `TimerFired` after so many seconds; replaces a running timer of the same name."""
 
     timer: Timer
     seconds: float
@@ -126,21 +126,21 @@ class StartTimer:
 
 @dataclass(frozen=True, slots=True)
 class StopTimer:
-    """Forget a timer, running or not."""
+    """Stop a timer, if it runs."""
 
     timer: Timer
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Let a system call wait, and answer with `CallExpired` at its limit."""
+    """Let a system call wait, and deliver `CallExpired` at its limit."""
 
     made: CallMade
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Have a system call fail with an errno; None: let it go on, to be asked by the hooks."""
+    """Have a held call fail with an errno; None: let it continue, and the hooks check it."""
 
     call: Call
     error: int | None
@@ -148,21 +148,21 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Remember:
-    """Keep on disk what must be protected though no configuration file says so."""
+    """Keep the children on disk that policies were derived from."""
 
     children: tuple[ChildConfig, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """Tell the operator. `level` is logging's name: info, warning, error."""
+    """Log a message. `level`: info, warning or error."""
 
     level: str
     text: str
 
 
 HookCommand = Publish | SetEntry | Verify | SetSources | SetTun | SetModes | ExemptIke
-"""What is written into the hooks' maps."""
+"""Commands that write to the hooks' maps."""
 IkeCommand = AskIke | Initiate | Terminate
 CallCommand = Hold | Answer
 Command = (

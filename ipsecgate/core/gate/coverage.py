@@ -1,7 +1,7 @@
-"""The state of a CHILD_SA that the gate needs, as a transition table.
+"""The coverage of a child, as a transition table.
 
-Rules of this module: what is not in the table is illegal, raises, and changes
-nothing; the diagram in docs/ is generated from the table (`mermaid`).
+Rules of this module: a transition that is not in the table raises and changes nothing. The diagram
+in docs/coverage.md is generated from the table (`mermaid`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import Enum
 
 
 class Coverage(Enum):
-    """Is there an SA for the flows that asked?"""
+    """Whether an SA covers the flow that asked for a child."""
 
     UNCOVERED = "uncovered"
     NEGOTIATING = "negotiating"
@@ -19,12 +19,12 @@ class Coverage(Enum):
 
 
 class Input(Enum):
-    """What moves a coverage."""
+    """What changes a coverage."""
 
     ASKED = "a flow was refused"
-    SA_LIVE = "winning policy and SA are in"
-    SA_LOST = "no live SA any more"
-    FAILED = "IKE failed, or the limit ran out"
+    SA_LIVE = "a live SA covers the flow"
+    SA_LOST = "the SA is gone"
+    FAILED = "IKE failed, or took too long"
     RETRY = "the back-off is over"
     IKE_GONE = "the IKE daemon is gone"
 
@@ -34,15 +34,15 @@ _U, _N, _C, _B = Coverage
 TRANSITIONS: dict[tuple[Coverage, Input], Coverage] = {
     (_U, Input.ASKED): _N,
     (_N, Input.ASKED): _N,  # one negotiation, however many flows ask
-    (_C, Input.ASKED): _C,  # refused a moment before it was opened
+    (_C, Input.ASKED): _C,  # refused just before it was opened
     (_B, Input.ASKED): _B,
     (_U, Input.SA_LIVE): _C,
     (_N, Input.SA_LIVE): _C,
     (_B, Input.SA_LIVE): _C,
     (_C, Input.SA_LOST): _U,
     (_N, Input.FAILED): _B,
-    (_U, Input.FAILED): _U,  # a late failure of what was given up already
-    (_C, Input.FAILED): _C,  # a duplicate failed beside the SA that is up
+    (_U, Input.FAILED): _U,  # a late report about a negotiation already given up
+    (_C, Input.FAILED): _C,  # another attempt failed, and the SA is live
     (_B, Input.FAILED): _B,
     (_B, Input.RETRY): _U,  # the next refusal asks again
     (_U, Input.IKE_GONE): _U,
@@ -53,7 +53,7 @@ TRANSITIONS: dict[tuple[Coverage, Input], Coverage] = {
 
 
 class IllegalTransitionError(RuntimeError):
-    """An input that the state cannot have; a defect of the caller."""
+    """An input that is impossible in this state: a defect of the caller."""
 
 
 def advance(state: Coverage, event: Input) -> Coverage:
@@ -65,7 +65,7 @@ def advance(state: Coverage, event: Input) -> Coverage:
 
 
 def mermaid() -> str:
-    """Draw the table; inputs that change nothing are left out."""
+    """Return the table as a Mermaid diagram, without the inputs that change nothing."""
     lines = ["stateDiagram-v2", "    [*] --> uncovered"]
     for (state, event), target in TRANSITIONS.items():
         if state is not target:

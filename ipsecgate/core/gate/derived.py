@@ -1,6 +1,7 @@
-"""What must be protected where no policy is configured: what the IKE daemon ever had loaded.
+"""Policies derived from all connections that the IKE daemon ever had loaded.
 
-Rules of this module: it only grows, so a daemon that lost its connections opens nothing.
+They are in force while none is configured. They only grow, so a daemon that has lost its
+connections opens nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ipsecgate.core.model.policy import Policy, derived_policies
 
 
 class DerivedPolicies:
-    """The connections that were ever seen, as policies; `remembered` are a predecessor's."""
+    """One policy for each remote traffic selector. `remembered`: children from earlier runs."""
 
     def __init__(self, remembered: Iterable[ChildConfig]) -> None:
         self._known = {c.name: c for c in remembered}
@@ -22,7 +23,7 @@ class DerivedPolicies:
         self.errors: list[str] = []
 
     def learn(self, children: Iterable[ChildConfig]) -> list[do.Command]:
-        """Add what the daemon has loaded now."""
+        """Add the children that the daemon has loaded now."""
         before = dict(self._known)
         children = tuple(children)
         for child in children:

@@ -1,14 +1,14 @@
-"""What happened and was not decided yet, in the order in which it is to be.
+"""Events that wait to be handled, and their order.
 
-    kernel        all of it, before anything else: it closes
+    kernel        all of them, before anything else: they may close a flow
     IKE           \
-    all the rest   } a slice of each in turn: routes, timers, the operator
+    all others     } a slice of each in turn; others: routes, timers, the operator
     applications  /
 
-Rules of this module: what an application asks for never stands before what the kernel told, and
-at most `SLICE` of it is taken before the kernel is looked at again. An application may ask as
-often as it likes: what is refused is told once for each flow and policy as long as it waits, and
-of more than `REFUSALS` the hooks tell again.
+Rules of this module: requests of applications never go before the kernel's notifications, and at
+most `SLICE` of them are handled before the kernel is read again. An application may ask as often as
+it likes: at most one refusal waits for each flow and policy. Beyond `REFUSALS` of them further ones
+are dropped, and the hooks report them again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import deque
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow
 
-SLICE = 16  # events, but for the kernel's, between two looks at the kernel
+SLICE = 16  # events handled between two reads of the kernel's notifications
 REFUSALS = 256
 
 _KERNEL = on.XfrmEvent | on.KernelSnapshot
@@ -27,7 +27,7 @@ _IKE = on.IkeEvent | on.IkeConnected
 
 
 class EventQueue:
-    """Events by where they come from, each source's in order."""
+    """Events by source, each source's in order."""
 
     def __init__(self) -> None:
         self._kernel: deque[on.Event] = deque()
@@ -39,20 +39,20 @@ class EventQueue:
         return len(self._kernel) + sum(map(len, self._turns))
 
     def put(self, event: on.Event) -> None:
-        """Take an event in; a refusal that waits already, or one too many, is left out."""
+        """Add an event; drop a refusal that already waits, or that is one too many."""
         if isinstance(event, _KERNEL):
             self._kernel.append(event)
             return
         if isinstance(event, on.FlowRefused):
-            topic = _topic(event)
-            if topic in self._refused or len(self._refused) >= REFUSALS:
+            identity = _identity(event)
+            if identity in self._refused or len(self._refused) >= REFUSALS:
                 return
-            self._refused.add(topic)
+            self._refused.add(identity)
         turn = 0 if isinstance(event, _IKE) else 2 if isinstance(event, _APPLICATIONS) else 1
         self._turns[turn].append(event)
 
     def take(self) -> list[on.Event]:
-        """Return what is to be decided now, of one kind; nothing if nothing waits."""
+        """Return the events to handle next, all from one source; none if none wait."""
         if self._kernel:
             taken = list(self._kernel)
             self._kernel.clear()
@@ -61,12 +61,14 @@ class EventQueue:
             turn, self._next = self._turns[self._next], (self._next + 1) % len(self._turns)
             if turn:
                 taken = [turn.popleft() for _ in range(min(SLICE, len(turn)))]
-                self._refused -= {_topic(one) for one in taken if isinstance(one, on.FlowRefused)}
+                self._refused -= {
+                    _identity(event) for event in taken if isinstance(event, on.FlowRefused)
+                }
                 return taken
         return []
 
 
-def _topic(event: on.FlowRefused) -> tuple[Flow, int | None]:
-    """Return what a refusal is about: a client that tries again has another port each time."""
+def _identity(event: on.FlowRefused) -> tuple[Flow, int | None]:
+    """Return what repeated refusals share; each attempt of a client has another source port."""
     flow = event.flow
     return Flow(flow.daddr, flow.proto, flow.dport, flow.saddr, mark=flow.mark), event.policy

@@ -1,105 +1,105 @@
-"""The IKE daemon as the gate knows it, and which child it is asked for.
-
-Source: US 7,028,332 claim 1: the policy that covers a refused flow says with which parameters the
-negotiation component is to negotiate.
-"""
+"""The IKE daemon as it last reported itself: connected or not, and what it has loaded."""
 
 from __future__ import annotations
 
-from ipsecgate.core.gate import commands as do
-from ipsecgate.core.gate.negotiations import Loaded, Negotiations, child_for
-from ipsecgate.core.gate.policy_table import PolicyTable
-from ipsecgate.core.gate.protection import Protection
-from ipsecgate.core.model.flow import Flow
-from ipsecgate.core.model.ipsec import Action, ChildConfig
-from ipsecgate.core.model.policy import Policy
+from collections.abc import Iterable
 
-ORPHANS = 64  # flows that wait for a connection to be loaded
-WARNINGS = 256  # that are told once each
-UNREAD = 64  # the same, of what the daemon says
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import Address, Flow, Network, TrafficSelector
+from ipsecgate.core.model.ipsec import ChildConfig
+from ipsecgate.core.model.policy import Policy, SaSource
+from ipsecgate.core.model.prefixes import LongestPrefix
+
+UNREAD = 64  # reasons that are remembered, to log each once
 
 
 class Ike:
-    """What the daemon has loaded, and what it was asked for."""
+    """The daemon's state; `error` is empty while it is connected."""
 
-    def __init__(
-        self, policy_table: PolicyTable, protection: Protection, negotiations: Negotiations
-    ) -> None:
-        self.loaded = Loaded(())
+    def __init__(self) -> None:
         self.error = "not connected yet"
-        self.unread: tuple[str, ...] = ()  # of what it lists: what was not understood
-        self._policy_table = policy_table
-        self._protection = protection
-        self._negotiations = negotiations
-        self._orphans: set[Flow] = set()  # refused, and no child known
-        self._warned: set[tuple[str, Flow]] = set()
-        self._unread: tuple[str, ...] = ()  # that was told
+        self.loaded = LoadedChildren(())
+        self.unread: tuple[str, ...] = ()  # why items of its last list were not understood
+        self._logged: tuple[str, ...] = ()
 
-    @property
-    def children(self) -> tuple[ChildConfig, ...]:
-        """What the daemon has loaded."""
-        return self.loaded.children
+    def connected(self, event: on.IkeConnected) -> bool:
+        """Apply a list of the loaded children; return whether they or the connection are new."""
+        changed = bool(self.error) or event.children != self.loaded.children
+        if event.children != self.loaded.children:
+            self.loaded = LoadedChildren(event.children)
+        self.error = ""
+        self.unread = event.unread
+        return changed
 
-    def has_loaded(self, children: tuple[ChildConfig, ...]) -> bool:
-        """Take in what the daemon has loaded; return whether that is news."""
-        news = children != self.loaded.children
-        if news:
-            self.loaded = Loaded(children)
-        return news
+    def log_connected(self, event: on.IkeConnected, configured: SaSource) -> list[do.Command]:
+        """Exempt and log a daemon that was gone, and warn if it contradicts `sa_source`."""
+        exempt = do.ExemptIke(event.pid)
+        log = do.Log("info", f"connected to the IKE daemon, pid {event.pid}")
+        if configured is SaSource.AUTO or event.userspace_esp == (configured is SaSource.VICI):
+            return [exempt, log]
+        other = "strongSwan" if event.userspace_esp else "the kernel"
+        text = f"gate.sa_source is {configured.value!r}, but {other} does ESP"
+        return [exempt, log, do.Log("warning", text)]
 
-    def ask(self, flow: Flow, place: int | None) -> list[do.Command]:
-        """Have the child negotiated that would protect a refused flow."""
-        if place is None or place >= len(self._policy_table.policies):
-            return []
-        policy = self._policy_table.policies[place]
-        if policy.action is not Action.PROTECT or self.error or self._protection.is_live(flow):
-            return []
-        config = self.child(flow, policy)
-        if config is not None:
-            if self._negotiations.is_settled(config.name):
-                return []
-            if self._protection.is_up(config):
-                return self._warn(f"{config.name} is up but does not protect", flow)
-            return self._negotiations.ask(config.name, flow, place, policy.name)
-        if len(self._orphans) < ORPHANS:
-            self._orphans.add(flow)
-        return [do.AskIke()]  # the connection may have been loaded a moment ago
-
-    def ask_again(self) -> list[do.Command]:
-        """Ask for what is to be initiated at once, and for the flows that had no child.
-
-        The daemon was looked at just now, so it is not again.
-        """
-        policies = enumerate(self._policy_table.policies)
-        wanted = [(policy.sample_flow(), place) for place, policy in policies if policy.start]
-        started = [command for flow, place in wanted for command in self.ask(flow, place)]
-        orphans, self._orphans = self._orphans, set()
-        asked = [c for flow in orphans for c in self.ask(flow, self._policy_table.place_of(flow))]
-        alone, self._orphans = self._orphans, set()
-        text = "no loaded connection would protect"
-        told = [command for flow in alone for command in self._warn(text, flow)]
-        return [c for c in (*started, *asked) if not isinstance(c, do.AskIke)] + told
-
-    def child(self, flow: Flow, policy: Policy) -> ChildConfig | None:
-        """Return the child that would protect a flow of a policy, None if none is loaded."""
-        source = self._protection.source_of(flow)
-        return child_for(flow, source, policy, self.loaded.candidates(flow, policy))
-
-    def has_unread(self, reasons: tuple[str, ...]) -> list[do.Command]:
-        """Tell once what the daemon said and was not understood: it concerns nothing else."""
-        new = [reason for reason in reasons if reason not in self._unread]
-        self._unread = (*self._unread, *new)[-UNREAD:]
+    def log_unread(self, reasons: Iterable[str]) -> list[do.Command]:
+        """Log each reason why something was not understood, once."""
+        new = [reason for reason in reasons if reason not in self._logged]
+        self._logged = (*self._logged, *new)[-UNREAD:]
         return [
             do.Log("error", f"ignored part of what strongSwan reports: {reason}") for reason in new
         ]
 
-    def warn_anew(self) -> None:
-        """Forget what was told: the policies are others."""
-        self._warned.clear()
 
-    def _warn(self, text: str, flow: Flow) -> list[do.Command]:
-        """Tell something of a flow once."""
-        if (text, flow) in self._warned or len(self._warned) >= WARNINGS:
-            return []
-        self._warned.add((text, flow))
-        return [do.Log("warning", f"{text} {flow}")]
+class LoadedChildren:
+    """The child configurations that the daemon has loaded, by name and by remote network."""
+
+    def __init__(self, children: tuple[ChildConfig, ...]) -> None:
+        self.children = children
+        self._order = {config: at for at, config in enumerate(children)}
+        self._by_name: dict[str, list[ChildConfig]] = {}
+        by_network: dict[Network, list[ChildConfig]] = {}
+        for config in self._order:
+            for name in dict.fromkeys((config.name.child, str(config.name))):
+                self._by_name.setdefault(name, []).append(config)
+            for network in dict.fromkeys(remote.network for remote in config.remote):
+                by_network.setdefault(network, []).append(config)
+        self._by_network = LongestPrefix(by_network.items())
+
+    def child_for(self, flow: Flow, source: Address | None, policy: Policy) -> ChildConfig | None:
+        """Return the child that would protect a flow of a policy, None if none is loaded.
+
+        That is the child which the policy names, else the one with the narrowest remote selector
+        around the flow, because the kernel's policy for it wins. `source`: the flow's, or routing's
+        choice, None if unknown. An unbound flow's source may change when the SA brings a route of
+        its own, so a child whose local selector misses it is second best, not excluded.
+        """
+        candidates = self._around(flow) if policy.child is None else self._named(policy.child)
+        local = [
+            config
+            for config in candidates
+            if source is not None
+            and any(near.contains(source, flow.proto, flow.sport) for near in config.local)
+        ]
+        if local or flow.saddr is not None:
+            candidates = local
+        return candidates[0] if candidates else None
+
+    def _named(self, name: str) -> list[ChildConfig]:
+        return self._by_name.get(name, [])
+
+    def _around(self, flow: Flow) -> list[ChildConfig]:
+        """Return the children whose remote selectors contain a flow, narrowest first."""
+        remote = flow.daddr, flow.proto, flow.dport
+        near = {config for _, found in self._by_network.containing(flow.daddr) for config in found}
+        fits = {
+            config: max(_narrowness(sel) for sel in config.remote if sel.contains(*remote))
+            for config in sorted(near, key=self._order.__getitem__)
+            if any(sel.contains(*remote) for sel in config.remote)
+        }
+        return sorted(fits, key=lambda config: fits[config], reverse=True)
+
+
+def _narrowness(selector: TrafficSelector) -> tuple[int, bool, int]:
+    low, high = selector.ports
+    return selector.network.prefixlen, selector.proto != 0, low - high

@@ -1,90 +1,33 @@
-"""What the gate asked of IKE: one negotiation a child, however many flows wait.
+"""The negotiations that the gate asked IKE for: one for each child, however many flows need it.
 
-Source: US 7,028,332 claim 1 (the negotiation component is told to negotiate,
-with the parameters of the policy that covers the flow).
+Each change returns an `Outcome`: the commands, and which children and policies it affects.
+
+Source: US 7,028,332 claim 1 (a negotiation component negotiates with the parameters of the policy
+that covers the flow).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from random import Random
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage, Input, advance
 from ipsecgate.core.model.events import Timer
-from ipsecgate.core.model.flow import Address, Flow, Network, TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig, ChildName
+from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.model.ipsec import ChildName
 from ipsecgate.core.model.policy import Policy
-from ipsecgate.core.model.prefixes import LongestPrefix
 from ipsecgate.core.tables.flow_index import FlowIndex
 
-LIMIT = 30.0  # seconds that IKE has to come to an end
-GRACE = 1.0  # seconds more for IKE to say so, or for the kernel to show what IKE said
-BACK_OFF_FIRST = 1.0
+LIMIT = 30.0  # seconds for one negotiation
+GRACE = 1.0  # seconds more: for IKE to report its end, or for the kernel to show the SA
+BACK_OFF_FIRST = 1.0  # seconds
 BACK_OFF_LAST = 60.0
-
-
-def child_for(
-    flow: Flow, source: Address | None, policy: Policy, children: Iterable[ChildConfig]
-) -> ChildConfig | None:
-    """Return the child that the policy names, else the one whose selectors fit the flow best.
-
-    That is the narrowest remote one, because the kernel's policy for it wins. An unbound
-    flow's source may change when the SA brings its own route, so a child whose local
-    selector misses it is second best, not excluded.
-    """
-    there = flow.daddr, flow.proto, flow.dport
-    if policy.child is not None:
-        fitting = [c for c in children if c.name.matches(policy.child)]
-    else:
-        fits = {
-            c: max(_narrowness(r) for r in c.remote if r.contains(*there))
-            for c in children
-            if any(r.contains(*there) for r in c.remote)
-        }
-        fitting = sorted(fits, key=lambda c: fits[c], reverse=True)
-    at_home = [
-        c
-        for c in fitting
-        if source is not None and any(s.contains(source, flow.proto, flow.sport) for s in c.local)
-    ]
-    if at_home or flow.saddr is not None:
-        fitting = at_home
-    return fitting[0] if fitting else None
-
-
-class Loaded:
-    """The children that the daemon has loaded, found by name and by where a flow goes."""
-
-    def __init__(self, children: tuple[ChildConfig, ...]) -> None:
-        self.children = children
-        self._order = {config: at for at, config in enumerate(children)}
-        self._by_name: dict[str, list[ChildConfig]] = {}
-        found: dict[Network, list[ChildConfig]] = {}
-        for config in self._order:
-            for name in dict.fromkeys((config.name.child, str(config.name))):
-                self._by_name.setdefault(name, []).append(config)
-            for network in dict.fromkeys(there.network for there in config.remote):
-                found.setdefault(network, []).append(config)
-        self._by_network = LongestPrefix(found.items())
-
-    def candidates(self, flow: Flow, policy: Policy) -> list[ChildConfig]:
-        """Return the children that `child_for` has to look at, in the order loaded."""
-        if policy.child is not None:
-            return self._by_name.get(policy.child, [])
-        near = {c for _, found in self._by_network.containing(flow.daddr) for c in found}
-        return sorted(near, key=self._order.__getitem__)
-
-
-def _narrowness(selector: TrafficSelector) -> tuple[int, bool, int]:
-    low, high = selector.ports
-    return selector.network.prefixlen, selector.proto != 0, low - high
 
 
 @dataclass
 class Negotiation:
-    """One child's state, and the flow by which its coverage is judged."""
+    """One child's state, and the flow that shows whether the child is covered."""
 
     flow: Flow
     place: int  # of the policy that asked
@@ -92,150 +35,181 @@ class Negotiation:
     coverage: Coverage = Coverage.UNCOVERED
     attempts: int = 0
     failures: int = 0  # in a row
-    said_up: bool = False  # IKE's word, which the kernel has yet to bear out
+    reported_up: bool = False  # by IKE; the kernel has yet to show the SA
     last_error: str = ""
 
 
-@dataclass
+@dataclass(slots=True)
+class Outcome:
+    """The commands to carry out, and what else has changed."""
+
+    commands: list[do.Command] = field(default_factory=list)
+    children: set[ChildName] = field(default_factory=set)  # whose coverage changed
+    # Policies whose errno may change: the coverages of the children that each asked for, by place.
+    coverages: dict[int, set[Coverage]] = field(default_factory=dict)
+
+    def add(self, other: Outcome) -> None:
+        """Append what happened next."""
+        self.commands += other.commands
+        self.children |= other.children
+        self.coverages |= other.coverages
+
+
 class Negotiations:
-    """Every child that was ever asked for. `random` only spreads the back-off."""
+    """Every child that a policy in force ever asked for. `spread`: 0 to 1 at random."""
 
-    random: Random = field(default_factory=Random)
-    of: dict[ChildName, Negotiation] = field(default_factory=dict)
-    flow_index: FlowIndex = field(default_factory=lambda: FlowIndex(lambda _flow: None))
-    _by_flow: dict[Flow, set[ChildName]] = field(default_factory=dict)
-    _by_place: dict[int, set[ChildName]] = field(default_factory=dict)
-    _moved: set[ChildName] = field(default_factory=set)  # since somebody asked
-    _moved_places: set[int] = field(default_factory=set)
+    def __init__(self, flow_index: FlowIndex, spread: Callable[[], float]) -> None:
+        self.by_child: dict[ChildName, Negotiation] = {}
+        self._flow_index = flow_index
+        self._spread = spread
+        self._by_flow: dict[Flow, set[ChildName]] = {}
+        self._by_place: dict[int, set[ChildName]] = {}
 
-    def ask(self, name: ChildName, flow: Flow, place: int, policy: str) -> list[do.Command]:
-        """A flow that this child would protect was refused."""
-        item = self.of.get(name)
-        if item is None:
-            item = self.of[name] = Negotiation(flow, place, policy)
-            self._put(name)
-        elif item.coverage is Coverage.UNCOVERED:
-            self._take(name)
-            item.flow, item.place, item.policy = flow, place, policy
-            self._put(name)
-        return self._move(name, Input.ASKED)
+    # --- read -------------------------------------------------------------------------
 
-    def is_settled(self, name: ChildName) -> bool:
-        """Tell whether to ask for a child would change nothing: it is under way, or failed."""
-        item = self.of.get(name)
-        return item is not None and item.coverage in (Coverage.NEGOTIATING, Coverage.BACK_OFF)
+    def coverage(self, name: ChildName | None) -> Coverage:
+        """Return the coverage of a child; UNCOVERED for one that was never asked for."""
+        item = self.by_child.get(name) if name is not None else None
+        return Coverage.UNCOVERED if item is None else item.coverage
 
-    def names(self, flows: Iterable[Flow]) -> list[ChildName]:
-        """Return the children whose coverage is judged by one of these flows."""
+    def judged_by(self, flows: Iterable[Flow]) -> list[ChildName]:
+        """Return the children whose coverage depends on one of these flows."""
         return sorted(name for flow in flows for name in self._by_flow.get(flow, ()))
 
-    def moved(self) -> set[ChildName]:
-        """Return whose coverage is another, since this was asked last."""
-        moved, self._moved = self._moved, set()
-        return moved
+    def coverages(self, place: int) -> set[Coverage]:
+        """Return the coverages of the children that a policy asked for."""
+        return {self.by_child[name].coverage for name in self._by_place.get(place, ())}
 
-    def moved_places(self) -> set[int]:
-        """Return the places of the policies of which one asked for such a child; the same."""
-        moved, self._moved_places = self._moved_places, set()
-        return moved
+    def coverages_by_place(self) -> dict[int, set[Coverage]]:
+        """Return the same for every policy that asked."""
+        return {place: self.coverages(place) for place in self._by_place}
 
-    def _put(self, name: ChildName) -> None:
-        item = self.of[name]
-        self._by_flow.setdefault(item.flow, set()).add(name)
-        self._by_place.setdefault(item.place, set()).add(name)
-        self._moved_places.add(item.place)
-        self.flow_index.add(item.flow)
+    def unconfirmed(self, timer: Timer) -> Flow | None:
+        """Return the flow of a child that IKE reports up, if its timer ends the wait for the SA."""
+        item = self.by_child.get(timer.name)
+        if item is None or timer.kind != "limit" or item.coverage is not Coverage.NEGOTIATING:
+            return None
+        return item.flow if item.reported_up else None
 
-    def _take(self, name: ChildName) -> None:
-        item = self.of[name]
-        self.flow_index.discard(item.flow)
-        self._moved_places.add(item.place)
-        for index, key in ((self._by_flow, item.flow), (self._by_place, item.place)):
-            index[key].discard(name)  # type: ignore[index]
-            if not index[key]:  # type: ignore[index]
-                del index[key]  # type: ignore[arg-type]
+    # --- change -----------------------------------------------------------------------
 
-    def sa_is(self, name: ChildName, *, live: bool) -> list[do.Command]:
-        """The kernel does, or does not, protect the child's flow now."""
-        covered = self.of[name].coverage is Coverage.COVERED
-        if live == covered:
-            return []
-        return self._move(name, Input.SA_LIVE if live else Input.SA_LOST)
+    def ask(self, name: ChildName, flow: Flow, routed: Flow, policy: tuple[int, str]) -> Outcome:
+        """Start a child's negotiation for a refused flow, unless it is under way or has failed.
 
-    def failed(self, name: ChildName, cause: str) -> list[do.Command]:
-        """IKE says that it came to nothing."""
-        if name not in self.of:
-            return []
-        self.of[name].last_error = cause
-        return self._move(name, Input.FAILED)
+        `routed`: the flow with its source. `policy`: the place and name of the one that asks.
+        """
+        item = self.by_child.get(name)
+        if item is not None and item.coverage is not Coverage.UNCOVERED:
+            return self._advance(name, Input.ASKED)
+        place, text = policy
+        if item is None:
+            former = place
+            self.by_child[name] = Negotiation(flow, place, text)
+        else:
+            former = item.place
+            self._remove(name)
+            item.flow, item.place, item.policy = flow, place, text
+        self._flow_index.add(flow, routed)
+        self._by_flow.setdefault(flow, set()).add(name)
+        self._by_place.setdefault(place, set()).add(name)
+        outcome = self._advance(name, Input.ASKED)
+        if former != place:
+            outcome.coverages[former] = self.coverages(former)
+        return outcome
 
-    def done(self, name: ChildName) -> list[do.Command]:
-        """IKE says that it is up: then the kernel must show it soon."""
-        if name not in self.of or self.of[name].coverage is not Coverage.NEGOTIATING:
-            return []
-        self.of[name].said_up = True
-        return [do.AskIke(), do.StartTimer(Timer("limit", name), GRACE)]
+    def set_live(self, live: Mapping[ChildName, bool]) -> Outcome:
+        """Apply which of these children's flows a live SA protects now."""
+        outcome = Outcome()
+        for name, is_live in live.items():
+            if is_live != (self.by_child[name].coverage is Coverage.COVERED):
+                outcome.add(self._advance(name, Input.SA_LIVE if is_live else Input.SA_LOST))
+        return outcome
 
-    def timer(self, timer: Timer) -> list[do.Command]:
-        """A timer of `_move`'s ran out."""
-        name = timer.name
-        coverage = self.of[name].coverage if name in self.of else None
+    def failed(self, name: ChildName, cause: str) -> Outcome:
+        """Back off: IKE reports a failure, or took too long."""
+        if name not in self.by_child:
+            return Outcome()
+        self.by_child[name].last_error = cause
+        return self._advance(name, Input.FAILED)
+
+    def done(self, name: ChildName) -> Outcome:
+        """Give the kernel `GRACE` to show the SA that IKE reports up."""
+        if self.coverage(name) is not Coverage.NEGOTIATING:
+            return Outcome()
+        self.by_child[name].reported_up = True
+        return Outcome([do.AskIke(), do.StartTimer(Timer("limit", name), GRACE)])
+
+    def timer_fired(self, timer: Timer) -> Outcome:
+        """End a negotiation at its limit, or a back-off."""
+        name, coverage = timer.name, self.coverage(timer.name)
         if timer.kind == "limit" and coverage is Coverage.NEGOTIATING:
-            item = self.of[name]
-            if item.said_up:
-                return self.failed(
-                    name, f"strongSwan reports it as up, but no SA protects {item.flow}"
-                )
-            return self.failed(name, f"strongSwan did not finish within {LIMIT:.0f} s")
+            item = self.by_child[name]
+            if item.reported_up:
+                cause = f"strongSwan reports it as up, but no SA protects {item.flow}"
+            else:
+                cause = f"strongSwan did not finish within {LIMIT:.0f} s"
+            return self.failed(name, cause)
         if timer.kind == "retry" and coverage is Coverage.BACK_OFF:
-            return self._move(name, Input.RETRY)
-        return []
+            return self._advance(name, Input.RETRY)
+        return Outcome()
 
-    def ike_gone(self) -> list[do.Command]:
-        """Nothing is being negotiated any more."""
-        return [command for name in self.of for command in self._move(name, Input.IKE_GONE)]
+    def ike_gone(self) -> Outcome:
+        """End every negotiation: no daemon carries it on."""
+        outcome = Outcome()
+        for name in self.by_child:
+            outcome.add(self._advance(name, Input.IKE_GONE))
+        return outcome
 
     def renumber(
-        self, place_of: Callable[[ChildName, Flow], int | None], names: Sequence[str]
-    ) -> list[do.Command]:
-        """The policies are others now: find each negotiation's, forget those that have none."""
-        forgotten: list[do.Command] = []
-        for name, item in list(self.of.items()):
-            place = place_of(name, item.flow)
-            self._take(name)
-            if place is None:
-                del self.of[name]
-                self._moved.add(name)
-                forgotten += [
-                    do.StopTimer(Timer("limit", name)),
-                    do.StopTimer(Timer("retry", name)),
-                ]
-            else:
-                item.place, item.policy = place, names[place]
-                self._put(name)
-        return forgotten
+        self, places: Mapping[ChildName, int | None], policies: Sequence[Policy]
+    ) -> Outcome:
+        """Apply the places that the negotiations' policies have now; drop those without one."""
+        outcome = Outcome()
+        self._by_place.clear()
+        for name, place in places.items():
+            item = self.by_child[name]
+            if place is not None:
+                item.place, item.policy = place, policies[place].name
+                self._by_place.setdefault(place, set()).add(name)
+                continue
+            self._remove(name)
+            del self.by_child[name]
+            outcome.children.add(name)
+            outcome.commands += [
+                do.StopTimer(Timer("limit", name)),
+                do.StopTimer(Timer("retry", name)),
+            ]
+        return outcome
 
-    def places(self) -> set[int]:
-        """Return the places of the policies that ever asked."""
-        return set(self._by_place)
+    # --- one transition -----------------------------------------------------------------
 
-    def states(self, place: int) -> set[Coverage]:
-        """Return the coverages of what a policy asked for."""
-        return {self.of[name].coverage for name in self._by_place.get(place, ())}
+    def _remove(self, name: ChildName) -> None:
+        """Take a child out of the indexes."""
+        item = self.by_child[name]
+        self._flow_index.discard(item.flow)
+        self._by_flow[item.flow].discard(name)
+        if not self._by_flow[item.flow]:
+            del self._by_flow[item.flow]
+        here = self._by_place.get(item.place, set())
+        here.discard(name)
+        if not here:
+            self._by_place.pop(item.place, None)
 
-    def _move(self, name: ChildName, event: Input) -> list[do.Command]:
-        """Advance, and return what the new state asks for."""
-        item = self.of[name]
+    def _advance(self, name: ChildName, event: Input) -> Outcome:
+        item = self.by_child[name]
         before, item.coverage = item.coverage, advance(item.coverage, event)
         if before is item.coverage:
-            return []
-        self._moved.add(name)
-        self._moved_places.add(item.place)
+            return Outcome()
+        commands = self._enter(name, item, event)
+        return Outcome(commands, {name}, {item.place: self.coverages(item.place)})
+
+    def _enter(self, name: ChildName, item: Negotiation, event: Input) -> list[do.Command]:
+        """Count, and return the commands of the state that `event` led to."""
         limit, retry = Timer("limit", name), Timer("retry", name)
         match item.coverage:
             case Coverage.NEGOTIATING:
                 item.attempts += 1
-                item.said_up = False
+                item.reported_up = False
                 return [
                     do.Initiate(name, limit=LIMIT),
                     do.StartTimer(limit, LIMIT + GRACE),
@@ -257,6 +231,6 @@ class Negotiations:
         return [do.StopTimer(limit), do.StopTimer(retry), log]
 
     def _pause(self, failures: int) -> float:
-        """Exponential, and spread so that many gates do not ask one peer at once."""
+        """Return seconds: exponential, and spread so that many gates don't ask a peer at once."""
         pause = min(BACK_OFF_LAST, BACK_OFF_FIRST * 2.0 ** (failures - 1))
-        return float(pause * (0.75 + self.random.random() / 2))
+        return float(pause * (0.75 + self._spread() / 2))

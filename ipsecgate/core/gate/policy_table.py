@@ -1,136 +1,149 @@
-"""The operator's policies in force: as the hooks' policy table, and as the floor under it.
+"""The policies in force, and the table of them that the hooks search.
 
-    policies     configured ones, else one for every known remote traffic selector
-    the table    each policy, and the errno that its refusals return now
-    the floor    what no process of the host may send but under an SA
+    policies     the configured ones, else one for each remote traffic selector ever loaded
+    the table    each policy, with the errno that a call refused by it returns now
 
-A policy's place in the table is its number in the hooks' events, and is only known here.
+A policy's place in the list is its number in the table and in the hooks' events.
+
+Policies that do not all fit: some become wider, so more is refused than need be
+(`core.tables.capacity`); `errors` names them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
+
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.derived import DerivedPolicies
-from ipsecgate.core.gate.hook_tables import HookTables
-from ipsecgate.core.gate.negotiations import Negotiations
-from ipsecgate.core.gate.protection import Protection
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, Network
-from ipsecgate.core.model.ipsec import Action, ChildName
+from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy, Settings
-from ipsecgate.core.state.floor import floor_policies, is_floor
-from ipsecgate.core.tables.layout import TableId, flow_key
-from ipsecgate.core.tables.table import EMPTY
+from ipsecgate.core.tables.capacity import fit_policies, join_names
+from ipsecgate.core.tables.layout import Key, TableId, flow_key
+from ipsecgate.core.tables.policy_rules import policy_rules
+from ipsecgate.core.tables.table import EMPTY, Table, TableFullError, compile_table
 
 NOT_KNOWN_YET = (Policy("not-known-yet", (ANY_V4, ANY_V6)),)
 
 
 class PolicyTable:
-    """What the policies are, and what the hooks and the kernel were told of them."""
+    """The settings in force, the policies that follow from them, and the published table."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        derived: DerivedPolicies,
-        hook_tables: HookTables,
-        protection: Protection,
-        negotiations: Negotiations,
-    ) -> None:
+    def __init__(self, settings: Settings, remembered: Iterable[ChildConfig]) -> None:
         self.settings = settings
-        self.derived = derived
-        self._hook_tables = hook_tables
-        self._protection = protection
-        self._negotiations = negotiations
-        self._numbered: tuple[Policy, ...] = ()  # by these the negotiations' places count
-        self._errnos = settings.errnos
-        self._floor: tuple[Policy, ...] | None = None  # the policies it is under, None: to be told
+        self.content: Table | None = None  # None: nothing published, so the hooks refuse all
+        self._derived = DerivedPolicies(remembered)
+        self._published: tuple[Policy, ...] = ()
+        self._errnos = settings.errnos  # in the table
+        self._entries: dict[int, list[tuple[int, Key]]] = {}  # of each policy, by its place
+        self._errors: list[str] = []
 
     @property
     def policies(self) -> tuple[Policy, ...]:
-        """Configured policies, else one for every known remote traffic selector."""
+        """Return the policies in force."""
         return self._policies_of(self.settings)
 
     def _policies_of(self, settings: Settings) -> tuple[Policy, ...]:
-        """Return what the policies would be by these settings."""
-        # What was published is only ever replaced, so without policies all of it is protected.
-        unknown = NOT_KNOWN_YET if TableId.POLICY in self._hook_tables.tables else ()
-        return settings.policies or self.derived.policies or unknown
+        # A published table can only be replaced, so without policies everything is protected.
+        unknown = () if self.content is None else NOT_KNOWN_YET
+        return settings.policies or self._derived.policies or unknown
 
-    def networks(self, settings: Settings) -> tuple[Network, ...]:
-        """Return the networks whose sources must be known by these settings."""
-        protect = (p for p in self._policies_of(settings) if p.action is Action.PROTECT)
+    def networks(self, settings: Settings | None = None) -> tuple[Network, ...]:
+        """Return the networks that must be protected, now or with other settings."""
+        policies = self._policies_of(settings or self.settings)
+        protect = (policy for policy in policies if policy.action is Action.PROTECT)
         return tuple(dict.fromkeys(network for policy in protect for network in policy.remote))
 
     @property
     def errors(self) -> list[str]:
-        """What the operator should mend."""
-        userland = self.settings.floor and self._protection.in_userspace
-        useless = ["gate.floor has no effect, because strongSwan does ESP"] if userland else []
-        tables = [*self._hook_tables.errors.values(), *self._protection.errors]
-        return [*tables, *self.derived.errors, *useless]
+        """Return the problems that the operator should fix."""
+        return [*self._errors, *self._derived.errors]
 
-    def refresh(self) -> list[do.Command]:
-        """Bring the policy table up to date: policies, and the errno of their refusals."""
-        if not self.policies:
-            return []
-        told: list[do.Command] = []
-        if self._numbered is not self.policies or self._errnos != self.settings.errnos:
-            told = self._renumber()
-        for place in sorted(self._negotiations.moved_places()):
-            told += self._hook_tables.errno(place, self._errno(place))
-        return told + self._keep_floor()
+    def learn(self, settings: Settings, children: Iterable[ChildConfig]) -> list[do.Command]:
+        """Derive policies from what the daemon has loaded, unless the settings have their own."""
+        return [] if settings.policies else self._derived.learn(children)
 
-    def _renumber(self) -> list[do.Command]:
-        """Publish the policies, and find anew which of them each negotiation is for."""
-        policies, uncovered = self.policies, self.settings.errnos.uncovered
-        told: list[do.Command] = []
-        if self._numbered != policies:
-            told = self._hook_tables.policies(policies, {}, uncovered)
-            self._numbered = policies
-            told += self._negotiations.renumber(self._place_for, [one.name for one in policies])
-        self._numbered, self._errnos = policies, self.settings.errnos
-        errnos = {place: self._errno(place) for place in self._negotiations.places()}
-        return told + self._hook_tables.policies(policies, errnos, uncovered)
+    # --- one flow ---------------------------------------------------------------------
 
-    def place_of(self, flow: Flow) -> int | None:
-        """Return the place of the policy that has a flow now."""
-        entry = self._hook_tables.tables.get(TableId.POLICY, EMPTY).classify(flow_key(flow))
-        return entry.id if entry and entry.id < len(self.policies) else None
+    def policy_for(self, flow: Flow) -> tuple[int, Policy] | None:
+        """Return the policy that names a flow, and its place; None if none does."""
+        entry = (self.content or EMPTY).classify(flow_key(flow))
+        policies = self.policies
+        return (entry.id, policies[entry.id]) if entry and entry.id < len(policies) else None
 
-    def _place_for(self, name: ChildName, flow: Flow) -> int | None:
-        """Return the place of the policy for which a child may be negotiated, to protect a flow."""
-        place = self.place_of(flow)
-        if place is None or self.policies[place].action is not Action.PROTECT:
+    def place_for(self, flow: Flow, name: ChildName) -> int | None:
+        """Return the place of the policy that has this child protect a flow, None if none does."""
+        place, policy = self.policy_for(flow) or (None, None)
+        if policy is None or policy.action is not Action.PROTECT:
             return None
-        child = self.policies[place].child
-        return place if child is None or name.matches(child) else None
+        return place if policy.child is None or name.matches(policy.child) else None
 
-    def _errno(self, place: int) -> int:
+    # --- the table --------------------------------------------------------------------
+
+    @property
+    def is_current(self) -> bool:
+        """Tell whether the table shows the policies and errnos in force."""
+        return self._published is self.policies and self._errnos == self.settings.errnos
+
+    def publish(self) -> list[do.Command]:
+        """Publish the policies in force, all of them uncovered; nothing if they are published."""
+        policies = self.policies
+        if policies == self._published:
+            self._published = policies
+            return []
+        compiled = self._compile(policies)
+        self._published = policies
+        self._entries = {}
+        for at, entry in compiled.entries.items():
+            self._entries.setdefault(entry.id, []).append(at)
+        commands = self._replace(compiled, {})
+        return [*commands, *(do.Log("error", text) for text in self._errors)]
+
+    def publish_errnos(self, states: Mapping[int, Set[Coverage]]) -> list[do.Command]:
+        """Set the errno of every policy, by the coverage of the children that it asked for."""
+        self._errnos = self.settings.errnos
+        errnos = {place: self._errno(coverages) for place, coverages in states.items()}
+        return self._replace(self.content or EMPTY, errnos)
+
+    def set_errno(self, place: int, coverages: Set[Coverage]) -> list[do.Command]:
+        """Set the errno of one policy; costs nothing for the others."""
+        table, error = self.content or EMPTY, self._errno(coverages)
+        entries = {
+            at: replace(table.entries[at], error=error) for at in self._entries.get(place, ())
+        }
+        if all(table.entries[at] == entry for at, entry in entries.items()):
+            return []
+        self.content = replace(table, entries={**table.entries, **entries})
+        return [do.SetEntry(TableId.POLICY, *at, entry) for at, entry in entries.items()]
+
+    def _errno(self, coverages: Set[Coverage]) -> int:
         errnos = self.settings.errnos
-        states = self._negotiations.states(place)
-        if Coverage.NEGOTIATING in states:
+        if Coverage.NEGOTIATING in coverages:
             return errnos.negotiating
-        return errnos.failed if states == {Coverage.BACK_OFF} else errnos.uncovered
+        return errnos.failed if coverages == {Coverage.BACK_OFF} else errnos.uncovered
 
-    def look_at_floor(self) -> None:
-        """Have it laid anew if somebody emptied the kernel's databases."""
-        if self._floor is not None:
-            there = sum(
-                is_floor(entry) for entry in self._protection.kernel_state.policies.values()
-            )
-            if there < len(floor_policies(self._floor)):
-                self._floor = None
+    def _replace(self, table: Table, errnos: Mapping[int, int]) -> list[do.Command]:
+        default = self.settings.errnos.uncovered
+        entries = {
+            at: replace(entry, error=errnos.get(entry.id, default))
+            for at, entry in table.entries.items()
+        }
+        old, self.content = self.content, replace(table, entries=entries)
+        changes = self.content.changes_from(old)
+        if changes is None:
+            return [do.Publish(TableId.POLICY, self.content)]
+        return [do.SetEntry(TableId.POLICY, *change) for change in changes]
 
-    def _keep_floor(self) -> list[do.Command]:
-        """Have the floor follow the policies.
-
-        There is none in audit mode, and none where IKE does ESP itself: it would block that.
-        """
-        if self.policies is NOT_KNOWN_YET:
-            return []
-        policy_table = self.settings.floor and not self.settings.audit
-        under = self.policies if policy_table and not self._protection.in_userspace else ()
-        if under is self._floor or under == self._floor:
-            return []
-        self._floor = under
-        return [do.SetFloor(floor_policies(under))]
+    def _compile(self, policies: tuple[Policy, ...]) -> Table:
+        self._errors = []
+        try:
+            return compile_table(policy_rules(policies, {}))
+        except TableFullError as error:
+            table, widened = fit_policies(policies)
+            names = join_names(policy.name for policy in widened)
+            self._errors = [
+                f"POLICY table: {error}; more is refused than necessary, because of {names}"
+            ]
+            return table

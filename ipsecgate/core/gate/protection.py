@@ -1,7 +1,11 @@
-"""What is protected now: whoever knows the SAs, and where routing sends a flow.
+"""Which flows are protected now: the SAs, the routes to them, and the SPD table made of both.
 
-Both witnesses are kept up to date, the kernel's databases and the IKE daemon's own ESP; one
-of them is asked.
+    Sources      the source address of unbound flows, as routing chooses it
+    SpdTable     the flows that a live SA protects, as published to the hooks
+    Protection   both, and the SAs: the kernel's and the IKE daemon's
+
+Where the IKE daemon does ESP itself, its SAs count, else the kernel's. Both are kept up to date,
+because only the connected daemon shows which.
 """
 
 from __future__ import annotations
@@ -9,37 +13,147 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from ipsecgate.core.gate.hook_tables import HookTables
+from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Address, Flow, Network
-from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa
+from ipsecgate.core.model.ipsec import (
+    Action,
+    ChildConfig,
+    ChildName,
+    ChildSa,
+    Direction,
+    SpdEntry,
+)
 from ipsecgate.core.model.policy import SaSource
-from ipsecgate.core.model.prefixes import LongestPrefix, limit_sources
+from ipsecgate.core.model.prefixes import LongestPrefix, PrefixSet, as_prefix, limit_sources
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
-from ipsecgate.core.tables.layout import SOURCES, Key, flow_key
+from ipsecgate.core.tables.capacity import fit_spd, join_names
+from ipsecgate.core.tables.layout import SOURCES, Key, State, TableId, flow_key
+from ipsecgate.core.tables.table import EMPTY, Table, TableFullError, Ternary, compile_table
 
-LOST = 8  # destinations whose sources do not fit, and that are named
+NAMED = 8  # destinations whose sources do not fit, and that are reported
+
+
+class Sources:
+    """The source address of an unbound socket, by destination.
+
+    An unbound flow has no source at connect(), but the SPD lookup needs one. So the controller
+    resolves it for every network that must be protected, and again whenever routes change. A flow
+    is refused while its source is unknown.
+    """
+
+    def __init__(self) -> None:
+        self.destinations: tuple[Network, ...] = ()
+        self.by_network: dict[Network, Address | None] = {}
+        self.errors: list[str] = []
+        self._covered = PrefixSet(())  # the destinations
+        self._longest: LongestPrefix[Address | None] = LongestPrefix(())
+
+    def follow(self, destinations: tuple[Network, ...]) -> list[do.Command]:
+        """Have the sources for these destinations resolved, unless they already are."""
+        if destinations == self.destinations:
+            return []
+        self.destinations, self._covered = destinations, PrefixSet(destinations)
+        return [do.ResolveSources(destinations)]
+
+    def resolved(self, event: on.SourcesResolved) -> list[do.Command]:
+        """Apply the resolved sources, and pass them on to the hooks.
+
+        If they are more than the hooks' table holds, those of some destinations stay unknown.
+        """
+        sources, lost = limit_sources(event.sources, self.destinations, SOURCES)
+        self.by_network = dict(sources)
+        self._longest = LongestPrefix(sources)
+        self.errors = [
+            f"{network}: routing divides it into more parts than the hooks can hold ({SOURCES}): "
+            "requests to it from sockets without a bound address are refused"
+            for network in lost[:NAMED]
+        ]
+        return [do.SetSources(tuple(self.by_network.items()))]
+
+    def route(self, flow: Flow) -> Flow:
+        """Return a bound flow as it is, an unbound one with the source that routing would choose.
+
+        The source is None if it is unknown.
+        """
+        if flow.saddr is not None:
+            return flow
+        return replace(flow, saddr=next(self._longest.containing(flow.daddr), (None, None))[1])
+
+    def are_known(self, networks: Iterable[Network]) -> bool:
+        """Tell whether something was resolved for each of these networks."""
+        known = PrefixSet(self.by_network)
+        return all(known.overlaps(as_prefix(network)) for network in networks)
+
+    def follows(self, network: Network) -> bool:
+        """Tell whether a network lies within the destinations."""
+        return self._covered.contains(as_prefix(network))
+
+
+class SpdTable:
+    """The published table; `content` is None until the first `update`.
+
+    If the rules do not all fit, those of the peers that need most are left out, so their flows stay
+    refused (`core.tables.capacity`); `errors` names them.
+    """
+
+    def __init__(self) -> None:
+        self.content: Table | None = None
+        self.errors: list[str] = []
+        # Regions that the last update may have changed; None: unknown, it may be any flow.
+        self.changed: list[Ternary] | None = []
+
+    def update(self, source: KernelState | UserspaceEsp) -> list[do.Command]:
+        """Publish the rules of `source`."""
+        rules = source.hook_rules()
+        self.errors = []
+        try:
+            table = compile_table(rules)
+        except TableFullError as error:
+            table, closed = fit_spd(rules, source.peer_of)
+            names = join_names(source.name_of(owner) for owner in closed)
+            self.errors = [f"SPD table: {error}; refused until all fit: {names}"]
+        old, self.content = self.content, table
+        self.changed = table.regions_changed_from(old)
+        changes = table.changes_from(old)
+        if changes is None:
+            return [do.Publish(TableId.SPD, table)]
+        return [do.SetEntry(TableId.SPD, *change) for change in changes]
+
+    def live_entries(self) -> set[tuple[int, Key]]:
+        """Return the places in the table at which a live SA protects."""
+        entries = (self.content or EMPTY).entries
+        return {place for place, entry in entries.items() if entry.state is State.LIVE}
+
+    def is_live(self, flow: Flow) -> bool:
+        """Tell whether a live SA protects a flow; its source must be known."""
+        entry = (self.content or EMPTY).classify(flow_key(flow))
+        return entry is not None and entry.state is State.LIVE
+
+
+Notification = on.XfrmEvent | on.ChildUp | on.ChildDown
+"""Events that arrive in groups: one change of an SA causes several."""
 
 
 class Protection:
-    """The mirror, the IKE daemon's own ESP, and the sources of unbound flows."""
+    """The kernel's and the daemon's SAs, the sources of unbound flows, and the SPD table."""
 
-    def __init__(self, source: SaSource, hook_tables: HookTables) -> None:
+    def __init__(self, configured: SaSource) -> None:
         self.kernel_state = KernelState()
         self.userspace_esp = UserspaceEsp()
-        self.sa_source = source  # AUTO until the IKE daemon told
-        self.sources: dict[Network, Address | None] = {}
-        self.errors: list[str] = []  # of the sources
-        self._by_prefix: LongestPrefix[Address | None] = LongestPrefix(())
-        self.drift = 0  # policies and SAs that the kernel's events had not told as they are
+        self.sources = Sources()
+        self.spd_table = SpdTable()
+        self.sa_source = configured  # with AUTO, the daemon's as soon as it is connected
+        self.drift = 0  # policies and SAs that dumps showed and notifications had not
+        self._configured = configured
         self._tun = 0
-        self._hook_tables = hook_tables
+        self._published_tun: int | None = None  # a predecessor may have set another
         self._heard: set[type[on.Event]] = set()
 
     @property
     def source(self) -> KernelState | UserspaceEsp:
-        """Who says which SAs are live."""
+        """Return the one that knows the live SAs."""
         return self.userspace_esp if self.sa_source is SaSource.VICI else self.kernel_state
 
     @property
@@ -48,99 +162,130 @@ class Protection:
         return self.source is self.userspace_esp
 
     @property
-    def tun(self) -> int:
-        """Return behind which interface the daemon does ESP, by index; 0: none."""
-        return self._tun if self.in_userspace else 0
+    def errors(self) -> list[str]:
+        """Return the problems that the operator should fix."""
+        return [*self.spd_table.errors, *self.sources.errors]
 
-    def hears(self, event: on.Event) -> None:
-        """Note that a witness was heard at least once."""
-        self._heard.add(type(event))
+    # --- events in ------------------------------------------------------------------
 
-    def is_known(self, routed: bool) -> bool:
-        """Tell whether every witness that is needed was heard; half the truth is none.
-
-        `routed`: there are destinations whose routes matter.
-        """
-        ike = bool(self._heard & {on.IkeConnected, on.IkeGone})
-        if self.sa_source is not SaSource.VICI:
-            return ike and on.KernelSnapshot in self._heard
-        return ike and (not routed or on.SourcesResolved in self._heard)
+    def notified(self, event: Notification) -> bool:
+        """Apply one notification; return whether it may change what is protected."""
+        match event:
+            case on.ChildUp():
+                self.kernel_state.child_up(event.sa)
+                self.userspace_esp.child_up(event.sa)
+            case on.ChildDown():
+                self.userspace_esp.child_down(event.sa)
+            case _:
+                return self.kernel_state.apply(event)
+        return True
 
     def snapshot(self, event: on.KernelSnapshot) -> int:
-        """Take in a dump; return how much of it should have been known, and was not."""
-        self.hears(event)
-        news = self.kernel_state.replace(event)
-        drift = news if event.check else 0
+        """Apply a dump; return in how many policies and SAs it differs from what should be known.
+
+        0 for a dump that is not a check: it follows lost notifications, so differences are normal.
+        """
+        self._heard.add(on.KernelSnapshot)
+        difference = self.kernel_state.replace(event)
+        drift = difference if event.check else 0
         self.drift += drift
         return drift
 
-    def resolved(self, event: on.SourcesResolved, destinations: Iterable[Network]) -> None:
-        """Take in where routing sends what; of what is too much, some are not known then."""
-        self.hears(event)
-        sources, lost = limit_sources(event.sources, destinations, SOURCES)
-        self.sources = dict(sources)
-        self._by_prefix = LongestPrefix(sources)
-        self.errors = [
-            f"{one}: routing divides it into more parts than the hooks can hold ({SOURCES}): "
-            "requests to it from sockets without a bound address are refused"
-            for one in lost[:LOST]
-        ]
-        self.userspace_esp.routed(event.into_tun)
+    def resolved(self, event: on.SourcesResolved) -> list[do.Command]:
+        """Apply the routes: sources for the hooks, and destinations behind the daemon's device."""
+        self._heard.add(on.SourcesResolved)
         self._tun = event.tun
+        self.userspace_esp.routed(event.into_tun)
+        return self.sources.resolved(event)
 
     def ike_connected(self, event: on.IkeConnected) -> bool:
-        """Take in what the daemon has established; return whether that is news."""
-        self.hears(event)
-        news = self.kernel_state.ike_connected(event.established)
-        return self.userspace_esp.ike_connected(event.established) or news
+        """Apply the daemon's list of established SAs; return whether anything is new."""
+        self._heard.add(on.IkeConnected)
+        before = self.sa_source
+        if self._configured is SaSource.AUTO:
+            self.sa_source = SaSource.VICI if event.userspace_esp else SaSource.XFRM
+        kernel = self.kernel_state.ike_connected(event.established)
+        daemon = self.userspace_esp.ike_connected(event.established)
+        return kernel or daemon or before is not self.sa_source
 
     def ike_gone(self) -> None:
-        """Nobody vouches for any SA."""
+        """Stop trusting any SA: no daemon confirms it."""
+        self._heard.add(on.IkeGone)
         self.kernel_state.ike_gone()
         self.userspace_esp.ike_gone()
 
-    def child_up(self, sa: ChildSa) -> None:
-        """The daemon told of one more."""
-        self.kernel_state.child_up(sa)
-        self.userspace_esp.child_up(sa)
+    def may_be_unknown(self, entry: SpdEntry) -> bool:
+        """Tell whether a kernel policy may belong to a connection that was loaded just now.
 
-    def source_of(self, flow: Flow) -> Address | None:
-        """Return the flow's source: its own, else the one routing would choose."""
-        if flow.saddr is not None:
-            return flow.saddr
-        return next(self._by_prefix.containing(flow.daddr), (None, None))[1]
+        A policy outside all known destinations may, and a trap, which names no SPI.
+        """
+        if entry.action is not Action.PROTECT or entry.key.direction is not Direction.OUT:
+            return False
+        is_trap = not all(template.spi for template in entry.templates)
+        return is_trap or not self.sources.follows(entry.key.selector.dst)
 
-    def key_of(self, flow: Flow) -> Key | None:
-        """Return a flow as the hooks look it up in the SPD table; None: its source is unknown."""
-        saddr = self.source_of(flow)
-        return None if saddr is None else flow_key(replace(flow, saddr=saddr))
+    # --- the SPD table ----------------------------------------------------------------
+
+    @property
+    def is_known(self) -> bool:
+        """Tell whether everything was heard that decides what is protected.
+
+        With half of it, covered flows would be refused that a predecessor's table lets pass.
+        """
+        if not self._heard & {on.IkeConnected, on.IkeGone}:
+            return False
+        if self.sa_source is not SaSource.VICI:
+            return on.KernelSnapshot in self._heard
+        return not self.sources.destinations or on.SourcesResolved in self._heard
+
+    def publish(self) -> list[do.Command]:
+        """Bring the SPD table up to date, and the device that the backstop lets packets into.
+
+        Packets into the daemon's own TUN device are not in clear: the daemon encrypts them.
+        """
+        tun = self._tun if self.in_userspace else 0
+        before, self._published_tun = self._published_tun, tun
+        set_tun = [do.SetTun(tun)] if tun != before else []
+        return [*set_tun, *self.spd_table.update(self.source)]
 
     def is_live(self, flow: Flow) -> bool:
-        """Tell whether the hooks would let a protected flow go now."""
-        saddr = self.source_of(flow)
-        return saddr is not None and self._hook_tables.is_live(replace(flow, saddr=saddr))
+        """Tell whether a live SA protects a flow; never if its source is unknown."""
+        routed = self.sources.route(flow)
+        return routed.saddr is not None and self.spd_table.is_live(routed)
+
+    # --- CHILD_SAs that need attention ------------------------------------------------
 
     def is_up(self, config: ChildConfig) -> bool:
-        """Tell whether the kernel has all that IKE says of a child: asking changes nothing."""
+        """Tell whether the kernel has a CHILD_SA of this configuration that the daemon lists.
+
+        Then another negotiation changes nothing.
+        """
         established = self.kernel_state.established(config.name)
         return not self.in_userspace and any(
             not self.kernel_state.is_missing(sa) for sa in established
         )
 
-    def one_way_children(self) -> set[ChildSa]:
-        """Return the CHILD_SAs of which the kernel has lost what it needs to receive."""
-        return set() if self.in_userspace else self.kernel_state.one_way_children()
+    def one_way(self, networks: Iterable[Network]) -> set[ChildSa]:
+        """Return the CHILD_SAs towards these networks whose inbound half the kernel has lost."""
+        if self.in_userspace:
+            return set()
+        protected = PrefixSet(networks)
+        return {
+            sa
+            for sa in self.kernel_state.one_way_children()
+            if any(protected.overlaps(as_prefix(remote.network)) for remote in sa.remote)
+        }
 
     def stale(self, name: ChildName, flow: Flow) -> list[ChildSa]:
-        """Return what IKE believes to protect this flow, and of which the kernel has nothing.
+        """Return the CHILD_SAs that should protect a flow, if the kernel has none of them.
 
-        A flow outside what was negotiated is no reason, nor is a child's predecessor, nor are
-        the other peers of its configuration.
+        If it has one, that may be the successor in a rekeying, so the result is empty. CHILD_SAs
+        whose selectors do not contain the flow, such as those with other peers, are left out.
         """
-        there = flow.daddr, flow.proto, flow.dport
+        remote = flow.daddr, flow.proto, flow.dport
         covering = [
             sa
             for sa in self.source.established(name)
-            if any(selector.contains(*there) for selector in sa.remote)
+            if any(selector.contains(*remote) for selector in sa.remote)
         ]
         return covering if all(self.source.is_missing(sa) for sa in covering) else []

@@ -40,6 +40,7 @@ from ipsecgate.core.tables.table import (
 # Limits that `_widen` aims at for the number of masks, tried in turn, because `_arrange` may add
 # masks. Two are left for policies that are widened to everything, one for each IP version.
 BUDGETS = (TUPLES - 2, TUPLES // 2, TUPLES // 4, 0)
+NAMES = 8  # in one message
 
 
 # --- the SPD --------------------------------------------------------------------------
@@ -225,3 +226,10 @@ def _is_laxer(policy: Policy, other: Policy) -> bool:
     if other.action is Action.DISCARD:
         return policy.action is not Action.DISCARD
     return policy.action is Action.BYPASS
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Join distinct names for a message; beyond `NAMES` only their number."""
+    distinct = list(dict.fromkeys(names))
+    rest = f" and {len(distinct) - NAMES} more" if len(distinct) > NAMES else ""
+    return ", ".join(distinct[:NAMES]) + rest

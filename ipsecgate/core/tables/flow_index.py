@@ -9,26 +9,28 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from ipsecgate.core.model.flow import Flow
-from ipsecgate.core.tables.layout import Key
+from ipsecgate.core.tables.layout import Key, flow_key
 from ipsecgate.core.tables.table import Ternary
 
 MASKS = 64  # indexes kept, one per mask; when the limit is reached, all are rebuilt on demand
 
 
 class FlowIndex:
-    """A multiset of flows. `key_of` returns the key that the hooks look up; None: unknown."""
+    """A multiset of flows, by the hooks' keys for them in the SPD table.
 
-    def __init__(self, key_of: Callable[[Flow], Key | None]) -> None:
-        self._key_of = key_of
-        self._keys: dict[Flow, Key | None] = {}
+    A flow is looked up as `routed`: with the source that routing chooses, None if unknown.
+    """
+
+    def __init__(self) -> None:
+        self._keys: dict[Flow, Key | None] = {}  # None: no source, so no region has it
         self._times: Counter[Flow] = Counter()
         self._indexes: dict[Key, dict[Key, set[Flow]]] = {}  # by mask, then by masked key
 
-    def add(self, flow: Flow) -> None:
+    def add(self, flow: Flow, routed: Flow) -> None:
         """Watch a flow; one that was added twice must be discarded twice."""
         self._times[flow] += 1
         if flow not in self._keys:
-            self._keys[flow] = key = self._key_of(flow)
+            self._keys[flow] = key = _key_of(routed)
             for mask, index in self._indexes.items():
                 if key is not None:
                     index.setdefault(key.masked(mask), set()).add(flow)
@@ -46,9 +48,9 @@ class FlowIndex:
                 if not index[key.masked(mask)]:
                     del index[key.masked(mask)]
 
-    def reroute(self) -> None:
+    def reroute(self, route: Callable[[Flow], Flow]) -> None:
         """Recompute every key, because source addresses have changed."""
-        self._keys = {flow: self._key_of(flow) for flow in self._keys}
+        self._keys = {flow: _key_of(route(flow)) for flow in self._keys}
         self._indexes.clear()
 
     def within(self, regions: Iterable[Ternary]) -> set[Flow]:
@@ -68,3 +70,7 @@ class FlowIndex:
                     index.setdefault(key.masked(mask), set()).add(flow)
             self._indexes[mask] = index
         return self._indexes[mask]
+
+
+def _key_of(routed: Flow) -> Key | None:
+    return None if routed.saddr is None else flow_key(routed)

@@ -135,9 +135,33 @@ class Table:
                 return entry
         return None
 
-    def same_shape(self, other: Table) -> bool:
-        """Return whether only the contents of entries differ, so they can be updated in place."""
-        return self.masks == other.masks and self.entries.keys() == other.entries.keys()
+    def changes_from(self, old: Table | None) -> list[tuple[int, Key, Entry]] | None:
+        """Return the entries that differ from `old`, with their masks' places.
+
+        None if keys or masks differ, too, so the whole table must be replaced.
+        """
+        if old is None or self.masks != old.masks or self.entries.keys() != old.entries.keys():
+            return None
+        return [(*at, entry) for at, entry in self.entries.items() if old.entries[at] != entry]
+
+    def regions_changed_from(self, old: Table | None) -> list[Ternary] | None:
+        """Return regions outside which every flow gets the same answer as before; None: unknown.
+
+        If the masks that both tables have are in the same order, a flow that matches no entry which
+        came, went or changed meets the same entries in the same order.
+        """
+        if old is None or any(len(set(one.masks)) < len(one.masks) for one in (old, self)):
+            return None
+        common = set(old.masks) & set(self.masks)
+        order = [[mask for mask in one.masks if mask in common] for one in (old, self)]
+        if order[0] != order[1]:
+            return None
+        before, now = (
+            {(one.masks[index], key): entry for (index, key), entry in one.entries.items()}
+            for one in (old, self)
+        )
+        changed = {at for at, _ in before.items() ^ now.items()}
+        return [Ternary(key, mask) for mask, key in changed]
 
 
 EMPTY = Table((), {})

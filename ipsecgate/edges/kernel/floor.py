@@ -31,7 +31,7 @@ class Floor:
         self.errors: list[str] = []
 
     def set(self, wanted: tuple[FloorPolicy, ...]) -> None:
-        """Replace the floor by these policies as soon as `run` gets to it."""
+        """Replace the floor with these policies as soon as `run` gets to it."""
         self._wanted.put_nowait(wanted)
 
     async def run(self) -> None:
@@ -52,7 +52,7 @@ class Floor:
 
 
 async def keep(tag: int, wanted: tuple[FloorPolicy, ...]) -> None:
-    """Replace the floor with this tag by these policies, in this network namespace.
+    """Replace the floor that has this tag with these policies, in this network namespace.
 
     If the kernel rejects one policy, the others are still set.
     Raises: OSError, the first rejection; DecodeError.
