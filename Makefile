@@ -144,6 +144,7 @@ chaos: setup ## check that nothing leaks in a thousand faults, a million connect
 bench: setup ## measure on this machine: ratios and medians
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection
 	$(BIN)/python -m bench.hold
+	$(BIN)/python -m bench.packet
 
 # Runs Debian's Vagrant and libvirt in new namespaces; the box is built once (2 GB in .cache).
 vagrant-test: setup ## test vagrant/ with a real `vagrant up`, first connections and a boot (slow)

@@ -12,6 +12,10 @@
 #define LISTEN 10
 #define SYN 2
 
+#define IKE 500 /* RFC 7296 section 2 */
+#define IKE_NAT 4500
+#define LOCALHOST 0x7f000001
+
 static __always_inline int block(struct __sk_buff *skb, const struct gate_key *flow, int reason,
 				 const struct gate_entry *policy)
 {
@@ -77,6 +81,33 @@ static __always_inline int was_asked(struct __sk_buff *skb, struct bpf_sock *sk,
 	return same(to, flow->daddr);
 }
 
+/* Does the IKE daemon, known by its cgroup, have a UDP socket on this port in the packet's
+ * namespace? The kernel searches that of the packet's device, so no sender can forge it. */
+static __always_inline int is_beside_daemon(struct __sk_buff *skb, __u16 port)
+{
+	struct bpf_sock_tuple to = { .ipv4 = { .daddr = bpf_htonl(LOCALHOST),
+					       .dport = bpf_htons(port) } };
+	struct bpf_sock *sk = bpf_sk_lookup_udp(skb, &to, sizeof(to.ipv4), BPF_F_CURRENT_NETNS, 0);
+	__u64 cgroup;
+
+	if (!sk)
+		return 0;
+	cgroup = bpf_sk_cgroup_id(sk);
+	bpf_sk_release(sk);
+	return cgroup && cgroup == setting(GATE_IKE_CGROUP);
+}
+
+/* Does the packet leave through the daemon's TUN device? There the daemon encrypts it, or drops it.
+ * The index is not enough: it is unique only within one network namespace, and root of another
+ * namespace can choose it. */
+static __always_inline int is_into_tun(struct __sk_buff *skb)
+{
+	__u64 tun = setting(GATE_TUN);
+
+	return tun && skb->ifindex == tun &&
+	       (is_beside_daemon(skb, IKE) || is_beside_daemon(skb, IKE_NAT));
+}
+
 int egress(struct __sk_buff *skb)
 {
 	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
@@ -85,7 +116,7 @@ int egress(struct __sk_buff *skb)
 	struct gate_entry *policy;
 	struct gate_key flow = {};
 	struct packet packet = {};
-	__u64 epoch, tun;
+	__u64 epoch;
 
 	if (skb->ifindex == LOOPBACK)
 		return 1; /* to an address of this host: it never leaves */
@@ -120,10 +151,7 @@ int egress(struct __sk_buff *skb)
 		return pass(sk, &flow, generation);
 	if (policy->state != GATE_PROTECT)
 		return block(skb, &flow, GATE_BLOCK_DISCARD, policy);
-	tun = setting(GATE_TUN);
-	if (tun && skb->ifindex == tun)
-		return 1; /* the daemon makes ESP of it, or drops it */
-	if (is_encapsulated(skb, sk, &flow, &packet))
+	if (is_into_tun(skb) || is_encapsulated(skb, sk, &flow, &packet))
 		return 1;
 	return block(skb, &flow, GATE_BLOCK_CLEAR, policy);
 }

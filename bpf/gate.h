@@ -79,7 +79,8 @@ struct gate_source {
 #define GATE_GENERATION 7       /* incremented after every change of a table or a source */
 #define GATE_NETNS 8            /* cookie of the network namespace whose SPD this is */
 #define GATE_TUN 9              /* interface behind which the IKE daemon does ESP, 0 = none */
-#define GATE_IKE_CGROUP 10      /* the IKE daemon's cgroup, 0 = any; guards against a reused pid */
+#define GATE_IKE_CGROUP 10      /* the IKE daemon's cgroup; guards against a reused pid or index.
+				 * 0: the pid counts in any cgroup, GATE_TUN in no namespace */
 #define GATE_SETTINGS 11
 
 /* What a socket remembers, and the generation in which it was true. */

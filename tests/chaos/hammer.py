@@ -36,7 +36,16 @@ from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.errors import GateError
 from tests.chaos.run import chosen_seed
-from tests.system.hooked_cgroup import HERE, PEER, THERE, HookedCgroup, hooked_cgroup, live, protect
+from tests.system.hooked_cgroup import (
+    HERE,
+    PEER,
+    THERE,
+    HookedCgroup,
+    hooked_cgroup,
+    live,
+    no_backstop,
+    protect,
+)
 
 WORKERS = 2
 TURNS_WANTED = 200
@@ -207,7 +216,7 @@ def another_version(hooked: HookedCgroup, code: Bytecode, rng: random.Random) ->
     hooked.pins.load(code)
     data = Datapath(hooked.pins)
     data.set(Setting.NETNS, hooked.netns)
-    data.set(Setting.TUN, hooked.link)
+    no_backstop(data, hooked.link)
     data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
     publish(data)
     hooked.pins.switch()

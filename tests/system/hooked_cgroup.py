@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +46,7 @@ class HookedCgroup:
     namespace: Namespace
     link: int
     netns: int
+    ike: socket.socket
     refusals: list[FlowRefused] = field(default_factory=list)
     before: Mapping[Reason, int] = field(default_factory=dict)
 
@@ -67,12 +70,11 @@ class HookedCgroup:
             Setting.AUDIT,
             Setting.DENY,
             Setting.IKE,
-            Setting.IKE_CGROUP,
             Setting.ERROR,
         ):
             self.data.set(setting, 0)
         self.data.set(Setting.NETNS, self.netns)
-        self.data.set(Setting.TUN, self.link)
+        no_backstop(self.data, self.link)
         self.data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
         self.publish(TableId.POLICY, *protect())
         self.publish(TableId.SPD)
@@ -123,9 +125,27 @@ def hooked_cgroup(
         stack.callback(gated.close)
         with namespace.inside():
             netns = netns_cookie()
-        made = HookedCgroup(cgroup, pins, data, gated, free, namespace, link, netns)
+            ike = ike_socket()
+        made = HookedCgroup(cgroup, pins, data, gated, free, namespace, link, netns, ike)
+        stack.callback(lambda: made.ike.close())  # noqa: PLW0108  a test may replace it
         data.open_ring(made.refusals.append)
         yield made
+
+
+def ike_socket(port: int = 500) -> socket.socket:
+    """Return a UDP socket like the IKE daemon's, by which the backstop knows its namespace."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind(("127.0.0.1", port))
+    return sock
+
+
+def no_backstop(data: Datapath, link: int) -> None:
+    """Make the backstop take a link for the IKE daemon's device, so that its packets pass.
+
+    The daemon is known by this process's cgroup; `ike_socket` must be open in the link's namespace.
+    """
+    data.set(Setting.TUN, link)
+    data.set(Setting.IKE_CGROUP, cgroups.of_process(os.getpid()).stat().st_ino)
 
 
 def protect() -> list[Rule]:

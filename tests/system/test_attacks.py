@@ -15,17 +15,25 @@ import pytest
 from ipsecgate.controller.hook_writer import HookWriter
 from ipsecgate.core.tables.layout import Reason, Setting
 from ipsecgate.edges.bpf.objects import HOOKS
+from ipsecgate.lab.netns import Namespace
 from tests.system import attacker
-from tests.system.hooked_cgroup import OTHER, PEER, HookedCgroup
+from tests.system.hooked_cgroup import OTHER, PEER, HookedCgroup, ike_socket
 
 
 def attack(
-    hooked: HookedCgroup, way: str, address: str, argument: str = "", fds: Sequence[int] = ()
+    hooked: HookedCgroup,
+    way: str,
+    address: str,
+    argument: str = "",
+    *,
+    fds: Sequence[int] = (),
+    namespace: Namespace | None = None,
+    gated: bool = True,
 ) -> list[str]:
+    """Run an attack, by default in the gated cgroup and its namespace; return each step's errno."""
     words = [sys.executable, "-S", attacker.__file__, way, address, argument]
-    script = (
-        f'echo 0 > {hooked.cgroup}/cgroup.procs && exec nsenter --net={hooked.namespace.path} "$@"'
-    )
+    join = f"echo 0 > {hooked.cgroup}/cgroup.procs && " if gated else ""
+    script = f'{join}exec nsenter --net={(namespace or hooked.namespace).path} "$@"'
     done = subprocess.run(
         ["sh", "-c", script, "sh", *words],
         pass_fds=fds,
@@ -44,10 +52,16 @@ def test_an_io_uring_kernel_thread_is_gated_like_its_process(hooked: HookedCgrou
     assert attack(hooked, "polled", OTHER[4]) == [""]
 
 
+def test_an_inherited_ring_acts_for_its_ungated_maker(hooked: HookedCgroup) -> None:
+    """A limit in docs/threat-model.md: a ring made outside the cgroup makes sockets outside."""
+    results = attack(hooked, "inherited_ring", PEER[4], str(hooked.cgroup), gated=False)
+    assert results == ["EPERM", ""]
+
+
 def test_a_socket_passed_to_an_ungated_process_stays_gated(hooked: HookedCgroup) -> None:
     here, there = socket.socketpair()
     with here, there:
-        assert attack(hooked, "handed", "", str(there.fileno()), [there.fileno()]) == [""]
+        assert attack(hooked, "handed", "", str(there.fileno()), fds=[there.fileno()]) == [""]
         _, (fd,), *_ = socket.recv_fds(here, 1, 1)
     with socket.socket(fileno=fd) as sock:
         with pytest.raises(PermissionError):
@@ -62,23 +76,63 @@ def test_a_process_that_poses_as_the_peer_is_blocked_by_the_backstop(hooked: Hoo
 
 
 def test_root_in_its_own_namespaces_is_refused(hooked: HookedCgroup) -> None:
-    assert attack(hooked, "unshared", PEER[4], "77") == ["EPERM", "EPERM"]
-    assert hooked.counted(Reason.REFUSE_NETNS) == hooked.counted(Reason.BLOCK_CLEAR) == 1
-    assert attack(hooked, "unshared", OTHER[4], "77") == ["", ""]
+    assert attack(hooked, "unshared", PEER[4], "77") == ["EPERM", "EPERM", "EPERM"]
+    assert hooked.counted(Reason.REFUSE_NETNS) == 1
+    assert hooked.counted(Reason.BLOCK_CLEAR) == 2
+    assert attack(hooked, "unshared", OTHER[4], "77") == ["", "", ""]
 
 
-def test_an_interface_in_another_namespace_can_pass_for_the_daemons(
+def test_an_interface_in_another_namespace_does_not_pass_for_the_daemons(
     hooked: HookedCgroup,
 ) -> None:
-    """A limit in docs/threat-model.md: only raw sockets, and only with exactly that index."""
-    assert attack(hooked, "unshared", PEER[4], str(hooked.link)) == ["EPERM", ""]
+    """Neither the same index nor a socket on IKE's port in that namespace helps."""
+    index = str(hooked.link)
+    assert attack(hooked, "unshared", PEER[4], index) == ["EPERM", "EPERM", "EPERM"]
     assert hooked.counted(Reason.REFUSE_NETNS) == 1
+    assert hooked.counted(Reason.BLOCK_CLEAR) == 2
+    assert attack(hooked, "unshared", OTHER[4], index) == ["", "", ""]
+    assert hooked.gated("raw", PEER[4]) == "", "the daemon's own device"
+    assert hooked.counted(Reason.BLOCK_CLEAR) == 2
+
+
+def test_the_daemons_device_is_recognised_by_its_socket(hooked: HookedCgroup) -> None:
+    """The socket must be on IKE's port, in the daemon's cgroup, and in the device's namespace."""
+    hooked.data.set(Setting.IKE_CGROUP, hooked.cgroup.stat().st_ino)
+    assert hooked.gated("raw", PEER[4]) == "EPERM", "the socket is another cgroup's"
+    hooked.data.set(Setting.IKE_CGROUP, 0)
+    assert hooked.gated("raw", PEER[4]) == "EPERM", "the daemon's cgroup is not known"
+    hooked.renew()
+    assert hooked.gated("raw", PEER[4]) == ""
+    hooked.ike.close()
+    assert hooked.gated("raw", PEER[4]) == "EPERM", "there is no socket"
+    with hooked.namespace.inside():
+        hooked.ike = ike_socket(4500)
+        assert hooked.gated("raw", PEER[4]) == ""
+        hooked.ike.close()
+        hooked.ike = ike_socket()
 
 
 def test_root_without_capabilities_can_open_the_pins(hooked: HookedCgroup) -> None:
     """A limit in docs/threat-model.md: root owns the pins, and opening them needs nothing else."""
     pin = str(hooked.pins.current.folder / "maps" / "settings")
-    assert attack(hooked, "powerless", "", pin) == [""]
+    opened, packet_socket, xdp = attack(hooked, "powerless", "", pin)
+    assert (opened, packet_socket) == ("", "EPERM")
+    try:
+        socket.socket(attacker.AF_XDP, socket.SOCK_RAW).close()
+    except OSError:
+        assert xdp == "EAFNOSUPPORT", "this kernel has no AF_XDP"
+    else:
+        assert xdp == "EPERM"
+
+
+def test_a_containers_root_cannot_undo_the_hooks(hooked: HookedCgroup) -> None:
+    """With Docker's capabilities. As root it may open visible pins; it may make packet sockets."""
+    hooked.data.set(Setting.TUN, 0)
+    *steps, policy, raw = attack(hooked, "contained", PEER[4])
+    assert steps == ["EPERM", "EPERM", "EPERM", "EPERM", "EACCES", "EPERM", "EPERM"]
+    assert policy == "RTNETLINK answers: Operation not permitted"
+    assert raw == "EPERM"
+    assert hooked.counted(Reason.BLOCK_CLEAR) == 1
 
 
 def test_an_ike_daemon_that_has_ended_is_not_exempt(hooked: HookedCgroup) -> None:

@@ -87,6 +87,28 @@ def test_a_command_does_not_run_in_a_recreated_cgroup(controller: ControllerProc
     assert "removed and created again" in done.stderr
 
 
+TYPE = "import fcntl, termios\nfor letter in b'x', b'\\n': fcntl.ioctl(0, termios.TIOCSTI, letter)"
+
+
+def test_a_user_on_roots_terminal_can_write_its_input(controller: ControllerProcess) -> None:
+    """A limit in docs/threat-model.md, on kernels that still allow TIOCSTI."""
+    controller.start()
+    assert controller.hears("READY=1"), controller.log
+    command = controller.argv(
+        "exec", "--user", "nobody", "--", "/usr/bin/python3", "-S", "-c", TYPE
+    )
+    ours, terminal = os.openpty()
+    with controller.namespace.inside(), os.fdopen(ours, "rb"), os.fdopen(terminal, "rb") as root:
+        argv = ["setsid", "--ctty", "--wait", sys.executable, "-m", "ipsecgate", *command]
+        done = subprocess.run(argv, stdin=root, stderr=subprocess.PIPE, check=False, timeout=60)
+        legacy = Path("/proc/sys/dev/tty/legacy_tiocsti")
+        if legacy.exists() and legacy.read_text().strip() == "0":
+            assert b"Errno 5" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr
+            assert root.readline() == b"x\n"
+
+
 @contextlib.contextmanager
 def crowd(path: Path, size: int, *says: bytes) -> Iterator[None]:
     """Connect many clients of root's that send something and stay connected, if accepted."""

@@ -163,6 +163,7 @@ def test_a_socket_is_checked_again_when_the_policies_change(naked: HookedCgroup)
 
 
 def test_only_the_sockets_of_the_ike_daemon_pass(naked: HookedCgroup) -> None:
+    naked.data.set(Setting.IKE_CGROUP, 0)
     naked.data.set(Setting.IKE, naked.gated.process.pid)
     for _ in range(3):
         assert naked.gated("kept sendto", PEER[4], 500) == ""

@@ -188,6 +188,7 @@ def test_audit_mode_counts_and_refuses_nothing(hooked: HookedCgroup) -> None:
 
 
 def test_only_the_ike_daemon_is_exempt(hooked: HookedCgroup) -> None:
+    hooked.data.set(Setting.IKE_CGROUP, hooked.cgroup.stat().st_ino)
     hooked.data.set(Setting.IKE, hooked.gated.process.pid)
     assert hooked.gated("sendto", PEER[4], 500) == ""
     assert hooked.counted(Reason.ALLOW_EXEMPT) == 1

@@ -142,6 +142,19 @@ def test_a_gated_service_reaches_the_peer_inside_esp_only(lab: Lab, systemd: Boo
     assert clear == {"gated.slice": False, "system.slice": True}
 
 
+def test_a_process_that_systemd_starts_for_a_gated_one_is_not_gated(
+    systemd: BootedSystemd,
+) -> None:
+    """A limit in docs/threat-model.md: the gate applies to a process, not to its requests."""
+    probe = ["/usr/bin/python3", "-S", "-I", "/etc/probe.py"]
+    options = ["--property=Type=oneshot", "--property=StandardOutput=file:/run/another.out"]
+    request = ["systemd-run", "--quiet", *options, *probe]
+    for name, command in (("itself", probe), ("request", request)):
+        systemd.start(name, command, "Slice=gated.slice", "Type=oneshot")
+    results = [systemd.output(name).strip() for name in ("itself", "another")]
+    assert results == ["EPERM", "EINPROGRESS"]
+
+
 # --- how the controller ends --------------------------------------------------------------
 
 

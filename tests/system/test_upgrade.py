@@ -27,6 +27,7 @@ from tests.system.hooked_cgroup import (
     HookedCgroup,
     hooked_cgroup,
     live,
+    no_backstop,
     protect,
     went_out,
 )
@@ -64,7 +65,7 @@ def take_over(hooked: HookedCgroup) -> Datapath:
     """Publish the current tables in the maps of the next version."""
     data = Datapath(hooked.pins)
     data.set(Setting.NETNS, hooked.netns)
-    data.set(Setting.TUN, hooked.link)
+    no_backstop(data, hooked.link)
     data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
 
     async def publish() -> None:

@@ -31,59 +31,85 @@ def sockaddr(address: str, port: int) -> bytes:
     return struct.pack("=HH", socket.AF_INET, socket.htons(port)) + raw + bytes(8)
 
 
-def _submit(fd: int, opcode: int, address: int, length: int, offset: int, *, setup: int = 0) -> int:
-    """Submit one request; return its result, -errno for an error. Raises: OSError."""
-    params = ctypes.create_string_buffer(120)
-    struct.pack_into("=I", params, 8, setup)
-    ring = libc.syscall(SETUP, 1, params)
-    if ring < 0:
-        raise OSError(ctypes.get_errno(), "io_uring_setup")
-    try:
+class Ring:
+    """A ring with room for one request at a time; `setup` is SQPOLL or 0."""
+
+    def __init__(self, setup: int = 0) -> None:
+        """Set up the ring and map it. Raises: OSError."""
+        params = ctypes.create_string_buffer(120)
+        struct.pack_into("=I", params, 8, setup)
+        self.fd = _set_up(params)
+        self._wake_up = setup & WAKE_UP
         sq_entries, cq_entries = struct.unpack_from("=II", params, 0)
-        sq = struct.unpack_from("=8I", params, 40)  # head tail mask entries flags dropped array
-        cq = struct.unpack_from("=6I", params, 80)  # head tail mask entries overflow cqes
-        sq_ring = mmap.mmap(ring, sq[6] + 4 * sq_entries, offset=OFF_SQ_RING)
-        cq_ring = mmap.mmap(ring, cq[5] + 16 * cq_entries, offset=OFF_CQ_RING)
-        sqes = mmap.mmap(ring, 64 * sq_entries, offset=OFF_SQES)
+        # Offsets: head tail mask entries flags dropped array; head tail mask entries overflow cqes.
+        self._sq_at = struct.unpack_from("=7I", params, 40)
+        self._cq_at = struct.unpack_from("=6I", params, 80)
+        sq_size, cq_size = self._sq_at[6] + 4 * sq_entries, self._cq_at[5] + 16 * cq_entries
+        self._sq = mmap.mmap(self.fd, sq_size, offset=OFF_SQ_RING)
+        self._cq = mmap.mmap(self.fd, cq_size, offset=OFF_CQ_RING)
+        self._sqes = mmap.mmap(self.fd, 64 * sq_entries, offset=OFF_SQES)
+        self._count = 0
+        self.shared = mmap.mmap(-1, mmap.PAGESIZE)  # with children forked later
+
+    def __enter__(self) -> Ring:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def submit(self, opcode: int, fd: int, address: int, length: int, offset: int) -> int:
+        """Submit one request; return its result, -errno for an error. Raises: OSError."""
         entry = struct.pack("=BBHiQQIIQ", opcode, 0, 0, fd, offset, address, length, 0, 7)
-        sqes[: len(entry)] = entry
-        sq_ring[sq[6] : sq[6] + 4] = struct.pack("=I", 0)
-        sq_ring[sq[1] : sq[1] + 4] = struct.pack("=I", 1)  # tail
-        if libc.syscall(ENTER, ring, 1, 0, setup & WAKE_UP, None, 0) < 0:
+        self._sqes[: len(entry)] = entry
+        at, tail = self._sq_at[6], self._sq_at[1]
+        self._sq[at : at + 4] = struct.pack("=I", 0)
+        before = self._count
+        self._count += 1
+        self._sq[tail : tail + 4] = struct.pack("=I", self._count)
+        if libc.syscall(ENTER, self.fd, 1, 0, self._wake_up, None, 0) < 0:
             raise OSError(ctypes.get_errno(), "io_uring_enter")
         for _ in range(100):  # a connect() that passed the hooks waits for its SYN-ACK
-            if struct.unpack_from("=I", cq_ring, cq[1])[0]:
+            if struct.unpack_from("=I", self._cq, self._cq_at[1])[0] > before:
                 break
             time.sleep(0.001)
         else:
             raise OSError(errno.EINPROGRESS, "under way")
-        _user, result, _flags = struct.unpack_from("=QiI", cq_ring, cq[5])
+        mask = struct.unpack_from("=I", self._cq, self._cq_at[2])[0]
+        at = self._cq_at[5] + 16 * (before & mask)
+        _user, result, _flags = struct.unpack_from("=QiI", self._cq, at)
         return int(result)
-    finally:
-        os.close(ring)
 
 
-def new() -> int:
-    """Return a ring's descriptor. Raises: OSError."""
-    ring = int(libc.syscall(SETUP, 1, ctypes.create_string_buffer(120)))
+def _set_up(params: ctypes.Array[ctypes.c_char]) -> int:
+    ring = int(libc.syscall(SETUP, 1, params))
     if ring < 0:
         raise OSError(ctypes.get_errno(), "io_uring_setup")
     return ring
 
 
+def new() -> int:
+    """Return the descriptor of a new ring. Raises: OSError."""
+    return _set_up(ctypes.create_string_buffer(120))
+
+
 def connect(sock: socket.socket, address: str, port: int) -> None:
     """Connect. Raises: OSError."""
     name = ctypes.create_string_buffer(sockaddr(address, port))
-    _raise(_submit(sock.fileno(), OP_CONNECT, ctypes.addressof(name), 0, len(name) - 1))
+    with Ring() as ring:
+        _raise(ring.submit(OP_CONNECT, sock.fileno(), ctypes.addressof(name), 0, len(name) - 1))
 
 
-def polled_connect(address: str, port: int) -> None:
-    """Make a UDP socket and connect it, both in a kernel thread. Raises: OSError."""
-    fd = _submit(socket.AF_INET, OP_SOCKET, 0, 0, socket.SOCK_DGRAM, setup=SQPOLL)
+def polled_connect(ring: Ring, address: str, port: int) -> None:
+    """Make a UDP socket and connect it, both in the ring's kernel thread. Raises: OSError.
+
+    The thread works in the memory of the ring's maker, so the address is in `ring.shared`.
+    """
+    fd = ring.submit(OP_SOCKET, socket.AF_INET, 0, 0, socket.SOCK_DGRAM)
     _raise(fd)
-    name = ctypes.create_string_buffer(sockaddr(address, port))
-    where, length = ctypes.addressof(name), len(name) - 1
-    _raise(_submit(fd, OP_CONNECT, where, 0, length, setup=SQPOLL))
+    name = sockaddr(address, port)
+    ring.shared[: len(name)] = name
+    where = ctypes.addressof(ctypes.c_char.from_buffer(ring.shared))
+    _raise(ring.submit(OP_CONNECT, fd, where, 0, len(name)))
 
 
 def sendmsg(sock: socket.socket, address: str, port: int) -> None:
@@ -91,7 +117,8 @@ def sendmsg(sock: socket.socket, address: str, port: int) -> None:
     name = ctypes.create_string_buffer(sockaddr(address, port))
     message, _kept = msghdr(name)
     raw = ctypes.create_string_buffer(message)
-    _raise(_submit(sock.fileno(), OP_SENDMSG, ctypes.addressof(raw), 1, 0))
+    with Ring() as ring:
+        _raise(ring.submit(OP_SENDMSG, sock.fileno(), ctypes.addressof(raw), 1, 0))
 
 
 def msghdr(name: ctypes.Array[ctypes.c_char]) -> tuple[bytes, tuple[object, ...]]:

@@ -32,6 +32,7 @@ from ipsecgate.edges.kernel.routes import Routes
 from ipsecgate.edges.kernel.xfrm import XfrmMonitor
 from ipsecgate.lab import path
 from ipsecgate.lab.netns import Namespace
+from tests.system.hooked_cgroup import ike_socket, no_backstop
 from tests.system.oracle.caller import DEVICE, SO_MARK, Caller
 from tests.system.oracle.capture import Capture
 from tests.system.oracle.generate import CALL_MARKS, FAR, LOCAL, NEAR, REMOTE
@@ -95,7 +96,7 @@ class TwoNamespaces:
         ]
         self.data.set(Setting.ERROR, REFUSAL)
         self.data.set(Setting.NETNS, netns_cookie())
-        self.data.set(Setting.TUN, self.device)  # the hooks alone: no backstop behind them
+        no_backstop(self.data, self.device)  # the hooks alone
         await self.data.publish(TableId.POLICY, compile_table(everything))
         await self.settle()
 
@@ -178,6 +179,7 @@ def two_namespaces(cache: Path, name: str | None = None) -> Iterator[TwoNamespac
         pins.load(bytecode.get(cache))
         pins.attach(cgroup)
         stack.enter_context(near.inside())
+        stack.enter_context(ike_socket())
         made = TwoNamespaces(near, cgroup, pins, far)
         stack.callback(made.close)
         yield made
