@@ -145,6 +145,8 @@ bench: setup ## measure on this machine: ratios and medians
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection
 	$(BIN)/python -m bench.hold
 	$(BIN)/python -m bench.packet
+	$(BIN)/python -m bench.hot_path
+	$(BIN)/python -m bench.growth
 
 # Runs Debian's Vagrant and libvirt in new namespaces; the box is built once (2 GB in .cache).
 vagrant-test: setup ## test vagrant/ with a real `vagrant up`, first connections and a boot (slow)

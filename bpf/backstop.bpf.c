@@ -17,10 +17,10 @@
 #define LOCALHOST 0x7f000001
 
 static __always_inline int block(struct __sk_buff *skb, const struct gate_key *flow, int reason,
-				 const struct gate_entry *policy)
+				 const struct gate_answer *policy)
 {
 	count(reason);
-	tell(flow, reason, policy ? policy->id : ~0U, GATE_EGRESS, bpf_skb_cgroup_id(skb));
+	tell(flow, reason, policy->state ? policy->id : ~0U, GATE_EGRESS, bpf_skb_cgroup_id(skb));
 	if (!setting(GATE_AUDIT))
 		return 0;
 	count(GATE_AUDITED_PACKETS);
@@ -76,7 +76,7 @@ static __always_inline int was_asked(struct __sk_buff *skb, struct bpf_sock *sk,
 	for (int word = 0; word < 4; word++)
 		to[word] = peer->dst_ip6[word];
 	v4 = peer->dst_ip4;
-	if (flow->family == AF_INET)
+	if (flow->family == IPV4)
 		map_v4(to, v4);
 	return same(to, flow->daddr);
 }
@@ -113,10 +113,10 @@ int egress(struct __sk_buff *skb)
 	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
 	__u64 generation = setting(GATE_GENERATION);
 	struct gate_association *known;
-	struct gate_entry *policy;
+	struct gate_answer policy = {};
+	struct search search = {};
 	struct gate_key flow = {};
 	struct packet packet = {};
-	__u64 epoch;
 
 	if (skb->ifindex == LOOPBACK)
 		return 1; /* to an address of this host: it never leaves */
@@ -125,8 +125,8 @@ int egress(struct __sk_buff *skb)
 	if (packet.at && (flow.proto == ESP || flow.proto == AH) && is_of_xfrm(skb, &packet))
 		return 1;
 	if (!packet.at || !read_ports(skb, &flow, packet.at))
-		return block(skb, &flow, GATE_BLOCK_UNREADABLE, 0);
-	flow.mark = skb->mark;
+		return block(skb, &flow, GATE_BLOCK_UNREADABLE, &policy);
+	flow.mark = bpf_htonl(skb->mark);
 	known = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
 	if (known && known->kind == GATE_CLEAR && known->generation == generation &&
 	    same_flow(&known->flow, &flow))
@@ -135,23 +135,27 @@ int egress(struct __sk_buff *skb)
 		return 1;
 	if (is_dhcp(&flow) || is_neighbour_discovery(skb, &flow, packet.hops))
 		return 1;
-	epoch = setting_after(generation, GATE_EPOCH + GATE_POLICY);
-	if (!epoch) { /* TCP asks at connect(): what stands may stand until policies are known */
+	if (!setting_after(generation, GATE_LIST + GATE_POLICY)) {
+		/* TCP asked at connect(): a connection may go on until policies are known. */
 		if (flow.proto == TCP && was_asked(skb, sk, &flow, &packet))
 			return 1;
-		return block(skb, &flow, GATE_BLOCK_NOT_READY, 0);
+		return block(skb, &flow, GATE_BLOCK_NOT_READY, &policy);
 	}
-	policy = classify(GATE_POLICY, epoch, &flow);
-	if (!policy) {
+	search.flow = flow;
+	if (!call_search_policy(&search))
+		return block(skb, &flow, GATE_BLOCK_NOT_READY, &policy);
+	generation = search.generation;
+	policy = search.found;
+	if (!policy.state) {
 		if (!setting_after(generation, GATE_DENY) || was_asked(skb, sk, &flow, &packet))
 			return pass(sk, &flow, generation);
-		return block(skb, &flow, GATE_BLOCK_DEFAULT, 0);
+		return block(skb, &flow, GATE_BLOCK_DEFAULT, &policy);
 	}
-	if (policy->state == GATE_BYPASS)
+	if (policy.state == GATE_BYPASS)
 		return pass(sk, &flow, generation);
-	if (policy->state != GATE_PROTECT)
-		return block(skb, &flow, GATE_BLOCK_DISCARD, policy);
+	if (policy.state != GATE_PROTECT)
+		return block(skb, &flow, GATE_BLOCK_DISCARD, &policy);
 	if (is_into_tun(skb) || is_encapsulated(skb, sk, &flow, &packet))
 		return 1;
-	return block(skb, &flow, GATE_BLOCK_CLEAR, policy);
+	return block(skb, &flow, GATE_BLOCK_CLEAR, &policy);
 }

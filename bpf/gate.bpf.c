@@ -1,18 +1,22 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The gate: four hooks over one verdict, and a backstop behind them. The hooks run in the
- * caller's connect(), sendto() or sendmsg(), before the request reaches TCP or UDP (US
- * 7,028,332, claim 1).
+ * The gate: four hooks over one verdict. The hooks run in the caller's connect(), sendto() or
+ * sendmsg(), before the request reaches TCP or UDP (US 7,028,332, claim 1).
  *
- *   policy: must this flow be protected?   no entry -> the default, BYPASS -> allow
- *   exempt: loopback, DHCP, the IKE daemon -> allow
- *   SPD:    which kernel policy wins, and has it a live SA?
- *           live -> allow, anything else -> refuse, and one event for userspace
+ *   verdict   let go before in this generation, as its socket (UDP) or this processor (recall)
+ *             remembers? -> allow
+ *             else decide -> allow, or refuse: an errno, and one event for userspace
+ *   decide    policy   must this flow be protected? BYPASS -> allow; no entry -> allow, unless
+ *                      GATE_DENY is set
+ *             exempt   loopback, DHCP, the IKE daemon -> allow
+ *             SPD      which kernel policy wins, and has it a live SA? live -> allow
+ *             anything else -> refuse
  *
- * The backstop sees every packet after XFRM. By then, traffic that must be protected is ESP or
- * AH, or the packet is dropped. It cannot replace the hooks: they exist to avoid a dropped SYN.
+ * A decision is valid for one generation of the tables. If another begins meanwhile, the hook
+ * decides again, ATTEMPTS times in all, and then refuses.
  *
- * Anything unknown (no table, no source address) means refusal.
+ * backstop.bpf.c sees every packet after XFRM. It cannot replace the hooks: they exist to avoid
+ * a dropped SYN. Anything unknown (no table, no source address) means refusal.
  */
 static __always_inline int is_zero(const __u32 *addr)
 {
@@ -25,7 +29,7 @@ static __always_inline int is_loopback(const struct gate_key *flow)
 {
 	const __u32 *d = flow->daddr;
 
-	if (flow->family == AF_INET)
+	if (flow->family == IPV4)
 		return !d[3] || (d[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
 	return !(d[0] | d[1] | d[2]) && (!d[3] || d[3] == bpf_htonl(1));
 }
@@ -38,7 +42,7 @@ static __always_inline int is_dhcp(const struct gate_key *flow)
 
 	if (flow->proto != UDP)
 		return 0;
-	if (flow->family == AF_INET)
+	if (flow->family == IPV4)
 		return flow->sport == bpf_htons(68) && flow->dport == bpf_htons(67) && d[3] == ~0U;
 	return flow->sport == bpf_htons(546) && flow->dport == bpf_htons(547) &&
 	       d[0] == bpf_htonl(0xff020000) && !d[1] && !d[2] && d[3] == bpf_htonl(0x00010002);
@@ -65,12 +69,12 @@ static __always_inline int allow(int reason)
 }
 
 static __always_inline int refuse(const struct gate_key *flow, int reason,
-				  const struct gate_entry *policy, __u32 hook)
+				  const struct gate_answer *policy, __u32 hook)
 {
-	__u32 error = policy ? policy->error : setting(GATE_ERROR);
+	__u32 error = policy->state ? policy->error : setting(GATE_ERROR);
 
 	count(reason);
-	tell(flow, reason, policy ? policy->id : ~0U, hook, bpf_get_current_cgroup_id());
+	tell(flow, reason, policy->state ? policy->id : ~0U, hook, bpf_get_current_cgroup_id());
 	if (setting(GATE_AUDIT)) {
 		count(GATE_AUDITED);
 		return 1;
@@ -88,7 +92,7 @@ static __always_inline int route(struct gate_key *flow, int plain)
 	struct gate_route to = { .prefixlen = 128 };
 	struct gate_source *source;
 
-	if (flow->family == AF_INET ? flow->saddr[3] : !is_zero(flow->saddr))
+	if (flow->family == IPV4 ? flow->saddr[3] : !is_zero(flow->saddr))
 		return 1;
 	if (!plain)
 		return 0;
@@ -113,7 +117,25 @@ static __always_inline int is_associated(struct bpf_sock *sk, const struct gate_
 	       same_flow(&known->flow, flow) && !is_over(known->deadline);
 }
 
-/* The backstop cannot see the process, so the hooks mark the IKE daemon's sockets for it. */
+/* Have a socket remember a covered flow. A socket with many destinations soon keeps the flow that
+ * it remembers: replacing it for every datagram costs more than to decide. */
+static __always_inline void associate_flow(struct bpf_sock *sk, const struct gate_key *flow,
+					   __u64 generation, __u64 deadline, int decided)
+{
+	struct gate_association now = { .kind = GATE_COVERED, .flow = *flow,
+					.generation = generation, .deadline = deadline };
+	struct gate_association *known = sockets.sk_storage_get(sk, 0, 0);
+
+	if (known && known->kind == GATE_COVERED && known->generation == generation &&
+	    !is_over(known->deadline)) {
+		if (!decided || known->replaced == GATE_REPLACED)
+			return;
+		now.replaced = known->replaced + 1;
+	}
+	associate(sk, &now);
+}
+
+/* The backstop knows no process: it knows the IKE daemon's sockets by what they sent before. */
 static __always_inline void know_daemon(struct bpf_sock *sk, const struct gate_key *flow)
 {
 	struct gate_association daemon = { .kind = GATE_DAEMON, .flow = *flow };
@@ -127,49 +149,142 @@ static __always_inline void know_daemon(struct bpf_sock *sk, const struct gate_k
 		associate(sk, &daemon);
 }
 
+static __always_inline struct decision *decision_of(__u64 hash)
+{
+	int at = hash % DECISIONS;
+
+	return decisions.lookup(&at);
+}
+
+static __always_inline __u32 check_of_decision(__u64 hash, __u64 generation, __u64 deadline,
+					       __u32 reason)
+{
+	return mix(mix(hash, generation), mix(deadline, reason));
+}
+
+/* Return the reason for which this flow was let go in this generation, -1 if none is known. */
+static __always_inline int recall(const struct gate_key *flow, __u64 generation, __u64 *deadline)
+{
+	__u64 hash = hash_of((const __u64 *)flow);
+	struct decision *known = decision_of(hash);
+	__u32 reason;
+
+	if (!known || known->generation != generation || !same_flow(&known->flow, flow))
+		return -1;
+	*deadline = *(volatile __u64 *)&known->deadline;
+	reason = *(volatile __u32 *)&known->reason;
+	if (known->check != check_of_decision(hash, generation, *deadline, reason) ||
+	    is_over(*deadline))
+		return -1;
+	return reason;
+}
+
+static __always_inline void remember(const struct gate_key *flow, __u64 generation,
+				     __u64 deadline, int reason)
+{
+	__u64 hash = hash_of((const __u64 *)flow);
+	struct decision *known = decision_of(hash);
+
+	if (!known)
+		return;
+	known->flow = *flow;
+	known->generation = generation;
+	known->deadline = deadline;
+	known->reason = reason;
+	known->check = check_of_decision(hash, generation, deadline, reason);
+}
+
+/* Decide about search->flow for one generation; return the reason. `policy` is the one that names
+ * the flow, if any, and `found` the SA that covers it. */
+static __always_inline int decide(struct bpf_sock_addr *ctx, __u64 generation,
+				  struct search *search, struct gate_answer *policy)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct gate_key *flow = &search->flow;
+	int published = !!setting_after(generation, GATE_LIST + GATE_POLICY);
+
+	policy->state = 0;
+	if (classify(GATE_POLICY, generation, search))
+		*policy = search->found;
+	if (policy->state == GATE_BYPASS)
+		return GATE_ALLOW_BYPASS;
+	if (!policy->state && published && !setting_after(generation, GATE_DENY))
+		return GATE_ALLOW_DEFAULT;
+	if (is_exempt(flow))
+		return GATE_ALLOW_EXEMPT;
+	if (!published)
+		return GATE_REFUSE_NOT_READY;
+	if (!policy->state)
+		return GATE_REFUSE_DEFAULT;
+	if (policy->state != GATE_PROTECT)
+		return GATE_REFUSE_DISCARD;
+	if (bpf_get_netns_cookie(ctx) != setting(GATE_NETNS))
+		return GATE_REFUSE_NETNS;
+	if (!route(flow, !flow->mark && !(sk && sk->bound_dev_if)))
+		return GATE_REFUSE_NO_SOURCE;
+	if (same(flow->saddr, flow->daddr))
+		return GATE_ALLOW_EXEMPT; /* the host's own address: never leaves it */
+	if (classify(GATE_SPD, generation, search) != GATE_LIVE ||
+	    is_over(search->found.deadline))
+		return GATE_REFUSE_UNCOVERED;
+	return GATE_ALLOW_COVERED;
+}
+
+/* Decide about a flow as of one generation; refuse it if another began during each attempt. */
+static __always_inline int decide_in_one_generation(struct bpf_sock_addr *ctx,
+						    const struct gate_key *flow,
+						    struct gate_answer *policy,
+						    __u64 *generation, __u64 *deadline)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	/* Unrolled, because Linux 6.1 refuses a jump back to an instruction behind a call. */
+#pragma unroll
+	for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
+		struct search search = { .flow = *flow };
+		int reason;
+
+		*generation = setting(GATE_GENERATION);
+		reason = decide(ctx, *generation, &search, policy);
+		*deadline = reason == GATE_ALLOW_COVERED ? search.found.deadline : 0;
+		/* All of it is of one generation only if no other began meanwhile. The deadline
+		 * only orders this load after the lookups; its highest bit is 0. */
+		if (search.torn ||
+		    setting_after(search.found.deadline, GATE_GENERATION) != *generation)
+			continue;
+		if (reason < GATE_ALLOW_EXEMPT && !(sk && sk->bound_dev_if))
+			remember(flow, *generation, *deadline, reason);
+		return reason;
+	}
+	return GATE_REFUSE_NOT_READY;
+}
+
 static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_key *flow,
 				   __u32 hook)
 {
 	struct bpf_sock *sk = ctx->sk;
-	/* Read before the tables, so that a change in between outdates what the socket remembers. */
-	struct gate_association now = { .kind = GATE_COVERED, .flow = *flow,
-					.generation = setting(GATE_GENERATION) };
-	struct gate_key routed = *flow;
-	struct gate_entry *policy;
-	struct gate_entry *winner;
-	__u64 epoch;
+	struct gate_answer policy = {};
+	__u64 generation = setting(GATE_GENERATION), deadline = 0;
+	int reason, decided;
 
-	if (is_associated(sk, flow, now.generation))
+	if (is_associated(sk, flow, generation))
 		return allow(GATE_ALLOW_ASSOCIATED);
-	epoch = setting_after(now.generation, GATE_EPOCH + GATE_POLICY);
-	policy = epoch ? classify(GATE_POLICY, epoch, flow) : 0;
-	if (policy && policy->state == GATE_BYPASS)
-		return allow(GATE_ALLOW_BYPASS);
-	if (!policy && epoch && !setting(GATE_DENY))
-		return allow(GATE_ALLOW_DEFAULT);
-	if (is_exempt(flow)) {
+	reason = recall(flow, generation, &deadline);
+	/* By a device routing may choose another source; another namespace has another SPD. */
+	if (reason == GATE_ALLOW_COVERED && ((sk && sk->bound_dev_if) ||
+					     bpf_get_netns_cookie(ctx) != setting(GATE_NETNS)))
+		reason = -1;
+	decided = reason < 0;
+	if (decided)
+		reason = decide_in_one_generation(ctx, flow, &policy, &generation,
+						  &deadline);
+	if (reason >= GATE_REFUSE_UNCOVERED)
+		return refuse(flow, reason, &policy, hook);
+	if (reason == GATE_ALLOW_EXEMPT)
 		know_daemon(sk, flow);
-		return allow(GATE_ALLOW_EXEMPT);
-	}
-	if (!epoch)
-		return refuse(flow, GATE_REFUSE_NOT_READY, 0, hook);
-	if (!policy)
-		return refuse(flow, GATE_REFUSE_DEFAULT, 0, hook);
-	if (policy->state != GATE_PROTECT)
-		return refuse(flow, GATE_REFUSE_DISCARD, policy, hook);
-	if (bpf_get_netns_cookie(ctx) != setting(GATE_NETNS))
-		return refuse(flow, GATE_REFUSE_NETNS, policy, hook);
-	if (!route(&routed, !flow->mark && !(sk && sk->bound_dev_if)))
-		return refuse(flow, GATE_REFUSE_NO_SOURCE, policy, hook);
-	if (same(routed.saddr, routed.daddr))
-		return allow(GATE_ALLOW_EXEMPT); /* the host's own address: it never leaves the host */
-	winner = classify(GATE_SPD, setting_after(now.generation, GATE_EPOCH + GATE_SPD), &routed);
-	if (!winner || winner->state != GATE_LIVE || is_over(winner->deadline))
-		return refuse(flow, GATE_REFUSE_UNCOVERED, policy, hook);
-	now.deadline = winner->deadline;
-	if (sk && flow->proto == UDP && !sk->bound_dev_if)
-		associate(sk, &now);
-	return allow(GATE_ALLOW_COVERED);
+	if (reason == GATE_ALLOW_COVERED && sk && flow->proto == UDP && !sk->bound_dev_if)
+		associate_flow(sk, flow, generation, deadline, decided);
+	return allow(reason);
 }
 
 static __always_inline void map_v4(__u32 *addr, __u32 v4)
@@ -183,14 +298,14 @@ static __always_inline void map_v4(__u32 *addr, __u32 v4)
 /* sk's source is the bound address; src_port is in host order. */
 static __always_inline int gate_v4(struct bpf_sock_addr *ctx, __u32 saddr, __u32 hook)
 {
-	struct gate_key flow = { .family = AF_INET, .proto = ctx->protocol };
+	struct gate_key flow = { .family = IPV4, .proto = ctx->protocol };
 	struct bpf_sock *sk = ctx->sk;
 
 	if (!saddr && sk)
 		saddr = sk->src_ip4;
 	if (sk) {
 		flow.sport = bpf_htons(sk->src_port);
-		flow.mark = sk->mark;
+		flow.mark = bpf_htonl(sk->mark);
 	}
 	map_v4(flow.saddr, saddr);
 	map_v4(flow.daddr, ctx->user_ip4);
@@ -201,7 +316,7 @@ static __always_inline int gate_v4(struct bpf_sock_addr *ctx, __u32 saddr, __u32
 /* A v4-mapped destination leaves as IPv4, whatever the socket's family. */
 static __always_inline int gate_v6(struct bpf_sock_addr *ctx, __u32 *saddr, __u32 hook)
 {
-	struct gate_key flow = { .family = AF_INET6, .proto = ctx->protocol };
+	struct gate_key flow = { .family = IPV6, .proto = ctx->protocol };
 	struct bpf_sock *sk = ctx->sk;
 
 	flow.daddr[0] = ctx->user_ip6[0];
@@ -211,7 +326,7 @@ static __always_inline int gate_v6(struct bpf_sock_addr *ctx, __u32 *saddr, __u3
 	flow.dport = ctx->user_port;
 	if (sk) {
 		flow.sport = bpf_htons(sk->src_port);
-		flow.mark = sk->mark;
+		flow.mark = bpf_htonl(sk->mark);
 		if (is_zero(saddr)) {
 			saddr[0] = sk->src_ip6[0];
 			saddr[1] = sk->src_ip6[1];
@@ -220,7 +335,7 @@ static __always_inline int gate_v6(struct bpf_sock_addr *ctx, __u32 *saddr, __u3
 		}
 	}
 	if (!flow.daddr[0] && !flow.daddr[1] && flow.daddr[2] == bpf_htonl(0xffff)) {
-		flow.family = AF_INET;
+		flow.family = IPV4;
 		map_v4(flow.saddr, saddr[3]);
 	} else {
 		__builtin_memcpy(flow.saddr, saddr, sizeof(flow.saddr));

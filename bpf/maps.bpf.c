@@ -9,20 +9,42 @@
 
 #define EPERM 1
 #define MAX_ERRNO 4095 /* linux/err.h */
-#define AF_INET 4
-#define AF_INET6 6
+#define IPV4 4 /* in gate_key.family: the IP version, not AF_INET */
+#define IPV6 6
 #define TCP 6
 #define UDP 17
+#define ATTEMPTS 4 /* decisions about one call or packet while generations change, then refuse */
 #define LOOPBACK 1 /* interface index in every network namespace */
 
+/* A flow that was let go, as this processor remembers it. */
+struct decision {
+	struct gate_key flow;
+	__u64 generation;
+	__u64 deadline;
+	__u32 reason;
+	__u32 check;    /* of all of these: a hook stays on its processor, but another task's hook may
+			 * preempt it while it writes them */
+};
+#define DECISIONS 4096
+
 BPF_ARRAY(settings, __u64, GATE_SETTINGS);
-BPF_ARRAY(masks, struct gate_masks, GATE_TABLES * GATE_BUFFERS);
-BPF_HASH(entries, struct gate_key, struct gate_entry, GATE_ENTRIES);
+BPF_ARRAY(masks, struct gate_masks, GATE_TABLES * 2 * GATE_PARTS);
+BPF_F_TABLE("hash", struct gate_key, struct gate_entry, entries, GATE_ENTRIES, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("array", int, __u64, filter, 2 * GATE_FILTER_WORDS, BPF_F_MMAPABLE);
 BPF_LPM_TRIE(sources, struct gate_route, struct gate_source, GATE_SOURCES);
 BPF_TABLE("lru_hash", struct gate_key, __u64, recent, GATE_RECENT);
 BPF_PERCPU_ARRAY(counters, __u64, GATE_COUNTERS);
 BPF_RINGBUF_OUTPUT(events, GATE_RING_PAGES);
+BPF_PERCPU_ARRAY(decisions, struct decision, DECISIONS);
 BPF_SK_STORAGE(sockets, struct gate_association);
+
+/* These look like calls of helpers with made-up numbers (-D, from edges/bpf/compiler.py). The linker
+ * there makes them calls of the functions below, which the verifier checks once each, however often
+ * they are called. */
+struct search;
+static int (*call_search_part)(struct search *) = (void *)GATE_SEARCH_PART;
+static int (*call_search)(struct search *) = (void *)GATE_SEARCH;
+static int (*call_search_policy)(struct search *) = (void *)GATE_SEARCH_POLICY;
 
 static __always_inline __u64 setting(int which)
 {
@@ -31,12 +53,18 @@ static __always_inline __u64 setting(int which)
 	return word ? *word : 0;
 }
 
-/* Read a setting after the generation, on any processor: the index depends on the generation
- * (whose highest bit is always 0), and dependent loads are not reordered. Otherwise a socket
- * could remember an old table's answer under the new generation. */
-static __always_inline __u64 setting_after(__u64 generation, int which)
+/* Read a setting after `before` was read, on any processor: the index depends on `before` (a
+ * generation or a deadline, whose highest bit is always 0), and dependent loads are not reordered.
+ * Otherwise a socket could remember an old table's answer under the new generation. */
+static __always_inline __u64 setting_after(__u64 before, int which)
 {
-	return setting(which + (int)(generation >> 63));
+	return setting(which + (int)(before >> 63));
+}
+
+/* Is one deadline later than another? 0 is never. */
+static __always_inline int outlives(__u64 one, __u64 other)
+{
+	return other && (!one || one > other);
 }
 
 static __always_inline void count(int reason)
@@ -47,36 +75,154 @@ static __always_inline void count(int reason)
 		*counter += 1;
 }
 
-/* Return the first match in tuple order, 0 if no entry matches. */
-static __always_inline struct gate_entry *classify(__u32 table, __u64 epoch,
-						   const struct gate_key *flow)
+#define barrier() asm volatile("" ::: "memory")
+
+/* A hash of a key, for the filter and for the decisions; layout.py (key_hash) has the same. It
+ * hashes even and odd words apart, because a processor can multiply for both at once. */
+static __always_inline __u64 mix(__u64 hash, __u64 word)
 {
-	int space = table * GATE_BUFFERS + (epoch % GATE_BUFFERS);
-	struct gate_masks *list = masks.lookup(&space);
+	hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
+	return hash ^ (hash >> 32);
+}
+
+static __always_inline __u64 hash_of(const __u64 *word)
+{
+	return mix(mix(mix(mix(0, word[0]), word[2]), word[4]),
+		   mix(mix(mix(0, word[1]), word[3]), word[5]));
+}
+
+/* What an answer's `check` must be; layout.py (pack_entry) has the same. */
+static __always_inline __u32 check_of(__u64 hash, __u64 since, const struct gate_answer *answer)
+{
+	__u64 what = (__u64)answer->error << 32 | answer->state;
+
+	return mix(mix(mix(hash, since), answer->rank),
+		   mix(mix(answer->deadline, what), answer->id));
+}
+
+/* A search of one table. */
+struct search {
+	union {
+		struct gate_key flow;
+		__u64 word[GATE_KEY_WORDS];
+	};
+	__u64 generation;
+	struct gate_answer found;
+	int part;       /* of the list of masks */
+	int filter;     /* index of the first word of the filter in use */
+	int shift;      /* how many bits of a hash the filter ignores */
+	int torn;       /* an entry was replaced while it was read */
+};
+
+/* Try one mask; 1 ends the search, as no later mask has an answer of a lower rank. */
+static __always_inline int try_mask(struct search *search, const struct gate_mask *mask)
+{
+	struct gate_answer answer;
 	struct gate_entry *entry;
-	struct gate_key key;
+	__u64 key[GATE_KEY_WORDS];
+	__u64 hash, bit, since;
+	__u64 *bits;
+	int at;
 
-	if (!list)
+	if (mask->best > search->found.rank)
+		return 1;
+	for (int word = 0; word < GATE_KEY_WORDS; word++)
+		key[word] = search->word[word] & mask->word[word];
+	key[GATE_KEY_WORDS - 1] |= mask->last_word;
+	hash = hash_of(key);
+	bit = hash >> search->shift;
+	at = search->filter + (bit >> 6);
+	bits = filter.lookup(&at);
+	if (!bits || !(*bits >> (bit & 63) & 1))
 		return 0;
-	for (int i = 0; i < GATE_TUPLES; i++) {
-		const struct gate_key *mask = &list->mask[i];
+	entry = entries.lookup((struct gate_key *)key);
+	/* Look twice: the kernel replaces an element by a new one at the head of its list, and a
+	 * reader that was past the head when the old one goes finds neither. */
+	if (!entry)
+		entry = entries.lookup((struct gate_key *)key);
+	if (!entry)
+		return 0;
+	since = *(volatile __u64 *)&entry->since;
+	answer = since <= search->generation ? entry->now : entry->before;
+	barrier(); /* judge the copy, not what the entry says by now */
+	if (answer.check != check_of(hash, since, &answer)) {
+		search->torn = 1;
+		return 0;
+	}
+	/* Of two answers of one rank, take the longer-lived. */
+	if (answer.state && (answer.rank < search->found.rank ||
+			     (answer.rank == search->found.rank &&
+			      outlives(answer.deadline, search->found.deadline))))
+		search->found = answer;
+	return 0;
+}
 
-		if (!mask->tuple)
-			break;
-		for (int word = 0; word < 4; word++) {
-			key.saddr[word] = flow->saddr[word] & mask->saddr[word];
-			key.daddr[word] = flow->daddr[word] & mask->daddr[word];
-		}
-		key.sport = flow->sport & mask->sport;
-		key.dport = flow->dport & mask->dport;
-		key.proto = flow->proto & mask->proto;
-		key.family = flow->family;
-		key.space = space;
-		key.tuple = i;
-		key.mark = flow->mark & mask->mark;
-		entry = entries.lookup(&key);
-		if (entry)
-			return entry;
+/* Try one part of a table's masks; 1 ends the search. A function of its own, because a loop over
+ * all masks is more than the verifier follows. */
+int search_part(struct search *search)
+{
+	struct gate_masks *part;
+	int number;
+
+	if (!search)
+		return 1;
+	number = search->part++;
+	part = masks.lookup(&number);
+	if (!part)
+		return 1;
+	for (int i = 0; i < GATE_PART; i++)
+		if (try_mask(search, &part->mask[i]))
+			return 1;
+	return 0;
+}
+
+int search(struct search *search)
+{
+	if (!search)
+		return 0;
+	/* Unrolled, because Linux 6.1 refuses a jump back to an instruction behind a call. */
+#pragma unroll
+	for (int part = 0; part < GATE_PARTS; part++)
+		if (call_search_part(search))
+			return 0;
+	return 0;
+}
+
+/* Look search->flow up in a table: find the answer of the lowest rank (tuple-space search), and
+ * return its state; 0: no entry matches, and `found` is not set. */
+static __always_inline int classify(__u32 table, __u64 generation, struct search *search)
+{
+	__u64 list = setting_after(generation, GATE_LIST + table);
+	__u64 used = setting_after(generation, GATE_FILTER);
+
+	search->generation = generation;
+	search->filter = (used & 1) * GATE_FILTER_WORDS;
+	search->shift = (used >> 1) & 63;
+	search->found.rank = GATE_NO_RANK - 1;
+	search->found.deadline = 0;
+	search->found.state = 0;
+	search->part = (table * 2 + (list & 1)) * GATE_PARTS;
+	if (list)
+		call_search(search);
+	return search->found.state;
+}
+
+/* Find the policy that names search->flow, as of one generation. Return 0 if another generation
+ * began during each attempt. */
+int search_policy(struct search *search)
+{
+	if (!search)
+		return 0;
+#pragma unroll
+	for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
+		__u64 generation = setting(GATE_GENERATION);
+
+		search->torn = 0;
+		classify(GATE_POLICY, generation, search);
+		/* The deadline only orders this load after the lookup; its highest bit is 0. */
+		if (!search->torn &&
+		    setting_after(search->found.deadline, GATE_GENERATION) == generation)
+			return 1;
 	}
 	return 0;
 }
@@ -96,7 +242,7 @@ static __always_inline void tell(const struct gate_key *flow, __u32 reason, __u3
 	struct gate_event *event;
 
 	topic.sport = 0; /* each attempt of a client has a new one */
-	topic.tuple = reason;
+	topic.mask_number = reason; /* unused in a flow: one topic for each reason */
 	last = recent.lookup(&topic);
 	if (last && now - *last < GATE_EVENT_INTERVAL_NS)
 		return;

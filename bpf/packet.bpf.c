@@ -34,7 +34,7 @@ struct ipv4 {
 };
 
 struct ipv6 {
-	__u32 flow;
+	__u32 version_class_label; /* 4, 8 and 20 bits */
 	__u16 length;
 	__u8 next;
 	__u8 hops;
@@ -96,7 +96,7 @@ static __always_inline int is_neighbour_discovery(struct __sk_buff *skb,
 	__u8 type = bpf_ntohs(flow->dport) >> 8;
 	__u32 to = bpf_ntohl(flow->daddr[0]);
 
-	if (flow->family != AF_INET6 || flow->proto != ICMPV6 || hops != 255)
+	if (flow->family != IPV6 || flow->proto != ICMPV6 || hops != 255)
 		return 0;
 	if (type == 133 || type == 135 || type == 136)
 		return skb->len <= DISCOVERY;
@@ -122,7 +122,7 @@ static __always_inline int read_v4(struct __sk_buff *skb, struct gate_key *flow,
 
 	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
 		return 0;
-	flow->family = AF_INET;
+	flow->family = IPV4;
 	flow->proto = ip.proto;
 	packet->proto_at = __builtin_offsetof(struct ipv4, proto);
 	map_v4(flow->saddr, ip.saddr);
@@ -146,12 +146,12 @@ static __always_inline int read_v6(struct __sk_buff *skb, struct gate_key *flow,
 	packet->proto_at = __builtin_offsetof(struct ipv6, next);
 	if (bpf_skb_load_bytes(skb, 0, &ip, sizeof(ip)))
 		return 0;
-	flow->family = AF_INET6;
+	flow->family = IPV6;
 	flow->proto = ip.next;
 	__builtin_memcpy(flow->saddr, ip.saddr, sizeof(ip.saddr));
 	__builtin_memcpy(flow->daddr, ip.daddr, sizeof(ip.daddr));
 	packet->hops = ip.hops;
-	if (*(__u8 *)&ip.flow >> 4 != 6)
+	if (*(__u8 *)&ip.version_class_label >> 4 != 6)
 		return 0;
 	for (int i = 0; i < EXTENSIONS; i++) {
 		__u8 head[4] = {}; /* next header, length in 8-octet units minus 1; a fragment's offset */

@@ -1,6 +1,6 @@
 """ipsecgate: no packet leaves an application towards a protected peer before IPsec is ready.
 
-One refused connection goes through the house in one direction:
+One refused connection goes through the code in one direction:
 
     bpf/gate.bpf.c             the hook refuses connect() or sendto() with EPERM; no packet exists
       -> edges/bpf             a ring record becomes an event, FlowRefused
@@ -8,11 +8,12 @@ One refused connection goes through the house in one direction:
       -> edges/strongswan      strongSwan negotiates over VICI
       -> edges/kernel          XFRM notifications: the new SA, and the policy that uses it
       -> core/state            SPD joined with SAD: the flow is protected
-      -> core/gate             SetEntry or Publish
-      -> edges/bpf             one map write; the next attempt proceeds, inside ESP
+      -> core/gate             Change or Publish
+      -> edges/bpf             entries, then the one write that puts them in force; the next
+                               attempt proceeds, inside ESP
 
 A held call takes the same way. `edges/holding` reports it before the kernel carries it out, and
-answers it after the map write.
+answers it after that write.
 
     core         decides, and touches nothing outside
     edges        touch one outside thing each; no edge decides what happens to a flow

@@ -133,8 +133,9 @@ def _hooks(paths: Paths) -> str:
         for name, shape in code.maps.items():
             fds[name] = libbpf.create_map(name, shape)
         for hook, kind in HOOKS.items():
-            linked = code.programs[hook].linked(fds)
-            os.close(libbpf.load_program(hook, linked, *kind))
+            program = code.programs[hook]
+            linked = program.linked(fds)
+            os.close(libbpf.load_program(hook, linked, *kind, program.functions))
     except OSError as error:
         raise KernelLacksError(
             str(error.strerror),

@@ -28,7 +28,7 @@ from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model.policy import Policy, SaSource, derived_policies
 from ipsecgate.core.tables.layout import Reason, Setting, State, TableId
-from ipsecgate.core.tables.table import Table, Ternary
+from ipsecgate.core.tables.table import Table
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups, control, saved_state
@@ -157,6 +157,7 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         policy_table = maps.table(TableId.POLICY)
         audit = bool(maps.setting(Setting.AUDIT))
         deny = bool(maps.setting(Setting.DENY))
+        memory = maps.memory()
     covered = _covered(policy_table, spd)
     return {
         "instance": paths.instance,
@@ -172,6 +173,13 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
             for place, policy in enumerate(gate["policies"])
         ],
         "counters": {**counters, "held": gate["held"]},
+        "hook_tables": {
+            "policy_masks": len(policy_table.rows) if policy_table else 0,
+            "policy_entries": policy_table.size if policy_table else 0,
+            "spd_masks": len(spd.rows) if spd else 0,
+            "spd_entries": spd.size if spd else 0,
+            "memory": memory,
+        },
         "drift": gate["drift"],
         "negotiations": gate["negotiations"],
         "sas": gate["sas"],
@@ -219,16 +227,14 @@ def _covered(policies: Table | None, spd: Table | None) -> set[int]:
     """Return the places of the policies that some live SA covers, wholly or partly."""
     if policies is None or spd is None:
         return set()
-    live = [
-        Ternary(key, spd.masks[i])
-        for (i, key), entry in spd.entries.items()
-        if entry.state is State.LIVE
-    ]
-    return {
-        entry.id
-        for (i, key), entry in policies.entries.items()
-        if any(Ternary(key, policies.masks[i]).intersect(region) for region in live)
-    }
+    covered: set[int] = set()
+    for live_mask, live_row in spd.rows.items():
+        live = [value for value, entry in live_row.items() if entry.state is State.LIVE]
+        for mask, row in policies.rows.items():
+            common = mask.masked(live_mask)
+            shared = {value.masked(common) for value in live}
+            covered |= {entry.id for value, entry in row.items() if value.masked(common) in shared}
+    return covered
 
 
 def _coverage(

@@ -109,6 +109,16 @@ class GateState(TypedDict):
     drift: Drift | None  # None: no controller
 
 
+class HookTables(TypedDict):
+    """How full the hooks' tables are. The limits: 4,096 masks each, 1,048,576 entries together."""
+
+    policy_masks: int
+    policy_entries: int
+    spd_masks: int
+    spd_entries: int
+    memory: int  # of all maps, in bytes, as the kernel accounts it
+
+
 class Process(TypedDict):
     """The controller's process."""
 
@@ -138,6 +148,7 @@ class Status(TypedDict):
     hooks: list[Hook]
     policies: list[Policy]
     counters: Counters
+    hook_tables: HookTables
     drift: Drift | None
     negotiations: list[Negotiation]
     sas: list[Sa]

@@ -71,6 +71,13 @@ def _summary(document: Status) -> Table:
     table.add_column(overflow="fold")
     table.add_row("Instance", document["instance"])
     table.add_row("Mode", f"{document['mode']}, default {document['default']}")
+    tables = document["hook_tables"]
+    table.add_row(
+        "Hook tables",
+        f"{tables['policy_entries']} policy entries in {tables['policy_masks']} masks, "
+        f"{tables['spd_entries']} SPD entries in {tables['spd_masks']}; "
+        f"{tables['memory'] / (1 << 20):.1f} MiB",
+    )
     table.add_row("SA source", document["sa_source"] or "not known until strongSwan answers")
     controller = document["controller"]
     if controller["alive"]:

@@ -221,7 +221,7 @@ class Controller:
 
     async def _events(self) -> list[on.Event]:
         """Return the events to handle next; none if none came within a pulse."""
-        if self._queue or self._gate.holds.has_due:
+        if self._queue or self._gate.has_more:
             await asyncio.sleep(0)  # let other tasks deliver events and answer requests
         else:
             self._queued.clear()

@@ -7,8 +7,7 @@ from typing import assert_never
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.policy import Settings
-from ipsecgate.core.tables.layout import Setting, TableId
-from ipsecgate.core.tables.table import EMPTY
+from ipsecgate.core.tables.layout import LayoutError, Setting, TableId
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.host import cgroups
 from ipsecgate.errors import GateError
@@ -41,9 +40,7 @@ class HookWriter:
     async def execute(self, command: do.HookCommand) -> None:
         """Carry out a command. Raises: OSError; GateError if a table cannot be published."""
         match command:
-            case do.SetEntry():
-                self._data.set_entry(command.table, command.index, command.key, command.entry)
-            case do.Publish():
+            case do.Publish() | do.Change():
                 await self._publish(command)
             case do.Verify():
                 await self._verify(command)
@@ -78,15 +75,19 @@ class HookWriter:
         self._data.set(Setting.IKE_CGROUP, cgroup)
         self._data.set(Setting.IKE, pid)
 
-    async def _publish(self, command: do.Publish) -> None:
+    async def _publish(self, command: do.Publish | do.Change) -> None:
         try:
-            await self._data.publish(command.table, command.content)
-        except OSError as error:
-            # The old SPD table may call flows live whose SAs are gone, so empty it and end.
+            if isinstance(command, do.Publish):
+                await self._data.publish(command.table, command.content)
+            else:
+                self._data.change(command.table, command.entries.items())
+        except (OSError, LayoutError) as error:
+            # The old SPD table may call flows live whose SAs are gone, so withdraw it and end.
             if command.table is TableId.SPD:
-                await self._data.publish(TableId.SPD, EMPTY)
+                self._data.withdraw(TableId.SPD)
+            reason = error.strerror if isinstance(error, OSError) else error
             raise GateError(
-                f"cannot publish the {command.table.name} table: {error.strerror}",
+                f"cannot publish the {command.table.name} table: {reason}",
                 hint="protected flows are refused until a controller runs again",
             ) from error
 

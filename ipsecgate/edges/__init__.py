@@ -1,4 +1,4 @@
-"""The edges: one room for each interface to the outside.
+"""The edges: one package for each interface to the outside.
 
 An edge keeps its own protocol working: it retries, resyncs and rejects what it cannot read. What
 happens to a flow is decided in core; no edge may import `core.gate` (tests/unit/test_imports.py).

@@ -192,8 +192,6 @@ def publish(data: Datapath) -> None:
     async def both() -> None:
         await data.publish(TableId.POLICY, compile_table(protect()))
         await data.publish(TableId.SPD, compile_table([live()[0]]))
-        while data.clearing:
-            await asyncio.sleep(0.001)
 
     asyncio.run(both())
 

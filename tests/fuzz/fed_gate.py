@@ -16,6 +16,7 @@ from ipsecgate.core.model.flow import Flow, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.tables import layout
+from ipsecgate.core.tables.image import TableImage
 from tests.unit.xfrm_bytes import NET, OUT
 
 CHILD = ChildConfig(
@@ -58,13 +59,9 @@ def write(command: do.Command) -> None:
     """Pack the bytes that a command would write into the maps."""
     match command:
         case do.Publish():
-            layout.pack_masks(command.content.masks)
-            for (index, key), entry in command.content.entries.items():
-                layout.pack_key(key, 0, index)
-                layout.pack_entry(entry)
-        case do.SetEntry():
-            layout.pack_key(command.key, 0, command.index)
-            layout.pack_entry(command.entry)
+            TableImage(command.table).change(command.content.entries(), 1, 0)
+        case do.Change():
+            TableImage(command.table).change(command.entries.items(), 1, 0)
         case do.SetSources():
             for network, source in command.sources:
                 layout.pack_route(network)
@@ -78,8 +75,7 @@ def fingerprint(gate: Gate) -> object:
         dict(gate.protection.kernel_state.inbound),
         dict(gate.protection.kernel_state.sas),
         {sa.id for sa in gate.protection.kernel_state.confirmed_sas()},
-        {table: (content.masks, dict(content.entries))
-         for table, content in gate.tables.items()},
+        {table: dict(content.entries()) for table, content in gate.tables.items()},
         gate.errors,
         gate.policies,
         gate.ike.loaded.children,

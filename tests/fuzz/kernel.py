@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from random import Random
 from typing import Any
@@ -269,14 +270,22 @@ class Maps(Target):
     def real(self, random: Random) -> tuple[bytes, Any]:
         match random.randrange(3):
             case 0:
-                key, place = self._key(random), random.randrange(layout.TUPLES)
-                return b"\0" + layout.pack_key(key, 1, place), (place, key)
+                key, number = self._key(random), random.randrange(layout.MASKS)
+                return b"\0" + layout.pack_key(key, 1, number), (1, number, key)
             case 1:
-                masks = tuple(self._key(random) for _ in range(random.randrange(4)))
-                return b"\1" + layout.pack_masks(masks), masks
+                masks = {
+                    number: (self._key(random), rank)
+                    for number, rank in enumerate(sorted(random.sample(range(1 << 20), 3)))
+                }
+                listed = ((number, *one) for number, one in masks.items())
+                return b"\1" + b"".join(layout.pack_masks(listed, 1)), masks
         entry = layout.Entry(random.choice(list(layout.State)), 1, random.getrandbits(32))
-        return b"\2" + layout.pack_entry(entry), entry
+        return b"\2" + layout.pack_answer(entry), entry
 
     def feed(self, data: bytes) -> Any:
-        decoders = layout.unpack_key, layout.unpack_masks, layout.unpack_entry
+        decoders: tuple[Callable[[bytes], Any], ...] = (
+            layout.unpack_key,
+            lambda raw: layout.unpack_masks([raw]),
+            layout.unpack_answer,
+        )
         return decoders[data[0] % 3 if data else 0](data[1:])

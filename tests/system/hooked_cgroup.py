@@ -53,8 +53,6 @@ class HookedCgroup:
     def publish(self, table: TableId, *rules: Rule) -> None:
         async def publish() -> None:
             await self.data.publish(table, compile_table(rules))
-            while self.data.clearing:
-                await asyncio.sleep(0.001)
 
         asyncio.run(publish())
 

@@ -164,7 +164,6 @@ async def publish(namespaces: TwoNamespaces, case: Case) -> None:
     namespaces.data.set_sources(case.sources.items())
     await namespaces.data.publish(TableId.POLICY, case.policy)
     await namespaces.data.publish(TableId.SPD, case.spd)
-    await namespaces.settle()
 
 
 def test_hooks_and_userspace_classify_alike(namespaces: TwoNamespaces) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.state.floor import PRIORITY
+from ipsecgate.core.model.policy import FLOOR_PRIORITY
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
@@ -39,7 +39,7 @@ def floor_policies(lab: Lab) -> list[str]:
     shown = lab.a.run(["ip", "xfrm", "policy", "list", "dir", "out"]).stdout
     words = shown.split()
     priorities = [words[at + 1] for at, word in enumerate(words) if word == "priority"]
-    return [priority for priority in priorities if int(priority) >= PRIORITY]
+    return [priority for priority in priorities if int(priority) >= FLOOR_PRIORITY]
 
 
 def wait_for(lab: Lab, *, floor: bool) -> None:

@@ -9,14 +9,14 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network, ip_address
 from pathlib import Path
 
 from ipsecgate.core.tables import layout
-from ipsecgate.core.tables.layout import INDEX, Entry, Reason, Setting, State, TableId
-from ipsecgate.core.tables.table import EMPTY, Rule, compile_table, ternary
+from ipsecgate.core.tables.layout import INDEX, Entry, Reason, State, TableId
+from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
 from ipsecgate.edges.bpf import bytecode, libbpf, ring
+from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.objects import HOOKS, opened
 from ipsecgate.edges.bpf.pins import Pins
@@ -70,10 +70,10 @@ def test_a_udp_socket_is_checked_again_only_after_a_change(hooked: HookedCgroup)
     device = [(socket.SOL_SOCKET, SO_BINDTOIFINDEX, hooked.link)]
     assert hooked.gated("kept sendto", str(other), 54, options=device) == "EPERM"
     assert hooked.gated("kept sendto", str(other), 54, options=[(*device[0][:2], 0)]) == ""
-    ((index, key),) = [at for at in compile_table(live()).entries if at[1].family == 4]
-    hooked.data.set_entry(TableId.SPD, index, key, Entry(State.DEAD))
+    (four,) = [rule.match for rule in live() if rule.match.value.family == 4]
+    hooked.data.change(TableId.SPD, [(four, Entry(State.DEAD))])
     assert hooked.gated("kept sendto", str(other), 54) == "EPERM"
-    hooked.data.set_entry(TableId.SPD, index, key, Entry(State.LIVE))
+    hooked.data.change(TableId.SPD, [(four, Entry(State.LIVE))])
     assert hooked.gated("kept sendto", str(other), 54) == ""
     closings: list[Callable[[], None]] = [
         lambda: hooked.publish(TableId.SPD),
@@ -91,15 +91,13 @@ def test_a_udp_socket_is_checked_again_only_after_a_change(hooked: HookedCgroup)
 
 def test_a_published_table_can_be_read_back(hooked: HookedCgroup) -> None:
     assert hooked.data.table(TableId.POLICY) == compile_table(protect())
-    assert hooked.data.table(TableId.SPD) == EMPTY
+    assert hooked.data.table(TableId.SPD) == Table()
 
 
 def test_republishing_leaves_no_entry_behind(hooked: HookedCgroup) -> None:
     async def many() -> None:
         for _ in range(20):
             await hooked.data.publish(TableId.POLICY, compile_table(protect()))
-        while hooked.data.clearing:
-            await asyncio.sleep(0.01)
 
     asyncio.run(many())
     assert hooked.data.entry_count() == len(protect())
@@ -107,8 +105,8 @@ def test_republishing_leaves_no_entry_behind(hooked: HookedCgroup) -> None:
 
 def test_setting_one_entry_takes_effect_at_once(hooked: HookedCgroup) -> None:
     hooked.publish(TableId.SPD, *live())
-    ((index, key),) = [at for at in compile_table(live()).entries if at[1].family == 4]
-    hooked.data.set_entry(TableId.SPD, index, key, Entry(State.DEAD))
+    (four,) = [rule.match for rule in live() if rule.match.value.family == 4]
+    hooked.data.change(TableId.SPD, [(four, Entry(State.DEAD))])
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
     assert went_out(hooked.gated("tcp", PEER[6]))
 
@@ -145,17 +143,18 @@ def test_a_table_changed_by_others_is_repaired_and_counted(hooked: HookedCgroup)
         return asyncio.run(hooked.data.repair(TableId.POLICY, wanted))
 
     assert verify() == 0
-    space = layout.space(TableId.POLICY, hooked.data.setting(Setting.POLICY_EPOCH))
-    (at, key), *_ = wanted.entries
-    raw = layout.pack_key(key, space, at)
     with opened(hooked.pins.objects.open_map("entries")) as fd:
-        libbpf.update(fd, raw, layout.pack_entry(Entry(State.BYPASS)))
-        libbpf.update(fd, layout.pack_key(replace(key, proto=9), space, 3), b"\xff" * 24)
+        raw = next(iter(libbpf.keys(fd, layout.KEY_SIZE)))
+        _, number, key = layout.unpack_key(raw)
+        other = layout.pack_key(key.replaced(proto=9), TableId.POLICY, number)
+        libbpf.update(fd, raw, layout.pack_entry(raw, 0, layout.pack_answer(Entry(State.BYPASS))))
+        libbpf.update(fd, other, b"\xff" * layout.ENTRY_SIZE)
     assert verify() == 2
     with opened(hooked.pins.objects.open_map("entries")) as fd:
         libbpf.delete(fd, raw)
     with opened(hooked.pins.objects.open_map("masks")) as fd:
-        libbpf.update(fd, INDEX.pack(space), bytes(layout.MASKS_SIZE))
+        for part in range(2 * layout.PARTS):
+            libbpf.update(fd, INDEX.pack(part), b"\xff" * layout.PART_SIZE)
     assert went_out(hooked.gated("tcp", PEER[4])), "the changed map opens the flow"
     assert verify() == 2
     assert verify() == 0
@@ -184,7 +183,7 @@ def test_a_flood_of_refusals_is_read_in_batches(hooked: HookedCgroup) -> None:
     hosts = [str(ip_address("2001:db8:b::") + number) for number in range(1, 301)]
     assert {hooked.gated("sendto", host) for host in hosts} == {"EPERM"}
     hooked.data.drain()
-    assert len(hooked.refusals) == ring.BATCH
+    assert len(hooked.refusals) == ring.RECORDS_PER_CALL
     hooked.data.drain()
     assert [str(refusal.flow.daddr) for refusal in hooked.refusals] == hosts
 
@@ -198,5 +197,20 @@ def test_sources_that_do_not_fit_beside_the_old_ones_replace_them(hooked: Hooked
 
     hooked.data.set_sources(sources("10.0.0.0"))
     hooked.data.set_sources([*sources("10.64.0.0"), (THERE[4], HERE[4])])
+    hooked.publish(TableId.SPD, *live())
+    assert went_out(hooked.gated("tcp", PEER[4]))
+
+
+def test_a_withdrawn_table_closes_its_flows_and_the_next_controller_starts_clean(
+    hooked: HookedCgroup,
+) -> None:
+    hooked.publish(TableId.SPD, *live())
+    assert went_out(hooked.gated("tcp", PEER[4]))
+    hooked.data.withdraw(TableId.SPD)
+    assert hooked.gated("tcp", PEER[4]) == "EPERM"
+    assert went_out(hooked.gated("tcp", OTHER[4]))
+    hooked.data.close()
+    hooked.data = Datapath(hooked.pins)
+    assert hooked.data.entry_count() == len(protect())
     hooked.publish(TableId.SPD, *live())
     assert went_out(hooked.gated("tcp", PEER[4]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def test_sizes_agree(described: Mapping[str, tuple[Any, Any]], cache: Path) -> N
     key, entry = described["entries"]
     assert size(key) == layout.KEY_SIZE
     assert size(entry) == layout.ENTRY_SIZE
-    assert size(described["masks"][1]) == layout.MASKS_SIZE
+    assert size(described["masks"][1]) == layout.PART_SIZE
     assert size(described["sources"][0]) == layout.ROUTE_SIZE
     shapes = bytecode.get(cache).maps
     assert shapes["entries"].key_size == layout.KEY_SIZE
@@ -62,15 +61,15 @@ def test_key_fields_are_at_the_offsets_that_python_uses(
     for name, kind, *count in described["entries"][0][1]:
         at[name] = offset
         offset += SIZES[kind] * (count[0][0] if count else 1)
-    raw = layout.pack_key(layout.Key(1, 2, 0x0304, 0x0506, 7, 8, 0xB), space=9, tuple_=10)
+    raw = layout.pack_key(layout.Key(1, 2, 0x0304, 0x0506, 7, 8, 0xB), table=9, mask_number=10)
     assert raw[at["saddr"] : at["saddr"] + 16] == (1).to_bytes(16)
     assert raw[at["daddr"] : at["daddr"] + 16] == (2).to_bytes(16)
     assert raw[at["sport"] : at["sport"] + 2] == b"\x03\x04"
     assert raw[at["dport"] : at["dport"] + 2] == b"\x05\x06"
-    assert [raw[at[f]] for f in ("proto", "family", "space", "tuple")] == [7, 8, 9, 10]
-    assert int.from_bytes(raw[at["mark"] : at["mark"] + 4], sys.byteorder) == 0xB
-    assert layout.unpack_key(raw) == (10, layout.Key(1, 2, 0x0304, 0x0506, 7, 8, 0xB))
-    assert at["space"] == layout.SPACE_OFFSET
+    assert [raw[at[f]] for f in ("proto", "family", "table")] == [7, 8, 9]
+    assert int.from_bytes(raw[at["mark"] : at["mark"] + 4]) == 0xB
+    assert int.from_bytes(raw[at["mask_number"] : at["mask_number"] + 2]) == 10
+    assert layout.unpack_key(raw) == (9, 10, layout.Key(1, 2, 0x0304, 0x0506, 7, 8, 0xB))
 
 
 def test_a_malformed_event_is_an_error() -> None:

@@ -77,7 +77,7 @@ def test_the_gate_is_closed_before_the_network_is_up(booted: BootedSystemd) -> N
 def test_the_services_are_healthy_after_boot(systemd: BootedSystemd) -> None:
     done = systemd.run("ipsecgate", "status")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Controller  running, pid" in done.stdout
+    assert re.search(r"^Controller +running, pid", done.stdout, re.MULTILINE), done.stdout
     systemd.until(
         lambda: systemd.show(SERVICE, "StatusText").endswith("children covered"),
         "the status text does not say so",

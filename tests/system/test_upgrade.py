@@ -71,8 +71,6 @@ def take_over(hooked: HookedCgroup) -> Datapath:
     async def publish() -> None:
         await data.publish(TableId.POLICY, compile_table(protect()))
         await data.publish(TableId.SPD, compile_table(live()))
-        while data.clearing:
-            await asyncio.sleep(0.001)
 
     asyncio.run(publish())
     return data

@@ -13,7 +13,7 @@ import pytest
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
-from ipsecgate.core.gate.holds import SLICE
+from ipsecgate.core.gate.holds import FLOWS_PER_STEP
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import ESP, ChildConfig, ChildName, ChildSa, SaId, SpdKey
@@ -103,7 +103,7 @@ def test_a_kernel_event_reevaluates_only_the_calls_and_children_of_its_peer(
     assert not busy.done["publish_errnos"]
     busy.done.clear()
     (closing, *_) = busy.after_together(on.SaGone(up(7)[0].sa.id))  # type: ignore[union-attr]
-    assert isinstance(closing, do.SetEntry)
+    assert isinstance(closing, do.Change)
     assert busy.done["evaluate"] == 0
     assert 1 <= busy.done["is_live"] <= 4
 
@@ -148,18 +148,18 @@ def test_a_change_that_affects_every_call_is_worked_off_in_slices(
 ) -> None:
     busy.spy(monkeypatch)
     busy.after(on.SourcesResolved(tuple((network, ip_address("10.1.0.2")) for network in PEERS)))
-    assert busy.done["evaluate"] == SLICE
-    evaluated = SLICE
+    assert busy.done["evaluate"] == FLOWS_PER_STEP
+    evaluated = FLOWS_PER_STEP
     while busy.gate.holds.has_due:
         busy.done.clear()
         busy.after_together()
         evaluated += busy.done["evaluate"]
-        assert busy.done["evaluate"] <= SLICE
+        assert busy.done["evaluate"] <= FLOWS_PER_STEP
     assert evaluated == MANY
 
 
-def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise a peer that rekeys without a pause has the whole table rebuilt for each SA."""
+def test_many_children_in_one_batch_update_the_table_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a peer that rekeys without a pause has the table updated for each SA."""
     transcript = Spied()
     listed = ChildSa(ChildName("peer", "net-1"), 2, 1, 2, SA.id.daddr)
     table = transcript.gate.protection.spd_table
@@ -168,7 +168,7 @@ def test_many_children_in_one_batch_rebuild_the_table_once(monkeypatch: pytest.M
     assert transcript.done["spd"] == 1
 
 
-def test_a_list_of_sas_without_changes_rebuilds_no_table(
+def test_a_list_of_sas_without_changes_updates_no_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A refused flow that no child protects makes the gate ask the daemon twenty times a second."""

@@ -1,4 +1,4 @@
-"""The documentation names only what exists: files, functions, pages and headings."""
+"""The documentation names only what exists: files, functions, pages, headings; and its numbers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from ipsecgate.core.gate.event_queue import EVENTS_PER_STEP, REFUSALS
+from ipsecgate.core.gate.holds import FLOWS_PER_STEP
+from ipsecgate.core.gate.protection import POLICIES_PER_UPDATE
+from ipsecgate.core.tables.layout import PART, SOURCES
+from ipsecgate.core.tables.rule_table import (
+    COARSE_ENTRIES,
+    COARSE_MASKS,
+    ENTRY_LIMIT,
+    MASK_LIMIT,
+    PEER_SHARE,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,6 +94,37 @@ def test_the_walks_name_functions() -> None:
     """So that another way of writing them does not go unchecked."""
     named = [name for _, name in PLACE.findall(ARCHITECTURE.read_text()) if name]
     assert len(named) > 60
+
+
+MASKS, ENTRIES = MASK_LIMIT - COARSE_MASKS, ENTRY_LIMIT - COARSE_ENTRIES
+HOOKS = dict(
+    re.findall(r"^#define (\w+) (\d+)", (ROOT / "bpf/maps.bpf.c").read_text(), re.MULTILINE)
+)
+DECISIONS, ATTEMPTS = int(HOOKS["DECISIONS"]), {"4": "four"}[HOOKS["ATTEMPTS"]]
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("protected", f"{MASKS:,} distinct selector shapes (masks) and {ENTRIES:,} selectors"),
+        ("protected", f"an eighth of the shapes ({MASKS // PEER_SHARE})"),
+        ("protected", f"more pieces than fit ({SOURCES:,} routes)"),
+        ("protected", f"made {POLICIES_PER_UPDATE} at a time"),
+        ("protected", f"let go (up to {DECISIONS:,}, TCP too)"),
+        ("protected", f"decides again, {ATTEMPTS} times in all"),
+        ("threat-model", f"decides again, {ATTEMPTS} times in all"),
+        ("architecture", f"more than {MASKS:,} masks or {ENTRIES:,} entries"),
+        ("architecture", f"{REFUSALS} wait, one for each flow"),
+        ("architecture", f"up to {FLOWS_PER_STEP} of them are evaluated"),
+        ("architecture", f"{PART} masks of a table"),
+        ("threat-model", f"At most {REFUSALS} refusals wait"),
+        ("threat-model", f"after at most {EVENTS_PER_STEP} other events"),
+        ("threat-model", f"{FLOWS_PER_STEP} flows in a step"),
+        ("threat-model", f"made {POLICIES_PER_UPDATE} at a time"),
+    ],
+)
+def test_a_number_in_the_docs_is_the_one_in_the_code(page: str, text: str) -> None:
+    assert text in " ".join((ROOT / f"docs/{page}.md").read_text().split())
 
 
 def headings(page: Path) -> set[str]:

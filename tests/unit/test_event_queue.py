@@ -7,7 +7,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipsecgate.core.gate.event_queue import REFUSALS, SLICE, EventQueue
+from ipsecgate.core.gate.event_queue import EVENTS_PER_STEP, REFUSALS, EventQueue
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.ipsec import ChildName
 from tests.unit.transcript import FLOW, NAME, REFUSED, SA, SOURCES, connected
@@ -30,7 +30,7 @@ def test_a_kernel_event_waits_for_one_slice_at_most(ask: type) -> None:
         inbox.put(ask(number))
     began = inbox.take()
     inbox.put(on.SaGone(SA.id))
-    assert len(began) <= SLICE
+    assert len(began) <= EVENTS_PER_STEP
     assert inbox.take() == [on.SaGone(SA.id)]
     inbox.put(on.SaSet(SA))
     inbox.put(on.SaGone(SA.id))
@@ -40,7 +40,7 @@ def test_a_kernel_event_waits_for_one_slice_at_most(ask: type) -> None:
 def test_every_source_gets_its_turn_and_keeps_its_order() -> None:
     inbox = EventQueue()
     queued: list[on.Event] = []
-    for number in range(3 * SLICE):
+    for number in range(3 * EVENTS_PER_STEP):
         for event in (
             called(number),
             on.NegotiationFailed(NAME, f"{number}"),
@@ -51,7 +51,7 @@ def test_every_source_gets_its_turn_and_keeps_its_order() -> None:
     kinds = []
     taken: list[on.Event] = []
     while slice_ := inbox.take():
-        assert len(slice_) <= SLICE
+        assert len(slice_) <= EVENTS_PER_STEP
         kinds.append(type(slice_[0]))
         taken += slice_
     assert len(set(kinds[:3])) == 3, "every source gets a slice before any gets its second"

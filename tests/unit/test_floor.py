@@ -8,16 +8,13 @@ from ipaddress import ip_network
 import pytest
 
 from ipsecgate.core.codec.xfrm import NEWPOLICY, decode
+from ipsecgate.core.codec.xfrm_floor import encode_delete, encode_set
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP
 from ipsecgate.core.model.ipsec import Action, Direction, SpdEntry
-from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.policy import FLOOR_PRIORITY, FloorPolicy, Policy, Settings
 from ipsecgate.core.state.floor import (
-    PRIORITY,
-    FloorPolicy,
-    encode_delete,
-    encode_set,
     floor_policies,
     instance_tag,
     is_floor,
@@ -66,7 +63,7 @@ def test_an_encoded_floor_policy_decodes_to_itself(one: FloorPolicy) -> None:
     request = encode_set(one, TAG, 3)
     (event,) = decode(request[:4] + NEWPOLICY.to_bytes(2, "little") + request[6:])
     assert isinstance(event, on.PolicySet)
-    assert event.entry.priority == PRIORITY + one.place
+    assert event.entry.priority == FLOOR_PRIORITY + one.place
     assert event.entry.action is (Action.DISCARD if one.block else Action.BYPASS)
     assert event.entry.key.selector.dst == one.dst
     assert event.entry.key.selector.src.prefixlen == 0
@@ -79,7 +76,7 @@ def test_the_requests_match_the_layout_of_the_kernel_headers() -> None:
     source = ".".join(str(byte) for byte in TAG.to_bytes(4))
     selector = xfrm_bytes.selector(f"{source}/0", "10.2.0.0/16")
     lifetime = xfrm_bytes.LIFETIME.pack(*([xfrm_bytes.FOREVER] * 4), 0, 0, 0, 0)
-    body = xfrm_bytes.policy(selector, priority=PRIORITY + 1, index=0, action=1)
+    body = xfrm_bytes.policy(selector, priority=FLOOR_PRIORITY + 1, index=0, action=1)
     body = body[:56] + lifetime + body[120:]
     assert encode_set(BLOCK, TAG, 7) == xfrm_bytes.message(0x19, body, flags=5)
     identity = selector + (0).to_bytes(4) + b"\1\0\0\0"

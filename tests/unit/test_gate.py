@@ -43,7 +43,7 @@ def test_a_flow_opens_once_the_kernel_has_its_sa_and_the_policy_that_names_it(
 
     assert not trapped.after(on.SaSet(SA)), "the trap does not show the negotiated selectors"
     opened = trapped.after(on.PolicySet(PINNED))
-    assert isinstance(opened[0], do.SetEntry), "the first command opens, in one write"
+    assert isinstance(opened[0], do.Change), "the first command opens, in one write"
     assert trapped.is_open()
     assert trapped.gate.negotiations.by_child[NAME].coverage is Coverage.COVERED
 
@@ -52,7 +52,7 @@ def test_notifications_that_arrive_together_make_one_change(trapped: Transcript)
     trapped.after(REFUSED)
     inbound = replace(SA, id=SaId(LOCAL, 0x11, ESP), saddr=PEER)
     commands = trapped.after_together(on.SaSet(inbound), *UP)
-    assert [type(c) for c in commands].count(do.SetEntry) == 1
+    assert [type(c) for c in commands].count(do.Change) == 1
     assert trapped.is_open()
     commands = trapped.after_together(on.SaGone(SA.id), REFUSED, on.SaSet(SA))
     assert trapped.is_open()
@@ -85,7 +85,7 @@ def test_a_flow_closes_before_anything_else_is_done(trapped: Transcript, closing
     trapped.after(REFUSED, *UP)
     assert trapped.is_open()
     first = trapped.after(closing)[0]
-    assert isinstance(first, do.SetEntry | do.Publish), "the first command closes"
+    assert isinstance(first, do.Change | do.Publish), "the first command closes"
     assert not trapped.is_open()
     assert trapped.gate.negotiations.by_child[NAME].coverage is Coverage.UNCOVERED
 
@@ -151,7 +151,7 @@ def test_the_daemon_is_exempt_while_it_is_connected(trapped: Transcript) -> None
 def test_a_thousand_refusals_do_not_delay_a_closing(trapped: Transcript) -> None:
     trapped.after(REFUSED, *UP)
     commands = trapped.after_together(*[REFUSED] * 1000, on.SaGone(SA.id))
-    assert isinstance(commands[0], do.SetEntry)
+    assert isinstance(commands[0], do.Change)
     assert not trapped.is_open()
 
 

@@ -7,27 +7,38 @@ the sizes with those that the compiler computes.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from enum import IntEnum
 
 import pytest
 
 from ipsecgate.core.tables import layout
-from ipsecgate.edges.bpf import bytecode
+from ipsecgate.edges.bpf import bytecode, libbpf
 
 HEADER = (bytecode.source_dir() / "gate.h").read_text()
+MAPS = (bytecode.source_dir() / "maps.bpf.c").read_text()
 DEFINES = {
     name: int(value.rstrip("UL"))
-    for name, value in re.findall(r"^#define GATE_(\w+)\s+(\w+)", HEADER, re.MULTILINE)
+    for name, value in re.findall(r"^#define GATE_(\w+)\s+(\d\w*)", HEADER, re.MULTILINE)
 }
-TYPES = {"__u8": 1, "__u16": 2, "__u32": 4, "__u64": 8, "char": 1}
-MIRRORED = ("LAYOUT", "BUFFERS", "TUPLES", "ENTRIES", "SOURCES")
+TYPES = {"__u8": 1, "__u16": 2, "__u32": 4, "__u64": 8, "char": 1, "int": 4}
+MIRRORED = ("LAYOUT", "PART", "PARTS", "MASKS", "ENTRIES", "SOURCES", "FILTER_BITS")
 ENUMS: tuple[type[IntEnum], ...] = (layout.TableId, layout.State, layout.Setting, layout.Reason)
 COUNTS = {"TABLES": layout.TableId, "SETTINGS": layout.Setting, "COUNTERS": layout.Reason}
-# The header names the first of two consecutive words: epoch + table.
-EPOCHS = ("POLICY_EPOCH", "SPD_EPOCH")
+# The header names the first of two consecutive words: list + table.
+LISTS = ("POLICY_LIST", "SPD_LIST")
 # Constants of the hooks alone: map sizes, a socket's memory, and which hook reports an event.
 HOOKS_ONLY = {
-    *("RECENT", "RING_PAGES", "EVENT_INTERVAL_NS", "COVERED", "CLEAR", "DAEMON"),
+    *(
+        "RECENT",
+        "REPLACED",
+        "RING_PAGES",
+        "KEY_WORDS",
+        "EVENT_INTERVAL_NS",
+        "COVERED",
+        "CLEAR",
+        "DAEMON",
+    ),
     *("CONNECT4", "CONNECT6", "SENDMSG4", "SENDMSG6", "EGRESS"),
 }
 
@@ -35,10 +46,10 @@ HOOKS_ONLY = {
 def expected() -> dict[str, int]:
     """Return what the header must define, according to the mirror."""
     members = {member.name: int(member) for enum in ENUMS for member in enum}
-    epochs = [members.pop(name) for name in EPOCHS]
-    assert epochs == [members["POLICY"] + epochs[0], members["SPD"] + epochs[0]]
+    lists = [members.pop(name) for name in LISTS]
+    assert lists == [members["POLICY"] + lists[0], members["SPD"] + lists[0]]
     constants = {name: getattr(layout, name) for name in MIRRORED}
-    return {**constants, **members, "EPOCH": epochs[0], **{n: len(e) for n, e in COUNTS.items()}}
+    return {**constants, **members, "LIST": lists[0], **{n: len(e) for n, e in COUNTS.items()}}
 
 
 def test_every_constant_of_the_header_is_mirrored_by_name_and_value() -> None:
@@ -50,15 +61,19 @@ def test_no_two_enum_members_share_a_name() -> None:
     assert len(names) == len(set(names))
 
 
-def offsets(struct: str) -> dict[str, int]:
-    """Return the offsets of a structure's members, "" for its size; natural alignment."""
-    body = re.search(rf"^struct {struct} {{\n(.*?)^}};", HEADER, re.MULTILINE | re.DOTALL)
+def offsets(struct: str, source: str = HEADER) -> dict[str, int]:
+    """Return the offsets of a structure's members, "" for its size; natural alignment.
+
+    Of an anonymous union the first member counts.
+    """
+    body = re.search(rf"^struct {struct} {{\n(.*?)^}}", source, re.MULTILINE | re.DOTALL)
     assert body, struct
+    text = re.sub(r"^\tunion {\n\t(\t.*?\n).*?^\t};\n", r"\1", body[1], flags=re.M | re.S)
     found, at, widest = {}, 0, 1
     for kind, nested, name, count in re.findall(
-        r"^\t(?:(\w+)|struct (\w+)) (\w+)(?:\[(\w+)\])?;", body[1], re.MULTILINE
+        r"^\t(?:(\w+)|struct (\w+)) (\w+)(?:\[(\w+)\])?;", text, re.MULTILINE
     ):
-        size, alignment = (offsets(nested)[""], 4) if nested else (TYPES[kind], TYPES[kind])
+        size, alignment = (offsets(nested)[""], 8) if nested else (TYPES[kind], TYPES[kind])
         at = -(-at // alignment) * alignment
         found[name] = at
         times = DEFINES[count[5:]] if count.startswith("GATE_") else int(count or 1)
@@ -70,7 +85,7 @@ def offsets(struct: str) -> dict[str, int]:
     ("struct", "size"),
     [
         ("gate_key", layout.KEY_SIZE),
-        ("gate_masks", layout.MASKS_SIZE),
+        ("gate_masks", layout.PART_SIZE),
         ("gate_entry", layout.ENTRY_SIZE),
         ("gate_route", layout.ROUTE_SIZE),
         ("gate_event", layout.EVENT_SIZE),
@@ -78,6 +93,13 @@ def offsets(struct: str) -> dict[str, int]:
 )
 def test_sizes(struct: str, size: int) -> None:
     assert offsets(struct)[""] == size
+
+
+def test_the_verifier_is_given_the_size_of_the_search() -> None:
+    search = offsets("search", MAPS)
+    assert search["flow"] == 0
+    assert search["generation"] == layout.KEY_SIZE
+    assert search[""] == libbpf.SEARCH_SIZE
 
 
 def numbered(struct: str, members: dict[str, tuple[int, bytes]]) -> bytes:
@@ -93,19 +115,64 @@ def host(value: int, size: int = 4) -> tuple[int, bytes]:
     return size, layout.INDEX.pack(value) if size == 4 else layout.SETTING.pack(value)
 
 
+KEY = layout.pack_key(layout.Key(saddr=1, daddr=2, family=6), 1, 3)
+
+
 def test_an_entry_has_its_members_where_the_header_puts_them() -> None:
-    entry = layout.Entry(layout.State.LIVE, error=13, id=7, deadline=5)
+    entry = layout.Entry(layout.State.LIVE, error=13, id=7, deadline=5, rank=9)
     raw = numbered(
-        "gate_entry",
+        "gate_answer",
         {
+            "rank": host(9, 8),
             "state": host(layout.State.LIVE),
             "error": host(13),
             "id": host(7),
             "deadline": host(5 * layout.NS, 8),
         },
     )
-    assert layout.pack_entry(entry) == raw
-    assert layout.unpack_entry(raw) == entry
+    assert layout.pack_answer(entry) == raw
+    assert layout.unpack_answer(raw) == entry
+    before = layout.pack_answer(layout.Entry(layout.State.DEAD))
+    whole = numbered(
+        "gate_entry",
+        {
+            "since": host(4, 8),
+            "now": (len(raw), raw),
+            "before": (len(before), before),
+        },
+    )
+    packed = layout.pack_entry(KEY, 4, raw, before)
+    assert without_checks(packed) == whole
+    assert layout.unpack_entry(whole, 4) == raw
+    assert layout.unpack_entry(whole, 3) == before
+
+
+def without_checks(entry: bytes) -> bytes:
+    """Return a struct gate_entry whose two `check` members, last in their answers, are 0."""
+    size = len(layout.NOTHING)
+    return entry[: 8 + size - 4] + bytes(4) + entry[8 + size : -4] + bytes(4)
+
+
+def test_an_answer_counts_only_in_its_own_entry() -> None:
+    """The hooks compare `check`; each of these differs in one thing that it must depend on."""
+    other = bytes([KEY[0] ^ 1]) + KEY[1:]
+    answer = layout.Entry(layout.State.LIVE, error=13, id=7, deadline=5, rank=9)
+    changed = (
+        replace(answer, error=1),
+        replace(answer, id=8),
+        replace(answer, deadline=6),
+        replace(answer, rank=8),
+        replace(answer, state=layout.State.DEAD),
+    )
+    packed = [
+        layout.pack_entry(key, since, layout.pack_answer(entry))
+        for key, since, entry in (
+            (KEY, 4, answer), (KEY, 5, answer), (other, 4, answer),
+            *((KEY, 4, entry) for entry in changed),
+        )
+    ]  # fmt: skip
+    size = len(layout.NOTHING)
+    assert len({entry[8 + size - 4 : 8 + size] for entry in packed}) == len(packed)
 
 
 def test_an_event_has_its_members_where_the_header_puts_them() -> None:

@@ -51,7 +51,7 @@ def test_a_call_is_held_until_covered_and_answered_after_the_table_is_written(
     assert not answers(asked)
     opened = trapped.after_together(*UP)
     assert answers(opened) == {CALL: None}
-    wrote = next(n for n, c in enumerate(opened) if isinstance(c, do.SetEntry | do.Publish))
+    wrote = next(n for n, c in enumerate(opened) if isinstance(c, do.Change | do.Publish))
     assert opened.index(do.Answer(CALL, None)) > wrote
     assert trapped.is_open()
     assert not trapped.gate.holds.calls

@@ -2,7 +2,7 @@
 
     cli -> controller, admin -> edges -> core;   lab -> edges, core;   cli.demo -> lab
 
-Within core and within edges the order is that of CORE and EDGES below: a room imports from
+Within core and within edges the order is that of CORE and EDGES below: a package imports from
 itself and from those that it names. Core imports only the parts of the standard library
 in PURE, so it can touch no socket, file, process or clock. Each outside library is imported in one
 place.
@@ -24,7 +24,7 @@ import ipsecgate
 PACKAGE = Path(ipsecgate.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Outside library -> the rooms that may import it (by prefix, below ipsecgate).
+# Outside library -> the packages that may import it (by prefix, below ipsecgate).
 OUTSIDE = {
     "bcc": ("edges.bpf.compiler",),
     "pyroute2": ("edges.", "lab."),
@@ -36,7 +36,7 @@ OUTSIDE = {
 # What core may import of the standard library: nothing that reaches outside the process.
 PURE = {
     "__future__", "bisect", "collections", "dataclasses", "enum", "errno", "functools", "heapq",
-    "ipaddress", "itertools", "json", "math", "operator", "random", "re", "struct", "typing",
+    "ipaddress", "itertools", "json", "math", "operator", "random", "re", "struct", "sys", "typing",
     "unicodedata", "zlib",
     "socket.AF_INET", "socket.AF_INET6",
 }  # fmt: skip
@@ -57,14 +57,14 @@ EDGES = {
 }
 BASE = {"errors", "trust", "printable"}
 ALL_EDGES = {*CORE, *EDGES, *BASE}
-ROOMS: dict[str, set[str]] = {
+PACKAGES: dict[str, set[str]] = {
     "errors": set(),
     "printable": set(),
     "trust": {"errors"},
     "lock": {"errors", "trust"},
     "paths": {"errors"},
-    **{room: {*below, "errors"} for room, below in CORE.items()},
-    **{room: {*below, *CORE, *BASE} - {"core.gate"} for room, below in EDGES.items()},
+    **{package: {*below, "errors"} for package, below in CORE.items()},
+    **{package: {*below, *CORE, *BASE} - {"core.gate"} for package, below in EDGES.items()},
     "admin": {*ALL_EDGES, "lock", "paths"},
     "controller": {*ALL_EDGES, "lock", "paths", "admin"},
     "lab": {*ALL_EDGES, "paths"},
@@ -78,7 +78,7 @@ def name_of(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def room_of(name: str) -> str:
+def package_of(name: str) -> str:
     parts = name.split(".")
     return ".".join(parts[: 2 if parts[0] in ("core", "edges") else 1])
 
@@ -105,11 +105,11 @@ def ours(path: Path) -> Iterator[str]:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_each_room_imports_only_from_the_rooms_below_it(path: Path) -> None:
     name = name_of(path)
-    room = room_of(name)
+    package = package_of(name)
     for imported in ours(path):
-        other = room_of(imported)
-        if room in ROOMS and other in ROOMS and other != room:
-            assert other in ROOMS[room], f"{name} imports {imported}"
+        other = package_of(imported)
+        if package in PACKAGES and other in PACKAGES and other != package:
+            assert other in PACKAGES[package], f"{name} imports {imported}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -139,9 +139,9 @@ def test_core_touches_nothing_outside(path: Path) -> None:
     assert not calls & {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}
 
 
-def test_every_module_has_a_room() -> None:
-    found = {room_of(name_of(path)) for path in MODULES} - {"", "core", "edges"}
-    assert found == ROOMS.keys()
+def test_every_module_has_a_package() -> None:
+    found = {package_of(name_of(path)) for path in MODULES} - {"", "core", "edges"}
+    assert found == PACKAGES.keys()
 
 
 def test_there_are_no_import_cycles() -> None:

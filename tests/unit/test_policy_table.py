@@ -6,11 +6,14 @@ from dataclasses import replace
 from errno import EPERM
 from ipaddress import ip_address, ip_network
 
+import pytest
+
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP, Flow, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import Action, ChildName, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.tables import rule_table
 from ipsecgate.core.tables.layout import Entry, State, TableId
 from tests.unit.transcript import (
     FLOW,
@@ -51,7 +54,14 @@ def test_configured_policies_replace_the_derived_ones() -> None:
     assert initiated(transcript.after(replace(REFUSED, flow=database))) == [NAME]
 
 
-def test_kernel_policies_that_do_not_fit_the_hook_table_refuse_their_flows() -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks that hold twelve masks of policies' own, and 200 entries."""
+    monkeypatch.setattr(rule_table, "MASK_LIMIT", rule_table.COARSE_MASKS + 12)
+    monkeypatch.setattr(rule_table, "ENTRY_LIMIT", rule_table.COARSE_ENTRIES + 200)
+
+
+def test_kernel_policies_that_do_not_fit_the_hook_table_refuse_their_flows(small: None) -> None:
     transcript = Transcript()
     many = tuple(
         replace(TRAP, key=SpdKey(Selector(HERE, ip_network(f"10.2.0.0/{n}"))), priority=99 - n)
@@ -89,7 +99,7 @@ def test_a_connection_whose_peer_is_unknown_is_reported_as_an_error(trapped: Tra
     assert trapped.gate.errors == []
 
 
-def test_policies_that_do_not_fit_protect_their_whole_networks() -> None:
+def test_policies_that_do_not_fit_protect_their_whole_networks(small: None) -> None:
     wide = tuple(
         Policy(f"p{n}", (ip_network(f"10.0.0.0/{n}"),), proto=TCP, ports=(1, 65534))
         for n in (24, 16, 8)
@@ -103,12 +113,12 @@ def test_policies_that_do_not_fit_protect_their_whole_networks() -> None:
     assert transcript.entry(TableId.POLICY, replace(inside, daddr=ip_address("8.8.8.8"))) is None
 
 
-def test_policies_that_do_not_fit_even_as_networks_protect_everything() -> None:
-    networks = tuple(ip_network((number << 8, 24)) for number in range(1 << 16, (1 << 16) + 17_000))
+def test_policies_that_do_not_fit_even_as_networks_protect_everything(small: None) -> None:
+    networks = tuple(ip_network((number << 8, 24)) for number in range(1 << 16, (1 << 16) + 300))
     one = Policy("all", networks, proto=TCP, ports=(1, 7))
     bypass = Policy("first", (ip_network("192.0.2.0/24"),), Action.BYPASS)
     transcript = Transcript(Settings(policies=(bypass, one)))
     entry = transcript.entry(TableId.POLICY, replace(FLOW, daddr=ip_address("198.51.100.1")))
     assert entry is not None
     assert (entry.state, entry.id) == (State.PROTECT, 1)
-    assert "entries" in transcript.gate.errors[0]
+    assert "because of all" in transcript.gate.errors[0]

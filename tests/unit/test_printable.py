@@ -103,6 +103,13 @@ def evil_status() -> Status:
             "events_lost": 0,
             "reasons": {f"refuse_{EVIL}": 1},
         },
+        "hook_tables": {
+            "policy_masks": 1,
+            "policy_entries": 1,
+            "spd_masks": 0,
+            "spd_entries": 0,
+            "memory": 1 << 20,
+        },
     }
 
 

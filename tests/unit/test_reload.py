@@ -59,7 +59,7 @@ def test_a_covered_flow_stays_open_and_its_policies_are_published_once() -> None
     transcript.after(REFUSED, *UP)
     assert transcript.is_open()
     commands = reload(transcript, FIRST, replace(PROTECT, name="renamed"))
-    hook_tables = [c for c in commands if isinstance(c, do.Publish)]
+    hook_tables = [c for c in commands if isinstance(c, do.Publish | do.Change)]
     assert [c.table for c in hook_tables] == [TableId.POLICY], "the SPD table stays"
     assert transcript.is_open()
     assert kinds(commands)[-1] is do.Adopted
@@ -72,13 +72,13 @@ def test_stricter_modes_are_set_first_and_laxer_ones_last() -> None:
     commands = reload(transcript, PROTECT, FIRST, audit=False, deny=True)
     modes = [c for c in commands if isinstance(c, do.SetModes)]
     assert [(m.audit, m.deny) for m in modes] == [(False, True), (False, True)]
-    assert kinds(commands).index(do.SetModes) < kinds(commands).index(do.Publish)
+    assert kinds(commands).index(do.SetModes) < kinds(commands).index(do.Change)
 
     commands = reload(transcript, PROTECT, audit=True, deny=False)
     modes = [c for c in commands if isinstance(c, do.SetModes)]
     assert [(m.audit, m.deny) for m in modes] == [(False, True), (True, False)]
     last = len(commands) - 1 - kinds(commands)[::-1].index(do.SetModes)
-    assert last > kinds(commands).index(do.Publish)
+    assert last > kinds(commands).index(do.Change)
 
 
 def test_a_newly_protected_network_waits_for_its_source() -> None:
@@ -94,7 +94,7 @@ def test_a_newly_protected_network_waits_for_its_source() -> None:
     assert do.Adopted() not in transcript.after(SOURCES), "this answers the earlier query"
     assert do.Adopted() not in transcript.after(connected())
     commands = transcript.after(BOTH)
-    assert kinds(commands).index(do.SetSources) < kinds(commands).index(do.Publish)
+    assert kinds(commands).index(do.SetSources) < kinds(commands).index(do.Change)
     assert kinds(commands)[-1] is do.Adopted
     assert [policy.name for policy in transcript.gate.policies] == ["db", "more"]
     entry = transcript.entry(TableId.POLICY, flow)

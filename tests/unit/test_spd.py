@@ -21,9 +21,9 @@ from ipsecgate.core.model.ipsec import (
     SpdKey,
     Template,
 )
-from ipsecgate.core.state.spd import spd_rules
 from ipsecgate.core.tables.layout import State, flow_key
 from ipsecgate.core.tables.table import compile_table
+from tests.reference_rules import rules_from_scratch
 
 LOCAL, PEER = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 TUNNEL = Template(ESP, Mode.TUNNEL, reqid=1, saddr=LOCAL, daddr=PEER)
@@ -46,7 +46,7 @@ NET = policy(selector(), TUNNEL)
 
 
 def live(policies: list[SpdEntry], sas: list[Sa], flow: Flow = FLOW) -> bool:
-    entry = compile_table(spd_rules(policies, sas)).classify(flow_key(flow))
+    entry = compile_table(rules_from_scratch(policies, sas)).classify(flow_key(flow))
     return entry is not None and entry.state is State.LIVE
 
 

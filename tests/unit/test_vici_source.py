@@ -16,7 +16,7 @@ from ipsecgate.core.model.ipsec import ChildSa
 from ipsecgate.core.model.policy import SaSource, Settings
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
 from ipsecgate.core.tables.layout import State, TableId, flow_key
-from ipsecgate.core.tables.table import EMPTY, compile_table
+from ipsecgate.core.tables.rule_table import RuleTable
 from tests.unit.transcript import (
     HERE,
     LISTED,
@@ -63,9 +63,9 @@ def test_a_flow_opens_once_its_sa_is_up_and_its_route_leads_into_the_tunnel(
     assert TableId.SPD in transcript.gate.tables, "published without waiting for XFRM"
     assert not transcript.is_open()
     assert initiated(transcript.after(REFUSED)) == [NAME]
-    assert not any(isinstance(c, do.Publish) for c in transcript.after(TUNNEL)), "no SA yet"
+    assert not any(isinstance(c, do.Change) for c in transcript.after(TUNNEL)), "no SA yet"
     opened = transcript.after(on.ChildUp(LISTED))
-    assert isinstance(opened[0], do.Publish)
+    assert isinstance(opened[0], do.Change)
     assert transcript.is_open()
     assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.COVERED
 
@@ -94,7 +94,7 @@ def test_a_flow_closes_before_anything_else_is_done(
     up(transcript)
     commands = transcript.after(*closing)
     assert not transcript.is_open()
-    assert isinstance(commands[0], do.Publish | do.SetSources), "before all else"
+    assert isinstance(commands[0], do.Change | do.SetSources), "before all else"
     assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.UNCOVERED
     transcript.after(connected(), TUNNEL, on.ChildUp(REKEYED))
     assert transcript.is_open()
@@ -207,8 +207,10 @@ def states(
     source = UserspaceEsp()
     source.routed(tuple(routes))
     source.ike_connected([replace(LISTED, local=tuple(local), remote=tuple(remote))])
-    table = compile_table(source.hook_rules()) if local else EMPTY
-    found = [table.classify(flow_key(flow)) for flow in flows]
+    rules = RuleTable(lambda _rules: ())
+    for owner, its in source.changed_rules(1):
+        rules.assign(owner, its)
+    found = [rules.table.classify(flow_key(flow)) for flow in flows]
     return [entry is not None and entry.state is State.LIVE for entry in found]
 
 

@@ -14,6 +14,7 @@ are one host with one connection. 192.0.2.1 is this gateway and 192.0.2.2 its pe
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from random import Random
@@ -36,7 +37,8 @@ from ipsecgate.core.model.ipsec import (
     Template,
 )
 from ipsecgate.core.model.policy import Settings
-from ipsecgate.core.tables.layout import Entry, Key, Reason, State, TableId, flow_key
+from ipsecgate.core.tables.layout import Entry, Reason, State, TableId, flow_key
+from ipsecgate.core.tables.table import Table
 
 LOCAL, PEER = ip_address("192.0.2.1"), ip_address("192.0.2.2")
 HERE, THERE = ip_network("10.1.0.0/16"), ip_network("10.2.0.0/16")
@@ -83,7 +85,7 @@ class Transcript:
         self, settings: Settings | None = None, remembered: Iterable[ChildConfig] = ()
     ) -> None:
         self.gate = Gate(settings or Settings(), tuple(remembered), Random(1).random)
-        self.tables: dict[TableId, dict[tuple[int, Key], Entry]] = {}
+        self.tables: dict[TableId, Table] = {}
         self._execute(self.gate.start())
 
     def after(self, *events: on.Event) -> list[do.Command]:
@@ -96,12 +98,9 @@ class Transcript:
 
     def entry(self, table: TableId, flow: Flow) -> Entry | None:
         """Look a flow up as the hook does, in what the commands have written."""
-        masks = self.gate.tables[table].masks
-        for index, mask in enumerate(masks):
-            found = self.tables[table].get((index, flow_key(flow).masked(mask)))
-            if found is not None:
-                return found
-        return None
+        found = self.tables[table].classify(flow_key(flow))
+        assert found == self.gate.tables[table].classify(flow_key(flow)), "they have drifted apart"
+        return found
 
     def is_open(self, flow: Flow = ROUTED) -> bool:
         """Return whether the hook would let a protected flow through."""
@@ -121,10 +120,10 @@ class Transcript:
         executed = list(commands)
         for command in executed:
             if isinstance(command, do.Publish):
-                self.tables[command.table] = dict(command.content.entries)
-            elif isinstance(command, do.SetEntry):
-                assert (command.index, command.key) in self.tables[command.table]
-                self.tables[command.table][command.index, command.key] = command.entry
+                self.tables[command.table] = deepcopy(command.content)
+            elif isinstance(command, do.Change):
+                for match, entry in command.entries.items():
+                    self.tables[command.table].put(match, entry)
         return executed
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from ipsecgate.core.model.events import Call, CallMade, Timer
 from ipsecgate.core.model.flow import Address, Network
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName
-from ipsecgate.core.state.floor import FloorPolicy
-from ipsecgate.core.tables.layout import Entry, Key, TableId
-from ipsecgate.core.tables.table import Table
+from ipsecgate.core.model.policy import FloorPolicy
+from ipsecgate.core.tables.layout import Entry, TableId
+from ipsecgate.core.tables.table import Table, Ternary
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,11 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
-class SetEntry:
-    """Change one entry of a published table: one write, in force at once."""
+class Change:
+    """Change some entries of a published table, all at once; None: remove one."""
 
     table: TableId
-    index: int
-    key: Key
-    entry: Entry
+    entries: dict[Ternary, Entry | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +159,7 @@ class Log:
     text: str
 
 
-HookCommand = Publish | SetEntry | Verify | SetSources | SetTun | SetModes | ExemptIke
+HookCommand = Publish | Change | Verify | SetSources | SetTun | SetModes | ExemptIke
 """Commands that write to the hooks' maps."""
 IkeCommand = AskIke | Initiate | Terminate
 CallCommand = Hold | Answer

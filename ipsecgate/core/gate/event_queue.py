@@ -6,9 +6,9 @@
     applications  /
 
 Rules of this module: requests of applications never go before the kernel's notifications, and at
-most `SLICE` of them are handled before the kernel is read again. An application may ask as often as
-it likes: at most one refusal waits for each flow and policy. Beyond `REFUSALS` of them further ones
-are dropped, and the hooks report them again.
+most `EVENTS_PER_STEP` of them are handled before the kernel is read again. An application may ask
+as often as it likes: at most one refusal waits for each flow and policy. Beyond `REFUSALS` of them
+further ones are dropped, and the hooks report them again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import deque
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow
 
-SLICE = 16  # events handled between two reads of the kernel's notifications
+EVENTS_PER_STEP = 16  # events handled between two reads of the kernel's notifications
 REFUSALS = 256
 
 _KERNEL = on.XfrmEvent | on.KernelSnapshot
@@ -60,7 +60,7 @@ class EventQueue:
         for _ in self._turns:
             turn, self._next = self._turns[self._next], (self._next + 1) % len(self._turns)
             if turn:
-                taken = [turn.popleft() for _ in range(min(SLICE, len(turn)))]
+                taken = [turn.popleft() for _ in range(min(EVENTS_PER_STEP, len(turn)))]
                 self._refused -= {
                     _identity(event) for event in taken if isinstance(event, on.FlowRefused)
                 }

@@ -2,7 +2,7 @@
 
     FlowRefused            one Initiate for the CHILD_SA that would protect the flow
     XFRM notifications, ChildUp, ChildDown
-                           the SPD table (Publish), or one entry of it (SetEntry)
+                           the SPD table (Publish), or entries of it (Change)
     IkeConnected           policies, where none are configured; which SAs are confirmed; one-way
                            children (Terminate)
     SourcesResolved        the source of unbound flows, hence which kernel policy wins
@@ -27,7 +27,7 @@ from ipsecgate.core.gate.negotiations import Negotiations, Outcome
 from ipsecgate.core.gate.one_way import OneWayChildren
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.propagation import Propagation
-from ipsecgate.core.gate.protection import Notification, Protection
+from ipsecgate.core.gate.protection import Protection, StateEvent
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import ChildConfig, ChildSa
@@ -74,10 +74,11 @@ class Gate:
 
     @property
     def tables(self) -> dict[TableId, Table]:
-        """Return the hook tables as published so far."""
+        """Return the hook tables as published so far, without those that are only partly."""
+        spd_table = self.protection.spd_table
         contents = {
             TableId.POLICY: self.policy_table.content,
-            TableId.SPD: self.protection.spd_table.content,
+            TableId.SPD: None if spd_table.is_partial else spd_table.content,
         }
         return {table: content for table, content in contents.items() if content is not None}
 
@@ -96,7 +97,7 @@ class Gate:
         """
         if not self.policies:
             return []
-        return [*self._propagate.policies(), *self._ask_sources()]
+        return [*self._propagate.after_policies(), *self._ask_sources()]
 
     def step(self, *events: on.Event) -> list[do.Command]:
         """Apply events; return the commands that they lead to, in order.
@@ -105,23 +106,35 @@ class Gate:
         change that closes a flow.
         """
         events = tuple(sorted(events, key=_is_request))
-        if not all(isinstance(event, on.CallEvent | on.FlowRefused) for event in events):
-            self.holds.forget_free()
+        only_requests = all(isinstance(event, on.CallEvent | on.FlowRefused) for event in events)
+        if self.protection.pending or not only_requests:
+            self.holds.forget_free()  # flows may be closed
         commands: list[do.Command] = []
-        for is_notification, group in groupby(events, lambda e: isinstance(e, Notification)):
+        for is_notification, group in groupby(events, lambda e: isinstance(e, StateEvent)):
             if is_notification:
-                commands += self._notified([e for e in group if isinstance(e, Notification)])
+                commands += self._notified([e for e in group if isinstance(e, StateEvent)])
             else:
                 for event in group:
-                    commands += [] if isinstance(event, Notification) else self._take(event)
-        return commands + self._answer_held()
+                    commands += [] if isinstance(event, StateEvent) else self._take(event)
+        if self.protection.pending:
+            commands += self._propagate.after_protection()
+        commands += self._answer_held()
+        if any(isinstance(event, on.CheckDue) for event in events):
+            # Last, because a table's content is what it is after every other command.
+            commands += [do.Verify(*item) for item in self.tables.items()]
+        return commands
+
+    @property
+    def has_more(self) -> bool:
+        """Tell whether another step has something to do, even without an event."""
+        return self.holds.has_due or self.protection.pending
 
     def _take(self, event: on.CallEvent | on.OtherEvent) -> list[do.Command]:
         match event:
             case on.FlowRefused(flow, policy=place):
                 # `place` may be one of an older table, so it is looked up again.
                 asked = Outcome() if place is None else self.demand.refused(flow)
-                return self._propagate.negotiations(asked)
+                return self._propagate.pass_on(asked)
             case on.CallMade():
                 return self._call_made(event)
             case on.CallExpired() | on.CallInterrupted() | on.CallGone():
@@ -133,7 +146,7 @@ class Gate:
             case on.TimerFired(timer):
                 return self._timer_fired(timer)
             case on.CheckDue():
-                return [do.Verify(*item) for item in self.tables.items()]
+                return []  # at the end of the step
             case on.Reconfigured(settings):
                 return self._reconfigure(settings)
         return self._take_ike(event)
@@ -147,21 +160,21 @@ class Gate:
             case on.IkeUnparsed(reason):
                 return [*self.ike.log_unread((reason,)), do.AskIke()]
             case on.NegotiationFailed(name, cause):
-                return self._propagate.negotiations(self.negotiations.failed(name, cause))
+                return self._propagate.pass_on(self.negotiations.failed(name, cause))
             case on.NegotiationDone(name):
-                return self._propagate.negotiations(self.negotiations.done(name))
+                return self._propagate.pass_on(self.negotiations.done(name))
             case on.IkeUp() | on.IkeDown() | on.ChildUp() | on.ChildDown():
                 return []  # children are reported one by one, and applied together
 
     # --- what is protected --------------------------------------------------------------
 
-    def _notified(self, events: Sequence[Notification]) -> list[do.Command]:
+    def _notified(self, events: Sequence[StateEvent]) -> list[do.Command]:
         """Apply notifications that arrived together, then publish once.
 
         One SA arrives as several notifications, and only all of them show whether it protects.
         """
         changes = [self.protection.notified(event) for event in events]
-        commands = self._propagate.protection() if any(changes) else []
+        commands = self._propagate.after_protection() if any(changes) else []
         policies = [event.entry for event in events if isinstance(event, on.PolicySet)]
         if any(map(self.protection.may_be_unknown, policies)):
             commands.append(do.AskIke())
@@ -172,12 +185,12 @@ class Gate:
         self._propagate.spd_read()
         text = f"{drift} policies or SAs differed from the kernel's: repaired"
         log = [do.Log("error", text)] if drift else []
-        return [*log, *self._propagate.protection(), *self._propagate.policies()]
+        return [*log, *self._propagate.after_protection(), *self._propagate.after_policies()]
 
     def _sources_resolved(self, event: on.SourcesResolved) -> list[do.Command]:
         set_sources = self.protection.resolved(event)
-        self._propagate.routes()
-        return [*set_sources, *self._propagate.protection(), *self._adopt()]
+        self._propagate.after_routes()
+        return [*set_sources, *self._propagate.after_protection(), *self._adopt()]
 
     # --- held calls and refused flows -----------------------------------------------------
 
@@ -185,14 +198,14 @@ class Gate:
         if self.holds.is_waiting(event.flow):
             return [self.holds.join(event)]
         evaluation, outcome = self.demand.evaluate(event.flow)
-        return [*self._propagate.negotiations(outcome), self.holds.take(event, evaluation)]
+        return [*self._propagate.pass_on(outcome), self.holds.take(event, evaluation)]
 
     def _answer_held(self) -> list[do.Command]:
         """Evaluate a slice of the due flows again, and answer the calls that need not wait."""
         commands: list[do.Command] = []
         for flow in self.holds.take_due():
             evaluation, outcome = self.demand.evaluate(flow)
-            changes = self._propagate.negotiations(outcome)
+            changes = self._propagate.pass_on(outcome)
             # The daemon is polled anyway, so don't ask it for each flow.
             commands += [change for change in changes if not isinstance(change, do.AskIke)]
             commands += self.holds.update(flow, evaluation)
@@ -211,7 +224,7 @@ class Gate:
             # If somebody emptied the kernel's databases, IKE would report the child up forever.
             stale = self.protection.stale(timer.name, flow)
             commands += [do.Terminate(timer.name, sa.unique) for sa in stale]
-        return commands + self._propagate.negotiations(self.negotiations.timer_fired(timer))
+        return commands + self._propagate.pass_on(self.negotiations.timer_fired(timer))
 
     # --- policies -------------------------------------------------------------------------
 
@@ -245,7 +258,7 @@ class Gate:
         error = new.errnos.uncovered
         return [
             do.SetModes(old.audit and new.audit, old.deny or new.deny, error),  # the stricter part
-            *self._propagate.policies(),
+            *self._propagate.after_policies(),
             do.SetModes(new.audit, new.deny, error),
             *self._ask_sources(),
             do.AskIke(),  # for the policies to start at once
@@ -265,11 +278,11 @@ class Gate:
         changed = self.protection.ike_connected(event) or was_gone
         commands += self.policy_table.learn(self.settings, event.children)
         if changed:
-            commands += self._propagate.protection()
-        commands += self._propagate.policies()
+            commands += self._propagate.after_protection()
+        commands += self._propagate.after_policies()
         commands += self._one_way.listed(event.established, self._one_way_children())
         commands += self._ask_sources()
-        return commands + self._propagate.negotiations(self.demand.retry())
+        return commands + self._propagate.pass_on(self.demand.retry())
 
     def _one_way_children(self) -> set[ChildSa]:
         """Return the one-way children that must be protected; none in audit mode."""
@@ -283,10 +296,10 @@ class Gate:
         if not changed:
             return []
         return [
-            *self._propagate.protection(),
+            *self._propagate.after_protection(),
             do.ExemptIke(0),
             do.Log("error", f"no IKE daemon ({reason}): protected flows are refused"),
-            *self._propagate.negotiations(self.negotiations.ike_gone()),
+            *self._propagate.pass_on(self.negotiations.ike_gone()),
         ]
 
 

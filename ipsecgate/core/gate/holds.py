@@ -37,7 +37,7 @@ from ipsecgate.core.model.policy import Errnos
 from ipsecgate.core.tables.flow_index import FlowIndex
 
 FREE_FLOWS = 4096  # remembered at most
-SLICE = 16  # flows evaluated again in one step
+FLOWS_PER_STEP = 16  # flows evaluated again in one step
 
 
 class FlowState(Enum):
@@ -156,7 +156,7 @@ class Holds:
 
     def take_due(self) -> list[Flow]:
         """Return the next slice of due flows; evaluate each and call `update`."""
-        flows = list(islice(self._due, SLICE))
+        flows = list(islice(self._due, FLOWS_PER_STEP))
         for flow in flows:
             del self._due[flow]
         return flows

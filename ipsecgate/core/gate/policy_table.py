@@ -5,8 +5,8 @@
 
 A policy's place in the list is its number in the table and in the hooks' events.
 
-Policies that do not all fit: some become wider, so more is refused than need be
-(`core.tables.capacity`); `errors` names them.
+A policy that does not fit the hooks' maps becomes wider, so more is refused than necessary
+(`core.tables.rule_table`); `errors` names it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ipsecgate.core.gate.derived import DerivedPolicies
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, Network
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy, Settings
-from ipsecgate.core.tables.capacity import fit_policies, join_names
-from ipsecgate.core.tables.layout import Key, TableId, flow_key
-from ipsecgate.core.tables.policy_rules import policy_rules
-from ipsecgate.core.tables.table import EMPTY, Table, TableFullError, compile_table
+from ipsecgate.core.tables.layout import State, TableId, flow_key
+from ipsecgate.core.tables.policy_rules import matches, rule_of
+from ipsecgate.core.tables.rule_table import RuleTable, join_names
+from ipsecgate.core.tables.table import Rule, Table, Ternary
 
 NOT_KNOWN_YET = (Policy("not-known-yet", (ANY_V4, ANY_V6)),)
 
@@ -37,8 +37,9 @@ class PolicyTable:
         self._derived = DerivedPolicies(remembered)
         self._published: tuple[Policy, ...] = ()
         self._errnos = settings.errnos  # in the table
-        self._entries: dict[int, list[tuple[int, Key]]] = {}  # of each policy, by its place
-        self._errors: list[str] = []
+        self._rules = RuleTable(self._widen)  # by the policy's place
+        self._matches: dict[int, list[Ternary]] = {}  # by place
+        self._errno_of: dict[int, int] = {}  # by place, as published
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -59,7 +60,9 @@ class PolicyTable:
     @property
     def errors(self) -> list[str]:
         """Return the problems that the operator should fix."""
-        return [*self._errors, *self._derived.errors]
+        widened = join_names(self._rules.closed, lambda place: self._published[place].name)
+        text = f"POLICY table: full, so more is refused than necessary, because of {widened}"
+        return [*([text] if widened else []), *self._derived.errors]
 
     def learn(self, settings: Settings, children: Iterable[ChildConfig]) -> list[do.Command]:
         """Derive policies from what the daemon has loaded, unless the settings have their own."""
@@ -69,7 +72,7 @@ class PolicyTable:
 
     def policy_for(self, flow: Flow) -> tuple[int, Policy] | None:
         """Return the policy that names a flow, and its place; None if none does."""
-        entry = (self.content or EMPTY).classify(flow_key(flow))
+        entry = self.content.classify(flow_key(flow)) if self.content is not None else None
         policies = self.policies
         return (entry.id, policies[entry.id]) if entry and entry.id < len(policies) else None
 
@@ -93,30 +96,47 @@ class PolicyTable:
         if policies == self._published:
             self._published = policies
             return []
-        compiled = self._compile(policies)
-        self._published = policies
-        self._entries = {}
-        for at, entry in compiled.entries.items():
-            self._entries.setdefault(entry.id, []).append(at)
-        commands = self._replace(compiled, {})
-        return [*commands, *(do.Log("error", text) for text in self._errors)]
+        old, self._published = self._published, policies
+        for place, policy in enumerate(policies):
+            self._errno_of[place] = self.settings.errnos.uncovered
+            if place >= len(old) or old[place] != policy:
+                self._matches[place] = matches(policy)
+            self._assign(place)
+        for place in range(len(policies), len(old)):
+            self._rules.assign(place, ())
+            del self._matches[place], self._errno_of[place]
+        commands = self._publish_changes()
+        return [*commands, *(do.Log("error", text) for text in self.errors if self._rules.closed)]
 
     def publish_errnos(self, states: Mapping[int, Set[Coverage]]) -> list[do.Command]:
         """Set the errno of every policy, by the coverage of the children that it asked for."""
         self._errnos = self.settings.errnos
-        errnos = {place: self._errno(coverages) for place, coverages in states.items()}
-        return self._replace(self.content or EMPTY, errnos)
+        for place in range(len(self._published)):
+            self._set_errno(place, states.get(place, set()))
+        return self._publish_changes()
 
     def set_errno(self, place: int, coverages: Set[Coverage]) -> list[do.Command]:
         """Set the errno of one policy; costs nothing for the others."""
-        table, error = self.content or EMPTY, self._errno(coverages)
-        entries = {
-            at: replace(table.entries[at], error=error) for at in self._entries.get(place, ())
-        }
-        if all(table.entries[at] == entry for at, entry in entries.items()):
-            return []
-        self.content = replace(table, entries={**table.entries, **entries})
-        return [do.SetEntry(TableId.POLICY, *at, entry) for at, entry in entries.items()]
+        self._set_errno(place, coverages)
+        return self._publish_changes()
+
+    def _set_errno(self, place: int, coverages: Set[Coverage]) -> None:
+        error = self._errno(coverages)
+        if place in self._errno_of and self._errno_of[place] != error:
+            self._errno_of[place] = error
+            self._assign(place)
+
+    def _assign(self, place: int) -> None:
+        policy, error = self._published[place], self._errno_of[place]
+        self._rules.assign(place, (rule_of(policy, place, m, error) for m in self._matches[place]))
+
+    def _publish_changes(self) -> list[do.Command]:
+        changes = self._rules.changes()
+        if self.content is None:
+            self.content = self._rules.table
+            return [do.Publish(TableId.POLICY, self.content)]
+        entries = {match: now for match, (_, now) in changes.items()}
+        return [do.Change(TableId.POLICY, entries)] if entries else []
 
     def _errno(self, coverages: Set[Coverage]) -> int:
         errnos = self.settings.errnos
@@ -124,26 +144,15 @@ class PolicyTable:
             return errnos.negotiating
         return errnos.failed if coverages == {Coverage.BACK_OFF} else errnos.uncovered
 
-    def _replace(self, table: Table, errnos: Mapping[int, int]) -> list[do.Command]:
-        default = self.settings.errnos.uncovered
-        entries = {
-            at: replace(entry, error=errnos.get(entry.id, default))
-            for at, entry in table.entries.items()
-        }
-        old, self.content = self.content, replace(table, entries=entries)
-        changes = self.content.changes_from(old)
-        if changes is None:
-            return [do.Publish(TableId.POLICY, self.content)]
-        return [do.SetEntry(TableId.POLICY, *change) for change in changes]
+    def _widen(self, rules: tuple[Rule, ...]) -> list[Rule]:
+        """Return what a policy that does not fit becomes; a bypass is left out.
 
-    def _compile(self, policies: tuple[Policy, ...]) -> Table:
-        self._errors = []
-        try:
-            return compile_table(policy_rules(policies, {}))
-        except TableFullError as error:
-            table, widened = fit_policies(policies)
-            names = join_names(policy.name for policy in widened)
-            self._errors = [
-                f"POLICY table: {error}; more is refused than necessary, because of {names}"
-            ]
-            return table
+        What it matches besides might be discarded by a later policy: then it discards that, too.
+        """
+        discards = any(policy.action is Action.DISCARD for policy in self.policies)
+        state = State.DISCARD if discards else State.PROTECT
+        return [
+            Rule(rule.match, replace(rule.entry, state=max(rule.entry.state, state)))
+            for rule in rules
+            if rule.entry.state is not State.BYPASS
+        ]

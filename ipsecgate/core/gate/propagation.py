@@ -34,7 +34,7 @@ class Propagation:
         self._floor = HostFloor()
         self._rerouted = False  # since the SPD table was last published
 
-    def negotiations(self, outcome: Outcome) -> list[do.Command]:
+    def pass_on(self, outcome: Outcome) -> list[do.Command]:
         """Return the outcome's commands, and those for the errnos; recheck the calls that wait."""
         self._holds.recheck_children(outcome.children)
         commands = list(outcome.commands)
@@ -42,8 +42,8 @@ class Propagation:
             commands += self._policy_table.set_errno(place, coverages)
         return commands
 
-    def routes(self) -> None:
-        """Route every flow again; the next `protection` then checks all negotiations."""
+    def after_routes(self) -> None:
+        """Route every flow again; `after_protection` then checks all negotiations."""
         self._flow_index.reroute(self._protection.sources.route)
         self._rerouted = True
         self._holds.recheck_all()
@@ -52,17 +52,16 @@ class Propagation:
         """Restore the host floor at the next update if a dump shows that part of it is missing."""
         self._floor.compare(self._protection.kernel_state.policies.values())
 
-    def protection(self) -> list[do.Command]:
+    def after_protection(self) -> list[do.Command]:
         """Publish the SPD table, before anything else; then pass on which children are covered.
 
         Until enough is known a predecessor's table stays in force.
         """
         if not self._protection.is_known:
             return []
-        destroy, table = self._policy_table.settings.destroy, self._protection.spd_table
-        before = table.live_entries() if destroy else set()
+        table = self._protection.spd_table
         commands = self._protection.publish()
-        if destroy and before - table.live_entries():
+        if self._policy_table.settings.destroy and table.lost:
             commands.append(do.CutOff())
         changed, self._rerouted = None if self._rerouted else table.changed, False
         if changed is None:
@@ -74,9 +73,9 @@ class Propagation:
             children = self._negotiations.judged_by(flows)
         by_child = self._negotiations.by_child
         live = {name: self._protection.is_live(by_child[name].flow) for name in children}
-        return commands + self.negotiations(self._negotiations.set_live(live))
+        return commands + self.pass_on(self._negotiations.set_live(live))
 
-    def policies(self) -> list[do.Command]:
+    def after_policies(self) -> list[do.Command]:
         """Publish the policies and errnos if they have changed; update the host floor."""
         table, commands = self._policy_table, list[do.Command]()
         if not table.policies:
@@ -88,7 +87,7 @@ class Propagation:
                     for name, item in self._negotiations.by_child.items()
                 }
                 renumbered = self._negotiations.renumber(places, table.policies)
-                commands += self.negotiations(renumbered)
+                commands += self.pass_on(renumbered)
             commands += table.publish_errnos(self._negotiations.coverages_by_place())
             self._holds.recheck_all()
         if table.policies is not NOT_KNOWN_YET:

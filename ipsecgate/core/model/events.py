@@ -87,10 +87,10 @@ class SourcesResolved:
 
 @dataclass(frozen=True, slots=True)
 class FlowRefused:
-    """A hook refused a flow, or would have in audit mode.
+    """A hook refused a flow or the backstop a packet (`pid` 0), or would have in audit mode.
 
-    `reason` is a `layout.Reason`. `policy` is the policy's place in the configuration, None if no
-    policy matches the flow.
+    `reason` is a `layout.Reason`. `policy` is the policy's index among those in force, None if
+    no policy matches the flow.
     """
 
     flow: Flow

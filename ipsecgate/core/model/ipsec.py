@@ -86,6 +86,14 @@ class SpdKey:
     if_id: int = 0
     host_bits: tuple[int, int] = (0, 0)
     direction: Direction = Direction.OUT
+    _hash: int = field(init=False, repr=False, compare=False)  # networks take long to hash
+
+    def __post_init__(self) -> None:
+        words = self.selector, self.mark, self.if_id, self.host_bits, self.direction
+        object.__setattr__(self, "_hash", hash(words))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 @dataclass(frozen=True, slots=True)

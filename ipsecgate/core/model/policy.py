@@ -76,6 +76,21 @@ class Settings:
     destroy: bool = False  # destroy sockets whose SA is gone, instead of blocking their packets
 
 
+FLOOR_PRIORITY = 0xFFFF_0000  # of the host floor's first kernel policy; a low number wins
+
+
+@dataclass(frozen=True, slots=True)
+class FloorPolicy:
+    """One policy of the host floor; `place` gives the order. Ports are (value, mask)."""
+
+    place: int
+    block: bool
+    dst: Network
+    proto: int = 0
+    sport: tuple[int, int] = (0, 0)
+    dport: tuple[int, int] = (0, 0)
+
+
 def derived_policies(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
     """Return a protect policy for each distinct remote traffic selector.
 

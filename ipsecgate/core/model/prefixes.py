@@ -186,11 +186,11 @@ def _collapse_largest(
     pieces: dict[Network, dict[Network, Address | None]], limit: int
 ) -> list[Network]:
     """Replace the pieces of the largest destinations by one "unknown" each; return those."""
-    room, lost = limit - len(pieces), []
+    space, lost = limit - len(pieces), []
     for destination in sorted(pieces, key=lambda network: len(pieces[network])):
         extra = len(pieces[destination]) - 1
-        if extra <= room:
-            room -= extra
+        if extra <= space:
+            space -= extra
         else:
             pieces[destination] = {destination: None}
             lost.append(destination)

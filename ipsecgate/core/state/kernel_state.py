@@ -18,8 +18,7 @@ Rules of this module:
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
-from functools import cache
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 from ipsecgate.core.model.events import (
     KernelSnapshot,
@@ -42,14 +41,10 @@ from ipsecgate.core.model.ipsec import (
     SpdKey,
     Template,
 )
-from ipsecgate.core.state.floor import PRIORITY, is_floor
-from ipsecgate.core.state.spd import (
-    EVERYTHING,
-    Negotiated,
-    negotiated_regions,
-    region_of,
-    spd_rules,
-)
+from ipsecgate.core.model.policy import FLOOR_PRIORITY
+from ipsecgate.core.state.floor import is_floor
+from ipsecgate.core.state.spd import EVERYTHING, negotiated_regions, region_of
+from ipsecgate.core.state.spd_rules import SpdRules
 from ipsecgate.core.tables.table import Rule, Ternary
 
 
@@ -58,14 +53,17 @@ class KernelState:
 
     def __init__(self) -> None:
         self.policies: dict[SpdKey, SpdEntry] = {}  # outbound
+        self._spd = SpdRules()  # of the outbound ones, see `decisive_policies`
+        # Policies that are no floor, but have a floor's priority or a higher number.
+        self._late: set[SpdKey] = set()
         self.inbound: dict[SpdKey, SpdEntry] = {}
         self.sas: dict[SaId, Sa] = {}
-        self._seen_installed: set[SaId] = set()  # while the daemon was connected
+        self._by_reqid: dict[int, dict[SaId, Sa]] = {}  # the same SAs
+        self._seen_installed: set[SaId] = set()
         self._listed: dict[SaId, ChildSa] = {}  # by the outbound state
         self._ike_connected = False
-        # Indexes of `_listed` and of the outbound templates, built on demand.
+        # The listed ones; None: outdated.
         self._by_name: dict[ChildName, list[ChildSa]] | None = None
-        self._templates: dict[int, list[Template]] | None = None  # by reqid
 
     def apply(self, event: XfrmEvent) -> bool:
         """Apply one notification; return whether it may affect outbound traffic.
@@ -74,27 +72,22 @@ class KernelState:
         """
         match event:
             case PolicySet(entry):
-                self._policies(entry.key)[entry.key] = entry
-                self._templates = None
-                return entry.key.direction is Direction.OUT
+                return self._put(entry)
             case PolicyGone(key):
-                self._policies(key).pop(key, None)
-                self._templates = None
-                return key.direction is Direction.OUT
+                return self._drop(key)
             case PoliciesFlushed():
-                self.policies.clear()
-                self.inbound.clear()
-                self._templates = None
+                for key in [*self.policies, *self.inbound]:
+                    self._drop(key)
             case SaSet(sa) if not sa.larval:
-                self.sas[sa.id] = sa
-                if self._ike_connected:
+                self._put_sa(sa)
+                if self._ike_connected and sa.id not in self._seen_installed:
                     self._seen_installed.add(sa.id)
+                    self._spd.sas_changed((sa.reqid,), closing=False)
             case SaGone(gone):
-                self.sas.pop(gone, None)
-                self._seen_installed.discard(gone)
+                self._drop_sa(gone)
             case SasFlushed():
-                self.sas.clear()
-                self._seen_installed.clear()
+                for one in list(self.sas):
+                    self._drop_sa(one)
         return True
 
     def replace(self, snapshot: KernelSnapshot) -> int:
@@ -103,16 +96,81 @@ class KernelState:
         An SA that is still there stays confirmed.
         """
         before = self._objects()
-        self.policies, self.inbound = {}, {}
-        self._templates = None
-        for entry in snapshot.policies:
-            self._policies(entry.key)[entry.key] = entry
-        self.sas = {sa.id: sa for sa in snapshot.sas if not sa.larval}
-        self._seen_installed &= self.sas.keys()
+        there = {entry.key: entry for entry in snapshot.policies}
+        for key in (self.policies.keys() | self.inbound.keys()) - there.keys():
+            self._drop(key)
+        for entry in there.values():
+            self._put(entry)
+        sas = {sa.id: sa for sa in snapshot.sas if not sa.larval}
+        for gone in self.sas.keys() - sas.keys():
+            self._drop_sa(gone)
+        for sa in sas.values():
+            self._put_sa(sa)
         return len(before ^ self._objects())
 
-    def _policies(self, key: SpdKey) -> dict[SpdKey, SpdEntry]:
-        return self.policies if key.direction is Direction.OUT else self.inbound
+    def _put(self, entry: SpdEntry) -> bool:
+        """Take in a policy; return whether it is outbound."""
+        if entry.key.direction is not Direction.OUT:
+            self.inbound[entry.key] = entry
+            return False
+        if self.policies.get(entry.key) == entry:
+            return True
+        self._drop(entry.key)
+        self.policies[entry.key] = entry
+        if not is_floor(entry):
+            self._spd.put(entry)
+            if entry.priority >= FLOOR_PRIORITY:
+                self._late.add(entry.key)
+                if len(self._late) == 1:
+                    self._judge_floor()
+        elif self._late:
+            self._spd.put(entry)
+        return True
+
+    def _drop(self, key: SpdKey) -> bool:
+        """Forget a policy; return whether it is outbound."""
+        if key.direction is not Direction.OUT:
+            self.inbound.pop(key, None)
+            return False
+        if self.policies.pop(key, None) is not None:
+            self._spd.remove(key)
+            if key in self._late:
+                self._late.remove(key)
+                if not self._late:
+                    self._judge_floor()
+        return True
+
+    def _judge_floor(self) -> None:
+        """Leave out a floor that is the last of the policies: flows that reach it are unprotected.
+
+        If another policy has its priority or a higher number, the order in the kernel is unknown.
+        """
+        for entry in self.policies.values():
+            if is_floor(entry):
+                if self._late:
+                    self._spd.put(entry)
+                else:
+                    self._spd.remove(entry.key)
+
+    def _put_sa(self, sa: Sa) -> None:
+        if self.sas.get(sa.id) != sa:
+            confirmed = sa.id in self._seen_installed
+            self._drop_sa(sa.id)
+            self.sas[sa.id] = sa
+            self._by_reqid.setdefault(sa.reqid, {})[sa.id] = sa
+            if confirmed:
+                self._seen_installed.add(sa.id)
+            self._spd.sas_changed((sa.reqid,), closing=False)
+
+    def _drop_sa(self, gone: SaId) -> None:
+        self._seen_installed.discard(gone)
+        sa = self.sas.pop(gone, None)
+        if sa is None:
+            return
+        del self._by_reqid[sa.reqid][gone]
+        if not self._by_reqid[sa.reqid]:
+            del self._by_reqid[sa.reqid]
+        self._spd.sas_changed((sa.reqid,), closing=True)
 
     def _objects(self) -> set[SpdEntry | Sa]:
         return {*self.policies.values(), *self.inbound.values(), *self.sas.values()}
@@ -128,12 +186,24 @@ class KernelState:
         kept = {sa_id: sa for sa_id, sa in self._listed.items() if sa_id in self.sas}
         self._listed = kept | {sa.outbound: sa for sa in established}
         self._by_name = None
+        if not before[0]:
+            self._spd.sas_changed(self._by_reqid, closing=False)
+        for one in before[1].keys() | self._listed.keys():
+            if before[1].get(one) != self._listed.get(one):
+                self._listing_changed(one)
         return before != (self._ike_connected, self._listed)
+
+    def _listing_changed(self, sa_id: SaId) -> None:
+        """Mark the policies of an SA that the daemon now lists differently."""
+        if sa_id in self.sas:
+            closing = sa_id not in self._listed
+            self._spd.sas_changed((self.sas[sa_id].reqid,), closing=closing)
 
     def child_up(self, sa: ChildSa) -> None:
         """Handle a new CHILD_SA."""
         self._listed[sa.outbound] = sa
         self._by_name = None
+        self._listing_changed(sa.outbound)
 
     def ike_gone(self) -> None:
         """Treat no SA as confirmed until the daemon is back."""
@@ -141,14 +211,14 @@ class KernelState:
         self._seen_installed.clear()
         self._listed = {}
         self._by_name = None
+        self._spd.sas_changed(self._by_reqid, closing=True)
 
     def confirmed_sas(self) -> list[Sa]:
-        """Return the SAs that may protect a flow."""
-        return [
-            sa
-            for sa in self.sas.values()
-            if sa.id in self._seen_installed or (self._ike_connected and sa.id in self._listed)
-        ]
+        """Return the SAs that may cover a flow."""
+        return [sa for sa in self.sas.values() if self._is_confirmed(sa)]
+
+    def _is_confirmed(self, sa: Sa) -> bool:
+        return sa.id in self._seen_installed or (self._ike_connected and sa.id in self._listed)
 
     def established(self, name: ChildName) -> list[ChildSa]:
         """Return the CHILD_SAs of a child that the daemon lists as established."""
@@ -166,13 +236,11 @@ class KernelState:
         """
         if child_sa.outbound not in self.sas:
             return True
-        if self._templates is None:
-            self._templates = {}
-            for entry in self.policies.values():
-                for template in entry.templates:
-                    self._templates.setdefault(template.reqid, []).append(template)
-        templates = self._templates.get(child_sa.reqid, ())
-        return not any(template.accepts(child_sa.outbound) for template in templates)
+        return not any(
+            template.reqid == child_sa.reqid and template.accepts(child_sa.outbound)
+            for entry in self._spd.of_reqid(child_sa.reqid)
+            for template in entry.templates
+        )
 
     def one_way_children(self) -> set[ChildSa]:
         """Return the CHILD_SAs that can send but not receive.
@@ -216,59 +284,64 @@ class KernelState:
         listed = self._listed.get(sa.id)
         return listed.name if listed else None
 
-    def peer_of(self, entry: SpdEntry) -> Hashable:
-        """Return the peer of a policy; the policy's destination if its templates name none."""
-        peers = (template.daddr for template in entry.templates if template.daddr is not None)
-        return next(peers, entry.key.selector.dst)
+    def peer_of(self, owner: Hashable) -> Hashable:
+        """Return the peer of the policy that rules belong to, both peers if they belong to two."""
+        if isinstance(owner, frozenset):
+            peers = frozenset(map(self.peer_of, owner))
+            return next(iter(peers)) if len(peers) == 1 else peers
+        entry = self.policies.get(owner) if isinstance(owner, SpdKey) else None
+        if entry is None:
+            return None
+        hosts = (template.daddr for template in entry.templates if template.daddr is not None)
+        return next(hosts, entry.key.selector.dst)
 
-    def name_of(self, entry: SpdEntry) -> str:
-        """Return a policy's name for messages: its child's, if the daemon lists it."""
+    def name_of(self, owner: Hashable) -> str:
+        """Return a name for messages of the policy that rules belong to: its child's, if listed.
+
+        Rules that belong to two policies have both names.
+        """
+        if isinstance(owner, frozenset):
+            return " with ".join(sorted(map(self.name_of, owner)))
+        entry = self.policies.get(owner) if isinstance(owner, SpdKey) else None
+        if entry is None:
+            return ""
         selector = entry.key.selector
         flows = f"{selector.src} to {selector.dst}"
         for sa in self._listed.values():
             if any(t.reqid == sa.reqid and t.accepts(sa.outbound) for t in entry.templates):
                 return f"{sa.name} ({flows}, peer {sa.remote_host})"
-        return f"{flows} (peer {self.peer_of(entry)})"
+        return f"{flows} (peer {self.peer_of(owner)})"
 
-    def kernel_rules(self) -> list[Rule]:
-        """Return what the kernel would do with each flow, using only confirmed SAs."""
-        return spd_rules(self.policies.values(), self.confirmed_sas())
+    @property
+    def decisive_policies(self) -> Mapping[SpdKey, SpdEntry]:
+        """Return the outbound policies, without a floor that is the last of them."""
+        return self._spd.policies
 
-    def hook_rules(self) -> list[Rule]:
-        """Return the hooks' SPD table as rules: `kernel_rules`, within the negotiated selectors."""
-        return spd_rules(
-            self._policies_before_the_floor(), self.confirmed_sas(), self._negotiated()
-        )
+    @property
+    def pending(self) -> bool:
+        """Tell whether there are rules that `changed_rules` has yet to yield."""
+        return self._spd.pending
 
-    def _policies_before_the_floor(self) -> list[SpdEntry]:
-        """Return the outbound policies, without a floor that is behind all of them.
+    def changed_rules(self, limit: int) -> Iterator[tuple[Hashable, list[Rule]]]:
+        """Yield owners whose rules may have changed, and their rules, of at most `limit` policies.
 
-        A flow that only the floor matches is not protected whether or not the floor is there.
+        The rules are the kernel's, within the negotiated selectors.
         """
-        others = [entry for entry in self.policies.values() if not is_floor(entry)]
-        if any(entry.priority >= PRIORITY for entry in others):
-            return list(self.policies.values())
-        return others
+        return self._spd.take(self._confirmed_of, self.negotiated, limit)
 
-    def _negotiated(self) -> Negotiated:
-        policies_by_spi = cache(self._policies_by_spi)
+    def _confirmed_of(self, reqid: int) -> list[Sa]:
+        """Return the SAs of a reqid that may cover a flow."""
+        return [sa for sa in self._by_reqid.get(reqid, {}).values() if self._is_confirmed(sa)]
 
-        def negotiated(sa: Sa, template: Template) -> Iterable[Ternary]:
-            if sa.id in self._listed:
-                return negotiated_regions(self._listed[sa.id].local, self._listed[sa.id].remote)
-            if template.spi == sa.id.spi:
-                return (EVERYTHING,)  # this policy is the one derived from the SA's selectors
-            found = policies_by_spi().get((sa.id.spi, sa.reqid), ())
-            return (region for other, region in found if other.accepts(sa.id))
-
-        return negotiated
-
-    def _policies_by_spi(self) -> dict[tuple[int, int], list[tuple[Template, Ternary]]]:
-        """Return the templates that name an SPI and their policies' flows, by (SPI, reqid)."""
-        found: dict[tuple[int, int], list[tuple[Template, Ternary]]] = {}
-        for entry in self.policies.values():
-            for template in entry.templates:
-                if template.spi:
-                    uses = found.setdefault((template.spi, template.reqid), [])
-                    uses.append((template, region_of(entry)))
-        return found
+    def negotiated(self, sa: Sa, template: Template) -> Iterable[Ternary]:
+        """Return for which flows an SA was negotiated, as far as is known."""
+        if sa.id in self._listed:
+            return negotiated_regions(self._listed[sa.id].local, self._listed[sa.id].remote)
+        if template.spi == sa.id.spi:
+            return (EVERYTHING,)
+        return (
+            region_of(entry.key)
+            for entry in self._spd.of_reqid(sa.reqid)
+            for other in entry.templates
+            if (other.spi, other.reqid) == (sa.id.spi, sa.reqid) and other.accepts(sa.id)
+        )

@@ -15,40 +15,30 @@ Rules of this module (docs/protected.md; random SPDs and SADs are tested against
 - Interface ids: a flow gets one inside an XFRM interface, which the hooks do not see, so policies
   and states with one never match.
 - Everything else that wins (a block policy, or one without templates) leaves the flow unprotected.
-- Each live rule belongs to its policy (`Rule.owner`): if the hooks' table is too small for all of
-  them, all rules of the policy are dropped together.
 
 Source: RFC 4301 section 4.4; xfrm_policy_match(), xfrm_tmpl_resolve_one(), xfrm_state_find().
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from enum import IntEnum
 from functools import lru_cache
 from ipaddress import ip_network
-from itertools import combinations_with_replacement, groupby
 
 from ipsecgate.core.model.flow import ICMP, PORT_MASK, Address, TrafficSelector
-from ipsecgate.core.model.ipsec import AH, ESP, Action, Mode, Sa, SpdEntry, Template
+from ipsecgate.core.model.ipsec import AH, ESP, Action, Mode, Sa, SpdEntry, SpdKey, Template
 from ipsecgate.core.tables.layout import Entry, Key, State
-from ipsecgate.core.tables.table import (
-    Rule,
-    Ternary,
-    common_mask,
-    from_selector,
-    port_masks,
-    ternary,
-)
+from ipsecgate.core.tables.table import Rule, Ternary, from_selector, port_masks, ternary
 
 LIVE = Entry(State.LIVE)
 DEAD = Entry(State.DEAD)
-NEVER = float("inf")
+NEVER = 1 << 62  # a deadline, in seconds
 
 EVERYTHING = Ternary(Key(), Key())
-PORT_BLOCKS = (
-    8  # a port range that needs more aligned blocks stays as wide as the kernel's selector
-)
+# A port range that needs more aligned blocks than this stays as wide as the kernel's selector.
+PORT_BLOCKS = 8
 # The ports that the kernel chooses from: net.ipv4.ip_local_port_range at its default.
 EPHEMERAL = range(32768, 61000)
 _ENDPOINTS_FROM_TEMPLATE = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS, Mode.UNKNOWN)
@@ -57,8 +47,8 @@ Endpoints = tuple[Address | None, Address | None]
 """An SA's source and destination; None: unknown, so no state matches."""
 Negotiated = Callable[[Sa, Template], Iterable[Ternary]]
 """Returns the regions that were negotiated for an SA, as used by a template."""
-PolicyRules = tuple[Ternary, list[Rule]]
-"""A policy's region, and its live rules."""
+SasOf = Callable[[int], Iterable[Sa]]
+"""Returns the states of a reqid."""
 
 
 def unrestricted(_sa: Sa, _template: Template) -> Iterable[Ternary]:
@@ -66,39 +56,85 @@ def unrestricted(_sa: Sa, _template: Template) -> Iterable[Ternary]:
     return (EVERYTHING,)
 
 
-def spd_rules(
-    policies: Iterable[SpdEntry], sas: Iterable[Sa], negotiated: Negotiated = unrestricted
-) -> list[Rule]:
-    """Return first-match rules that give the kernel's answer, live or dead, for every flow."""
-    by_reqid = _index_by_reqid(sas)
-    rules: list[Rule] = []
-    applicable = sorted(
-        # A mark value with bits outside its mask matches no flow.
-        (p for p in policies if not p.key.if_id and not p.key.mark.value & ~p.key.mark.mask),
-        key=lambda p: p.priority,
+def applies(entry: SpdEntry) -> bool:
+    """Return whether any flow can match a policy."""
+    # No flow has an interface id, and a mark value with bits outside its mask matches none.
+    return not entry.key.if_id and not entry.key.mark.value & ~entry.key.mark.mask
+
+
+class _Stage(IntEnum):
+    """The order of the rules of policies of one priority."""
+
+    DISAGREEMENT = 0
+    UNDECIDED = 1
+    SHARED = 2
+    LIVE = 3
+    UNDECIDED_PORT = 4
+    LIVE_PORT = 5
+    DEAD = 6
+
+
+# A rank has 64 bits: 32 of the priority, 3 of the stage, 29 of a SHARED rule's deadline in steps of
+# 16 seconds, so that of several such rules the one that ends first wins.
+_STAGE_BITS, _DEADLINE_BITS = 3, 29
+STEP = 16
+
+
+def _rank(entry: SpdEntry, stage: _Stage, steps: int = 0) -> int:
+    return (entry.priority << _STAGE_BITS | stage) << _DEADLINE_BITS | steps
+
+
+def rules_of(entry: SpdEntry, sas_of: SasOf, negotiated: Negotiated = unrestricted) -> list[Rule]:
+    """Return a policy's rules, with their ranks: the regions where it protects, and the rest."""
+    region = region_of(entry.key)
+    live = live_rules(entry, sas_of, negotiated)
+    with_source_port = [rule for rule in live if rule.match.mask.sport]
+    stages = (
+        (_Stage.UNDECIDED, _undecided([region])),
+        (_Stage.LIVE, (rule for rule in live if not rule.match.mask.sport)),
+        (_Stage.UNDECIDED_PORT, _undecided(rule.match for rule in with_source_port)),
+        (_Stage.LIVE_PORT, with_source_port),
+        (_Stage.DEAD, [Rule(region, DEAD)]),
     )
-    for _, group in groupby(applicable, key=lambda p: p.priority):
-        tied = [(region_of(p), live_rules(p, by_reqid, negotiated)) for p in group]
-        rules.extend(_disagreements(tied))
-        rules.extend(_undecided(region for region, _ in tied))
-        for region, live in tied:
-            with_source_port = [rule for rule in live if rule.match.mask.sport]
-            rules.extend(rule for rule in live if not rule.match.mask.sport)
-            rules.extend(_undecided(rule.match for rule in with_source_port))
-            rules.extend(with_source_port)
-            rules.append(Rule(region, DEAD))
-    return rules
+    return [
+        Rule(rule.match, replace(rule.entry, rank=_rank(entry, stage)))
+        for stage, rules in stages
+        for rule in rules
+    ]
 
 
-def region_of(entry: SpdEntry) -> Ternary:
-    """Return the flows that a policy's selector and mark match."""
-    mark = entry.key.mark
-    return from_selector(entry.key.selector, (mark.value, mark.mask))
+def live_entry(entry: SpdEntry, rules: Iterable[Rule]) -> Entry | None:
+    """Return the entry of the policy's whole region, None unless all of it is live."""
+    region = region_of(entry.key)
+    whole = (rule.entry for rule in rules if rule.match == region)
+    return next((found for found in whole if found.state is State.LIVE), None)
 
 
-def live_rules(
-    entry: SpdEntry, by_reqid: Mapping[int, list[Sa]], negotiated: Negotiated = unrestricted
+def shared_rules(
+    a: SpdEntry, a_live: Entry | None, b: SpdEntry, b_live: Entry | None
 ) -> list[Rule]:
+    """Return the rule for the flows of two policies of one priority, if they share any.
+
+    The kernel may use either policy. So the flows are live while both are live (`live_entry`).
+    """
+    shared = region_of(a.key).intersect(region_of(b.key))
+    if shared is None:
+        return []
+    if a_live is None or b_live is None:
+        return [Rule(shared, replace(DEAD, rank=_rank(a, _Stage.DISAGREEMENT)))]
+    ends = min(_end(a_live), _end(b_live))
+    steps = max(1, min(ends // STEP, (1 << _DEADLINE_BITS) - 1))
+    until = 0 if ends == NEVER else steps * STEP
+    return [Rule(shared, replace(a_live, deadline=until, rank=_rank(a, _Stage.SHARED, steps)))]
+
+
+@lru_cache(maxsize=1 << 10)
+def region_of(key: SpdKey) -> Ternary:
+    """Return the flows that a policy's selector and mark match."""
+    return from_selector(key.selector, (key.mark.value, key.mark.mask))
+
+
+def live_rules(entry: SpdEntry, sas_of: SasOf, negotiated: Negotiated = unrestricted) -> list[Rule]:
     """Return the parts of a policy's region that states protect now, with their deadlines.
 
     The latest deadline comes first, so it applies where several states protect.
@@ -109,7 +145,7 @@ def live_rules(
     if not any(t.proto in (AH, ESP) for t in required):
         return []  # IPComp alone compresses, but protects nothing
     mark = entry.key.mark
-    rules = [Rule(region_of(entry), LIVE)]
+    rules = [Rule(region_of(entry.key), LIVE)]
     endpoints: Endpoints | None = None  # of the last tunnel template; None: none so far
     for template in entry.templates:
         if template.mode in _ENDPOINTS_FROM_TEMPLATE:
@@ -119,7 +155,7 @@ def live_rules(
             continue
         candidates = [
             sa
-            for sa in by_reqid.get(template.reqid, ())
+            for sa in sas_of(template.reqid)
             if not sa.if_id and mark.value & mark.mask & sa.mark.mask == sa.mark.value
         ]
         narrowed = [
@@ -128,15 +164,7 @@ def live_rules(
             for part in _protected_by(template, endpoints, candidates, negotiated)
         ]
         rules = [rule for rule in narrowed if rule is not None]
-    owned = (replace(rule, owner=entry) for rule in rules)
-    return sorted(owned, key=lambda rule: -_deadline(rule))
-
-
-def _index_by_reqid(sas: Iterable[Sa]) -> dict[int, list[Sa]]:
-    index: dict[int, list[Sa]] = {}
-    for sa in sas:
-        index.setdefault(sa.reqid, []).append(sa)
-    return index
+    return sorted(rules, key=lambda rule: -_end(rule.entry))
 
 
 def _protected_by(
@@ -174,11 +202,11 @@ def _intersection(rule: Rule, part: Rule) -> Rule | None:
     match = rule.match.intersect(part.match)
     if match is None:
         return None
-    return Rule(match, min(rule, part, key=_deadline).entry)
+    return Rule(match, min(rule.entry, part.entry, key=_end))
 
 
-def _deadline(rule: Rule) -> float:
-    return rule.entry.deadline or NEVER
+def _end(entry: Entry) -> int:
+    return entry.deadline or NEVER
 
 
 def _undecided(matches: Iterable[Ternary]) -> Iterator[Rule]:
@@ -189,7 +217,7 @@ def _undecided(matches: Iterable[Ternary]) -> Iterator[Rule]:
     """
     for match in matches:
         if match.mask.sport and _may_be_chosen(match.value.sport, match.mask.sport):
-            value, mask = replace(match.value, sport=0), replace(match.mask, sport=PORT_MASK)
+            value, mask = match.value.replaced(sport=0), match.mask.replaced(sport=PORT_MASK)
             yield Rule(Ternary(value, mask), DEAD)
 
 
@@ -198,37 +226,6 @@ def _may_be_chosen(value: int, mask: int) -> bool:
     if mask == PORT_MASK:
         return value == 0 or value in EPHEMERAL
     return value == 0 or any(port & mask == value for port in EPHEMERAL)
-
-
-# --- policies of one priority -----------------------------------------------------------
-
-
-def _disagreements(tied: list[PolicyRules]) -> Iterator[Rule]:
-    """Yield dead rules for the flows of two policies, unless both protect their whole region."""
-    regions = {region for region, _ in tied}
-    if len(regions) == len(tied) and len({region.mask for region in regions}) == 1:
-        return  # distinct values under one mask: no two share a flow
-    for (a, a_live), (b, b_live) in _overlapping(tied):
-        shared = a.intersect(b)
-        both_protect = all(
-            region in {rule.match for rule in live} for region, live in ((a, a_live), (b, b_live))
-        )
-        if shared is not None and not both_protect:
-            yield Rule(shared, DEAD)
-
-
-def _overlapping(tied: list[PolicyRules]) -> Iterator[tuple[PolicyRules, PolicyRules]]:
-    """Yield the pairs of policies that share a flow, without comparing every pair."""
-    by_mask: dict[Key, list[PolicyRules]] = {}
-    for policy in tied:
-        by_mask.setdefault(policy[0].mask, []).append(policy)
-    for (mask_a, group_a), (mask_b, group_b) in combinations_with_replacement(by_mask.items(), 2):
-        common = common_mask(mask_a, mask_b)
-        index: dict[Key, list[PolicyRules]] = {}
-        for b in group_b:
-            index.setdefault(b[0].value.masked(common), []).append(b)
-        for a in group_a:
-            yield from ((a, b) for b in index.get(a[0].value.masked(common), ()) if a is not b)
 
 
 # --- negotiated traffic selectors -------------------------------------------------------

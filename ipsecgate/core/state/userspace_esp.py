@@ -18,7 +18,7 @@ It does not read the kernel's SPD and SAD, and protects no ICMP selector with a 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 
 from ipsecgate.core.model.flow import PORT_MASK, Network
@@ -39,6 +39,7 @@ class UserspaceEsp:
         self._added: set[int] = set()  # by an event, since the last list
         self._removed: set[int] = set()  # by an event; a list under way may still contain them
         self._tun_routes: TunRoutes = ()
+        self._yielded: dict[Hashable, list[Rule]] = {}
 
     def routed(self, tun_routes: TunRoutes) -> None:
         """Replace the routes into the TUN device."""
@@ -80,49 +81,65 @@ class UserspaceEsp:
         tunnels = PrefixSet(network for network, into in self._tun_routes if into)
         return not any(tunnels.overlaps(as_prefix(remote.network)) for remote in sa.remote)
 
-    def peer_of(self, sa: ChildSa) -> Hashable:
-        """Return the peer of a CHILD_SA."""
-        return sa.remote_host
+    def peer_of(self, owner: Hashable) -> Hashable:
+        """Return the peer of the CHILD_SA that rules belong to, None if they belong to a route."""
+        sa = self._up.get(owner) if isinstance(owner, int) else None
+        return sa.remote_host if sa is not None else None
 
-    def name_of(self, sa: ChildSa) -> str:
-        """Return a CHILD_SA's name for messages."""
-        return f"{sa.name} (peer {sa.remote_host})"
+    def name_of(self, owner: Hashable) -> str:
+        """Return the name of the CHILD_SA that rules belong to, "" if they belong to a route."""
+        sa = self._up.get(owner) if isinstance(owner, int) else None
+        return f"{sa.name} (peer {sa.remote_host})" if sa is not None else ""
 
     def sas(self) -> list[ChildSa]:
         """Return every established CHILD_SA."""
         return list(self._up.values())
 
-    def hook_rules(self) -> list[Rule]:
-        """Return the hooks' SPD table as first-match rules.
+    pending = False  # one call of `changed_rules` yields everything
 
-        The longest destination prefixes come first, as in routing. Within one, wide regions precede
-        the narrow ones that they make redundant. Source port 0 means that the kernel has yet to
-        choose the port, so a selector with source ports does not match it.
+    def changed_rules(self, _limit: int) -> Iterator[tuple[Hashable, list[Rule]]]:
+        """Yield the hooks' rules that changed: by inbound SPI of the SA, or by network of a route.
+
+        The rank gives the order: the longest destination prefix first, as in routing; then regions
+        without source ports; then wide before narrow. Source port 0 means that the kernel has yet
+        to choose the port, so a selector with source ports does not match it.
         """
-        negotiated = sorted(
-            (
-                Rule(region, LIVE, owner=sa)
-                for sa in self._up.values()
-                for region in negotiated_regions(sa.local, sa.remote, exact=True)
-            ),
-            key=lambda rule: _narrowness(rule.match),
-        )
+        rules = self._rules()
+        for owner in self._yielded.keys() - rules.keys():
+            yield owner, []
+        for owner, its in rules.items():
+            if self._yielded.get(owner) != its:
+                yield owner, its
+        self._yielded = rules
+
+    def _rules(self) -> dict[Hashable, list[Rule]]:
         tunnels = PrefixSet(network for network, into in self._tun_routes if into)
-        rules: list[Rule] = []
-        for network, into in sorted(self._tun_routes, key=lambda item: -item[0].prefixlen):
+        rules: dict[Hashable, list[Rule]] = {}
+        for network, into in self._tun_routes:
             destination = ternary(network)
-            if into:
-                for rule in negotiated:
-                    region = destination.intersect(rule.match)
-                    if region is None:
-                        continue
-                    if region.mask.sport and not region.value.sport:
-                        unbound = replace(region.mask, sport=PORT_MASK)
-                        rules.append(Rule(Ternary(region.value, unbound), DEAD))
-                    rules.append(replace(rule, match=region))
-            elif tunnels.contains(as_prefix(network)):
-                rules.append(Rule(destination, DEAD))  # an exception inside a tunnel's network
+            if not into:
+                if tunnels.contains(as_prefix(network)):  # an exception inside a tunnel's network
+                    rules[network] = [Rule(destination, replace(DEAD, rank=_rank(network)))]
+                continue
+            for spi, sa in self._up.items():
+                for negotiated in negotiated_regions(sa.local, sa.remote, exact=True):
+                    region = destination.intersect(negotiated)
+                    if region is not None:
+                        rules.setdefault(spi, []).extend(_region_rules(network, negotiated, region))
         return rules
+
+
+def _region_rules(route: Network, negotiated: Ternary, region: Ternary) -> Iterator[Rule]:
+    rank = _rank(route, *_narrowness(negotiated))
+    if region.mask.sport and not region.value.sport:
+        unbound = region.mask.replaced(sport=PORT_MASK)
+        yield Rule(Ternary(region.value, unbound), replace(DEAD, rank=rank))
+    yield Rule(region, replace(LIVE, rank=rank + 1))
+
+
+def _rank(route: Network, with_source_port: bool = False, bits: int = 0) -> int:
+    host_bits = route.max_prefixlen - route.prefixlen
+    return host_bits << 20 | with_source_port << 12 | bits << 1
 
 
 def _narrowness(region: Ternary) -> tuple[bool, int]:

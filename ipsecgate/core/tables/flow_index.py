@@ -12,7 +12,7 @@ from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.tables.layout import Key, flow_key
 from ipsecgate.core.tables.table import Ternary
 
-MASKS = 64  # indexes kept, one per mask; when the limit is reached, all are rebuilt on demand
+INDEXES = 64  # indexes kept, one per mask; when the limit is reached, all are rebuilt on demand
 
 
 class FlowIndex:
@@ -62,7 +62,7 @@ class FlowIndex:
 
     def _index(self, mask: Key) -> dict[Key, set[Flow]]:
         if mask not in self._indexes:
-            if len(self._indexes) >= MASKS:
+            if len(self._indexes) >= INDEXES:
                 self._indexes.clear()
             index: dict[Key, set[Flow]] = {}
             for flow, key in self._keys.items():

@@ -10,21 +10,30 @@ maps both are in network order.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv6Address
+from typing import Self
 
 from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.model.flow import Address, Flow, Network, unmap
 from ipsecgate.errors import GateError
 
-LAYOUT = 3
-BUFFERS = 4
-TUPLES = 32
-ENTRIES = 65536
-SOURCES = 16384
+LAYOUT = 4
+PART = 128
+PARTS = 32
+MASKS = PART * PARTS
+NO_RANK = (1 << 64) - 1
+ENTRIES = 1 << 20
+SOURCES = 1 << 17
+FILTER_BITS = 24
 
-MAPS = ("settings", "masks", "entries", "sources", "recent", "counters", "events", "sockets")
+MAPS = (
+    "settings", "masks", "entries", "filter", "sources",
+    "recent", "counters", "events", "decisions", "sockets",
+)  # fmt: skip
 
 V4_MAPPED = 0xFFFF << 32
 NS = 1_000_000_000
@@ -50,8 +59,8 @@ class State(IntEnum):
 class Setting(IntEnum):
     """Indexes of the settings map."""
 
-    POLICY_EPOCH = 0
-    SPD_EPOCH = 1
+    POLICY_LIST = 0
+    SPD_LIST = 1
     AUDIT = 2
     DENY = 3
     IKE = 4
@@ -61,6 +70,7 @@ class Setting(IntEnum):
     NETNS = 8
     TUN = 9
     IKE_CGROUP = 10
+    FILTER = 11
 
 
 class Reason(IntEnum):
@@ -92,12 +102,12 @@ EXPLAINED = {
     Reason.REFUSE_DISCARD: "its policy discards it",
     Reason.REFUSE_DEFAULT: "no policy matches it, and the default is deny",
     Reason.REFUSE_NO_SOURCE: "it has no route, or routing may choose another source address",
-    Reason.REFUSE_NOT_READY: "the policies are not known yet",
+    Reason.REFUSE_NOT_READY: "the policies are not known yet, or change too fast for the hook",
     Reason.REFUSE_NETNS: "it is in another network namespace, whose SPD is unknown",
     Reason.BLOCK_CLEAR: "a packet would have left in clear",
     Reason.BLOCK_DISCARD: "the packet's policy discards it",
     Reason.BLOCK_DEFAULT: "no policy matches the packet, and the default is deny",
-    Reason.BLOCK_NOT_READY: "a packet was sent, and the policies are not known yet",
+    Reason.BLOCK_NOT_READY: "a packet was sent, but the policies are not known, or change too fast",
     Reason.BLOCK_UNREADABLE: "the packet is a later fragment or has a source route",
 }
 """The reasons that events have, explained to the operator."""
@@ -117,51 +127,111 @@ class LayoutError(GateError):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
-    """struct gate_key without `space` and `tuple`: a flow, a mask, or a masked flow."""
+_KEY = struct.Struct("!16s16sHHBBxxIHBx")  # struct gate_key
+KEY_SIZE = _KEY.size
+# Where each field lies in a key's number, which is the struct's bytes read as one, and its width.
+_FIELDS = {
+    "saddr": (256, 128),
+    "daddr": (128, 128),
+    "sport": (112, 16),
+    "dport": (96, 16),
+    "proto": (88, 8),
+    "family": (80, 8),
+    "mark": (32, 32),
+}
+_MASK_NUMBER, _TABLE = 16, 8  # shifts of these two
 
-    saddr: int = 0
-    daddr: int = 0
-    sport: int = 0
-    dport: int = 0
-    proto: int = 0
-    family: int = 0
-    mark: int = 0
+
+class Key(int):
+    """A flow, a mask, or a masked flow: struct gate_key without `table` and `mask_number`.
+
+    It is the number that the struct's 48 bytes make, most significant first, so that one AND
+    masks it: addresses of 128 bits, then ports, protocol, family (4 or 6) and mark.
+    """
+
+    __slots__ = ()
+
+    def __new__(  # noqa: PLR0917  the struct's fields, in its order
+        cls,
+        saddr: int = 0,
+        daddr: int = 0,
+        sport: int = 0,
+        dport: int = 0,
+        proto: int = 0,
+        family: int = 0,
+        mark: int = 0,
+    ) -> Self:
+        """Put a key together from its fields."""
+        return super().__new__(
+            cls,
+            saddr << 256 | daddr << 128 | sport << 112 | dport << 96
+            | proto << 88 | family << 80 | mark << 32,
+        )  # fmt: skip
 
     def masked(self, mask: Key) -> Key:
-        """Return the key with only the bits of the mask."""
-        return Key(*(getattr(self, f.name) & getattr(mask, f.name) for f in fields(Key)))
+        """Return the bits that the mask keeps."""
+        return int.__new__(Key, self & mask)
+
+    def joined(self, other: Key) -> Key:
+        """Return the bits of both."""
+        return int.__new__(Key, self | other)
+
+    def replaced(self, **values: int) -> Key:
+        """Return the key with other fields."""
+        return Key(**{name: values.get(name, getattr(self, name)) for name in _FIELDS})
+
+    def _field(self, name: str) -> int:
+        shift, width = _FIELDS[name]
+        return self >> shift & (1 << width) - 1
+
+    saddr = property(lambda self: self._field("saddr"), doc="Source address, 128 bits.")
+    daddr = property(lambda self: self._field("daddr"), doc="Destination address, 128 bits.")
+    sport = property(lambda self: self._field("sport"), doc="Source port; type for ICMP.")
+    dport = property(lambda self: self._field("dport"), doc="Destination port; code for ICMP.")
+    proto = property(lambda self: self._field("proto"), doc="IP protocol.")
+    family = property(lambda self: self._field("family"), doc="4 or 6, 0 in an empty key.")
+    mark = property(lambda self: self._field("mark"), doc="SO_MARK.")
+
+    def __getnewargs__(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(self._field(name) for name in _FIELDS)
+
+    def __repr__(self) -> str:
+        return "Key(" + ", ".join(f"{n}={self._field(n):#x}" for n in _FIELDS) + ")"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """struct gate_entry. `error` 0 is EPERM; `id` is a policy's place in the configuration.
+    """struct gate_answer. `error` 0 is EPERM; `id` is the index of a policy among those in force.
 
-    `deadline`: when the SA expires, wall clock, seconds since the epoch; 0: never. In the map it is
-    in nanoseconds of CLOCK_BOOTTIME, which the hooks can read.
+    `deadline`: when a live SA ends by itself, seconds of the wall clock since the epoch, 0 =
+    never. In the map it is nanoseconds of CLOCK_BOOTTIME, which the hooks can read.
+    `rank`: of all entries that match a flow the lowest wins, 64 bits.
     """
 
     state: State
     error: int = 0
     id: int = 0
     deadline: int = 0
+    rank: int = 0
 
 
-_KEY = struct.Struct("!16s16sHHBBBB")  # and then:
-_MARK = struct.Struct("=I")
-_ENTRY = struct.Struct("=III4xQ")
+_ANSWER = struct.Struct("=QQIII4x")
+_ENTRY = struct.Struct(f"=Q{_ANSWER.size}s{_ANSWER.size}s")
+NOTHING = bytes(_ANSWER.size)
+_MASK = struct.Struct(f"={KEY_SIZE}sQQ")
 _ROUTE = struct.Struct("=I16s")
-_EVENT = struct.Struct("=QQ44sIIII16s4x")  # the compiler pads it to a multiple of 8
-_LAST = 2**64 - 1  # the kernel accepts lifetimes of centuries: the latest deadline that fits
+_EVENT = struct.Struct(f"=QQ{KEY_SIZE}sIIII16s")
+# The latest deadline: the kernel takes lifetimes of centuries. The highest bit must be 0, because
+# the hooks use it to order their reads (setting_after() in bpf/maps.bpf.c).
+_LAST = 2**63 - 1
+_CHECK = struct.Struct("=I")
 SETTING = struct.Struct("=Q")
 INDEX = struct.Struct("=I")
-KEY_SIZE = _KEY.size + _MARK.size
 ENTRY_SIZE = _ENTRY.size
 EVENT_SIZE = _EVENT.size
 ROUTE_SIZE = _ROUTE.size
-MASKS_SIZE = KEY_SIZE * TUPLES
-SPACE_OFFSET = 38  # of gate_key
+PART_SIZE = _MASK.size * PART
+FILTER_WORDS = 1 << FILTER_BITS - 6  # of one of the two filters
 
 
 def address_bits(address: Address | None, family: int) -> int:
@@ -191,64 +261,120 @@ def flow_key(flow: Flow) -> Key:
     )
 
 
-def pack_key(key: Key, space: int = 0, tuple_: int = 0) -> bytes:
-    """Return struct gate_key, 44 bytes."""
-    return _KEY.pack(
-        key.saddr.to_bytes(16),
-        key.daddr.to_bytes(16),
-        key.sport,
-        key.dport,
-        key.proto,
-        key.family,
-        space,
-        tuple_,
-    ) + _MARK.pack(key.mark)
+def pack_key(key: Key, table: int = 0, mask_number: int = 0) -> bytes:
+    """Return struct gate_key, 48 bytes; the key of an entry has a table and a mask's number."""
+    return int.to_bytes(key | mask_number << _MASK_NUMBER | table << _TABLE, KEY_SIZE)
 
 
-def unpack_key(raw: bytes) -> tuple[int, Key]:
-    """Return the tuple and the masked flow of struct gate_key. Raises: LayoutError."""
+def unpack_key(raw: bytes) -> tuple[int, int, Key]:
+    """Return an entry's table, mask number and masked flow from its key. Raises: LayoutError."""
     if len(raw) != KEY_SIZE:
         raise LayoutError(f"key of {len(raw)} bytes, expected {KEY_SIZE}")
-    saddr, daddr, sport, dport, proto, family, _space, tuple_ = _KEY.unpack_from(raw)
-    (mark,) = _MARK.unpack_from(raw, _KEY.size)
+    saddr, daddr, sport, dport, proto, family, mark, mask_number, table = _KEY.unpack(raw)
     source, destination = int.from_bytes(saddr), int.from_bytes(daddr)
-    return tuple_, Key(source, destination, sport, dport, proto, family, mark)
+    return table, mask_number, Key(source, destination, sport, dport, proto, family, mark)
 
 
-def unpack_masks(raw: bytes) -> tuple[Key, ...]:
-    """Return the masks of struct gate_masks that are in use, in order. Raises: LayoutError."""
-    if len(raw) not in (0, MASKS_SIZE):
-        raise LayoutError(f"masks of {len(raw)} bytes, expected {MASKS_SIZE}")
-    masks = []
-    for (chunk,) in struct.iter_unpack(f"{KEY_SIZE}s", raw):
-        used, mask = unpack_key(chunk)
-        if not used:
-            break
-        masks.append(mask)
-    return tuple(masks)
+def pack_masks(masks: Iterable[tuple[int, Key, int]], table: int) -> list[bytes]:
+    """Return struct gate_masks for each part of a list of (number, mask, best rank).
+
+    The masks with the best ranks come first; a mask of rank NO_RANK ends the list.
+    Raises: LayoutError if they are too many.
+    """
+    ordered = sorted(masks, key=lambda mask: mask[2])
+    if len(ordered) > MASKS:
+        raise LayoutError(f"{len(ordered)} masks, a table holds {MASKS}")
+    packed = [
+        _MASK.pack(pack_key(mask), _last_word(pack_key(Key(), table, number)), best)
+        for number, mask, best in ordered
+    ]
+    packed.append(_MASK.pack(bytes(KEY_SIZE), 0, NO_RANK))
+    parts = [packed[at : at + PART] for at in range(0, min(len(packed), MASKS), PART)]
+    return [b"".join(part).ljust(PART_SIZE, b"\0") for part in parts]
 
 
-def unpack_entry(raw: bytes, boot: int = 0) -> Entry:
-    """Read struct gate_entry; `boot` as for `pack_entry`. Raises: LayoutError."""
-    if len(raw) != ENTRY_SIZE:
-        raise LayoutError(f"entry of {len(raw)} bytes, expected {ENTRY_SIZE}")
-    state, error, policy, deadline = _ENTRY.unpack(raw)
+def _last_word(raw: bytes) -> int:
+    return int.from_bytes(raw[-8:], sys.byteorder)
+
+
+def unpack_masks(parts: Iterable[bytes]) -> dict[int, tuple[Key, int]]:
+    """Return the masks of a list and their best ranks, by number. Raises: LayoutError."""
+    found: dict[int, tuple[Key, int]] = {}
+    for part in parts:
+        if len(part) != PART_SIZE:
+            raise LayoutError(f"masks of {len(part)} bytes, expected {PART_SIZE}")
+        for mask, last_word, best in _MASK.iter_unpack(part):
+            if best == NO_RANK:
+                return found
+            raw = bytes(KEY_SIZE - 8) + last_word.to_bytes(8, sys.byteorder)
+            _, number, _ = unpack_key(raw)
+            found[number] = unpack_key(mask)[2], best
+    return found
+
+
+def pack_answer(entry: Entry, boot: int = 0) -> bytes:
+    """Return struct gate_answer, 32 bytes; `boot`: when CLOCK_BOOTTIME was 0, wall clock ns."""
+    deadline = min(max(1, entry.deadline * NS - boot), _LAST) if entry.deadline else 0
+    return _ANSWER.pack(entry.rank, deadline, entry.state, entry.error, entry.id)
+
+
+def unpack_answer(raw: bytes, boot: int = 0) -> Entry | None:
+    """Read struct gate_answer; `boot` as for `pack_answer`; None: no entry. Raises: LayoutError."""
+    if len(raw) != _ANSWER.size:
+        raise LayoutError(f"answer of {len(raw)} bytes, expected {_ANSWER.size}")
+    rank, deadline, state, error, policy = _ANSWER.unpack(raw)
+    if state == 0:
+        return None
     if state not in State.__members__.values():
         raise LayoutError(f"entry with state {state}")
-    return Entry(State(state), error, policy, round((deadline + boot) / NS) if deadline else 0)
+    ends = max(1, round((deadline + boot) / NS)) if deadline else 0
+    return Entry(State(state), error, policy, ends, rank)
 
 
-def pack_masks(masks: tuple[Key, ...]) -> bytes:
-    """Return struct gate_masks, filled up with unused masks. Raises: LayoutError if too many."""
-    if len(masks) > TUPLES:
-        raise LayoutError(f"{len(masks)} masks, the table holds {TUPLES}")
-    return b"".join(pack_key(mask, tuple_=1) for mask in masks).ljust(MASKS_SIZE, b"\0")
+def pack_entry(key: bytes, since: int, now: bytes, before: bytes = NOTHING) -> bytes:
+    """Return struct gate_entry, 72 bytes, of two answers as `pack_answer` has them."""
+    bound = _mix(key_hash(key), since)
+    return _ENTRY.pack(since, _checked(now, bound), _checked(before, bound))
 
 
-def pack_entry(entry: Entry, boot: int = 0) -> bytes:
-    """Return struct gate_entry, 24 bytes. `boot`: the wall clock at CLOCK_BOOTTIME 0, in ns."""
-    deadline = min(max(1, entry.deadline * NS - boot), _LAST) if entry.deadline else 0
-    return _ENTRY.pack(entry.state, entry.error, entry.id, deadline)
+def _checked(answer: bytes, bound: int) -> bytes:
+    rank, deadline, state, error, policy = _ANSWER.unpack(answer)
+    check = _mix(_mix(bound, rank), _mix(_mix(deadline, error << 32 | state), policy))
+    return answer[:-4] + _CHECK.pack(check & 0xFFFFFFFF)
+
+
+def unpack_entry(raw: bytes, generation: int) -> bytes:
+    """Return the answer of a struct gate_entry in a generation, as `pack_answer` returns it.
+
+    Raises: LayoutError.
+    """
+    if len(raw) != ENTRY_SIZE:
+        raise LayoutError(f"entry of {len(raw)} bytes, expected {ENTRY_SIZE}")
+    since, now, before = _ENTRY.unpack(raw)
+    return bytes(now if since <= generation else before)[:-4] + bytes(4)
+
+
+def is_pending(raw: bytes, generation: int) -> bool:
+    """Return whether a struct gate_entry holds a change that was never put in force."""
+    return bool(_ENTRY.unpack(raw)[0] > generation)
+
+
+def key_hash(raw: bytes) -> int:
+    """Return the hash of a packed key; its highest bits are the number of its bit in the filter."""
+    one = two = 0
+    words = _WORDS.unpack(raw)
+    for even, odd in zip(words[::2], words[1::2], strict=True):
+        one, two = _mix(one, even), _mix(two, odd)
+    return _mix(one, two)
+
+
+def _mix(mixed: int, word: int) -> int:
+    mixed = (mixed ^ word) * _MULTIPLIER & _ALL_ONES
+    return mixed ^ mixed >> 32
+
+
+_WORDS = struct.Struct(f"={KEY_SIZE // 8}Q")
+_MULTIPLIER, _ALL_ONES = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
 def pack_route(network: Network) -> bytes:
@@ -263,17 +389,12 @@ def pack_source(source: Address | None) -> bytes:
     return (0 if source is None else address_bits(source, source.version)).to_bytes(16)
 
 
-def space(table: TableId, epoch: int) -> int:
-    """Return the space that holds the masks and entries of a table's epoch."""
-    return table * BUFFERS + epoch % BUFFERS
-
-
 def unpack_event(record: bytes) -> FlowRefused:
     """Read struct gate_event. Raises: LayoutError naming the field."""
     if len(record) < EVENT_SIZE:
         raise LayoutError(f"event of {len(record)} bytes, expected {EVENT_SIZE}")
     _ns, cgroup, raw, reason, policy, pid, _hook, comm = _EVENT.unpack_from(record)
-    _, key = unpack_key(raw)
+    _, _, key = unpack_key(raw)
     if key.family not in (4, 6):
         raise LayoutError(f"event with address family {key.family}")
     if reason not in EXPLAINED:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.tables.layout import Entry, State
@@ -25,15 +23,6 @@ def matches(policy: Policy) -> list[Ternary]:
     ]
 
 
-def policy_rules(policies: Iterable[Policy], errors: Mapping[int, int]) -> list[Rule]:
-    """Return the rules of the hooks' policy table; `errors`: errnos by the policy's place."""
-    return [
-        rule_of(policy, place, match, errors.get(place, 0))
-        for place, policy in enumerate(policies)
-        for match in matches(policy)
-    ]
-
-
 def rule_of(policy: Policy, place: int, match: Ternary, error: int = 0) -> Rule:
     """Return a policy's rule for these flows. `error`: the errno of a refusal, 0 for EPERM."""
-    return Rule(match, Entry(STATES[policy.action], error, place))
+    return Rule(match, Entry(STATES[policy.action], error, place, rank=place))

@@ -38,10 +38,11 @@ main(sys.argv[2])
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Instructions, and the name of the map whose descriptor an instruction loads, by index."""
+    """Instructions; the map whose descriptor one loads, by index; where called functions begin."""
 
     insns: bytes
     maps: Mapping[int, str]
+    functions: tuple[int, ...] = ()
 
     def linked(self, fds: Mapping[str, int]) -> bytes:
         """Return the instructions with each map's descriptor filled in."""
@@ -64,6 +65,7 @@ class Bytecode:
             name: {
                 "insns": b64encode(p.insns).decode(),
                 "maps": {str(i): m for i, m in p.maps.items()},
+                "functions": p.functions,
             }
             for name, p in self.programs.items()
         }
@@ -76,7 +78,11 @@ class Bytecode:
         """Read what `to_json` wrote. Raises: ValueError, KeyError, TypeError."""
         data = json.loads(text)
         programs = {
-            name: Program(b64decode(p["insns"]), {int(i): m for i, m in p["maps"].items()})
+            name: Program(
+                b64decode(p["insns"]),
+                {int(i): m for i, m in p["maps"].items()},
+                tuple(int(start) for start in p["functions"]),
+            )
             for name, p in data["programs"].items()
         }
         return cls(programs, {name: MapShape(**shape) for name, shape in data["maps"].items()})

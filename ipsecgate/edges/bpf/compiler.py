@@ -22,13 +22,19 @@ FILES = ("maps.bpf.c", "gate.bpf.c", "packet.bpf.c", "backstop.bpf.c")
 
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
+_CALL = 0x85
+_PSEUDO_CALL = 1
+# BCC compiles no function that is not inlined. So these are compiled as if they were programs, and
+# put behind every hook, which calls them as if they were helpers of these numbers.
+FUNCTIONS = {"search": 0x7365, "search_part": 0x7366, "search_policy": 0x7367}
 
 
 def _module(sources: Path) -> tuple[Any, Any]:
     from bcc import BPF, lib  # noqa: PLC0415  36 ms and 64 MiB: only when compiling
 
     text = "".join(f'#line 1 "{name}"\n{(sources / name).read_text()}' for name in FILES)
-    return BPF(text=text.encode(), cflags=[f"-I{sources}"]), lib
+    numbers = [f"-DGATE_{name.upper()}={number}" for name, number in FUNCTIONS.items()]
+    return BPF(text=text.encode(), cflags=[f"-I{sources}", *numbers]), lib
 
 
 def _references(insns: bytes, names: dict[int, str]) -> dict[int, str]:
@@ -38,6 +44,36 @@ def _references(insns: bytes, names: dict[int, str]) -> dict[int, str]:
         if code == _LD_IMM64 and registers >> 4 == _PSEUDO_MAP_FD:
             found[index] = names[imm]
     return found
+
+
+def _linked(hook: Program, functions: dict[str, Program]) -> Program:
+    """Put the functions that a hook calls behind it, and make their numbers their addresses."""
+    parts = [hook]
+    starts: dict[int, int] = {}  # of the functions, by number
+    length = len(hook.insns) // INSN_SIZE
+    for part in parts:  # which grows
+        for number in dict.fromkeys(number for _, number in _calls(part.insns)):
+            name = next((n for n, known in FUNCTIONS.items() if known == number), None)
+            if name is not None and number not in starts:
+                starts[number] = length
+                parts.append(functions[name])
+                length += len(functions[name].insns) // INSN_SIZE
+    maps: dict[int, str] = {}
+    for start, part in zip((0, *starts.values()), parts, strict=True):
+        maps |= {index + start: name for index, name in part.maps.items()}
+    code = bytearray(b"".join(part.insns for part in parts))
+    for index, number in _calls(bytes(code)):
+        if number in starts:
+            distance = starts[number] - index - 1
+            at = index * INSN_SIZE
+            struct.pack_into("=BBhi", code, at, _CALL, _PSEUDO_CALL << 4, 0, distance)
+    return Program(bytes(code), maps, tuple(starts.values()))
+
+
+def _calls(insns: bytes) -> list[tuple[int, int]]:
+    """Return where helpers are called, and their numbers."""
+    words = enumerate(struct.iter_unpack("=BBhi", insns))
+    return [(at, number) for at, (code, regs, _off, number) in words if code == _CALL and not regs]
 
 
 def layout(sources: Path) -> dict[str, tuple[str, str]]:
@@ -64,7 +100,8 @@ def compile_hooks(sources: Path) -> Bytecode:
         start = lib.bpf_function_start(module, name)
         insns = string_at(start, lib.bpf_function_size(module, name))
         programs[name.decode()] = Program(insns, _references(insns, fds))
-    return Bytecode(programs, shapes)
+    functions = {name: programs.pop(name) for name in FUNCTIONS}
+    return Bytecode({name: _linked(hook, functions) for name, hook in programs.items()}, shapes)
 
 
 def main(sources: str) -> None:

@@ -1,29 +1,28 @@
 """Write the hooks' tables and receive their refusals.
 
-Hooks see either the old table or the new one, never a mixture. Publishing writes the new entries
-and masks beside the old ones, in a space of their own. Then one word, the epoch, switches to that
-space. The old space is cleared only after an RCU grace period, when no hook can still be searching
-it. To wait for one, we update a map of maps: the kernel waits there for running programs
-(kernel/bpf/syscall.c, maybe_wait_bpf_programs()).
+A table changes with no window: entries are written for the next generation, then one word begins
+it (`core.tables.image`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 
 from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.model.flow import Address, Network
 from ipsecgate.core.tables import layout
+from ipsecgate.core.tables.image import TableImage, Writes
 from ipsecgate.core.tables.layout import INDEX, SETTING, Entry, Key, LayoutError, Setting, TableId
-from ipsecgate.core.tables.table import Table
+from ipsecgate.core.tables.table import Table, Ternary
 from ipsecgate.edges.bpf import libbpf
-from ipsecgate.edges.bpf.maps import EPOCH, Maps, boot_time
+from ipsecgate.edges.bpf.filter import Filter
+from ipsecgate.edges.bpf.maps import LIST, Maps, boot_time
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.bpf.ring import Ring
 
-BATCH = 256  # entries written before the event loop gets a turn
+ENTRIES_PER_TURN = 4096  # written before other tasks of the loop get a turn
 
 
 class Datapath(Maps):
@@ -34,20 +33,22 @@ class Datapath(Maps):
         super().__init__(pins)
         self._sources: dict[bytes, bytes] = {}
         self._ring: Ring | None = None
-        template = libbpf.MapShape(libbpf.MAP_TYPE_ARRAY, 4, 4, 1)
-        outer = libbpf.MapShape(libbpf.MAP_TYPE_ARRAY_OF_MAPS, 4, 4, 1)
-        self._inner = libbpf.create_map("grace_inner", template)
-        self._grace = libbpf.create_map("grace", outer, inner=self._inner)
-        self._keys: dict[int, list[bytes]] = {}  # packed, by space
-        self._clearing: dict[int, asyncio.Task[None]] = {}  # by space
-        self._adopt()
+        self._filter = Filter(
+            self._fds["filter"],
+            self.setting(Setting.FILTER),
+            lambda value: self.set(Setting.FILTER, value),
+        )
+        self._images: dict[TableId, TableImage] = {}
+        for table in TableId:
+            self._adopt(table)
+        self._refill()
+        self._raise_generation()  # a predecessor may have died before this, after a source
 
     def close(self) -> None:
         """Close every descriptor; pins and links stay, and the hooks keep refusing."""
         if self._ring is not None:
             self._ring.close()
-        for fd in (self._inner, self._grace):
-            os.close(fd)
+        self._filter.close()
         super().close()
 
     # --- settings -----------------------------------------------------------------
@@ -60,108 +61,166 @@ class Datapath(Maps):
 
     # --- tables -------------------------------------------------------------------
 
-    def _adopt(self) -> None:
-        """Take over the tables that a predecessor published, and delete all other entries."""
-        self._raise_generation()  # it may have died between writing a table and doing this
-        self._wait_grace_period()  # or right after a switch, while hooks searched the old table
-        current = {layout.space(table, self.setting(EPOCH[table])) for table in TableId}
-        self._keys = {space: [] for space in current}
-        for raw in list(libbpf.keys(self._fds["entries"], layout.KEY_SIZE)):
-            space = raw[layout.SPACE_OFFSET]
-            if space in current:
-                self._keys[space].append(raw)
-            else:
-                libbpf.delete(self._fds["entries"], raw)
+    def _adopt(self, table: TableId) -> None:
+        """Adopt the table that a predecessor published, and take back what it left half-written."""
+        raw = chain.from_iterable(self._raw_entries(table))
+        self._images[table], _ = self._clean_image(table, raw, self._masks(table))
+
+    def _clean_image(
+        self,
+        table: TableId,
+        raw: Iterable[tuple[bytes, bytes]],
+        masks: Mapping[int, tuple[Key, int]],
+    ) -> tuple[TableImage, frozenset[bytes]]:
+        """Return a table as it is in the maps, and the keys of foreign entries, which it deletes.
+
+        It takes back a change that was never put in force.
+        """
+        generation, boot, fd = self.setting(Setting.GENERATION), boot_time(), self._fds["entries"]
+        entries: dict[bytes, Entry] = {}
+        strange: list[bytes] = []
+        for key, value in raw:
+            entry = self._answer(value, generation, boot)
+            if entry is None:
+                strange.append(key)
+                continue
+            if layout.is_pending(value, generation):
+                again = layout.pack_entry(key, 0, layout.pack_answer(entry, boot))
+                libbpf.update(fd, key, again)
+            entries[key] = entry
+        image, unlisted = TableImage.read(table, masks, entries)
+        for key in (*strange, *unlisted):
+            libbpf.delete(fd, key)
+        return image, frozenset((*strange, *unlisted))
+
+    def _answer(self, value: bytes, generation: int, boot: int) -> Entry | None:
+        try:
+            return layout.unpack_answer(layout.unpack_entry(value, generation), boot)
+        except LayoutError:
+            return None
 
     async def publish(self, table: TableId, content: Table) -> None:
-        """Replace a table atomically; a task of its own clears the old one later.
+        """Replace a table's content, at once.
 
-        Raises: OSError if the maps are full; then the old table stays in force.
+        The first time, when the hooks refuse everything anyway, other tasks run in between.
+        Raises: OSError or LayoutError when the maps are full (the old table stays in force).
         """
-        epoch = self.setting(EPOCH[table])
-        old, new = layout.space(table, epoch), layout.space(table, epoch + 1)
-        if new in self._clearing:  # the second publication within one grace period
-            await self._clearing[new]
-        self._keys[new] = []
-        boot = boot_time()
-        try:
-            for (index, key), entry in content.entries.items():
-                raw = layout.pack_key(key, new, index)
-                libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry, boot))
-                self._keys[new].append(raw)
-        except OSError:
-            self._clear(new)
-            raise
-        libbpf.update(self._fds["masks"], INDEX.pack(new), layout.pack_masks(content.masks))
-        self.set(EPOCH[table], epoch + 1)
-        self._raise_generation()
-        self._clearing[old] = asyncio.create_task(self._clear_later(old))
+        gone = [
+            (match, None)
+            for match, _ in self._images[table].table.entries()
+            if content.get(match) is None
+        ]
+        changes = [*gone, *content.entries()]
+        if not self.setting(LIST[table]):
+            while len(changes) > ENTRIES_PER_TURN:
+                self._write(table, changes[:ENTRIES_PER_TURN], listed=False)
+                del changes[:ENTRIES_PER_TURN]
+                await asyncio.sleep(0)
+        self.change(table, changes)
 
-    def set_entry(self, table: TableId, index: int, key: Key, entry: Entry) -> None:
-        """Change one entry of the published table by one atomic write. Raises: OSError."""
-        raw = layout.pack_key(key, layout.space(table, self.setting(EPOCH[table])), index)
-        libbpf.update(self._fds["entries"], raw, layout.pack_entry(entry, boot_time()))
+    def withdraw(self, table: TableId) -> None:
+        """Make the hooks find nothing in a table, at once; this needs no memory in the kernel.
+
+        The instance must then be closed: the next controller deletes the entries. Raises: OSError.
+        """
+        libbpf.update(self._fds["settings"], INDEX.pack(LIST[table]), SETTING.pack(0))
+        self._raise_generation()
+
+    def change(self, table: TableId, changes: Iterable[tuple[Ternary, Entry | None]]) -> None:
+        """Change entries of a table, all at once; None removes one.
+
+        Raises: OSError or LayoutError when the maps are full (nothing has changed then).
+        """
+        self._write(table, changes, listed=True)
+
+    def _write(
+        self, table: TableId, changes: Iterable[tuple[Ternary, Entry | None]], *, listed: bool
+    ) -> None:
+        """Write changes.
+
+        `listed` False: nobody may find the entries yet, a later call publishes the table.
+        """
+        image, entries = self._images[table], self._fds["entries"]
+        changes = list(changes)
+        if self._filter.is_full(len(changes)):
+            self._refill()  # first, because it begins a generation
+        writes = image.change(changes, self.setting(Setting.GENERATION), boot_time())
+        if not writes.puts and (self.setting(LIST[table]) or not listed):
+            return
+        self._filter.add(writes.hashes)
+        try:
+            libbpf.update_all(entries, writes.puts)
+            if listed and (writes.masks or not self.setting(LIST[table])):
+                self._list_masks(table)
+            self._raise_generation()
+        except OSError:
+            self._undo(table, writes)
+            raise
+        for raw in writes.deletes:
+            libbpf.delete(entries, raw)
+
+    def _list_masks(self, table: TableId) -> None:
+        """Write a list of masks beside the one in use, and use it."""
+        number = self.setting(LIST[table]) + 1
+        first = (table * 2 + number % 2) * layout.PARTS
+        for at, part in enumerate(self._images[table].masks()):
+            libbpf.update(self._fds["masks"], INDEX.pack(first + at), part)
+        libbpf.update(self._fds["settings"], INDEX.pack(LIST[table]), SETTING.pack(number))
+
+    def _undo(self, table: TableId, writes: Writes) -> None:
+        """Take back a change that is not in force; the next generation would put it in force."""
+        entries = self._fds["entries"]
+        for raw, value in writes.undo:
+            if value is None:
+                libbpf.delete(entries, raw)  # first, because it frees memory for the others
+        for raw, value in writes.undo:
+            if value is not None:
+                libbpf.update(entries, raw, value)
+        self._adopt(table)
+
+    def _refill(self) -> None:
+        """Fill the other filter, use it, and begin a generation."""
+        images = self._images.values()
+        count = sum(image.table.size for image in images)
+        self._filter.fill(chain.from_iterable(image.hashes() for image in images), count)
         self._raise_generation()
 
     async def repair(self, table: TableId, content: Table) -> int:
-        """Restore the published table to this content; return how many entries differed.
+        """Restore a published table to this content; return how many entries differed.
 
         Works in batches, and stops early if the controller changes a table in between.
         Raises: OSError.
         """
-        epoch, fd = self.setting(EPOCH[table]), self._fds["entries"]
         generation = self.setting(Setting.GENERATION)
-        space, boot = layout.space(table, epoch), boot_time()
-        masks, repaired = layout.pack_masks(content.masks), 0
-        if libbpf.lookup(self._fds["masks"], INDEX.pack(space), len(masks)) != masks:
-            libbpf.update(self._fds["masks"], INDEX.pack(space), masks)
-            repaired += 1
-        wanted = {layout.pack_key(k, space, i): entry for (i, k), entry in content.entries.items()}
-        present = [k for k in libbpf.keys(fd, layout.KEY_SIZE) if k[layout.SPACE_OFFSET] == space]
-        for count, raw in enumerate(dict.fromkeys([*wanted, *present])):
-            if count % BATCH == 0:
-                await asyncio.sleep(0)
-                if self.setting(Setting.GENERATION) != generation:
-                    return repaired
-            if raw not in wanted:
-                libbpf.delete(fd, raw)
-            elif self._entry(raw, boot) != wanted[raw]:
-                libbpf.update(fd, raw, layout.pack_entry(wanted[raw], boot))
-            else:
-                continue
-            repaired += 1
-        self._keys[space] = list(wanted)
-        if repaired:
-            self._raise_generation()
-        return repaired
-
-    def _entry(self, raw: bytes, boot: int) -> Entry | None:
-        value = libbpf.lookup(self._fds["entries"], raw, layout.ENTRY_SIZE)
-        try:
-            return layout.unpack_entry(value, boot) if value else None
-        except LayoutError:
-            return None
+        raw: list[tuple[bytes, bytes]] = []
+        for chunk in self._raw_entries(table):
+            raw += chunk
+            await asyncio.sleep(0)
+            if self.setting(Setting.GENERATION) != generation:
+                return 0
+        image = self._images[table]
+        listed = self._masks(table) == image.listed()
+        self._images[table], strange = self._clean_image(table, raw, image.listed())
+        there = self._images[table].table
+        wrong: list[tuple[Ternary, Entry | None]] = [
+            (match, None) for match, _ in there.entries() if content.get(match) is None
+        ]
+        wrong += [one for one in content.entries() if there.get(one[0]) != one[1]]
+        if listed and not strange and not wrong:
+            return 0
+        if not listed:
+            self._list_masks(table)
+        self.change(table, wrong)
+        self._refill()
+        strange -= {self._images[table].key(match) for match, entry in wrong if entry is not None}
+        return len(wrong) + len(strange) + (not listed)
 
     def _raise_generation(self) -> None:
-        """Make the hooks judge every socket again: the SA that covered it may be gone."""
-        self.set(Setting.GENERATION, self.setting(Setting.GENERATION) + 1)
-
-    @property
-    def clearing(self) -> bool:
-        """Whether an old table is still waiting to be cleared."""
-        return bool(self._clearing)
-
-    async def _clear_later(self, space: int) -> None:
-        await asyncio.to_thread(self._wait_grace_period)
-        self._clear(space)
-        del self._clearing[space]
-
-    def _wait_grace_period(self) -> None:
-        libbpf.update(self._grace, INDEX.pack(0), INDEX.pack(self._inner))
-
-    def _clear(self, space: int) -> None:
-        for raw in self._keys.pop(space, ()):
-            libbpf.delete(self._fds["entries"], raw)
+        """Begin a generation, which ends what sockets and processors remember of the last."""
+        generation = self.setting(Setting.GENERATION) + 1
+        libbpf.update(
+            self._fds["settings"], INDEX.pack(Setting.GENERATION), SETTING.pack(generation)
+        )
 
     # --- sources ------------------------------------------------------------------
 
@@ -179,7 +238,7 @@ class Datapath(Maps):
             size = 20
             self._sources = dict.fromkeys(libbpf.keys(fd, size), b"")
         if len(self._sources.keys() | wanted.keys()) > layout.SOURCES:
-            self._delete_sources(self._sources)  # make room; meanwhile unbound flows are refused
+            self._delete_sources(self._sources)  # make space; meanwhile unbound flows are refused
             self._sources = {}
         for key, value in wanted.items():
             if self._sources.get(key) != value:

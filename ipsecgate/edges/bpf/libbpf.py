@@ -9,9 +9,12 @@ Source: libbpf 1.x bpf.h; bpf(2).
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import os
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,10 +24,14 @@ from ipsecgate.errors import KernelLacksError
 PROG_TYPE_CGROUP_SKB = 8
 PROG_TYPE_CGROUP_SOCK_ADDR = 18
 MAP_TYPE_ARRAY = 2
-MAP_TYPE_ARRAY_OF_MAPS = 12
 MAP_TYPE_SK_STORAGE = 24
 BPF_ANY = 0
 INSN_SIZE = 8
+# Seconds to wait for memory, one after the other.
+PAUSES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+SINGLY = 32  # fewer entries are written one by one
+ENTRIES_PER_CALL = 4096  # of a map, in one system call
+SEARCH_SIZE = 104  # sizeof(struct search), bpf/maps.bpf.c
 
 
 class _MapCreateOpts(ct.Structure):
@@ -138,9 +145,18 @@ def call(operation: str, function: str, *args: object) -> int:
     return result
 
 
-def create_map(name: str, shape: MapShape, *, inner: int | None = None) -> int:
-    """Create a map; `inner`: the descriptor of a map of maps' template. Raises: OSError."""
-    opts = _MapCreateOpts(map_flags=shape.flags, inner_map_fd=inner or 0)
+@contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """Close a descriptor when the block ends."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def create_map(name: str, shape: MapShape) -> int:
+    """Create a map. Raises: OSError."""
+    opts = _MapCreateOpts(map_flags=shape.flags)
     opts.sz = ct.sizeof(opts)
     btf = None
     if shape.type == MAP_TYPE_SK_STORAGE:
@@ -159,13 +175,41 @@ def _load_btf(value_size: int) -> int:
     Type 1 is the key, an int; type 2 the value, a struct of that size without members.
     Source: linux/btf.h; bpf_local_storage_map_check_btf().
     """
-    names = b"\0int\0value\0"
-    key = struct.pack("=IIII", 1, 1 << 24, 4, 32)  # BTF_KIND_INT, 32 bits
     value = struct.pack("=III", 5, 4 << 24, value_size)  # BTF_KIND_STRUCT
-    types = key + value
+    return _load_types(b"\0int\0value\0", value)
+
+
+def _load_types(names: bytes, types: bytes) -> int:
+    """Load type information: an int as type 1, then these. Source: linux/btf.h."""
+    types = struct.pack("=IIII", 1, 1 << 24, 4, 32) + types  # BTF_KIND_INT, 32 bits
     header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(names))
     raw = header + types + names
     return call("load type information", "bpf_btf_load", raw, len(raw), None)
+
+
+def _load_function_types() -> int:
+    """Load the types of a hook and of the function that it calls.
+
+    The verifier checks a global function once, not at each call, and takes its arguments' types
+    from here. Source: linux/btf.h; btf_prepare_func_args().
+    """
+    names = b"\0int\0search\0hook\0function\0argument\0"
+    at = {
+        name: names.index(f"\0{name}\0".encode()) + 1
+        for name in ("search", "hook", "function", "argument")
+    }
+    types = b"".join(
+        struct.pack("=" + "I" * len(words), *words)
+        for words in (
+            (at["search"], 4 << 24, SEARCH_SIZE),  # 2: struct search
+            (0, 2 << 24, 2),  # 3: a pointer to it
+            (0, 13 << 24, 1),  # 4: int (void)
+            (0, 13 << 24 | 1, 1, at["argument"], 3),  # 5: int (struct search *)
+            (at["hook"], 12 << 24, 4),  # 6: static
+            (at["function"], 12 << 24 | 1, 5),  # 7: global
+        )
+    )
+    return _load_types(names, types)
 
 
 def _create_map(name: str, shape: MapShape, opts: _MapCreateOpts) -> int:
@@ -181,13 +225,25 @@ def _create_map(name: str, shape: MapShape, opts: _MapCreateOpts) -> int:
     )
 
 
-def load_program(name: str, insns: bytes, prog_type: int, attach_type: int) -> int:
-    """Load a program. Raises: OSError with the verifier's last lines."""
-    log = ct.create_string_buffer(1 << 20)
+def load_program(
+    name: str, insns: bytes, prog_type: int, attach_type: int, functions: Sequence[int] = ()
+) -> int:
+    """Load a program; `functions`: the first instruction of each function that it calls.
 
-    def attempt(log_level: int) -> int:
+    A function takes a pointer to a struct search, `SEARCH_SIZE` bytes, and returns an int.
+    Raises: OSError with the verifier's last lines.
+    """
+    log = ct.create_string_buffer(1 << 20)
+    # The types are those that `_load_function_types` has.
+    info = struct.pack("=II", 0, 6) + b"".join(struct.pack("=II", at, 7) for at in functions)
+
+    def attempt(log_level: int, btf: int) -> int:
         opts = _ProgLoadOpts(expected_attach_type=attach_type, log_level=log_level)
         opts.sz = ct.sizeof(opts)
+        if functions:
+            opts.prog_btf_fd = btf
+            opts.func_info = ct.cast(ct.c_char_p(info), ct.c_void_p)
+            opts.func_info_cnt, opts.func_info_rec_size = 1 + len(functions), 8
         if log_level:
             opts.log_buf = ct.cast(log, ct.c_char_p)
             opts.log_size = len(log)
@@ -202,15 +258,16 @@ def load_program(name: str, insns: bytes, prog_type: int, attach_type: int) -> i
             ct.byref(opts),
         )
 
-    try:
-        return attempt(0)
-    except OSError as first:
-        # Load again for the verifier's log, which takes time to write.
+    with closing_fd(_load_function_types()) as btf:
         try:
-            return attempt(1)
-        except OSError:
-            lines = log.value.decode(errors="replace").strip().splitlines()[-8:]
-            raise OSError(first.errno, "\n".join([str(first.strerror), *lines])) from None
+            return attempt(0, btf)
+        except OSError as first:
+            # Load again for the verifier's log, which takes time to write.
+            try:
+                return attempt(1, btf)
+            except OSError:
+                lines = log.value.decode(errors="replace").strip().splitlines()[-8:]
+                raise OSError(first.errno, "\n".join([str(first.strerror), *lines])) from None
 
 
 def create_link(prog_fd: int, cgroup_fd: int, attach_type: int) -> int:
@@ -277,7 +334,26 @@ def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
 
 def update(fd: int, key: bytes, value: bytes) -> None:
     """Set a map's value for a key. Raises: OSError (E2BIG, ENOSPC: the map is full)."""
-    call("update map", "bpf_map_update_elem", fd, key, value, ct.c_uint64(BPF_ANY))
+    arguments = fd, key, value, ct.c_uint64(BPF_ANY)
+    with_memory(lambda: call("update map", "bpf_map_update_elem", *arguments))
+
+
+def with_memory(operation: Callable[[], object]) -> None:
+    """Do what allocates an entry of a map, again while the kernel is short of free ones.
+
+    It keeps some of them ready for each processor, and makes more a moment after they are used up
+    (kernel/bpf/memalloc.c). Until then it returns ENOMEM. Raises: OSError.
+    """
+    for pause in PAUSES:
+        try:
+            operation()
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            time.sleep(pause)
+        else:
+            return
+    operation()
 
 
 def delete(fd: int, key: bytes) -> None:
@@ -303,6 +379,65 @@ def keys(fd: int, key_size: int) -> Iterator[bytes]:
             return
         previous = key.raw
         yield previous
+
+
+class _BatchOpts(ct.Structure):
+    _fields_ = [("sz", ct.c_size_t), ("elem_flags", ct.c_uint64), ("flags", ct.c_uint64)]
+
+
+def update_all(fd: int, items: Sequence[tuple[bytes, bytes]]) -> None:
+    """Set many values of a map; some are set when it fails. Raises: OSError."""
+    if len(items) < SINGLY:
+        for key, value in items:
+            update(fd, key, value)
+        return
+    opts = _BatchOpts(sz=ct.sizeof(_BatchOpts))
+    done = 0
+
+    def rest() -> None:
+        nonlocal done
+        while done < len(items):
+            some = items[done : done + ENTRIES_PER_CALL]
+            count = ct.c_uint32(len(some))
+            arguments = fd, *(b"".join(parts) for parts in zip(*some, strict=True))
+            try:
+                call("update map", "bpf_map_update_batch", *arguments,
+                     ct.byref(count), ct.byref(opts))  # fmt: skip
+            except OSError:
+                # The kernel returns how many it has set. Before Linux 6.8 it may leave the count as
+                # it was if it runs out of memory before the first (generic_map_update_batch()).
+                if count.value < len(some):
+                    done += count.value
+                raise
+            done += len(some)
+
+    with_memory(rest)
+
+
+def items(fd: int, key_size: int, value_size: int) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Yield a hash map's keys and values, a batch at a time. Raises: OSError."""
+    opts = _BatchOpts(sz=ct.sizeof(_BatchOpts))
+    keys_, values = (
+        ct.create_string_buffer(ENTRIES_PER_CALL * size) for size in (key_size, value_size)
+    )
+    place, previous = ct.c_uint64(0), None
+    while True:
+        count = ct.c_uint32(ENTRIES_PER_CALL)
+        try:
+            call("read map", "bpf_map_lookup_batch", fd, previous, ct.byref(place), keys_, values,
+                  ct.byref(count), ct.byref(opts))  # fmt: skip
+            ended = False
+        except FileNotFoundError:
+            ended = True
+        some, others = keys_.raw, values.raw
+        yield [
+            (some[at * key_size : (at + 1) * key_size],
+             others[at * value_size : (at + 1) * value_size])
+            for at in range(count.value)
+        ]  # fmt: skip
+        if ended:
+            return
+        previous = ct.byref(place)
 
 
 def possible_cpus() -> int:

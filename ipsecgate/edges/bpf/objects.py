@@ -109,7 +109,11 @@ class Objects:
             libbpf.update(fds["settings"], *version)
             for hook, (prog_type, attach_type) in HOOKS.items():
                 code = bytecode.programs[hook].linked(fds)
-                with opened(libbpf.load_program(hook, code, prog_type, attach_type)) as prog:
+                with opened(
+                    libbpf.load_program(
+                        hook, code, prog_type, attach_type, bytecode.programs[hook].functions
+                    )
+                ) as prog:
                     path = self.folder / "progs" / hook
                     path.unlink(missing_ok=True)  # the links hold their own reference
                     libbpf.pin(prog, path)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from ipsecgate.edges.bpf import libbpf
 
-BATCH = 256  # records that one `consume` reads at most
+RECORDS_PER_CALL = 256  # records that one `consume` reads at most
 
 
 class Ring:
@@ -21,7 +21,7 @@ class Ring:
     def __init__(self, map_fd: int, on_record: Callable[[bytes], None]) -> None:
         """Raises: OSError."""
         self._failure: Exception | None = None
-        self._left = BATCH
+        self._left = RECORDS_PER_CALL
 
         def callback(_ctx: int, data: int, size: int) -> int:
             try:
@@ -39,18 +39,18 @@ class Ring:
         self.fd = libbpf.call("ring buffer", "ring_buffer__epoll_fd", self._ring)
 
     def consume(self) -> int:
-        """Pass waiting records to the callback; return how many: at most `BATCH`.
+        """Pass waiting records to the callback; return how many: at most `RECORDS_PER_CALL`.
 
         The limit gives the event loop a turn during a flood; `fd` stays readable.
         Raises: OSError; whatever the callback raised, and then the record that it got is lost.
         """
-        self._left = BATCH
+        self._left = RECORDS_PER_CALL
         try:
             return libbpf.call("read ring buffer", "ring_buffer__consume", self._ring)
         except OSError as error:
             if error.errno != errno.ECANCELED:
                 raise
-            return BATCH
+            return RECORDS_PER_CALL
         finally:
             failure, self._failure = self._failure, None
             if failure is not None:

@@ -37,7 +37,7 @@ from ipsecgate.edges.holding.inspector_main import Finding
 from ipsecgate.edges.holding.listener import Listener
 from ipsecgate.edges.host import systemd
 
-BATCH = 64  # calls received, or checked, before the event loop does other work
+CALLS_PER_TURN = 64  # calls received, or checked, before the event loop does other work
 CALLS_AGAIN = 1.0  # seconds within which an interrupted thread repeats its call
 CHECK = 0.1  # seconds between two rounds of checks on the threads of held calls
 CHECK_EACH = 0.001  # seconds per call that a round takes at least, to spread the load
@@ -149,7 +149,7 @@ class Listeners:
             asyncio.get_running_loop().call_later(RETRY, self._keep, listener)
 
     def _on_readable(self, listener: Listener) -> None:
-        for _ in range(BATCH):
+        for _ in range(CALLS_PER_TURN):
             ready = listener.ready()
             if ready & select.POLLIN:
                 call = listener.receive()
@@ -204,7 +204,7 @@ class Listeners:
                 for listener in self._listeners.values()
                 for made, _ in listener.held.values()
             )
-        for _ in range(min(BATCH, len(self._to_check))):
+        for _ in range(min(CALLS_PER_TURN, len(self._to_check))):
             listener, made = self._to_check.popleft()
             if listener.number not in self._listeners or made.call.id not in listener.held:
                 continue  # answered meanwhile
@@ -215,7 +215,7 @@ class Listeners:
                 deadline = listener.held[made.call.id][1].when()
                 self._interrupted[made.pid, made.flow] = deadline, now + CALLS_AGAIN
                 self._deliver(CallInterrupted(made.call))
-        pause = BATCH * CHECK_EACH if self._to_check else CHECK
+        pause = CALLS_PER_TURN * CHECK_EACH if self._to_check else CHECK
         loop = asyncio.get_running_loop()
         any_held = any(listener.held for listener in self._listeners.values())
         self._check_timer = loop.call_later(pause, self._check_held) if any_held else None

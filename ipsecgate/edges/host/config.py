@@ -20,9 +20,9 @@ from ipsecgate import trust
 from ipsecgate.core.model.flow import PORT_MASK, PROTOCOLS, Network
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
-from ipsecgate.core.tables.policy_rules import policy_rules
-from ipsecgate.core.tables.table import TableFullError, compile_table
-from ipsecgate.edges.host.config_table import ERRNO_KEYS, GATE_KEYS, POLICY_KEYS, Table
+from ipsecgate.core.tables.policy_rules import matches
+from ipsecgate.core.tables.rule_table import COARSE_ENTRIES, COARSE_MASKS, ENTRY_LIMIT, MASK_LIMIT
+from ipsecgate.edges.host.config_table import ERRNO_KEYS, GATE_KEYS, POLICY_KEYS, TomlTable
 from ipsecgate.errors import UsageError
 
 DEFAULT_VICI = Path("/run/charon.vici")
@@ -60,13 +60,13 @@ def load(path: Path, *, required: bool = True) -> Config:
     """
     if not required and not path.exists():
         return Config()
-    document = Table(_read(path), path, "")
-    gate = Table(document.take("gate", dict, {}), path, "gate")
-    errnos = _errnos(Table(document.take("errno", dict, {}), path, "errno"))
+    document = TomlTable(_read(path), path, "")
+    gate = TomlTable(document.take("gate", dict, {}), path, "gate")
+    errnos = _errnos(TomlTable(document.take("errno", dict, {}), path, "errno"))
     tables = _policy_tables(document)
     document.finish(("gate", "errno", "policy"))
     for extra in sorted((path.parent / "policies.d").glob("*.toml")):
-        document = Table(_read(extra), extra, "")
+        document = TomlTable(_read(extra), extra, "")
         tables += _policy_tables(document)
         document.finish(("policy",))
     policies = _policies(tables)
@@ -74,7 +74,7 @@ def load(path: Path, *, required: bool = True) -> Config:
     return _config(gate, errnos, policies)
 
 
-def _config(gate: Table, errnos: Errnos, policies: tuple[Policy, ...]) -> Config:
+def _config(gate: TomlTable, errnos: Errnos, policies: tuple[Policy, ...]) -> Config:
     mode = gate.choice("mode", ("enforce", "audit"), "enforce")
     default = gate.choice("default", ("allow", "deny"), "allow")
     source = gate.choice("sa_source", [source.value for source in SaSource], SaSource.AUTO.value)
@@ -129,7 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: {error.strerror}") from error
 
 
-def _errnos(table: Table) -> Errnos:
+def _errnos(table: TomlTable) -> Errnos:
     default = Errnos()
     chosen = {
         key: getattr(errno, table.choice(key, ERRNOS, errno.errorcode[getattr(default, key)]))
@@ -139,15 +139,17 @@ def _errnos(table: Table) -> Errnos:
     return Errnos(**chosen)
 
 
-def _policy_tables(document: Table) -> list[Table]:
+def _policy_tables(document: TomlTable) -> list[TomlTable]:
     items = document.take("policy", list, [])
-    return [Table(item, document.file, f"policy[{number}]") for number, item in enumerate(items, 1)]
+    return [
+        TomlTable(item, document.file, f"policy[{number}]") for number, item in enumerate(items, 1)
+    ]
 
 
-def _policies(tables: Sequence[Table]) -> tuple[Policy, ...]:
+def _policies(tables: Sequence[TomlTable]) -> tuple[Policy, ...]:
     """Raises: UsageError for the first table that is wrong, or has the name of an earlier one."""
     policies: dict[str, Policy] = {}
-    places: dict[str, Table] = {}
+    places: dict[str, TomlTable] = {}
     for table in tables:
         policy = _policy(table)
         if policy.name in policies:
@@ -162,7 +164,7 @@ def _policies(tables: Sequence[Table]) -> tuple[Policy, ...]:
     return tuple(policies.values())
 
 
-def _policy(table: Table) -> Policy:
+def _policy(table: TomlTable) -> Policy:
     name = table.take("name", str, "")
     if not name:
         raise table.error("name", "missing: every policy needs a name")
@@ -237,11 +239,14 @@ def _ports(text: str) -> tuple[int, int]:
 
 
 def _refuse_too_many(policies: Sequence[Policy], path: Path) -> None:
-    try:
-        compile_table(policy_rules(policies, {}))
-    except TableFullError as error:
-        raise UsageError(
-            f"{path}: policy: {error}",
-            hint="use fewer different prefix lengths and port ranges: each combination of them, "
-            "with the protocol, needs a mask of its own",
-        ) from error
+    found = [match for policy in policies for match in matches(policy)]
+    masks = len({match.mask for match in found})
+    most_masks, most_entries = MASK_LIMIT - COARSE_MASKS, ENTRY_LIMIT - COARSE_ENTRIES
+    if masks <= most_masks and len(found) <= most_entries:
+        return
+    raise UsageError(
+        f"{path}: policy: {masks} distinct masks and {len(found)} entries; the hooks hold "
+        f"{most_masks} and {most_entries}",
+        hint="use fewer different prefix lengths and port ranges: each combination of them, "
+        "with the protocol, needs a mask of its own",
+    )

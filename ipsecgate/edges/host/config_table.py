@@ -46,7 +46,7 @@ EXAMPLES = {
 }
 
 
-class Table:
+class TomlTable:
     """A TOML table with its place in the file; `take` removes keys, `finish` rejects the rest."""
 
     def __init__(self, data: object, file: Path, name: str) -> None:

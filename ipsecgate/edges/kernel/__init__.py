@@ -1,5 +1,5 @@
 """The kernel over netlink: XFRM, the host floor, routes and sockets.
 
-This room keeps core up to date and carries out its commands. Only core decides whether a flow is
+This package keeps core up to date and carries out its commands. Only core decides whether a flow is
 protected.
 """

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from functools import partial
 
 from ipsecgate.core.codec.xfrm import decode, encode_policy_dump
+from ipsecgate.core.codec.xfrm_floor import encode_delete, encode_set
 from ipsecgate.core.model.events import PolicySet, XfrmEvent
-from ipsecgate.core.state.floor import FloorPolicy, encode_delete, encode_set, parse_own
+from ipsecgate.core.model.policy import FloorPolicy
+from ipsecgate.core.state.floor import parse_own
 from ipsecgate.edges.kernel.netlink import Requests
 from ipsecgate.edges.kernel.probe import has_xfrm
 from ipsecgate.edges.kernel.xfrm import NETLINK_XFRM

@@ -58,7 +58,7 @@ NETLINK_ROUTE = 0
 # RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE
 GROUPS = (1, 5, 7, 8, 9, 11, 19)
 PAUSE = 0.02  # seconds
-BATCH = 64  # lookups, about a millisecond, before the event loop gets a turn
+LOOKUPS_PER_TURN = 64  # about a millisecond, before the event loop gets a turn
 TUN = "ipsec"  # the device's name without its number; source: kernel_libipsec_plugin.c
 
 
@@ -132,7 +132,7 @@ class Routes:
                 source, link = _ask_route(requests, address)
                 sources.append((piece, source))
                 links.append((piece, link))
-                if count % BATCH == 0:
+                if count % LOOKUPS_PER_TURN == 0:
                     await asyncio.sleep(0)
             used = {link for _, link in links}
             self._tuns = {link for link in used if _is_tun(requests, link)}

@@ -15,8 +15,8 @@ import errno
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ipsecgate.core.tables.layout import TableId
-from ipsecgate.core.tables.table import EMPTY, TableFullError
+from ipsecgate.core.tables.layout import LayoutError, TableId
+from ipsecgate.core.tables.table import Table
 from tests.system.oracle.caller import Caller
 from tests.system.oracle.capture import HarnessError, Sent, answer
 from tests.system.oracle.model import CLEAR, COVERED, REFUSED, Model
@@ -102,7 +102,7 @@ class Judge:
         self.tally.things += len(world.policies) + len(world.states)
         try:
             verdicts = await self.verdicts(world)
-        except TableFullError:
+        except LayoutError:
             self.tally.full += 1
             return
         except HarnessError as error:
@@ -122,7 +122,7 @@ class Judge:
         return replace(world, policies=tuple(policies), states=tuple(states)), refused
 
     async def verdicts(self, world: World) -> list[Verdict]:
-        """Answer every call of an installed world. Raises: TableFullError, HarnessError."""
+        """Answer every call of an installed world. Raises: LayoutError, HarnessError."""
         namespaces = self.namespaces
         namespaces.set_port(world.port)
         await namespaces.data.publish(TableId.SPD, await namespaces.table())
@@ -170,8 +170,8 @@ class Judge:
         self.install(small)
         table = await self.namespaces.table()
         entries = "\n".join(
-            f"  {index} {key} -> {entry.state.name}"
-            for (index, key), entry in sorted(table.entries.items(), key=lambda item: item[0][0])
+            f"  {entry.rank} {match} -> {entry.state.name}"
+            for match, entry in sorted(table.entries(), key=lambda item: item[1].rank)
         )
         return (
             f"{last.wrong}\nthe gate: {last.gate}, the kernel: {last.kernel} ({last.details})\n"
@@ -200,15 +200,14 @@ class Judge:
             return None
         try:
             (verdict,) = await self.verdicts(installed)
-        except TableFullError:
+        except LayoutError:
             return None
         return verdict if verdict.wrong else None
 
     async def end(self) -> None:
         """Flush the kernel's databases and the hook table."""
         self.namespaces.installer.flush()
-        await self.namespaces.data.publish(TableId.SPD, EMPTY)
-        await self.namespaces.settle()
+        await self.namespaces.data.publish(TableId.SPD, Table())
 
 
 def variants(world: World) -> list[World]:

@@ -8,7 +8,6 @@ The rest of the process runs inside a; only sockets made inside b belong to b.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -32,6 +31,7 @@ from ipsecgate.edges.kernel.routes import Routes
 from ipsecgate.edges.kernel.xfrm import XfrmMonitor
 from ipsecgate.lab import path
 from ipsecgate.lab.netns import Namespace
+from tests.reference_rules import kernel_rules
 from tests.system.hooked_cgroup import ike_socket, no_backstop
 from tests.system.oracle.caller import DEVICE, SO_MARK, Caller
 from tests.system.oracle.capture import Capture
@@ -98,10 +98,9 @@ class TwoNamespaces:
         self.data.set(Setting.NETNS, netns_cookie())
         no_backstop(self.data, self.device)  # the hooks alone
         await self.data.publish(TableId.POLICY, compile_table(everything))
-        await self.settle()
 
     async def table(self) -> Table:
-        """Return the gate's view of the SPD and SAD as they are. Raises: TableFullError.
+        """Return the gate's view of the SPD and SAD as they are. Raises: LayoutError.
 
         Every SA counts as confirmed: the test is about XFRM, not about the IKE daemon.
         """
@@ -112,18 +111,13 @@ class TwoNamespaces:
             kernel_state.apply(PolicySet(entry))
         for sa in snapshot.sas:
             kernel_state.apply(SaSet(sa))
-        return compile_table(kernel_state.kernel_rules())
+        return compile_table(kernel_rules(kernel_state))
 
     def counted(self) -> tuple[int, int]:
         """Return how many covered calls the hooks have let through, and how many refused."""
         counters = self.data.counters()
         covered = counters[Reason.ALLOW_COVERED] + counters[Reason.ALLOW_ASSOCIATED]
         return covered, counters[Reason.REFUSE_UNCOVERED] + counters[Reason.REFUSE_NO_SOURCE]
-
-    async def settle(self) -> None:
-        """Wait until old tables are cleared."""
-        while self.data.clearing:
-            await asyncio.sleep(0.001)
 
 
 def kernel_source(destination: Address, mark: int) -> Address:

@@ -1,0 +1,231 @@
+"""The kernel's answers as rules, kept up to date policy by policy.
+
+    a notification  ->  the policies that it affects  ->  their rules
+
+A policy's rules depend on the policy, on the SAs of its templates' reqids, on the policies of the
+same priority that share flows with it and, if a template names no SPI, on the other policies of
+its reqid that do. So the work is in proportion to what the change concerns.
+
+Rules of this module: `put`, `remove` and `sas_changed` mark policies; `take` makes their rules.
+What may close a flow is taken first, and each mark waits its turn: a flood cannot delay it forever.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator
+
+from ipsecgate.core.model.ipsec import SpdEntry, SpdKey
+from ipsecgate.core.state.spd import (
+    Negotiated,
+    SasOf,
+    applies,
+    live_entry,
+    region_of,
+    rules_of,
+    shared_rules,
+)
+from ipsecgate.core.tables.layout import Entry, Key
+from ipsecgate.core.tables.table import Rule, Ternary
+
+
+class SpdRules:
+    """The rules of every outbound policy. Their owner is a policy's key, or the keys of two."""
+
+    def __init__(self) -> None:
+        self.policies: dict[SpdKey, SpdEntry] = {}
+        self._by_reqid = _ByReqid()
+        self._without_spi = _ByReqid()  # those with a template that any SPI satisfies
+        self._neighbours: dict[int, _Neighbours] = {}  # by priority
+        self._live: dict[SpdKey, Entry | None] = {}  # the entry of a policy's whole region
+        self._pairs: dict[SpdKey, set[SpdKey]] = {}
+        self._closing: OrderedDict[SpdKey, None] = OrderedDict()  # marked: they lost something
+        self._marked: OrderedDict[SpdKey, None] = OrderedDict()  # marked: all others
+
+    # --- marks ----------------------------------------------------------------------
+
+    def put(self, entry: SpdEntry) -> None:
+        """Add or replace a policy."""
+        old = self.policies.get(entry.key)
+        if old == entry:
+            return
+        if old is not None:
+            self.remove(entry.key)
+        self.policies[entry.key] = entry
+        self._by_reqid.add(entry.key, _reqids(entry))
+        self._without_spi.add(entry.key, _reqids(entry, without_spi=True))
+        if applies(entry):
+            there = self._neighbours.setdefault(entry.priority, _Neighbours())
+            there.add(entry.key, region_of(entry.key))
+        self._mark_users(entry, closing=False)
+        self._mark(entry.key, closing=False)
+
+    def remove(self, key: SpdKey) -> None:
+        """Remove a policy."""
+        entry = self.policies.pop(key, None)
+        if entry is None:
+            return
+        self._by_reqid.discard(key, _reqids(entry))
+        self._without_spi.discard(key, _reqids(entry, without_spi=True))
+        if applies(entry):
+            self._neighbours[entry.priority].remove(key, region_of(entry.key))
+            if not self._neighbours[entry.priority]:
+                del self._neighbours[entry.priority]
+        self._mark_users(entry, closing=True)
+        if key in self._live or key in self._pairs:
+            self._mark(key, closing=True)
+        else:  # its rules were never made
+            self._closing.pop(key, None)
+            self._marked.pop(key, None)
+
+    def sas_changed(self, reqids: Iterable[int], *, closing: bool) -> None:
+        """Mark the policies of these reqids; `closing`: their SAs are gone, or not confirmed."""
+        for reqid in reqids:
+            for key in self._by_reqid.of(reqid):
+                self._mark(key, closing=closing)
+
+    def _mark_users(self, entry: SpdEntry, *, closing: bool) -> None:
+        """Mark the policies that learn from this one for which flows an SA was negotiated."""
+        for reqid in {template.reqid for template in entry.templates if template.spi}:
+            for key in self._without_spi.of(reqid):
+                self._mark(key, closing=closing)
+
+    def _mark(self, key: SpdKey, *, closing: bool) -> None:
+        if closing:
+            self._marked.pop(key, None)
+            self._closing[key] = None
+        elif key not in self._closing:
+            self._marked[key] = None
+
+    # --- rules ----------------------------------------------------------------------
+
+    @property
+    def pending(self) -> bool:
+        """Tell whether policies are marked."""
+        return bool(self._closing or self._marked)
+
+    def of_reqid(self, reqid: int) -> Iterator[SpdEntry]:
+        """Yield the policies with a template of a reqid."""
+        return (self.policies[key] for key in self._by_reqid.of(reqid))
+
+    def take(
+        self, sas: SasOf, negotiated: Negotiated, limit: int
+    ) -> Iterator[tuple[Hashable, list[Rule]]]:
+        """Yield owners and their new rules: those of marked policies, until `limit` is reached."""
+        made = 0
+        while made < limit and self.pending:
+            key, _ = (self._closing or self._marked).popitem(last=False)
+            entry = self.policies.get(key)
+            if entry is None or not applies(entry):
+                yield key, []
+                self._live.pop(key, None)
+                neighbours: set[SpdKey] = set()
+            else:
+                rules = rules_of(entry, sas, negotiated)
+                yield key, rules
+                self._live[key] = live_entry(entry, rules)
+                there = self._neighbours[entry.priority]
+                neighbours = there.sharing_with(key, region_of(entry.key))
+            made += 1 + len(neighbours)
+            yield from self._pair_up(key, neighbours)
+
+    def _pair_up(
+        self, key: SpdKey, neighbours: set[SpdKey]
+    ) -> Iterator[tuple[Hashable, list[Rule]]]:
+        before = self._pairs.get(key, set())
+        for other in before - neighbours:
+            self._pairs[other].discard(key)
+            yield frozenset((key, other)), []
+        for other in neighbours:
+            self._pairs.setdefault(other, set()).add(key)
+            yield (
+                frozenset((key, other)),
+                shared_rules(
+                    self.policies[key],
+                    self._live.get(key),
+                    self.policies[other],
+                    self._live.get(other),
+                ),
+            )
+        if neighbours:
+            self._pairs[key] = set(neighbours)
+        else:
+            self._pairs.pop(key, None)
+
+
+def _reqids(entry: SpdEntry, *, without_spi: bool = False) -> set[int]:
+    return {t.reqid for t in entry.templates if not (without_spi and t.spi)}
+
+
+class _ByReqid:
+    """Policies by the reqids of their templates."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, dict[SpdKey, None]] = {}
+
+    def add(self, key: SpdKey, reqids: Iterable[int]) -> None:
+        for reqid in reqids:
+            self._keys.setdefault(reqid, {})[key] = None
+
+    def discard(self, key: SpdKey, reqids: Iterable[int]) -> None:
+        for reqid in reqids:
+            del self._keys[reqid][key]
+            if not self._keys[reqid]:
+                del self._keys[reqid]
+
+    def of(self, reqid: int) -> Iterable[SpdKey]:
+        return self._keys.get(reqid, ())
+
+
+class _Neighbours:
+    """Policies of one priority; finds those that share flows."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Key, dict[Key, set[SpdKey]]] = {}  # by mask, by value
+        # By mask and a mask in common with another: by the part of the value that both keep.
+        self._indexes: dict[Key, dict[Key, dict[Key, set[SpdKey]]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, key: SpdKey, region: Ternary) -> None:
+        self._rows.setdefault(region.mask, {}).setdefault(region.value, set()).add(key)
+        for common, index in self._indexes.get(region.mask, {}).items():
+            index.setdefault(region.value.masked(common), set()).add(key)
+
+    def remove(self, key: SpdKey, region: Ternary) -> None:
+        row = self._rows[region.mask]
+        _discard(row, region.value, key)
+        for common, index in self._indexes.get(region.mask, {}).items():
+            _discard(index, region.value.masked(common), key)
+        if not row:
+            del self._rows[region.mask]
+            self._indexes.pop(region.mask, None)
+
+    def sharing_with(self, key: SpdKey, region: Ternary) -> set[SpdKey]:
+        """Return the other policies that share a flow with this one."""
+        found: set[SpdKey] = set()
+        for mask in self._rows:
+            if mask == region.mask:
+                found |= self._rows[mask].get(region.value, set())
+                continue
+            common = mask.masked(region.mask)
+            found |= self._index(mask, common).get(region.value.masked(common), set())
+        return found - {key}
+
+    def _index(self, mask: Key, common: Key) -> dict[Key, set[SpdKey]]:
+        indexes = self._indexes.setdefault(mask, {})
+        if common not in indexes:
+            if len(indexes) > 2 * len(self._rows):
+                indexes.clear()  # most are for masks that have gone
+            index: dict[Key, set[SpdKey]] = {}
+            for value, keys in self._rows[mask].items():
+                index.setdefault(value.masked(common), set()).update(keys)
+            indexes[common] = index
+        return indexes[common]
+
+
+def _discard(index: dict[Key, set[SpdKey]], value: Key, key: SpdKey) -> None:
+    index[value].discard(key)
+    if not index[value]:
+        del index[value]
