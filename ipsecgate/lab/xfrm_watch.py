@@ -99,7 +99,7 @@ class XfrmWatch:
             self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM)
         self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
         self._socket.bind((0, GROUPS))
-        self._reader = threading.Thread(target=self._read, name="saready", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="xfrm-watch", daemon=True)
         self._reader.start()
 
     def close(self) -> None:
