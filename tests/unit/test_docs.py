@@ -13,7 +13,7 @@ import pytest
 
 from ipsecgate.core.gate.event_queue import EVENTS_PER_STEP, REFUSALS
 from ipsecgate.core.gate.holds import FLOWS_PER_STEP
-from ipsecgate.core.gate.protection import POLICIES_PER_UPDATE
+from ipsecgate.core.gate.spd_table import POLICIES_PER_UPDATE
 from ipsecgate.core.tables.layout import PART, SOURCES
 from ipsecgate.core.tables.rule_table import (
     COARSE_ENTRIES,

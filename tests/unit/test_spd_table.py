@@ -9,8 +9,8 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from ipsecgate.core.gate import commands as do
-from ipsecgate.core.gate import protection
-from ipsecgate.core.gate.protection import SpdTable
+from ipsecgate.core.gate import spd_table
+from ipsecgate.core.gate.spd_table import SpdTable
 from ipsecgate.core.model.events import PolicySet, SaGone, SaSet, XfrmEvent
 from ipsecgate.core.model.flow import TCP, Flow, Selector
 from ipsecgate.core.model.ipsec import ESP, Action, Mode, Sa, SaId, SpdEntry, SpdKey, Template
@@ -56,7 +56,7 @@ def is_live(table: Table, key: Key) -> bool:
 
 
 def test_a_part_of_a_change_opens_no_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protection, "POLICIES_PER_UPDATE", 1)
+    monkeypatch.setattr(spd_table, "POLICIES_PER_UPDATE", 1)
     seen = sum((change_in_parts(seed) for seed in range(12)), Counter[str]())
     assert min(seen["parts"], seen["open"], seen["closed"]) > 500
 
@@ -111,7 +111,7 @@ def test_a_bypass_in_front_is_not_overtaken_by_the_sa_behind_it() -> None:
     behind = replace(policy(0), key=SpdKey(Selector(NEAR, ip_network("10.2.0.0/16"))))
     state.apply(SaSet(sa(0)))
     state.apply(PolicySet(behind))
-    for number in range(1, 2 * protection.POLICIES_PER_UPDATE):
+    for number in range(1, 2 * spd_table.POLICIES_PER_UPDATE):
         state.apply(PolicySet(policy(number)))
     bypass = replace(policy(0), priority=1, action=Action.BYPASS, templates=())
     state.apply(PolicySet(bypass))
@@ -132,7 +132,7 @@ def test_a_lost_sa_closes_at_once_whatever_else_changes(first: bool) -> None:
     hooks.settle()
     assert hooks.is_open(flow_key(flow(0)))
     gone = SaGone(sa(0).id)
-    flood = [PolicySet(policy(n)) for n in range(1, 3 * protection.POLICIES_PER_UPDATE)]
+    flood = [PolicySet(policy(n)) for n in range(1, 3 * spd_table.POLICIES_PER_UPDATE)]
     events: list[XfrmEvent] = [gone, *flood] if first else [*flood, gone]
     for event in events:
         state.apply(event)

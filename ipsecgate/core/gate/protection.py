@@ -1,21 +1,18 @@
 """Which flows are protected now: the SAs, the routes to them, and the SPD table made of both.
 
-    Sources      the source address of unbound flows, as routing chooses it
-    SpdTable     the flows that a live SA protects, as published to the hooks
-    Protection   both, and the SAs: the kernel's and the IKE daemon's
-
 Where the IKE daemon does ESP itself, its SAs count, else the kernel's. Both are kept up to date,
 because only the connected daemon shows which.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 
 from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.sources import Sources
+from ipsecgate.core.gate.spd_table import SpdTable
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import Address, Flow, Network
+from ipsecgate.core.model.flow import Flow, Network
 from ipsecgate.core.model.ipsec import (
     Action,
     ChildConfig,
@@ -25,183 +22,9 @@ from ipsecgate.core.model.ipsec import (
     SpdEntry,
 )
 from ipsecgate.core.model.policy import SaSource
-from ipsecgate.core.model.prefixes import LongestPrefix, PrefixSet, as_prefix, limit_sources
+from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
-from ipsecgate.core.tables.layout import SOURCES, Entry, State, TableId, flow_key
-from ipsecgate.core.tables.rule_table import Difference, RuleTable, join_names
-from ipsecgate.core.tables.table import Rule, Table, Ternary
-
-POLICIES_PER_UPDATE = 500  # kernel policies whose rules are made before other work gets a turn
-Differences = dict[Ternary, Difference]
-NAMED = 8  # destinations whose sources do not fit, and that are reported
-
-
-class Sources:
-    """The source address of an unbound socket, by destination.
-
-    An unbound flow has no source at connect(), but the SPD lookup needs one. So the controller
-    resolves it for every network that must be protected, and again whenever routes change. A flow
-    is refused while its source is unknown.
-    """
-
-    def __init__(self) -> None:
-        self.destinations: tuple[Network, ...] = ()
-        self.by_network: dict[Network, Address | None] = {}
-        self.errors: list[str] = []
-        self._covered = PrefixSet(())  # the destinations
-        self._longest: LongestPrefix[Address | None] = LongestPrefix(())
-
-    def follow(self, destinations: tuple[Network, ...]) -> list[do.Command]:
-        """Have the sources for these destinations resolved, unless they already are."""
-        if destinations == self.destinations:
-            return []
-        self.destinations, self._covered = destinations, PrefixSet(destinations)
-        return [do.ResolveSources(destinations)]
-
-    def resolved(self, event: on.SourcesResolved) -> list[do.Command]:
-        """Apply the resolved sources, and pass them on to the hooks.
-
-        If they are more than the hooks' table holds, those of some destinations stay unknown.
-        """
-        sources, lost = limit_sources(event.sources, self.destinations, SOURCES)
-        self.by_network = dict(sources)
-        self._longest = LongestPrefix(sources)
-        self.errors = [
-            f"{network}: routing divides it into more parts than the hooks can hold ({SOURCES}): "
-            "requests to it from sockets without a bound address are refused"
-            for network in lost[:NAMED]
-        ]
-        return [do.SetSources(tuple(self.by_network.items()))]
-
-    def route(self, flow: Flow) -> Flow:
-        """Return a bound flow as it is, an unbound one with the source that routing would choose.
-
-        The source is None if it is unknown.
-        """
-        if flow.saddr is not None:
-            return flow
-        return replace(flow, saddr=next(self._longest.containing(flow.daddr), (None, None))[1])
-
-    def are_known(self, networks: Iterable[Network]) -> bool:
-        """Tell whether something was resolved for each of these networks."""
-        known = PrefixSet(self.by_network)
-        return all(known.overlaps(as_prefix(network)) for network in networks)
-
-    def follows(self, network: Network) -> bool:
-        """Tell whether a network lies within the destinations."""
-        return self._covered.contains(as_prefix(network))
-
-
-class SpdTable:
-    """The published table; `content` is None until it is published.
-
-    A large change is published in parts. Half of it might open a flow that it opens neither before
-    nor after, so all parts but the last only close flows. What else has changed waits for the last.
-
-    Kernel policies and CHILD_SAs whose rules do not fit are closed (`core.tables.rule_table`);
-    `errors` names them.
-    """
-
-    def __init__(self) -> None:
-        self.content: Table | None = None
-        self.errors: list[str] = []
-        # Regions that the last update may have changed; None: unknown, it may be any flow.
-        self.changed: list[Ternary] | None = []
-        self.lost = False  # whether it left flows without the SA that they had
-        self._rules = {kind: RuleTable(_close) for kind in (KernelState, UserspaceEsp)}
-        self._waiting: dict[Ternary, Entry | None] = {}  # as the hooks have them
-        self._waiting_table = Table()  # the same; DEAD stands for None
-
-    def update(self, source: KernelState | UserspaceEsp) -> list[do.Command]:
-        """Publish changed rules of `source`; more are left to publish if it is still `pending`."""
-        rules = self._rules[type(source)]
-        for owner, its in source.changed_rules(POLICIES_PER_UPDATE):
-            rules.assign(owner, its, source.peer_of(owner))
-        closed = join_names(rules.closed, source.name_of)
-        self.errors = [f"SPD table: full, so these are refused: {closed}"] if closed else []
-        changes = rules.changes()
-        if self.content is not rules.table:
-            if source.pending:
-                self.changed, self.lost = [], False
-                return []  # it is not whole yet
-            self._waiting, self._waiting_table = {}, Table()
-            self.content, self.changed, self.lost = rules.table, None, True
-            return [do.Publish(TableId.SPD, self.content)]
-        changes = self._part(changes) if source.pending else self._rest(changes, rules.table)
-        self.changed = list(changes)
-        self.lost = any(_is_live(before) and not _is_live(now) for before, now in changes.values())
-        entries = {match: now for match, (_, now) in changes.items()}
-        return [do.Change(TableId.SPD, entries)] if entries else []
-
-    @property
-    def is_partial(self) -> bool:
-        """Tell whether a part of the last change waits to be published."""
-        return bool(self._waiting)
-
-    def _part(self, changes: Differences) -> Differences:
-        """Return those of a change's entries that may be published before the rest of it."""
-        part: Differences = {}
-        for match, (before, now) in self._take_waiting(changes):
-            if _closes(before, now):
-                part[match] = before, now
-                continue
-            self._waiting[match] = before
-            shown = before or (now and replace(now, state=State.DEAD))
-            self._waiting_table.put(match, shown)
-        return part
-
-    def _rest(self, changes: Differences, table: Table) -> Differences:
-        """Return all that has yet to be published, once the whole change is known."""
-        rest = dict(self._take_waiting(changes))
-        rest |= {match: (old, table.get(match)) for match, old in self._waiting.items()}
-        self._waiting, self._waiting_table = {}, Table()
-        return rest
-
-    def _take_waiting(self, changes: Differences) -> Iterator[tuple[Ternary, Difference]]:
-        """Yield a change as it looks from what is published."""
-        for match, (before, now) in changes.items():
-            published = self._waiting.pop(match, before)
-            if self._waiting_table.size:
-                self._waiting_table.put(match, None)
-            if published != now:
-                yield match, (published, now)
-
-    def is_live(self, flow: Flow) -> bool:
-        """Tell whether a live SA protects a flow; its source must be known."""
-        if self.content is None:
-            return False
-        key = flow_key(flow)
-        published = self._waiting_table.classify(key)
-        return _is_live(self.content.classify(key)) and (published is None or _is_live(published))
-
-
-def _is_live(entry: Entry | None) -> bool:
-    return entry is not None and entry.state is State.LIVE
-
-
-def _closes(before: Entry | None, now: Entry | None) -> bool:
-    """Return whether a changed entry opens no flow, whatever the other entries are.
-
-    A live one that goes opens none: the flows that it decided were open. A dead one opens none
-    unless it makes way for entries behind it.
-    """
-    if _is_live(now):
-        return False
-    if _is_live(before):
-        return True
-    return now is not None and (before is None or now.rank <= before.rank)
-
-
-def _close(rules: tuple[Rule, ...]) -> list[Rule]:
-    """Return a dead rule for a kernel policy's whole region, which is that of its last rule.
-
-    A CHILD_SA of userspace ESP has a region for each pair of selectors. Those that lose their rules
-    have no entry, which refuses their flows, too.
-    """
-    best = min(rule.entry.rank for rule in rules)
-    return [Rule(rules[-1].match, Entry(State.DEAD, rank=best))]
-
 
 StateEvent = on.XfrmEvent | on.ChildUp | on.ChildDown
 """Events that change what the kernel or IKE says is protected. One SA causes several of them."""

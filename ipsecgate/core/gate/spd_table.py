@@ -1,0 +1,127 @@
+"""The SPD table: the flows that a live SA protects, as published to the hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.state.kernel_state import KernelState
+from ipsecgate.core.state.userspace_esp import UserspaceEsp
+from ipsecgate.core.tables.layout import Entry, State, TableId, flow_key
+from ipsecgate.core.tables.rule_table import Difference, RuleTable, join_names
+from ipsecgate.core.tables.table import Rule, Table, Ternary
+
+POLICIES_PER_UPDATE = 500  # kernel policies whose rules are made before other work gets a turn
+Differences = dict[Ternary, Difference]
+
+
+class SpdTable:
+    """The published table; `content` is None until it is published.
+
+    A large change is published in parts. Half of it might open a flow that it opens neither before
+    nor after, so all parts but the last only close flows. What else has changed waits for the last.
+
+    Kernel policies and CHILD_SAs whose rules do not fit are closed (`core.tables.rule_table`);
+    `errors` names them.
+    """
+
+    def __init__(self) -> None:
+        self.content: Table | None = None
+        self.errors: list[str] = []
+        # Regions that the last update may have changed; None: unknown, it may be any flow.
+        self.changed: list[Ternary] | None = []
+        self.lost = False  # whether it left flows without the SA that they had
+        self._rules = {kind: RuleTable(_close) for kind in (KernelState, UserspaceEsp)}
+        self._waiting: dict[Ternary, Entry | None] = {}  # as the hooks have them
+        self._waiting_table = Table()  # the same; DEAD stands for None
+
+    def update(self, source: KernelState | UserspaceEsp) -> list[do.Command]:
+        """Publish changed rules of `source`; more are left to publish if it is still `pending`."""
+        rules = self._rules[type(source)]
+        for owner, its in source.changed_rules(POLICIES_PER_UPDATE):
+            rules.assign(owner, its, source.peer_of(owner))
+        closed = join_names(rules.closed, source.name_of)
+        self.errors = [f"SPD table: full, so these are refused: {closed}"] if closed else []
+        changes = rules.changes()
+        if self.content is not rules.table:
+            if source.pending:
+                self.changed, self.lost = [], False
+                return []  # it is not whole yet
+            self._waiting, self._waiting_table = {}, Table()
+            self.content, self.changed, self.lost = rules.table, None, True
+            return [do.Publish(TableId.SPD, self.content)]
+        changes = self._part(changes) if source.pending else self._rest(changes, rules.table)
+        self.changed = list(changes)
+        self.lost = any(_is_live(before) and not _is_live(now) for before, now in changes.values())
+        entries = {match: now for match, (_, now) in changes.items()}
+        return [do.Change(TableId.SPD, entries)] if entries else []
+
+    @property
+    def is_partial(self) -> bool:
+        """Tell whether a part of the last change waits to be published."""
+        return bool(self._waiting)
+
+    def _part(self, changes: Differences) -> Differences:
+        """Return those of a change's entries that may be published before the rest of it."""
+        part: Differences = {}
+        for match, (before, now) in self._take_waiting(changes):
+            if _closes(before, now):
+                part[match] = before, now
+                continue
+            self._waiting[match] = before
+            shown = before or (now and replace(now, state=State.DEAD))
+            self._waiting_table.put(match, shown)
+        return part
+
+    def _rest(self, changes: Differences, table: Table) -> Differences:
+        """Return all that has yet to be published, once the whole change is known."""
+        rest = dict(self._take_waiting(changes))
+        rest |= {match: (old, table.get(match)) for match, old in self._waiting.items()}
+        self._waiting, self._waiting_table = {}, Table()
+        return rest
+
+    def _take_waiting(self, changes: Differences) -> Iterator[tuple[Ternary, Difference]]:
+        """Yield a change as it looks from what is published."""
+        for match, (before, now) in changes.items():
+            published = self._waiting.pop(match, before)
+            if self._waiting_table.size:
+                self._waiting_table.put(match, None)
+            if published != now:
+                yield match, (published, now)
+
+    def is_live(self, flow: Flow) -> bool:
+        """Tell whether a live SA protects a flow; its source must be known."""
+        if self.content is None:
+            return False
+        key = flow_key(flow)
+        published = self._waiting_table.classify(key)
+        return _is_live(self.content.classify(key)) and (published is None or _is_live(published))
+
+
+def _is_live(entry: Entry | None) -> bool:
+    return entry is not None and entry.state is State.LIVE
+
+
+def _closes(before: Entry | None, now: Entry | None) -> bool:
+    """Return whether a changed entry opens no flow, whatever the other entries are.
+
+    A live one that goes opens none: the flows that it decided were open. A dead one opens none
+    unless it makes way for entries behind it.
+    """
+    if _is_live(now):
+        return False
+    if _is_live(before):
+        return True
+    return now is not None and (before is None or now.rank <= before.rank)
+
+
+def _close(rules: tuple[Rule, ...]) -> list[Rule]:
+    """Return a dead rule for a kernel policy's whole region, which is that of its last rule.
+
+    A CHILD_SA of userspace ESP has a region for each pair of selectors. Those that lose their rules
+    have no entry, which refuses their flows, too.
+    """
+    best = min(rule.entry.rank for rule in rules)
+    return [Rule(rules[-1].match, Entry(State.DEAD, rank=best))]
