@@ -5,6 +5,7 @@ CHAOS_SEED repeats a run; CHAOS_FAULTS, CHAOS_ATTEMPTS, CHAOS_TURNS and CHAOS_RE
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import sys
@@ -39,6 +40,7 @@ def rekeys(made: World, seed: int) -> None:
 
 
 def main() -> int:
+    argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__).parse_args()
     seed = chosen_seed()
     failed = False
     for proof in (faults, hammer, rekeys):

@@ -10,6 +10,7 @@ Some targets are always covered and never refused, the others never covered and 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import collections
 import json
@@ -248,8 +249,12 @@ TURNS: list[Callable[[HookedCgroup, Bytecode, random.Random], None]] = [
 def main() -> int:
     """Call connect() a million times during 200 turns, on this kernel if it can load the hooks.
 
-    Otherwise in a guest, which has only one processor.
+    Otherwise in a guest, which has only one processor. CHAOS_SEED repeats a run; CHAOS_ATTEMPTS
+    sets the number of calls.
     """
+    argparse.ArgumentParser(
+        prog="python -m tests.chaos.hammer", description=main.__doc__
+    ).parse_args()
     seed = chosen_seed()
     attempts = int(os.environ.get("CHAOS_ATTEMPTS") or 1_000_000)
     with tempfile.TemporaryDirectory() as cache:
