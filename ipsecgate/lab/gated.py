@@ -27,7 +27,8 @@ from ipsecgate.lab.netns import LabError
 from ipsecgate.paths import Paths
 
 BPFFS = Path("/sys/fs/bpf")
-READY_TIMEOUT = SPREAD_TIMEOUT = 60.0
+READY_TIMEOUT = 300.0  # a start may compile the hooks, which takes minutes on an emulated processor
+SPREAD_TIMEOUT = 60.0
 _instances = itertools.count(1)
 
 
