@@ -33,7 +33,7 @@ def rules_from_scratch(
     for _, group in groupby(applicable, key=lambda p: p.priority):
         tied = [(p, rules_of(p, lambda reqid: by_reqid.get(reqid, ()), negotiated)) for p in group]
         for (a, its), (b, others) in combinations(tied, 2):
-            rules += shared_rules(a, live_entry(a, its), b, live_entry(b, others))
+            rules += shared_rules(a, live_entry(its), b, live_entry(others))
         rules += (rule for _, its in tied for rule in its)
     return sorted(rules, key=lambda rule: rule.entry.rank)
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from ipsecgate.admin.loader import check_targets, pins_of
 from ipsecgate.core.model.policy import SaSource
+from ipsecgate.core.model.value import value
 from ipsecgate.edges.bpf import bytecode, libbpf
 from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.host import cgroups, mounts
@@ -25,7 +25,7 @@ from ipsecgate.paths import Paths
 OLDEST_KERNEL = (6, 1)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Finding:
     """The result of one check. `hint` says what to do if it is not `ok`."""
 

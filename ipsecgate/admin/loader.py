@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ipsecgate.core.state.floor import instance_tag
-from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf import libbpf
 from ipsecgate.edges.bpf.objects import opened
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups
@@ -71,6 +69,8 @@ def load(paths: Paths) -> None:
     New pins refuse. If the pinned maps have another layout, that version stays in force until
     `switch`.
     """
+    from ipsecgate.edges.bpf import bytecode  # noqa: PLC0415 - most verbs do not need it
+
     code = bytecode.get(paths.cache)
     with _locked(paths, "load") as pins:
         pins.load(code)
@@ -97,7 +97,10 @@ def unload(paths: Paths, *, force: bool) -> None:
 
     Unloading opens the gate.
     """
-    # pyroute2 takes 50 ms to import, and the other verbs do not need it.
+    # These take 50 ms to import, and the other verbs do not need them.
+    import asyncio  # noqa: PLC0415
+
+    from ipsecgate.core.state.floor import instance_tag  # noqa: PLC0415
     from ipsecgate.edges.kernel import floor  # noqa: PLC0415
 
     with _locked(paths, "unload") as pins:

@@ -1,4 +1,4 @@
-"""Assemble the status document: pinned maps, and what the controller reports.
+"""Assemble the status document: pinned maps, and what the controller reports (`controller.report`).
 
 Works without a controller: its part is then empty, `controller.alive` is false, and the policies
 come from the configuration.
@@ -6,7 +6,7 @@ come from the configuration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 from ipsecgate.admin.loader import pins_of
@@ -14,18 +14,13 @@ from ipsecgate.admin.status_document import (
     ConfiguredPolicy,
     Controller,
     ControllerStatus,
-    Drift,
     GateState,
-    Hold,
     Hook,
     HookCounters,
     Negotiation,
-    Process,
-    Sa,
     Status,
 )
 from ipsecgate.core.gate.coverage import Coverage
-from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model.policy import Policy, SaSource, derived_policies
 from ipsecgate.core.tables.layout import Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Table
@@ -37,98 +32,13 @@ from ipsecgate.errors import NoControllerError, UsageError
 from ipsecgate.paths import Paths
 
 
-def controller_status(
-    gate: Gate, process: Process, *, changed_entries: int, errors: Sequence[str]
-) -> ControllerStatus:
-    """Return the controller's part of the document.
-
-    `changed_entries`: hook-table entries that something else had changed and that were repaired.
-    `errors`: those that the gate does not know.
-    """
-    return {
-        **process,
-        "drift": Drift(kernel=gate.protection.drift, maps=changed_entries),
-        "errors": [*_gate_errors(gate), *errors],
-        "sa_source": _sa_source(gate.protection.sa_source),
-        "children": [str(c.name) for c in gate.ike.loaded.children],
-        "policies": [_policy(policy) for policy in gate.policies],
-        "negotiations": _negotiations(gate),
-        "sas": _userspace_sas(gate) if gate.protection.in_userspace else _kernel_sas(gate),
-        "held": gate.holds.total,
-        "holds": [
-            Hold(pid=made.pid, flow=str(made.flow), limit=made.limit)
-            for made in gate.holds.calls.values()
-        ],
-    }
-
-
-def summary(gate: Gate) -> str:
-    """Return the state of the gate in one line, for the service manager."""
-    if gate.ike.error:
-        return f"protected flows are refused: IKE daemon: {gate.ike.error}"
-    if gate.errors:
-        return gate.errors[0]
-    negotiations = gate.negotiations.by_child.values()
-    covered = sum(item.coverage is Coverage.COVERED for item in negotiations)
-    text = f"{len(gate.policies)} policies; {covered} of {len(negotiations)} children covered"
-    last_error = next((item.last_error for item in negotiations if item.last_error), "")
-    return f"{text}; {last_error}" if last_error else text
-
-
-def _gate_errors(gate: Gate) -> list[str]:
-    return [
-        *gate.errors,
-        *([f"IKE daemon: {gate.ike.error}"] if gate.ike.error else []),
-        *(f"ignored part of what strongSwan reports: {reason}" for reason in gate.ike.unread),
-    ]
-
-
-def _negotiations(gate: Gate) -> list[Negotiation]:
-    return [
-        {
-            "child": str(name),
-            "state": item.coverage.value,
-            "attempts": item.attempts,
-            "last_error": item.last_error,
-            "flow": str(item.flow),
-            "policy": item.policy,
-        }
-        for name, item in gate.negotiations.by_child.items()
-    ]
-
-
-def _userspace_sas(gate: Gate) -> list[Sa]:
-    return [
-        {
-            "spi": f"{sa.spi_out:08x}",
-            "reqid": sa.reqid,
-            "peer": str(sa.remote_host),
-            "child": str(sa.name),
-            "since": None,
-        }
-        for sa in gate.protection.userspace_esp.sas()
-    ]
-
-
-def _kernel_sas(gate: Gate) -> list[Sa]:
-    kernel_state = gate.protection.kernel_state
-    return [
-        {
-            "spi": f"{sa.id.spi:08x}",
-            "reqid": sa.reqid,
-            "peer": str(sa.id.daddr),
-            "child": str(name) if (name := kernel_state.child_of(sa)) else None,
-            "since": sa.installed_at,
-        }
-        for sa in kernel_state.outbound_sas()
-    ]
-
-
-def _sa_source(source: SaSource) -> str | None:
+def sa_source(source: SaSource) -> str | None:
+    """Return where SAs come from, None until strongSwan's answer shows it."""
     return None if source is SaSource.AUTO else source.value
 
 
-def _policy(policy: Policy) -> ConfiguredPolicy:
+def policy_document(policy: Policy) -> ConfiguredPolicy:
+    """Return a policy as the document has it, without its coverage."""
     return {
         "name": policy.name,
         "action": policy.action.name.lower(),
@@ -199,8 +109,8 @@ def _without_controller(paths: Paths, read_config: Callable[[], Config]) -> Gate
     )
     return {
         "errors": errors,
-        "sa_source": _sa_source(config.settings.sa_source),
-        "policies": [_policy(policy) for policy in policies],
+        "sa_source": sa_source(config.settings.sa_source),
+        "policies": [policy_document(policy) for policy in policies],
         "negotiations": [],
         "sas": [],
         "held": 0,

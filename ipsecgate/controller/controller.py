@@ -20,10 +20,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ipsecgate.admin import loader, status
+from ipsecgate.admin import loader
 from ipsecgate.admin.status_document import ControllerStatus, Process
+from ipsecgate.controller import report
 from ipsecgate.controller.containers import Containers
 from ipsecgate.controller.cut_off import close_sockets
+from ipsecgate.controller.garbage import Garbage
 from ipsecgate.controller.hook_writer import HookWriter
 from ipsecgate.controller.ike_follower import IkeFollower
 from ipsecgate.controller.journal import Journal
@@ -42,7 +44,7 @@ from ipsecgate.core.tables.layout import TableId
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.holding import oci
 from ipsecgate.edges.holding.listeners import Listeners
-from ipsecgate.edges.host import control, saved_state, systemd
+from ipsecgate.edges.host import control_server, saved_state, systemd
 from ipsecgate.edges.host.config import Config
 from ipsecgate.edges.kernel import probe
 from ipsecgate.edges.kernel.floor import Floor
@@ -97,6 +99,7 @@ class Controller:
         self._listeners = Listeners(self._on_call, paths.holds)
         self._journal = Journal()
         self._service = Service()
+        self._garbage = Garbage()
         self._remembered = Remembered(paths.remembered)
         self._since = time.time()
         self._ready = False
@@ -122,7 +125,7 @@ class Controller:
         }
         try:
             async with (
-                control.serving(self._paths.control, verbs),
+                control_server.serving(self._paths.control, verbs),
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
@@ -175,6 +178,8 @@ class Controller:
     def _put(self, event: on.Event) -> None:
         self._queue.put(event)
         self._queued.set()
+        if not isinstance(event, on.IkeConnected | on.IkeGone):
+            self._ike.stir()
 
     def _on_refusal(self, refusal: on.FlowRefused) -> None:
         self._put(refusal)
@@ -194,6 +199,7 @@ class Controller:
         return self._waiting and not self._queue
 
     def _check_hooks(self) -> None:
+        self._garbage.collect()
         self._put(on.CheckDue())
 
     def _on_kernel(self, event: on.XfrmEvent | on.KernelSnapshot) -> None:
@@ -206,7 +212,7 @@ class Controller:
             await self._execute(command)
         while True:
             events = await self._events()
-            for command in self._gate.step(*events):
+            for command in self._gate.step(*events, between=self._queue.is_between):
                 try:
                     await self._execute(command)
                 except OSError as error:
@@ -215,9 +221,10 @@ class Controller:
                         hint="uncovered flows stay refused until a controller runs again",
                     ) from error
             self._report_ready()
+            self._garbage.freeze()
             if self._service.alive():
                 self._remembered.retry()
-                self._service.report(status.summary(self._gate))
+                self._service.report(report.summary(self._gate))
 
     async def _events(self) -> list[on.Event]:
         """Return the events to handle next; none if none came within a pulse."""
@@ -231,7 +238,7 @@ class Controller:
                     await self._queued.wait()
             self._waiting = False
         self._kernel.read_now()
-        return self._queue.take()
+        return self._queue.take(busy=self._gate.is_busy)
 
     def _report_ready(self) -> None:
         # The SPD table is published last, once the state of both the kernel and IKE is known.
@@ -239,7 +246,7 @@ class Controller:
             self._ready = True
             self._hooks.relax(self._config.settings)
             loader.switch(self._paths)
-            self._service.report(status.summary(self._gate))
+            self._service.report(report.summary(self._gate))
             self._service.ready()
             log.info("ready")
 
@@ -253,6 +260,8 @@ class Controller:
                 self._listeners.hold(command.made)
             case do.SetFloor():
                 self._floor.set(command.policies)
+            case do.Verify():
+                self._service.spawn(self._hooks.verify(command))
             case do.CutOff():
                 self._service.spawn(close_sockets(self._paths, self._gate.is_cut_off))
             case do.Adopted():
@@ -270,14 +279,14 @@ class Controller:
             case _:
                 await self._hooks.execute(command)
 
-    async def _take_listener(self, request: control.Request) -> dict[str, Any]:
+    async def _take_listener(self, request: control_server.Request) -> dict[str, Any]:
         self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))
         return {}
 
-    async def _events_since(self, request: control.Request) -> dict[str, Any]:
+    async def _events_since(self, request: control_server.Request) -> dict[str, Any]:
         return {"events": self._journal.since(int(request.words["since"]))}
 
-    async def _status(self, _request: control.Request) -> ControllerStatus:
+    async def _status(self, _request: control_server.Request) -> ControllerStatus:
         process = Process(
             pid=os.getpid(),
             since=self._since,
@@ -291,6 +300,6 @@ class Controller:
             *self._reload.errors,
             *self._floor.errors,
         ]
-        return status.controller_status(
+        return report.controller_status(
             self._gate, process, changed_entries=self._hooks.repaired, errors=errors
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import assert_never
 
@@ -21,6 +22,7 @@ class HookWriter:
     def __init__(self, data: Datapath) -> None:
         self._data = data
         self.repaired = 0  # entries that somebody else had changed
+        self._verifying = asyncio.Lock()
 
     def begin(self, settings: Settings, netns: int) -> None:
         """Set the network namespace whose SPD counts, and the settings that are stricter."""
@@ -37,13 +39,11 @@ class HookWriter:
         self._data.set(Setting.AUDIT, int(settings.audit))
         self._data.set(Setting.DENY, int(settings.deny))
 
-    async def execute(self, command: do.HookCommand) -> None:
+    async def execute(self, command: do.HookWrite) -> None:
         """Carry out a command. Raises: OSError; GateError if a table cannot be published."""
         match command:
             case do.Publish() | do.Change():
                 await self._publish(command)
-            case do.Verify():
-                await self._verify(command)
             case do.SetModes():
                 self._data.set(Setting.AUDIT, int(command.audit))
                 self._data.set(Setting.DENY, int(command.deny))
@@ -91,8 +91,10 @@ class HookWriter:
                 hint="protected flows are refused until a controller runs again",
             ) from error
 
-    async def _verify(self, command: do.Verify) -> None:
-        repaired = await self._data.repair(command.table, command.content)
+    async def verify(self, command: do.Verify) -> None:
+        """Compare a table, beside the commands that come meanwhile: one that writes ends it."""
+        async with self._verifying:
+            repaired = await self._data.repair(command.table, command.content)
         self.repaired += repaired
         if repaired:
             name = command.table.name

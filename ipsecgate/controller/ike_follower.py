@@ -1,4 +1,8 @@
-"""Follows the IKE daemon over VICI, from one connection to the next, and delivers its events."""
+"""Follows the IKE daemon over VICI, from one connection to the next, and delivers its events.
+
+What it has loaded and established is listed every `POLL` seconds, but only while something happens:
+if nobody reports anything (`stir`), nothing has changed that a list would show.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,21 @@ from typing import assert_never
 from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
+from ipsecgate.edges.host import inotify
 from ipsecgate.edges.strongswan.client import IkeClient
 from ipsecgate.edges.strongswan.vici import IkeError, IkeUnreachableError
 
 log = logging.getLogger("ipsecgate")
 
-POLL = 2.0  # seconds between polls of the loaded connections: VICI has no event for them
+POLL = 2.0  # seconds between polls
 # Seconds between polls that the gate asked for; doubled after each one that showed nothing new.
 PAUSE = 0.05
 PAUSE_LAST = 0.5
-RETRY = 0.5  # seconds until the daemon is tried again
+# Seconds until the daemon is tried again; doubled until its socket appears.
+RETRY = 0.5
+RETRY_LAST = 64.0
+RETRY_BLIND = 4.0  # the longest such pause if its folder cannot be watched
+LOADING = 0.5  # seconds within which a connection is loaded that charon has logged
 CONNECT = 5.0  # seconds that the daemon may take for its first answer
 
 
@@ -32,11 +41,21 @@ class IkeFollower:
         self._deliver = deliver
         self._client: IkeClient | None = None
         self._poll_due = asyncio.Event()
+        self._stirred = asyncio.Event()  # something has happened since the last poll
         self._last_error = ""
+
+    def stir(self) -> None:
+        """Note that something has happened, so that the next poll is made in `POLL` seconds."""
+        self._stirred.set()
 
     def poll_now(self) -> None:
         """List the loaded and established children without waiting for the next poll."""
         self._poll_due.set()
+        self._stirred.set()
+
+    def _on_load(self) -> None:
+        self.poll_now()
+        asyncio.get_running_loop().call_later(LOADING, self.poll_now)
 
     async def execute(self, command: do.IkeCommand) -> None:
         """Carry out a command; ignored without a connection, when `IkeGone` is on its way."""
@@ -54,16 +73,44 @@ class IkeFollower:
 
     async def run(self) -> None:
         """Follow the daemon until cancelled."""
+        pause = RETRY
         while True:
             try:
                 async with asyncio.timeout(CONNECT):
-                    client = await IkeClient.connect(self._vici)
+                    client = await IkeClient.connect(self._vici, self._on_load)
+                pause = RETRY
                 await self._follow(client)
             except TimeoutError:
                 self._deliver(on.IkeGone(f"no answer within {CONNECT:.0f} s"))
             except IkeError as error:
                 self._deliver(on.IkeGone(str(error)))
-            await asyncio.sleep(RETRY)
+            pause = RETRY if await self._daemon_came(pause) else min(2 * pause, RETRY_LAST)
+
+    async def _daemon_came(self, limit: float) -> bool:
+        """Wait so many seconds at most; return whether a socket may have appeared meanwhile."""
+        loop, came = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            arrivals = inotify.Arrivals(self._vici.parent)
+        except OSError:
+            await asyncio.sleep(min(limit, RETRY_BLIND))
+            return False
+
+        def on_arrival() -> None:
+            loop.remove_reader(arrivals.fd)  # nobody reads it, so it stays readable
+            came.set()
+
+        loop.add_reader(arrivals.fd, on_arrival)
+        try:
+            # It may have come before we watched; and it listens a moment after it appears.
+            await asyncio.sleep(min(limit, RETRY))
+            async with asyncio.timeout(limit - RETRY):
+                await came.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(arrivals.fd)
+            arrivals.close()
+        return True
 
     async def _follow(self, client: IkeClient) -> None:
         """Follow one connection until it breaks."""
@@ -81,6 +128,7 @@ class IkeFollower:
         pause = PAUSE
         while True:
             self._poll_due.clear()
+            self._stirred.clear()
             try:
                 if userspace_esp is None:
                     userspace_esp = await client.does_userspace_esp()
@@ -107,4 +155,6 @@ class IkeFollower:
                     await self._poll_due.wait()
             except TimeoutError:
                 pause = PAUSE
+                if client.reports_loads and not userspace_esp:
+                    await self._stirred.wait()
             await asyncio.sleep(pause)

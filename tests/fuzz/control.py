@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ipsecgate.edges.host import control
+from ipsecgate.edges.host import control, control_server
 from ipsecgate.errors import GateError, NoControllerError
 from tests.fuzz.engine import Target
 from tests.fuzz.files import DEEP, KINDS, NUMBERS, TEXT
@@ -52,9 +52,11 @@ class Control(Target):
         self._runner.run(self._open())
 
     async def _open(self) -> None:
-        await self._stack.enter_async_context(control.serving(self._path, {"status": self._status}))
+        await self._stack.enter_async_context(
+            control_server.serving(self._path, {"status": self._status})
+        )
 
-    async def _status(self, _request: control.Request) -> Mapping[str, Any]:
+    async def _status(self, _request: control_server.Request) -> Mapping[str, Any]:
         self._asked += 1
         return {"pid": 7}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ipsecgate.core.codec.seccomp import program
 from ipsecgate.edges.holding import oci, seccomp
-from ipsecgate.edges.host import control
+from ipsecgate.edges.host import control_server
 from ipsecgate.lab.charon import load_tun
 from tests.system import uring
 from tests.system.caller import Caller
@@ -146,7 +146,7 @@ def test_a_crowd_of_clients_does_not_stop_the_controller(
         controller.heard.clear()
         assert controller.hears("WATCHDOG=1", 5), "the controller still decides"
         assert refused(caller)
-        assert len(list(fds.iterdir())) <= before + control.CLIENTS + oci.PEERS + 8
+        assert len(list(fds.iterdir())) <= before + control_server.CLIENTS + oci.PEERS + 8
         began = time.monotonic()
         assert controller.eventually(lambda: controller.ask()["ready"]), (
             "silent clients are disconnected"

@@ -13,7 +13,7 @@ from ipaddress import IPv4Address, IPv4Network, ip_address
 from pathlib import Path
 
 from ipsecgate.core.tables import layout
-from ipsecgate.core.tables.layout import INDEX, Entry, Reason, State, TableId
+from ipsecgate.core.tables.layout import INDEX, Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
 from ipsecgate.edges.bpf import bytecode, libbpf, ring
 from ipsecgate.edges.bpf.datapath import Datapath
@@ -30,6 +30,7 @@ from tests.system.hooked_cgroup import (
     protect,
     went_out,
 )
+from tests.system.test_libbpf import EXIT, MOVE, instruction
 
 SO_BINDTOIFINDEX = 62
 
@@ -111,14 +112,28 @@ def test_setting_one_entry_takes_effect_at_once(hooked: HookedCgroup) -> None:
     assert went_out(hooked.gated("tcp", PEER[6]))
 
 
-def test_loading_again_replaces_the_programs_of_the_links(
+def test_loading_again_replaces_the_programs_that_are_not_the_same(
     hooked: HookedCgroup, cache: Path
 ) -> None:
+    """A program is the same if it has the same instructions and uses the maps that are pinned."""
     before = {a.hook: a.prog_id for a in hooked.pins.attachments()}
-    hooked.pins.load(bytecode.get(cache))
+    code = bytecode.get(cache)
+    hooked.pins.load(code)
+    assert {a.hook: a.prog_id for a in hooked.pins.attachments()} == before
+    allow = instruction(MOVE, 1) + instruction(EXIT)
+    for hook, name in (("connect4", "connect4_000000"), ("sendmsg4", "same")):
+        same = f"{hook}_{code.programs[hook].digest}"
+        path = hooked.pins.objects.folder / "progs" / hook
+        path.unlink()
+        # One with another name, and one with the right name but without the maps.
+        program = libbpf.load_program(name if name != "same" else same, allow, *HOOKS[hook])
+        with opened(program) as fd:
+            libbpf.pin(fd, path)
+    hooked.pins.load(code)
     after = {a.hook: a.prog_id for a in hooked.pins.attachments()}
     assert before.keys() == after.keys() == HOOKS.keys()
-    assert all(before[hook] != after[hook] for hook in HOOKS)
+    assert {hook for hook in HOOKS if before[hook] != after[hook]} == {"connect4", "sendmsg4"}
+    assert hooked.gated("sendto", PEER[4]) == "EPERM"
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
     assert went_out(hooked.gated("tcp", OTHER[4]))
 
@@ -160,6 +175,37 @@ def test_a_table_changed_by_others_is_repaired_and_counted(hooked: HookedCgroup)
     assert verify() == 0
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
     assert hooked.data.table(TableId.POLICY) == wanted
+
+
+def test_a_damaged_check_and_a_cleared_filter_are_repaired(hooked: HookedCgroup) -> None:
+    """Either makes the hooks find nothing: a covered flow is refused, or no policy applies."""
+    hooked.publish(TableId.SPD, *live())
+    wanted = hooked.data.table(TableId.SPD)
+    assert wanted is not None
+
+    def verify() -> int:
+        return asyncio.run(hooked.data.repair(TableId.SPD, wanted))
+
+    assert verify() == 0
+    with opened(hooked.pins.objects.open_map("entries")) as fd:
+        for raw in list(libbpf.keys(fd, layout.KEY_SIZE)):
+            if layout.unpack_key(raw)[0] == TableId.SPD:
+                value = libbpf.lookup(fd, raw, layout.ENTRY_SIZE)
+                assert value is not None
+                libbpf.update(fd, raw, value[:36] + bytes(4) + value[40:])
+    assert hooked.gated("tcp", PEER[4]) == "EPERM"
+    assert verify() == len(live())
+    assert went_out(hooked.gated("tcp", PEER[4]))
+    with opened(hooked.pins.objects.open_map("filter")) as fd:
+        for half in range(2):
+            for word in range(1 << 6):
+                index = INDEX.pack(half * layout.FILTER_WORDS + word)
+                libbpf.update(fd, index, bytes(8))
+    hooked.data.set(Setting.DENY, 0)  # so that no processor remembers what it let pass
+    assert hooked.gated("tcp", PEER[4]) != "EPERM", "the policy is not found either"
+    assert verify() == 1
+    assert verify() == 0
+    assert went_out(hooked.gated("tcp", PEER[4]))
 
 
 def test_a_removed_cgroup_does_not_prevent_loading(hooked: HookedCgroup, cache: Path) -> None:

@@ -82,7 +82,7 @@ routes.Routes._update = defect
 """
 STEP = """
 from ipsecgate.core.gate.gate import Gate
-def defect(self, *events):
+def defect(self, *events, **more):
     raise LookupError("a defect in a decision")
 Gate.step = defect
 """

@@ -73,9 +73,9 @@ class Spied(Transcript):
         )
 
     def counting(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
+        def counted(*args: Any, **options: Any) -> Any:
             self.done[name] += 1
-            return real(*args)
+            return real(*args, **options)
 
         return counted
 

@@ -13,15 +13,9 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.edges.host import control
-from ipsecgate.edges.host.control import (
-    CLIENTS,
-    REQUEST_LIMIT,
-    Request,
-    ask,
-    parse_answer,
-    serving,
-)
+from ipsecgate.edges.host import control_server
+from ipsecgate.edges.host.control import ask, parse_answer
+from ipsecgate.edges.host.control_server import CLIENTS, REQUEST_LIMIT, Request, serving
 from ipsecgate.errors import GateError, NoControllerError
 from tests.until import until
 
@@ -121,7 +115,7 @@ async def test_a_client_that_does_not_read_its_answer_is_disconnected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """asyncio's close() first waits for the buffer to drain, so the descriptor was never freed."""
-    monkeypatch.setattr(control, "_TIME_LIMIT", 0.5)
+    monkeypatch.setattr(control_server, "TIME_LIMIT", 0.5)
 
     asked = 0
 

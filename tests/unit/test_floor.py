@@ -8,7 +8,7 @@ from ipaddress import ip_network
 import pytest
 
 from ipsecgate.core.codec.xfrm import NEWPOLICY, decode
-from ipsecgate.core.codec.xfrm_floor import encode_delete, encode_set
+from ipsecgate.core.codec.xfrm_floor import decode_late, encode_delete, encode_set
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP
@@ -137,3 +137,15 @@ def test_an_inbound_policy_is_never_taken_for_the_floor() -> None:
     entry = entry_of(BLOCK)
     assert is_floor(entry)
     assert not is_floor(replace(entry, key=replace(entry.key, direction=Direction.IN)))
+
+
+def test_a_dump_is_decoded_only_where_a_floor_may_be() -> None:
+    selector = xfrm_bytes.selector("10.1.0.0/16", "10.2.0.0/16")
+    datagram = b"".join(
+        xfrm_bytes.message(NEWPOLICY, xfrm_bytes.policy(selector, priority=priority, index=0))
+        for priority in (100, FLOOR_PRIORITY - 1, FLOOR_PRIORITY, FLOOR_PRIORITY + 1)
+    )
+    late = [entry.priority for entry in decode_late(datagram)]
+    assert late == [FLOOR_PRIORITY, FLOOR_PRIORITY + 1]
+    everything = [event.entry for event in decode(datagram) if isinstance(event, on.PolicySet)]
+    assert list(decode_late(datagram)) == everything[2:]

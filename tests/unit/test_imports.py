@@ -27,7 +27,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Outside library -> the packages that may import it (by prefix, below ipsecgate).
 OUTSIDE = {
     "bcc": ("edges.bpf.compiler",),
-    "pyroute2": ("edges.", "lab."),
+    "pyroute2": ("lab.",),
     "vici": ("edges.strongswan.", "lab."),
     "click": ("cli.", "lab."),
     "rich": ("cli.",),

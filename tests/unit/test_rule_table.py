@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ipsecgate.core.tables.layout import Entry, Key, State
-from ipsecgate.core.tables.rule_table import COARSE_ENTRIES, COARSE_MASKS, RuleTable
+from ipsecgate.core.tables.rule_table import COARSE_ENTRIES, COARSE_MASKS, RETRIES, RuleTable
 from ipsecgate.core.tables.table import Rule, Ternary, better, ternary
 from tests.unit.random_rules import flows, ternaries
+from tests.unit.test_flat import calls
 
 LIVE, DEAD = State.LIVE, State.DEAD
 FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -169,3 +170,37 @@ def test_a_closing_rule_contains_the_region_that_it_closes(bits: int) -> None:
     assert entry.state is DEAD
     assert closing.mask.daddr.bit_count() == bits // 8 * 8
     assert Ternary(closing.value, closing.mask).matches(ternary(network).value)
+
+
+def test_all_closed_owners_are_tried_again_when_others_have_made_space() -> None:
+    """One call tries a few of them; nothing needs to be assigned for the next few."""
+    rules = table(entries=100)
+    host = ip_network("10.0.0.0/32").network_address
+    many = [[Rule(ternary(ip_network(host + n)), Entry(LIVE, rank=5))] for n in range(200)]
+    rules.assign("large", [rule for its in many[:100] for rule in its])
+    for number in range(100, 200):
+        rules.assign(number, many[number])
+    assert len(rules.closed) == 100
+    assert not rules.retry(), "there is no space yet"
+    rules.assign("large", ())
+    assert 0 < len(rules.closed) < 100
+    tries = 1
+    while rules.retry():
+        tries += 1
+    assert not rules.closed
+    assert tries >= 100 // RETRIES - 1
+    assert all(state(rules, its[0]) is LIVE for its in many[100:])
+
+
+def test_a_rule_that_many_closed_owners_share_goes_at_a_price_that_does_not_grow() -> None:
+    counted = []
+    for owners_ in (100, 1000):
+        rules = table(masks=0)
+        host = ip_network("10.0.0.0/26").network_address
+        for number in range(owners_):
+            network = ip_network((int(host) + number % 64, 32))
+            match = ternary(network, proto=6, dport=(number, 0xFFFF))
+            rules.assign(number, [Rule(match, Entry(LIVE, rank=7))])
+        assert len(rules.closed) == owners_
+        counted.append(calls(lambda r=rules: r.assign(0, ())))  # type: ignore[misc]
+    assert counted[1] <= counted[0] + 8

@@ -33,13 +33,16 @@ class Hooks:
 
     def update(self) -> None:
         for command in self.spd_table.update(self.state):
-            if isinstance(command, do.Publish):
-                self.table = Table()
-                for match, entry in command.content.entries():
-                    self.table.put(match, entry)
-            elif isinstance(command, do.Change):
-                for match, now in command.entries.items():
-                    self.table.put(match, now)
+            self.apply(command)
+
+    def apply(self, command: do.Command) -> None:
+        if isinstance(command, do.Publish):
+            self.table = Table()
+            for match, entry in command.content.entries():
+                self.table.put(match, entry)
+        elif isinstance(command, do.Change):
+            for match, now in command.entries.items():
+                self.table.put(match, now)
 
     def settle(self) -> None:
         self.update()

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
 
+from ipsecgate.core.model.value import value
 from ipsecgate.errors import GateError
 
 NLMSG_ERROR, NLMSG_DONE = 2, 3
@@ -42,14 +41,11 @@ class DecodeError(GateError):
         )
 
 
-class Span(NamedTuple):
-    """The position of an attribute's payload in the datagram: [start, end)."""
-
-    start: int
-    end: int
+Span = tuple[int, int]
+"""The position of an attribute's payload in the datagram: [start, end)."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Message:
     """One message inside a datagram; its payload is data[start:end]."""
 
@@ -83,8 +79,8 @@ class Message:
             length, kind = _ATTRIBUTE.unpack_from(self.data, at)
             if length < _ATTRIBUTE.size or at + length > self.end:
                 raise self.bad("attribute length", at)
-            found[kind & NLA_TYPE_MASK] = Span(at + _ATTRIBUTE.size, at + length)
-            at += align(length)
+            found[kind & NLA_TYPE_MASK] = at + _ATTRIBUTE.size, at + length
+            at += length + 3 & ~3
         return found
 
     def payload(
@@ -102,7 +98,7 @@ class Message:
         return start
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class DumpEnd:
     """The end of a dump. `error`: an errno or 0. `interrupted`: inconsistent, so repeat it."""
 
@@ -117,15 +113,21 @@ def align(length: int) -> int:
 
 def messages(datagram: bytes) -> Iterator[Message]:
     """Yield the messages of a datagram. Raises: DecodeError at an invalid header."""
-    at = 0
-    while at < len(datagram):
-        if at + _HEADER.size > len(datagram):
+    for at, length, kind, flags, sequence in _headers(datagram):
+        yield Message(datagram, kind, flags, sequence, at + _HEADER.size, at + length)
+
+
+def _headers(datagram: bytes) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield offset, length, type, flags and sequence of each message. Raises: DecodeError."""
+    at, size = 0, len(datagram)
+    while at < size:
+        if at + _HEADER.size > size:
             raise DecodeError(0, "message header", at)
         length, kind, flags, sequence, _port = _HEADER.unpack_from(datagram, at)
-        if length < _HEADER.size or at + length > len(datagram):
+        if length < _HEADER.size or at + length > size:
             raise DecodeError(kind, "message length", at)
-        yield Message(datagram, kind, flags, sequence, at + _HEADER.size, at + length)
-        at += align(length)
+        yield at, length, kind, flags, sequence
+        at += length + 3 & ~3
 
 
 def dump_end(datagram: bytes, sequence: int) -> DumpEnd | None:
@@ -134,15 +136,17 @@ def dump_end(datagram: bytes, sequence: int) -> DumpEnd | None:
     NLMSG_DONE and NLMSG_ERROR both begin with an errno, negative or 0. Raises: DecodeError.
     """
     interrupted = False
-    for message in messages(datagram):
-        if message.sequence != sequence:
+    for start, length, kind, flags, own_sequence in _headers(datagram):
+        if own_sequence != sequence:
             continue
-        interrupted = interrupted or bool(message.flags & NLM_F_DUMP_INTR)
-        if message.type in (NLMSG_DONE, NLMSG_ERROR):
-            at = message.structure(_ERRNO.size, "errno")
+        interrupted = interrupted or bool(flags & NLM_F_DUMP_INTR)
+        if kind in (NLMSG_DONE, NLMSG_ERROR):
+            at = start + _HEADER.size
+            if at + _ERRNO.size > start + length:
+                raise DecodeError(kind, "errno", at)
             error = -_ERRNO.unpack_from(datagram, at)[0]
             if not 0 <= error <= _MAX_ERRNO:
-                raise message.bad("errno", at)
+                raise DecodeError(kind, "errno", at)
             return DumpEnd(error, interrupted)
     return None
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ipsecgate.core.codec.seccomp import INET_LENGTHS
 from ipsecgate.core.model.policy import HOLD, HOLD_LONGEST
+from ipsecgate.core.model.value import value
 
 Json = dict[str, Any]
 
@@ -151,7 +151,7 @@ def blocks(without: Sequence[int]) -> Iterator[tuple[int, int]]:
 # --- the message ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Container:
     """A container: its process, and how long its calls are held in seconds.
 

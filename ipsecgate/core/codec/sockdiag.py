@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from socket import AF_INET, AF_INET6
 
 from ipsecgate.core.codec.netlink import encode_dump, encode_request, messages
 from ipsecgate.core.model.flow import TCP, UDP, Address, Flow, unmap
+from ipsecgate.core.model.value import value
 
 SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
 INET_DIAG_MARK, INET_DIAG_CGROUP_ID = 15, 21
@@ -29,7 +29,7 @@ _MESSAGE_SIZE = 4 + _ID_SIZE + 20
 _U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ConnectedSocket:
     """A connected socket: flow, cgroup id (None: unknown), and struct inet_diag_sockid."""
 

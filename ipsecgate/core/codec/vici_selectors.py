@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from ipaddress import ip_network, summarize_address_range
 
 from ipsecgate.core.codec.vici_sections import DIGITS, ViciError
@@ -31,6 +30,7 @@ from ipsecgate.core.model.flow import (
     TrafficSelector,
     parse_address,
 )
+from ipsecgate.core.model.value import value
 
 _SELECTOR = re.compile(r"([^\[\]]+)(?:\[([^/\]]+)(?:/([^\]]+))?\])?")
 _PORT_RANGE = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
@@ -38,7 +38,7 @@ _BYTE = r"([0-9]{1,3})"
 _ICMP_RANGE = re.compile(rf"{_BYTE}(?:\({_BYTE}\))?(?:-{_BYTE}(?:\({_BYTE}\))?)?")
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Names:
     """Lookups for names: protocol -> number; (service, protocol name or None) -> port.
 

@@ -17,10 +17,10 @@ Source: README.md of strongSwan's vici plugin, "Message format".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ipsecgate.core.codec.vici_sections import Section, ViciError
+from ipsecgate.core.model.value import value
 
 CMD_RESPONSE, CMD_UNKNOWN = 1, 2
 EVENT_CONFIRM, EVENT_UNKNOWN, EVENT = 5, 6, 7
@@ -29,7 +29,7 @@ SECTION_START, SECTION_END, KEY_VALUE, LIST_START, LIST_ITEM, LIST_END = range(1
 DEPTH = 16  # of nested sections; strongSwan nests 4
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Answer:
     """A packet from the daemon. `event` is an event's name, None for the reply to a command."""
 

@@ -32,6 +32,7 @@ from socket import AF_INET, AF_INET6
 from ipsecgate.core.codec.netlink import Message, Span
 from ipsecgate.core.model.flow import Address, Network, Selector
 from ipsecgate.core.model.ipsec import (
+    NO_MARK,
     Action,
     Direction,
     Mark,
@@ -62,15 +63,18 @@ _TEMPLATE = struct.Struct("=16s4sB3xH2x16sIBxB13x")
 _MARK = struct.Struct("=II")
 _U32 = struct.Struct("=I")
 
-_DIRECTIONS = frozenset(Direction)
+_DIRECTIONS = {int(direction): direction for direction in Direction}
+_MODES = {int(mode): mode for mode in Mode if mode is not Mode.UNKNOWN}
+_NO_HOST_BITS = (0, 0)
 
 Attributes = Mapping[int, Span]
 
 
 def policy(message: Message, at: int, attributes: Attributes) -> SpdEntry | None:
     """Decode an xfrm_userpolicy_info and its attributes; None if it is skipped."""
-    sel, priority, index, direction, action = _POLICY.unpack_from(message.data, at)
-    if direction not in _DIRECTIONS or not is_main(message, attributes):
+    sel, priority, index, number, action = _POLICY.unpack_from(message.data, at)
+    direction = _DIRECTIONS.get(number)
+    if direction is None or not is_main(message, attributes):
         return None
     selector = _selector(message, sel, at)
     if selector is None:
@@ -85,7 +89,7 @@ def policy(message: Message, at: int, attributes: Attributes) -> SpdEntry | None
         _mark(message, attributes),
         _if_id(message, attributes),
         _host_bits(sel, selector),
-        Direction(direction),
+        direction,
     )
     return SpdEntry(key, priority, meaning, templates, index)
 
@@ -152,11 +156,14 @@ def _selector(message: Message, raw: bytes, at: int) -> Selector | None:
 
 def _host_bits(raw: bytes, selector: Selector) -> tuple[int, int]:
     """Return the bits of a selector's source and destination beyond their prefixes."""
-    size = selector.src.max_prefixlen // 8
+    width = selector.src.max_prefixlen
+    if raw[42] == width and raw[43] == width:
+        return _NO_HOST_BITS  # two hosts
+    size = width // 8
     source, destination = raw[16 : 16 + size], raw[:size]
     return (
-        int.from_bytes(source, "big") - int(selector.src.network_address),
-        int.from_bytes(destination, "big") - int(selector.dst.network_address),
+        int.from_bytes(source, "big") & (1 << width - raw[43]) - 1,
+        int.from_bytes(destination, "big") & (1 << width - raw[42]) - 1,
     )
 
 
@@ -187,15 +194,12 @@ def _address(message: Message, family: int, raw: bytes, family_at: int) -> Addre
 
 
 def _mode(number: int) -> Mode:
-    try:
-        return Mode(number)
-    except ValueError:
-        return Mode.UNKNOWN
+    return _MODES.get(number, Mode.UNKNOWN)
 
 
 def _mark(message: Message, attributes: Attributes) -> Mark:
     at = message.payload(attributes, XFRMA_MARK, _MARK.size, "XFRMA_MARK")
-    return Mark() if at is None else Mark(*_MARK.unpack_from(message.data, at))
+    return NO_MARK if at is None else Mark(*_MARK.unpack_from(message.data, at))
 
 
 def _if_id(message: Message, attributes: Attributes) -> int:

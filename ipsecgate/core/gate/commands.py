@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ipsecgate.core.model.events import Call, CallMade, Timer
 from ipsecgate.core.model.flow import Address, Network
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName
 from ipsecgate.core.model.policy import FloorPolicy
+from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.layout import Entry, TableId
 from ipsecgate.core.tables.table import Table, Ternary
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Publish:
     """Replace a hook table."""
 
@@ -20,7 +19,7 @@ class Publish:
     content: Table
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Change:
     """Change some entries of a published table, all at once; None: remove one."""
 
@@ -28,7 +27,7 @@ class Change:
     entries: dict[Ternary, Entry | None]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Verify:
     """Compare a hook table with what was published, and repair it."""
 
@@ -36,33 +35,33 @@ class Verify:
     content: Table
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SetSources:
     """Set the source address of unbound sockets in the hooks, by destination network."""
 
     sources: tuple[tuple[Network, Address | None], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SetTun:
     """Have the backstop pass packets into the IKE daemon's TUN device. `index` 0: none."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CutOff:
     """Close the sockets of gated cgroups that have lost their SA (`Gate.is_cut_off`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ResolveSources:
     """Resolve sources for these destinations from now on (`SourcesResolved`)."""
 
     destinations: tuple[Network, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SetModes:
     """Set audit mode, whether flows without a policy are denied, and with which errno."""
 
@@ -71,31 +70,31 @@ class SetModes:
     error: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SetFloor:
     """Replace the host floor, which blocks unprotected packets of every process; empty: none."""
 
     policies: tuple[FloorPolicy, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Adopted:
     """Report that the new configuration (`Reconfigured`) is in force."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ExemptIke:
     """Exempt the sockets of the IKE daemon. `pid` 0: none."""
 
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AskIke:
     """List what the IKE daemon has loaded, without waiting for a poll (`IkeConnected`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Initiate:
     """Have IKE negotiate a CHILD_SA within `limit` seconds. Source: US 7,028,332 claim 1."""
 
@@ -103,7 +102,7 @@ class Initiate:
     limit: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Terminate:
     """Have IKE delete a CHILD_SA that the kernel has lost, or half of it.
 
@@ -114,7 +113,7 @@ class Terminate:
     unique: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StartTimer:
     """Deliver `TimerFired` after so many seconds; replaces a running timer of the same name."""
 
@@ -122,21 +121,21 @@ class StartTimer:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StopTimer:
     """Stop a timer, if it runs."""
 
     timer: Timer
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Hold:
     """Let a system call wait, and deliver `CallExpired` at its limit."""
 
     made: CallMade
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Answer:
     """Have a held call fail with an errno; None: let it continue, and the hooks check it."""
 
@@ -144,14 +143,14 @@ class Answer:
     error: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Remember:
     """Keep the children on disk that policies were derived from."""
 
     children: tuple[ChildConfig, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Log:
     """Log a message. `level`: info, warning or error."""
 
@@ -159,12 +158,13 @@ class Log:
     text: str
 
 
-HookCommand = Publish | Change | Verify | SetSources | SetTun | SetModes | ExemptIke
+HookWrite = Publish | Change | SetSources | SetTun | SetModes | ExemptIke
 """Commands that write to the hooks' maps."""
 IkeCommand = AskIke | Initiate | Terminate
 CallCommand = Hold | Answer
 Command = (
-    HookCommand
+    HookWrite
+    | Verify
     | IkeCommand
     | CallCommand
     | ResolveSources

@@ -1,20 +1,22 @@
 """Events that wait to be handled, and their order.
 
-    kernel        all of them, before anything else: they may close a flow
+    kernel        a batch of them before anything else: they may close a flow (`kernel_events`)
     IKE           \
     all others     } a slice of each in turn; others: routes, timers, the operator
     applications  /
 
-Rules of this module: requests of applications never go before the kernel's notifications, and at
-most `EVENTS_PER_STEP` of them are handled before the kernel is read again. An application may ask
-as often as it likes: at most one refusal waits for each flow and policy. Beyond `REFUSALS` of them
-further ones are dropped, and the hooks report them again.
+Rules of this module: what is urgent in the kernel's notifications goes before everything else, and
+a flood of others delays applications by one batch at a time. At most `EVENTS_PER_STEP` requests of
+applications are handled before the kernel is read again. An application may ask as often as it
+likes: at most one refusal waits for each flow and policy. Beyond `REFUSALS` of them further ones
+are dropped, and the hooks report them again.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
+from ipsecgate.core.gate.kernel_events import KernelEvents
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow
 
@@ -30,7 +32,8 @@ class EventQueue:
     """Events by source, each source's in order."""
 
     def __init__(self) -> None:
-        self._kernel: deque[on.Event] = deque()
+        self._kernel = KernelEvents()
+        self._others_next = False  # after a batch the others get a turn
         self._turns = tuple(deque[on.Event]() for _ in range(3))  # IKE, the rest, applications
         self._next = 0
         self._refused: set[tuple[Flow, int | None]] = set()
@@ -41,7 +44,7 @@ class EventQueue:
     def put(self, event: on.Event) -> None:
         """Add an event; drop a refusal that already waits, or that is one too many."""
         if isinstance(event, _KERNEL):
-            self._kernel.append(event)
+            self._kernel.put(event)
             return
         if isinstance(event, on.FlowRefused):
             identity = _identity(event)
@@ -51,12 +54,24 @@ class EventQueue:
         turn = 0 if isinstance(event, _IKE) else 2 if isinstance(event, _APPLICATIONS) else 1
         self._turns[turn].append(event)
 
-    def take(self) -> list[on.Event]:
-        """Return the events to handle next, all from one source; none if none wait."""
-        if self._kernel:
-            taken = list(self._kernel)
-            self._kernel.clear()
+    @property
+    def is_between(self) -> bool:
+        """Tell whether half of a batch of the kernel's notifications has been taken."""
+        return self._kernel.is_between
+
+    def take(self, *, busy: bool = False) -> list[on.Event]:
+        """Return the events to handle next, all from one source; none if none wait.
+
+        `busy`: the kernel's notifications that were taken last have yet to take full effect.
+        """
+        wait = self._others_next and not self._kernel.is_pressing
+        if not wait and (taken := self._kernel.take(busy=busy)):
+            self._others_next = not self._kernel.is_between
             return taken
+        self._others_next = False
+        return self._take_turn() or self._kernel.take(busy=busy)
+
+    def _take_turn(self) -> list[on.Event]:
         for _ in self._turns:
             turn, self._next = self._turns[self._next], (self._next + 1) % len(self._turns)
             if turn:

@@ -99,15 +99,17 @@ class Gate:
             return []
         return [*self._propagate.after_policies(), *self._ask_sources()]
 
-    def step(self, *events: on.Event) -> list[do.Command]:
+    def step(self, *events: on.Event, between: bool = False) -> list[do.Command]:
         """Apply events; return the commands that they lead to, in order.
 
         Requests of applications are applied last: a process that makes many must not delay a
-        change that closes a flow.
+        change that closes a flow. `between`: more of the kernel's notifications follow, and only
+        together they give a state that the kernel had.
         """
+        self.protection.is_between = between
         events = tuple(sorted(events, key=_is_request))
         only_requests = all(isinstance(event, on.CallEvent | on.FlowRefused) for event in events)
-        if self.protection.pending or not only_requests:
+        if self.is_busy or not only_requests:
             self.holds.forget_free()  # flows may be closed
         commands: list[do.Command] = []
         for is_notification, group in groupby(events, lambda e: isinstance(e, StateEvent)):
@@ -116,18 +118,27 @@ class Gate:
             else:
                 for event in group:
                     commands += [] if isinstance(event, StateEvent) else self._take(event)
+        if self.protection.kernel_state.is_adopting:
+            commands += self._adopt_dump()
         if self.protection.pending:
             commands += self._propagate.after_protection()
         commands += self._answer_held()
         if any(isinstance(event, on.CheckDue) for event in events):
             # Last, because a table's content is what it is after every other command.
-            commands += [do.Verify(*item) for item in self.tables.items()]
+            # Copies, because the comparison takes longer than a step.
+            tables = self.tables.items()
+            commands += [do.Verify(table, content.copy()) for table, content in tables]
         return commands
 
     @property
     def has_more(self) -> bool:
         """Tell whether another step has something to do, even without an event."""
-        return self.holds.has_due or self.protection.pending
+        return self.holds.has_due or self.is_busy
+
+    @property
+    def is_busy(self) -> bool:
+        """Tell whether the kernel's notifications so far have yet to take full effect."""
+        return self.protection.pending or self.protection.kernel_state.is_adopting
 
     def _take(self, event: on.CallEvent | on.OtherEvent) -> list[do.Command]:
         match event:
@@ -140,7 +151,8 @@ class Gate:
             case on.CallExpired() | on.CallInterrupted() | on.CallGone():
                 return self.holds.ended(event)
             case on.KernelSnapshot():
-                return self._snapshot(event)
+                self.protection.snapshot(event)
+                return self._adopt_dump()
             case on.SourcesResolved():
                 return self._sources_resolved(event)
             case on.TimerFired(timer):
@@ -180,8 +192,11 @@ class Gate:
             commands.append(do.AskIke())
         return commands
 
-    def _snapshot(self, event: on.KernelSnapshot) -> list[do.Command]:
-        drift = self.protection.snapshot(event)
+    def _adopt_dump(self) -> list[do.Command]:
+        """Apply a slice of a dump; pass on what it changes once all of it is applied."""
+        drift = self.protection.adopt()
+        if drift is None:
+            return []
         self._propagate.spd_read()
         text = f"{drift} policies or SAs differed from the kernel's: repaired"
         log = [do.Log("error", text)] if drift else []

@@ -43,7 +43,9 @@ class Protection:
         self._configured = configured
         self._tun = 0
         self._published_tun: int | None = None  # a predecessor may have set another
+        self._is_check = False
         self._heard: set[type[on.Event]] = set()
+        self.is_between = False  # whether half of what the kernel reported is applied
 
     @property
     def source(self) -> KernelState | UserspaceEsp:
@@ -74,14 +76,21 @@ class Protection:
                 return self.kernel_state.apply(event)
         return True
 
-    def snapshot(self, event: on.KernelSnapshot) -> int:
-        """Apply a dump; return in how many policies and SAs it differs from what should be known.
+    def snapshot(self, event: on.KernelSnapshot) -> None:
+        """Begin to apply a dump; `adopt` applies it."""
+        self._is_check = event.check
+        self.kernel_state.begin(event)
+
+    def adopt(self) -> int | None:
+        """Apply a slice of the dump; after the last, return how many policies and SAs had drifted.
 
         0 for a dump that is not a check: it follows lost notifications, so differences are normal.
         """
+        differences = self.kernel_state.adopt()
+        if differences is None:
+            return None
         self._heard.add(on.KernelSnapshot)
-        difference = self.kernel_state.replace(event)
-        drift = difference if event.check else 0
+        drift = differences if self._is_check else 0
         self.drift += drift
         return drift
 
@@ -140,12 +149,17 @@ class Protection:
         tun = self._tun if self.in_userspace else 0
         before, self._published_tun = self._published_tun, tun
         set_tun = [do.SetTun(tun)] if tun != before else []
-        return [*set_tun, *self.spd_table.update(self.source)]
+        between = self.is_between or self.kernel_state.is_adopting
+        return [*set_tun, *self.spd_table.update(self.source, between=between)]
 
     @property
     def pending(self) -> bool:
         """Tell whether `publish` has more to do than it did last time."""
-        return self.is_known and self.source.pending
+        if not self.is_known:
+            return False
+        whole = not self.is_between and not self.kernel_state.is_adopting
+        later = self.spd_table.is_partial or self.spd_table.has_more
+        return self.source.pending or (whole and later)
 
     def is_live(self, flow: Flow) -> bool:
         """Tell whether a live SA protects a flow; never if its source is unknown."""

@@ -13,7 +13,7 @@ from ipsecgate.core.tables.layout import Entry, State, TableId, flow_key
 from ipsecgate.core.tables.rule_table import Difference, RuleTable, join_names
 from ipsecgate.core.tables.table import Rule, Table, Ternary
 
-POLICIES_PER_UPDATE = 500  # kernel policies whose rules are made before other work gets a turn
+POLICIES_PER_UPDATE = 128  # kernel policies whose rules are made before other work gets a turn
 Differences = dict[Ternary, Difference]
 
 
@@ -36,23 +36,36 @@ class SpdTable:
         self._rules = {kind: RuleTable(_close) for kind in (KernelState, UserspaceEsp)}
         self._waiting: dict[Ternary, Entry | None] = {}  # as the hooks have them
         self._waiting_table = Table()  # the same; DEAD stands for None
+        self._withheld = False  # whether anything waits
+        self.has_more = False  # whether closed rules wait to be tried again
 
-    def update(self, source: KernelState | UserspaceEsp) -> list[do.Command]:
-        """Publish changed rules of `source`; more are left to publish if it is still `pending`."""
+    def update(
+        self, source: KernelState | UserspaceEsp, *, between: bool = False
+    ) -> list[do.Command]:
+        """Publish changed rules of `source`; more are left to publish if it is still `pending`.
+
+        `between`: the source is about to change further, and only then right.
+        """
         rules = self._rules[type(source)]
         for owner, its in source.changed_rules(POLICIES_PER_UPDATE):
             rules.assign(owner, its, source.peer_of(owner))
+        self.has_more = rules.retry()
         closed = join_names(rules.closed, source.name_of)
         self.errors = [f"SPD table: full, so these are refused: {closed}"] if closed else []
         changes = rules.changes()
         if self.content is not rules.table:
-            if source.pending:
-                self.changed, self.lost = [], False
+            if source.pending or between:
+                self.changed, self.lost, self._withheld = [], False, True
                 return []  # it is not whole yet
+            self._withheld = False
             self._waiting, self._waiting_table = {}, Table()
             self.content, self.changed, self.lost = rules.table, None, True
             return [do.Publish(TableId.SPD, self.content)]
-        changes = self._part(changes) if source.pending else self._rest(changes, rules.table)
+        if source.pending or between:
+            changes = self._part(changes)
+        else:
+            changes = self._rest(changes, rules.table)
+        self._withheld = bool(self._waiting)
         self.changed = list(changes)
         self.lost = any(_is_live(before) and not _is_live(now) for before, now in changes.values())
         entries = {match: now for match, (_, now) in changes.items()}
@@ -61,7 +74,7 @@ class SpdTable:
     @property
     def is_partial(self) -> bool:
         """Tell whether a part of the last change waits to be published."""
-        return bool(self._waiting)
+        return self._withheld
 
     def _part(self, changes: Differences) -> Differences:
         """Return those of a change's entries that may be published before the rest of it."""

@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from ipsecgate.core.model.flow import Address, Flow, Network
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Sa, SaId, SpdEntry, SpdKey
 from ipsecgate.core.model.policy import Settings
+from ipsecgate.core.model.value import value
 
 # --- kernel: XFRM notifications -------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PolicySet:
     """A policy was added or replaced: XFRM_MSG_NEWPOLICY or XFRM_MSG_UPDPOLICY."""
 
     entry: SpdEntry
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PolicyGone:
     """A policy was removed: XFRM_MSG_DELPOLICY, or POLEXPIRE with `hard` set."""
 
     key: SpdKey
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PoliciesFlushed:
     """Policies were flushed: XFRM_MSG_FLUSHPOLICY. Resynchronise to see which remain."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SaSet:
     """A state was added or changed, in either direction: XFRM_MSG_NEWSA or XFRM_MSG_UPDSA."""
 
     sa: Sa
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SaGone:
     """A state was removed: XFRM_MSG_DELSA, or EXPIRE with `hard` set (no DELSA follows)."""
 
     id: SaId
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SasFlushed:
     """States were flushed: XFRM_MSG_FLUSHSA. Resynchronise."""
 
@@ -53,7 +53,7 @@ class SasFlushed:
 XfrmEvent = PolicySet | PolicyGone | PoliciesFlushed | SaSet | SaGone | SasFlushed
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class KernelSnapshot:
     """A dump of SPD and SAD.
 
@@ -68,7 +68,7 @@ class KernelSnapshot:
 # --- kernel: routes --------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SourcesResolved:
     """The source addresses that the kernel chooses for unbound sockets, by destination network.
 
@@ -85,7 +85,7 @@ class SourcesResolved:
 # --- the hook --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class FlowRefused:
     """A hook refused a flow or the backstop a packet (`pid` 0), or would have in audit mode.
 
@@ -104,21 +104,21 @@ class FlowRefused:
 # --- IKE -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ChildUp:
     """A CHILD_SA was established or replaced another (rekeying), whichever peer initiated it."""
 
     sa: ChildSa
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ChildDown:
     """A CHILD_SA was deleted, or replaced by another (rekeying)."""
 
     sa: ChildSa
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class IkeUp:
     """An IKE_SA was established; `unique` distinguishes it from others of its configuration."""
 
@@ -126,7 +126,7 @@ class IkeUp:
     unique: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class IkeDown:
     """An IKE_SA ended, and its CHILD_SAs with it. It may never have been established."""
 
@@ -134,7 +134,7 @@ class IkeDown:
     unique: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class IkeConnected:
     """The IKE daemon answered: the loaded children, the established CHILD_SAs, and its pid.
 
@@ -150,14 +150,14 @@ class IkeConnected:
     unread: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class IkeGone:
     """The IKE daemon does not answer. None of its SAs is confirmed any more."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NegotiationFailed:
     """A negotiation that the gate started ended without a CHILD_SA."""
 
@@ -165,7 +165,7 @@ class NegotiationFailed:
     cause: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NegotiationDone:
     """The IKE daemon reports the child as up, which does not prove an SA.
 
@@ -175,7 +175,7 @@ class NegotiationDone:
     name: ChildName
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class IkeUnparsed:
     """The IKE daemon sent an event that we could not parse. Its lists give the current state."""
 
@@ -197,7 +197,7 @@ IkeEvent = (
 # --- the operator ------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Reconfigured:
     """The operator reloaded the configuration. `Adopted` reports that it is in force."""
 
@@ -207,7 +207,7 @@ class Reconfigured:
 # --- held system calls -------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Call:
     """A held system call: the listener that reported it, and its id there."""
 
@@ -215,7 +215,7 @@ class Call:
     id: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CallMade:
     """A thread waits in a system call for a flow, at most `limit` seconds."""
 
@@ -225,21 +225,21 @@ class CallMade:
     limit: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CallExpired:
     """A held call reached its limit."""
 
     call: Call
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CallInterrupted:
     """A held call's thread must run a signal handler, and will repeat the call afterwards."""
 
     call: Call
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CallGone:
     """A held call's thread was killed."""
 
@@ -252,7 +252,7 @@ CallEvent = CallMade | CallExpired | CallInterrupted | CallGone
 # --- time ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Timer:
     """A timer of one child: its negotiation's limit or retry, or the check for a one-way SA."""
 
@@ -260,14 +260,14 @@ class Timer:
     name: ChildName
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TimerFired:
     """A timer started by `StartTimer` ran out."""
 
     timer: Timer
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CheckDue:
     """It is time to compare the hooks' tables with what was written into them."""
 

@@ -7,8 +7,9 @@ because that is what leaves the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+
+from ipsecgate.core.model.value import value
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -41,7 +42,7 @@ def parse_address(text: str) -> Address:
     return unmap(ip_address(text))
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Flow:
     """A flow that an application asks for, by connect() or by sending a datagram.
 
@@ -76,7 +77,7 @@ def is_exempt(flow: Flow) -> bool:
     return flow.proto == UDP and (str(flow.daddr), flow.sport, flow.dport) in DHCP
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Selector:
     """RFC 4301's selector in Linux's form: networks, protocol, masked ports.
 
@@ -119,7 +120,7 @@ class Selector:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TrafficSelector:
     """One side of a CHILD_SA's traffic. `ports` is an inclusive range; `proto` 0 is any.
 

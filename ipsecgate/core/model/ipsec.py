@@ -5,11 +5,12 @@ A wildcard address (all zero in netlink) is None. Numbers are in host order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
 from typing import NamedTuple
 
 from ipsecgate.core.model.flow import Address, Selector, TrafficSelector
+from ipsecgate.core.model.value import value
 
 ESP = 50
 AH = 51
@@ -48,7 +49,7 @@ class Direction(IntEnum):
     OUT = 1
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Mark:
     """A mark selector: it matches if (mark & mask) == value; mask 0 matches any."""
 
@@ -56,7 +57,10 @@ class Mark:
     mask: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+NO_MARK = Mark()
+
+
+@value
 class Template:
     """The SA that a policy requires: struct xfrm_user_tmpl. `spi` 0: any."""
 
@@ -73,7 +77,7 @@ class Template:
         return self.proto == sa.proto and self.spi in (0, sa.spi) and self.daddr in (None, sa.daddr)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SpdKey:
     """What identifies a policy: the kernel holds one per key.
 
@@ -82,21 +86,25 @@ class SpdKey:
     """
 
     selector: Selector
-    mark: Mark = field(default_factory=Mark)
+    mark: Mark = NO_MARK
     if_id: int = 0
     host_bits: tuple[int, int] = (0, 0)
     direction: Direction = Direction.OUT
-    _hash: int = field(init=False, repr=False, compare=False)  # networks take long to hash
+    # Networks take long to hash, so the hash is kept; it leaves out what seldom differs.
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        words = self.selector, self.mark, self.if_id, self.host_bits, self.direction
-        object.__setattr__(self, "_hash", hash(words))
+        sel = self.selector
+        ends = int(sel.dst.network_address), int(sel.src.network_address), self.host_bits
+        object.__setattr__(
+            self, "_hash", hash((*ends, sel.proto, sel.sport, sel.dport, self.direction))
+        )
 
     def __hash__(self) -> int:
         return self._hash
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SpdEntry:
     """A policy: struct xfrm_userpolicy_info. The lowest `priority` number wins."""
 
@@ -107,7 +115,7 @@ class SpdEntry:
     index: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SaId:
     """(destination, SPI, protocol), which identify an SA. Source: RFC 4301 section 4.1."""
 
@@ -115,11 +123,14 @@ class SaId:
     spi: int
     proto: int
 
+    def __hash__(self) -> int:
+        return hash((int(self.daddr), self.spi, self.proto))  # addresses take long to hash
+
     def __str__(self) -> str:
         return f"{self.spi:08x} to {self.daddr}"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Sa:
     """A state of the SAD: struct xfrm_usersa_info with its attributes.
 
@@ -135,7 +146,7 @@ class Sa:
     reqid: int
     mode: Mode
     selector: Selector | None = None
-    mark: Mark = field(default_factory=Mark)
+    mark: Mark = NO_MARK
     if_id: int = 0
     cpu: int | None = None
     larval: bool = False
@@ -168,7 +179,7 @@ class ChildName(NamedTuple):
         return written in (self.child, str(self))
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ChildConfig:
     """A child configuration that strongSwan has loaded.
 
@@ -182,7 +193,7 @@ class ChildConfig:
     remote: tuple[TrafficSelector, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ChildSa:
     """An established CHILD_SA, as `list-sas` reports it. SPIs are in host order.
 

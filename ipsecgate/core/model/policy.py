@@ -7,12 +7,13 @@ a protect policy (`derived_policies`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from errno import EHOSTUNREACH, EPERM, ETIMEDOUT
 
 from ipsecgate.core.model.flow import PORT_MASK, TCP, Flow, Network, TrafficSelector
 from ipsecgate.core.model.ipsec import Action, ChildConfig
+from ipsecgate.core.model.value import value
 
 # How long a call may be held, in seconds.
 HOLD = 30.0  # by default
@@ -22,7 +23,7 @@ HOLD_IMPATIENT = 5.0
 HOLD_LONGEST = 1e8  # three years; a timer takes no more
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Policy:
     """A rule for the flows to `remote` with this protocol (0: any) and destination port.
 
@@ -45,7 +46,7 @@ class Policy:
         return Flow(host, self.proto or TCP, self.ports[0])
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Errnos:
     """The errno of a refused call, by the state of the child that would protect the flow."""
 
@@ -63,7 +64,7 @@ class SaSource(Enum):
     VICI = "vici"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Settings:
     """The configuration, without what only the edges use."""
 
@@ -79,7 +80,7 @@ class Settings:
 FLOOR_PRIORITY = 0xFFFF_0000  # of the host floor's first kernel policy; a low number wins
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class FloorPolicy:
     """One policy of the host floor; `place` gives the order. Ports are (value, mask)."""
 

@@ -19,6 +19,7 @@ Rules of this module:
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import chain
 
 from ipsecgate.core.model.events import (
     KernelSnapshot,
@@ -42,10 +43,14 @@ from ipsecgate.core.model.ipsec import (
     Template,
 )
 from ipsecgate.core.model.policy import FLOOR_PRIORITY
+from ipsecgate.core.state.adoption import Adoption
 from ipsecgate.core.state.floor import is_floor
+from ipsecgate.core.state.groups import Groups
 from ipsecgate.core.state.spd import EVERYTHING, negotiated_regions, region_of
 from ipsecgate.core.state.spd_rules import SpdRules
 from ipsecgate.core.tables.table import Rule, Ternary
+
+ADOPTED = 256  # objects of a dump that are adopted in one go
 
 
 class KernelState:
@@ -58,10 +63,12 @@ class KernelState:
         self._late: set[SpdKey] = set()
         self.inbound: dict[SpdKey, SpdEntry] = {}
         self.sas: dict[SaId, Sa] = {}
-        self._by_reqid: dict[int, dict[SaId, Sa]] = {}  # the same SAs
+        self._by_reqid: Groups[int, SaId] = Groups()
         self._seen_installed: set[SaId] = set()
         self._listed: dict[SaId, ChildSa] = {}  # by the outbound state
         self._ike_connected = False
+        self._adoption: Adoption | None = None  # of a dump
+        self._stale: Iterator[SpdKey | SaId] | None = None  # what may be left over from before it
         # The listed ones; None: outdated.
         self._by_name: dict[ChildName, list[ChildSa]] | None = None
 
@@ -72,49 +79,92 @@ class KernelState:
         """
         match event:
             case PolicySet(entry):
-                return self._put(entry)
+                self._is_newer(entry.key)
+                self._put(entry)
+                return entry.key.direction is Direction.OUT
             case PolicyGone(key):
-                return self._drop(key)
+                self._is_newer(key)
+                self._drop(key)
+                return key.direction is Direction.OUT
             case PoliciesFlushed():
+                self._adoption = None
                 for key in [*self.policies, *self.inbound]:
                     self._drop(key)
             case SaSet(sa) if not sa.larval:
+                self._is_newer(sa.id)
                 self._put_sa(sa)
                 if self._ike_connected and sa.id not in self._seen_installed:
                     self._seen_installed.add(sa.id)
                     self._spd.sas_changed((sa.reqid,), closing=False)
             case SaGone(gone):
+                self._is_newer(gone)
                 self._drop_sa(gone)
             case SasFlushed():
+                self._adoption = None
                 for one in list(self.sas):
                     self._drop_sa(one)
         return True
 
     def replace(self, snapshot: KernelSnapshot) -> int:
-        """Adopt a whole dump; return the number of policies and SAs that differed from it.
+        """Adopt a whole dump at once, as `begin` and `adopt` do in slices."""
+        self.begin(snapshot)
+        while (drift := self.adopt(ADOPTED)) is None:
+            pass
+        return drift
+
+    def begin(self, snapshot: KernelSnapshot) -> None:
+        """Begin to adopt a dump. Notifications that are applied meanwhile are newer than it."""
+        self._adoption, self._stale = Adoption(snapshot), None
+
+    @property
+    def is_adopting(self) -> bool:
+        """Tell whether a dump has been adopted in part. A flush makes it void."""
+        return self._adoption is not None
+
+    def adopt(self, limit: int = ADOPTED) -> int | None:
+        """Adopt so many objects of the dump; at its end return how many differed, before and after.
 
         An SA that is still there stays confirmed.
         """
-        before = self._objects()
-        there = {entry.key: entry for entry in snapshot.policies}
-        for key in (self.policies.keys() | self.inbound.keys()) - there.keys():
-            self._drop(key)
-        for entry in there.values():
-            self._put(entry)
-        sas = {sa.id: sa for sa in snapshot.sas if not sa.larval}
-        for gone in self.sas.keys() - sas.keys():
-            self._drop_sa(gone)
-        for sa in sas.values():
-            self._put_sa(sa)
-        return len(before ^ self._objects())
+        adoption, left = self._adoption, limit
+        if adoption is None:
+            return 0
+        while left and self._stale is None:
+            left -= 1
+            found = adoption.next()
+            if found is None:
+                self._stale = chain([*self.policies, *self.inbound], list(self.sas))
+            elif isinstance(found, SpdEntry):
+                adoption.differences += self._put(found)
+            else:
+                adoption.differences += self._put_sa(found)
+        while left and self._stale is not None:
+            left -= 1
+            identity = next(self._stale, None)
+            if identity is None:
+                self._adoption = self._stale = None
+                return adoption.differences
+            if adoption.is_gone(identity):
+                adoption.differences += 1
+                if isinstance(identity, SaId):
+                    self._drop_sa(identity)
+                else:
+                    self._drop(identity)
+        return None
 
-    def _put(self, entry: SpdEntry) -> bool:
-        """Take in a policy; return whether it is outbound."""
+    def _is_newer(self, identity: SpdKey | SaId) -> None:
+        if self._adoption is not None:
+            self._adoption.newer.add(identity)
+
+    def _put(self, entry: SpdEntry) -> int:
+        """Take in a policy; return how many objects differ: none, the new one, and the old one."""
         if entry.key.direction is not Direction.OUT:
+            old = self.inbound.get(entry.key)
             self.inbound[entry.key] = entry
-            return False
-        if self.policies.get(entry.key) == entry:
-            return True
+            return 0 if old == entry else 1 + (old is not None)
+        old = self.policies.get(entry.key)
+        if old == entry:
+            return 0
         self._drop(entry.key)
         self.policies[entry.key] = entry
         if not is_floor(entry):
@@ -125,20 +175,19 @@ class KernelState:
                     self._judge_floor()
         elif self._late:
             self._spd.put(entry)
-        return True
+        return 1 + (old is not None)
 
-    def _drop(self, key: SpdKey) -> bool:
-        """Forget a policy; return whether it is outbound."""
+    def _drop(self, key: SpdKey) -> None:
+        """Forget a policy."""
         if key.direction is not Direction.OUT:
             self.inbound.pop(key, None)
-            return False
+            return
         if self.policies.pop(key, None) is not None:
             self._spd.remove(key)
             if key in self._late:
                 self._late.remove(key)
                 if not self._late:
                     self._judge_floor()
-        return True
 
     def _judge_floor(self) -> None:
         """Leave out a floor that is the last of the policies: flows that reach it are unprotected.
@@ -152,28 +201,27 @@ class KernelState:
                 else:
                     self._spd.remove(entry.key)
 
-    def _put_sa(self, sa: Sa) -> None:
-        if self.sas.get(sa.id) != sa:
-            confirmed = sa.id in self._seen_installed
-            self._drop_sa(sa.id)
-            self.sas[sa.id] = sa
-            self._by_reqid.setdefault(sa.reqid, {})[sa.id] = sa
-            if confirmed:
-                self._seen_installed.add(sa.id)
-            self._spd.sas_changed((sa.reqid,), closing=False)
+    def _put_sa(self, sa: Sa) -> int:
+        """Take in an SA; return as `_put` does."""
+        old = self.sas.get(sa.id)
+        if old == sa:
+            return 0
+        confirmed = sa.id in self._seen_installed
+        self._drop_sa(sa.id)
+        self.sas[sa.id] = sa
+        self._by_reqid.add(sa.reqid, sa.id)
+        if confirmed:
+            self._seen_installed.add(sa.id)
+        self._spd.sas_changed((sa.reqid,), closing=False)
+        return 1 + (old is not None)
 
     def _drop_sa(self, gone: SaId) -> None:
         self._seen_installed.discard(gone)
         sa = self.sas.pop(gone, None)
         if sa is None:
             return
-        del self._by_reqid[sa.reqid][gone]
-        if not self._by_reqid[sa.reqid]:
-            del self._by_reqid[sa.reqid]
+        self._by_reqid.discard(sa.reqid, gone)
         self._spd.sas_changed((sa.reqid,), closing=True)
-
-    def _objects(self) -> set[SpdEntry | Sa]:
-        return {*self.policies.values(), *self.inbound.values(), *self.sas.values()}
 
     def ike_connected(self, established: Iterable[ChildSa]) -> bool:
         """Handle the daemon's list of CHILD_SAs; return whether anything changed.
@@ -187,7 +235,7 @@ class KernelState:
         self._listed = kept | {sa.outbound: sa for sa in established}
         self._by_name = None
         if not before[0]:
-            self._spd.sas_changed(self._by_reqid, closing=False)
+            self._spd.sas_changed(self._by_reqid.keys(), closing=False)
         for one in before[1].keys() | self._listed.keys():
             if before[1].get(one) != self._listed.get(one):
                 self._listing_changed(one)
@@ -211,7 +259,7 @@ class KernelState:
         self._seen_installed.clear()
         self._listed = {}
         self._by_name = None
-        self._spd.sas_changed(self._by_reqid, closing=True)
+        self._spd.sas_changed(self._by_reqid.keys(), closing=True)
 
     def confirmed_sas(self) -> list[Sa]:
         """Return the SAs that may cover a flow."""
@@ -292,8 +340,10 @@ class KernelState:
         entry = self.policies.get(owner) if isinstance(owner, SpdKey) else None
         if entry is None:
             return None
-        hosts = (template.daddr for template in entry.templates if template.daddr is not None)
-        return next(hosts, entry.key.selector.dst)
+        for template in entry.templates:
+            if template.daddr is not None:
+                return template.daddr
+        return entry.key.selector.dst
 
     def name_of(self, owner: Hashable) -> str:
         """Return a name for messages of the policy that rules belong to: its child's, if listed.
@@ -331,7 +381,8 @@ class KernelState:
 
     def _confirmed_of(self, reqid: int) -> list[Sa]:
         """Return the SAs of a reqid that may cover a flow."""
-        return [sa for sa in self._by_reqid.get(reqid, {}).values() if self._is_confirmed(sa)]
+        sas = (self.sas[sa_id] for sa_id in self._by_reqid.of(reqid))
+        return [sa for sa in sas if self._is_confirmed(sa)]
 
     def negotiated(self, sa: Sa, template: Template) -> Iterable[Ternary]:
         """Return for which flows an SA was negotiated, as far as is known."""

@@ -21,8 +21,7 @@ Source: RFC 4301 section 4.4; xfrm_policy_match(), xfrm_tmpl_resolve_one(), xfrm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from functools import lru_cache
 from ipaddress import ip_network
@@ -87,27 +86,44 @@ def _rank(entry: SpdEntry, stage: _Stage, steps: int = 0) -> int:
 def rules_of(entry: SpdEntry, sas_of: SasOf, negotiated: Negotiated = unrestricted) -> list[Rule]:
     """Return a policy's rules, with their ranks: the regions where it protects, and the rest."""
     region = region_of(entry.key)
+    rules = _undecided([region], _rank(entry, _Stage.UNDECIDED))
     live = live_rules(entry, sas_of, negotiated)
-    with_source_port = [rule for rule in live if rule.match.mask.sport]
-    stages = (
-        (_Stage.UNDECIDED, _undecided([region])),
-        (_Stage.LIVE, (rule for rule in live if not rule.match.mask.sport)),
-        (_Stage.UNDECIDED_PORT, _undecided(rule.match for rule in with_source_port)),
-        (_Stage.LIVE_PORT, with_source_port),
-        (_Stage.DEAD, [Rule(region, DEAD)]),
-    )
-    return [
-        Rule(rule.match, replace(rule.entry, rank=_rank(entry, stage)))
-        for stage, rules in stages
-        for rule in rules
-    ]
+    if live:
+        with_port = [rule for rule in live if rule.match.mask.sport]
+        without = [rule for rule in live if not rule.match.mask.sport]
+        rules += _ranked(without, _rank(entry, _Stage.LIVE))
+        matches = (rule.match for rule in with_port)
+        rules += _undecided(matches, _rank(entry, _Stage.UNDECIDED_PORT))
+        rules += _ranked(with_port, _rank(entry, _Stage.LIVE_PORT))
+    # Where all of the region is live, nothing is left: past its deadline the rule is a dead one.
+    if not rules or rules[-1].match != region or rules[-1].entry.state is not State.LIVE:
+        rules.append(Rule(region, _dead(_rank(entry, _Stage.DEAD))))
+    return rules
 
 
-def live_entry(entry: SpdEntry, rules: Iterable[Rule]) -> Entry | None:
-    """Return the entry of the policy's whole region, None unless all of it is live."""
-    region = region_of(entry.key)
-    whole = (rule.entry for rule in rules if rule.match == region)
-    return next((found for found in whole if found.state is State.LIVE), None)
+def _ranked(live: Iterable[Rule], rank: int) -> list[Rule]:
+    return [Rule(r.match, _entry(State.LIVE, r.entry.deadline, rank)) for r in live]
+
+
+def _dead(rank: int) -> Entry:
+    return _entry(State.DEAD, 0, rank)
+
+
+@lru_cache(maxsize=1 << 10)
+def _entry(state: State, deadline: int, rank: int) -> Entry:
+    """Return an entry; many policies of one priority share theirs."""
+    return Entry(state, 0, 0, deadline, rank)
+
+
+def live_entry(rules: Sequence[Rule]) -> Entry | None:
+    """Return the entry of a policy's whole region, None unless all of it is live.
+
+    `rules` are those of `rules_of`; the last one has the whole region.
+    """
+    for rule in rules:
+        if rule.entry.state is State.LIVE and rule.match == rules[-1].match:
+            return rule.entry
+    return None
 
 
 def shared_rules(
@@ -121,11 +137,12 @@ def shared_rules(
     if shared is None:
         return []
     if a_live is None or b_live is None:
-        return [Rule(shared, replace(DEAD, rank=_rank(a, _Stage.DISAGREEMENT)))]
+        return [Rule(shared, _dead(_rank(a, _Stage.DISAGREEMENT)))]
     ends = min(_end(a_live), _end(b_live))
     steps = max(1, min(ends // STEP, (1 << _DEADLINE_BITS) - 1))
     until = 0 if ends == NEVER else steps * STEP
-    return [Rule(shared, replace(a_live, deadline=until, rank=_rank(a, _Stage.SHARED, steps)))]
+    rank = _rank(a, _Stage.SHARED, steps)
+    return [Rule(shared, Entry(State.LIVE, deadline=until, rank=rank))]
 
 
 @lru_cache(maxsize=1 << 10)
@@ -192,7 +209,7 @@ def _protected_by(
         if sa.selector is not None:
             part = part.intersect(from_selector(sa.selector))
         if part is not None:
-            live = replace(LIVE, deadline=sa.deadline)
+            live = Entry(State.LIVE, deadline=sa.deadline)
             regions = (part.intersect(region) for region in negotiated(sa, template))
             yield from (Rule(region, live) for region in regions if region is not None)
 
@@ -209,16 +226,18 @@ def _end(entry: Entry) -> int:
     return entry.deadline or NEVER
 
 
-def _undecided(matches: Iterable[Ternary]) -> Iterator[Rule]:
-    """Yield dead rules for unbound flows that may or may not match, depending on their port.
+def _undecided(matches: Iterable[Ternary], rank: int) -> list[Rule]:
+    """Return dead rules for unbound flows that may or may not match, depending on their port.
 
     At connect() an unbound socket has source port 0. TCP looks up the SPD with 0 and, for IPv4,
     again with the port that the kernel chose; UDP looks it up with the chosen port only.
     """
+    found = []
     for match in matches:
         if match.mask.sport and _may_be_chosen(match.value.sport, match.mask.sport):
             value, mask = match.value.replaced(sport=0), match.mask.replaced(sport=PORT_MASK)
-            yield Rule(Ternary(value, mask), DEAD)
+            found.append(Rule(Ternary(value, mask), _dead(rank)))
+    return found
 
 
 @lru_cache(maxsize=1 << 12)
@@ -231,7 +250,6 @@ def _may_be_chosen(value: int, mask: int) -> bool:
 # --- negotiated traffic selectors -------------------------------------------------------
 
 
-@lru_cache(maxsize=1 << 16)
 def negotiated_regions(
     local: tuple[TrafficSelector, ...], remote: tuple[TrafficSelector, ...], exact: bool = False
 ) -> list[Ternary]:

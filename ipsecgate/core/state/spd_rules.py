@@ -13,9 +13,10 @@ What may close a flow is taken first, and each mark waits its turn: a flood cann
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from ipsecgate.core.model.ipsec import SpdEntry, SpdKey
+from ipsecgate.core.state.groups import Groups
 from ipsecgate.core.state.spd import (
     Negotiated,
     SasOf,
@@ -34,10 +35,14 @@ class SpdRules:
 
     def __init__(self) -> None:
         self.policies: dict[SpdKey, SpdEntry] = {}
-        self._by_reqid = _ByReqid()
-        self._without_spi = _ByReqid()  # those with a template that any SPI satisfies
+        self._by_reqid: Groups[int, SpdKey] = Groups()
+        self._without_spi: Groups[int, SpdKey] = (
+            Groups()
+        )  # those with a template that any SPI satisfies
         self._neighbours: dict[int, _Neighbours] = {}  # by priority
-        self._live: dict[SpdKey, Entry | None] = {}  # the entry of a policy's whole region
+        # Of each policy whose rules were made: the entry of its whole region.
+        self._live: dict[SpdKey, Entry | None] = {}
+        self._left: set[SpdKey] = set()  # removed, but their rules are still out
         self._pairs: dict[SpdKey, set[SpdKey]] = {}
         self._closing: OrderedDict[SpdKey, None] = OrderedDict()  # marked: they lost something
         self._marked: OrderedDict[SpdKey, None] = OrderedDict()  # marked: all others
@@ -52,11 +57,10 @@ class SpdRules:
         if old is not None:
             self.remove(entry.key)
         self.policies[entry.key] = entry
-        self._by_reqid.add(entry.key, _reqids(entry))
-        self._without_spi.add(entry.key, _reqids(entry, without_spi=True))
-        if applies(entry):
-            there = self._neighbours.setdefault(entry.priority, _Neighbours())
-            there.add(entry.key, region_of(entry.key))
+        for template in entry.templates:
+            self._by_reqid.add(template.reqid, entry.key)
+            if not template.spi:
+                self._without_spi.add(template.reqid, entry.key)
         self._mark_users(entry, closing=False)
         self._mark(entry.key, closing=False)
 
@@ -65,14 +69,17 @@ class SpdRules:
         entry = self.policies.pop(key, None)
         if entry is None:
             return
-        self._by_reqid.discard(key, _reqids(entry))
-        self._without_spi.discard(key, _reqids(entry, without_spi=True))
-        if applies(entry):
+        for template in entry.templates:
+            self._by_reqid.discard(template.reqid, key)
+            self._without_spi.discard(template.reqid, key)
+        if key in self._live:
+            del self._live[key]
+            self._left.add(key)
             self._neighbours[entry.priority].remove(key, region_of(entry.key))
             if not self._neighbours[entry.priority]:
                 del self._neighbours[entry.priority]
         self._mark_users(entry, closing=True)
-        if key in self._live or key in self._pairs:
+        if key in self._left or key in self._pairs:
             self._mark(key, closing=True)
         else:  # its rules were never made
             self._closing.pop(key, None)
@@ -86,9 +93,10 @@ class SpdRules:
 
     def _mark_users(self, entry: SpdEntry, *, closing: bool) -> None:
         """Mark the policies that learn from this one for which flows an SA was negotiated."""
-        for reqid in {template.reqid for template in entry.templates if template.spi}:
-            for key in self._without_spi.of(reqid):
-                self._mark(key, closing=closing)
+        for template in entry.templates:
+            if template.spi:
+                for key in self._without_spi.of(template.reqid):
+                    self._mark(key, closing=closing)
 
     def _mark(self, key: SpdKey, *, closing: bool) -> None:
         if closing:
@@ -116,18 +124,29 @@ class SpdRules:
         while made < limit and self.pending:
             key, _ = (self._closing or self._marked).popitem(last=False)
             entry = self.policies.get(key)
+            if self._left:
+                self._left.discard(key)
             if entry is None or not applies(entry):
                 yield key, []
-                self._live.pop(key, None)
                 neighbours: set[SpdKey] = set()
             else:
                 rules = rules_of(entry, sas, negotiated)
                 yield key, rules
-                self._live[key] = live_entry(entry, rules)
-                there = self._neighbours[entry.priority]
-                neighbours = there.sharing_with(key, region_of(entry.key))
+                neighbours = self._meet(entry, rules)
             made += 1 + len(neighbours)
-            yield from self._pair_up(key, neighbours)
+            if neighbours or key in self._pairs:
+                yield from self._pair_up(key, neighbours)
+
+    def _meet(self, entry: SpdEntry, rules: Sequence[Rule]) -> set[SpdKey]:
+        """Return the other policies whose rules were made and that share flows with this one."""
+        key, region = entry.key, rules[-1].match
+        there = self._neighbours.get(entry.priority)
+        if there is None:
+            there = self._neighbours[entry.priority] = _Neighbours()
+        if key not in self._live:
+            there.add(key, region)
+        self._live[key] = live_entry(rules)
+        return there.sharing_with(key, region)
 
     def _pair_up(
         self, key: SpdKey, neighbours: set[SpdKey]
@@ -153,51 +172,29 @@ class SpdRules:
             self._pairs.pop(key, None)
 
 
-def _reqids(entry: SpdEntry, *, without_spi: bool = False) -> set[int]:
-    return {t.reqid for t in entry.templates if not (without_spi and t.spi)}
-
-
-class _ByReqid:
-    """Policies by the reqids of their templates."""
-
-    def __init__(self) -> None:
-        self._keys: dict[int, dict[SpdKey, None]] = {}
-
-    def add(self, key: SpdKey, reqids: Iterable[int]) -> None:
-        for reqid in reqids:
-            self._keys.setdefault(reqid, {})[key] = None
-
-    def discard(self, key: SpdKey, reqids: Iterable[int]) -> None:
-        for reqid in reqids:
-            del self._keys[reqid][key]
-            if not self._keys[reqid]:
-                del self._keys[reqid]
-
-    def of(self, reqid: int) -> Iterable[SpdKey]:
-        return self._keys.get(reqid, ())
-
-
 class _Neighbours:
     """Policies of one priority; finds those that share flows."""
 
     def __init__(self) -> None:
-        self._rows: dict[Key, dict[Key, set[SpdKey]]] = {}  # by mask, by value
+        self._rows: dict[Key, Groups[Key, SpdKey]] = {}  # by mask, by value
         # By mask and a mask in common with another: by the part of the value that both keep.
-        self._indexes: dict[Key, dict[Key, dict[Key, set[SpdKey]]]] = {}
+        self._indexes: dict[Key, dict[Key, Groups[Key, SpdKey]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._rows)
 
     def add(self, key: SpdKey, region: Ternary) -> None:
-        self._rows.setdefault(region.mask, {}).setdefault(region.value, set()).add(key)
+        if region.mask not in self._rows:
+            self._rows[region.mask] = Groups()
+        self._rows[region.mask].add(region.value, key)
         for common, index in self._indexes.get(region.mask, {}).items():
-            index.setdefault(region.value.masked(common), set()).add(key)
+            index.add(region.value.masked(common), key)
 
     def remove(self, key: SpdKey, region: Ternary) -> None:
         row = self._rows[region.mask]
-        _discard(row, region.value, key)
+        row.discard(region.value, key)
         for common, index in self._indexes.get(region.mask, {}).items():
-            _discard(index, region.value.masked(common), key)
+            index.discard(region.value.masked(common), key)
         if not row:
             del self._rows[region.mask]
             self._indexes.pop(region.mask, None)
@@ -205,27 +202,24 @@ class _Neighbours:
     def sharing_with(self, key: SpdKey, region: Ternary) -> set[SpdKey]:
         """Return the other policies that share a flow with this one."""
         found: set[SpdKey] = set()
-        for mask in self._rows:
+        for mask, row in self._rows.items():
             if mask == region.mask:
-                found |= self._rows[mask].get(region.value, set())
+                found.update(row.of(region.value))
                 continue
             common = mask.masked(region.mask)
-            found |= self._index(mask, common).get(region.value.masked(common), set())
-        return found - {key}
+            found.update(self._index(mask, common).of(region.value.masked(common)))
+        found.discard(key)
+        return found
 
-    def _index(self, mask: Key, common: Key) -> dict[Key, set[SpdKey]]:
+    def _index(self, mask: Key, common: Key) -> Groups[Key, SpdKey]:
         indexes = self._indexes.setdefault(mask, {})
         if common not in indexes:
             if len(indexes) > 2 * len(self._rows):
                 indexes.clear()  # most are for masks that have gone
-            index: dict[Key, set[SpdKey]] = {}
-            for value, keys in self._rows[mask].items():
-                index.setdefault(value.masked(common), set()).update(keys)
+            index: Groups[Key, SpdKey] = Groups()
+            row = self._rows[mask]
+            for value in row.keys():  # noqa: SIM118  not a dictionary
+                for key in row.of(value):
+                    index.add(value.masked(common), key)
             indexes[common] = index
         return indexes[common]
-
-
-def _discard(index: dict[Key, set[SpdKey]], value: Key, key: SpdKey) -> None:
-    index[value].discard(key)
-    if not index[value]:
-        del index[value]

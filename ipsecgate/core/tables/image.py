@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ipsecgate.core.tables import layout
-from ipsecgate.core.tables.layout import MASKS, Entry, Key, LayoutError, TableId
+from ipsecgate.core.tables.layout import MASKS, Entry, Key, TableId, TooManyMasksError
 from ipsecgate.core.tables.table import Table, Ternary
 
 
@@ -28,6 +28,14 @@ class Writes:
     masks: bool = False  # the list of masks must be written again
     hashes: list[int] = field(default_factory=list)  # of new keys, for the filter
 
+    def add(self, other: Writes) -> None:
+        """Take in the writes of another change that begins with the same generation."""
+        self.puts += other.puts
+        self.undo += other.undo
+        self.deletes += other.deletes
+        self.masks = self.masks or other.masks
+        self.hashes += other.hashes
+
 
 class TableImage:
     """The entries of a table as the maps have them, and the number of each mask."""
@@ -37,7 +45,8 @@ class TableImage:
         self.table = Table()
         self._numbers: dict[Key, int] = {}
         self._best: dict[Key, int] = {}  # no entry of the mask has a lower rank
-        self._free = list(range(MASKS - 1, -1, -1))
+        self._unused = 0  # no mask has had this number, or a higher one
+        self._free: list[int] = []  # lower ones that are free
 
     @classmethod
     def read(
@@ -50,7 +59,8 @@ class TableImage:
         image, strange = cls(table_id), []
         image._numbers = {mask: number for number, (mask, _) in masks.items()}
         image._best = dict(masks.values())
-        image._free = [n for n in range(MASKS - 1, -1, -1) if n not in masks]
+        image._unused = max(masks, default=-1) + 1
+        image._free = [n for n in range(image._unused - 1, -1, -1) if n not in masks]
         for raw, entry in entries.items():
             _, number, value = layout.unpack_key(raw)
             mask, best = masks.get(number, (None, 0))
@@ -66,7 +76,7 @@ class TableImage:
         """Return the writes that make changes with the next generation.
 
         `boot`: as for `layout.pack_answer`.
-        Raises: LayoutError if there are too many masks; nothing has changed then.
+        Raises: TooManyMasksError if there are too many masks; nothing has changed then.
         """
         changes = [(match, entry) for match, entry in changes if self.table.get(match) != entry]
         writes = Writes()
@@ -75,21 +85,28 @@ class TableImage:
         )
         for match, entry in changes:
             raw = self.key(match)
+            hashed = layout.key_hash(raw)
             old = self.table.get(match)
             before = layout.NOTHING if old is None else layout.pack_answer(old, boot)
             now = layout.NOTHING if entry is None else layout.pack_answer(entry, boot)
-            writes.puts.append((raw, layout.pack_entry(raw, generation + 1, now, before)))
-            writes.undo.append((raw, None if old is None else layout.pack_entry(raw, 0, before)))
+            put = layout.pack_hashed_entry(hashed, generation + 1, now, before)
+            writes.puts.append((raw, put))
+            again = None if old is None else layout.pack_hashed_entry(hashed, 0, before)
+            writes.undo.append((raw, again))
             if entry is None:
                 writes.deletes.append(raw)
             elif old is None:
-                writes.hashes.append(layout.key_hash(raw))
+                writes.hashes.append(hashed)
             self.table.put(match, entry)
         return writes
 
     def listed(self) -> dict[int, tuple[Key, int]]:
         """Return the masks and their best ranks, by number."""
         return {number: (mask, self._best[mask]) for mask, number in self._numbers.items()}
+
+    def forget(self, match: Ternary) -> None:
+        """Take an entry for missing, because it is not in the maps as it should be."""
+        self.table.put(match, None)
 
     def masks(self) -> list[bytes]:
         """Return the list of masks as bytes, in parts."""
@@ -109,16 +126,23 @@ class TableImage:
         for mask, rank in wanted:
             best[mask] = min(best.get(mask, rank), rank)
         new = best.keys() - self._numbers.keys()
-        if len(new) > len(self._free):
+        if len(new) > self._numbers_left:
             self._retire()
-        if len(new) > len(self._free):
-            raise LayoutError(f"{len(self._numbers) + len(new)} masks, a table holds {MASKS}")
+        if len(new) > self._numbers_left:
+            raise TooManyMasksError(len(self._numbers) + len(new), MASKS)
         lower = {mask for mask in best if best[mask] < self._best.get(mask, best[mask] + 1)}
         for mask in new:
-            self._numbers[mask] = self._free.pop()
+            if self._free:
+                self._numbers[mask] = self._free.pop()
+            else:
+                self._numbers[mask], self._unused = self._unused, self._unused + 1
         for mask in lower:
             self._best[mask] = best[mask]
         return bool(lower)
+
+    @property
+    def _numbers_left(self) -> int:
+        return len(self._free) + MASKS - self._unused
 
     def _retire(self) -> None:
         """Free the numbers of the masks that have no entry.

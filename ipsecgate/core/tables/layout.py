@@ -12,13 +12,14 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Self
 
 from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.model.flow import Address, Flow, Network, unmap
+from ipsecgate.core.model.value import value
 from ipsecgate.errors import GateError
 
 LAYOUT = 4
@@ -127,6 +128,17 @@ class LayoutError(GateError):
         )
 
 
+class TooManyMasksError(LayoutError):
+    """More masks than a table of the hooks holds."""
+
+    def __init__(self, count: int, limit: int = MASKS) -> None:
+        GateError.__init__(
+            self,
+            f"the hooks' maps: {count} masks, a table holds {limit}",
+            hint="use fewer different prefix lengths, port ranges and marks",
+        )
+
+
 _KEY = struct.Struct("!16s16sHHBBxxIHBx")  # struct gate_key
 KEY_SIZE = _KEY.size
 # Where each field lies in a key's number, which is the struct's bytes read as one, and its width.
@@ -199,7 +211,7 @@ class Key(int):
         return "Key(" + ", ".join(f"{n}={self._field(n):#x}" for n in _FIELDS) + ")"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Entry:
     """struct gate_answer. `error` 0 is EPERM; `id` is the index of a policy among those in force.
 
@@ -225,6 +237,7 @@ _EVENT = struct.Struct(f"=QQ{KEY_SIZE}sIIII16s")
 # the hooks use it to order their reads (setting_after() in bpf/maps.bpf.c).
 _LAST = 2**63 - 1
 _CHECK = struct.Struct("=I")
+_RANK = struct.Struct("=Q")
 SETTING = struct.Struct("=Q")
 INDEX = struct.Struct("=I")
 ENTRY_SIZE = _ENTRY.size
@@ -283,7 +296,7 @@ def pack_masks(masks: Iterable[tuple[int, Key, int]], table: int) -> list[bytes]
     """
     ordered = sorted(masks, key=lambda mask: mask[2])
     if len(ordered) > MASKS:
-        raise LayoutError(f"{len(ordered)} masks, a table holds {MASKS}")
+        raise TooManyMasksError(len(ordered))
     packed = [
         _MASK.pack(pack_key(mask), _last_word(pack_key(Key(), table, number)), best)
         for number, mask, best in ordered
@@ -333,14 +346,26 @@ def unpack_answer(raw: bytes, boot: int = 0) -> Entry | None:
 
 def pack_entry(key: bytes, since: int, now: bytes, before: bytes = NOTHING) -> bytes:
     """Return struct gate_entry, 72 bytes, of two answers as `pack_answer` has them."""
-    bound = _mix(key_hash(key), since)
+    return pack_hashed_entry(key_hash(key), since, now, before)
+
+
+def pack_hashed_entry(hashed: int, since: int, now: bytes, before: bytes = NOTHING) -> bytes:
+    """Return the same, for a key whose `key_hash` is known."""
+    bound = _mix(hashed, since)
     return _ENTRY.pack(since, _checked(now, bound), _checked(before, bound))
 
 
 def _checked(answer: bytes, bound: int) -> bytes:
-    rank, deadline, state, error, policy = _ANSWER.unpack(answer)
-    check = _mix(_mix(bound, rank), _mix(_mix(deadline, error << 32 | state), policy))
-    return answer[:-4] + _CHECK.pack(check & 0xFFFFFFFF)
+    return answer[:-4] + _CHECK.pack(
+        _mix(_mix(bound, *_RANK.unpack_from(answer)), _rest(answer)) & 0xFFFFFFFF
+    )
+
+
+@lru_cache(maxsize=1 << 10)
+def _rest(answer: bytes) -> int:
+    """Return the part of an answer's check that depends on nothing else; many entries share it."""
+    _rank, deadline, state, error, policy = _ANSWER.unpack(answer)
+    return _mix(_mix(deadline, error << 32 | state), policy)
 
 
 def unpack_entry(raw: bytes, generation: int) -> bytes:
@@ -354,6 +379,13 @@ def unpack_entry(raw: bytes, generation: int) -> bytes:
     return bytes(now if since <= generation else before)[:-4] + bytes(4)
 
 
+def is_sound(key: bytes, raw: bytes, generation: int) -> bool:
+    """Return whether an entry's checks are right, and its last change is in force."""
+    since, now, before = _ENTRY.unpack(raw)
+    bound = _mix(key_hash(key), since)
+    return since <= generation and (_checked(now, bound), _checked(before, bound)) == (now, before)
+
+
 def is_pending(raw: bytes, generation: int) -> bool:
     """Return whether a struct gate_entry holds a change that was never put in force."""
     return bool(_ENTRY.unpack(raw)[0] > generation)
@@ -361,11 +393,15 @@ def is_pending(raw: bytes, generation: int) -> bool:
 
 def key_hash(raw: bytes) -> int:
     """Return the hash of a packed key; its highest bits are the number of its bit in the filter."""
-    one = two = 0
-    words = _WORDS.unpack(raw)
-    for even, odd in zip(words[::2], words[1::2], strict=True):
-        one, two = _mix(one, even), _mix(two, odd)
-    return _mix(one, two)
+    # As `mix` of gate.h does, word by word; a loop and calls would take twice as long.
+    a, b, c, d, e, f = _WORDS.unpack(raw)
+    one = a * _MULTIPLIER & _ALL_ONES
+    one = ((one ^ one >> 32) ^ c) * _MULTIPLIER & _ALL_ONES
+    one = ((one ^ one >> 32) ^ e) * _MULTIPLIER & _ALL_ONES
+    two = b * _MULTIPLIER & _ALL_ONES
+    two = ((two ^ two >> 32) ^ d) * _MULTIPLIER & _ALL_ONES
+    two = ((two ^ two >> 32) ^ f) * _MULTIPLIER & _ALL_ONES
+    return _mix(one ^ one >> 32, two ^ two >> 32)
 
 
 def _mix(mixed: int, word: int) -> int:

@@ -57,7 +57,9 @@ class RuleTable:
         self._masks = (MASK_LIMIT if masks is None else masks) - COARSE_MASKS
         self._entries = (ENTRY_LIMIT if entries is None else entries) - COARSE_ENTRIES
         self._rules: dict[Hashable, Rules] = {}
-        self._shared: dict[Ternary, list[Entry]] = {}  # all entries of the ternaries with several
+        # All entries of the ternaries with several, and how many owners have each.
+        self._shared: dict[Ternary, Counter[Entry]] = {}
+        self._untried = 0  # closed owners that have not been tried since others made space
         self._changed: dict[Ternary, Entry | None] = {}  # as it was before
         self._peer_of: dict[Key, Hashable] = {}  # whose rules brought a mask in
         self._brought: Counter[Hashable] = Counter()
@@ -65,12 +67,23 @@ class RuleTable:
     def assign(self, owner: Hashable, rules: Iterable[Rule], peer: Hashable = None) -> None:
         """Give an owner these rules instead of those that it has; `peer`: who chose their masks."""
         wanted = tuple(rules)
-        if owner in self.closed and self.closed[owner][0] == wanted:
+        if self.closed and owner in self.closed and self.closed[owner][0] == wanted:
             return
+        before = self.table.size, len(self.table.rows)
         self._assign(owner, wanted, peer)
-        if self.closed and self._has_space:
-            for other in list(islice(self.closed, RETRIES)):  # those that fail again go to the end
-                self._assign(other, *self.closed[other])
+        if self.table.size < before[0] or len(self.table.rows) < before[1]:
+            self._untried = len(self.closed)
+        self.retry()
+
+    def retry(self) -> bool:
+        """Try some of the closed owners again if others made space; return whether more wait."""
+        self._untried = min(self._untried, len(self.closed))
+        if not self._untried or not self._has_space:
+            return False
+        for other in list(islice(self.closed, min(RETRIES, self._untried))):
+            self._untried -= 1
+            self._assign(other, *self.closed[other])  # one that fails again goes to the end
+        return self._untried > 0 and self._has_space
 
     def changes(self) -> dict[Ternary, Difference]:
         """Return the entries that differ since the last call, before and now."""
@@ -92,7 +105,8 @@ class RuleTable:
 
     def _assign(self, owner: Hashable, wanted: Rules, peer: Hashable) -> None:
         old = self._rules.get(owner, ())
-        self.closed.pop(owner, None)
+        if self.closed:
+            self.closed.pop(owner, None)
         rules = wanted
         if wanted != old and not self._fit(wanted, old, peer):
             self.closed[owner] = wanted, peer
@@ -112,7 +126,8 @@ class RuleTable:
         """Return whether there is space for an owner's rules."""
         if self.table.size + len(rules) - len(old) > self._entries and len(rules) > len(old):
             return False
-        new = {rule.match.mask for rule in rules} - self.table.rows.keys() - COARSE
+        rows = self.table.rows
+        new = {mask for rule in rules if (mask := rule.match.mask) not in rows} - COARSE
         if not new:
             return True
         if peer is not None and self._brought[peer] + len(new) > self._masks // PEER_SHARE:
@@ -141,7 +156,9 @@ class RuleTable:
                 self._brought[peer] += 1
             self._put(rule.match, rule.entry)
             return
-        self._shared.setdefault(rule.match, [entry]).append(rule.entry)
+        if rule.match not in self._shared:
+            self._shared[rule.match] = Counter((entry,))
+        self._shared[rule.match][rule.entry] += 1
         if better(rule.entry, entry):
             self._put(rule.match, rule.entry)
 
@@ -152,14 +169,16 @@ class RuleTable:
             if rule.match.mask not in self.table.rows:
                 self._release(rule.match.mask)
             return
-        shared.remove(rule.entry)
-        if len(shared) == 1:
+        shared[rule.entry] -= 1
+        if not shared[rule.entry]:
+            del shared[rule.entry]
+            if self.table.get(rule.match) == rule.entry:
+                best, *others = shared
+                for entry in others:
+                    best = entry if better(entry, best) else best
+                self._put(rule.match, best)
+        if len(shared) == 1 and shared.total() == 1:
             del self._shared[rule.match]
-        if self.table.get(rule.match) == rule.entry:
-            best = shared[0]
-            for entry in shared[1:]:
-                best = entry if better(entry, best) else best
-            self._put(rule.match, best)
 
     def _release(self, mask: Key) -> None:
         peer = self._peer_of.pop(mask, None)

@@ -11,16 +11,18 @@ Rules of this module:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache
 from typing import Self
 
 from ipsecgate.core.model.flow import PORT_MASK, Network, Selector
-from ipsecgate.core.tables.layout import Entry, Key, address_bits
+from ipsecgate.core.model.value import value
+from ipsecgate.core.tables.layout import V4_MAPPED, Entry, Key
 
 _ALL_ADDRESS = (1 << 128) - 1
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ternary:
     """A value and a mask: a flow matches if it equals the value in every bit of the mask."""
 
@@ -33,16 +35,13 @@ class Ternary:
 
     def intersect(self, other: Self) -> Ternary | None:
         """Return what matches both, None where nothing does."""
+        if not other.mask or self == other:
+            return self
+        if not self.mask:
+            return other
         if (self.value ^ other.value) & self.mask & other.mask:
             return None
         return Ternary(self.value.joined(other.value), self.mask.joined(other.mask))
-
-
-def network_bits(network: Network) -> tuple[int, int]:
-    """Return a network's (value, mask) as 128-bit addresses; IPv4 is v4-mapped."""
-    host_bits = network.max_prefixlen - network.prefixlen
-    mask = _ALL_ADDRESS >> host_bits << host_bits
-    return address_bits(network.network_address, network.version), mask
 
 
 def ternary(
@@ -55,12 +54,29 @@ def ternary(
     mark: tuple[int, int] = (0, 0),
 ) -> Ternary:
     """Return a ternary for one IP version. Ports and mark are (value, mask); `src` None is any."""
-    daddr, daddr_mask = network_bits(dst)
-    saddr, saddr_mask = network_bits(src) if src is not None else (0, 0)
+    version = dst.version
+    mapped = V4_MAPPED if version == 4 else 0
+    daddr = mapped | int(dst.network_address)
+    saddr, length = 0, -1
+    if src is not None:
+        saddr, length = mapped | int(src.network_address), src.prefixlen
     return Ternary(
-        Key(saddr, daddr, sport[0] & sport[1], dport[0] & dport[1], proto, dst.version, mark[0]),
-        Key(saddr_mask, daddr_mask, sport[1], dport[1], 0xFF if proto else 0, 0xFF, mark[1]),
+        Key(saddr, daddr, sport[0] & sport[1], dport[0] & dport[1], proto, version, mark[0]),
+        _mask(version, length, dst.prefixlen, sport[1], dport[1], proto != 0, mark[1]),
     )
+
+
+@lru_cache(maxsize=1 << 12)
+def _mask(  # noqa: PLR0917  the fields of a key, in its order
+    version: int, src: int, dst: int, sport: int, dport: int, proto: bool, mark: int
+) -> Key:
+    """Return the mask for two prefix lengths, -1 for any address: many rules share one."""
+    width = 32 if version == 4 else 128
+
+    def bits(length: int) -> int:
+        return _ALL_ADDRESS >> width - length << width - length if length >= 0 else 0
+
+    return Key(bits(src), bits(dst), sport, dport, 0xFF if proto else 0, 0xFF, mark)
 
 
 def from_selector(selector: Selector, mark: tuple[int, int] = (0, 0)) -> Ternary:
@@ -92,7 +108,7 @@ def port_masks(low: int, high: int) -> list[tuple[int, int]]:
     return blocks
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Rule:
     """Flows that match get this entry, unless an entry of a lower rank has them."""
 
@@ -106,6 +122,13 @@ class Table:
     def __init__(self) -> None:
         self.rows: dict[Key, dict[Key, Entry]] = {}
         self.size = 0  # entries
+
+    def copy(self) -> Table:
+        """Return a table with the same entries."""
+        made = Table()
+        made.rows = {mask: row.copy() for mask, row in self.rows.items()}
+        made.size = self.size
+        return made
 
     def put(self, match: Ternary, entry: Entry | None) -> None:
         """Set what the flows of a ternary get; None removes it."""

@@ -11,16 +11,16 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import struct
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from ipsecgate import trust
+from ipsecgate.core.model.value import value
 from ipsecgate.edges.bpf.libbpf import INSN_SIZE, MapShape
 from ipsecgate.errors import GateError, KernelLacksError
 
@@ -36,13 +36,19 @@ main(sys.argv[2])
 """
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Program:
     """Instructions; the map whose descriptor one loads, by index; where called functions begin."""
 
     insns: bytes
     maps: Mapping[int, str]
     functions: tuple[int, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Return six hexadecimal digits that other instructions would hardly have."""
+        text = f"{sorted(self.maps.items())} {self.functions}"
+        return hashlib.sha256(self.insns + text.encode()).hexdigest()[:6]
 
     def linked(self, fds: Mapping[str, int]) -> bytes:
         """Return the instructions with each map's descriptor filled in."""
@@ -52,7 +58,7 @@ class Program:
         return bytes(code)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Bytecode:
     """Everything that the loader needs: programs by hook and maps by name."""
 
@@ -102,7 +108,7 @@ def compiler_version() -> str:
 
 def cache_key() -> str:
     """Return a hash of the sources, the compiler's version and the machine's architecture."""
-    digest = hashlib.sha256(f"{compiler_version()} {platform.machine()}\n".encode())
+    digest = hashlib.sha256(f"{compiler_version()} {os.uname().machine}\n".encode())
     for path in sorted(source_dir().rglob("*.[ch]")):
         digest.update(f"{path.relative_to(source_dir())}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:32]

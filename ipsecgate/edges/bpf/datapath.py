@@ -7,8 +7,10 @@ it (`core.tables.image`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import TypeVar
 
 from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.model.flow import Address, Network
@@ -22,7 +24,10 @@ from ipsecgate.edges.bpf.maps import LIST, Maps, boot_time
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.bpf.ring import Ring
 
-ENTRIES_PER_TURN = 4096  # written before other tasks of the loop get a turn
+ENTRIES_PER_TURN = 256  # written before other tasks of the loop get a turn: two milliseconds
+
+Difference = tuple[Ternary, Entry | None]
+T = TypeVar("T")
 
 
 class Datapath(Maps):
@@ -39,6 +44,7 @@ class Datapath(Maps):
             lambda value: self.set(Setting.FILTER, value),
         )
         self._images: dict[TableId, TableImage] = {}
+        self._publishing = False
         for table in TableId:
             self._adopt(table)
         self._refill()
@@ -100,23 +106,29 @@ class Datapath(Maps):
             return None
 
     async def publish(self, table: TableId, content: Table) -> None:
-        """Replace a table's content, at once.
+        """Replace a table's content, at once. Other tasks run while it is being written.
 
-        The first time, when the hooks refuse everything anyway, other tasks run in between.
+        The caller must see to it that nothing else is written meanwhile.
         Raises: OSError or LayoutError when the maps are full (the old table stays in force).
         """
-        gone = [
-            (match, None)
-            for match, _ in self._images[table].table.entries()
-            if content.get(match) is None
-        ]
-        changes = [*gone, *content.entries()]
-        if not self.setting(LIST[table]):
-            while len(changes) > ENTRIES_PER_TURN:
-                self._write(table, changes[:ENTRIES_PER_TURN], listed=False)
-                del changes[:ENTRIES_PER_TURN]
+        if self._filter.is_full(content.size):
+            self._refill(content.size)  # first, because it begins a generation
+        written = Writes()
+        self._publishing = True
+        try:
+            for some in _differences(self._images[table].table, content):
+                self._prepare(table, some, written)
                 await asyncio.sleep(0)
-        self.change(table, changes)
+            self._begin(table, written)
+        except (OSError, LayoutError):
+            self._undo(table, written)
+            raise
+        finally:
+            self._publishing = False
+        for count, raw in enumerate(written.deletes, 1):
+            libbpf.delete(self._fds["entries"], raw)
+            if count % ENTRIES_PER_TURN == 0:
+                await asyncio.sleep(0)
 
     def withdraw(self, table: TableId) -> None:
         """Make the hooks find nothing in a table, at once; this needs no memory in the kernel.
@@ -131,33 +143,36 @@ class Datapath(Maps):
 
         Raises: OSError or LayoutError when the maps are full (nothing has changed then).
         """
-        self._write(table, changes, listed=True)
-
-    def _write(
-        self, table: TableId, changes: Iterable[tuple[Ternary, Entry | None]], *, listed: bool
-    ) -> None:
-        """Write changes.
-
-        `listed` False: nobody may find the entries yet, a later call publishes the table.
-        """
-        image, entries = self._images[table], self._fds["entries"]
         changes = list(changes)
         if self._filter.is_full(len(changes)):
             self._refill()  # first, because it begins a generation
-        writes = image.change(changes, self.setting(Setting.GENERATION), boot_time())
-        if not writes.puts and (self.setting(LIST[table]) or not listed):
-            return
-        self._filter.add(writes.hashes)
+        written = Writes()
         try:
-            libbpf.update_all(entries, writes.puts)
-            if listed and (writes.masks or not self.setting(LIST[table])):
-                self._list_masks(table)
-            self._raise_generation()
+            self._prepare(table, changes, written)
+            if written.puts or not self.setting(LIST[table]):
+                self._begin(table, written)
         except OSError:
-            self._undo(table, writes)
+            self._undo(table, written)
             raise
-        for raw in writes.deletes:
-            libbpf.delete(entries, raw)
+        for raw in written.deletes:
+            libbpf.delete(self._fds["entries"], raw)
+
+    def _prepare(self, table: TableId, changes: Iterable[Difference], written: Writes) -> None:
+        """Write changes for the next generation, and add them to what is `written` for it.
+
+        Raises: OSError; LayoutError, and then nothing is written.
+        """
+        image = self._images[table]
+        writes = image.change(changes, self.setting(Setting.GENERATION), boot_time())
+        written.add(writes)
+        self._filter.add(writes.hashes)
+        libbpf.update_all(self._fds["entries"], writes.puts)
+
+    def _begin(self, table: TableId, written: Writes) -> None:
+        """Put in force what is written for the next generation. Raises: OSError."""
+        if written.masks or not self.setting(LIST[table]):
+            self._list_masks(table)
+        self._raise_generation()
 
     def _list_masks(self, table: TableId) -> None:
         """Write a list of masks beside the one in use, and use it."""
@@ -178,42 +193,77 @@ class Datapath(Maps):
                 libbpf.update(entries, raw, value)
         self._adopt(table)
 
-    def _refill(self) -> None:
-        """Fill the other filter, use it, and begin a generation."""
+    def _refill(self, more: int = 0) -> None:
+        """Fill the other filter, with space for `more` entries, use it, and begin a generation."""
         images = self._images.values()
-        count = sum(image.table.size for image in images)
+        count = sum(image.table.size for image in images) + more
         self._filter.fill(chain.from_iterable(image.hashes() for image in images), count)
         self._raise_generation()
 
     async def repair(self, table: TableId, content: Table) -> int:
-        """Restore a published table to this content; return how many entries differed.
+        """Restore a published table to this content; return how much of it was not right.
 
-        Works in batches, and stops early if the controller changes a table in between.
+        Other tasks run meanwhile. It stops early if one of them changes a table.
         Raises: OSError.
         """
-        generation = self.setting(Setting.GENERATION)
-        raw: list[tuple[bytes, bytes]] = []
-        for chunk in self._raw_entries(table):
-            raw += chunk
+        found = _Found()
+        generation, image = self.setting(Setting.GENERATION), self._images[table]
+        masks = {number: mask for number, (mask, _) in image.listed().items()}
+        for some in self._slices(table):
+            self._compare(some, content, masks, found)
             await asyncio.sleep(0)
-            if self.setting(Setting.GENERATION) != generation:
+            if self._publishing or self.setting(Setting.GENERATION) != generation:
                 return 0
-        image = self._images[table]
+        if found.right < content.size:
+            for entries in _slices(content.entries()):
+                found.wrong.update(one for one in entries if self._is_missing(table, one[0]))
+                await asyncio.sleep(0)
+                if self._publishing or self.setting(Setting.GENERATION) != generation:
+                    return 0
         listed = self._masks(table) == image.listed()
-        self._images[table], strange = self._clean_image(table, raw, image.listed())
-        there = self._images[table].table
-        wrong: list[tuple[Ternary, Entry | None]] = [
-            (match, None) for match, _ in there.entries() if content.get(match) is None
-        ]
-        wrong += [one for one in content.entries() if there.get(one[0]) != one[1]]
-        if listed and not strange and not wrong:
-            return 0
+        filtered = found.filtered and self.setting(Setting.FILTER) == self._filter.setting
+        for key in found.strange:
+            libbpf.delete(self._fds["entries"], key)
+        for match in found.wrong:
+            image.forget(match)
         if not listed:
             self._list_masks(table)
-        self.change(table, wrong)
-        self._refill()
-        strange -= {self._images[table].key(match) for match, entry in wrong if entry is not None}
-        return len(wrong) + len(strange) + (not listed)
+        self.change(table, found.wrong.items())
+        if found.wrong or found.strange or not (listed and filtered):
+            self._refill()
+        return len(found.wrong) + len(found.strange) + (not listed) + (not filtered)
+
+    def _slices(self, table: TableId) -> Iterator[list[tuple[bytes, bytes]]]:
+        return chain.from_iterable(_slices(iter(chunk)) for chunk in self._raw_entries(table))
+
+    def _compare(
+        self,
+        entries: Iterable[tuple[bytes, bytes]],
+        content: Table,
+        masks: Mapping[int, Key],
+        found: _Found,
+    ) -> None:
+        """Compare entries with what they should be."""
+        generation, boot = self.setting(Setting.GENERATION), boot_time()
+        for key, value in entries:
+            _, number, flows = layout.unpack_key(key)
+            mask = masks.get(number)
+            wanted = None if mask is None else content.rows.get(mask, {}).get(flows)
+            if mask is None or wanted is None:
+                found.strange.append(key)
+            elif not layout.is_sound(key, value, generation) or (
+                self._answer(value, generation, boot) != wanted
+            ):
+                found.wrong[Ternary(flows, mask)] = wanted
+            else:
+                found.right += 1
+                found.filtered &= not self._filter.lacks((layout.key_hash(key),))
+
+    def _is_missing(self, table: TableId, match: Ternary) -> bool:
+        image = self._images[table]
+        if image.table.get(match) is None:
+            return True
+        return libbpf.lookup(self._fds["entries"], image.key(match), layout.ENTRY_SIZE) is None
 
     def _raise_generation(self) -> None:
         """Begin a generation, which ends what sockets and processors remember of the last."""
@@ -274,3 +324,32 @@ class Datapath(Maps):
         """
         if self._ring is not None:
             self._ring.consume()
+
+
+@dataclass
+class _Found:
+    """What a comparison of a table has found."""
+
+    right: int = 0
+    wrong: dict[Ternary, Entry | None] = field(default_factory=dict)  # or missing, as it should be
+    strange: list[bytes] = field(default_factory=list)  # keys that should not be there
+    filtered: bool = True  # whether the filter has the bits of those that are right
+
+
+def _slices(items: Iterator[T]) -> Iterator[list[T]]:
+    """Yield items as lists of `ENTRIES_PER_TURN`."""
+    while some := list(islice(items, ENTRIES_PER_TURN)):
+        yield some
+
+
+def _differences(there: Table, wanted: Table) -> Iterator[list[Difference]]:
+    """Yield the changes that make one table the other, of so many entries at a time.
+
+    The first one may change meanwhile.
+    """
+    for mask, row in list(there.rows.items()):
+        kept = wanted.rows.get(mask, {})
+        for some in _slices(iter(list(row))):
+            yield [(Ternary(value, mask), None) for value in some if value not in kept]
+    for entries in _slices(wanted.entries()):
+        yield [one for one in entries if there.get(one[0]) != one[1]]

@@ -15,10 +15,10 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ipsecgate.core.model.value import value
 from ipsecgate.errors import KernelLacksError
 
 PROG_TYPE_CGROUP_SKB = 8
@@ -30,6 +30,7 @@ INSN_SIZE = 8
 # Seconds to wait for memory, one after the other.
 PAUSES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 SINGLY = 32  # fewer entries are written one by one
+MAPS_PER_PROGRAM = 64
 ENTRIES_PER_CALL = 4096  # of a map, in one system call
 SEARCH_SIZE = 104  # sizeof(struct search), bpf/maps.bpf.c
 
@@ -86,6 +87,21 @@ class _MapInfo(ct.Structure):
     ]
 
 
+class _ProgInfo(ct.Structure):
+    _fields_ = [
+        ("type", ct.c_uint32),
+        ("id", ct.c_uint32),
+        ("tag", ct.c_ubyte * 8),
+        ("lengths", ct.c_uint32 * 2),
+        ("instructions", ct.c_uint64 * 2),
+        ("load_time", ct.c_uint64),
+        ("created_by_uid", ct.c_uint32),
+        ("nr_map_ids", ct.c_uint32),
+        ("map_ids", ct.c_uint64),
+        ("name", ct.c_char * 16),
+    ]
+
+
 class _LinkInfo(ct.Structure):
     _fields_ = [
         ("type", ct.c_uint32),
@@ -96,7 +112,7 @@ class _LinkInfo(ct.Structure):
     ]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class MapShape:
     """A map's type and sizes, in bytes: a version reuses a pinned map only if these are equal."""
 
@@ -107,7 +123,7 @@ class MapShape:
     flags: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class LinkInfo:
     """A cgroup link: the program that it runs now, and its cgroup's inode number."""
 
@@ -313,6 +329,21 @@ def map_shape(fd: int) -> MapShape:
     info = _MapInfo()
     _info(fd, info)
     return MapShape(info.type, info.key_size, info.value_size, info.max_entries, info.map_flags)
+
+
+def map_id(fd: int) -> int:
+    """Return a map's id. Raises: OSError."""
+    info = _MapInfo()
+    _info(fd, info)
+    return int(info.id)
+
+
+def program_info(fd: int) -> tuple[str, set[int]]:
+    """Return a program's name, and the ids of the maps that it uses. Raises: OSError."""
+    ids = (ct.c_uint32 * MAPS_PER_PROGRAM)()
+    info = _ProgInfo(nr_map_ids=MAPS_PER_PROGRAM, map_ids=ct.addressof(ids))
+    _info(fd, info)
+    return info.name.decode(), set(ids[: min(info.nr_map_ids, MAPS_PER_PROGRAM)])
 
 
 def link_info(fd: int) -> LinkInfo:

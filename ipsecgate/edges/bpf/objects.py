@@ -10,14 +10,16 @@ its settings map, at GATE_VERSION, the one word that no layout ever moves.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ipsecgate.core.tables.layout import INDEX, LAYOUT, MAPS, SETTING, Setting
 from ipsecgate.edges.bpf import libbpf
-from ipsecgate.edges.bpf.bytecode import Bytecode
+
+if TYPE_CHECKING:
+    from ipsecgate.edges.bpf.bytecode import Bytecode, Program
 
 KINDS = ("progs", "maps")
 
@@ -36,6 +38,11 @@ HOOKS = {
     "sendmsg6": Hook(libbpf.PROG_TYPE_CGROUP_SOCK_ADDR, 15),
     "egress": Hook(libbpf.PROG_TYPE_CGROUP_SKB, 1),
 }
+
+
+def _name(hook: str, program: Program) -> str:
+    """Return the kernel's name for a program, at most 15 characters, by which it is known again."""
+    return f"{hook}_{program.digest}"
 
 
 @contextmanager
@@ -94,10 +101,10 @@ class Objects:
         return int(SETTING.unpack(raw)[0]) if raw else -1
 
     def pin(self, bytecode: Bytecode) -> None:
-        """Pin this version: reuse existing maps, replace existing programs.
+        """Pin this version: reuse existing maps, and those programs that are the same.
 
         With new maps the hooks refuse every flow that is not exempt until tables are published.
-        Raises: OSError.
+        The kernel's verifier may take a second for a program. Raises: OSError.
         """
         for kind in KINDS:
             (self.folder / kind).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -107,19 +114,32 @@ class Objects:
                 fds[name] = self._map(name, shape)
             version = INDEX.pack(Setting.VERSION), SETTING.pack(LAYOUT)
             libbpf.update(fds["settings"], *version)
-            for hook, (prog_type, attach_type) in HOOKS.items():
-                code = bytecode.programs[hook].linked(fds)
-                with opened(
-                    libbpf.load_program(
-                        hook, code, prog_type, attach_type, bytecode.programs[hook].functions
-                    )
-                ) as prog:
-                    path = self.folder / "progs" / hook
-                    path.unlink(missing_ok=True)  # the links hold their own reference
-                    libbpf.pin(prog, path)
+            for hook in HOOKS:
+                if not self._has(hook, bytecode.programs[hook], fds):
+                    self._load(hook, bytecode.programs[hook], fds)
         finally:
             for fd in fds.values():
                 os.close(fd)
+
+    def _has(self, hook: str, program: Program, fds: Mapping[str, int]) -> bool:
+        """Return whether this program is pinned, and uses these maps."""
+        try:
+            with opened(self.open_program(hook)) as fd:
+                name, maps = libbpf.program_info(fd)
+        except FileNotFoundError:
+            return False
+        wanted = {libbpf.map_id(fds[used]) for used in program.maps.values()}
+        return name == _name(hook, program) and maps == wanted
+
+    def _load(self, hook: str, program: Program, fds: Mapping[str, int]) -> None:
+        with opened(
+            libbpf.load_program(
+                _name(hook, program), program.linked(fds), *HOOKS[hook], program.functions
+            )
+        ) as prog:
+            path = self.folder / "progs" / hook
+            path.unlink(missing_ok=True)  # the links hold their own reference
+            libbpf.pin(prog, path)
 
     def _map(self, name: str, shape: libbpf.MapShape) -> int:
         path = self.folder / "maps" / name

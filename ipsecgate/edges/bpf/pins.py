@@ -19,18 +19,21 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ipsecgate import trust
+from ipsecgate.core.model.value import value
 from ipsecgate.edges.bpf import libbpf
-from ipsecgate.edges.bpf.bytecode import Bytecode
 from ipsecgate.edges.bpf.objects import HOOKS, KINDS, Objects, opened
 from ipsecgate.edges.host.mounts import type_of
 from ipsecgate.errors import GateError, KernelLacksError
 
+if TYPE_CHECKING:
+    from ipsecgate.edges.bpf.bytecode import Bytecode
 
-@dataclass(frozen=True, slots=True)
+
+@value
 class Attachment:
     """One hook on one cgroup."""
 

@@ -10,7 +10,7 @@ import errno
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from reprlib import repr as short
@@ -20,6 +20,7 @@ from ipsecgate import trust
 from ipsecgate.core.model.flow import PORT_MASK, PROTOCOLS, Network
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
+from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.policy_rules import matches
 from ipsecgate.core.tables.rule_table import COARSE_ENTRIES, COARSE_MASKS, ENTRY_LIMIT, MASK_LIMIT
 from ipsecgate.edges.host.config_table import ERRNO_KEYS, GATE_KEYS, POLICY_KEYS, TomlTable
@@ -40,7 +41,7 @@ ERRNOS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Config:
     """One instance's configuration.
 

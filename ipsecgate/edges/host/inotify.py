@@ -1,4 +1,4 @@
-"""Report which folders of a tree appear and vanish: inotify(7), which cgroupfs supports.
+"""Report which folders of a tree appear and vanish, or what appears in one folder: inotify(7).
 
 Rule of this module: watch a folder before listing its contents, so that none is missed. A folder
 may therefore be reported twice. If the kernel's queue overflows, `Overflow` says so.
@@ -10,10 +10,12 @@ import ctypes as ct
 import os
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from ipsecgate.core.model.value import value
+
 _CREATE, _DELETE, _OVERFLOW, _IGNORED = 0x100, 0x200, 0x4000, 0x8000
+_MOVED_TO = 0x80
 _ONLYDIR, _ISDIR = 0x0100_0000, 0x4000_0000
 _HEADER = struct.Struct("=iIII")  # struct inotify_event: wd, mask, cookie, length of the name
 _READ = 1 << 16
@@ -21,26 +23,45 @@ _READ = 1 << 16
 _libc = ct.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Appeared:
     """A folder exists."""
 
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Vanished:
     """A folder was removed; another of the same name may exist by now."""
 
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Overflow:
     """Events were lost: read the whole tree again."""
 
 
 Event = Appeared | Vanished | Overflow
+
+
+class Arrivals:
+    """Tells when a name appears in a folder: `fd` becomes readable."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: OSError, for example if the folder does not exist."""
+        self.fd = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self.fd < 0:
+            raise OSError(ct.get_errno(), f"inotify: {os.strerror(ct.get_errno())}")
+        flags = _CREATE | _MOVED_TO | _ONLYDIR
+        if _libc.inotify_add_watch(self.fd, os.fsencode(folder), flags) < 0:
+            code = ct.get_errno()
+            os.close(self.fd)
+            raise OSError(code, f"watch {folder}: {os.strerror(code)}")
+
+    def close(self) -> None:
+        """Stop watching."""
+        os.close(self.fd)
 
 
 class Folders:

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 
-from ipsecgate.core.codec.xfrm import decode, encode_policy_dump
-from ipsecgate.core.codec.xfrm_floor import encode_delete, encode_set
-from ipsecgate.core.model.events import PolicySet, XfrmEvent
+from ipsecgate.core.codec.xfrm import encode_policy_dump
+from ipsecgate.core.codec.xfrm_floor import decode_late, encode_delete, encode_set
+from ipsecgate.core.model.events import XfrmEvent
 from ipsecgate.core.model.policy import FloorPolicy
 from ipsecgate.core.state.floor import parse_own
 from ipsecgate.edges.kernel.netlink import Requests
@@ -63,11 +63,8 @@ async def keep(tag: int, wanted: tuple[FloorPolicy, ...]) -> None:
     if not wanted and not has_xfrm():
         return
     async with Requests(NETLINK_XFRM) as requests:
-        present = {
-            policy
-            for event in await requests.dump(encode_policy_dump, decode)
-            if isinstance(event, PolicySet) and (policy := parse_own(event.entry, tag)) is not None
-        }
+        late = await requests.dump(encode_policy_dump, decode_late)
+        present = {own for entry in late if (own := parse_own(entry, tag)) is not None}
         for policy in wanted:
             if policy not in present:
                 try:

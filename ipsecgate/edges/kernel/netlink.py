@@ -1,15 +1,14 @@
 """A netlink socket that delivers raw datagrams, and requests over it.
 
-pyroute2 creates, sizes, binds and closes the socket, and joins its groups. We bypass pyroute2's
-queue and decoder, for three reasons, all measured:
-- Its queue is keyed by sequence number, and a notification carries the sequence number of the
-  request, by any process, that caused it.
-- Its decoder takes five times as long as our codec.
-- After one ENOBUFS it stops for good, but an overrun is exactly what we must notice and survive.
-So we override `setup_endpoint`, as pyroute2's own classes do, and attach our protocol to asyncio's
-transport. Then one recvfrom() takes a datagram from the kernel's multicast to the caller.
+The standard library opens the socket, and one recvfrom() takes a datagram from the kernel's
+multicast to the caller. pyroute2, which the lab uses, was of no use here: its queue is keyed by
+sequence number, which a notification has from any process's request; its decoder takes five times
+as long as our codec; and after one ENOBUFS it stops for good, but an overrun is exactly what we
+must notice and survive.
 
-Only datagrams from the kernel (port 0) are delivered; netlink offers no other authentication.
+Rules of this module: only datagrams from the kernel (port 0) are delivered; netlink offers no other
+authentication. Reading pauses after `SLICE`, so that a flood leaves the event loop time for other
+work; the rest is read in its next turn.
 """
 
 from __future__ import annotations
@@ -19,18 +18,19 @@ import errno
 import itertools
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self, TypeVar
 
-from pyroute2.netlink.nlsocket import AsyncNetlinkSocket
-
 from ipsecgate.core.codec.netlink import DecodeError, DumpEnd, dump_end
 
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h; Python's socket module lacks it
+SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1  # linux/socket.h, linux/netlink.h
 RECEIVE_BUFFER = 64 << 20  # bytes
 DATAGRAM_LIMIT = 1 << 18  # bytes
-DRAIN_LIMIT = 100_000  # datagrams that one `drain` reads at most
+_BUFFER = memoryview(bytearray(DATAGRAM_LIMIT))  # one for all sockets: nothing stays in it
+SLICE = 0.002  # seconds
 TIME_LIMIT = 60.0  # seconds for a dump
 DUMP_ATTEMPTS = 10
 
@@ -41,72 +41,64 @@ Encode = Callable[[int], bytes]
 T = TypeVar("T")
 
 
-class RawNetlinkSocket(AsyncNetlinkSocket):  # type: ignore[misc]  # pyroute2 has no types
+class RawNetlinkSocket:
     """A netlink socket of one protocol family in the current network namespace.
 
     `on_error` receives each OSError from reading; ENOBUFS means that datagrams were lost.
     """
 
     def __init__(self, family: int, on_datagram: OnDatagram, on_error: OnError) -> None:
-        super().__init__(family=family)
+        """Raises: OSError."""
+        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        self._socket = socket.socket(socket.AF_NETLINK, kind, family)
+        self._loop = asyncio.get_running_loop()
         self._on_datagram = on_datagram
         self._on_error = on_error
 
-    async def setup_endpoint(self) -> None:
-        """Attach our protocol to the socket, once; pyroute2 calls this from bind()."""
-        if getattr(self.local, "transport", None) is None:
-            (
-                self.local.transport,
-                self.local.protocol,
-            ) = await asyncio.get_running_loop().create_datagram_endpoint(
-                lambda: _Protocol(self._on_datagram, self._on_error, self.drain), sock=self.socket
-            )
-
-    async def join(self, groups: Iterable[int], receive_buffer: int = RECEIVE_BUFFER) -> None:
-        """Bind, and join multicast groups.
+    def join(self, groups: Iterable[int], receive_buffer: int = RECEIVE_BUFFER) -> None:
+        """Bind, join multicast groups, and deliver from now on.
 
         Without CAP_NET_ADMIN, net.core.rmem_max limits the buffer, which is in bytes.
         Raises: OSError.
         """
         try:
-            self.socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, receive_buffer)
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, receive_buffer)
         except PermissionError:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        await self.bind()
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._socket.bind((0, 0))
         for group in groups:
-            self.add_membership(group)
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+        self._loop.add_reader(self._socket, self.drain)
 
-    def drain(self) -> None:
-        """Deliver now all datagrams that the kernel has queued."""
-        for _ in range(DRAIN_LIMIT):
+    def send(self, request: bytes) -> None:
+        """Send a request to the kernel. Raises: OSError."""
+        self._socket.send(request)
+
+    def close(self) -> None:
+        """Stop to deliver."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+
+    def drain(self) -> bool:
+        """Deliver now what the kernel has queued, for `SLICE` at most; return whether it was all.
+
+        One SA arrives as several datagrams, and only the last one shows that it protects.
+        """
+        end = time.monotonic() + SLICE
+        while self._socket.fileno() >= 0:  # a callback may close it
             try:
-                data, (port, _groups) = self.socket.recvfrom(DATAGRAM_LIMIT, socket.MSG_DONTWAIT)
+                size, (port, _groups) = self._socket.recvfrom_into(_BUFFER)
             except BlockingIOError:
-                return
+                return True
             except OSError as error:
                 self._on_error(error)
-                return
+                return True
             if port == 0:
-                self._on_datagram(data)
-
-
-class _Protocol(asyncio.DatagramProtocol):
-    def __init__(
-        self, on_datagram: OnDatagram, on_error: OnError, drain: Callable[[], None]
-    ) -> None:
-        self._on_datagram = on_datagram
-        self._on_error = on_error
-        self._drain = drain
-
-    def datagram_received(self, data: bytes, addr: tuple[int, int]) -> None:
-        if addr[0] == 0:
-            self._on_datagram(data)
-        # asyncio reads one datagram per turn of its loop. One SA arrives as several, and only the
-        # last one shows that it protects, so reading all of them now opens the flow sooner.
-        self._drain()
-
-    def error_received(self, exc: Exception) -> None:
-        self._on_error(exc if isinstance(exc, OSError) else OSError(str(exc)))
+                self._on_datagram(bytes(_BUFFER[:size]))
+            if time.monotonic() > end:
+                return False
+        return True
 
 
 class Requests:
@@ -125,7 +117,7 @@ class Requests:
 
     async def __aenter__(self) -> Self:
         try:
-            await self._socket.join(())
+            self._socket.join(())
         except OSError:
             self._socket.close()
             raise
@@ -163,7 +155,8 @@ class Requests:
         """
         found: list[T] = []
         self._begin(encode, lambda datagram: found.extend(decode(datagram)))
-        self._socket.drain()
+        while not self._end.done() and not self._socket.drain():
+            pass
         if not self._end.done():
             raise OSError(errno.EAGAIN, "the kernel did not answer at once")
         _raise_if(self._end.result().error)

@@ -15,8 +15,6 @@ Rules of this module:
 
 Answers hold for flows of root without a mark. Rules by mark, user, port or protocol are not
 supported, nor are sources that differ between the next hops of one route.
-
-pyroute2 is the transport only; `ipsecgate.edges.kernel.netlink` says why.
 """
 
 from __future__ import annotations
@@ -92,7 +90,7 @@ class Routes:
         """Watch and resolve until cancelled. Raises: RoutesError, DecodeError."""
         watch = RawNetlinkSocket(NETLINK_ROUTE, self._on_change, lambda _error: self._due.set())
         try:
-            await watch.join(GROUPS)
+            watch.join(GROUPS)
             while True:
                 await self._due.wait()
                 self._due.clear()

@@ -4,14 +4,15 @@ Rules of this module:
 - Deliver one ordered sequence: a `KernelSnapshot`, then every change since. If the sequence breaks,
   start again from a new snapshot unasked. It breaks when the socket's buffer overruns, when bytes
   cannot be decoded, and after a flush, which does not say which entries it kept.
-- Join the groups, then dump, then apply to the dump the notifications that arrived meanwhile.
+- Join the groups, then dump, then deliver the dump and, in the same turn of the loop, the
+  notifications that arrived meanwhile. A dump is not atomic: it may have an object as it was before
+  or after a change. So it is only right together with them: the last one for an object says how it
+  is.
 - Dump on a separate socket: a notification carries the sequence number of the request that caused
   it, so on a shared socket it could end a dump early.
 - Never set NETLINK_NO_ENOBUFS: it hides lost notifications. Never join XFRMNLGRP_ACQUIRE: with a
   listener there, the kernel installs larval states even if no IKE daemon runs.
 - Which policy applies and which SA protects is for core to decide.
-
-pyroute2 is the transport only; `ipsecgate.edges.kernel.netlink` says why.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -34,13 +35,16 @@ from ipsecgate.core.model.events import (
     SasFlushed,
     XfrmEvent,
 )
-from ipsecgate.core.state.replay import replay
+from ipsecgate.core.model.ipsec import Sa, SpdEntry
+from ipsecgate.core.model.value import value
 from ipsecgate.edges.kernel.netlink import RECEIVE_BUFFER, RawNetlinkSocket, Requests
 from ipsecgate.errors import GateError
 
 NETLINK_XFRM = 6
 GROUP_EXPIRE, GROUP_SA, GROUP_POLICY, GROUP_MIGRATE = 2, 3, 4, 7
 GROUPS = (GROUP_EXPIRE, GROUP_SA, GROUP_POLICY, GROUP_MIGRATE)
+
+Flushed = PoliciesFlushed | SasFlushed
 
 _HINTS = {
     errno.EPERM: "run it as root: XFRM needs CAP_NET_ADMIN in this network namespace",
@@ -59,7 +63,7 @@ class XfrmError(GateError):
         self.errno = code
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Overrun:
     """Notifications were lost; everything delivered is stale until the next snapshot."""
 
@@ -101,7 +105,7 @@ class XfrmMonitor:
         self._broken = False
         try:
             self._socket = RawNetlinkSocket(NETLINK_XFRM, self._on_datagram, self._on_error)
-            await self._socket.join(GROUPS, self._receive_buffer)
+            self._socket.join(GROUPS, self._receive_buffer)
         except OSError as error:
             self.close()
             raise XfrmError(error.errno or 0, "cannot receive XFRM notifications") from error
@@ -114,7 +118,7 @@ class XfrmMonitor:
 
     def drain(self) -> None:
         """Deliver now what the kernel has notified, instead of in the loop's next turn."""
-        if self._socket is not None:
+        if self._socket is not None and not self._broken:
             self._socket.drain()
 
     async def __aenter__(self) -> Self:
@@ -156,15 +160,17 @@ class XfrmMonitor:
                 if self._broken or self._socket is None:
                     await self.open()
                 taken = await self.snapshot()
-                if self._socket is not None:
-                    self._socket.drain()
-                current = replay(taken, self._buffered or ())
-                if current is not None and not self._broken:
+                while self._socket is not None and not self._broken and not self._socket.drain():
+                    await asyncio.sleep(0)
+                flushed = any(isinstance(one, Flushed) for one in self._buffered)
+                if not flushed and not self._broken:
                     break
-            self._buffered = None
             unbroken = unbroken and overruns == self.overruns
-            snapshot = replace(current, check=check and unbroken)
+            snapshot = replace(taken, check=check and unbroken)
             self._deliver(snapshot)
+            meanwhile, self._buffered = self._buffered, None
+            for event in meanwhile:
+                self._handle(event)
             return snapshot
 
     async def snapshot(self) -> KernelSnapshot:
@@ -174,16 +180,13 @@ class XfrmMonitor:
         """
         try:
             async with Requests(NETLINK_XFRM) as requests:
-                policies = await requests.dump(encode_policy_dump, decode)
-                states = await requests.dump(encode_sa_dump, decode)
+                policies = await requests.dump(encode_policy_dump, _policies)
+                states = await requests.dump(encode_sa_dump, _sas)
         except OSError as error:
             raise XfrmError(
                 error.errno or errno.ETIMEDOUT, "cannot read the SPD and SAD"
             ) from error
-        return KernelSnapshot(
-            policies=tuple(event.entry for event in policies if isinstance(event, PolicySet)),
-            sas=tuple(event.sa for event in states if isinstance(event, SaSet)),
-        )
+        return KernelSnapshot(tuple(policies), tuple(states))
 
     def _on_datagram(self, datagram: bytes) -> None:
         try:
@@ -196,7 +199,7 @@ class XfrmMonitor:
         if self._buffered is not None:
             self._buffered.append(event)
             return
-        if isinstance(event, PoliciesFlushed | SasFlushed):
+        if isinstance(event, Flushed):
             self._wake.set()
         try:
             self._deliver(event)
@@ -214,3 +217,11 @@ class XfrmMonitor:
             self.overruns += 1
             self._wake.set()
             self._on_overrun(Overrun(cause))
+
+
+def _policies(datagram: bytes) -> Iterator[SpdEntry]:
+    return (event.entry for event in decode(datagram) if isinstance(event, PolicySet))
+
+
+def _sas(datagram: bytes) -> Iterator[Sa]:
+    return (event.sa for event in decode(datagram) if isinstance(event, SaSet))

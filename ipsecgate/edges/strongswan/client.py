@@ -54,6 +54,8 @@ class IkeClient:
 
     def __init__(self, path: Path, events: ViciConnection, commands: ViciConnection) -> None:
         self.path = path
+        self.reports_loads = False  # whether `on_load` is called for connections that are loaded
+        self._on_load: Callable[[], None] = lambda: None
         self._event_connection = events
         self._command_connection = commands
         self._command_lock = asyncio.Lock()
@@ -63,8 +65,11 @@ class IkeClient:
         self._unread: dict[str, list[str]] = {}  # by command
 
     @classmethod
-    async def connect(cls, path: Path) -> IkeClient:
-        """Connect and register for events. Raises: IkeUnreachableError, IkeRefusedError."""
+    async def connect(cls, path: Path, on_load: Callable[[], None] = lambda: None) -> IkeClient:
+        """Connect and register for events. Raises: IkeUnreachableError, IkeRefusedError.
+
+        `on_load` is called when a connection was loaded, or will be in a moment.
+        """
         opened: list[ViciConnection] = []
         try:
             async with asyncio.timeout(COMMAND_LIMIT):
@@ -73,6 +78,10 @@ class IkeClient:
                 client = cls(path, *opened)
                 for name in event_packets.TYPES:
                     await client._event_connection.register(name)
+                with suppress(IkeRefusedError):
+                    await client._event_connection.register(event_packets.LOG)
+                    client.reports_loads = True
+                client._on_load = on_load
                 await client._negotiator.prepare()
         except BaseException as error:
             for connection in opened:
@@ -120,8 +129,9 @@ class IkeClient:
                 return
 
     async def children(self) -> tuple[ChildConfig, ...]:
-        """Return the loaded child configurations. No event reports their changes: poll.
+        """Return the loaded child configurations.
 
+        charon does not report that one was unloaded (`reports_loads`): ask from time to time.
         None is left out: if the selectors of one cannot be read, it has their networks with any
         protocol and port. Raises: IkeError; ViciError if even the networks cannot be read.
         """
@@ -241,7 +251,10 @@ class IkeClient:
         reason = ""
         try:
             while True:
-                for event in event_packets.read_events(await self._event_connection.receive()):
+                answer = await self._event_connection.receive()
+                if event_packets.is_loaded(answer):
+                    self._on_load()
+                for event in event_packets.read_events(answer):
                     if isinstance(event, ChildUp):
                         self._negotiator.on_child_up(event.sa.name)
                     self._events.put_nowait(event)

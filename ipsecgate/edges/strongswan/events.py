@@ -15,6 +15,8 @@ from ipsecgate.core.codec.vici_wire import Answer
 from ipsecgate.core.model.events import IkeEvent, IkeUnparsed
 
 TYPES = ("child-updown", "child-rekey", "ike-updown")
+LOG = "log"  # what charon logs; it has no event for connections that are loaded, but logs them
+_LOADED = b" vici connection"  # "added", "updated", "replaced"; source: vici_config.c
 
 # Selectors may name protocols and services.
 NAMES = Names(
@@ -23,6 +25,12 @@ NAMES = Names(
         socket.getservbyname(name, protocol) if protocol else socket.getservbyname(name)
     ),
 )
+
+
+def is_loaded(answer: Answer) -> bool:
+    """Return whether an event packet reports that a connection was loaded."""
+    text = answer.message.get("msg") if answer.event == LOG else None
+    return isinstance(text, bytes) and _LOADED in text
 
 
 def read_events(answer: Answer) -> list[IkeEvent]:
