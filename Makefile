@@ -7,7 +7,7 @@ LIMIT ?= 2400
 # Extra arguments for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-files installed demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos clients bench vagrant-test lint clean
+.PHONY: help setup install install-program install-files installed demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients bench vagrant-test lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -120,8 +120,8 @@ matrix: qemu ## run the kernel-facing tests on several kernels, and write the RE
 	$(BIN)/python -m tests.matrix --into README.md $(MATRIX)
 
 # First 100,000 libFuzzer inputs for each decoder, on this kernel and without root (see python -m
-# tests.fuzz --help); then 100,000 flows in the guest, in a few minutes. ORACLE_SEED repeats a run,
-# ORACLE_CASES sets the number of flows.
+# tests.fuzz --help); then 100,000 flows in worlds of up to 300 masks in the guest, in a few minutes.
+# ORACLE_SEED repeats a run, ORACLE_CASES sets the number of flows.
 FUZZ ?= --inputs 100000
 
 fuzz: setup ## feed damaged input to every decoder; compare random SPDs, SADs and flows with the kernel
@@ -140,6 +140,11 @@ chaos: setup ## check that nothing leaks in a thousand faults, a million connect
 	$(BIN)/python -m tests.chaos.hammer
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(if $(filter file,$(origin LIMIT)),5400,$(LIMIT)) -- \
 	    $(BIN)/python -m tests.chaos
+
+# Real IKE and ESP, in the guest: 500 sites and 2,000 road warriors, 50 of them up. HUB_SEED repeats a
+# run, HUB_SITES and the others of python -m tests.hub set the size.
+hub: setup ## check a hub of 2,500 tunnels: rekeys, lost SAs and a dying controller under traffic
+	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m tests.hub
 
 bench: setup ## measure on this machine: ratios and medians
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection

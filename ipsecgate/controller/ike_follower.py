@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import assert_never
@@ -129,6 +130,7 @@ class IkeFollower:
         while True:
             self._poll_due.clear()
             self._stirred.clear()
+            began = time.monotonic()
             try:
                 if userspace_esp is None:
                     userspace_esp = await client.does_userspace_esp()
@@ -147,6 +149,7 @@ class IkeFollower:
             before, pid = listed, client.daemon_pid
             listed = on.IkeConnected(children, established, pid, userspace_esp, client.unread)
             self._deliver(listed)
+            took = time.monotonic() - began
             # A caller may keep asking for a flow that no connection protects. The gate polls again
             # each time, so back off.
             pause = PAUSE if listed != before else min(2 * pause, PAUSE_LAST)
@@ -157,4 +160,4 @@ class IkeFollower:
                 pause = PAUSE
                 if client.reports_loads and not userspace_esp:
                     await self._stirred.wait()
-            await asyncio.sleep(pause)
+            await asyncio.sleep(max(pause, took))  # thousands of connections take the daemon long

@@ -20,6 +20,7 @@ class Reporter:
         process = host.popen(argv, cgroup=cgroup, stdin=PIPE, stdout=PIPE)
         assert process.stdin is not None
         assert process.stdout is not None
+        self._process = process
         self._input, self._output = process.stdin, process.stdout
         assert self._output.readline(), f"it exited: {argv}"
 
@@ -29,3 +30,8 @@ class Reporter:
         self._input.flush()
         reports: list[dict[str, Any]] = json.loads(self._output.readline())
         return reports
+
+    def end(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+        self._process.wait()

@@ -44,6 +44,21 @@ async def test_each_verb_gets_its_answer_and_an_unknown_one_an_error(tmp_path: P
     assert not path.exists()
 
 
+async def test_an_answer_beyond_the_sockets_buffer_is_no_defect(tmp_path: Path) -> None:
+    """asyncio's abort() raises for a connection that close() has ended once its buffer was sent."""
+    defects: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, defect: defects.append(defect))
+
+    async def much(request: Request) -> Mapping[str, Any]:
+        return {"text": "x" * 4_000_000}
+
+    path = tmp_path / "control.sock"
+    async with serving(path, {"status": much}):
+        answers = [await asyncio.to_thread(ask, path, "status") for _ in range(3)]
+    assert [len(answer["text"]) for answer in answers] == [4_000_000] * 3
+    assert not defects
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -150,3 +150,20 @@ def test_the_count_sees_work_that_grows() -> None:
     """What keeps the test above from passing for no reason."""
     few, many = (calls(lambda n=n: [abs(x) for x in range(n)]) for n in (FEW, MANY))  # type: ignore[misc]
     assert many > few * 10
+
+
+def test_a_list_of_connections_that_shows_nothing_new_costs_the_same_whatever_its_size() -> None:
+    def again(count: int) -> int:
+        children = tuple(
+            replace(NET, name=ChildName("peer", f"net-{n}"), remote=(TrafficSelector(network(n)),))
+            for n in range(count)
+        )
+        listed = on.IkeConnected(children, (), 42)
+        transcript = Transcript(Settings())
+        transcript.after(on.KernelSnapshot((), ()), listed)
+        settle(transcript)
+        return calls(lambda: transcript.gate.step(replace(listed, children=(*children,))))
+
+    few = again(FEW)
+    assert few
+    assert again(MANY) <= HIGHEST * few

@@ -37,6 +37,27 @@ async def test_configurations_and_sas_are_listed(charon: FakeCharon, client: Ike
     assert client.daemon_pid == os.getpid()
 
 
+async def test_a_connection_is_parsed_again_only_when_it_has_changed(
+    charon: FakeCharon, client: IkeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+
+    def message_of(packet: bytes) -> vici.Message:
+        parsed.append(packet)
+        return vici.message_of(packet)
+
+    monkeypatch.setattr("ipsecgate.edges.strongswan.client.message_of", message_of)
+    kept, changed = ({f"gw{n}": conn()["gw"]} for n in range(2))
+    charon.handlers["list-conns"] = streaming("list-conn", kept, changed)
+    first = await client.children()
+    assert await client.children() == first
+    assert len(parsed) == 2
+    other = {"gw1": conn(local_addrs=[b"192.0.2.3"])["gw"]}
+    charon.handlers["list-conns"] = streaming("list-conn", kept, other)
+    assert [config.name.ike for config in await client.children()] == ["gw0", "gw1"]
+    assert len(parsed) == 3
+
+
 async def test_the_first_kernel_plugin_shows_whether_esp_is_in_userspace(
     charon: FakeCharon, client: IkeClient
 ) -> None:

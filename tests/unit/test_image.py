@@ -159,8 +159,22 @@ def test_masks_are_numbered_again_when_they_have_no_entry(monkeypatch: pytest.Mo
     for match, last in zip(matches[1:], matches, strict=False):
         made.change([(match, Entry(State.LIVE, rank=1)), (last, None)], 1, 0)
     assert len(made.listed()) == 2
-    with pytest.raises(LayoutError, match="3 masks, a table holds 2"):
+    with pytest.raises(LayoutError, match="4 masks, a table holds 2"):
         made.change([(match, Entry(State.LIVE, rank=1)) for match in matches], 1, 0)
+
+
+def test_a_mask_that_comes_back_when_numbers_run_out_is_numbered_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(image, "MASKS", 3)
+    made = TableImage(TableId.SPD)
+    live = Entry(State.LIVE, rank=1)
+    a, b, c, d = (Ternary(Key(family=4, daddr=n), Key(family=0xFF, daddr=n)) for n in (1, 2, 4, 8))
+    made.change([(match, live) for match in (a, b, c)], 1, 0)
+    made.change([(a, None), (b, None)], 1, 0)
+    assert made.change([(a, live), (d, live)], 1, 0).masks
+    assert {mask for mask, _ in made.listed().values()} == {a.mask, c.mask, d.mask}
+    assert len({made.key(match) for match in (a, c, d)}) == 3
 
 
 def test_the_list_of_masks_is_written_only_when_a_better_rank_needs_it() -> None:

@@ -13,7 +13,10 @@ ITEMS = [(bytes([n, 0]), bytes([n])) for n in range(40)]
 ALL = 1 << 32
 
 
-@pytest.mark.parametrize("set_before_failing", [[None], [0], [7], [None, 7, None, 0, 32], []])
+@pytest.mark.parametrize(
+    "set_before_failing",
+    [[None], [0], [7], [None, 7, None, 0, 32], [1] * 39, []],
+)
 def test_every_entry_is_written_whatever_count_a_failure_leaves(
     monkeypatch: pytest.MonkeyPatch, set_before_failing: list[int | None]
 ) -> None:

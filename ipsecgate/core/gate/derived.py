@@ -21,11 +21,15 @@ class DerivedPolicies:
         self._known = {c.name: c for c in remembered}
         self.policies: tuple[Policy, ...] = derived_policies(self._known.values())
         self.errors: list[str] = []
+        self._last: tuple[ChildConfig, ...] | None = None  # what was learnt last
 
     def learn(self, children: Iterable[ChildConfig]) -> list[do.Command]:
         """Add the children that the daemon has loaded now."""
-        before = dict(self._known)
         children = tuple(children)
+        if children == self._last:
+            return []
+        self._last = children
+        before = dict(self._known)
         for child in children:
             known = self._known.get(child.name, child)
             remote = tuple(dict.fromkeys((*known.remote, *child.remote)))

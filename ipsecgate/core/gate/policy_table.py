@@ -35,6 +35,8 @@ class PolicyTable:
         self.settings = settings
         self.content: Table | None = None  # None: nothing published, so the hooks refuse all
         self._derived = DerivedPolicies(remembered)
+        self._networks_of: tuple[Policy, ...] | None = None
+        self._networks: tuple[Network, ...] = ()  # of these policies
         self._published: tuple[Policy, ...] = ()
         self._errnos = settings.errnos  # in the table
         self._rules = RuleTable(self._widen)  # by the policy's place
@@ -54,8 +56,11 @@ class PolicyTable:
     def networks(self, settings: Settings | None = None) -> tuple[Network, ...]:
         """Return the networks that must be protected, now or with other settings."""
         policies = self._policies_of(settings or self.settings)
-        protect = (policy for policy in policies if policy.action is Action.PROTECT)
-        return tuple(dict.fromkeys(network for policy in protect for network in policy.remote))
+        if policies is not self._networks_of:
+            protect = (policy for policy in policies if policy.action is Action.PROTECT)
+            networks = (network for policy in protect for network in policy.remote)
+            self._networks_of, self._networks = policies, tuple(dict.fromkeys(networks))
+        return self._networks
 
     @property
     def errors(self) -> list[str]:

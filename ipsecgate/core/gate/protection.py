@@ -180,12 +180,11 @@ class Protection:
 
     def one_way(self, networks: Iterable[Network]) -> set[ChildSa]:
         """Return the CHILD_SAs towards these networks whose inbound half the kernel has lost."""
-        if self.in_userspace:
-            return set()
-        protected = PrefixSet(networks)
+        found = set() if self.in_userspace else self.kernel_state.one_way_children()
+        protected = PrefixSet(networks if found else ())
         return {
             sa
-            for sa in self.kernel_state.one_way_children()
+            for sa in found
             if any(protected.overlaps(as_prefix(remote.network)) for remote in sa.remote)
         }
 

@@ -125,9 +125,9 @@ class TableImage:
         best: dict[Key, int] = {}
         for mask, rank in wanted:
             best[mask] = min(best.get(mask, rank), rank)
-        new = best.keys() - self._numbers.keys()
-        if len(new) > self._numbers_left:
+        if len(best.keys() - self._numbers.keys()) > self._numbers_left:
             self._retire()
+        new = best.keys() - self._numbers.keys()
         if len(new) > self._numbers_left:
             raise TooManyMasksError(len(self._numbers) + len(new), MASKS)
         lower = {mask for mask in best if best[mask] < self._best.get(mask, best[mask] + 1)}

@@ -425,24 +425,26 @@ def update_all(fd: int, items: Sequence[tuple[bytes, bytes]]) -> None:
     opts = _BatchOpts(sz=ct.sizeof(_BatchOpts))
     done = 0
 
-    def rest() -> None:
+    def some_more() -> None:
         nonlocal done
-        while done < len(items):
-            some = items[done : done + ENTRIES_PER_CALL]
-            count = ct.c_uint32(len(some))
-            arguments = fd, *(b"".join(parts) for parts in zip(*some, strict=True))
-            try:
-                call("update map", "bpf_map_update_batch", *arguments,
-                     ct.byref(count), ct.byref(opts))  # fmt: skip
-            except OSError:
-                # The kernel returns how many it has set. Before Linux 6.8 it may leave the count as
-                # it was if it runs out of memory before the first (generic_map_update_batch()).
-                if count.value < len(some):
-                    done += count.value
+        some = items[done : done + ENTRIES_PER_CALL]
+        count = ct.c_uint32(len(some))
+        arguments = fd, *(b"".join(parts) for parts in zip(*some, strict=True))
+        try:
+            call("update map", "bpf_map_update_batch", *arguments,
+                 ct.byref(count), ct.byref(opts))  # fmt: skip
+        except OSError as error:
+            # The kernel returns how many it has set. Before Linux 6.8 it may leave the count as
+            # it was if it runs out of memory before the first (generic_map_update_batch()).
+            progress = count.value if count.value < len(some) else 0
+            done += progress
+            if not (progress and error.errno == errno.ENOMEM):
                 raise
+        else:
             done += len(some)
 
-    with_memory(rest)
+    while done < len(items):
+        with_memory(some_more)
 
 
 def items(fd: int, key_size: int, value_size: int) -> Iterator[list[tuple[bytes, bytes]]]:

@@ -71,13 +71,14 @@ async def _serve(client: socket.socket, verbs: Mapping[str, Handler]) -> None:
             line = await reader.readline()
         answer = await _answer(writer, line, verbs)
         async with asyncio.timeout(TIME_LIMIT):
+            writer.transport.set_write_buffer_limits(0)
             writer.write(json.dumps(answer).encode() + b"\n")
-            writer.close()
-            await writer.wait_closed()
+            await writer.drain()  # until all of it is sent
     except (ValueError, OSError, TimeoutError):
         pass  # the peer does not follow the protocol, or has disconnected
     finally:
-        writer.transport.abort()  # close() alone would wait for a peer that does not read
+        # close() would wait for a peer that does not read; after it, abort() may raise.
+        writer.transport.abort()
 
 
 async def _answer(

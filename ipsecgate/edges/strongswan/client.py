@@ -22,7 +22,7 @@ from collections.abc import (
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from ipsecgate.core.codec.vici import child_configs, child_sas, is_userspace_esp, widen
 from ipsecgate.core.codec.vici_sections import ViciError, sections, split_children, text
@@ -41,6 +41,7 @@ from ipsecgate.edges.strongswan.vici import (
     IkeRefusedError,
     Message,
     ViciConnection,
+    message_of,
     no_answer,
 )
 
@@ -63,6 +64,7 @@ class IkeClient:
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: asyncio.Queue[IkeEvent] = asyncio.Queue()
         self._unread: dict[str, list[str]] = {}  # by command
+        self._listed: dict[str, dict[bytes, _Listed]] = {}  # by command, by packet
 
     @classmethod
     async def connect(cls, path: Path, on_load: Callable[[], None] = lambda: None) -> IkeClient:
@@ -160,20 +162,22 @@ class IkeClient:
         """Run a command that lists children, and read each child separately.
 
         `fallback` changes the message of a child that cannot be read into one that can; without
-        it, the child is left out.
+        it, the child is left out. A packet that was in the last list is not read again.
         """
-        messages = await self._command(command, {}, stream)
-        found: list[T] = []
-        unread: list[str] = []
-        for child in (child for message in messages for child in split_children(message, section)):
-            try:
-                found.extend(read(child, event_packets.NAMES))
-            except ViciError as error:
-                unread.append(f"{_label(child, section)}: {error}")
-                if fallback is not None:
-                    found.extend(read(fallback(child), event_packets.NAMES))
-        self._unread[command] = unread
-        return tuple(found)
+        last = self._listed.get(command, {})
+
+        def read_packet(packet: bytes) -> tuple[bytes, _Listed]:
+            return packet, last.get(packet) or _listed(message_of(packet), section, read, fallback)
+
+        packets = await self._in_turn(
+            lambda: self._command_connection.read_list(command, {}, stream, read_packet)
+        )
+        self._listed[command] = dict(packets)
+        for _, listed in packets:
+            if listed.error is not None:
+                raise listed.error
+        self._unread[command] = [reason for _, listed in packets for reason in listed.unread]
+        return tuple(item for _, listed in packets for item in listed.items)
 
     async def does_userspace_esp(self) -> bool:
         """Return whether the daemon does userspace ESP (kernel-libipsec). Raises: IkeError."""
@@ -272,6 +276,37 @@ class IkeClient:
         self._tasks.discard(task)
         if not task.cancelled():
             task.result()  # a defect goes to the loop's exception handler
+
+
+class _Listed(NamedTuple):
+    """What one packet of a list says. `error`: it cannot be used, not even partly."""
+
+    items: tuple[Any, ...]
+    unread: tuple[str, ...]
+    error: ViciError | None
+
+
+def _listed(
+    message: Message,
+    section: str,
+    read: Callable[..., Iterable[Any]],
+    fallback: Callable[[Message], Message] | None,
+) -> _Listed:
+    """Read a packet's children one by one."""
+    items: list[Any] = []
+    unread: list[str] = []
+    for child in split_children(message, section):
+        try:
+            items += read(child, event_packets.NAMES)
+        except ViciError as error:
+            unread.append(f"{_label(child, section)}: {error}")
+            if fallback is None:
+                continue
+            try:
+                items += read(fallback(child), event_packets.NAMES)
+            except ViciError as second:
+                return _Listed((), (), second)
+    return _Listed(tuple(items), tuple(unread), None)
 
 
 def _label(message: Message, section: str) -> str:

@@ -16,23 +16,30 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vici import protocol
 
 from ipsecgate.core.codec.vici_sections import ViciError
-from ipsecgate.core.codec.vici_wire import CMD_RESPONSE, EVENT_CONFIRM, Answer, parse
+from ipsecgate.core.codec.vici_wire import CMD_RESPONSE, EVENT, EVENT_CONFIRM, Answer, parse
 from ipsecgate.errors import GateError
 
 MAX_PACKET: int = protocol.Transport.MAX_SEGMENT  # 512 KiB
+PACKETS_PER_TURN = 16  # read before other tasks of the loop get a turn
 TOO_OLD = "install strongSwan 5.9 or later"
 
+T = TypeVar("T")
 Message = Mapping[str, Any]
 
 _LENGTH = struct.Struct("!I")
 _PEER_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+
+
+def message_of(packet: bytes) -> Message:
+    """Return a packet's message. Raises: ViciError."""
+    return parse(packet).message
 
 
 class IkeError(GateError):
@@ -86,20 +93,31 @@ class ViciConnection:
 
     async def receive(self) -> Answer:
         """Wait for a packet. Raises: IkeUnreachableError."""
+        return self._read(parse, await self._packet())
+
+    async def _packet(self) -> bytes:
+        """Wait for a packet; return its bytes, at least one. Raises: IkeUnreachableError."""
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             if not 0 < length <= MAX_PACKET:
-                raise ViciError(f"invalid packet length: {length} bytes")
-            return parse(await self._reader.readexactly(length))
+                raise self._unreadable(f"invalid packet length: {length} bytes")
+            return await self._reader.readexactly(length)
         except asyncio.IncompleteReadError:
             raise _unreachable(self.path, "the daemon closed the connection") from None
         except OSError as error:
             raise _unreachable(self.path, os.strerror(error.errno or 0)) from error
+
+    def _read(self, read: Callable[[bytes], T], packet: bytes) -> T:
+        """Read a packet. Raises: IkeUnreachableError if it cannot be read."""
+        try:
+            return read(packet)
         except ViciError as error:
-            self.close()
-            raise _unreachable(
-                self.path, f"the daemon sent a packet that cannot be read: {error}"
-            ) from error
+            raise self._unreadable(str(error)) from error
+
+    def _unreadable(self, reason: str) -> IkeUnreachableError:
+        """End the connection; return the error to raise."""
+        self.close()
+        return _unreachable(self.path, f"the daemon sent a packet that cannot be read: {reason}")
 
     async def register(self, event: str) -> None:
         """Subscribe to an event.
@@ -107,7 +125,7 @@ class ViciConnection:
         Raises: IkeRefusedError if the daemon does not know it; IkeUnreachableError.
         """
         self.send(protocol.Packet.register_event(event))
-        answer = await self._answer([])
+        answer = await self._answer([], message_of)
         if answer.kind != EVENT_CONFIRM:
             raise IkeRefusedError(f"strongSwan has no event {event!r}", hint=TOO_OLD)
 
@@ -118,17 +136,7 @@ class ViciConnection:
 
         Raises: IkeRefusedError if the daemon does not know it; IkeUnreachableError.
         """
-        if stream is not None:
-            await self.register(stream)
-        self.send(protocol.Packet.request(command, protocol.Message.serialize(message)))
-        events: list[Message] = []
-        answer = await self._answer(events)
-        if stream is not None:
-            self.send(protocol.Packet.unregister_event(stream))
-            await self._answer([])
-        if answer.kind != CMD_RESPONSE:
-            raise IkeRefusedError(f"strongSwan has no command {command!r}", hint=TOO_OLD)
-        return answer.message, events
+        return await self._exchange(command, message, stream, message_of)
 
     async def request(
         self, command: str, message: Message, stream: str | None = None
@@ -137,15 +145,41 @@ class ViciConnection:
 
         Raises: IkeRefusedError with the daemon's reason; IkeUnreachableError.
         """
-        answer, events = await self.exchange(command, message, stream)
+        return await self.read_list(command, message, stream, message_of)
+
+    async def read_list(
+        self, command: str, message: Message, stream: str | None, read: Callable[[bytes], T]
+    ) -> list[T]:
+        """Do the same; `read` reads each packet, and may raise ViciError.
+
+        A list may be long, so other tasks run while it is read.
+        """
+        answer, events = await self._exchange(command, message, stream, read)
         if (reason := refusal(answer)) is not None:
             raise IkeRefusedError(f"{command}: {reason}", hint="see strongSwan's log")
         return events
 
-    async def _answer(self, events: list[Message]) -> Answer:
-        while (answer := await self.receive()).event is not None:
-            events.append(answer.message)
-        return answer
+    async def _exchange(
+        self, command: str, message: Message, stream: str | None, read: Callable[[bytes], T]
+    ) -> tuple[Message, list[T]]:
+        if stream is not None:
+            await self.register(stream)
+        self.send(protocol.Packet.request(command, protocol.Message.serialize(message)))
+        events: list[T] = []
+        answer = await self._answer(events, read)
+        if stream is not None:
+            self.send(protocol.Packet.unregister_event(stream))
+            await self._answer([], message_of)
+        if answer.kind != CMD_RESPONSE:
+            raise IkeRefusedError(f"strongSwan has no command {command!r}", hint=TOO_OLD)
+        return answer.message, events
+
+    async def _answer(self, events: list[T], read: Callable[[bytes], T]) -> Answer:
+        while (packet := await self._packet())[0] == EVENT:
+            events.append(self._read(read, packet))
+            if len(events) % PACKETS_PER_TURN == 0:
+                await asyncio.sleep(0)
+        return self._read(parse, packet)
 
 
 def refusal(answer: Message) -> str | None:

@@ -2,6 +2,9 @@
 
 Most states are made to fit a template and a call; many of those are then altered in one field.
 States that almost fit find wrong rules best.
+
+One world in `WIDE_EVERY` is wide: hundreds of policies with prefixes of every length, so that the
+hooks search hundreds of masks. Most prefixes there miss the calls by one bit.
 """
 
 from __future__ import annotations
@@ -61,6 +64,8 @@ PRIORITIES = (10, 20, 20, 30, 40, 50, 60)
 MARKS: tuple[Masked, ...] = ((0, 0xFF), (5, 0xFF), (1, 1), (1, 3), (0, 3))
 CALL_MARKS = (0, 1, 5, 0x105)
 CALLS = 60
+WIDE_EVERY, WIDE_CALLS = 16, 240
+WIDE_POLICIES = (60, 300)
 
 
 class Maker:
@@ -71,6 +76,9 @@ class Maker:
         self.dice = Random(seed)
         self.device = device
         self.spis = iter(range(0x1000, 0x10000))
+        self.wide_policies, self.miss = 0, 0.0
+        self.reqids: tuple[int, ...] = REQIDS
+        self.priorities: tuple[int, ...] = PRIORITIES
         # Policies of one family overlap more often.
         self.families = self.one((4,), (4,), (6,), (4, 4, 4, 6, 6))
 
@@ -84,10 +92,20 @@ class Maker:
         return self.one(*self.families)
 
     def world(self) -> World:
-        calls = tuple(self.call() for _ in range(CALLS))
-        policies = tuple(self.policy() for _ in range(self.one(1, 2, 3, 4, 5, 6, 6, 7, 8, 9)))
+        if self.seed % WIDE_EVERY == 0:
+            self.widen()
+        calls = tuple(self.call() for _ in range(WIDE_CALLS if self.wide_policies else CALLS))
+        count = self.wide_policies or self.one(1, 2, 3, 4, 5, 6, 6, 7, 8, 9)
+        policies = tuple(self.policy() for _ in range(count))
         states = [s for p in policies for t in p.tmpls for s in self.states_for(p, t, calls)]
         return World(self.seed, policies, tuple(states), calls, self.one(*EPHEMERAL))
+
+    def widen(self) -> None:
+        """Make this a wide world. Reqids are spread: with few, each policy would have every SA."""
+        self.wide_policies = self.dice.randint(*WIDE_POLICIES)
+        self.reqids = tuple(range(1, self.wide_policies))
+        self.priorities = tuple(range(10, 10 + 2 * self.wide_policies))
+        self.miss = self.one(0.5, 0.7, 0.85)
 
     # --- calls ------------------------------------------------------------------------
 
@@ -110,9 +128,17 @@ class Maker:
     # --- policies ---------------------------------------------------------------------
 
     def prefix(self, pool: dict[int, list[Address]], family: int) -> Interface:
-        left = self.one(*BITS_LEFT)
-        bits = 0 if left is None else WIDTH[family] - left
-        network = ip_interface(f"{self.one(*pool[family])}/{bits}")
+        address = self.one(*pool[family])
+        if self.wide_policies:
+            bits = self.dice.randint(0, WIDTH[family])
+            if bits and self.chance(self.miss):
+                address = type(address)(
+                    int(address) ^ 1 << WIDTH[family] - self.dice.randint(1, bits)
+                )
+        else:
+            left = self.one(*BITS_LEFT)
+            bits = 0 if left is None else WIDTH[family] - left
+        network = ip_interface(f"{address}/{bits}")
         return network if self.chance(0.05) else ip_interface(network.network)
 
     def port(self, pool: tuple[int, ...], likely: float) -> Masked:
@@ -137,7 +163,7 @@ class Maker:
         block, through = self.chance(0.1), self.chance(0.12)
         return Policy(
             self.selector(family),
-            self.one(*PRIORITIES),
+            self.one(*self.priorities),
             block,
             () if through else self.templates(family),
             self.one(*MARKS) if self.chance(0.1) else (0, 0),
@@ -161,10 +187,10 @@ class Maker:
             src = self.one(*LOCAL[family]) if self.chance(0.2) else None
             dst = self.one(*REMOTE[family]) if self.chance(0.2) else None
             use = self.chance(0.2)
-            return Tmpl(mode, self.one(*REQIDS), family, proto, spi, src, dst, use)
+            return Tmpl(mode, self.one(*self.reqids), family, proto, spi, src, dst, use)
         outer = 10 - family if self.chance(0.15) and mode != BEET else family
         near = None if self.chance(0.06) else self.one(*NEAR[outer])
-        return Tmpl(mode, self.one(*REQIDS), outer, proto, spi, near, self.one(*FAR[outer]))
+        return Tmpl(mode, self.one(*self.reqids), outer, proto, spi, near, self.one(*FAR[outer]))
 
     # --- states -----------------------------------------------------------------------
 
@@ -208,7 +234,7 @@ class Maker:
     def spoilt(self, one: State) -> State:
         family = one.dst.version
         others: dict[str, Any] = {
-            "reqid": self.one(*REQIDS),
+            "reqid": self.one(*self.reqids),
             "mode": self.one(TRANSPORT, TUNNEL, BEET),
             "proto": self.one(ESP, AH),
             "spi": 0 if self.chance(0.1) else next(self.spis),

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import collections
 import errno
+import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +27,7 @@ from tests.system.oracle.world import Call, World
 
 REFUSED_BY_GATE = errno.errorcode[REFUSAL]
 WENT_OUT = ("", "EINPROGRESS")
+MANY = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class Verdict:
     gate: str
     kernel: str
     details: str
+    masks: int  # in the gate's table
     reason: str = ""
     wrong: str = ""
 
@@ -51,6 +55,8 @@ class Tally:
     full: int = 0
     refused_things: collections.Counter[str] = field(default_factory=collections.Counter)
     things: int = 0
+    masks: list[int] = field(default_factory=list)  # in the gate's table, of each world
+    among_many: int = 0  # calls in a world with more than MANY masks
     answers: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
     stricter: collections.Counter[str] = field(default_factory=collections.Counter)
 
@@ -60,6 +66,7 @@ class Tally:
 
     def add(self, verdict: Verdict) -> None:
         self.answers[verdict.gate, verdict.kernel] += 1
+        self.among_many += verdict.masks > MANY
         if verdict.reason:
             self.stricter[verdict.reason] += 1
 
@@ -72,6 +79,9 @@ class Tally:
             "cases": self.cases,
             "worlds (SPD and SAD)": self.worlds,
             "policies and states": self.things,
+            "masks of a world, median": round(statistics.median(self.masks or [0])),
+            "masks of a world, maximum": max(self.masks, default=0),
+            f"cases among more than {MANY} masks": self.among_many,
             **{f"    not taken: {why}": n for why, n in self.refused_things.most_common()},
             "the kernel: covered": kernel[COVERED],
             "the kernel: clear": kernel[CLEAR],
@@ -107,6 +117,7 @@ class Judge:
             return
         except HarnessError as error:
             raise HarnessError(f"{error}\n{world}\nrepeat: ORACLE_SEED={world.seed}") from error
+        self.tally.masks.append(verdicts[0].masks)
         for verdict in verdicts:
             if verdict.wrong:
                 raise WrongAnswerError(await self.explain(world, verdict))
@@ -125,7 +136,8 @@ class Judge:
         """Answer every call of an installed world. Raises: LayoutError, HarnessError."""
         namespaces = self.namespaces
         namespaces.set_port(world.port)
-        await namespaces.data.publish(TableId.SPD, await namespaces.table())
+        table = await namespaces.table()
+        await namespaces.data.publish(TableId.SPD, table)
         before = namespaces.counted()
         gated = self.made(namespaces.gated, world)
         allowed, stopped = (
@@ -139,9 +151,8 @@ class Judge:
         ):
             gate = "refused" if gated_error == REFUSED_BY_GATE else "live"
             kernel = kernel_answer(call, error, sent, moved)
-            verdict = Verdict(
-                call, gate, kernel, f"{gated_error or 0}/{error or 0} {' '.join(moved)}"
-            )
+            details = f"{gated_error or 0}/{error or 0} {' '.join(moved)}"
+            verdict = Verdict(call, gate, kernel, details, len(table.rows))
             found.append(check(verdict, model, sent_gated))
         live = sum(v.gate == "live" for v in found)
         # send() on an IPv6 socket connected to a v4-mapped address is checked once more.
@@ -183,7 +194,7 @@ class Judge:
         )
 
     async def shrink(self, world: World, verdict: Verdict) -> tuple[World, Verdict]:
-        """Drop policies and states one at a time as long as the answer stays wrong."""
+        """Drop policies and states, many at first, as long as the answer stays wrong."""
         progress = self.shrinks
         while progress:
             progress = False
@@ -210,14 +221,15 @@ class Judge:
         await self.namespaces.data.publish(TableId.SPD, Table())
 
 
-def variants(world: World) -> list[World]:
-    found = []
-    for index in range(len(world.policies)):
-        rest = world.policies[:index] + world.policies[index + 1 :]
-        found.append(replace(world, policies=rest))
-    for index in range(len(world.states)):
-        found.append(replace(world, states=world.states[:index] + world.states[index + 1 :]))
-    return found
+def variants(world: World) -> Iterator[World]:
+    """Yield the world without some of its policies or states: all, half of them, a quarter, one."""
+    for name in ("policies", "states"):
+        items = getattr(world, name)
+        size = len(items)
+        while size:
+            for at in range(0, len(items), size):
+                yield replace(world, **{name: items[:at] + items[at + size :]})
+            size //= 2
 
 
 def wire_words(call: Call) -> list[Any]:

@@ -23,6 +23,7 @@ ESP_IN_UDP = 2
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 INFINITE = struct.pack("=8Q", *[2**64 - 1] * 4, 0, 0, 0, 0)
 ESRCH = 3
+PART = 256  # messages in one send: the answers must fit in the receive buffer
 
 
 def address(one: Address | None) -> bytes:
@@ -125,8 +126,10 @@ class Installer:
 
     def _send(self, messages: Sequence[tuple[int, bytes]]) -> list[int]:
         """Send requests and return their errnos in order."""
-        if not messages:
-            return []
+        parts = (messages[at : at + PART] for at in range(0, len(messages), PART))
+        return [code for part in parts for code in self._send_part(part)]
+
+    def _send_part(self, messages: Sequence[tuple[int, bytes]]) -> list[int]:
         data = b""
         for number, (kind, body) in enumerate(messages):
             data += struct.pack("=IHHII", 16 + len(body), kind, REQUEST | ACK, number, 0) + body
