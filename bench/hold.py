@@ -1,11 +1,17 @@
 """Measure the cost of a covered call without gate, gated and held; and how fast held calls resume.
 
-    .venv/bin/python -m bench.hold
+    .venv/bin/python -m bench.hold [--json FILE]
 
-This uses two hosts on this machine's own kernel, with userspace ESP. It prints the median over all
-rounds of each round's median in microseconds, and the ratios to the call without the gate. Then,
-for many calls that wait for one negotiation, the time from the first to the last of them at the
-hooks, and the controller's memory.
+This uses two hosts on this machine's own kernel, with userspace ESP. Each round measures in turn:
+
+    no gate    the call alone
+    bare       one Python process is notified of the call, and lets it continue at once
+    gated      the hooks judge it
+    held       the same under `ipsecgate exec`
+    held --udp likewise, where sendmsg() is reported, too
+
+Then, for many calls that wait for one negotiation, the time from the first to the last of them at
+the hooks, and the controller's memory.
 """
 
 from __future__ import annotations
@@ -23,51 +29,63 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
+from bench.report import Report, Row
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
 
 PORT = 7300
-CALLS = ("tcp connect", "udp connect", "sendto", "unix connect")
+CALLS = (
+    "tcp connect",
+    "udp connect",
+    "udp connect, mean",
+    "sendto",
+    "unix connect",
+    "sendmsg, connected",
+    "sendmsg, local",
+)
+WAYS = ("no gate", "bare", "gated", "held", "held --udp")
 CLIENT = [sys.executable, "-S", str(Path(__file__).with_name("hold_client.py"))]
+BARE = [sys.executable, str(Path(__file__).with_name("bare_supervisor.py"))]
 SPEC = ConnSpec("bench", "tunnel", 4)
 
 
-def cost(lab: Lab, gate: Gated, calls: int) -> list[dict[str, float]]:
-    """Return microseconds per call: without the gate, gated, and under `ipsecgate exec`."""
+def cost(lab: Lab, gate: Gated, calls: int) -> dict[str, dict[str, float]]:
+    """Return microseconds per call, by way."""
     client = [*CLIENT, str(lab.b.address(SPEC)), str(PORT), str(calls)]
-    ways = [
+    done = (
         lab.a.run(client),
+        lab.a.run([*BARE, *client]),
         lab.a.run(client, cgroup=gate.cgroup),
         lab.a.run(gate.exec_argv(*client)),
-    ]
-    return [json.loads(done.stdout) for done in ways]
+        lab.a.run(gate.exec_argv(*client, options=["--udp"])),
+    )
+    return {way: json.loads(one.stdout) for way, one in zip(WAYS, done, strict=True)}
 
 
-def release(lab: Lab, gate: Gated, threads: int) -> float:
-    """Return the milliseconds from the first to the last of many held calls that resume."""
+def release(lab: Lab, gate: Gated, threads: int, programs: int) -> float:
+    """Return the milliseconds from the first to the last of many held calls that resume.
+
+    `threads`: calls of each of so many programs; each program has a listener of its own.
+    """
     lab.a.charon.terminate(SPEC.name)
     while lab.a.established():
         time.sleep(0.01)
     os.kill(lab.a.charon.pid, signal.SIGSTOP)
     client = [*CLIENT, str(lab.b.address(SPEC)), str(PORT), str(threads), "threads"]
-    process = lab.a.popen(gate.exec_argv(*client), stdout=subprocess.PIPE)
-    while len(gate.ask()["holds"]) < threads:
-        time.sleep(0.05)
-    spread = gate.spread(threads, lambda: os.kill(lab.a.charon.pid, signal.SIGCONT))
-    process.communicate()
+    processes = [
+        lab.a.popen(gate.exec_argv(*client, options=["--hold", "2m"]), stdout=subprocess.PIPE)
+        for _ in range(programs)
+    ]
+    while (held := len(gate.ask()["holds"])) < threads * programs:
+        time.sleep(0.05 + held / 5000)  # a long answer takes the controller's time
+    spread = gate.spread(threads * programs, lambda: os.kill(lab.a.charon.pid, signal.SIGCONT))
+    for process in processes:
+        process.communicate()
     return spread * 1000
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--calls", type=int, default=2000)
-    parser.add_argument("--threads", type=int, default=500)
-    options = parser.parse_args()
-    table = Table(title=f"A covered call, median of {options.rounds} rounds, microseconds")
-    for name in ("call", "no gate", "gated", "held", "gated/no gate", "held/no gate"):
-        table.add_column(name, justify="right")
+def measure(options: argparse.Namespace) -> Report:
+    """Measure all of it."""
     with Lab("ipsecgate-bench-hold", libipsec=True) as lab:
         lab.b.serve("tcp-server", PORT)
         with Gated(lab) as gate:
@@ -76,18 +94,67 @@ def main() -> None:
             first = [*CLIENT, str(lab.b.address(SPEC)), str(PORT), "1"]
             lab.a.run(gate.exec_argv(*first))  # establishes coverage
             rounds = [cost(lab, gate, options.calls) for _ in range(options.rounds)]
-            spreads = [release(lab, gate, options.threads) for _ in range(options.rounds)]
+            few = [release(lab, gate, options.threads, 1) for _ in range(options.releases)]
+            few_memory = gate.memory()
+            many = [
+                release(lab, gate, options.threads, options.programs)
+                for _ in range(options.releases if options.programs > 1 else 0)
+            ]
             memory = gate.memory()
+    rows = [
+        Row(call, "us", tuple(r[way][call] for r in rounds), {"way": way})
+        for call in CALLS
+        for way in WAYS
+    ]
+    calls = options.threads
+    rows += [
+        Row("release", "ms", tuple(few), {"calls": calls}),
+        Row("controller's peak memory", "MiB", (few_memory,), {"calls": calls}),
+    ]
+    if many:
+        calls *= options.programs
+        rows += [
+            Row("release", "ms", tuple(many), {"calls": calls}),
+            Row("controller's peak memory", "MiB", (memory,), {"calls": calls}),
+        ]
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    return Report("hold", "A covered call, and the release of held ones", tuple(rows), settings)
+
+
+def show(report: Report) -> None:
+    """Print medians over the rounds, and the ratio of held to bare in the same round."""
+    table = Table(title="A covered call, medians of the rounds, microseconds")
+    for name in ("call", *WAYS, "held/bare"):
+        table.add_column(name, justify="right")
     for call in CALLS:
-        alone, gated, held = (median(r[way][call] for r in rounds) for way in range(3))
-        numbers = (alone, gated, held, gated / alone, held / alone)
+        by_way = {row.of["way"]: row for row in report.rows if row.name == call}
+        pairs = zip(by_way["held"].samples, by_way["bare"].samples, strict=True)
+        numbers = (*(by_way[way].median for way in WAYS), median(h / b for h, b in pairs))
         table.add_row(call, *(f"{number:.1f}" for number in numbers))
     console = Console()
     console.print(table)
-    console.print(
-        f"{options.threads} held calls resumed within {median(spreads):.1f} ms "
-        f"({min(spreads):.1f} to {max(spreads):.1f}); the controller used up to {memory:.1f} MiB"
-    )
+    for row in report.rows[len(CALLS) * len(WAYS) :]:
+        low, high = min(row.samples), max(row.samples)
+        console.print(
+            f"{row.name}, {row.of['calls']} calls: "
+            f"{row.median:.1f} {row.unit} ({low:.1f} to {high:.1f})"
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--releases", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=500)
+    parser.add_argument("--programs", type=int, default=20)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    report = measure(options)
+    show(report)
+    if options.json is not None:
+        report.write(options.json)
 
 
 if __name__ == "__main__":

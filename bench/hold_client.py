@@ -1,8 +1,10 @@
-"""Make each kind of call COUNT times and print the median in microseconds, as JSON.
+"""Make each kind of call COUNT times and print medians in microseconds, as JSON.
 
-    hold_client.py ADDRESS PORT COUNT [threads]
+    hold_client.py ADDRESS PORT COUNT
+    hold_client.py ADDRESS PORT COUNT threads
 
-With `threads`: only make one UDP connect() from each of COUNT threads.
+With `threads`: make only one sendto() from each of COUNT threads, and print when the first and the
+last of them returned (CLOCK_MONOTONIC, seconds).
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from statistics import median
+from statistics import mean, median
 
 STACK = 128 << 10
+SLOW = 10  # times fewer TCP connections: each one is a handshake
 
 
 def took(operation: Callable[[], object]) -> float:
@@ -26,9 +29,13 @@ def took(operation: Callable[[], object]) -> float:
 
 
 def costs(to: tuple[str, int], count: int) -> dict[str, float]:
-    """Return the median duration of each kind of call in microseconds."""
-    datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    connected = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    """Return the median duration of each kind of call, and the mean of one, in microseconds."""
+    datagrams, associated, connected, here = (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(4)
+    )
+    here.bind(("127.0.0.1", 0))
+    connected.connect(here.getsockname())
+    ours, theirs = socket.socketpair()
 
     def tcp_connect() -> float:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
@@ -38,26 +45,37 @@ def costs(to: tuple[str, int], count: int) -> dict[str, float]:
         with socket.socket(socket.AF_UNIX) as sock:
             return took(lambda: sock.connect_ex("/nonexistent"))
 
+    def local_message() -> float:
+        result = took(lambda: ours.sendmsg([b"x"]))
+        theirs.recv(1)
+        return result
+
     calls: dict[str, Callable[[], float]] = {
         "tcp connect": tcp_connect,
-        "udp connect": lambda: took(lambda: connected.connect(to)),
+        "udp connect": lambda: took(lambda: associated.connect(to)),
         "sendto": lambda: took(lambda: datagrams.sendto(b"x", to)),
         "unix connect": unix_connect,
+        "sendmsg, connected": lambda: took(lambda: connected.sendmsg([b"x"])),
+        "sendmsg, local": local_message,
     }
-    rounds = {"tcp connect": max(1, count // 10)}
-    return {
-        name: median(call() for _ in range(rounds.get(name, count))) for name, call in calls.items()
+    samples = {
+        name: [call() for _ in range(max(1, count // SLOW) if name == "tcp connect" else count)]
+        for name, call in calls.items()
     }
+    medians = {name: median(values) for name, values in samples.items()}
+    return {**medians, "udp connect, mean": mean(samples["udp connect"])}
 
 
-def connect_at_once(to: tuple[str, int], count: int) -> None:
-    """Call connect() from many threads at the same time."""
+def send_at_once(to: tuple[str, int], count: int) -> tuple[float, float]:
+    """Send from many threads at the same time; return when the first and the last call returned."""
     threading.stack_size(STACK)
     go = threading.Event()
+    returned: list[float] = []
 
     def one(sock: socket.socket) -> None:
         go.wait()
-        sock.connect(to)
+        sock.sendto(b"x", to)
+        returned.append(time.monotonic())
 
     socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(count)]
     threads = [threading.Thread(target=one, args=(sock,)) for sock in socks]
@@ -66,11 +84,10 @@ def connect_at_once(to: tuple[str, int], count: int) -> None:
     go.set()
     for thread in threads:
         thread.join()
+    return min(returned), max(returned)
 
 
 if __name__ == "__main__":
     where, number = (sys.argv[1], int(sys.argv[2])), int(sys.argv[3])
-    if sys.argv[4:] == ["threads"]:
-        connect_at_once(where, number)
-    else:
-        print(json.dumps(costs(where, number)))  # noqa: T201
+    measure = send_at_once if sys.argv[4:] == ["threads"] else costs
+    print(json.dumps(measure(where, number)))  # noqa: T201

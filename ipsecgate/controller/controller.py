@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -96,7 +96,7 @@ class Controller:
         self._kernel = XfrmFollower(config.settings.sa_source, self._on_kernel)
         self._ike = IkeFollower(config.vici, self._put)
         self._routes = Routes(self._put)
-        self._listeners = Listeners(self._on_call, paths.holds)
+        self._listeners = Listeners(self._put, paths.holds)
         self._journal = Journal()
         self._service = Service()
         self._garbage = Garbage()
@@ -105,7 +105,6 @@ class Controller:
         self._ready = False
         self._adopted = asyncio.Event()
         self._floor = Floor(instance_tag(paths.instance))
-        self._waiting = False  # for an event
 
     async def run(self) -> None:
         """Run until SIGTERM, SIGINT or a defect. Raises: the first exception of any part."""
@@ -186,18 +185,6 @@ class Controller:
         audit = self._gate.settings.audit
         self._journal.refusal(refusal, self._gate.policies, audit=audit)
 
-    def _on_call(self, event: on.CallEvent) -> None:
-        # Most calls are for covered flows; answer those without a turn in the queue.
-        if isinstance(event, on.CallMade) and self._idle and self._gate.holds.is_free(event.flow):
-            self._listeners.answer(event.call, None)
-        else:
-            self._put(event)
-
-    @property
-    def _idle(self) -> bool:
-        """Tell whether every event was handled, and every command carried out."""
-        return self._waiting and not self._queue
-
     def _check_hooks(self) -> None:
         self._garbage.collect()
         self._put(on.CheckDue())
@@ -212,19 +199,30 @@ class Controller:
             await self._execute(command)
         while True:
             events = await self._events()
-            for command in self._gate.step(*events, between=self._queue.is_between):
-                try:
-                    await self._execute(command)
-                except OSError as error:
-                    raise GateError(
-                        f"cannot carry out {type(command).__name__}: {error.strerror or error}",
-                        hint="uncovered flows stay refused until a controller runs again",
-                    ) from error
+            await self._carry_out(self._gate.step(*events, between=self._queue.is_between))
             self._report_ready()
             self._garbage.freeze()
             if self._service.alive():
                 self._remembered.retry()
                 self._service.report(report.summary(self._gate))
+
+    async def _carry_out(self, commands: Sequence[do.Command]) -> None:
+        """Execute commands in order, but log last: writing takes time. Raises: GateError."""
+        writes = any(isinstance(command, do.HookCommand) for command in commands)
+        if writes:
+            # Flows that are free may be closed. Once more afterwards, because an answer in between
+            # may come before the write that closes its flow.
+            self._listeners.end_epoch()
+        for command in sorted(commands, key=lambda one: isinstance(one, do.Log)):
+            try:
+                await self._execute(command)
+            except OSError as error:
+                raise GateError(
+                    f"cannot carry out {type(command).__name__}: {error.strerror or error}",
+                    hint="uncovered flows stay refused until a controller runs again",
+                ) from error
+        if writes:
+            self._listeners.end_epoch()
 
     async def _events(self) -> list[on.Event]:
         """Return the events to handle next; none if none came within a pulse."""
@@ -232,11 +230,9 @@ class Controller:
             await asyncio.sleep(0)  # let other tasks deliver events and answer requests
         else:
             self._queued.clear()
-            self._waiting = True
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._service.pulse):
                     await self._queued.wait()
-            self._waiting = False
         self._kernel.read_now()
         return self._queue.take(busy=self._gate.is_busy)
 

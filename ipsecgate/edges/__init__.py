@@ -7,5 +7,5 @@ happens to a flow is decided in core; no edge may import `core.gate` (tests/unit
     bpf          the hooks and their maps
     kernel       netlink: XFRM, routes, sockets
     strongswan   VICI
-    holding      seccomp listeners and the inspector process
+    holding      seccomp listeners and the inspector processes
 """

@@ -72,10 +72,13 @@ def programs_loaded_again(world: World, rng: random.Random) -> Iterator[None]:
 
 @fault(4, keeps=True)
 def inspector_killed(world: World, rng: random.Random) -> Iterator[None]:
+    """Kill an inspector, or the process that starts them, and so all of them."""
     pid = controller(world)
-    for child in children_of(pid) if pid else ():
+    parents = children_of(pid) if pid else []
+    inspectors = [each for parent in parents for each in children_of(parent)]
+    for one in rng.choice([parents, inspectors]):
         with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+            os.kill(one, signal.SIGKILL)
     yield
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 IP_FREEBIND = 15
 
@@ -134,6 +135,9 @@ def attempt(call: str, address: str, port: int, bind: str | None, options: list[
     if call.startswith("forge "):
         forger.steps(call.split()[1:], address, port)
         return
+    if call.startswith("threaded "):
+        in_thread(call.removeprefix("threaded "), address, port, bind, options)
+        return
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = kept.get(call) or new_socket(call.removeprefix("kept "), family)
     try:
@@ -150,6 +154,23 @@ def attempt(call: str, address: str, port: int, bind: str | None, options: list[
             kept[call] = sock
         else:
             sock.close()
+
+
+def in_thread(call: str, *words: Any) -> None:
+    """Make a call in a new thread."""
+    errors: list[OSError] = []
+
+    def run() -> None:
+        try:
+            attempt(call, *words)
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
 
 
 def make(call: str, sock: socket.socket, address: str, port: int) -> None:  # noqa: C901, PLR0912

@@ -153,6 +153,14 @@ def posing(address: str, port: int, path: str) -> Result:
     return {"first": first, **tcp(address, port, "")}
 
 
+def posing_twice(address: str, port: int, path: str) -> Result:
+    """The same, and connect once more when a line arrives."""
+    second = posing(address, port, path)
+    sys.stdin.readline()
+    first = second.pop("first")
+    return {"first": first, "second": second, **tcp(address, port, "")}
+
+
 def hammer(address: str, port: int, _argument: str) -> Result:
     """Connect by UDP from a few threads until the input ends; print the errors and the longest."""
     ended = threading.Event()
@@ -236,7 +244,7 @@ CALLS: dict[str, Callable[[str, int, str], Result]] = {
     call.__name__: call
     for call in (
         tcp, non_blocking, udp_connect, bound, sendmsg, sendmmsg, uring_connect, twice, threads,
-        handling, flip, flip_all_the_time, odd, hammer, served, posing,
+        handling, flip, flip_all_the_time, odd, hammer, served, posing, posing_twice,
     )
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.lab import traffic
 from ipsecgate.lab.hosts import Lab
+from tests.processes import descendants
 from tests.system import held_client
 from tests.system.booted_systemd import CHECKOUT, BootedSystemd
 from tests.system.caller import Caller
@@ -96,7 +97,7 @@ def test_the_controller_is_confined(lab: Lab, systemd: BootedSystemd) -> None:
     assert os.sched_getscheduler(pid) == os.SCHED_OTHER
     assert os.getpriority(os.PRIO_PROCESS, pid) == -20
     cgroup = systemd.cgroup / "system.slice" / SERVICE
-    assert (cgroup / "memory.max").read_text().strip() == str(512 << 20)
+    assert (cgroup / "memory.max").read_text().strip() == str(2 << 30)
     assert (cgroup / "pids.max").read_text().strip() == "1024"
     ways = ("/usr/x", "/etc/x", "/var/x", "/sys/fs/bpf/x", "/proc/sys/kernel/domainname")
     inside = {path for path in ways if can_write(pid, path)}
@@ -203,6 +204,8 @@ def test_a_held_call_is_answered_by_the_next_controller(
             )  # fmt: skip
             systemd.until(lambda: systemd.ask().get("holds"), "it is not held")
             assert systemd.show(SERVICE, "NFileDescriptorStore") == "1"
+            inspectors = descendants(systemd.main_pid(SERVICE))
+            assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in inspectors} == {0}
             if end == "stop":
                 systemd.systemctl("stop", SERVICE)
             else:
@@ -299,7 +302,7 @@ def test_a_controller_over_its_memory_limit_is_replaced(lab: Lab, systemd: Boote
         before = int(systemd.show(SERVICE, "NRestarts"))
         systemd.systemctl(*limit, "MemoryMax=8M")
         systemd.until(lambda: int(systemd.show(SERVICE, "NRestarts")) > before, "it is not ended")
-        systemd.systemctl(*limit, "MemoryMax=512M")
+        systemd.systemctl(*limit, "MemoryMax=2G")
     killed = "killed by the OOM killer"
     systemd.until(lambda: killed in systemd.log(SERVICE), "the OOM killer did not end it")
 

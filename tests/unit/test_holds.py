@@ -68,11 +68,8 @@ def test_many_held_calls_start_one_negotiation(trapped: Transcript) -> None:
 
 def test_a_call_for_a_covered_flow_continues_at_once(trapped: Transcript) -> None:
     trapped.after_together(*UP)
-    assert not trapped.gate.holds.is_free(FLOW), "no call has been made yet"
     assert trapped.after(MADE) == [do.Answer(CALL, None)]
-    assert trapped.gate.holds.is_free(FLOW)
     trapped.after(on.SaGone(UP[0].sa.id))
-    assert not trapped.gate.holds.is_free(FLOW)
     assert not answers(trapped.after(MADE))
 
 

@@ -52,9 +52,11 @@ RESPONSE = struct.Struct("=QqiI")
 CONTINUE = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
 
 _INSTRUCTION = struct.Struct("=HBBI")
-_NAME = struct.Struct(
-    "=QI"
-)  # the start of struct msghdr, and so of struct mmsghdr: msg_name, msg_namelen
+# The start of struct msghdr, and so of struct mmsghdr: msg_name, msg_namelen.
+MSGHDR = struct.Struct("=QI")
+
+RawNotification = tuple[int, int, int, int, int, int, int, int, int, int, int, int]
+"""The fields of struct seccomp_notif: id, pid, flags; nr, arch, instruction, six arguments."""
 
 Read = Callable[[int, int], bytes]
 """Reads (address, length) of the target's memory; returns fewer bytes where it is not mapped."""
@@ -118,11 +120,6 @@ def notification(raw: bytes) -> Notification:
     return Notification(ident, pid, nr, arch, tuple(args))
 
 
-def packed(call: Notification) -> bytes:
-    """Encode struct seccomp_notif, the inverse of `notification`."""
-    return NOTIFICATION.pack(call.id, call.pid, 0, call.nr, call.arch, 0, *call.args)
-
-
 def response(ident: int, error: int | None) -> bytes:
     """Encode struct seccomp_notif_resp: fail with the errno, or continue the call if it is None."""
     return RESPONSE.pack(ident, 0, -(error or 0), CONTINUE if error is None else 0)
@@ -143,10 +140,10 @@ def destination(call: Notification, abi: Abi, read: Read) -> tuple[Address, int]
     elif call.nr not in (abi.sendmsg, abi.sendmmsg):
         return None
     else:
-        header = read(call.args[1], _NAME.size)
-        if len(header) < _NAME.size:
+        header = read(call.args[1], MSGHDR.size)
+        if len(header) < MSGHDR.size:
             return None  # the kernel will return EFAULT
-        where, length = _NAME.unpack(header)
+        where, length = MSGHDR.unpack(header)
     length = min(length & 0xFFFFFFFF, max(INET_LENGTHS))
     if not where or length < min(INET_LENGTHS):
         return None

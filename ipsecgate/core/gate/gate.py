@@ -108,9 +108,6 @@ class Gate:
         """
         self.protection.is_between = between
         events = tuple(sorted(events, key=_is_request))
-        only_requests = all(isinstance(event, on.CallEvent | on.FlowRefused) for event in events)
-        if self.is_busy or not only_requests:
-            self.holds.forget_free()  # flows may be closed
         commands: list[do.Command] = []
         for is_notification, group in groupby(events, lambda e: isinstance(e, StateEvent)):
             if is_notification:

@@ -36,7 +36,6 @@ from ipsecgate.core.model.ipsec import ChildName
 from ipsecgate.core.model.policy import Errnos
 from ipsecgate.core.tables.flow_index import FlowIndex
 
-FREE_FLOWS = 4096  # remembered at most
 FLOWS_PER_STEP = 16  # flows evaluated again in one step
 
 
@@ -69,7 +68,6 @@ class Holds:
         self.calls: dict[Call, CallMade] = {}
         self.total = 0
         self._flow_index = flow_index
-        self._free: set[Flow] = set()  # evaluated as FREE since the last change
         # Dicts to None are ordered sets.
         self._by_flow: dict[Flow, dict[Call, None]] = {}
         self._child_of: dict[Flow, ChildName | None] = {}  # that each flow waits for
@@ -92,8 +90,6 @@ class Holds:
 
     def take(self, made: CallMade, now: Evaluation) -> do.Command:
         """Answer or hold a call whose flow was just evaluated."""
-        if now.state is FlowState.FREE and len(self._free) < FREE_FLOWS:
-            self._free.add(made.flow)
         if now.state not in WAITING:
             return self._answer(made.call, now.state)
         self._wait(made.flow, now)
@@ -116,19 +112,6 @@ class Holds:
                 return [do.Answer(event.call, ERESTARTNOINTR)]
             case CallGone():
                 return []
-
-    # --- flows that need no SA ----------------------------------------------------------
-
-    def is_free(self, flow: Flow) -> bool:
-        """Tell whether a call for this flow is known to need no waiting.
-
-        Only valid once the commands of every step have been carried out.
-        """
-        return flow in self._free
-
-    def forget_free(self) -> None:
-        """Evaluate every flow again at its next call: something changed."""
-        self._free.clear()
 
     # --- flows to evaluate again ----------------------------------------------------------
 

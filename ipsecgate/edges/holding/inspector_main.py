@@ -1,129 +1,235 @@
-"""The inspector process: reads the memory and the socket of targets.
+"""The inspectors: processes that receive calls, look at their targets, and answer known ones.
 
-    standard input   receives one socket per listener; each gets a thread
-    each socket      struct seccomp_notif in; the finding, or "nothing", out
+    parent      standard input brings a listener with its call file and a socket, or the end of one
+    inspector   forked for each listener: receive -> glance -> known to be free? "continue"
+                                                            -> else inspect, and ask the controller
 
 Rules of this module:
-- Each thread serves one listener, so a target that blocks its thread delays only itself.
-- The controller treats a finding as untrusted data: one address and a few numbers.
-- Import little: the process starts when the first call may already be waiting.
+- Each inspector serves one listener, so a target that blocks its inspector delays only itself.
+- "Continue" opens nothing, because the hooks judge the call again. So an inspector may give that
+  answer, and only that, to calls that name no flow, or one that the controller called free in this
+  epoch: since the controller last wrote to the hooks' maps.
+- Import little: the parent starts when the first call may already be waiting.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import mmap
 import os
 import signal
 import socket
-import struct
-import threading
+import sys
+import time
 from contextlib import suppress
-from ipaddress import IPv6Address
-from typing import NamedTuple
 
-from ipsecgate.core.codec.seccomp import NOTIFICATION, Notification, destination, notification
-from ipsecgate.core.model.flow import UDP, Address, Flow, unmap
+from ipsecgate.core.codec.seccomp import NOTIFICATION, RawNotification
 from ipsecgate.edges.holding import seccomp
+from ipsecgate.edges.holding.call_file import LOOKING, SPARE, WAIT, WATCHED, CallFile
+from ipsecgate.edges.holding.look import NO_ADDRESS, Finding, Glance, Looker
+from ipsecgate.edges.holding.messages import FREE, Question, encode
+from ipsecgate.edges.holding.messages import LOOKING as SAY_LOOKING
+from ipsecgate.edges.holding.messages import STARTED as SAY_STARTED
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-STACK = 256 << 10  # bytes per thread
+LOCK_AGAIN = 0.02  # seconds
+KNOWN = 4096  # calls remembered at most as free, or as asked about
 
-# The kind of answer, then protocol, destination port, source port, mark, destination, source.
-# In host byte order; addresses are IPv6, or IPv4 mapped into it.
-ANSWER = struct.Struct("=BBHHI16s16s")
-NOTHING, NON_BLOCKING, BLOCKING = range(3)
-NO_ADDRESS = bytes(16)
-MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 section 2.5.5.2
-
-
-class Finding(NamedTuple):
-    """The flow that a call asks for, and whether its caller expects the call to block."""
-
-    flow: Flow
-    blocking: bool
+_libc = ctypes.CDLL(None)
 
 
 def main() -> None:
-    """Serve every socket that arrives on standard input, until that is closed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Start and end inspectors, until standard input is closed. An argument names the epoch."""
+    _die_with(os.getppid())
     own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     netns = seccomp.inspect_socket(own.detach()).netns
-    threading.stack_size(STACK)
+    epoch = memoryview(mmap.mmap(int(sys.argv[2]), 8, prot=mmap.PROT_READ)).cast("Q")
+    # The controller's priority is not for calls: each one would cost two microseconds more, and a
+    # program that makes them without a pause would take all of the processor.
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    gc.freeze()  # inspectors share memory that nobody writes to
+    gc.disable()
     with socket.socket(fileno=0) as controller:
+        Parent(controller, netns, epoch).run()
+
+
+def _die_with(parent: int) -> None:
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class Parent:
+    """Forks an inspector for each listener that the controller sends."""
+
+    def __init__(self, controller: socket.socket, netns: int, epoch: memoryview) -> None:
+        self._controller = controller
+        self._netns = netns
+        self._epoch = epoch
+        self._inspectors: dict[bytes, int] = {}  # pids, by the listener's number
+
+    def run(self) -> None:
+        """Carry out requests: a number, with the descriptors of a listener or alone."""
         while True:
-            data, fds, *_ = socket.recv_fds(controller, 1, 1)
-            if not data:
-                os._exit(0)  # do not wait for threads: some may be blocked for ever
+            number, fds, *_ = socket.recv_fds(self._controller, 64, 3)
+            if not number:
+                os._exit(0)
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            if fds:
+                self._fork(number, *fds)
+            elif pid := self._inspectors.pop(number, 0):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             for fd in fds:
-                # If no thread can start, the socket is closed, and the controller notices.
-                with suppress(RuntimeError):
-                    inspector = socket.socket(fileno=fd)
-                    threading.Thread(target=serve, args=(inspector, netns), daemon=True).start()
-                del inspector
+                os.close(fd)
+
+    def _fork(self, number: bytes, listener: int, file: int, ours: int) -> None:
+        """Start an inspector. If it cannot start, the controller sees the end of its socket."""
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError:
+            return
+        if pid:
+            self._inspectors[number] = pid
+            return
+        try:
+            _die_with(parent)
+            self._controller.close()
+            own = CallFile.open_again(file)
+            os.close(file)
+            controller = socket.socket(fileno=ours)
+            Inspector(listener, own, controller, self._netns, self._epoch).run()
+        except OSError:
+            pass  # the controller is gone; or it notices, and starts another one
+        finally:
+            os._exit(0)
 
 
-def serve(inspector: socket.socket, netns: int) -> None:
-    """Report that we are ready, then answer notifications until the other end closes."""
-    with inspector, suppress(OSError):
-        inspector.send(encode(None))
-        while raw := inspector.recv(NOTIFICATION.size):
-            try:
-                finding = inspect(notification(raw), netns)
-            except (OSError, ValueError):
-                finding = None
-            inspector.send(encode(finding))
+class Inspector:
+    """Receives the calls of one listener, and answers those that need no decision."""
 
+    def __init__(
+        self,
+        listener: int,
+        file: CallFile,
+        controller: socket.socket,
+        netns: int,
+        epoch: memoryview,
+    ) -> None:
+        self._listener = listener
+        self._file = file
+        self._controller = controller
+        self._epoch = epoch
+        self._looker = Looker(listener, netns)
+        self._free: list[int] = []  # places for calls
+        self._known: set[Glance | None] = set()  # free in `_known_in`
+        self._known_in = 0
+        self._asked: dict[int, Glance] = {}  # by id
 
-def inspect(call: Notification, netns: int) -> Finding | None:
-    """Return what a call asks for; None if it names no Internet address or another netns.
+    def run(self) -> None:
+        """Take over what a predecessor left, then serve until the listener is over.
 
-    Raises: OSError; ValueError if the descriptor is not an Internet socket.
-    """
-    abi = seccomp.abi()
-    to = destination(
-        call, abi, lambda address, length: seccomp.read_memory(call.pid, address, length)
-    )
-    if to is None:
-        return None
-    sock = seccomp.inspect_socket(seccomp.copy_descriptor(call.pid, call.fd))
-    if sock.netns != netns:
-        return None
-    daddr, dport = to
-    saddr = sock.saddr if sock.saddr and sock.saddr.version == daddr.version else None
-    flow = Flow(daddr, sock.proto, dport, saddr, sock.sport, sock.mark)
-    connects_udp = call.nr == abi.connect and sock.proto == UDP
-    return Finding(flow, sock.blocking and not connects_udp)
+        Raises: OSError if the controller is gone.
+        """
+        self._controller.send(SAY_STARTED)
+        self._await_predecessor()
+        left = [
+            (place, call) for place, call in self._file.calls() if not self._file.is_asked(place)
+        ]
+        self._free = self._file.free()
+        for place, call in left:
+            if not seccomp.is_waiting(self._listener, call.id) or self._serve(place):
+                self._file.clear(place)
+                self._free += [place] if place != SPARE else []
+        while True:
+            self._free = self._free or self._file.free()
+            if not self._free:
+                self._file.continue_one(self._listener)
+                continue
+            place = self._free[-1]
+            if not self._file.receive(self._listener, place):
+                if seccomp.is_over(self._listener):
+                    return
+            elif not self._serve(place):
+                self._free.pop()
 
+    def _await_predecessor(self) -> None:
+        """Wait until our predecessor is gone, which was killed; if that takes long, it is blocked.
 
-def encode(finding: Finding | None) -> bytes:
-    """Return an `ANSWER`."""
-    if finding is None:
-        return ANSWER.pack(NOTHING, 0, 0, 0, 0, NO_ADDRESS, NO_ADDRESS)
-    flow, blocking = finding
-    return ANSWER.pack(
-        BLOCKING if blocking else NON_BLOCKING,
-        flow.proto,
-        flow.dport,
-        flow.sport,
-        flow.mark,
-        _packed(flow.daddr),
-        _packed(flow.saddr),
-    )
+        Then all calls continue. Before it is gone, we cannot know what it received.
+        """
+        deadline = time.monotonic() + self._file.words[WAIT] / 1000
+        while not self._file.lock():
+            if time.monotonic() < deadline:
+                time.sleep(LOCK_AGAIN)
+                continue
+            self._file.continue_unasked(self._listener)
+            if seccomp.has_call(self._listener, LOCK_AGAIN):
+                self._file.continue_one(self._listener)
 
+    def _serve(self, place: int) -> bool:
+        """Answer a call, and return True; or ask the controller."""
+        raw: RawNotification = NOTIFICATION.unpack_from(self._file.bytes, place)
+        ident, words = raw[0], self._file.words
+        words[LOOKING] = ident
+        if not words[WATCHED]:
+            self._controller.send(SAY_LOOKING)
+        seen = self._glance(raw)
+        if self._is_free(seen):
+            seccomp.answer(self._listener, ident, None)
+            words[LOOKING] = 0
+            return True
+        finding = self._inspect(raw, place, seen)
+        words[LOOKING] = 0
+        if finding is None:
+            seccomp.answer(self._listener, ident, None)
+            return True
+        self._controller.send(encode(Question(place, ident, raw[1], finding)))
+        return False
 
-def decode(raw: bytes) -> Finding | None:
-    """Read an `ANSWER`; None for "nothing" and for bytes that are not an answer."""
-    if len(raw) != ANSWER.size:
-        return None
-    kind, proto, dport, sport, mark, daddr, saddr = ANSWER.unpack(raw)
-    if kind not in (NON_BLOCKING, BLOCKING):
-        return None
-    source = None if saddr == NO_ADDRESS else unmap(IPv6Address(saddr))
-    flow = Flow(unmap(IPv6Address(daddr)), proto, dport, source, sport, mark)
-    return Finding(flow, kind == BLOCKING)
+    def _glance(self, raw: RawNotification) -> Glance | None:
+        try:
+            return self._looker.glance(raw)
+        except (OSError, OverflowError, ValueError):
+            return None
 
+    def _inspect(self, raw: RawNotification, place: int, seen: Glance | None) -> Finding | None:
+        """Return what a call asks for; None if it need not wait."""
+        self._hear()
+        if seen in self._known:
+            return None
+        try:
+            finding = self._looker.inspect(self._file.call(place))
+        except (OSError, ValueError):
+            return None
+        if finding is None:
+            return None
+        # Only if nothing has changed meanwhile is the question about what was seen.
+        if seen is None or seen != self._glance(raw):
+            seen = (finding.flow,)
+            if self._is_free(seen):
+                return None
+        if len(self._asked) >= KNOWN:
+            self._asked.clear()
+        self._asked[raw[0]] = seen
+        return finding
 
-def _packed(address: Address | None) -> bytes:
-    if address is None:
-        return NO_ADDRESS
-    return MAPPED + address.packed if address.version == 4 else address.packed
+    def _is_free(self, seen: Glance | None) -> bool:
+        return seen in self._known and self._known_in == self._epoch[0]
+
+    def _hear(self) -> None:
+        """Read which flows are free."""
+        now = self._epoch[0]
+        if self._known_in != now or len(self._known) >= KNOWN:
+            self._known, self._known_in = {NO_ADDRESS}, now
+        with suppress(BlockingIOError):
+            while said := self._controller.recv(FREE.size, socket.MSG_DONTWAIT):
+                epoch, ident = FREE.unpack(said)
+                seen = self._asked.pop(ident, None)
+                if seen is not None and epoch == now:
+                    self._known.add(seen)

@@ -1,11 +1,13 @@
 """Every seccomp listener of an instance: waiting calls become events, and answers are carried out.
 
-    a listener is readable -> Listener.receive -> Inspector.inspect -> CallMade
-    hold()    -> CallExpired at the limit; CallInterrupted or CallGone when the thread changes
-    answer()  -> the call continues, or fails
+    an inspector asks about a call -> CallMade
+    hold()       -> CallExpired at the limit; CallInterrupted or CallGone when the thread changes
+    answer()     -> the call continues, or fails; if it was not held, its flow is free
+    end_epoch()  -> no flow is free any more
 
-Rule of this module: a call continues at once if it names no flow of this network namespace, or if
-it cannot be inspected. That opens nothing, because the hooks, or the kernel, still judge it.
+Inspectors receive the calls, and answer those that name no flow of this network namespace, that
+cannot be inspected, or whose flow is free: they continue at once. That opens nothing, because the
+hooks, or the kernel, still judge them.
 """
 
 from __future__ import annotations
@@ -17,10 +19,8 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
-from ipsecgate.core.codec.seccomp import Notification
 from ipsecgate.core.model.events import (
     Call,
     CallEvent,
@@ -32,12 +32,12 @@ from ipsecgate.core.model.events import (
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.policy import HOLD_IMPATIENT, HOLD_LONGEST
 from ipsecgate.edges.holding import seccomp
-from ipsecgate.edges.holding.inspector import Inspector, InspectorProcess
-from ipsecgate.edges.holding.inspector_main import Finding
+from ipsecgate.edges.holding.inspector import Inspectors
 from ipsecgate.edges.holding.listener import Listener
+from ipsecgate.edges.holding.messages import Question
 from ipsecgate.edges.host import systemd
 
-CALLS_PER_TURN = 64  # calls received, or checked, before the event loop does other work
+CALLS_PER_TURN = 64  # calls checked before the event loop does other work
 CALLS_AGAIN = 1.0  # seconds within which an interrupted thread repeats its call
 CHECK = 0.1  # seconds between two rounds of checks on the threads of held calls
 CHECK_EACH = 0.001  # seconds per call that a round takes at least, to spread the load
@@ -52,10 +52,12 @@ class Listeners:
     """
 
     def __init__(self, deliver: Callable[[CallEvent], None], folder: Path) -> None:
+        """Raises: OSError."""
         self._deliver = deliver
         self._folder = folder
-        self._process = InspectorProcess()
+        self._inspectors = Inspectors()
         self._listeners: dict[int, Listener] = {}  # by number
+        self._ends = select.epoll()  # of listeners
         # Interrupted calls by thread: the call's deadline, and until when we remember it.
         self._interrupted: dict[tuple[int, Flow], tuple[float, float]] = {}
         self._check_timer: asyncio.TimerHandle | None = None
@@ -87,7 +89,7 @@ class Listeners:
         self._keep(listener)
 
     def adopt(self, kept: Mapping[int, str]) -> None:
-        """Follow the listeners that the service manager kept, and inspect their calls again.
+        """Follow the listeners that the service manager kept; their calls are inspected again.
 
         `kept`: names by descriptor. Files of other listeners are deleted.
         """
@@ -96,11 +98,7 @@ class Listeners:
             if found is None or not seccomp.is_listener(fd):
                 continue
             number, limit = found.groups()
-            listener = Listener(int(number), fd, float(limit), self._folder / number)
-            waiting = listener.recall()
-            self._follow(listener)
-            for call, deadline in waiting:
-                self._inspect(listener, call, deadline)
+            self._follow(Listener(int(number), fd, float(limit), self._folder / number))
         for file in self._folder.glob("*"):
             if int(file.name) not in self._listeners:
                 file.unlink()
@@ -108,7 +106,7 @@ class Listeners:
     def hold(self, made: CallMade) -> None:
         """Keep a call waiting, and deliver CallExpired when it reaches its limit."""
         listener = self._listeners.get(made.call.listener)
-        if listener is None or made.call.id not in listener.slots:
+        if listener is None or made.call.id not in listener.places:
             return
         loop = asyncio.get_running_loop()
         timer = loop.call_later(made.limit, self._deliver, CallExpired(made.call))
@@ -119,27 +117,36 @@ class Listeners:
     def answer(self, call: Call, error: int | None) -> None:
         """Fail a call with an errno, or let it continue (None), if it still waits."""
         listener = self._listeners.get(call.listener)
-        if listener is not None and call.id in listener.slots:
-            listener.answer(call.id, error)
+        if listener is None or call.id not in listener.places:
+            return
+        is_free = error is None and call.id not in listener.held
+        listener.answer(call.id, error)
+        if is_free:
+            listener.inspector.tell_free(call.id)
+
+    def end_epoch(self) -> None:
+        """Have a call of any flow reported as CallMade: the hooks may judge it differently now."""
+        self._inspectors.end_epoch()
 
     def close(self) -> None:
         """Close every listener."""
         if self._check_timer is not None:
             self._check_timer.cancel()
         for listener in self._listeners.values():
-            listener.inspector.close()
-        self._process.close()
-        for listener in self._listeners.values():
-            asyncio.get_running_loop().remove_reader(listener.fd)
             listener.close()
         self._listeners.clear()
+        self._inspectors.close()
+        asyncio.get_running_loop().remove_reader(self._ends)
+        self._ends.close()
 
     # --- calls in -------------------------------------------------------------------
 
     def _follow(self, listener: Listener) -> None:
+        if not self._listeners:
+            asyncio.get_running_loop().add_reader(self._ends, self._on_end)
         self._listeners[listener.number] = listener
-        listener.inspector = Inspector(self._process)
-        asyncio.get_running_loop().add_reader(listener.fd, self._on_readable, listener)
+        self._ends.register(listener.fd, 0)  # reports only its end, not each call
+        listener.follow(self._inspectors, self._on_question)
 
     def _keep(self, listener: Listener) -> None:
         """Have the service manager keep the listener for a successor; retry if it is busy."""
@@ -148,47 +155,33 @@ class Listeners:
         if not systemd.keep(listener.fd, f"hold-{listener.number}-{listener.limit:.3f}"):
             asyncio.get_running_loop().call_later(RETRY, self._keep, listener)
 
-    def _on_readable(self, listener: Listener) -> None:
-        for _ in range(CALLS_PER_TURN):
-            ready = listener.ready()
-            if ready & select.POLLIN:
-                call = listener.receive()
-                if call is not None:
-                    self._inspect(listener, call, 0.0)
-                continue
-            if ready:  # POLLHUP: no process is left that could call
-                self._drop(listener)
+    def _on_end(self) -> None:
+        """Drop the listeners that no process is left to call."""
+        ended = {fd for fd, _ in self._ends.poll(0)}
+        for listener in [each for each in self._listeners.values() if each.fd in ended]:
+            self._ends.unregister(listener.fd)
+            del self._listeners[listener.number]
+            for ident in listener.places:
+                self._deliver(CallGone(Call(listener.number, ident)))
+            listener.close()
+            listener.path.unlink(missing_ok=True)
+
+    def _on_question(self, listener: Listener, question: Question, deadline: float) -> None:
+        """Report a call; `deadline` is the one that a predecessor gave it, 0.0 if none did."""
+        # Only if the call still waits did the inspector read its own thread, not another one's.
+        if not seccomp.is_waiting(listener.fd, question.ident):
+            listener.forget(question.ident)
             return
-
-    def _drop(self, listener: Listener) -> None:
-        asyncio.get_running_loop().remove_reader(listener.fd)
-        del self._listeners[listener.number]
-        listener.inspector.close()
-        for ident in listener.slots:
-            self._deliver(CallGone(Call(listener.number, ident)))
-        listener.close()
-        listener.file.unlink(missing_ok=True)
-
-    def _inspect(self, listener: Listener, call: Notification, deadline: float) -> None:
-        """Inspect a call; `deadline` is the one that a predecessor gave it, 0 if none did."""
-        listener.inspector.inspect(call, partial(self._on_finding, listener, call, deadline))
-
-    def _on_finding(
-        self, listener: Listener, call: Notification, deadline: float, finding: Finding | None
-    ) -> None:
-        # Only if the call still waits did we read its own thread, not another one with that pid.
-        if finding is None or not seccomp.is_waiting(listener.fd, call.id):
-            listener.answer(call.id, None)
-            return
-        flow, blocking = finding
+        flow, blocking = question.finding
         limit = listener.limit if blocking else min(listener.limit, HOLD_IMPATIENT)
         now = time.monotonic()
-        first_deadline, remembered_until = self._interrupted.pop((call.pid, flow), (0.0, 0.0))
+        first_deadline, remembered_until = self._interrupted.pop((question.pid, flow), (0.0, 0.0))
         if now <= remembered_until:
             deadline = first_deadline
         if deadline:
             limit = max(0.0, deadline - now)
-        self._deliver(CallMade(Call(listener.number, call.id), flow, call.pid, limit))
+        call = Call(listener.number, question.ident)
+        self._deliver(CallMade(call, flow, question.pid, limit))
 
     # --- the threads of held calls ----------------------------------------------------
 
