@@ -1,6 +1,6 @@
 """What the hooks add to a call, as the ratio to the same call without them.
 
-    .venv/bin/python -m bench.hot_path [--masks 32] [--selectors 16384]
+    .venv/bin/python -m bench.hot_path [--masks 32] [--selectors 16384] [--json FILE]
 
 On this machine's own kernel, in a namespace whose only link leads nowhere, two equal clients make
 the same calls in turns, one of them in a gated cgroup. Each turn gives one ratio; printed are their
@@ -18,11 +18,11 @@ import tempfile
 from collections.abc import Iterator
 from ipaddress import IPv4Address, ip_network
 from pathlib import Path
-from statistics import median, quantiles
 
 from rich.console import Console
 from rich.table import Table as Screen
 
+from bench.report import Report, Row
 from ipsecgate.core.tables.layout import Entry, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
 from ipsecgate.edges.bpf import bytecode
@@ -124,17 +124,13 @@ class Client:
         self._process.communicate()
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--masks", type=int, default=32)
-    parser.add_argument("--selectors", type=int, default=16384)
-    parser.add_argument("--turns", type=int, default=41)
-    parser.add_argument("--calls", type=int, default=20000)
-    options = parser.parse_args()
-    screen = Screen(title=f"{options.selectors} selectors in {options.masks} masks")
-    for name in ("call", "without, ns", "gated, ns", "ratio", "quartiles"):
-        screen.add_column(name, justify="left" if name == "call" else "right")
+Clients = dict[tuple[bool, bool], Client]
+"""By whether their destinations are covered, and whether they are gated."""
+
+
+@contextlib.contextmanager
+def prepared(masks: int, selectors: int) -> Iterator[Clients]:
+    """The clients, in a namespace with hooks whose SPD table has these selectors."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         program = folder / "client"
@@ -156,10 +152,10 @@ def main() -> None:
         data.set_sources([(ip_network("10.0.0.0/8"), HERE[0])])
         policies = [Rule(ternary(ip_network("10.0.0.0/8")), Entry(State.PROTECT))]
         asyncio.run(data.publish(TableId.POLICY, compile_table(policies)))
-        selectors = spd(options.masks, options.selectors)
-        asyncio.run(data.publish(TableId.SPD, selectors))
+        table = spd(masks, selectors)
+        asyncio.run(data.publish(TableId.SPD, table))
         clients = {}
-        networks = sorted({match.value.daddr & 0xFFFFFFFF for match, _ in selectors.entries()})
+        networks = sorted({match.value.daddr & 0xFFFFFFFF for match, _ in table.entries()})
         ours = [IPv4Address(networks[n * 7919 % len(networks)]) for n in range(16384)]
         for covered, addresses in ((True, ours), (False, [OTHERS + n for n in range(16384)])):
             listed = folder / f"addresses-{covered}"
@@ -168,25 +164,57 @@ def main() -> None:
                 client = Client(program, listed, place, cgroup if gated else None)
                 stack.callback(client.end)
                 clients[covered, gated] = client
-        for name, kind, destinations, covered in CALLS:
-            calls = options.calls // (10 if kind == "tcp" else 1)
-            pairs = [
-                tuple(
-                    clients[covered, gated].cost(kind, destinations, calls)
-                    for gated in (False, True)
-                )
-                for _ in range(options.turns)
-            ]
-            ratios = [gated / free for free, gated in pairs]
-            low, _, high = quantiles(ratios, n=4)
+        yield clients
+
+
+def measure(clients: Clients, only: str, turns: int, calls: int) -> Iterator[tuple[Row, Row, Row]]:
+    """Yield for each call what it costs without hooks, gated, and the ratio."""
+    for call, kind, destinations, covered in CALLS:
+        if only not in call:
+            continue
+        number = calls // (10 if kind == "tcp" else 1)
+        pairs = []
+        for _ in range(turns):
+            free = clients[covered, False].cost(kind, destinations, number)
+            pairs.append((free, clients[covered, True].cost(kind, destinations, number)))
+        of = {"call": call}
+        yield (
+            Row("without", "ns", tuple(free for free, _ in pairs), of),
+            Row("gated", "ns", tuple(gated for _, gated in pairs), of),
+            Row("ratio", "", tuple(gated / free for free, gated in pairs), of),
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--masks", type=int, default=32)
+    parser.add_argument("--selectors", type=int, default=16384)
+    parser.add_argument("--turns", type=int, default=41)
+    parser.add_argument("--calls", type=int, default=20000)
+    parser.add_argument("--only", default="", help="measure calls whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the report there, too")
+    options = parser.parse_args()
+    title = f"{options.selectors} selectors in {options.masks} masks"
+    screen = Screen(title=title)
+    for name in ("call", "without, ns", "gated, ns", "ratio", "quartiles"):
+        screen.add_column(name, justify="left" if name == "call" else "right")
+    rows: list[Row] = []
+    with prepared(options.masks, options.selectors) as clients:
+        for free, gated, ratio in measure(clients, options.only, options.turns, options.calls):
+            rows += (free, gated, ratio)
+            low, high = ratio.quartiles
             screen.add_row(
-                name,
-                f"{median(free for free, _ in pairs):.0f}",
-                f"{median(gated for _, gated in pairs):.0f}",
-                f"{median(ratios):.2f}",
+                str(ratio.of["call"]),
+                f"{free.median:.0f}",
+                f"{gated.median:.0f}",
+                f"{ratio.median:.2f}",
                 f"{low:.2f} to {high:.2f}",
             )
     Console().print(screen)
+    if options.json:
+        settings = {name: getattr(options, name) for name in ("masks", "selectors", "calls")}
+        Report("hot_path", title, tuple(rows), settings).write(options.json)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@
 
 static struct sockaddr_in to[MOST];
 static char byte;
+static unsigned int turn; /* goes on from one command to the next */
 
 static double now(void)
 {
@@ -49,7 +50,7 @@ static double connects(int destinations, int calls)
 	double began = now();
 
 	for (int i = 0; i < calls; i++)
-		if (connect(fd, (struct sockaddr *)&to[i % destinations], sizeof(to[0])))
+		if (connect(fd, (struct sockaddr *)&to[turn++ % destinations], sizeof(to[0])))
 			fail("connect");
 	began = now() - began;
 	close(fd);
@@ -65,7 +66,7 @@ static double sends(int destinations, int calls, int connected)
 		fail("connect");
 	began = now();
 	for (int i = 0; i < calls; i++) {
-		struct sockaddr_in *there = connected ? 0 : &to[i % destinations];
+		struct sockaddr_in *there = connected ? 0 : &to[turn++ % destinations];
 
 		if (sendto(fd, &byte, 1, MSG_DONTWAIT, (struct sockaddr *)there,
 			   there ? sizeof(*there) : 0) < 0)
@@ -89,7 +90,7 @@ static double tcp(int destinations, int calls)
 			fail("socket");
 		setsockopt(fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once));
 		began = now();
-		connect(fd, (struct sockaddr *)&to[i % destinations], sizeof(to[0]));
+		connect(fd, (struct sockaddr *)&to[turn++ % destinations], sizeof(to[0]));
 		sum += now() - began;
 		close(fd);
 	}

@@ -113,49 +113,49 @@ int egress(struct __sk_buff *skb)
 	struct bpf_sock *sk = skb->sk ? bpf_sk_fullsock(skb->sk) : 0;
 	__u64 generation = setting(GATE_GENERATION);
 	struct gate_association *known;
-	struct gate_answer policy = {};
 	struct search search = {};
-	struct gate_key flow = {};
+	const struct gate_answer *policy = &search.found;
+	struct gate_key *flow = &search.flow;
 	struct packet packet = {};
 
 	if (skb->ifindex == LOOPBACK)
 		return 1; /* to an address of this host: it never leaves */
-	packet.at = skb->protocol == bpf_htons(0x0800) ? read_v4(skb, &flow, &packet)
-						       : read_v6(skb, &flow, &packet);
-	if (packet.at && (flow.proto == ESP || flow.proto == AH) && is_of_xfrm(skb, &packet))
+	packet.at = skb->protocol == bpf_htons(0x0800) ? read_v4(skb, flow, &packet)
+						       : read_v6(skb, flow, &packet);
+	if (packet.at && (flow->proto == ESP || flow->proto == AH) && is_of_xfrm(skb, &packet))
 		return 1;
-	if (!packet.at || !read_ports(skb, &flow, packet.at))
-		return block(skb, &flow, GATE_BLOCK_UNREADABLE, &policy);
-	flow.mark = bpf_htonl(skb->mark);
+	if (!packet.at || !read_ports(skb, flow, packet.at))
+		return block(skb, flow, GATE_BLOCK_UNREADABLE, policy);
+	flow->mark = bpf_htonl(skb->mark);
 	known = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
 	if (known && known->kind == GATE_CLEAR && known->generation == generation &&
-	    same_flow(&known->flow, &flow))
+	    same_flow(&known->flow, flow))
 		return 1;
 	if (known && known->kind == GATE_DAEMON && known->generation == setting(GATE_IKE))
 		return 1;
-	if (is_dhcp(&flow) || is_neighbour_discovery(skb, &flow, packet.hops))
+	if (is_dhcp(flow) || is_neighbour_discovery(skb, flow, packet.hops))
 		return 1;
-	if (!setting_after(generation, GATE_LIST + GATE_POLICY)) {
+	if (!setting_after(generation, GATE_PUBLISHED + GATE_POLICY)) {
 		/* TCP asked at connect(): a connection may go on until policies are known. */
-		if (flow.proto == TCP && was_asked(skb, sk, &flow, &packet))
+		if (flow->proto == TCP && was_asked(skb, sk, flow, &packet))
 			return 1;
-		return block(skb, &flow, GATE_BLOCK_NOT_READY, &policy);
+		return block(skb, flow, GATE_BLOCK_NOT_READY, policy);
 	}
-	search.flow = flow;
-	if (!call_search_policy(&search))
-		return block(skb, &flow, GATE_BLOCK_NOT_READY, &policy);
+	if (!call_search_policy(&search)) {
+		search.found.state = 0; /* whatever it found */
+		return block(skb, flow, GATE_BLOCK_NOT_READY, policy);
+	}
 	generation = search.generation;
-	policy = search.found;
-	if (!policy.state) {
-		if (!setting_after(generation, GATE_DENY) || was_asked(skb, sk, &flow, &packet))
-			return pass(sk, &flow, generation);
-		return block(skb, &flow, GATE_BLOCK_DEFAULT, &policy);
+	if (!policy->state) {
+		if (!setting_after(generation, GATE_DENY) || was_asked(skb, sk, flow, &packet))
+			return pass(sk, flow, generation);
+		return block(skb, flow, GATE_BLOCK_DEFAULT, policy);
 	}
-	if (policy.state == GATE_BYPASS)
-		return pass(sk, &flow, generation);
-	if (policy.state != GATE_PROTECT)
-		return block(skb, &flow, GATE_BLOCK_DISCARD, &policy);
-	if (is_into_tun(skb) || is_encapsulated(skb, sk, &flow, &packet))
+	if (policy->state == GATE_BYPASS)
+		return pass(sk, flow, generation);
+	if (policy->state != GATE_PROTECT)
+		return block(skb, flow, GATE_BLOCK_DISCARD, policy);
+	if (is_into_tun(skb) || is_encapsulated(skb, sk, flow, &packet))
 		return 1;
-	return block(skb, &flow, GATE_BLOCK_CLEAR, &policy);
+	return block(skb, flow, GATE_BLOCK_CLEAR, policy);
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * The contract between the hooks and userspace. ipsecgate/core/tables/layout.py mirrors
- * it; tests compare every constant, and the structures as the compiler lays them out.
+ * The contract between the hooks and userspace. ipsecgate/core/tables mirrors it
+ * (layout.py, packed.py); tests compare every constant, and the structures as the compiler lays
+ * them out.
  *
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d whatever the socket's
  * family: that makes one code path, and a v4-mapped destination is not an exception to it.
@@ -10,27 +11,46 @@
 #ifndef IPSECGATE_GATE_H
 #define IPSECGATE_GATE_H
 
-#define GATE_LAYOUT 4   /* raise it when a structure, a map's size or a number here changes */
+#define GATE_LAYOUT 5   /* raise it when a structure, a map's size or a number here changes */
 
 /* The two tables in which a flow is looked up. */
 #define GATE_POLICY 0   /* must this flow be protected? the operator's policies */
 #define GATE_SPD 1      /* is it protected now? the kernel's SPD joined with its SAD */
 #define GATE_TABLES 2
 
-#define GATE_PART 128           /* masks that are searched in one go */
-#define GATE_PARTS 32
-#define GATE_MASKS 4096         /* distinct masks of one table: all parts */
-#define GATE_ENTRIES 1048576    /* of both tables together */
+#define GATE_MASKS 4096         /* distinct masks of one table, numbered from 0 */
+#define GATE_ENTRIES 4194304    /* of both tables together, at most */
 #define GATE_SOURCES 131072
 #define GATE_RECENT 16384
 #define GATE_RING_PAGES 64
 
-/* A Bloom filter with one hash, in words of 64 bits. A mask whose bit is not set has no entry for
- * this flow, so the hash lookup is spared. There are two filters. The setting GATE_FILTER says which
- * is in use (bit 0) and how many low bits of a hash it ignores (from bit 1 on): the fewer entries,
- * the more, because a small filter stays in the caches. */
-#define GATE_FILTER_BITS 24
-#define GATE_FILTER_WORDS (1 << (GATE_FILTER_BITS - 6))
+/* Two tables of slots find what a search needs. Both are open-addressed: a hash says, by its highest
+ * bits, at which slot to begin, and the first slot that is 0 ends the search.
+ *
+ * The index says which masks of a table can have entries for a flow. Its hash is of a prefix of the
+ * destination, of whole bytes (a level: 0 to 16 of the 16 bytes); a mask belongs to the longest level
+ * that it contains. A slot is a mask's number (the low bits) and a bit for each of its entries there,
+ * by the hash of the entry's key, so that most masks without an entry for the flow are ruled out at
+ * once. Between two fillings, bits are only ever set.
+ *
+ * The places say where an entry is. The hash is of the entry's key. A slot is 1 + the entry's number
+ * (the low bits) and other bits of the hash; GATE_GONE is an entry that was deleted.
+ *
+ * Both are in one map, the index first. There are two such maps, one to use and one to fill. The
+ * setting GATE_SLOTS says which is in use (from bit 16 on), and how many bits of a hash say where to
+ * begin: bits 0 to 7 for the index, 8 to 15 for the places. They are as small as their content allows,
+ * so that they stay in the caches. */
+#define GATE_LINE 16            /* slots of a cache line */
+#define GATE_MASK_BITS 12       /* of a slot of the index: the number of a mask */
+#define GATE_MARK_BITS 20       /* of a slot of the index: of which an entry has one */
+#define GATE_PLACE_BITS 23      /* of a slot of the places: 1 + the number of an entry */
+#define GATE_PROBES 32          /* slots from where an entry's hash points to its own, at most */
+#define GATE_GONE 0xffffffff
+#define GATE_LEVELS_V4 32       /* in GATE_LEVELS: where the bits for IPv4 begin */
+
+struct gate_line {
+	__u32 slot[GATE_LINE];
+};
 
 /* A flow, a mask or an entry's key: six words of 64 bits. Only the keys of entries have `table`
  * and `mask_number`, the number of the entry's mask in that table; elsewhere both are 0. */
@@ -49,17 +69,10 @@ struct gate_key {
 } __attribute__((aligned(8)));
 #define GATE_KEY_WORDS 6
 
-/* A table's masks, those with the best (lowest) ranks first, so that the search can stop early.
- * There are two lists for each table; the setting GATE_LIST says which is in use. */
+/* A mask of a table. It changes only when no entry that is in force has its number. */
 struct gate_mask {
 	__u64 word[GATE_KEY_WORDS];
 	__u64 last_word; /* of a key that has `table` and this mask's `mask_number` alone */
-	__u64 best;     /* no entry of this mask has a lower rank; GATE_NO_RANK ends the list */
-};
-#define GATE_NO_RANK (~0ULL)
-
-struct gate_masks {
-	struct gate_mask mask[GATE_PART];
 };
 
 /* The state of a table's entry, for the flows that match it. */
@@ -76,14 +89,16 @@ struct gate_answer {
 	__u32 state;    /* 0: no entry */
 	__u32 error;    /* errno of a refusal, 0 = EPERM */
 	__u32 id;       /* GATE_POLICY: the policy's index among those in force */
-	__u32 check;    /* of the answer, of its entry's key and of `since`: the kernel may give an
-			 * entry's memory to another key while a hook reads it */
+	__u32 check;    /* of the answer, of its entry's key and of `since`: another entry may be
+			 * written here while a hook reads this one */
 };
 
 /* What an entry says from generation `since` on, and what it said before. A change of many
  * entries is written with the next generation, and is in force at once when that one begins:
- * no flow is judged by half of it. */
+ * no flow is judged by half of it. An entry never changes: another one takes its place. */
 struct gate_entry {
+	struct gate_key key;
+	__u64 hash;     /* of the key */
 	__u64 since;
 	struct gate_answer now;
 	struct gate_answer before;
@@ -100,8 +115,7 @@ struct gate_source {
 };
 
 /* One word of settings each, so that every change is one atomic write. */
-#define GATE_LIST 0             /* + table: counts the lists of masks published, 0: none yet. Odd or
-				 * even says which of the two is in use */
+#define GATE_PUBLISHED 0        /* + table: 1: the table is published */
 #define GATE_AUDIT 2            /* 1: count and report, refuse nothing */
 #define GATE_DENY 3             /* 1: flows that no policy names are refused */
 #define GATE_IKE 4              /* thread group of the IKE daemon, 0 = none */
@@ -113,8 +127,10 @@ struct gate_source {
 #define GATE_TUN 9              /* interface behind which the IKE daemon does ESP, 0 = none */
 #define GATE_IKE_CGROUP 10      /* the IKE daemon's cgroup; guards against a reused pid or index.
 				 * 0: the pid counts in any cgroup, GATE_TUN in no namespace */
-#define GATE_FILTER 11
-#define GATE_SETTINGS 12
+#define GATE_SLOTS 11
+#define GATE_LEVELS 12          /* + table: a bit for each level that has masks, from bit 0 on for
+				 * IPv6 and from GATE_LEVELS_V4 on for IPv4 */
+#define GATE_SETTINGS 14
 
 /* What a socket remembers, and the generation in which it was true. GATE_DAEMON has a process id in
  * its place, so it must be compared with GATE_IKE. The backstop compares it with the generation only

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
  * What the other files share: the maps, looking up a flow, reporting a refusal, and what a
- * socket remembers. The files are compiled as one, in the order maps, gate, packet, backstop.
+ * socket remembers. The files are compiled as one, in the order maps, search, decision, gate, packet,
+ * backstop.
  */
 #include "gate.h"
 
@@ -14,6 +15,8 @@
 #define TCP 6
 #define UDP 17
 #define ATTEMPTS 4 /* decisions about one call or packet while generations change, then refuse */
+#define PART 4 /* steps of a search in one go: slots and levels */
+#define PARTS 1024 /* in all; a search that takes more is given up, and the flow refused */
 #define LOOPBACK 1 /* interface index in every network namespace */
 
 /* A flow that was let go, as this processor remembers it. */
@@ -27,15 +30,25 @@ struct decision {
 };
 #define DECISIONS 4096
 
+/* Some bits of the hash of each decision's flow and generation: this much stays in the fastest cache,
+ * so that a flow that is not remembered costs little. */
+struct tags {
+	__u32 tag[GATE_LINE];
+};
+
 BPF_ARRAY(settings, __u64, GATE_SETTINGS);
-BPF_ARRAY(masks, struct gate_masks, GATE_TABLES * 2 * GATE_PARTS);
-BPF_F_TABLE("hash", struct gate_key, struct gate_entry, entries, GATE_ENTRIES, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("array", int, __u64, filter, 2 * GATE_FILTER_WORDS, BPF_F_MMAPABLE);
+BPF_ARRAY(masks, struct gate_mask, GATE_TABLES * GATE_MASKS);
+/* Userspace replaces the maps in these two by larger ones when it needs them. */
+BPF_F_TABLE("array", int, struct gate_entry, some_entries, 1024, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
+BPF_F_TABLE("array", int, struct gate_line, some_lines, 512, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
+BPF_ARRAY_OF_MAPS(entries, "some_entries", 1);
+BPF_ARRAY_OF_MAPS(slots, "some_lines", 2);
 BPF_LPM_TRIE(sources, struct gate_route, struct gate_source, GATE_SOURCES);
 BPF_TABLE("lru_hash", struct gate_key, __u64, recent, GATE_RECENT);
 BPF_PERCPU_ARRAY(counters, __u64, GATE_COUNTERS);
 BPF_RINGBUF_OUTPUT(events, GATE_RING_PAGES);
 BPF_PERCPU_ARRAY(decisions, struct decision, DECISIONS);
+BPF_PERCPU_ARRAY(tags, struct tags, DECISIONS / GATE_LINE);
 BPF_SK_STORAGE(sockets, struct gate_association);
 
 /* These look like calls of helpers with made-up numbers (-D, from edges/bpf/compiler.py). The linker
@@ -61,6 +74,13 @@ static __always_inline __u64 setting_after(__u64 before, int which)
 	return setting(which + (int)(before >> 63));
 }
 
+/* Return 0, in a way that depends on a value that was read: for `setting_after`. */
+static __always_inline __u64 having_read(__u64 value)
+{
+	asm volatile("%0 &= 0" : "+r"(value));
+	return value;
+}
+
 /* Is one deadline later than another? 0 is never. */
 static __always_inline int outlives(__u64 one, __u64 other)
 {
@@ -76,156 +96,6 @@ static __always_inline void count(int reason)
 }
 
 #define barrier() asm volatile("" ::: "memory")
-
-/* A hash of a key, for the filter and for the decisions; layout.py (key_hash) has the same. It
- * hashes even and odd words apart, because a processor can multiply for both at once. */
-static __always_inline __u64 mix(__u64 hash, __u64 word)
-{
-	hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
-	return hash ^ (hash >> 32);
-}
-
-static __always_inline __u64 hash_of(const __u64 *word)
-{
-	return mix(mix(mix(mix(0, word[0]), word[2]), word[4]),
-		   mix(mix(mix(0, word[1]), word[3]), word[5]));
-}
-
-/* What an answer's `check` must be; layout.py (pack_entry) has the same. */
-static __always_inline __u32 check_of(__u64 hash, __u64 since, const struct gate_answer *answer)
-{
-	__u64 what = (__u64)answer->error << 32 | answer->state;
-
-	return mix(mix(mix(hash, since), answer->rank),
-		   mix(mix(answer->deadline, what), answer->id));
-}
-
-/* A search of one table. */
-struct search {
-	union {
-		struct gate_key flow;
-		__u64 word[GATE_KEY_WORDS];
-	};
-	__u64 generation;
-	struct gate_answer found;
-	int part;       /* of the list of masks */
-	int filter;     /* index of the first word of the filter in use */
-	int shift;      /* how many bits of a hash the filter ignores */
-	int torn;       /* an entry was replaced while it was read */
-};
-
-/* Try one mask; 1 ends the search, as no later mask has an answer of a lower rank. */
-static __always_inline int try_mask(struct search *search, const struct gate_mask *mask)
-{
-	struct gate_answer answer;
-	struct gate_entry *entry;
-	__u64 key[GATE_KEY_WORDS];
-	__u64 hash, bit, since;
-	__u64 *bits;
-	int at;
-
-	if (mask->best > search->found.rank)
-		return 1;
-	for (int word = 0; word < GATE_KEY_WORDS; word++)
-		key[word] = search->word[word] & mask->word[word];
-	key[GATE_KEY_WORDS - 1] |= mask->last_word;
-	hash = hash_of(key);
-	bit = hash >> search->shift;
-	at = search->filter + (bit >> 6);
-	bits = filter.lookup(&at);
-	if (!bits || !(*bits >> (bit & 63) & 1))
-		return 0;
-	entry = entries.lookup((struct gate_key *)key);
-	/* Look twice: the kernel replaces an element by a new one at the head of its list, and a
-	 * reader that was past the head when the old one goes finds neither. */
-	if (!entry)
-		entry = entries.lookup((struct gate_key *)key);
-	if (!entry)
-		return 0;
-	since = *(volatile __u64 *)&entry->since;
-	answer = since <= search->generation ? entry->now : entry->before;
-	barrier(); /* judge the copy, not what the entry says by now */
-	if (answer.check != check_of(hash, since, &answer)) {
-		search->torn = 1;
-		return 0;
-	}
-	/* Of two answers of one rank, take the longer-lived. */
-	if (answer.state && (answer.rank < search->found.rank ||
-			     (answer.rank == search->found.rank &&
-			      outlives(answer.deadline, search->found.deadline))))
-		search->found = answer;
-	return 0;
-}
-
-/* Try one part of a table's masks; 1 ends the search. A function of its own, because a loop over
- * all masks is more than the verifier follows. */
-int search_part(struct search *search)
-{
-	struct gate_masks *part;
-	int number;
-
-	if (!search)
-		return 1;
-	number = search->part++;
-	part = masks.lookup(&number);
-	if (!part)
-		return 1;
-	for (int i = 0; i < GATE_PART; i++)
-		if (try_mask(search, &part->mask[i]))
-			return 1;
-	return 0;
-}
-
-int search(struct search *search)
-{
-	if (!search)
-		return 0;
-	/* Unrolled, because Linux 6.1 refuses a jump back to an instruction behind a call. */
-#pragma unroll
-	for (int part = 0; part < GATE_PARTS; part++)
-		if (call_search_part(search))
-			return 0;
-	return 0;
-}
-
-/* Look search->flow up in a table: find the answer of the lowest rank (tuple-space search), and
- * return its state; 0: no entry matches, and `found` is not set. */
-static __always_inline int classify(__u32 table, __u64 generation, struct search *search)
-{
-	__u64 list = setting_after(generation, GATE_LIST + table);
-	__u64 used = setting_after(generation, GATE_FILTER);
-
-	search->generation = generation;
-	search->filter = (used & 1) * GATE_FILTER_WORDS;
-	search->shift = (used >> 1) & 63;
-	search->found.rank = GATE_NO_RANK - 1;
-	search->found.deadline = 0;
-	search->found.state = 0;
-	search->part = (table * 2 + (list & 1)) * GATE_PARTS;
-	if (list)
-		call_search(search);
-	return search->found.state;
-}
-
-/* Find the policy that names search->flow, as of one generation. Return 0 if another generation
- * began during each attempt. */
-int search_policy(struct search *search)
-{
-	if (!search)
-		return 0;
-#pragma unroll
-	for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
-		__u64 generation = setting(GATE_GENERATION);
-
-		search->torn = 0;
-		classify(GATE_POLICY, generation, search);
-		/* The deadline only orders this load after the lookup; its highest bit is 0. */
-		if (!search->torn &&
-		    setting_after(search->found.deadline, GATE_GENERATION) == generation)
-			return 1;
-	}
-	return 0;
-}
 
 static __always_inline int same(const __u32 *a, const __u32 *b)
 {

@@ -13,7 +13,7 @@ from pathlib import Path
 from ipsecgate.admin.loader import check_targets, pins_of
 from ipsecgate.core.model.policy import SaSource
 from ipsecgate.core.model.value import value
-from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf import bytecode, libbpf, nested
 from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.host import cgroups, mounts
 from ipsecgate.edges.host.config import DEFAULT_VICI, Config
@@ -131,7 +131,7 @@ def _hooks(paths: Paths) -> str:
     fds = {}
     try:
         for name, shape in code.maps.items():
-            fds[name] = libbpf.create_map(name, shape)
+            fds[name] = nested.create(name, shape)
         for hook, kind in HOOKS.items():
             program = code.programs[hook]
             linked = program.linked(fds)

@@ -110,7 +110,7 @@ class GateState(TypedDict):
 
 
 class HookTables(TypedDict):
-    """How full the hooks' tables are. The limits: 4,096 masks each, 1,048,576 entries together."""
+    """How full the hooks' tables are. The limits: 2,031 masks and 1,048,064 entries each."""
 
     policy_masks: int
     policy_entries: int

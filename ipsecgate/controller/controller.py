@@ -208,7 +208,7 @@ class Controller:
 
     async def _carry_out(self, commands: Sequence[do.Command]) -> None:
         """Execute commands in order, but log last: writing takes time. Raises: GateError."""
-        writes = any(isinstance(command, do.HookCommand) for command in commands)
+        writes = any(isinstance(command, do.HookWrite) for command in commands)
         if writes:
             # Flows that are free may be closed. Once more afterwards, because an answer in between
             # may come before the write that closes its flow.

@@ -18,7 +18,7 @@ from typing import Any
 from vici import Session
 from vici.exception import CommandException
 
-from ipsecgate.edges.bpf import libbpf
+from ipsecgate.edges.bpf import elements
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import control
 from ipsecgate.errors import GateError
@@ -185,7 +185,7 @@ def filled(world: World, name: str, keys: Iterator[bytes], value: bytes) -> Iter
     try:
         for key in keys:
             try:
-                libbpf.update(fd, key, value)
+                elements.update(fd, key, value)
             except OSError as error:
                 if error.errno not in (errno.E2BIG, errno.ENOSPC, errno.ENOMEM):
                     raise
@@ -194,7 +194,7 @@ def filled(world: World, name: str, keys: Iterator[bytes], value: bytes) -> Iter
         yield
     finally:
         for key in added:
-            libbpf.delete(fd, key)
+            elements.delete(fd, key)
         os.close(fd)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,7 +10,8 @@ from ipaddress import IPv6Network
 
 from pyroute2 import NetlinkError
 
-from ipsecgate.core.tables.layout import ENTRY_SIZE, KEY_SIZE, SOURCES, pack_route, pack_source
+from ipsecgate.core.tables.layout import SOURCES
+from ipsecgate.core.tables.packed import pack_route, pack_source
 from ipsecgate.lab.path import SITE_A, SITE_B
 from tests.chaos.fault import fault
 from tests.chaos.fault_tools import (
@@ -24,11 +24,9 @@ from tests.chaos.fault_tools import (
     storm_of_states,
     vici,
 )
-from tests.chaos.faults_operator import policies_configured_then_derived
 from tests.chaos.targets import SPECS
 from tests.chaos.world import World, ip
 
-FILLER = 255  # a table id in the entries map that no table uses
 LOOPBACK = 1  # interface index
 STRONGSWAN = 220  # routing table
 
@@ -168,15 +166,6 @@ def unrelated_routes(world: World, rng: random.Random) -> Iterator[None]:
 def ring_and_recent_flooded(world: World, rng: random.Random) -> Iterator[None]:
     storm_at_never(world)
     yield
-
-
-@fault(1)
-def entries_full(world: World, rng: random.Random) -> Iterator[None]:
-    key = struct.Struct(f"=Q30xB{KEY_SIZE - 39}x")
-    with filled(world, "entries", (key.pack(n, FILLER) for n in range(1 << 20)), bytes(ENTRY_SIZE)):
-        vici(world.lab.a, "terminate", child=rng.choice(SPECS).child_name, timeout="-1")
-        with policies_configured_then_derived(world, rng):  # publishes another table
-            yield
 
 
 @fault(1)

@@ -15,7 +15,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
 from ipsecgate.core.model.policy import Policy, Settings
-from ipsecgate.core.tables import layout
+from ipsecgate.core.tables import packed
 from ipsecgate.core.tables.image import TableImage
 from tests.unit.xfrm_bytes import NET, OUT
 
@@ -64,8 +64,8 @@ def write(command: do.Command) -> None:
             TableImage(command.table).change(command.entries.items(), 1, 0)
         case do.SetSources():
             for network, source in command.sources:
-                layout.pack_route(network)
-                layout.pack_source(source)
+                packed.pack_route(network)
+                packed.pack_source(source)
 
 
 def fingerprint(gate: Gate) -> object:

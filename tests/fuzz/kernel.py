@@ -23,7 +23,7 @@ from ipsecgate.core.model.ipsec import (
     SpdKey,
     Template,
 )
-from ipsecgate.core.tables import layout
+from ipsecgate.core.tables import layout, packed
 from tests.fuzz import fed_gate as gates
 from tests.fuzz.engine import Target
 from tests.unit import xfrm_bytes as raw
@@ -245,7 +245,7 @@ class Ring(Target):
         return record, on.FlowRefused(flow, reason, policy, pid, comm, cgroup)
 
     def feed(self, data: bytes) -> Any:
-        event = layout.unpack_event(data)
+        event = packed.unpack_event(data)
         if event.flow.daddr not in gates.POLICY.remote[0]:
             gates.step(self._gate, event)  # a real one would start a negotiation
         return event
@@ -273,19 +273,15 @@ class Maps(Target):
                 key, number = self._key(random), random.randrange(layout.MASKS)
                 return b"\0" + layout.pack_key(key, 1, number), (1, number, key)
             case 1:
-                masks = {
-                    number: (self._key(random), rank)
-                    for number, rank in enumerate(sorted(random.sample(range(1 << 20), 3)))
-                }
-                listed = ((number, *one) for number, one in masks.items())
-                return b"\1" + b"".join(layout.pack_masks(listed, 1)), masks
+                mask = self._key(random)
+                return b"\1" + packed.pack_mask(mask, 1, random.randrange(layout.MASKS)), mask
         entry = layout.Entry(random.choice(list(layout.State)), 1, random.getrandbits(32))
-        return b"\2" + layout.pack_answer(entry), entry
+        return b"\2" + packed.pack_answer(entry), entry
 
     def feed(self, data: bytes) -> Any:
         decoders: tuple[Callable[[bytes], Any], ...] = (
             layout.unpack_key,
-            lambda raw: layout.unpack_masks([raw]),
-            layout.unpack_answer,
+            packed.unpack_mask,
+            packed.unpack_answer,
         )
         return decoders[data[0] % 3 if data else 0](data[1:])

@@ -6,20 +6,22 @@ The verdicts are real system calls in a real cgroup; the tables are written by h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv4Network, ip_address
 from pathlib import Path
 
-from ipsecgate.core.tables import layout
+from ipsecgate.core.tables import layout, packed
 from ipsecgate.core.tables.layout import INDEX, Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
-from ipsecgate.edges.bpf import bytecode, libbpf, ring
+from ipsecgate.edges.bpf import bytecode, elements, libbpf, ring
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.objects import HOOKS, opened
 from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.bpf.store import Store
 from tests.system.hooked_cgroup import (
     HERE,
     OTHER,
@@ -158,26 +160,29 @@ def test_a_table_changed_by_others_is_repaired_and_counted(hooked: HookedCgroup)
         return asyncio.run(hooked.data.repair(TableId.POLICY, wanted))
 
     assert verify() == 0
-    with opened(hooked.pins.objects.open_map("entries")) as fd:
-        raw = next(iter(libbpf.keys(fd, layout.KEY_SIZE)))
-        _, number, key = layout.unpack_key(raw)
-        other = layout.pack_key(key.replaced(proto=9), TableId.POLICY, number)
-        libbpf.update(fd, raw, layout.pack_entry(raw, 0, layout.pack_answer(Entry(State.BYPASS))))
-        libbpf.update(fd, other, b"\xff" * layout.ENTRY_SIZE)
+    with foreign(hooked) as store:
+        some = next(store.entries())
+        raw = next(one.raw for one in some if layout.unpack_key(one.raw[: layout.KEY_SIZE])[1] == 0)
+        key = packed.key_of_entry(raw)
+        other = layout.unpack_key(key)[2].replaced(proto=9)
+        bypass = packed.pack_answer(Entry(State.BYPASS))
+        store.put(packed.pack_entry(key, 0, bypass))
+        store.put(packed.pack_entry(layout.pack_key(other, TableId.POLICY), 0, b"\xff" * 32))
     assert verify() == 2
-    with opened(hooked.pins.objects.open_map("entries")) as fd:
-        libbpf.delete(fd, raw)
+    assert hooked.gated("tcp", PEER[4]) == "EPERM"
+    with foreign(hooked) as store:
+        store.remove(key)
     with opened(hooked.pins.objects.open_map("masks")) as fd:
-        for part in range(2 * layout.PARTS):
-            libbpf.update(fd, INDEX.pack(part), b"\xff" * layout.PART_SIZE)
+        for number in range(2):
+            elements.update(fd, INDEX.pack(number), b"\xff" * packed.MASK_SIZE)
     assert went_out(hooked.gated("tcp", PEER[4])), "the changed map opens the flow"
-    assert verify() == 2
+    assert verify() == 3
     assert verify() == 0
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
     assert hooked.data.table(TableId.POLICY) == wanted
 
 
-def test_a_damaged_check_and_a_cleared_filter_are_repaired(hooked: HookedCgroup) -> None:
+def test_a_damaged_check_and_a_cleared_index_are_repaired(hooked: HookedCgroup) -> None:
     """Either makes the hooks find nothing: a covered flow is refused, or no policy applies."""
     hooked.publish(TableId.SPD, *live())
     wanted = hooked.data.table(TableId.SPD)
@@ -187,25 +192,68 @@ def test_a_damaged_check_and_a_cleared_filter_are_repaired(hooked: HookedCgroup)
         return asyncio.run(hooked.data.repair(TableId.SPD, wanted))
 
     assert verify() == 0
-    with opened(hooked.pins.objects.open_map("entries")) as fd:
-        for raw in list(libbpf.keys(fd, layout.KEY_SIZE)):
-            if layout.unpack_key(raw)[0] == TableId.SPD:
-                value = libbpf.lookup(fd, raw, layout.ENTRY_SIZE)
-                assert value is not None
-                libbpf.update(fd, raw, value[:36] + bytes(4) + value[40:])
+    check = layout.KEY_SIZE + 8 + 8 + 28  # of what the entry says now
+    with foreign(hooked) as store:
+        for one in [one for some in store.entries() for one in some]:
+            if layout.unpack_key(packed.key_of_entry(one.raw))[0] == TableId.SPD:
+                store.correct(one.place, one.raw[:check] + bytes(4) + one.raw[check + 4 :])
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
     assert verify() == len(live())
     assert went_out(hooked.gated("tcp", PEER[4]))
-    with opened(hooked.pins.objects.open_map("filter")) as fd:
-        for half in range(2):
-            for word in range(1 << 6):
-                index = INDEX.pack(half * layout.FILTER_WORDS + word)
-                libbpf.update(fd, index, bytes(8))
+    with foreign(hooked) as store:
+        index = store._slots._index.slots
+        for at in range(len(index)):
+            index[at] = 0
+        del index
     hooked.data.set(Setting.DENY, 0)  # so that no processor remembers what it let pass
     assert hooked.gated("tcp", PEER[4]) != "EPERM", "the policy is not found either"
     assert verify() == 1
     assert verify() == 0
     assert went_out(hooked.gated("tcp", PEER[4]))
+
+
+def test_maps_grow_with_their_content(hooked: HookedCgroup) -> None:
+    first = int(IPv4Address("10.0.0.0"))
+    many = [
+        Rule(ternary(IPv4Network((first + n, 32))), Entry(State.LIVE, rank=n)) for n in range(5000)
+    ]
+    before = hooked.data.memory()
+    for rules in ([*live(), *many[:40]], [*many, *live()], [*live(), *many[2500:]]):
+        hooked.publish(TableId.SPD, *rules)
+        assert hooked.data.entry_count() == len(protect()) + len(rules)
+        assert hooked.data.table(TableId.SPD) == compile_table(rules)
+        assert went_out(hooked.gated("tcp", PEER[4]))
+    assert before + 5000 * 128 < hooked.data.memory() < before + 5000 * 512
+    hooked.data.close()
+    hooked.data = Datapath(hooked.pins)
+    hooked.data.open_ring(hooked.refusals.append)
+    assert hooked.data.table(TableId.SPD) == compile_table([*live(), *many[2500:]])
+    hooked.publish(TableId.SPD, *many)
+    assert hooked.gated("tcp", PEER[4]) == "EPERM"
+
+
+def test_all_masks_of_one_destination_are_tried(hooked: HookedCgroup) -> None:
+    """More than a hook goes through in one part of a search."""
+    others = [
+        Rule(ternary(THERE[4], mark=(bits, bits)), Entry(State.DEAD)) for bits in range(1, 400)
+    ]
+    hooked.publish(TableId.SPD, *others, *live())
+    assert went_out(hooked.gated("tcp", PEER[4]))
+    hooked.publish(
+        TableId.SPD, *others, Rule(ternary(THERE[4], proto=6), Entry(State.DEAD)), *live()
+    )
+    assert hooked.gated("tcp", PEER[4]) == "EPERM"
+    assert went_out(hooked.gated("sendto", PEER[4]))
+
+
+@contextlib.contextmanager
+def foreign(hooked: HookedCgroup) -> Iterator[Store]:
+    """Another writer of the entries, whose places are not in order with the controller's."""
+    with Maps(hooked.pins) as maps:
+        fds = [maps._fds[name] for name in ("entries", "slots")]
+        used = maps.setting(Setting.SLOTS)
+        with contextlib.closing(Store(fds[0], fds[1], used, lambda _: None, lambda *_: 0)) as store:
+            yield store
 
 
 def test_a_removed_cgroup_does_not_prevent_loading(hooked: HookedCgroup, cache: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from ipsecgate.core.tables import layout
+from ipsecgate.core.tables import layout, packed
 from ipsecgate.edges.bpf import bytecode
 from ipsecgate.edges.bpf.compiler import layout as compiled_layout
+from ipsecgate.edges.bpf.store import SLOT
 
 SIZES = {"unsigned int": 4, "unsigned short": 2, "unsigned char": 1, "unsigned long long": 8,
          "int": 4, "char": 1}  # fmt: skip
@@ -41,14 +42,16 @@ def monkeypatch_module() -> Any:
 
 
 def test_sizes_agree(described: Mapping[str, tuple[Any, Any]], cache: Path) -> None:
-    key, entry = described["entries"]
-    assert size(key) == layout.KEY_SIZE
-    assert size(entry) == layout.ENTRY_SIZE
-    assert size(described["masks"][1]) == layout.PART_SIZE
-    assert size(described["sources"][0]) == layout.ROUTE_SIZE
+    assert size(described["recent"][0]) == layout.KEY_SIZE
+    assert size(described["masks"][1]) == packed.MASK_SIZE
+    assert size(described["sources"][0]) == packed.ROUTE_SIZE
     shapes = bytecode.get(cache).maps
-    assert shapes["entries"].key_size == layout.KEY_SIZE
-    assert shapes["entries"].max_entries == layout.ENTRIES
+    entries, slots = shapes["entries"].inner, shapes["slots"].inner
+    assert entries is not None
+    assert slots is not None
+    assert entries.value_size == packed.ENTRY_SIZE
+    assert slots.value_size == layout.LINE * SLOT
+    assert shapes["masks"].max_entries == len(layout.TableId) * layout.MASKS
     assert shapes["settings"].max_entries == len(layout.Setting)
     assert shapes["counters"].max_entries == layout.COUNTERS
 
@@ -58,7 +61,7 @@ def test_key_fields_are_at_the_offsets_that_python_uses(
 ) -> None:
     at = {}
     offset = 0
-    for name, kind, *count in described["entries"][0][1]:
+    for name, kind, *count in described["recent"][0][1]:
         at[name] = offset
         offset += SIZES[kind] * (count[0][0] if count else 1)
     raw = layout.pack_key(layout.Key(1, 2, 0x0304, 0x0506, 7, 8, 0xB), table=9, mask_number=10)
@@ -74,6 +77,6 @@ def test_key_fields_are_at_the_offsets_that_python_uses(
 
 def test_a_malformed_event_is_an_error() -> None:
     with pytest.raises(layout.LayoutError, match="event of 3 bytes"):
-        layout.unpack_event(b"abc")
+        packed.unpack_event(b"abc")
     with pytest.raises(layout.LayoutError, match="address family 0"):
-        layout.unpack_event(bytes(layout.EVENT_SIZE))
+        packed.unpack_event(bytes(packed.EVENT_SIZE))

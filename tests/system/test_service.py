@@ -72,7 +72,7 @@ CALLBACK = """
 from ipsecgate.edges.bpf import datapath
 def defect(record):
     raise LookupError("a defect in a callback")
-datapath.layout.unpack_event = defect
+datapath.packed.unpack_event = defect
 """
 TASK = """
 from ipsecgate.edges.kernel import routes

@@ -14,7 +14,7 @@ import pytest
 
 from ipsecgate.core.tables.layout import INDEX, LAYOUT, SETTING, Setting, TableId
 from ipsecgate.core.tables.table import compile_table
-from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf import bytecode, elements, libbpf
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.bpf.objects import HOOKS, opened
 from ipsecgate.edges.bpf.pins import Pins
@@ -78,7 +78,7 @@ def take_over(hooked: HookedCgroup) -> Datapath:
 
 def version(pins: Pins) -> int:
     with opened(pins.current.open_map("settings")) as fd:
-        raw = libbpf.lookup(fd, INDEX.pack(Setting.VERSION), SETTING.size)
+        raw = elements.lookup(fd, INDEX.pack(Setting.VERSION), SETTING.size)
     return int(SETTING.unpack(raw or b"")[0])
 
 

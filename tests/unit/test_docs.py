@@ -14,7 +14,7 @@ import pytest
 from ipsecgate.core.gate.event_queue import EVENTS_PER_STEP, REFUSALS
 from ipsecgate.core.gate.holds import FLOWS_PER_STEP
 from ipsecgate.core.gate.spd_table import POLICIES_PER_UPDATE
-from ipsecgate.core.tables.layout import PART, SOURCES
+from ipsecgate.core.tables.layout import SOURCES
 from ipsecgate.core.tables.rule_table import (
     COARSE_ENTRIES,
     COARSE_MASKS,
@@ -116,7 +116,6 @@ DECISIONS, ATTEMPTS = int(HOOKS["DECISIONS"]), {"4": "four"}[HOOKS["ATTEMPTS"]]
         ("architecture", f"more than {MASKS:,} masks or {ENTRIES:,} entries"),
         ("architecture", f"{REFUSALS} wait, one for each flow"),
         ("architecture", f"up to {FLOWS_PER_STEP} of them are evaluated"),
-        ("architecture", f"{PART} masks of a table"),
         ("threat-model", f"At most {REFUSALS} refusals wait"),
         ("threat-model", f"after at most {EVENTS_PER_STEP} other events"),
         ("threat-model", f"{FLOWS_PER_STEP} flows in a step"),

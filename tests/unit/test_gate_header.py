@@ -12,21 +12,24 @@ from enum import IntEnum
 
 import pytest
 
-from ipsecgate.core.tables import layout
+from ipsecgate.core.tables import layout, packed
 from ipsecgate.edges.bpf import bytecode, libbpf
 
 HEADER = (bytecode.source_dir() / "gate.h").read_text()
-MAPS = (bytecode.source_dir() / "maps.bpf.c").read_text()
+SEARCH = (bytecode.source_dir() / "search.bpf.c").read_text()
 DEFINES = {
-    name: int(value.rstrip("UL"))
+    name: int(value.rstrip("UL"), 0)
     for name, value in re.findall(r"^#define GATE_(\w+)\s+(\d\w*)", HEADER, re.MULTILINE)
 }
 TYPES = {"__u8": 1, "__u16": 2, "__u32": 4, "__u64": 8, "char": 1, "int": 4}
-MIRRORED = ("LAYOUT", "PART", "PARTS", "MASKS", "ENTRIES", "SOURCES", "FILTER_BITS")
+MIRRORED = (
+    *("LAYOUT", "MASKS", "ENTRIES", "SOURCES", "LINE", "MASK_BITS", "MARK_BITS", "PLACE_BITS"),
+    *("PROBES", "GONE", "LEVELS_V4"),
+)
 ENUMS: tuple[type[IntEnum], ...] = (layout.TableId, layout.State, layout.Setting, layout.Reason)
 COUNTS = {"TABLES": layout.TableId, "SETTINGS": layout.Setting, "COUNTERS": layout.Reason}
-# The header names the first of two consecutive words: list + table.
-LISTS = ("POLICY_LIST", "SPD_LIST")
+# The header names the first of two consecutive words: published + table.
+PAIRS = ("PUBLISHED", "LEVELS")
 # Constants of the hooks alone: map sizes, a socket's memory, and which hook reports an event.
 HOOKS_ONLY = {
     *(
@@ -46,10 +49,12 @@ HOOKS_ONLY = {
 def expected() -> dict[str, int]:
     """Return what the header must define, according to the mirror."""
     members = {member.name: int(member) for enum in ENUMS for member in enum}
-    lists = [members.pop(name) for name in LISTS]
-    assert lists == [members["POLICY"] + lists[0], members["SPD"] + lists[0]]
+    for name in PAIRS:
+        pair = [members.pop(f"{table.name}_{name}") for table in layout.TableId]
+        assert pair == [table + pair[0] for table in layout.TableId]
+        members[name] = pair[0]
     constants = {name: getattr(layout, name) for name in MIRRORED}
-    return {**constants, **members, "LIST": lists[0], **{n: len(e) for n, e in COUNTS.items()}}
+    return {**constants, **members, **{n: len(e) for n, e in COUNTS.items()}}
 
 
 def test_every_constant_of_the_header_is_mirrored_by_name_and_value() -> None:
@@ -85,10 +90,10 @@ def offsets(struct: str, source: str = HEADER) -> dict[str, int]:
     ("struct", "size"),
     [
         ("gate_key", layout.KEY_SIZE),
-        ("gate_masks", layout.PART_SIZE),
-        ("gate_entry", layout.ENTRY_SIZE),
-        ("gate_route", layout.ROUTE_SIZE),
-        ("gate_event", layout.EVENT_SIZE),
+        ("gate_mask", packed.MASK_SIZE),
+        ("gate_entry", packed.ENTRY_SIZE),
+        ("gate_route", packed.ROUTE_SIZE),
+        ("gate_event", packed.EVENT_SIZE),
     ],
 )
 def test_sizes(struct: str, size: int) -> None:
@@ -96,7 +101,7 @@ def test_sizes(struct: str, size: int) -> None:
 
 
 def test_the_verifier_is_given_the_size_of_the_search() -> None:
-    search = offsets("search", MAPS)
+    search = offsets("search", SEARCH)
     assert search["flow"] == 0
     assert search["generation"] == layout.KEY_SIZE
     assert search[""] == libbpf.SEARCH_SIZE
@@ -130,27 +135,37 @@ def test_an_entry_has_its_members_where_the_header_puts_them() -> None:
             "deadline": host(5 * layout.NS, 8),
         },
     )
-    assert layout.pack_answer(entry) == raw
-    assert layout.unpack_answer(raw) == entry
-    before = layout.pack_answer(layout.Entry(layout.State.DEAD))
+    assert packed.pack_answer(entry) == raw
+    assert packed.unpack_answer(raw) == entry
+    before = packed.pack_answer(layout.Entry(layout.State.DEAD))
     whole = numbered(
         "gate_entry",
         {
+            "key": (len(KEY), KEY),
+            "hash": host(layout.key_hash(KEY), 8),
             "since": host(4, 8),
             "now": (len(raw), raw),
             "before": (len(before), before),
         },
     )
-    packed = layout.pack_entry(KEY, 4, raw, before)
-    assert without_checks(packed) == whole
-    assert layout.unpack_entry(whole, 4) == raw
-    assert layout.unpack_entry(whole, 3) == before
+    written = packed.pack_entry(KEY, 4, raw, before)
+    assert without_checks(written) == whole
+    assert packed.unpack_entry(whole, 4) == raw
+    assert packed.unpack_entry(whole, 3) == before
+    assert packed.key_of_entry(whole) == KEY
+    assert packed.hash_of_entry(whole) == layout.key_hash(KEY)
+    assert (packed.is_pending(whole, 4), packed.is_pending(whole, 3)) == (False, True)
+
+
+CHECKS = (offsets("gate_entry")["before"] - 4, offsets("gate_entry")[""] - 4)
 
 
 def without_checks(entry: bytes) -> bytes:
     """Return a struct gate_entry whose two `check` members, last in their answers, are 0."""
-    size = len(layout.NOTHING)
-    return entry[: 8 + size - 4] + bytes(4) + entry[8 + size : -4] + bytes(4)
+    raw = bytearray(entry)
+    for at in CHECKS:
+        raw[at : at + 4] = bytes(4)
+    return bytes(raw)
 
 
 def test_an_answer_counts_only_in_its_own_entry() -> None:
@@ -164,15 +179,14 @@ def test_an_answer_counts_only_in_its_own_entry() -> None:
         replace(answer, rank=8),
         replace(answer, state=layout.State.DEAD),
     )
-    packed = [
-        layout.pack_entry(key, since, layout.pack_answer(entry))
+    checks = {
+        packed.pack_entry(key, since, packed.pack_answer(entry))[CHECKS[0] :][:4]
         for key, since, entry in (
             (KEY, 4, answer), (KEY, 5, answer), (other, 4, answer),
             *((KEY, 4, entry) for entry in changed),
         )
-    ]  # fmt: skip
-    size = len(layout.NOTHING)
-    assert len({entry[8 + size - 4 : 8 + size] for entry in packed}) == len(packed)
+    }  # fmt: skip
+    assert len(checks) == 3 + len(changed)
 
 
 def test_an_event_has_its_members_where_the_header_puts_them() -> None:
@@ -190,7 +204,7 @@ def test_an_event_has_its_members_where_the_header_puts_them() -> None:
             "comm": (16, b"curl"),
         },
     )
-    event = layout.unpack_event(raw)
+    event = packed.unpack_event(raw)
     assert layout.flow_key(event.flow) == key
     assert (event.reason, event.policy) == (layout.Reason.REFUSE_NETNS, 12)
     assert (event.pid, event.comm, event.cgroup) == (13, "curl", 11)

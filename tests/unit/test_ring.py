@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 
 from ipsecgate.core.model.events import FlowRefused
-from ipsecgate.core.tables import layout
-from ipsecgate.core.tables.layout import LayoutError, unpack_event
+from ipsecgate.core.tables import layout, packed
+from ipsecgate.core.tables.layout import LayoutError
+from ipsecgate.core.tables.packed import unpack_event
 from ipsecgate.edges.bpf import libbpf
 from ipsecgate.edges.bpf.ring import Ring
 from ipsecgate.errors import GateError
 
-GOOD = layout._EVENT.pack(
+GOOD = packed._EVENT.pack(
     1, 2, layout.pack_key(layout.Key(family=4)), layout.Reason.REFUSE_UNCOVERED, 0, 7, 1, b"curl"
 )
 BAD = GOOD[:-1]
@@ -27,11 +28,11 @@ BAD = GOOD[:-1]
 @pytest.mark.parametrize(
     "unpack",
     [
-        lambda raw: layout.unpack_entry(raw, 0),
-        layout.unpack_answer,
+        lambda raw: packed.unpack_entry(raw, 0),
+        packed.unpack_answer,
         layout.unpack_key,
-        lambda raw: layout.unpack_masks([raw]),
-        layout.unpack_event,
+        packed.unpack_mask,
+        unpack_event,
     ],
 )
 @pytest.mark.parametrize("size", [0, 1, 47, 49, 88])
@@ -85,9 +86,9 @@ def test_a_malformed_record_raises_once(library: Library) -> None:
 def test_a_lifetime_of_centuries_fits_the_map() -> None:
     """It raised struct.error, so one such SA ended the controller at every start."""
     entry = layout.Entry(layout.State.LIVE, deadline=2**64)
-    packed = layout.pack_answer(entry, boot=10**18)
-    found = layout.unpack_answer(packed)
+    raw = packed.pack_answer(entry, boot=10**18)
+    found = packed.unpack_answer(raw)
     assert found is not None
     assert found.deadline > 200 * 365 * 86400
     ends = layout.Entry(layout.State.LIVE, deadline=2_000_000_000)
-    assert layout.unpack_answer(layout.pack_answer(ends, 10**18), 10**18) == ends
+    assert packed.unpack_answer(packed.pack_answer(ends, 10**18), 10**18) == ends

@@ -4,37 +4,43 @@ A change is written with the next generation and is in force when that begins (`
 until then the hooks take from each entry what it said before. So a change of many entries takes
 effect at once, and a writer that dies in the middle of it has changed nothing.
 
-Rules of this module: bytes out, no map. The caller sets the bits for `hashes`, writes `puts` and
-a new list of masks, then begins the generation, and deletes last.
+Rules of this module: bytes out, no map. The caller writes `marks`, `levels`, `masks` and `puts`,
+then begins the generation, and deletes last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ipsecgate.core.tables import layout
+from ipsecgate.core.tables import index, layout, packed
+from ipsecgate.core.tables.index import Mark
 from ipsecgate.core.tables.layout import MASKS, Entry, Key, TableId, TooManyMasksError
 from ipsecgate.core.tables.table import Table, Ternary
 
 
 @dataclass
 class Writes:
-    """What to write: entries by key, what to put back if that fails, a new list of masks."""
+    """What to write: entries, and what finds them."""
 
-    puts: list[tuple[bytes, bytes]] = field(default_factory=list)
-    undo: list[tuple[bytes, bytes | None]] = field(default_factory=list)
-    deletes: list[bytes] = field(default_factory=list)
-    masks: bool = False  # the list of masks must be written again
-    hashes: list[int] = field(default_factory=list)  # of new keys, for the filter
+    puts: list[bytes] = field(default_factory=list)  # struct gate_entry
+    deletes: list[bytes] = field(default_factory=list)  # keys
+    masks: list[tuple[int, Key]] = field(default_factory=list)  # new ones, by number
+    marks: list[Mark] = field(default_factory=list)  # of new keys, for the index
+    levels: int = 0  # of new keys, as in GATE_LEVELS
 
-    def add(self, other: Writes) -> None:
-        """Take in the writes of another change that begins with the same generation."""
-        self.puts += other.puts
-        self.undo += other.undo
-        self.deletes += other.deletes
-        self.masks = self.masks or other.masks
-        self.hashes += other.hashes
+
+@dataclass
+class Space:
+    """The slots that changes need: of the index for prefixes, and one for each new entry."""
+
+    prefixes: set[tuple[Key, int]] = field(default_factory=set)
+    entries: int = 0
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """Return how many slots of the index, and how many places."""
+        return len(self.prefixes), self.entries
 
 
 class TableImage:
@@ -44,112 +50,124 @@ class TableImage:
         self.table_id = table_id
         self.table = Table()
         self._numbers: dict[Key, int] = {}
-        self._best: dict[Key, int] = {}  # no entry of the mask has a lower rank
+        self._level: dict[int, int] = {}  # of a mask, by its number
         self._unused = 0  # no mask has had this number, or a higher one
         self._free: list[int] = []  # lower ones that are free
 
     @classmethod
     def read(
-        cls, table_id: TableId, masks: Mapping[int, tuple[Key, int]], entries: Mapping[bytes, Entry]
+        cls, table_id: TableId, masks: Mapping[int, Key], entries: Mapping[bytes, Entry]
     ) -> tuple[TableImage, list[bytes]]:
         """Return the image of a table that is in the maps, and the keys that do not belong to it.
 
-        `masks`: the list that the hooks search, as `layout.unpack_masks` returns it.
+        `masks`: those that the entries' keys name, by number.
         """
         image, strange = cls(table_id), []
-        image._numbers = {mask: number for number, (mask, _) in masks.items()}
-        image._best = dict(masks.values())
-        image._unused = max(masks, default=-1) + 1
-        image._free = [n for n in range(image._unused - 1, -1, -1) if n not in masks]
         for raw, entry in entries.items():
             _, number, value = layout.unpack_key(raw)
-            mask, best = masks.get(number, (None, 0))
-            if mask is None or value.masked(mask) != value or entry.rank < best:
+            mask = masks.get(number)
+            if mask is None or value.masked(mask) != value or image._taken(mask, number):
                 strange.append(raw)
             else:
+                image._number(mask, number)
                 image.table.put(Ternary(value, mask), entry)
+        used = set(image._numbers.values())
+        image._unused = max(used, default=-1) + 1
+        image._free = [number for number in range(image._unused) if number not in used]
         return image, strange
+
+    def _taken(self, mask: Key, number: int) -> bool:
+        """Return whether a mask has another number already."""
+        return self._numbers.get(mask, number) != number
 
     def change(
         self, changes: Iterable[tuple[Ternary, Entry | None]], generation: int, boot: int
     ) -> Writes:
         """Return the writes that make changes with the next generation.
 
-        `boot`: as for `layout.pack_answer`.
-        Raises: TooManyMasksError if there are too many masks; nothing has changed then.
+        `boot`: as for `packed.pack_answer`.
+        Raises: TooManyMasksError; nothing has changed then.
         """
         changes = [(match, entry) for match, entry in changes if self.table.get(match) != entry]
-        writes = Writes()
-        writes.masks = self._admit(
-            (match.mask, entry.rank) for match, entry in changes if entry is not None
-        )
+        writes = Writes(masks=self._admit(match.mask for match, entry in changes if entry))
         for match, entry in changes:
-            raw = self.key(match)
-            hashed = layout.key_hash(raw)
+            key = self.key(match)
             old = self.table.get(match)
-            before = layout.NOTHING if old is None else layout.pack_answer(old, boot)
-            now = layout.NOTHING if entry is None else layout.pack_answer(entry, boot)
-            put = layout.pack_hashed_entry(hashed, generation + 1, now, before)
-            writes.puts.append((raw, put))
-            again = None if old is None else layout.pack_hashed_entry(hashed, 0, before)
-            writes.undo.append((raw, again))
+            before = packed.NOTHING if old is None else packed.pack_answer(old, boot)
+            now = packed.NOTHING if entry is None else packed.pack_answer(entry, boot)
+            raw = packed.pack_entry(key, generation + 1, now, before)
+            writes.puts.append(raw)
             if entry is None:
-                writes.deletes.append(raw)
+                writes.deletes.append(key)
             elif old is None:
-                writes.hashes.append(hashed)
+                number = self._numbers[match.mask]
+                level = self._level[number]
+                hash_ = packed.hash_of_entry(raw)
+                writes.marks.append(
+                    index.mark(self.table_id, number, level, match.value.daddr, hash_)
+                )
+                writes.levels |= index.level_bits(level, match.value.family)
             self.table.put(match, entry)
         return writes
 
-    def listed(self) -> dict[int, tuple[Key, int]]:
-        """Return the masks and their best ranks, by number."""
-        return {number: (mask, self._best[mask]) for mask, number in self._numbers.items()}
+    def need(self, changes: Iterable[tuple[Ternary, Entry | None]], space: Space) -> Space:
+        """Add to `space` what changes need."""
+        new = [m for m, entry in changes if entry is not None and self.table.get(m) is None]
+        levels = {mask: index.level_of(mask) for mask in {match.mask for match in new}}
+        space.prefixes |= {(m.mask, index.prefix_of(m.value.daddr, levels[m.mask])) for m in new}
+        space.entries += len(new)
+        return space
+
+    def mark_of(self, match: Ternary) -> Mark:
+        """Return what the index must say of an entry."""
+        number = self._numbers[match.mask]
+        hash_ = layout.key_hash(self.key(match))
+        return index.mark(self.table_id, number, self._level[number], match.value.daddr, hash_)
 
     def forget(self, match: Ternary) -> None:
         """Take an entry for missing, because it is not in the maps as it should be."""
         self.table.put(match, None)
 
-    def masks(self) -> list[bytes]:
-        """Return the list of masks as bytes, in parts."""
-        return layout.pack_masks(((n, *one) for n, one in self.listed().items()), self.table_id)
+    def masks(self) -> dict[int, Key]:
+        """Return the masks by number."""
+        return {number: mask for mask, number in self._numbers.items()}
 
-    def hashes(self) -> Iterator[int]:
-        """Yield the hashes of all entries' keys, for the filter."""
-        return (layout.key_hash(self.key(match)) for match, _ in self.table.entries())
+    def levels(self) -> int:
+        """Return the levels of all entries, as in GATE_LEVELS."""
+        found = 0
+        for mask, row in self.table.rows.items():
+            for family in {value.family for value in row}:
+                found |= index.level_bits(index.level_of(mask), family)
+        return found
+
+    def level_of(self, number: int) -> int:
+        """Return the level of a mask by its number; 0, which is always right, if there is none."""
+        return self._level.get(number, 0)
+
+    def _number(self, mask: Key, number: int) -> None:
+        self._numbers[mask] = number
+        self._level[number] = index.level_of(mask)
 
     def key(self, match: Ternary) -> bytes:
         """Return the key of an entry in the map."""
         return layout.pack_key(match.value, self.table_id, self._numbers[match.mask])
 
-    def _admit(self, wanted: Iterable[tuple[Key, int]]) -> bool:
-        """Number the new masks; return whether the list of masks must be written again."""
-        best: dict[Key, int] = {}
-        for mask, rank in wanted:
-            best[mask] = min(best.get(mask, rank), rank)
-        if len(best.keys() - self._numbers.keys()) > self._numbers_left:
-            self._retire()
-        new = best.keys() - self._numbers.keys()
-        if len(new) > self._numbers_left:
-            raise TooManyMasksError(len(self._numbers) + len(new), MASKS)
-        lower = {mask for mask in best if best[mask] < self._best.get(mask, best[mask] + 1)}
-        for mask in new:
-            if self._free:
-                self._numbers[mask] = self._free.pop()
-            else:
-                self._numbers[mask], self._unused = self._unused, self._unused + 1
-        for mask in lower:
-            self._best[mask] = best[mask]
-        return bool(lower)
+    def _admit(self, wanted: Iterable[Key]) -> list[tuple[int, Key]]:
+        """Number the new masks, and return them.
 
-    @property
-    def _numbers_left(self) -> int:
-        return len(self._free) + MASKS - self._unused
-
-    def _retire(self) -> None:
-        """Free the numbers of the masks that have no entry.
-
-        Such masks stay listed until numbers run out, so that an entry that comes and goes does not
-        have the list written each time.
+        The masks that have no entry keep their numbers until numbers run out, so that an entry that
+        comes and goes needs none each time.
         """
-        for mask in self._numbers.keys() - self.table.rows.keys():
-            self._free.append(self._numbers.pop(mask))
-            del self._best[mask]
+        wanted = dict.fromkeys(wanted)
+        new = [mask for mask in wanted if mask not in self._numbers]
+        left = len(self._free) + MASKS - self._unused
+        if len(new) > left:
+            unused = self._numbers.keys() - self.table.rows.keys() - wanted.keys()
+            if len(new) > left + len(unused):
+                count = len(self._numbers) - len(unused) + len(new)
+                raise TooManyMasksError(count, MASKS)
+            self._free += [self._numbers.pop(mask) for mask in unused]
+        for mask in new:
+            self._number(mask, self._free.pop() if self._free else self._unused)
+            self._unused = max(self._unused, self._numbers[mask] + 1)
+        return [(self._numbers[mask], mask) for mask in new]

@@ -1,40 +1,41 @@
-"""The mirror of bpf/gate.h: the hooks' maps and events as bytes.
+"""The mirror of bpf/gate.h: its constants, and the key of a flow.
 
 Rules of this module: every constant and enum member has the name and value that gate.h gives it;
 tests/unit/test_gate_header.py compares them, and the offsets of the structures.
 tests/system/test_layout.py compares the sizes with what the compiler makes of them. In Python an
 address is a 128-bit integer (IPv4 as ::ffff:a.b.c.d), and ports are host-order integers; in the
-maps both are in network order.
+maps both are in network order. `packed` has the other structures.
 """
 
 from __future__ import annotations
 
 import struct
-import sys
-from collections.abc import Iterable
 from enum import IntEnum
-from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from typing import Self
 
-from ipsecgate.core.model.events import FlowRefused
-from ipsecgate.core.model.flow import Address, Flow, Network, unmap
+from ipsecgate.core.model.flow import Address, Flow, unmap
 from ipsecgate.core.model.value import value
 from ipsecgate.errors import GateError
 
-LAYOUT = 4
-PART = 128
-PARTS = 32
-MASKS = PART * PARTS
-NO_RANK = (1 << 64) - 1
-ENTRIES = 1 << 20
+LAYOUT = 5
+MASKS = 4096
+ENTRIES = 1 << 22
 SOURCES = 1 << 17
-FILTER_BITS = 24
+LINE = 16
+MASK_BITS = 12
+MARK_BITS = 20
+PLACE_BITS = 23
+PROBES = 32
+GONE = 0xFFFFFFFF
+LEVELS_V4 = 32
 
 MAPS = (
-    "settings", "masks", "entries", "filter", "sources",
-    "recent", "counters", "events", "decisions", "sockets",
+    "settings", "masks", "entries", "slots", "sources",
+    "recent", "counters", "events", "decisions", "tags", "sockets",
 )  # fmt: skip
+SETTING = struct.Struct("=Q")
+INDEX = struct.Struct("=I")  # of an array map
 
 V4_MAPPED = 0xFFFF << 32
 NS = 1_000_000_000
@@ -60,8 +61,8 @@ class State(IntEnum):
 class Setting(IntEnum):
     """Indexes of the settings map."""
 
-    POLICY_LIST = 0
-    SPD_LIST = 1
+    POLICY_PUBLISHED = 0
+    SPD_PUBLISHED = 1
     AUDIT = 2
     DENY = 3
     IKE = 4
@@ -71,7 +72,9 @@ class Setting(IntEnum):
     NETNS = 8
     TUN = 9
     IKE_CGROUP = 10
-    FILTER = 11
+    SLOTS = 11
+    POLICY_LEVELS = 12
+    SPD_LEVELS = 13
 
 
 class Reason(IntEnum):
@@ -227,26 +230,6 @@ class Entry:
     rank: int = 0
 
 
-_ANSWER = struct.Struct("=QQIII4x")
-_ENTRY = struct.Struct(f"=Q{_ANSWER.size}s{_ANSWER.size}s")
-NOTHING = bytes(_ANSWER.size)
-_MASK = struct.Struct(f"={KEY_SIZE}sQQ")
-_ROUTE = struct.Struct("=I16s")
-_EVENT = struct.Struct(f"=QQ{KEY_SIZE}sIIII16s")
-# The latest deadline: the kernel takes lifetimes of centuries. The highest bit must be 0, because
-# the hooks use it to order their reads (setting_after() in bpf/maps.bpf.c).
-_LAST = 2**63 - 1
-_CHECK = struct.Struct("=I")
-_RANK = struct.Struct("=Q")
-SETTING = struct.Struct("=Q")
-INDEX = struct.Struct("=I")
-ENTRY_SIZE = _ENTRY.size
-EVENT_SIZE = _EVENT.size
-ROUTE_SIZE = _ROUTE.size
-PART_SIZE = _MASK.size * PART
-FILTER_WORDS = 1 << FILTER_BITS - 6  # of one of the two filters
-
-
 def address_bits(address: Address | None, family: int) -> int:
     """Return the 128 bits of an address, as in the maps; None is the unspecified address."""
     if address is None:
@@ -288,111 +271,8 @@ def unpack_key(raw: bytes) -> tuple[int, int, Key]:
     return table, mask_number, Key(source, destination, sport, dport, proto, family, mark)
 
 
-def pack_masks(masks: Iterable[tuple[int, Key, int]], table: int) -> list[bytes]:
-    """Return struct gate_masks for each part of a list of (number, mask, best rank).
-
-    The masks with the best ranks come first; a mask of rank NO_RANK ends the list.
-    Raises: LayoutError if they are too many.
-    """
-    ordered = sorted(masks, key=lambda mask: mask[2])
-    if len(ordered) > MASKS:
-        raise TooManyMasksError(len(ordered))
-    packed = [
-        _MASK.pack(pack_key(mask), _last_word(pack_key(Key(), table, number)), best)
-        for number, mask, best in ordered
-    ]
-    packed.append(_MASK.pack(bytes(KEY_SIZE), 0, NO_RANK))
-    parts = [packed[at : at + PART] for at in range(0, min(len(packed), MASKS), PART)]
-    return [b"".join(part).ljust(PART_SIZE, b"\0") for part in parts]
-
-
-def _last_word(raw: bytes) -> int:
-    return int.from_bytes(raw[-8:], sys.byteorder)
-
-
-def unpack_masks(parts: Iterable[bytes]) -> dict[int, tuple[Key, int]]:
-    """Return the masks of a list and their best ranks, by number. Raises: LayoutError."""
-    found: dict[int, tuple[Key, int]] = {}
-    for part in parts:
-        if len(part) != PART_SIZE:
-            raise LayoutError(f"masks of {len(part)} bytes, expected {PART_SIZE}")
-        for mask, last_word, best in _MASK.iter_unpack(part):
-            if best == NO_RANK:
-                return found
-            raw = bytes(KEY_SIZE - 8) + last_word.to_bytes(8, sys.byteorder)
-            _, number, _ = unpack_key(raw)
-            found[number] = unpack_key(mask)[2], best
-    return found
-
-
-def pack_answer(entry: Entry, boot: int = 0) -> bytes:
-    """Return struct gate_answer, 32 bytes; `boot`: when CLOCK_BOOTTIME was 0, wall clock ns."""
-    deadline = min(max(1, entry.deadline * NS - boot), _LAST) if entry.deadline else 0
-    return _ANSWER.pack(entry.rank, deadline, entry.state, entry.error, entry.id)
-
-
-def unpack_answer(raw: bytes, boot: int = 0) -> Entry | None:
-    """Read struct gate_answer; `boot` as for `pack_answer`; None: no entry. Raises: LayoutError."""
-    if len(raw) != _ANSWER.size:
-        raise LayoutError(f"answer of {len(raw)} bytes, expected {_ANSWER.size}")
-    rank, deadline, state, error, policy = _ANSWER.unpack(raw)
-    if state == 0:
-        return None
-    if state not in State.__members__.values():
-        raise LayoutError(f"entry with state {state}")
-    ends = max(1, round((deadline + boot) / NS)) if deadline else 0
-    return Entry(State(state), error, policy, ends, rank)
-
-
-def pack_entry(key: bytes, since: int, now: bytes, before: bytes = NOTHING) -> bytes:
-    """Return struct gate_entry, 72 bytes, of two answers as `pack_answer` has them."""
-    return pack_hashed_entry(key_hash(key), since, now, before)
-
-
-def pack_hashed_entry(hashed: int, since: int, now: bytes, before: bytes = NOTHING) -> bytes:
-    """Return the same, for a key whose `key_hash` is known."""
-    bound = _mix(hashed, since)
-    return _ENTRY.pack(since, _checked(now, bound), _checked(before, bound))
-
-
-def _checked(answer: bytes, bound: int) -> bytes:
-    return answer[:-4] + _CHECK.pack(
-        _mix(_mix(bound, *_RANK.unpack_from(answer)), _rest(answer)) & 0xFFFFFFFF
-    )
-
-
-@lru_cache(maxsize=1 << 10)
-def _rest(answer: bytes) -> int:
-    """Return the part of an answer's check that depends on nothing else; many entries share it."""
-    _rank, deadline, state, error, policy = _ANSWER.unpack(answer)
-    return _mix(_mix(deadline, error << 32 | state), policy)
-
-
-def unpack_entry(raw: bytes, generation: int) -> bytes:
-    """Return the answer of a struct gate_entry in a generation, as `pack_answer` returns it.
-
-    Raises: LayoutError.
-    """
-    if len(raw) != ENTRY_SIZE:
-        raise LayoutError(f"entry of {len(raw)} bytes, expected {ENTRY_SIZE}")
-    since, now, before = _ENTRY.unpack(raw)
-    return bytes(now if since <= generation else before)[:-4] + bytes(4)
-
-
-def is_sound(key: bytes, raw: bytes, generation: int) -> bool:
-    """Return whether an entry's checks are right, and its last change is in force."""
-    since, now, before = _ENTRY.unpack(raw)
-    bound = _mix(key_hash(key), since)
-    return since <= generation and (_checked(now, bound), _checked(before, bound)) == (now, before)
-
-
-def is_pending(raw: bytes, generation: int) -> bool:
-    """Return whether a struct gate_entry holds a change that was never put in force."""
-    return bool(_ENTRY.unpack(raw)[0] > generation)
-
-
 def key_hash(raw: bytes) -> int:
-    """Return the hash of a packed key; its highest bits are the number of its bit in the filter."""
+    """Return the hash of a packed key; for where its entry is, and for the entry's checks."""
     # As `mix` of gate.h does, word by word; a loop and calls would take twice as long.
     a, b, c, d, e, f = _WORDS.unpack(raw)
     one = a * _MULTIPLIER & _ALL_ONES
@@ -401,54 +281,14 @@ def key_hash(raw: bytes) -> int:
     two = b * _MULTIPLIER & _ALL_ONES
     two = ((two ^ two >> 32) ^ d) * _MULTIPLIER & _ALL_ONES
     two = ((two ^ two >> 32) ^ f) * _MULTIPLIER & _ALL_ONES
-    return _mix(one ^ one >> 32, two ^ two >> 32)
+    return mix(one ^ one >> 32, two ^ two >> 32)
 
 
-def _mix(mixed: int, word: int) -> int:
+def mix(mixed: int, word: int) -> int:
+    """Return a hash of a hash and a word, 64 bits each."""
     mixed = (mixed ^ word) * _MULTIPLIER & _ALL_ONES
     return mixed ^ mixed >> 32
 
 
 _WORDS = struct.Struct(f"={KEY_SIZE // 8}Q")
 _MULTIPLIER, _ALL_ONES = 0x9E3779B97F4A7C15, (1 << 64) - 1
-
-
-def pack_route(network: Network) -> bytes:
-    """Return struct gate_route, the LPM key of a destination network."""
-    prefix = network.prefixlen + (96 if network.version == 4 else 0)
-    bits = address_bits(network.network_address, network.version)
-    return _ROUTE.pack(prefix, bits.to_bytes(16))
-
-
-def pack_source(source: Address | None) -> bytes:
-    """Return struct gate_source; None (no route) is all zero."""
-    return (0 if source is None else address_bits(source, source.version)).to_bytes(16)
-
-
-def unpack_event(record: bytes) -> FlowRefused:
-    """Read struct gate_event. Raises: LayoutError naming the field."""
-    if len(record) < EVENT_SIZE:
-        raise LayoutError(f"event of {len(record)} bytes, expected {EVENT_SIZE}")
-    _ns, cgroup, raw, reason, policy, pid, _hook, comm = _EVENT.unpack_from(record)
-    _, _, key = unpack_key(raw)
-    if key.family not in (4, 6):
-        raise LayoutError(f"event with address family {key.family}")
-    if reason not in EXPLAINED:
-        raise LayoutError(f"event with reason {reason}")
-    unbound = key.saddr == address_bits(None, key.family)
-    flow = Flow(
-        daddr=address_from_bits(key.daddr, key.family),
-        proto=key.proto,
-        dport=key.dport,
-        saddr=None if unbound else address_from_bits(key.saddr, key.family),
-        sport=key.sport,
-        mark=key.mark,
-    )
-    return FlowRefused(
-        flow=flow,
-        reason=Reason(reason),
-        policy=None if policy == NO_POLICY else policy,
-        pid=pid,
-        comm=comm.split(b"\0", 1)[0].decode(errors="replace"),
-        cgroup=cgroup,
-    )

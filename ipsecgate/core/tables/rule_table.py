@@ -23,7 +23,7 @@ Difference = tuple[Entry | None, Entry | None]
 """An entry before and now; None: there is none."""
 Rules = tuple[Rule, ...]
 
-ENTRY_LIMIT = ENTRIES // 2  # entries of a table: two of them share the map
+ENTRY_LIMIT = ENTRIES // 4  # entries of a table: both may be replaced by as many others at once
 MASK_LIMIT = MASKS // 2  # masks of a table: a change may bring in as many, beside the old ones
 # Masks that are always allowed: a prefix of whole bytes of the destination, and the family. A rule
 # that closes an owner gets the narrowest of them that contains its flows, unless its own mask is

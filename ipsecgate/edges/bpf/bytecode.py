@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ipsecgate import trust
 from ipsecgate.core.model.value import value
@@ -91,7 +92,12 @@ class Bytecode:
             )
             for name, p in data["programs"].items()
         }
-        return cls(programs, {name: MapShape(**shape) for name, shape in data["maps"].items()})
+        return cls(programs, {name: _shape(shape) for name, shape in data["maps"].items()})
+
+
+def _shape(data: dict[str, Any]) -> MapShape:
+    inner = data.pop("inner")
+    return MapShape(**data, inner=None if inner is None else _shape(inner))
 
 
 def source_dir() -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import sys
 from ctypes import string_at
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from ipsecgate.edges.bpf.bytecode import Bytecode, Program
 from ipsecgate.edges.bpf.libbpf import INSN_SIZE, MapShape, map_shape
 
 # One translation unit: BCC rewrites map accesses in the main file only, not in included files.
-FILES = ("maps.bpf.c", "gate.bpf.c", "packet.bpf.c", "backstop.bpf.c")
+FILES = (
+    "maps.bpf.c",
+    "search.bpf.c",
+    "decision.bpf.c",
+    "gate.bpf.c",
+    "packet.bpf.c",
+    "backstop.bpf.c",
+)
 
 _LD_IMM64 = 0x18
 _PSEUDO_MAP_FD = 1
@@ -27,6 +35,8 @@ _PSEUDO_CALL = 1
 # BCC compiles no function that is not inlined. So these are compiled as if they were programs, and
 # put behind every hook, which calls them as if they were helpers of these numbers.
 FUNCTIONS = {"search": 0x7365, "search_part": 0x7366, "search_policy": 0x7367}
+# The maps in a map of maps.
+INNER = {"entries": "some_entries", "slots": "some_lines"}
 
 
 def _module(sources: Path) -> tuple[Any, Any]:
@@ -94,6 +104,9 @@ def compile_hooks(sources: Path) -> Bytecode:
     module = bpf.module
     fds = {lib.bpf_table_fd(module, name.encode()): name for name in MAPS}
     shapes: dict[str, MapShape] = {name: map_shape(fd) for fd, name in fds.items()}
+    for name, inner in INNER.items():
+        shape = map_shape(lib.bpf_table_fd(module, inner.encode()))
+        shapes[name] = replace(shapes[name], inner=shape)
     programs = {}
     for i in range(lib.bpf_num_functions(module)):
         name = lib.bpf_function_name(module, i)

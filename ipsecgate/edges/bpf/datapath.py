@@ -14,16 +14,17 @@ from typing import TypeVar
 
 from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.model.flow import Address, Network
-from ipsecgate.core.tables import layout
-from ipsecgate.core.tables.image import TableImage, Writes
+from ipsecgate.core.tables import layout, packed
+from ipsecgate.core.tables.image import Space, TableImage, Writes
 from ipsecgate.core.tables.layout import INDEX, SETTING, Entry, Key, LayoutError, Setting, TableId
 from ipsecgate.core.tables.table import Table, Ternary
-from ipsecgate.edges.bpf import libbpf
-from ipsecgate.edges.bpf.filter import Filter
-from ipsecgate.edges.bpf.maps import LIST, Maps, boot_time
+from ipsecgate.edges.bpf import elements
+from ipsecgate.edges.bpf.maps import PUBLISHED, Maps, boot_time
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.bpf.ring import Ring
+from ipsecgate.edges.bpf.store import Store, Stored, order_writes
 
+LEVELS = {TableId.POLICY: Setting.POLICY_LEVELS, TableId.SPD: Setting.SPD_LEVELS}
 ENTRIES_PER_TURN = 256  # written before other tasks of the loop get a turn: two milliseconds
 
 Difference = tuple[Ternary, Entry | None]
@@ -38,70 +39,85 @@ class Datapath(Maps):
         super().__init__(pins)
         self._sources: dict[bytes, bytes] = {}
         self._ring: Ring | None = None
-        self._filter = Filter(
-            self._fds["filter"],
-            self.setting(Setting.FILTER),
-            lambda value: self.set(Setting.FILTER, value),
+        self._images = {table: TableImage(table) for table in TableId}
+        self._store = Store(
+            self._fds["entries"],
+            self._fds["slots"],
+            self.setting(Setting.SLOTS),
+            lambda value: self.set(Setting.SLOTS, value),
+            self._level_of,
         )
-        self._images: dict[TableId, TableImage] = {}
-        self._publishing = False
         for table in TableId:
             self._adopt(table)
-        self._refill()
+            self.set(LEVELS[table], self._images[table].levels())
+        self._publishing = False
         self._raise_generation()  # a predecessor may have died before this, after a source
 
     def close(self) -> None:
         """Close every descriptor; pins and links stay, and the hooks keep refusing."""
         if self._ring is not None:
             self._ring.close()
-        self._filter.close()
+        self._store.close()
         super().close()
 
     # --- settings -----------------------------------------------------------------
 
     def set(self, which: Setting, value: int) -> None:
         """Write one word; it applies to the next call of any hook. Raises: OSError."""
-        libbpf.update(self._fds["settings"], INDEX.pack(which), SETTING.pack(value))
+        elements.update(self._fds["settings"], INDEX.pack(which), SETTING.pack(value))
         if which is Setting.DENY:
             self._raise_generation()  # sockets remember what the default allowed
 
     # --- tables -------------------------------------------------------------------
 
     def _adopt(self, table: TableId) -> None:
-        """Adopt the table that a predecessor published, and take back what it left half-written."""
-        raw = chain.from_iterable(self._raw_entries(table))
-        self._images[table], _ = self._clean_image(table, raw, self._masks(table))
+        """Adopt the table that a predecessor published, and take back what it left half-written.
+
+        A table that is not published, or not any more, is deleted.
+        """
+        stored = [one for one in chain.from_iterable(self._store.entries()) if _is_of(table, one)]
+        listed = stored if self.setting(PUBLISHED[table]) else []
+        self._images[table], _ = self._clean_image(
+            table, stored, self._masks(table, (one.raw for one in listed))
+        )
+
+    def _level_of(self, table: int, number: int) -> int:
+        """Return the level of a mask, 0 for one that somebody else made up."""
+        return self._images[TableId(table)].level_of(number) if table in self._images else 0
 
     def _clean_image(
-        self,
-        table: TableId,
-        raw: Iterable[tuple[bytes, bytes]],
-        masks: Mapping[int, tuple[Key, int]],
+        self, table: TableId, stored: Iterable[Stored], masks: Mapping[int, Key]
     ) -> tuple[TableImage, frozenset[bytes]]:
-        """Return a table as it is in the maps, and the keys of foreign entries, which it deletes.
+        """Return a table as it is in the maps, and the keys of foreign entries, which it removes.
 
         It takes back a change that was never put in force.
         """
-        generation, boot, fd = self.setting(Setting.GENERATION), boot_time(), self._fds["entries"]
+        generation, boot = self.setting(Setting.GENERATION), boot_time()
         entries: dict[bytes, Entry] = {}
-        strange: list[bytes] = []
-        for key, value in raw:
-            entry = self._answer(value, generation, boot)
-            if entry is None:
-                strange.append(key)
+        places: dict[bytes, Stored] = {}
+        strange: list[Stored] = []
+        for one in stored:
+            raw = one.raw
+            entry, key = self._answer(raw, generation, boot), packed.key_of_entry(raw)
+            if entry is None or key in entries:
+                strange.append(one)
                 continue
-            if layout.is_pending(value, generation):
-                again = layout.pack_entry(key, 0, layout.pack_answer(entry, boot))
-                libbpf.update(fd, key, again)
-            entries[key] = entry
+            if packed.is_pending(raw, generation):
+                again = packed.pack_entry(key, 0, packed.pack_answer(entry, boot))
+                self._store.correct(one.place, again)
+            entries[key], places[key] = entry, one
         image, unlisted = TableImage.read(table, masks, entries)
-        for key in (*strange, *unlisted):
-            libbpf.delete(fd, key)
-        return image, frozenset((*strange, *unlisted))
+        strange += [places[key] for key in unlisted]
+        for one in strange:
+            self._store.forget(one.place)
+        return image, frozenset(packed.key_of_entry(one.raw) for one in strange)
 
-    def _answer(self, value: bytes, generation: int, boot: int) -> Entry | None:
+    def _answer(self, raw: bytes, generation: int, boot: int) -> Entry | None:
+        """Return what an entry says in a generation, None if nothing, or if no one can find it."""
+        if packed.hash_of_entry(raw) != layout.key_hash(packed.key_of_entry(raw)):
+            return None
         try:
-            return layout.unpack_answer(layout.unpack_entry(value, generation), boot)
+            return packed.unpack_answer(packed.unpack_entry(raw, generation), boot)
         except LayoutError:
             return None
 
@@ -111,23 +127,26 @@ class Datapath(Maps):
         The caller must see to it that nothing else is written meanwhile.
         Raises: OSError or LayoutError when the maps are full (the old table stays in force).
         """
-        if self._filter.is_full(content.size):
-            self._refill(content.size)  # first, because it begins a generation
-        written = Writes()
+        image, written, space, count = self._images[table], Writes(), Space(), 0
         self._publishing = True
         try:
-            for some in _differences(self._images[table].table, content):
+            for some in _differences(image.table, content):
+                image.need(some, space)
+                count += len(some)
+                await asyncio.sleep(0)
+            self._store.make_space(count, space.slots)
+            for some in _differences(image.table, content):
                 self._prepare(table, some, written)
                 await asyncio.sleep(0)
-            self._begin(table, written)
+            self._begin(table)
         except (OSError, LayoutError):
-            self._undo(table, written)
+            self._adopt(table)  # the next generation would put the change in force
             raise
         finally:
             self._publishing = False
-        for count, raw in enumerate(written.deletes, 1):
-            libbpf.delete(self._fds["entries"], raw)
-            if count % ENTRIES_PER_TURN == 0:
+        for number, key in enumerate(written.deletes, 1):
+            self._store.remove(key)
+            if number % ENTRIES_PER_TURN == 0:
                 await asyncio.sleep(0)
 
     def withdraw(self, table: TableId) -> None:
@@ -135,70 +154,58 @@ class Datapath(Maps):
 
         The instance must then be closed: the next controller deletes the entries. Raises: OSError.
         """
-        libbpf.update(self._fds["settings"], INDEX.pack(LIST[table]), SETTING.pack(0))
+        elements.update(self._fds["settings"], INDEX.pack(PUBLISHED[table]), SETTING.pack(0))
         self._raise_generation()
 
-    def change(self, table: TableId, changes: Iterable[tuple[Ternary, Entry | None]]) -> None:
+    def change(self, table: TableId, changes: Iterable[Difference]) -> None:
         """Change entries of a table, all at once; None removes one.
 
         Raises: OSError or LayoutError when the maps are full (nothing has changed then).
         """
-        changes = list(changes)
-        if self._filter.is_full(len(changes)):
-            self._refill()  # first, because it begins a generation
-        written = Writes()
+        image, written = self._images[table], Writes()
+        changes = [(match, entry) for match, entry in changes if image.table.get(match) != entry]
+        if not changes and self.setting(PUBLISHED[table]):
+            return
+        self._store.make_space(len(changes), image.need(changes, Space()).slots)
         try:
             self._prepare(table, changes, written)
-            if written.puts or not self.setting(LIST[table]):
-                self._begin(table, written)
+            self._begin(table)
         except OSError:
-            self._undo(table, written)
+            self._adopt(table)  # the next generation would put the change in force
             raise
-        for raw in written.deletes:
-            libbpf.delete(self._fds["entries"], raw)
+        for key in written.deletes:
+            self._store.remove(key)
 
     def _prepare(self, table: TableId, changes: Iterable[Difference], written: Writes) -> None:
-        """Write changes for the next generation, and add them to what is `written` for it.
+        """Write changes for the next generation, and note what to delete after it has begun.
 
         Raises: OSError; LayoutError, and then nothing is written.
         """
-        image = self._images[table]
-        writes = image.change(changes, self.setting(Setting.GENERATION), boot_time())
-        written.add(writes)
-        self._filter.add(writes.hashes)
-        libbpf.update_all(self._fds["entries"], writes.puts)
+        generation = self.setting(Setting.GENERATION)
+        writes = self._images[table].change(changes, generation, boot_time())
+        self._add_levels(table, writes.levels)
+        for number, mask in writes.masks:
+            self._set_mask(table, number, mask)
+        for raw in writes.puts:
+            self._store.put(raw)  # this may fill new slots, so mark after it
+        for mark in writes.marks:
+            self._store.mark(mark)
+        written.deletes += writes.deletes
 
-    def _begin(self, table: TableId, written: Writes) -> None:
+    def _begin(self, table: TableId) -> None:
         """Put in force what is written for the next generation. Raises: OSError."""
-        if written.masks or not self.setting(LIST[table]):
-            self._list_masks(table)
+        if not self.setting(PUBLISHED[table]):
+            self.set(PUBLISHED[table], 1)
         self._raise_generation()
 
-    def _list_masks(self, table: TableId) -> None:
-        """Write a list of masks beside the one in use, and use it."""
-        number = self.setting(LIST[table]) + 1
-        first = (table * 2 + number % 2) * layout.PARTS
-        for at, part in enumerate(self._images[table].masks()):
-            libbpf.update(self._fds["masks"], INDEX.pack(first + at), part)
-        libbpf.update(self._fds["settings"], INDEX.pack(LIST[table]), SETTING.pack(number))
+    def _set_mask(self, table: TableId, number: int, mask: Key) -> None:
+        where = INDEX.pack(table * layout.MASKS + number)
+        elements.update(self._fds["masks"], where, packed.pack_mask(mask, table, number))
 
-    def _undo(self, table: TableId, writes: Writes) -> None:
-        """Take back a change that is not in force; the next generation would put it in force."""
-        entries = self._fds["entries"]
-        for raw, value in writes.undo:
-            if value is None:
-                libbpf.delete(entries, raw)  # first, because it frees memory for the others
-        for raw, value in writes.undo:
-            if value is not None:
-                libbpf.update(entries, raw, value)
-        self._adopt(table)
-
-    def _refill(self, more: int = 0) -> None:
-        """Fill the other filter, with space for `more` entries, use it, and begin a generation."""
-        images = self._images.values()
-        count = sum(image.table.size for image in images) + more
-        self._filter.fill(chain.from_iterable(image.hashes() for image in images), count)
-        self._raise_generation()
+    def _add_levels(self, table: TableId, levels: int) -> None:
+        now = self.setting(LEVELS[table])
+        if levels & ~now:
+            self.set(LEVELS[table], now | levels)
 
     async def repair(self, table: TableId, content: Table) -> int:
         """Restore a published table to this content; return how much of it was not right.
@@ -206,71 +213,78 @@ class Datapath(Maps):
         Other tasks run meanwhile. It stops early if one of them changes a table.
         Raises: OSError.
         """
-        found = _Found()
-        generation, image = self.setting(Setting.GENERATION), self._images[table]
-        masks = {number: mask for number, (mask, _) in image.listed().items()}
+        found, image = _Found(table), self._images[table]
+        generation, masks = self.setting(Setting.GENERATION), image.masks()
         for some in self._slices(table):
             self._compare(some, content, masks, found)
             await asyncio.sleep(0)
-            if self._publishing or self.setting(Setting.GENERATION) != generation:
+            if self._is_outdated(generation):
                 return 0
-        if found.right < content.size:
+        if len(found.right) < content.size:
             for entries in _slices(content.entries()):
-                found.wrong.update(one for one in entries if self._is_missing(table, one[0]))
+                found.wrong.update(one for one in entries if one[0] not in found.right)
                 await asyncio.sleep(0)
-                if self._publishing or self.setting(Setting.GENERATION) != generation:
+                if self._is_outdated(generation):
                     return 0
-        listed = self._masks(table) == image.listed()
-        filtered = found.filtered and self.setting(Setting.FILTER) == self._filter.setting
-        for key in found.strange:
-            libbpf.delete(self._fds["entries"], key)
+        lost = [
+            (number, mask) for number, mask in masks.items() if self._mask(table, number) != mask
+        ]
+        levels = self.setting(LEVELS[table]) & image.levels() == image.levels()
+        if not (found.wrong or found.strange or lost) and found.marked and levels:
+            return 0
+        self._store.recount()  # somebody else may have written entries
+        for one in found.strange:
+            self._store.forget(one.place)
         for match in found.wrong:
             image.forget(match)
-        if not listed:
-            self._list_masks(table)
+        for number, mask in lost:
+            self._set_mask(table, number, mask)
+        self.set(LEVELS[table], image.levels())
         self.change(table, found.wrong.items())
-        if found.wrong or found.strange or not (listed and filtered):
-            self._refill()
-        return len(found.wrong) + len(found.strange) + (not listed) + (not filtered)
+        self._store.fill()
+        strange = found.strange_keys - {
+            image.key(match) for match, entry in found.wrong.items() if entry is not None
+        }
+        marks = (not found.marked) + (not levels)
+        return len(lost) + len(found.wrong) + len(strange) + marks
 
-    def _slices(self, table: TableId) -> Iterator[list[tuple[bytes, bytes]]]:
-        return chain.from_iterable(_slices(iter(chunk)) for chunk in self._raw_entries(table))
+    def _is_outdated(self, generation: int) -> bool:
+        return self._publishing or self.setting(Setting.GENERATION) != generation
+
+    def _slices(self, table: TableId) -> Iterator[list[Stored]]:
+        for some in self._store.entries():
+            yield from _slices(one for one in some if _is_of(table, one))
 
     def _compare(
-        self,
-        entries: Iterable[tuple[bytes, bytes]],
-        content: Table,
-        masks: Mapping[int, Key],
-        found: _Found,
+        self, stored: Iterable[Stored], content: Table, masks: Mapping[int, Key], found: _Found
     ) -> None:
         """Compare entries with what they should be."""
         generation, boot = self.setting(Setting.GENERATION), boot_time()
-        for key, value in entries:
-            _, number, flows = layout.unpack_key(key)
+        mark_of = self._images[found.table].mark_of
+        for one in stored:
+            _, number, flows = layout.unpack_key(packed.key_of_entry(one.raw))
             mask = masks.get(number)
-            wanted = None if mask is None else content.rows.get(mask, {}).get(flows)
-            if mask is None or wanted is None:
-                found.strange.append(key)
-            elif not layout.is_sound(key, value, generation) or (
-                self._answer(value, generation, boot) != wanted
+            match = None if mask is None else Ternary(flows, mask)
+            wanted = None if match is None else content.get(match)
+            if match is None or wanted is None or match in found.right:
+                found.strange.append(one)
+            elif not packed.is_sound(one.raw, generation) or (
+                self._answer(one.raw, generation, boot) != wanted
             ):
-                found.wrong[Ternary(flows, mask)] = wanted
+                found.strange.append(one)
+                found.wrong[match] = wanted
             else:
-                found.right += 1
-                found.filtered &= not self._filter.lacks((layout.key_hash(key),))
-
-    def _is_missing(self, table: TableId, match: Ternary) -> bool:
-        image = self._images[table]
-        if image.table.get(match) is None:
-            return True
-        return libbpf.lookup(self._fds["entries"], image.key(match), layout.ENTRY_SIZE) is None
+                found.right.add(match)
+                found.marked &= self._store.is_marked(mark_of(match))
 
     def _raise_generation(self) -> None:
         """Begin a generation, which ends what sockets and processors remember of the last."""
         generation = self.setting(Setting.GENERATION) + 1
-        libbpf.update(
+        order_writes()
+        elements.update(
             self._fds["settings"], INDEX.pack(Setting.GENERATION), SETTING.pack(generation)
         )
+        self._store.settle()
 
     # --- sources ------------------------------------------------------------------
 
@@ -283,16 +297,16 @@ class Datapath(Maps):
         # Longest prefix first: otherwise a lookup could match a wider network while the narrower
         # one that is right is not written yet.
         ordered = sorted(sources, key=lambda pair: -pair[0].prefixlen)
-        wanted = {layout.pack_route(net): layout.pack_source(src) for net, src in ordered}
+        wanted = {packed.pack_route(net): packed.pack_source(src) for net, src in ordered}
         if not self._sources:
             size = 20
-            self._sources = dict.fromkeys(libbpf.keys(fd, size), b"")
+            self._sources = dict.fromkeys(elements.keys(fd, size), b"")
         if len(self._sources.keys() | wanted.keys()) > layout.SOURCES:
             self._delete_sources(self._sources)  # make space; meanwhile unbound flows are refused
             self._sources = {}
         for key, value in wanted.items():
             if self._sources.get(key) != value:
-                libbpf.update(fd, key, value)
+                elements.update(fd, key, value)
         self._delete_sources(self._sources.keys() - wanted.keys())
         self._sources = wanted
         self._raise_generation()
@@ -300,7 +314,7 @@ class Datapath(Maps):
     def _delete_sources(self, routes: Iterable[bytes]) -> None:
         """Delete sources, shortest prefix first, so that none matches for a deleted longer one."""
         for key in sorted(routes, key=INDEX.unpack_from):
-            libbpf.delete(self._fds["sources"], key)
+            elements.delete(self._fds["sources"], key)
 
     # --- refusals -------------------------------------------------------------------
 
@@ -312,7 +326,7 @@ class Datapath(Maps):
         """
 
         def on_record(record: bytes) -> None:
-            on_refusal(layout.unpack_event(record))
+            on_refusal(packed.unpack_event(record))
 
         self._ring = Ring(self._fds["events"], on_record)
         return self._ring.fd
@@ -326,19 +340,29 @@ class Datapath(Maps):
             self._ring.consume()
 
 
+def _is_of(table: TableId, one: Stored) -> bool:
+    return layout.unpack_key(packed.key_of_entry(one.raw))[0] == table
+
+
 @dataclass
 class _Found:
     """What a comparison of a table has found."""
 
-    right: int = 0
+    table: TableId
+    right: set[Ternary] = field(default_factory=set)
     wrong: dict[Ternary, Entry | None] = field(default_factory=dict)  # or missing, as it should be
-    strange: list[bytes] = field(default_factory=list)  # keys that should not be there
-    filtered: bool = True  # whether the filter has the bits of those that are right
+    strange: list[Stored] = field(default_factory=list)  # to be removed
+    marked: bool = True  # whether the index knows those that are right
+
+    @property
+    def strange_keys(self) -> set[bytes]:
+        return {packed.key_of_entry(one.raw) for one in self.strange}
 
 
-def _slices(items: Iterator[T]) -> Iterator[list[T]]:
+def _slices(items: Iterable[T]) -> Iterator[list[T]]:
     """Yield items as lists of `ENTRIES_PER_TURN`."""
-    while some := list(islice(items, ENTRIES_PER_TURN)):
+    iterator = iter(items)
+    while some := list(islice(iterator, ENTRIES_PER_TURN)):
         yield some
 
 
@@ -349,7 +373,7 @@ def _differences(there: Table, wanted: Table) -> Iterator[list[Difference]]:
     """
     for mask, row in list(there.rows.items()):
         kept = wanted.rows.get(mask, {})
-        for some in _slices(iter(list(row))):
+        for some in _slices(list(row)):
             yield [(Ternary(value, mask), None) for value in some if value not in kept]
     for entries in _slices(wanted.entries()):
         yield [one for one in entries if there.get(one[0]) != one[1]]

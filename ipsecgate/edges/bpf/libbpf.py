@@ -9,11 +9,9 @@ Source: libbpf 1.x bpf.h; bpf(2).
 from __future__ import annotations
 
 import ctypes as ct
-import errno
 import os
 import struct
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,14 +23,9 @@ PROG_TYPE_CGROUP_SKB = 8
 PROG_TYPE_CGROUP_SOCK_ADDR = 18
 MAP_TYPE_ARRAY = 2
 MAP_TYPE_SK_STORAGE = 24
-BPF_ANY = 0
 INSN_SIZE = 8
-# Seconds to wait for memory, one after the other.
-PAUSES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-SINGLY = 32  # fewer entries are written one by one
 MAPS_PER_PROGRAM = 64
-ENTRIES_PER_CALL = 4096  # of a map, in one system call
-SEARCH_SIZE = 104  # sizeof(struct search), bpf/maps.bpf.c
+SEARCH_SIZE = 128  # sizeof(struct search), bpf/search.bpf.c
 
 
 class _MapCreateOpts(ct.Structure):
@@ -114,13 +107,17 @@ class _LinkInfo(ct.Structure):
 
 @value
 class MapShape:
-    """A map's type and sizes, in bytes: a version reuses a pinned map only if these are equal."""
+    """A map's type and sizes, in bytes: a version reuses a pinned map only if these are equal.
+
+    `inner` is unknown of a map that is read from the kernel.
+    """
 
     type: int
     key_size: int
     value_size: int
     max_entries: int
     flags: int = 0
+    inner: MapShape | None = None  # of a map of maps: the maps in it, at first
 
 
 @value
@@ -170,9 +167,9 @@ def closing_fd(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def create_map(name: str, shape: MapShape) -> int:
-    """Create a map. Raises: OSError."""
-    opts = _MapCreateOpts(map_flags=shape.flags)
+def create_map(name: str, shape: MapShape, model: int = 0) -> int:
+    """Create a map; `model`: of a map of maps, one such as will be in it. Raises: OSError."""
+    opts = _MapCreateOpts(map_flags=shape.flags, inner_map_fd=model)
     opts.sz = ct.sizeof(opts)
     btf = None
     if shape.type == MAP_TYPE_SK_STORAGE:
@@ -314,6 +311,11 @@ def open_pin(path: Path) -> int:
     return call(f"open {path}", "bpf_obj_get", os.fsencode(path))
 
 
+def open_map_id(number: int) -> int:
+    """Open a map by the kernel's number. Raises: OSError."""
+    return call("open a map", "bpf_map_get_fd_by_id", number)
+
+
 def _info(fd: int, into: ct.Structure) -> None:
     call(
         "read object info",
@@ -351,126 +353,6 @@ def link_info(fd: int) -> LinkInfo:
     info = _LinkInfo()
     _info(fd, info)
     return LinkInfo(info.prog_id, info.cgroup_id, info.attach_type)
-
-
-def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
-    """Return a map's value for a key, None if it has none. Raises: OSError."""
-    value = ct.create_string_buffer(value_size)
-    try:
-        call("look up", "bpf_map_lookup_elem", fd, key, value)
-    except FileNotFoundError:
-        return None
-    return value.raw
-
-
-def update(fd: int, key: bytes, value: bytes) -> None:
-    """Set a map's value for a key. Raises: OSError (E2BIG, ENOSPC: the map is full)."""
-    arguments = fd, key, value, ct.c_uint64(BPF_ANY)
-    with_memory(lambda: call("update map", "bpf_map_update_elem", *arguments))
-
-
-def with_memory(operation: Callable[[], object]) -> None:
-    """Do what allocates an entry of a map, again while the kernel is short of free ones.
-
-    It keeps some of them ready for each processor, and makes more a moment after they are used up
-    (kernel/bpf/memalloc.c). Until then it returns ENOMEM. Raises: OSError.
-    """
-    for pause in PAUSES:
-        try:
-            operation()
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-            time.sleep(pause)
-        else:
-            return
-    operation()
-
-
-def delete(fd: int, key: bytes) -> None:
-    """Delete a map's entry if it exists. Raises: OSError."""
-    try:
-        call("delete from map", "bpf_map_delete_elem", fd, key)
-    except FileNotFoundError:
-        return
-
-
-def keys(fd: int, key_size: int) -> Iterator[bytes]:
-    """Yield a map's keys.
-
-    While iterating, delete only keys that were yielded before the current one: without its
-    previous key, the kernel starts again from the first. Raises: OSError.
-    """
-    key = ct.create_string_buffer(key_size)
-    previous: bytes | None = None
-    while True:
-        try:
-            call("walk map", "bpf_map_get_next_key", fd, previous, key)
-        except FileNotFoundError:
-            return
-        previous = key.raw
-        yield previous
-
-
-class _BatchOpts(ct.Structure):
-    _fields_ = [("sz", ct.c_size_t), ("elem_flags", ct.c_uint64), ("flags", ct.c_uint64)]
-
-
-def update_all(fd: int, items: Sequence[tuple[bytes, bytes]]) -> None:
-    """Set many values of a map; some are set when it fails. Raises: OSError."""
-    if len(items) < SINGLY:
-        for key, value in items:
-            update(fd, key, value)
-        return
-    opts = _BatchOpts(sz=ct.sizeof(_BatchOpts))
-    done = 0
-
-    def some_more() -> None:
-        nonlocal done
-        some = items[done : done + ENTRIES_PER_CALL]
-        count = ct.c_uint32(len(some))
-        arguments = fd, *(b"".join(parts) for parts in zip(*some, strict=True))
-        try:
-            call("update map", "bpf_map_update_batch", *arguments,
-                 ct.byref(count), ct.byref(opts))  # fmt: skip
-        except OSError as error:
-            # The kernel returns how many it has set. Before Linux 6.8 it may leave the count as
-            # it was if it runs out of memory before the first (generic_map_update_batch()).
-            progress = count.value if count.value < len(some) else 0
-            done += progress
-            if not (progress and error.errno == errno.ENOMEM):
-                raise
-        else:
-            done += len(some)
-
-    while done < len(items):
-        with_memory(some_more)
-
-
-def items(fd: int, key_size: int, value_size: int) -> Iterator[list[tuple[bytes, bytes]]]:
-    """Yield a hash map's keys and values, a batch at a time. Raises: OSError."""
-    opts = _BatchOpts(sz=ct.sizeof(_BatchOpts))
-    keys_, values = (
-        ct.create_string_buffer(ENTRIES_PER_CALL * size) for size in (key_size, value_size)
-    )
-    place, previous = ct.c_uint64(0), None
-    while True:
-        count = ct.c_uint32(ENTRIES_PER_CALL)
-        try:
-            call("read map", "bpf_map_lookup_batch", fd, previous, ct.byref(place), keys_, values,
-                  ct.byref(count), ct.byref(opts))  # fmt: skip
-            ended = False
-        except FileNotFoundError:
-            ended = True
-        some, others = keys_.raw, values.raw
-        yield [
-            (some[at * key_size : (at + 1) * key_size],
-             others[at * value_size : (at + 1) * value_size])
-            for at in range(count.value)
-        ]  # fmt: skip
-        if ended:
-            return
-        previous = ct.byref(place)
 
 
 def possible_cpus() -> int:

@@ -8,19 +8,21 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ipsecgate.core.tables import layout
+from ipsecgate.core.tables import layout, packed
 from ipsecgate.core.tables.layout import INDEX, SETTING, Key, Reason, Setting, TableId
 from ipsecgate.core.tables.table import Table, Ternary
-from ipsecgate.edges.bpf import libbpf
+from ipsecgate.edges.bpf import elements, libbpf, nested
 from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.bpf.store import Stock
 
-LIST = {TableId.POLICY: Setting.POLICY_LIST, TableId.SPD: Setting.SPD_LIST}
+PUBLISHED = {TableId.POLICY: Setting.POLICY_PUBLISHED, TableId.SPD: Setting.SPD_PUBLISHED}
 
 
 def boot_time() -> int:
@@ -61,7 +63,7 @@ class Maps:
 
     def setting(self, which: Setting) -> int:
         """Return one word of the settings map."""
-        raw = libbpf.lookup(self._fds["settings"], INDEX.pack(which), SETTING.size)
+        raw = elements.lookup(self._fds["settings"], INDEX.pack(which), SETTING.size)
         value: int = SETTING.unpack(raw or SETTING.pack(0))[0]
         return value
 
@@ -70,52 +72,62 @@ class Maps:
         size = SETTING.size * self._cpus
         totals = {}
         for reason in Reason:
-            raw = libbpf.lookup(self._fds["counters"], INDEX.pack(reason), size) or bytes(size)
+            raw = elements.lookup(self._fds["counters"], INDEX.pack(reason), size) or bytes(size)
             totals[reason] = sum(value for (value,) in SETTING.iter_unpack(raw))
         return totals
 
     def table(self, table: TableId) -> Table | None:
         """Return a table as the hooks search it, None if none was ever published."""
-        if not self.setting(LIST[table]):
+        if not self.setting(PUBLISHED[table]):
             return None
-        masks, boot = self._masks(table), boot_time()
+        with self._stock() as stock:
+            every = [one.raw for one in chain.from_iterable(stock.entries())]
+        raw = [one for one in every if layout.unpack_key(packed.key_of_entry(one))[0] == table]
+        masks, boot = self._masks(table, raw), boot_time()
         generation, found = self.setting(Setting.GENERATION), Table()
-        for raw, value in chain.from_iterable(self._raw_entries(table)):
-            _, number, key = layout.unpack_key(raw)
-            entry = layout.unpack_answer(layout.unpack_entry(value, generation), boot)
-            if number in masks and entry is not None:
-                found.put(Ternary(key, masks[number][0]), entry)
+        for one in raw:
+            _, number, flows = layout.unpack_key(packed.key_of_entry(one))
+            entry = packed.unpack_answer(packed.unpack_entry(one, generation), boot)
+            if entry is not None:
+                found.put(Ternary(flows, masks[number]), entry)
         return found
 
-    def _masks(self, table: TableId) -> dict[int, tuple[Key, int]]:
-        return layout.unpack_masks(self._mask_parts(table))
+    def _stock(self) -> closing[Stock]:
+        """Open the entries, to read."""
+        while True:
+            used = self.setting(Setting.SLOTS)
+            stock = Stock(self._fds["entries"], self._fds["slots"], used)
+            if self.setting(Setting.SLOTS) == used:
+                return closing(stock)
+            stock.close()  # the controller has filled others meanwhile
 
-    def _mask_parts(self, table: TableId) -> list[bytes]:
-        """Return the list of masks in use, up to the part in which it ends."""
-        parts: list[bytes] = []
-        number = self.setting(LIST[table])
-        for at in range(layout.PARTS if number else 0):
-            index = INDEX.pack((table * 2 + number % 2) * layout.PARTS + at)
-            parts.append(libbpf.lookup(self._fds["masks"], index, layout.PART_SIZE) or b"")
-            if len(layout.unpack_masks(parts)) < len(parts) * layout.PART:
-                break
-        return parts
+    def _masks(self, table: TableId, entries: Iterable[bytes]) -> dict[int, Key]:
+        """Return the masks that entries of a table have, by number."""
+        numbers = {layout.unpack_key(packed.key_of_entry(raw))[1] for raw in entries}
+        return {number: mask for number in numbers if (mask := self._mask(table, number))}
 
-    def _raw_entries(self, table: TableId) -> Iterator[list[tuple[bytes, bytes]]]:
-        """Yield the keys and values of a table's entries, a batch at a time."""
-        entries = self._fds["entries"]
-        for chunk in libbpf.items(entries, layout.KEY_SIZE, layout.ENTRY_SIZE):
-            yield [item for item in chunk if layout.unpack_key(item[0])[0] == table]
+    def _mask(self, table: TableId, number: int) -> Key | None:
+        """Return the mask of a number, None if there is no such number."""
+        if number >= layout.MASKS:
+            return None
+        index = INDEX.pack(table * layout.MASKS + number)
+        raw = elements.lookup(self._fds["masks"], index, packed.MASK_SIZE)
+        return packed.unpack_mask(raw) if raw else None
 
     def memory(self) -> int:
         """Return how many bytes of kernel memory the maps take. Source: proc(5), fdinfo."""
-        total = 0
-        for fd in self._fds.values():
-            found = re.search(r"^memlock:\s+(\d+)", fd_info(fd), re.MULTILINE)
-            total += int(found[1]) if found else 0
+        total = sum(map(_memory, self._fds.values()))
+        for name, at in (("entries", 0), ("slots", 0), ("slots", 1)):
+            with libbpf.closing_fd(nested.take(self._fds[name], at)) as inner:
+                total += _memory(inner)
         return total
 
     def entry_count(self) -> int:
         """Return how many entries both tables have in the map."""
-        items = libbpf.items(self._fds["entries"], layout.KEY_SIZE, layout.ENTRY_SIZE)
-        return sum(len(chunk) for chunk in items)
+        with self._stock() as stock:
+            return sum(len(some) for some in stock.entries())
+
+
+def _memory(fd: int) -> int:
+    found = re.search(r"^memlock:\s+(\d+)", fd_info(fd), re.MULTILINE)
+    return int(found[1]) if found else 0

@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ipsecgate.core.tables.layout import INDEX, LAYOUT, MAPS, SETTING, Setting
-from ipsecgate.edges.bpf import libbpf
+from ipsecgate.edges.bpf import elements, libbpf, nested
 
 if TYPE_CHECKING:
     from ipsecgate.edges.bpf.bytecode import Bytecode, Program
@@ -89,7 +90,7 @@ class Objects:
         for name, shape in bytecode.maps.items():
             if (self.folder / "maps" / name).exists():
                 with opened(self.open_map(name)) as fd:
-                    if libbpf.map_shape(fd) != shape:
+                    if libbpf.map_shape(fd) != replace(shape, inner=None):
                         return False
         return self._version() in (0, LAYOUT)
 
@@ -97,7 +98,7 @@ class Objects:
         if not (self.folder / "maps" / "settings").exists():
             return 0
         with opened(self.open_map("settings")) as fd:
-            raw = libbpf.lookup(fd, INDEX.pack(Setting.VERSION), SETTING.size)
+            raw = elements.lookup(fd, INDEX.pack(Setting.VERSION), SETTING.size)
         return int(SETTING.unpack(raw)[0]) if raw else -1
 
     def pin(self, bytecode: Bytecode) -> None:
@@ -113,7 +114,7 @@ class Objects:
             for name, shape in bytecode.maps.items():
                 fds[name] = self._map(name, shape)
             version = INDEX.pack(Setting.VERSION), SETTING.pack(LAYOUT)
-            libbpf.update(fds["settings"], *version)
+            elements.update(fds["settings"], *version)
             for hook in HOOKS:
                 if not self._has(hook, bytecode.programs[hook], fds):
                     self._load(hook, bytecode.programs[hook], fds)
@@ -145,7 +146,7 @@ class Objects:
         path = self.folder / "maps" / name
         if path.exists():
             return libbpf.open_pin(path)
-        fd = libbpf.create_map(name, shape)
+        fd = nested.create(name, shape)
         try:
             libbpf.pin(fd, path)
         except OSError:

@@ -1,0 +1,181 @@
+"""What the hooks' maps hold, as bytes: masks, entries, sources, events.
+
+Rules of this module: each function mirrors one structure of bpf/gate.h. Numbers are in this
+machine's order, addresses and ports in network order.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from functools import lru_cache
+
+from ipsecgate.core.model.events import FlowRefused
+from ipsecgate.core.model.flow import Address, Flow, Network
+from ipsecgate.core.tables.layout import (
+    EXPLAINED,
+    INDEX,
+    KEY_SIZE,
+    NO_POLICY,
+    NS,
+    Entry,
+    Key,
+    LayoutError,
+    Reason,
+    State,
+    address_bits,
+    address_from_bits,
+    key_hash,
+    mix,
+    pack_key,
+    unpack_key,
+)
+
+_ANSWER = struct.Struct("=QQIII4x")
+_ENTRY = struct.Struct(f"={KEY_SIZE}sQQ{_ANSWER.size}s{_ANSWER.size}s")
+NOTHING = bytes(_ANSWER.size)
+_WHERE = struct.Struct("!16x16s12xHBx8s")  # of struct gate_entry, its beginning
+_RANK = struct.Struct("=Q")
+_MASK = struct.Struct(f"={KEY_SIZE}sQ")
+_ROUTE = struct.Struct("=I16s")
+_EVENT = struct.Struct(f"=QQ{KEY_SIZE}sIIII16s")
+# The latest deadline: the kernel takes lifetimes of centuries. The highest bit must be 0, because
+# the hooks use it to order their reads (setting_after() in bpf/maps.bpf.c).
+_LAST = 2**63 - 1
+MASK_SIZE = _MASK.size
+ENTRY_SIZE = _ENTRY.size
+EVENT_SIZE = _EVENT.size
+ROUTE_SIZE = _ROUTE.size
+
+
+def pack_mask(mask: Key, table: int, number: int) -> bytes:
+    """Return struct gate_mask, 56 bytes, of the mask that has this number in a table."""
+    last = pack_key(Key(), table, number)[-8:]
+    return _MASK.pack(pack_key(mask), int.from_bytes(last, sys.byteorder))
+
+
+def unpack_mask(raw: bytes) -> Key:
+    """Return the mask of a struct gate_mask. Raises: LayoutError."""
+    if len(raw) != MASK_SIZE:
+        raise LayoutError(f"mask of {len(raw)} bytes, expected {MASK_SIZE}")
+    return unpack_key(raw[:KEY_SIZE])[2]
+
+
+def pack_answer(entry: Entry, boot: int = 0) -> bytes:
+    """Return struct gate_answer, 32 bytes; `boot`: when CLOCK_BOOTTIME was 0, wall clock ns."""
+    deadline = min(max(1, entry.deadline * NS - boot), _LAST) if entry.deadline else 0
+    return _ANSWER.pack(entry.rank, deadline, entry.state, entry.error, entry.id)
+
+
+def unpack_answer(raw: bytes, boot: int = 0) -> Entry | None:
+    """Read struct gate_answer; `boot` as for `pack_answer`; None: no entry. Raises: LayoutError."""
+    if len(raw) != _ANSWER.size:
+        raise LayoutError(f"answer of {len(raw)} bytes, expected {_ANSWER.size}")
+    rank, deadline, state, error, policy = _ANSWER.unpack(raw)
+    if state == 0:
+        return None
+    if state not in State.__members__.values():
+        raise LayoutError(f"entry with state {state}")
+    ends = max(1, round((deadline + boot) / NS)) if deadline else 0
+    return Entry(State(state), error, policy, ends, rank)
+
+
+def pack_entry(key: bytes, since: int, now: bytes, before: bytes = NOTHING) -> bytes:
+    """Return struct gate_entry, 128 bytes, of two answers as `pack_answer` has them."""
+    hash_ = key_hash(key)
+    bound = mix(hash_, since)
+    return _ENTRY.pack(key, hash_, since, _checked(now, bound), _checked(before, bound))
+
+
+def _checked(answer: bytes, bound: int) -> bytes:
+    return answer[:-4] + INDEX.pack(
+        mix(mix(bound, *_RANK.unpack_from(answer)), _rest(answer)) & 0xFFFFFFFF
+    )
+
+
+@lru_cache(maxsize=1 << 10)
+def _rest(answer: bytes) -> int:
+    """Return the part of an answer's check that depends on nothing else; many entries share it."""
+    _, deadline, state, error, policy = _ANSWER.unpack(answer)
+    return mix(mix(deadline, error << 32 | state), policy)
+
+
+def is_sound(raw: bytes, generation: int) -> bool:
+    """Return whether an entry's hash and checks are right, and its last change is in force."""
+    key, hash_, since, now, before = _ENTRY.unpack(raw)
+    bound = mix(hash_, since)
+    right = _checked(now, bound), _checked(before, bound)
+    return since <= generation and hash_ == key_hash(key) and right == (now, before)
+
+
+def unpack_entry(raw: bytes, generation: int) -> bytes:
+    """Return the answer of a struct gate_entry in a generation: struct gate_answer, 32 bytes.
+
+    Raises: LayoutError.
+    """
+    if len(raw) != ENTRY_SIZE:
+        raise LayoutError(f"entry of {len(raw)} bytes, expected {ENTRY_SIZE}")
+    _, _, since, now, before = _ENTRY.unpack(raw)
+    return bytes(now if since <= generation else before)
+
+
+def key_of_entry(raw: bytes) -> bytes:
+    """Return the key of a struct gate_entry."""
+    return raw[:KEY_SIZE]
+
+
+def hash_of_entry(raw: bytes) -> int:
+    """Return the hash in a struct gate_entry, which must be that of its key."""
+    return int(_ENTRY.unpack(raw)[1])
+
+
+def where_of_entry(raw: bytes) -> tuple[int, int, int, int]:
+    """Return table, mask number, destination (128 bits) and hash of a struct gate_entry."""
+    daddr, mask_number, table, hash_ = _WHERE.unpack_from(raw)
+    return table, mask_number, int.from_bytes(daddr), int.from_bytes(hash_, sys.byteorder)
+
+
+def is_pending(raw: bytes, generation: int) -> bool:
+    """Return whether a struct gate_entry holds a change that was never put in force."""
+    return bool(_ENTRY.unpack(raw)[2] > generation)
+
+
+def pack_route(network: Network) -> bytes:
+    """Return struct gate_route, the LPM key of a destination network."""
+    prefix = network.prefixlen + (96 if network.version == 4 else 0)
+    bits = address_bits(network.network_address, network.version)
+    return _ROUTE.pack(prefix, bits.to_bytes(16))
+
+
+def pack_source(source: Address | None) -> bytes:
+    """Return struct gate_source; None (no route) is all zero."""
+    return (0 if source is None else address_bits(source, source.version)).to_bytes(16)
+
+
+def unpack_event(record: bytes) -> FlowRefused:
+    """Read struct gate_event. Raises: LayoutError naming the field."""
+    if len(record) < EVENT_SIZE:
+        raise LayoutError(f"event of {len(record)} bytes, expected {EVENT_SIZE}")
+    _ns, cgroup, raw, reason, policy, pid, _hook, comm = _EVENT.unpack_from(record)
+    _, _, key = unpack_key(raw)
+    if key.family not in (4, 6):
+        raise LayoutError(f"event with address family {key.family}")
+    if reason not in EXPLAINED:
+        raise LayoutError(f"event with reason {reason}")
+    unbound = key.saddr == address_bits(None, key.family)
+    flow = Flow(
+        daddr=address_from_bits(key.daddr, key.family),
+        proto=key.proto,
+        dport=key.dport,
+        saddr=None if unbound else address_from_bits(key.saddr, key.family),
+        sport=key.sport,
+        mark=key.mark,
+    )
+    return FlowRefused(
+        flow=flow,
+        reason=Reason(reason),
+        policy=None if policy == NO_POLICY else policy,
+        pid=pid,
+        comm=comm.split(b"\0", 1)[0].decode(errors="replace"),
+        cgroup=cgroup,
+    )
