@@ -146,12 +146,16 @@ chaos: setup ## check that nothing leaks in a thousand faults, a million connect
 hub: setup ## check a hub of 2,500 tunnels: rekeys, lost SAs and a dying controller under traffic
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m tests.hub
 
-bench: setup ## measure on this machine: ratios and medians
-	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m bench.first_connection
-	$(BIN)/python -m bench.hold
-	$(BIN)/python -m bench.packet
-	$(BIN)/python -m bench.hot_path
-	$(BIN)/python -m bench.growth
+.venv/.ready-bench: .venv/.ready
+	@packaging/setup.sh bench
+	@touch $@
+
+# Takes about an hour; leave the machine alone meanwhile. BENCH="hot_path growth" selects parts, and
+# BENCH="--quick" is the short form. The reports are in $(RESULTS)/bench.
+BENCH ?=
+
+bench: setup .venv/.ready-bench ## measure everything on this machine; write docs/performance.md
+	$(BIN)/python -m bench --into docs --results $(RESULTS)/bench $(BENCH)
 
 # Runs Debian's Vagrant and libvirt in new namespaces; the box is built once (2 GB in .cache).
 vagrant-test: setup ## test vagrant/ with a real `vagrant up`, first connections and a boot (slow)

@@ -6,8 +6,7 @@ This uses two hosts on this machine's own kernel, with userspace ESP. A covered 
 longest path through the backstop: it is looked up in the policy table, and its device is checked
 against the IKE daemon's. A packet that no policy names passes because its socket remembers the
 result. One process runs in the gated cgroup, another outside, and they send in turns; on a
-connected socket only the backstop sees a send. It prints each side's median in nanoseconds, and
-the median of the ratios of all turns with its quartiles.
+connected socket only the backstop sees a send. Each turn gives one ratio.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import median, quantiles
 
-from rich.console import Console
-from rich.table import Table
-
+from bench.report import Report, Row
+from bench.tables import publish
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import ConnSpec, Lab
@@ -59,17 +56,22 @@ def turn(process: subprocess.Popen[str]) -> float:
     return float(read_line(process))
 
 
-def measure(free: subprocess.Popen[str], gated: subprocess.Popen[str], turns: int) -> list[str]:
-    """Return one row of the table: without the backstop, with it, and the ratio."""
+def measure(
+    packet: str, free: subprocess.Popen[str], gated: subprocess.Popen[str], turns: int
+) -> list[Row]:
+    """Return nanoseconds per send without the backstop and with it, and the ratio of each turn."""
     pairs = []
     for number in range(turns):
         if number % 2:
             pairs.append((turn(free), turn(gated)))
         else:
             pairs.append((turn(gated), turn(free))[::-1])
-    without, with_it = (median(side) for side in zip(*pairs, strict=True))
-    low, middle, high = quantiles([two / one for one, two in pairs])
-    return [f"{without:.0f}", f"{with_it:.0f}", f"{middle:.3f} ({low:.3f} to {high:.3f})"]
+    of = {"packet": packet}
+    return [
+        Row("without", "ns", tuple(one for one, _ in pairs), of),
+        Row("with the backstop", "ns", tuple(two for _, two in pairs), of),
+        Row("ratio", "", tuple(two / one for one, two in pairs), of),
+    ]
 
 
 def main() -> None:
@@ -77,10 +79,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=1000)
     parser.add_argument("--sends", type=int, default=100)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     options = parser.parse_args()
-    table = Table(title=f"A send of 64 bytes, {options.turns} turns of {options.sends}, ns")
-    for name in ("packet", "no backstop", "backstop", "ratio (quartiles)"):
-        table.add_column(name, justify="right")
+    rows: list[Row] = []
     with Lab("ipsecgate-bench-packet", libipsec=True) as lab:
         start(lab.b, "sink", PORT)
         with Gated(lab) as gate:
@@ -95,8 +96,10 @@ def main() -> None:
             ):
                 words = (kind, address, PORT, options.sends)
                 free, gated = (start(lab.a, *words, cgroup=at) for at in (None, gate.cgroup))
-                table.add_row(name, *measure(free, gated, options.turns))
-    Console().print(table)
+                sys.stderr.write(f"{name}\n")
+                rows += measure(name, free, gated, options.turns)
+    settings = {"turns": options.turns, "sends in a turn": options.sends}
+    publish(Report("packet", "A send of 64 bytes", tuple(rows), settings), options.json)
 
 
 if __name__ == "__main__":

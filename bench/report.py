@@ -48,10 +48,13 @@ class Row:
     @property
     def quartiles(self) -> tuple[float, float]:
         """The first and the third quartile; the sample itself if there is only one."""
+        return self.percentile(25), self.percentile(75)
+
+    def percentile(self, percent: int) -> float:
+        """Return the value below which so many percent of the samples lie."""
         if len(self.samples) == 1:
-            return self.samples[0], self.samples[0]
-        low, _, high = quantiles(self.samples, n=4)
-        return low, high
+            return self.samples[0]
+        return quantiles(self.samples, n=100, method="inclusive")[percent - 1]
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,13 @@ class Report:
     rows: tuple[Row, ...]
     settings: Mapping[str, Value] = field(default_factory=dict)
     machine: Mapping[str, Value] = field(default_factory=machine)
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read what `write` has written. Raises: OSError, ValueError, TypeError, KeyError."""
+        document = json.loads(path.read_text())
+        rows = tuple(Row(**{**row, "samples": tuple(row["samples"])}) for row in document["rows"])
+        return cls(**{**document, "rows": rows})
 
     def write(self, path: Path) -> None:
         """Write the JSON object. Raises: OSError."""

@@ -3,6 +3,7 @@
 #
 # setup.sh         installs what the gate, its lab and the demo need
 # setup.sh tests   installs what only the tests need: real clients, their servers, container runtimes
+# setup.sh bench   installs what only `make bench` needs: a C compiler and matplotlib
 #
 # For Debian 12 and newer. Installs only what is missing. The output of the tools goes to
 # .cache/setup.log; if one fails, the end of it is shown.
@@ -29,6 +30,7 @@ test_packages=(
     crun podman runc
     linux-libc-dev man-db systemd tcc zstd
 )
+bench_packages=(gcc libc6-dev)
 # The services that these packages start.
 declare -A services=(
     [charon-systemd]=strongswan.service
@@ -41,7 +43,8 @@ declare -A services=(
 case "${1-}" in
     "") wanted=("${packages[@]}") ;;
     tests) wanted=("${test_packages[@]}") ;;
-    *) echo "usage: $0 [tests]" >&2; exit 2 ;;
+    bench) wanted=("${bench_packages[@]}") ;;
+    *) echo "usage: $0 [tests | bench]" >&2; exit 2 ;;
 esac
 policy=/usr/sbin/policy-rc.d
 own_policy=
@@ -95,6 +98,10 @@ make_venv() {
     .venv/bin/pip install -c constraints.txt -e '.[dev]'
 }
 
+install_plots() {
+    .venv/bin/pip install -c constraints.txt -e '.[bench]'
+}
+
 make_clients() {
     mkdir -p .cache/clients
     CGO_ENABLED=0 go build -trimpath -o .cache/clients/dial tests/clients/dial.go
@@ -125,6 +132,11 @@ fi
 
 if [ "${1-}" = tests ]; then
     step "compiling the Go and Java clients" make_clients
+    step "installing matplotlib into .venv" install_plots
+    exit
+fi
+if [ "${1-}" = bench ]; then
+    step "installing matplotlib into .venv" install_plots
     exit
 fi
 step "installing Python packages into .venv" make_venv
