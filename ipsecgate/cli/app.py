@@ -86,6 +86,7 @@ class _Verbs(click.Group):
             "Print a seccomp profile that has a container's calls held.",
         ),
         "status": ("status", "Show hooks, policies and coverage, SAs, held calls and counters."),
+        "why": ("why", "Explain why a flow is let go or refused."),
         "events": ("events", "Show what was refused or blocked, and why."),
         "check": ("check", "Check that this machine has what the gate needs."),
         "demo": ("demo", "Compare first connections with and without the gate."),

@@ -121,6 +121,7 @@ class Controller:
             "events": self._events_since,
             "hold": self._take_listener,
             "reload": lambda _request: self._reload.run(),
+            "why": self._why,
         }
         try:
             async with (
@@ -281,6 +282,9 @@ class Controller:
 
     async def _events_since(self, request: control_server.Request) -> dict[str, Any]:
         return {"events": self._journal.since(int(request.words["since"]))}
+
+    async def _why(self, request: control_server.Request) -> dict[str, Any]:
+        return report.why(self._gate, request.words)
 
     async def _status(self, _request: control_server.Request) -> ControllerStatus:
         process = Process(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from errno import EPERM, errorcode
+from typing import Any
 
 from ipsecgate.admin.status import policy_document, sa_source
 from ipsecgate.admin.status_document import ControllerStatus, Drift, Hold, Negotiation, Process, Sa
+from ipsecgate.admin.why import Decision
 from ipsecgate.core.gate.coverage import Coverage
+from ipsecgate.core.gate.explanation import explain
 from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.model.flow import Flow, parse_address
 
 
 def controller_status(
@@ -95,3 +101,28 @@ def _kernel_sas(gate: Gate) -> list[Sa]:
         }
         for sa in kernel_state.outbound_sas()
     ]
+
+
+def why(gate: Gate, words: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer the verb `why`: the decision about one flow.
+
+    Raises: KeyError, TypeError, ValueError for words that describe none.
+    """
+    source = words["saddr"]
+    flow = Flow(
+        parse_address(words["daddr"]),
+        int(words["proto"]),
+        int(words["dport"]),
+        None if source is None else parse_address(source),
+        int(words["sport"]),
+        int(words["mark"]),
+    )
+    found = explain(gate, flow)
+    decision: Decision = {
+        "allowed": found.is_allowed,
+        "reason": found.reason.name.lower(),
+        "error": None if found.is_allowed else errorcode[found.error or EPERM],
+        "steps": [{"step": step.value, "text": text} for step, text in found.steps],
+        "advice": found.advice,
+    }
+    return {"pid": os.getpid(), "decision": decision}

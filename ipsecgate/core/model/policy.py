@@ -29,6 +29,7 @@ class Policy:
 
     `child`: "ike/child" or a child's own name; None: choose it by traffic selector.
     `start`: negotiate when the IKE daemon connects, instead of at the first flow.
+    `origin`: the file and line that it was written in, "" for a derived one.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Policy:
     ports: tuple[int, int] = (0, PORT_MASK)
     child: str | None = None
     start: bool = False
+    origin: str = field(default="", compare=False)
 
     def sample_flow(self) -> Flow:
         """Return a flow that the policy matches, to negotiate for before there is one."""

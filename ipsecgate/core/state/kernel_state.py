@@ -46,8 +46,9 @@ from ipsecgate.core.model.policy import FLOOR_PRIORITY
 from ipsecgate.core.state.adoption import Adoption
 from ipsecgate.core.state.floor import is_floor
 from ipsecgate.core.state.groups import Groups
-from ipsecgate.core.state.spd import EVERYTHING, negotiated_regions, region_of
+from ipsecgate.core.state.spd import EVERYTHING, applies, negotiated_regions, region_of
 from ipsecgate.core.state.spd_rules import SpdRules
+from ipsecgate.core.tables.layout import Key
 from ipsecgate.core.tables.table import Rule, Ternary
 
 ADOPTED = 256  # objects of a dump that are adopted in one go
@@ -261,11 +262,25 @@ class KernelState:
         self._by_name = None
         self._spd.sas_changed(self._by_reqid.keys(), closing=True)
 
+    def winners(self, key: Key) -> list[SpdEntry]:
+        """Return the policies that decide about a flow: of those that match, the first priority.
+
+        Looks at every policy.
+        """
+        matching = [
+            entry
+            for entry in self.decisive_policies.values()
+            if applies(entry) and region_of(entry.key).matches(key)
+        ]
+        first = min((entry.priority for entry in matching), default=0)
+        return [entry for entry in matching if entry.priority == first]
+
     def confirmed_sas(self) -> list[Sa]:
         """Return the SAs that may cover a flow."""
-        return [sa for sa in self.sas.values() if self._is_confirmed(sa)]
+        return [sa for sa in self.sas.values() if self.is_confirmed(sa)]
 
-    def _is_confirmed(self, sa: Sa) -> bool:
+    def is_confirmed(self, sa: Sa) -> bool:
+        """Tell whether an SA may cover a flow."""
         return sa.id in self._seen_installed or (self._ike_connected and sa.id in self._listed)
 
     def established(self, name: ChildName) -> list[ChildSa]:
@@ -382,7 +397,7 @@ class KernelState:
     def _confirmed_of(self, reqid: int) -> list[Sa]:
         """Return the SAs of a reqid that may cover a flow."""
         sas = (self.sas[sa_id] for sa_id in self._by_reqid.of(reqid))
-        return [sa for sa in sas if self._is_confirmed(sa)]
+        return [sa for sa in sas if self.is_confirmed(sa)]
 
     def negotiated(self, sa: Sa, template: Template) -> Iterable[Ternary]:
         """Return for which flows an SA was negotiated, as far as is known."""

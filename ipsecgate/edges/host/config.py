@@ -27,6 +27,7 @@ from ipsecgate.edges.host.config_table import ERRNO_KEYS, GATE_KEYS, POLICY_KEYS
 from ipsecgate.errors import UsageError
 
 DEFAULT_VICI = Path("/run/charon.vici")
+_POLICY = re.compile(r"\s*\[\[\s*policy\s*\]\]")
 
 # Errors that the clients we measured report as a plain failure. EAGAIN only on request, because it
 # makes some clients believe that they are connected. Never EINTR or EINPROGRESS.
@@ -61,14 +62,14 @@ def load(path: Path, *, required: bool = True) -> Config:
     """
     if not required and not path.exists():
         return Config()
-    document = TomlTable(_read(path), path, "")
+    document, lines = _document(path)
     gate = TomlTable(document.take("gate", dict, {}), path, "gate")
     errnos = _errnos(TomlTable(document.take("errno", dict, {}), path, "errno"))
-    tables = _policy_tables(document)
+    tables = _policy_tables(document, lines)
     document.finish(("gate", "errno", "policy"))
     for extra in sorted((path.parent / "policies.d").glob("*.toml")):
-        document = TomlTable(_read(extra), extra, "")
-        tables += _policy_tables(document)
+        document, lines = _document(extra)
+        tables += _policy_tables(document, lines)
         document.finish(("policy",))
     policies = _policies(tables)
     _refuse_too_many(policies, path)
@@ -105,9 +106,17 @@ def _config(gate: TomlTable, errnos: Errnos, policies: tuple[Policy, ...]) -> Co
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _document(path: Path) -> tuple[TomlTable, list[int]]:
+    """Return a file's top table, and the lines at which its policies begin."""
+    text = _read(path)
+    return TomlTable(_parse(path, text), path, ""), [
+        number for number, line in enumerate(text.splitlines(), 1) if _POLICY.match(line)
+    ]
+
+
+def _read(path: Path) -> str:
     try:
-        return tomllib.loads(trust.read(path, follow=True))
+        return trust.read(path, follow=True)
     except trust.UntrustedError as error:
         raise UsageError(str(error), hint=error.hint) from error
     except UnicodeDecodeError as error:
@@ -115,6 +124,17 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: not UTF-8 text: {error.reason} at byte {error.start}",
             hint="save the file as UTF-8",
         ) from error
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{path}: {error.strerror}", hint="create it, or name another file with --config"
+        ) from error
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
     except RecursionError as error:
         raise UsageError(f"{path}: nested too deeply") from error
     except ValueError as error:  # TOMLDecodeError, or int() of too many digits
@@ -122,12 +142,6 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: not valid TOML: {error}",
             hint='a key is written like mode = "enforce", with quotes around every string',
         ) from error
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{path}: {error.strerror}", hint="create it, or name another file with --config"
-        ) from error
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
 
 
 def _errnos(table: TomlTable) -> Errnos:
@@ -140,10 +154,13 @@ def _errnos(table: TomlTable) -> Errnos:
     return Errnos(**chosen)
 
 
-def _policy_tables(document: TomlTable) -> list[TomlTable]:
+def _policy_tables(document: TomlTable, lines: Sequence[int]) -> list[TomlTable]:
     items = document.take("policy", list, [])
+    if len(lines) != len(items):
+        lines = [0] * len(items)  # written in another way, so the lines are not known
     return [
-        TomlTable(item, document.file, f"policy[{number}]") for number, item in enumerate(items, 1)
+        TomlTable(item, document.file, f"policy[{number}]", line)
+        for number, (item, line) in enumerate(zip(items, lines, strict=True), 1)
     ]
 
 
@@ -204,6 +221,7 @@ def _policy(table: TomlTable) -> Policy:
         ports=ports,
         child=child or None,
         start=initiate == "start",
+        origin=table.origin,
     )
 
 

@@ -47,11 +47,15 @@ EXAMPLES = {
 
 
 class TomlTable:
-    """A TOML table with its place in the file; `take` removes keys, `finish` rejects the rest."""
+    """A TOML table with its place in the file; `take` removes keys, `finish` rejects the rest.
 
-    def __init__(self, data: object, file: Path, name: str) -> None:
+    `line`: where it begins, 0 if unknown.
+    """
+
+    def __init__(self, data: object, file: Path, name: str, line: int = 0) -> None:
         self.file = file
         self.name = name
+        self.origin = f"{file}:{line}" if line else f"{file}"
         if not isinstance(data, Mapping):
             hint = EXAMPLES.get(name.partition("[")[0], "")
             raise self.error("", f"must be a table, not {short(data)}", hint)

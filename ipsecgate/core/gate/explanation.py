@@ -1,0 +1,229 @@
+"""Why a flow is let go or refused: the decision step by step, and the next thing to do.
+
+The steps are those of the hooks (bpf/gate.bpf.c): policy, exemptions, source, the kernel policy
+that wins, its SA. The verdict is the tables', which the hooks search; the steps only explain it.
+
+Rules of this module: it changes nothing and asks for nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from ipsecgate.core.gate.coverage import Coverage
+from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.gate.negotiations import Negotiation
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, is_exempt
+from ipsecgate.core.model.ipsec import Action, ChildConfig, Sa, SpdEntry, Template
+from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.state.kernel_state import KernelState
+from ipsecgate.core.state.spd import live_rules, unrestricted
+from ipsecgate.core.tables.layout import Key, Reason, flow_key
+
+SHOWN = 4  # SAs that do not fit, of one template
+
+
+class Step(Enum):
+    """What a step is about."""
+
+    POLICY = "policy"
+    EXEMPT = "exempt"
+    SOURCE = "source"
+    KERNEL = "kernel policy"
+    SA = "SA"
+    IKE = "IKE"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The verdict about a flow, and how it comes about. `error`: the errno, 0 if it is let go."""
+
+    reason: Reason
+    steps: tuple[tuple[Step, str], ...]
+    error: int = 0
+    advice: str = ""
+
+    @property
+    def is_allowed(self) -> bool:
+        """Tell whether the hooks let the flow go."""
+        return self.reason < Reason.REFUSE_UNCOVERED
+
+
+def explain(gate: Gate, flow: Flow) -> Explanation:
+    """Return why the hooks would allow or refuse a flow of a gated process."""
+    table = gate.policy_table
+    if table.content is None:
+        text = "none is known yet: no [[policy]] is configured, and no connection was ever loaded"
+        advice = "load a connection (`swanctl --load-conns`), or configure a [[policy]]"
+        error = table.settings.errnos.uncovered
+        if is_exempt(flow):
+            return Explanation(Reason.ALLOW_EXEMPT, ((Step.EXEMPT, _exemption(flow)),))
+        return Explanation(Reason.REFUSE_NOT_READY, ((Step.POLICY, text),), error, advice)
+    found = table.policy_for(flow)
+    steps = [(Step.POLICY, describe(found[1]) if found else "none names this flow")]
+    policy = found[1] if found else None
+    if policy is not None and policy.action is Action.BYPASS:
+        return Explanation(Reason.ALLOW_BYPASS, tuple(steps))
+    if policy is None and not table.settings.deny:
+        return Explanation(Reason.ALLOW_DEFAULT, tuple(steps))
+    if is_exempt(flow):
+        return Explanation(Reason.ALLOW_EXEMPT, (*steps, (Step.EXEMPT, _exemption(flow))))
+    if policy is None:
+        error = table.settings.errnos.uncovered
+        advice = 'add a [[policy]] for it, with action = "bypass" if it may leave unprotected'
+        return Explanation(Reason.REFUSE_DEFAULT, tuple(steps), error, advice)
+    entry = table.content.classify(flow_key(flow))
+    error = entry.error if entry is not None else 0
+    if policy.action is Action.DISCARD:
+        return Explanation(Reason.REFUSE_DISCARD, tuple(steps), error)
+    return _protected(gate, flow, policy, steps, error)
+
+
+def _protected(
+    gate: Gate, flow: Flow, policy: Policy, steps: list[tuple[Step, str]], error: int
+) -> Explanation:
+    """Explain the verdict about a flow that must be protected."""
+    routed = gate.protection.sources.route(flow)
+    if routed.saddr is None:
+        steps.append((Step.SOURCE, "unknown: routing has no way to this destination"))
+        advice = f"see `ip route get {flow.daddr}`, or bind the socket to an address"
+        return Explanation(Reason.REFUSE_NO_SOURCE, tuple(steps), error, advice)
+    how = "that of the socket" if flow.saddr is not None else "chosen by routing"
+    steps.append((Step.SOURCE, f"{routed.saddr}, {how}"))
+    if routed.saddr == routed.daddr:
+        steps.append((Step.EXEMPT, "it is the host's own address, so no packet leaves the host"))
+        return Explanation(Reason.ALLOW_EXEMPT, tuple(steps))
+    if gate.protection.in_userspace:
+        steps.append((Step.SA, "strongSwan does ESP by itself: its CHILD_SAs and routes count"))
+    else:
+        steps += _kernel_steps(gate.protection.kernel_state, routed)
+    if gate.protection.is_live(flow):
+        return Explanation(Reason.ALLOW_COVERED, tuple(steps))
+    config = gate.ike.loaded.child_for(flow, routed.saddr, policy)
+    negotiation = gate.negotiations.by_child.get(config.name) if config else None
+    text, advice = _ike_step(gate, policy, config, negotiation)
+    steps.append((Step.IKE, text))
+    return Explanation(Reason.REFUSE_UNCOVERED, tuple(steps), error, advice)
+
+
+def describe(policy: Policy) -> str:
+    """Return a policy in words, with its place in the configuration."""
+    remote = " ".join(map(str, policy.remote))
+    if set(policy.remote) >= {ANY_V4, ANY_V6}:
+        remote = "everything"
+    verb = {Action.PROTECT: "protects", Action.BYPASS: "exempts", Action.DISCARD: "discards"}
+    protocol = {0: "", 6: " tcp", 17: " udp"}.get(policy.proto, f" protocol {policy.proto}")
+    low, high = policy.ports
+    ports = "" if (low, high) == (0, 0xFFFF) else f" port {low}" + (f"-{high}" * (high != low))
+    where = policy.origin or "derived from strongSwan's connections"
+    return f"{policy.name} {verb[policy.action]}{protocol} {remote}{ports} ({where})"
+
+
+def _exemption(flow: Flow) -> str:
+    loopback = flow.daddr.is_loopback or flow.daddr.is_unspecified
+    return "loopback never leaves the host" if loopback else "DHCP stays on the link"
+
+
+# --- the kernel's policies and SAs ------------------------------------------------------------
+
+
+def _kernel_steps(state: KernelState, routed: Flow) -> list[tuple[Step, str]]:
+    key = flow_key(routed)
+    winners = state.winners(key)
+    if not winners:
+        return [(Step.KERNEL, "none matches: neither a trap nor an SA's policy is installed")]
+    steps = [(Step.KERNEL, _describe_entry(entry)) for entry in winners]
+    if len(winners) > 1:
+        text = "these have the same priority, so the kernel may use any: all must be covered"
+        steps.append((Step.KERNEL, text))
+    for entry in winners:
+        steps += [(Step.SA, text) for text in _sas_of(state, entry, key)]
+    return steps
+
+
+def _describe_entry(entry: SpdEntry) -> str:
+    selector = entry.key.selector
+    ports = "".join(
+        f" {name} {port}" + ("" if mask == 0xFFFF else f"/{mask:#x}")
+        for name, port, mask in (
+            ("sport", selector.sport, selector.sport_mask),
+            ("dport", selector.dport, selector.dport_mask),
+        )
+        if mask
+    )
+    proto = f" proto {selector.proto}" if selector.proto else ""
+    flows = f"{selector.src} to {selector.dst}{proto}{ports}, priority {entry.priority}"
+    if entry.action is Action.DISCARD:
+        return f"{flows}: blocks the flow"
+    if entry.action is Action.BYPASS or not entry.templates:
+        return f"{flows}: lets the flow leave unprotected, which the policy forbids"
+    return flows
+
+
+def _sas_of(state: KernelState, entry: SpdEntry, key: Key) -> list[str]:
+    if entry.action is not Action.PROTECT:
+        return []
+    texts = []
+    for template in entry.templates:
+        sas = [sa for sa in state.sas.values() if sa.reqid == template.reqid]
+        known = [sa for sa in sas if template.daddr in (None, sa.id.daddr)]
+        if not known:
+            peer = f" to {template.daddr}" if template.daddr else ""
+            texts.append(f"none of reqid {template.reqid}{peer}")
+        texts += [f"{sa.id}: {_fit(state, entry, template, sa, key)}" for sa in known[:SHOWN]]
+    return texts
+
+
+def _fit(state: KernelState, entry: SpdEntry, template: Template, sa: Sa, key: Key) -> str:
+    """Return whether an SA protects a flow of a policy, and if not, why; decided by `live_rules`.
+
+    With several templates an SA serves one of them, so only all of them together can be judged.
+    """
+    if not state.is_confirmed(sa):
+        return "strongSwan does not list it, so it may be left over from a former daemon"
+    if len(entry.templates) > 1:
+        return "live"
+    for rules, text in (
+        (live_rules(entry, lambda _reqid: [sa], state.negotiated), "live, and protects the flow"),
+        (
+            live_rules(entry, lambda _reqid: [sa], unrestricted),
+            "live, but the traffic selectors that the peer agreed to do not contain the flow",
+        ),
+    ):
+        if any(rule.match.matches(key) for rule in rules):
+            return text
+    if template.spi not in (0, sa.id.spi):
+        return f"live, but the policy wants {template.spi:08x}"
+    return "live, but it does not fit the policy (mode, endpoints, mark, selector or CPU)"
+
+
+# --- IKE --------------------------------------------------------------------------------------
+
+
+def _ike_step(
+    gate: Gate, policy: Policy, config: ChildConfig | None, negotiation: Negotiation | None
+) -> tuple[str, str]:
+    """Return the state of the negotiation that would cover a flow, and what to do."""
+    if gate.ike.error:
+        return f"no daemon: {gate.ike.error}", "start strongSwan: `systemctl start strongswan`"
+    if config is None:
+        if policy.child is not None:
+            return (
+                f"no child {policy.child} is loaded that would protect the flow",
+                "see `swanctl --list-conns`; load it with `swanctl --load-conns`, or correct "
+                f"`child` of policy {policy.name}",
+            )
+        return (
+            "no loaded connection has the flow in its traffic selectors",
+            "see `swanctl --list-conns`: compare its remote and local selectors with the flow",
+        )
+    up = f"`swanctl --initiate --child {config.name.child}` shows the negotiation"
+    if negotiation is None:
+        return f"{config.name} was not asked for yet", "the first refused call asks for it"
+    text = f"{config.name}: {negotiation.coverage.value}, {negotiation.attempts} attempts"
+    if negotiation.last_error:
+        text += f"; last error: {negotiation.last_error}"
+    if negotiation.coverage is Coverage.NEGOTIATING:
+        return text, "try again in a moment, or run the program under `ipsecgate exec`, which waits"
+    return text, up

@@ -1,0 +1,200 @@
+"""Why a flow is let go or refused: the verdict is the tables', and each step names its cause."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from errno import EHOSTUNREACH, EPERM
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from ipsecgate.core.gate.explanation import Step, explain
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, TCP, UDP, Flow, Selector
+from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
+from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.tables.layout import Reason, State, TableId, flow_key
+from tests.unit.transcript import (
+    FLOW,
+    LISTED,
+    NAME,
+    PINNED,
+    REFUSED,
+    SA,
+    SOURCES,
+    THERE,
+    TRAP,
+    UP,
+    Transcript,
+    connected,
+)
+
+
+def said(transcript: Transcript, step: Step, flow: Flow = FLOW) -> str:
+    return "; ".join(text for of, text in explain(transcript.gate, flow).steps if of is step)
+
+
+def test_before_the_first_call_everything_is_there_but_the_sa(trapped: Transcript) -> None:
+    found = explain(trapped.gate, FLOW)
+    assert (found.reason, found.error) == (Reason.REFUSE_UNCOVERED, EPERM)
+    assert "derived from strongSwan's connections" in said(trapped, Step.POLICY)
+    assert "chosen by routing" in said(trapped, Step.SOURCE)
+    assert f"to {THERE}" in said(trapped, Step.KERNEL)
+    assert f"none of reqid {TRAP.templates[0].reqid}" in said(trapped, Step.SA)
+    assert said(trapped, Step.IKE) == f"{NAME} was not asked for yet"
+
+
+def test_a_covered_flow_names_its_sa(trapped: Transcript) -> None:
+    trapped.after(REFUSED, *UP)
+    found = explain(trapped.gate, FLOW)
+    assert (found.reason, found.error, found.advice) == (Reason.ALLOW_COVERED, 0, "")
+    assert said(trapped, Step.SA) == f"{SA.id}: live, and protects the flow"
+    assert said(trapped, Step.IKE) == ""
+
+
+def test_a_failed_negotiation_names_ikes_cause_and_the_errno(trapped: Transcript) -> None:
+    trapped.after(REFUSED, on.NegotiationFailed(NAME, "no proposal chosen"))
+    found = explain(trapped.gate, FLOW)
+    assert found.error == EHOSTUNREACH
+    assert said(trapped, Step.IKE).endswith("back-off, 1 attempts; last error: no proposal chosen")
+    assert f"--child {NAME.child}" in found.advice
+
+
+def test_a_negotiation_under_way_is_said(trapped: Transcript) -> None:
+    trapped.after(REFUSED)
+    assert "negotiating" in said(trapped, Step.IKE)
+    assert "ipsecgate exec" in explain(trapped.gate, FLOW).advice
+
+
+def test_an_sa_that_the_daemon_does_not_list(trapped: Transcript) -> None:
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((TRAP,), (SA,)), connected(), SOURCES)
+    assert "strongSwan does not list it" in said(transcript, Step.SA)
+    transcript.after(connected(LISTED))
+    assert "protects the flow" in said(transcript, Step.SA)
+
+
+def test_selectors_that_the_peer_narrowed(trapped: Transcript) -> None:
+    elsewhere = replace(LISTED.remote[0], network=ip_network("10.2.9.0/24"))
+    transcript = Transcript()
+    transcript.after(
+        on.KernelSnapshot((PINNED,), (SA,)),
+        connected(replace(LISTED, remote=(elsewhere,))),
+        SOURCES,
+    )
+    assert explain(transcript.gate, FLOW).reason is Reason.REFUSE_UNCOVERED
+    assert "the peer agreed to do not contain the flow" in said(transcript, Step.SA)
+
+
+def test_an_sa_of_another_spi_than_the_policy_names(trapped: Transcript) -> None:
+    other = replace(SA, id=SaId(SA.id.daddr, 0x7777, ESP))
+    trapped.after(on.PolicySet(PINNED), on.SaSet(other))
+    assert f"the policy wants {SA.id.spi:08x}" in said(trapped, Step.SA)
+
+
+@pytest.mark.parametrize(
+    ("action", "text"),
+    [(Action.BYPASS, "lets the flow leave unprotected"), (Action.DISCARD, "blocks the flow")],
+)
+def test_a_kernel_policy_that_wins_and_does_not_protect(
+    trapped: Transcript, action: Action, text: str
+) -> None:
+    trapped.after(REFUSED, *UP)
+    key = SpdKey(Selector(ANY_V4, ip_network("10.2.0.0/24")))
+    first = replace(TRAP, key=key, priority=1, action=action, templates=())
+    trapped.after(on.PolicySet(first))
+    assert text in said(trapped, Step.KERNEL)
+    assert explain(trapped.gate, FLOW).reason is Reason.REFUSE_UNCOVERED
+
+
+def test_policies_of_one_priority_are_all_shown(trapped: Transcript) -> None:
+    twin = replace(TRAP, key=SpdKey(Selector(ANY_V4, THERE)), templates=())
+    trapped.after(on.PolicySet(twin))
+    assert "the kernel may use any" in said(trapped, Step.KERNEL)
+
+
+def test_without_a_kernel_policy_daemon_or_route() -> None:
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((), ()), connected(), SOURCES)
+    assert "none matches" in said(transcript, Step.KERNEL)
+    transcript.after(on.IkeGone("Connection refused"))
+    assert "Connection refused" in said(transcript, Step.IKE)
+    assert "systemctl start strongswan" in explain(transcript.gate, FLOW).advice
+    transcript.after(on.SourcesResolved(((THERE, None),)))
+    assert explain(transcript.gate, FLOW).reason is Reason.REFUSE_NO_SOURCE
+
+
+def configured(*policies: Policy, deny: bool = False) -> Transcript:
+    return Transcript(Settings(policies=policies, deny=deny))
+
+
+PROTECT = Policy("db", (THERE,), proto=TCP, ports=(5432, 5433), origin="/etc/x.toml:7")
+
+
+def test_the_operators_policies() -> None:
+    transcript = configured(
+        Policy("printer", (ip_network("10.2.0.9/32"),), Action.BYPASS),
+        Policy("none", (ip_network("10.2.0.8/32"),), Action.DISCARD),
+        PROTECT,
+        Policy("all", (ANY_V4, ANY_V6)),
+    )
+    transcript.after(on.KernelSnapshot((), ()), connected(), SOURCES)
+
+    def about(host: str, port: int = 5432, proto: int = TCP) -> tuple[Reason, str]:
+        flow = Flow(ip_address(host), proto, port)
+        return explain(transcript.gate, flow).reason, said(transcript, Step.POLICY, flow)
+
+    assert about("10.2.0.9")[0] is Reason.ALLOW_BYPASS
+    assert about("10.2.0.8")[0] is Reason.REFUSE_DISCARD
+    reason, text = about("10.2.0.7")
+    assert reason is Reason.REFUSE_UNCOVERED
+    assert text == f"db protects tcp {THERE} port 5432-5433 (/etc/x.toml:7)"
+    assert about("10.2.0.7", 53, UDP)[1].startswith("all protects everything")
+    assert about("127.0.0.1")[0] is Reason.ALLOW_EXEMPT
+
+
+@pytest.mark.parametrize("deny", [False, True])
+def test_no_policy_names_the_flow(deny: bool) -> None:
+    transcript = configured(PROTECT, deny=deny)
+    transcript.gate.start()
+    found = explain(transcript.gate, Flow(ip_address("192.0.2.77"), TCP, 80))
+    assert found.reason is (Reason.REFUSE_DEFAULT if deny else Reason.ALLOW_DEFAULT)
+    assert bool(found.advice) is deny
+
+
+def test_no_policy_is_known_yet() -> None:
+    transcript = configured()
+    assert explain(transcript.gate, FLOW).reason is Reason.REFUSE_NOT_READY
+    loopback = Flow(ip_address("::1"), TCP, 80)
+    assert explain(transcript.gate, loopback).reason is Reason.ALLOW_EXEMPT
+
+
+def test_a_policy_that_names_a_child_that_is_not_loaded() -> None:
+    transcript = configured(replace(PROTECT, child="nowhere", ports=(0, 0xFFFF)))
+    transcript.after(on.KernelSnapshot((), ()), connected(), SOURCES)
+    assert "no child nowhere is loaded" in said(transcript, Step.IKE)
+    assert "`child` of policy db" in explain(transcript.gate, FLOW).advice
+
+
+def test_the_verdict_is_that_of_the_published_tables(trapped: Transcript) -> None:
+    """Random flows: whatever the steps say, the reason follows from what the hooks look up."""
+    trapped.after(REFUSED, *UP)
+    tables, rng, seen = trapped.gate.tables, random.Random(1), set()
+    for _ in range(500):
+        flow = Flow(
+            ip_address(rng.choice(("10.2.0.5", "10.2.255.1", "10.3.0.1", "192.0.2.2"))),
+            rng.choice((TCP, UDP)),
+            rng.randrange(1, 0x10000),
+            rng.choice((None, ip_address("10.1.0.1"), ip_address("10.9.0.1"))),
+        )
+        reason = explain(trapped.gate, flow).reason
+        routed = trapped.gate.protection.sources.route(flow)
+        named = tables[TableId.POLICY].classify(flow_key(flow)) is not None
+        entry = tables[TableId.SPD].classify(flow_key(routed)) if routed.saddr else None
+        live = entry is not None and entry.state is State.LIVE
+        assert (reason in (Reason.REFUSE_UNCOVERED, Reason.REFUSE_NO_SOURCE)) is (
+            named and not live
+        )
+        seen.add(reason)
+    assert seen >= {Reason.ALLOW_COVERED, Reason.REFUSE_UNCOVERED, Reason.ALLOW_DEFAULT}
