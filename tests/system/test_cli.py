@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from ipsecgate.admin.status_document import ControllerStatus, Status
 from ipsecgate.cli import main
+from ipsecgate.edges.bpf.libbpf import call, closing_fd, open_pin
 from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.host import cgroups
 from ipsecgate.lab import traffic
@@ -115,6 +118,31 @@ def test_a_removed_cgroup_is_shown_and_can_be_detached(run: Run, unique: str) ->
     assert f"removed cgroup {number}" in run("status").out
     assert run("detach", str(number)).code == 0
     assert run("unload").code == 0
+
+
+def test_a_program_that_allows_no_other_is_named(run: Run, cgroup: Path, unique: str) -> None:
+    """Neither its cgroup nor one below it can be gated; nothing stays half attached."""
+    inside = cgroup / "inside"
+    inside.mkdir()
+    run("load")
+    hook = "sendmsg4"  # not the first that is attached
+    with (
+        closing_fd(open_pin(Path(f"/sys/fs/bpf/ipsecgate/{unique}/progs/{hook}"))) as program,
+        closing_fd(os.open(cgroup, os.O_RDONLY)) as folder,
+    ):
+        attach_type = HOOKS[hook].attach_type
+        call("attach", "bpf_prog_attach", program, folder, attach_type, 0)
+        for target in (cgroup, inside):
+            refused = run("attach", str(target))
+            assert refused.code == 1
+            said = " ".join(refused.err.split())
+            assert re.search(rf"{cgroup} has BPF program \d+ \({hook}\) at {hook}", said), said
+            assert "bpftool cgroup show" in said
+            assert run("--json", "status").json["hooks"] == []
+        call("detach", "bpf_prog_detach2", program, folder, attach_type)
+    assert run("attach", str(inside)).code == 0
+    assert run("unload", "--force").code == 0
+    inside.rmdir()
 
 
 POLICY = '[[policy]]\nname = "x"\nremote = ["10.0.0.0/8"]\n'

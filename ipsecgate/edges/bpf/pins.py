@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from ipsecgate import trust
 from ipsecgate.core.model.value import value
-from ipsecgate.edges.bpf import libbpf
+from ipsecgate.edges.bpf import exclusive, libbpf
 from ipsecgate.edges.bpf.objects import HOOKS, KINDS, Objects, opened
 from ipsecgate.edges.host.mounts import type_of
 from ipsecgate.errors import GateError, KernelLacksError
@@ -157,11 +157,11 @@ class Pins:
                         continue
                     with (
                         opened(self.current.open_program(hook)) as prog,
-                        opened(libbpf.create_link(prog, directory, HOOKS[hook][1])) as link,
+                        opened(_link(prog, directory, cgroup, hook)) as link,
                     ):
                         libbpf.pin(link, path)
                         made.append(path)
-        except OSError:
+        except (OSError, GateError):
             # All or none: a cgroup that is gated for one family only would look protected.
             for path in made:
                 path.unlink()
@@ -201,6 +201,15 @@ class Pins:
             objects.remove()
         with suppress(OSError):
             self.root.parent.rmdir()  # fails if there are other instances
+
+
+def _link(prog: int, directory: int, cgroup: Path, hook: str) -> int:
+    """Attach a program to a cgroup. Raises: OSError, ExclusiveProgramError."""
+    attach_type = HOOKS[hook].attach_type
+    try:
+        return libbpf.create_link(prog, directory, attach_type)
+    except PermissionError as error:
+        raise exclusive.explain(cgroup, hook, attach_type) or error from error
 
 
 def _detach(link: Path) -> None:
