@@ -26,7 +26,7 @@ def machine() -> dict[str, Value]:
     return {
         "cpu": models[0] if models else platform.machine(),
         "processors": os.cpu_count() or 1,
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],  # without the builder's suffix
         "load": os.getloadavg()[0],
     }
 

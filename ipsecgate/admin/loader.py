@@ -173,6 +173,6 @@ def check_targets(paths: Paths, config: Config) -> tuple[str, ...]:
         if not cgroups.is_pattern(target) and not Path(target).is_relative_to(root):
             raise UsageError(
                 f"{paths.config}: gate.cgroups: {target} is not below {root}",
-                hint=f"use a path below {root}, unit:NAME or container:ID",
+                hint=f"use a path below {root}, unit:NAME or container:NAME",
             )
     return (str(root),) if config.host else config.cgroups

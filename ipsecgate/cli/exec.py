@@ -71,7 +71,7 @@ udp_option = click.option("--udp", is_flag=True, help="Also hold sendmsg() and s
 @click.option(
     "--cgroup",
     metavar="TARGET",
-    help="Run in this gated cgroup, or in one below it: a path, unit:NAME or container:ID. "
+    help="Run in this gated cgroup, or in one below it: a path, unit:NAME or container:NAME. "
     "The default is the current cgroup if it is gated, else the only gated one.",
 )
 @udp_option

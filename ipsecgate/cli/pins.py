@@ -76,7 +76,7 @@ def unload(app: App, force: bool) -> None:
 def attach(app: App, target: str) -> None:
     """Gate a cgroup and all cgroups below it.
 
-    TARGET is the path of a cgroup, unit:NAME for a systemd unit, or container:ID.
+    TARGET is the path of a cgroup, unit:NAME for a systemd unit, or container:NAME.
     Sockets that a process made before it joined the cgroup are not gated.
     """
     cgroup = loader.attach(app.paths, target)

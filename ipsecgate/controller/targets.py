@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from ipsecgate.admin import loader
@@ -24,6 +25,17 @@ log = logging.getLogger("ipsecgate")
 POLL = 2.0  # seconds between scans without inotify, or after a failure
 
 
+@dataclass(frozen=True, slots=True)
+class _Gated:
+    """A gated cgroup: its id, and the targets that named it then.
+
+    They are kept, because the name of a container is no longer known once that has ended.
+    """
+
+    number: int
+    targets: frozenset[str]
+
+
 class Targets:
     """Gates the cgroups that the configured targets name. Blocking work runs in a thread."""
 
@@ -32,7 +44,7 @@ class Targets:
         self._root = cgroups.root()
         self._wanted = tuple(wanted)
         self._saved: tuple[str, ...] | None = None  # the targets on disk
-        self._gated: dict[Path, int] = {}  # cgroup ids, of those that a target names
+        self._gated: dict[Path, _Gated] = {}  # those that a target names
         self._errors: dict[Path, str] = {}
         self._removed: set[int] = set()  # ids of removed cgroups whose pins are still there
         self._wake = asyncio.Event()
@@ -41,12 +53,9 @@ class Targets:
     @property
     def errors(self) -> list[str]:
         """Return why targets are not gated."""
-        waiting = [
-            f"cgroup {target} does not exist: it will be gated when it appears"
-            for target in self._wanted
-            if not any(cgroups.names(target, path) for path in tuple(self._gated))
-        ]
-        return [*waiting, *self._errors.values()]
+        found = {target for gated in tuple(self._gated.values()) for target in gated.targets}
+        waiting = [target for target in self._wanted if target not in found]
+        return [*map(_not_found, waiting), *self._errors.values()]
 
     async def scan(self) -> None:
         """Gate every cgroup that exists and that a target names."""
@@ -114,9 +123,9 @@ class Targets:
                 match event:
                     case Overflow():
                         return False
-                    case Appeared(path) if any(cgroups.names(t, path) for t in self._wanted):
+                    case Appeared(path):
                         async with self._lock:
-                            await asyncio.to_thread(self._gate, path)
+                            await asyncio.to_thread(self._appeared, path)
                     case Vanished(path) if path in self._gated:
                         await self.scan()
         except OSError as error:
@@ -136,17 +145,22 @@ class Targets:
     # --- in a thread, one at a time -----------------------------------------------------
 
     def _scan(self) -> None:
-        for path, number in list(self._gated.items()):
-            if _id(path) != number:
+        for path, gated in list(self._gated.items()):
+            if _id(path) != gated.number:
                 del self._gated[path]
-                self._removed.add(number)
+                self._removed.add(gated.number)
                 log.info("cgroup removed: %s", path)
         self._errors = {}
         self._save()
         for target in self._wanted:
             for path in cgroups.find(target):
-                self._gate(path)
+                self._gate(path, {target})
         self._prune()
+
+    def _appeared(self, path: Path) -> None:
+        targets = cgroups.naming(path, self._wanted)
+        if targets:
+            self._gate(path, targets)
 
     def _save(self) -> None:
         if self._saved == self._wanted:
@@ -165,9 +179,12 @@ class Targets:
         except (GateError, OSError) as error:
             log.warning("cannot remove the pins of removed cgroups: %s", error)
 
-    def _gate(self, path: Path) -> None:
-        number = _id(path)
-        if number is None or self._gated.get(path) == number:
+    def _gate(self, path: Path, targets: Set[str]) -> None:
+        number, before = _id(path), self._gated.get(path)
+        if number is None:
+            return
+        if before is not None and before.number == number:
+            self._gated[path] = _Gated(number, before.targets | targets)
             return
         try:
             loader.attach_path(self._paths, path)
@@ -176,17 +193,26 @@ class Targets:
                 self._errors[path] = f"cgroup {path} is not gated: {error}"
                 log.error("%s", self._errors[path])
             return
-        self._gated[path] = number
+        self._gated[path] = _Gated(number, frozenset(targets))
         log.info("gated: %s", path)
 
     def _ungate(self) -> None:
-        for path, number in list(self._gated.items()):
-            if any(cgroups.names(target, path) for target in self._wanted):
+        for path, gated in list(self._gated.items()):
+            if gated.targets.intersection(self._wanted):
                 continue
             with suppress(GateError):  # somebody else has ungated it
-                loader.detach(self._paths, str(number))
+                loader.detach(self._paths, str(gated.number))
             del self._gated[path]
             log.info("no longer gated: %s", path)
+
+
+def _not_found(target: str) -> str:
+    if target.startswith("container:"):
+        return (
+            f"{target} is not running, or neither podman, CRI-O, Docker nor containerd knows it "
+            "by that name: it will be gated when it starts"
+        )
+    return f"cgroup {target} does not exist: it will be gated when it appears"
 
 
 def _id(path: Path) -> int | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -16,6 +19,7 @@ from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.host.inotify import Appeared, Folders, Vanished
+from tests.clients.containers import Containers
 from tests.system.caller import Caller
 from tests.system.controller_process import PORT, ControllerProcess, caller, controller, refused
 from tests.system.hooked_cgroup import OTHER, PEER, THERE
@@ -70,7 +74,7 @@ def start(controller: ControllerProcess, *targets: str, code: str = "") -> None:
 
 
 def waiting(controller: ControllerProcess) -> list[str]:
-    return [error for error in controller.ask()["errors"] if "does not exist" in error]
+    return [error for error in controller.ask()["errors"] if "it will be gated when" in error]
 
 
 @pytest.mark.parametrize("kind", ["path", "unit", "container"])
@@ -90,9 +94,8 @@ def test_a_missing_target_is_gated_whenever_it_appears(
         "container": f"container:{number}",
     }
     start(controller, target[kind])
-    assert waiting(controller) == [
-        f"cgroup {target[kind]} does not exist: it will be gated when it appears"
-    ]
+    (error,) = waiting(controller)
+    assert target[kind] in error
     assert controller.cli("status").returncode == 1
     for _ in range(3):
         cgroup.mkdir(parents=True, exist_ok=True)
@@ -118,6 +121,49 @@ def test_a_cgroup_with_a_similar_name_is_not_gated(
     named.mkdir()
     assert controller.eventually(lambda: is_gated(controller, named))
     assert not is_gated(controller, neighbour)
+
+
+def test_a_unit_of_a_user_or_in_a_container_is_not_the_systems(
+    controller: ControllerProcess, folder: Path
+) -> None:
+    start(controller, f"unit:{controller.name}")
+    name = f"{controller.name}.service"
+    others = [
+        folder / place / name
+        for place in ("user@1000.service/app.slice", "libpod-1.scope/system.slice", "ab" * 32)
+    ]
+    own = folder / "system.slice" / name
+    for cgroup in (*others, own):
+        cgroup.mkdir(parents=True)
+    assert controller.eventually(lambda: is_gated(controller, own)), controller.log
+    assert gated(controller) == {own.stat().st_ino}
+
+
+def test_a_container_is_gated_by_the_name_that_podman_knows(
+    controller: ControllerProcess, folder: Path
+) -> None:
+    """Also another one that takes its name, which has another id; but not conmon's own cgroup."""
+    name = f"{controller.name}-webshop"
+    start(controller, f"container:{name}")
+    (error,) = waiting(controller)
+    assert f"container:{name} is not running" in error
+    assert controller.cli("status").returncode == 1
+    ids = set()
+    for _ in range(2):
+        with tempfile.TemporaryDirectory(prefix="box-") as place:
+            box = Containers(Path(place), folder)
+            argv = box.podman("crun", name, ["/bin/busybox", "sleep", "600"], None)
+            process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+            assert controller.eventually(lambda: gated(controller)), controller.log
+            (cgroup,) = (c for c in cgroups.walk() if c.stat().st_ino in gated(controller))
+            assert re.fullmatch("libpod-[0-9a-f]{64}", cgroup.name)
+            assert waiting(controller) == []
+            assert [str(cgroup)] == list(map(str, cgroups.find(f"container:{name}")))
+            ids.add(cgroup.name)
+            subprocess.run([*argv[: argv.index("run")], "kill", name], check=True)
+            process.wait()
+            assert controller.eventually(lambda: not gated(controller), 60), controller.log
+    assert len(ids) == 2
 
 
 def test_many_cgroups_created_at_once_are_all_gated(

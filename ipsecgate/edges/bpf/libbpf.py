@@ -345,7 +345,7 @@ def program_info(fd: int) -> tuple[str, set[int]]:
     ids = (ct.c_uint32 * MAPS_PER_PROGRAM)()
     info = _ProgInfo(nr_map_ids=MAPS_PER_PROGRAM, map_ids=ct.addressof(ids))
     _info(fd, info)
-    return info.name.decode(), set(ids[: min(info.nr_map_ids, MAPS_PER_PROGRAM)])
+    return info.name.decode(errors="replace"), set(ids[: min(info.nr_map_ids, MAPS_PER_PROGRAM)])
 
 
 def link_info(fd: int) -> LinkInfo:

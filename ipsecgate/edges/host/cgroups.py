@@ -1,14 +1,28 @@
-"""Find cgroups of the unified hierarchy: by path, systemd unit, container or id."""
+"""Find cgroups of the unified hierarchy: by path, systemd unit, container or id.
+
+/sys/fs/cgroup/a/b   that cgroup
+unit:NAME            the system's unit: not a user's of the same name, nor one in a container
+container:NAME       the container of that id, of an id that begins so, or of that name
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
+from ipsecgate.edges.host import runtimes
 from ipsecgate.edges.host.mounts import mounted
 from ipsecgate.errors import GateError, KernelLacksError, UsageError
+
+SHORT_ID = 6  # digits of a container's id that name it
+_CONTAINER = re.compile(
+    r"(?:(?:libpod|docker|crio|cri-containerd|nerdctl|runc|crun)-)?([A-Za-z0-9][\w.+-]*?)(?:\.scope)?"
+)
+Names = Mapping[str, Set[str]]
+"""The names of containers, by id."""
 
 
 def root() -> Path:
@@ -24,14 +38,15 @@ def root() -> Path:
 
 
 def find(target: str) -> list[Path]:
-    """Return the existing cgroups that a target names: a path, unit:NAME or container:ID.
+    """Return the existing cgroups that a target names.
 
     Some runtimes nest a cgroup of the same name in a container's: only the outermost is returned,
     because gating it gates all.
     """
     if not is_pattern(target):
         return [Path(target)] if (Path(target) / "cgroup.procs").is_file() else []
-    found = [path for path in walk() if names(target, path)]
+    known = runtimes.names() if target.startswith("container:") else {}
+    found = [path for path in walk() if _names(target, path, known)]
     return [
         path
         for path in found
@@ -40,19 +55,37 @@ def find(target: str) -> list[Path]:
 
 
 def is_pattern(target: str) -> bool:
-    """Return whether a target names cgroups by the last part of their path (unit:, container:)."""
+    """Return whether a target names cgroups by their unit or container."""
     return target.startswith(("unit:", "container:"))
 
 
-def names(target: str, path: Path) -> bool:
-    """Return whether a target names this path, whether such a cgroup exists or not."""
+def naming(path: Path, targets: Iterable[str]) -> set[str]:
+    """Return those of the targets that name this path, whether such a cgroup exists or not."""
+    known = runtimes.names() if runtimes.ID.search(path.name) else {}
+    return {target for target in targets if _names(target, path, known)}
+
+
+def _names(target: str, path: Path, known: Names) -> bool:
     kind, _, name = target.partition(":")
     match kind:
         case "unit":
-            return path.name == (name if "." in name else f"{name}.service")
+            return path.name == (name if "." in name else f"{name}.service") and not any(
+                parent.name.endswith((".service", ".scope")) or runtimes.ID.fullmatch(parent.name)
+                for parent in path.parents
+            )
         case "container":
-            return len(name) >= 6 and name in path.name
+            return _is_container(name, path, known)
     return path == Path(target)
+
+
+def _is_container(name: str, path: Path, known: Names) -> bool:
+    match = _CONTAINER.fullmatch(path.name)
+    if match is None:
+        return False
+    ident = match[1]
+    if name == ident or name in known.get(ident, ()):
+        return True
+    return len(name) >= SHORT_ID and bool(runtimes.ID.fullmatch(ident)) and ident.startswith(name)
 
 
 def resolve(target: str) -> Path:
@@ -63,8 +96,8 @@ def resolve(target: str) -> Path:
     found = find(target)
     if not found:
         raise UsageError(
-            f"{target} names no cgroup" if is_pattern(target) else f"{target} is not a cgroup",
-            hint=f"use a path below {root()}, unit:NAME or container:ID",
+            f"{target} is not running" if is_pattern(target) else f"{target} is not a cgroup",
+            hint=f"use a path below {root()}, unit:NAME or container:NAME",
         )
     if len(found) != 1:
         several = ", ".join(str(path) for path in found[:4])

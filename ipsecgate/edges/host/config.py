@@ -46,7 +46,7 @@ ERRNOS = (
 class Config:
     """One instance's configuration.
 
-    `cgroups` has targets as written: paths, unit:NAME, container:ID. `host`: gate all cgroups.
+    `cgroups` has targets as written: paths, unit:NAME, container:NAME. `host`: gate all cgroups.
     """
 
     settings: Settings = field(default_factory=Settings)
