@@ -250,9 +250,9 @@ def test_all_masks_of_one_destination_are_tried(hooked: HookedCgroup) -> None:
 def foreign(hooked: HookedCgroup) -> Iterator[Store]:
     """Another writer of the entries, whose places are not in order with the controller's."""
     with Maps(hooked.pins) as maps:
-        fds = [maps._fds[name] for name in ("entries", "slots")]
+        entries, slots = (maps._nests[name] for name in ("entries", "slots"))
         used = maps.setting(Setting.SLOTS)
-        with contextlib.closing(Store(fds[0], fds[1], used, lambda _: None, lambda *_: 0)) as store:
+        with contextlib.closing(Store(entries, slots, used, lambda _: None, lambda *_: 0)) as store:
             yield store
 
 

@@ -41,8 +41,8 @@ class Datapath(Maps):
         self._ring: Ring | None = None
         self._images = {table: TableImage(table) for table in TableId}
         self._store = Store(
-            self._fds["entries"],
-            self._fds["slots"],
+            self._nests["entries"],
+            self._nests["slots"],
             self.setting(Setting.SLOTS),
             lambda value: self.set(Setting.SLOTS, value),
             self._level_of,

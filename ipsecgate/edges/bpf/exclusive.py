@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes as ct
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from ipsecgate.edges.bpf import libbpf
@@ -58,6 +59,10 @@ def _query(cgroup: Path, attach_type: int) -> tuple[int, list[int]]:
 
 
 def _describe(ident: int) -> str:
-    with libbpf.closing_fd(libbpf.call("open a program", "bpf_prog_get_fd_by_id", ident)) as fd:
-        name, _maps = libbpf.program_info(fd)
+    """Return a program's id, and its name if we may see it: that needs CAP_SYS_ADMIN."""
+    name = ""
+    with suppress(PermissionError):
+        fd = libbpf.call("open a program", "bpf_prog_get_fd_by_id", ident)
+        with libbpf.closing_fd(fd):
+            name, _maps = libbpf.program_info(fd)
     return f"BPF program {ident}" + (f" ({name})" if name else "")

@@ -311,11 +311,6 @@ def open_pin(path: Path) -> int:
     return call(f"open {path}", "bpf_obj_get", os.fsencode(path))
 
 
-def open_map_id(number: int) -> int:
-    """Open a map by the kernel's number. Raises: OSError."""
-    return call("open a map", "bpf_map_get_fd_by_id", number)
-
-
 def _info(fd: int, into: ct.Structure) -> None:
     call(
         "read object info",

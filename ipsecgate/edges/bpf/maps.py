@@ -18,7 +18,8 @@ from typing import Self
 from ipsecgate.core.tables import layout, packed
 from ipsecgate.core.tables.layout import INDEX, SETTING, Key, Reason, Setting, TableId
 from ipsecgate.core.tables.table import Table, Ternary
-from ipsecgate.edges.bpf import elements, libbpf, nested
+from ipsecgate.edges.bpf import elements, libbpf
+from ipsecgate.edges.bpf.nested import Nest
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.bpf.store import Stock
 
@@ -43,6 +44,10 @@ class Maps:
     def __init__(self, pins: Pins) -> None:
         """Open every map. Raises: OSError if one does not exist."""
         self._fds = {name: pins.objects.open_map(name) for name in layout.MAPS}
+        self._nests = {
+            name: Nest(self._fds[name], name, lambda: pins.objects.maps)
+            for name in ("entries", "slots")
+        }
         self._cpus = libbpf.possible_cpus()
 
     def close(self) -> None:
@@ -96,7 +101,7 @@ class Maps:
         """Open the entries, to read."""
         while True:
             used = self.setting(Setting.SLOTS)
-            stock = Stock(self._fds["entries"], self._fds["slots"], used)
+            stock = Stock(self._nests["entries"], self._nests["slots"], used)
             if self.setting(Setting.SLOTS) == used:
                 return closing(stock)
             stock.close()  # the controller has filled others meanwhile
@@ -118,7 +123,7 @@ class Maps:
         """Return how many bytes of kernel memory the maps take. Source: proc(5), fdinfo."""
         total = sum(map(_memory, self._fds.values()))
         for name, at in (("entries", 0), ("slots", 0), ("slots", 1)):
-            with libbpf.closing_fd(nested.take(self._fds[name], at)) as inner:
+            with libbpf.closing_fd(self._nests[name].take(at)) as inner:
                 total += _memory(inner)
         return total
 

@@ -60,6 +60,7 @@ class Objects:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.maps = folder / "maps"
 
     @property
     def exists(self) -> bool:
@@ -69,7 +70,7 @@ class Objects:
     @property
     def is_complete(self) -> bool:
         """Whether every map and program of this version is pinned."""
-        maps = all((self.folder / "maps" / name).exists() for name in MAPS)
+        maps = all((self.maps / name).exists() for name in MAPS)
         return maps and self.hooks() >= HOOKS.keys()
 
     def hooks(self) -> set[str]:
@@ -79,7 +80,7 @@ class Objects:
 
     def open_map(self, name: str) -> int:
         """Open a pinned map. Raises: OSError."""
-        return libbpf.open_pin(self.folder / "maps" / name)
+        return libbpf.open_pin(self.maps / name)
 
     def open_program(self, hook: str) -> int:
         """Open a pinned program. Raises: OSError."""
@@ -88,14 +89,17 @@ class Objects:
     def fits(self, bytecode: Bytecode) -> bool:
         """Return whether this version can use the maps that are pinned here. Raises: OSError."""
         for name, shape in bytecode.maps.items():
-            if (self.folder / "maps" / name).exists():
+            if (self.maps / name).exists():
                 with opened(self.open_map(name)) as fd:
                     if libbpf.map_shape(fd) != replace(shape, inner=None):
                         return False
+                places = range(shape.max_entries if shape.inner is not None else 0)
+                if not all(nested.path(self.maps, name, at).exists() for at in places):
+                    return False
         return self._version() in (0, LAYOUT)
 
     def _version(self) -> int:
-        if not (self.folder / "maps" / "settings").exists():
+        if not (self.maps / "settings").exists():
             return 0
         with opened(self.open_map("settings")) as fd:
             raw = elements.lookup(fd, INDEX.pack(Setting.VERSION), SETTING.size)
@@ -143,10 +147,10 @@ class Objects:
             libbpf.pin(prog, path)
 
     def _map(self, name: str, shape: libbpf.MapShape) -> int:
-        path = self.folder / "maps" / name
+        path = self.maps / name
         if path.exists():
             return libbpf.open_pin(path)
-        fd = nested.create(name, shape)
+        fd = nested.create(name, shape, self.maps)
         try:
             libbpf.pin(fd, path)
         except OSError:

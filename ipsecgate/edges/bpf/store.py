@@ -19,7 +19,8 @@ from ipsecgate.core.tables.index import Mark, mark
 from ipsecgate.core.tables.layout import ENTRIES, KEY_SIZE, LINE, MASKS, LayoutError, key_hash
 from ipsecgate.core.tables.packed import ENTRY_SIZE
 from ipsecgate.core.tables.slots import CrowdedError, Slots, bits_for
-from ipsecgate.edges.bpf import libbpf, nested
+from ipsecgate.edges.bpf import libbpf
+from ipsecgate.edges.bpf.nested import Nest, larger
 
 CHUNK = 4096  # entries that are read at a time
 SLOT = 4  # bytes
@@ -53,18 +54,18 @@ class Stored(NamedTuple):
 class Stock:
     """The maps `entries` and `slots`, to read; `setting`: what GATE_SLOTS is."""
 
-    def __init__(self, entries: int, slots: int, setting: int, access: int = mmap.ACCESS_READ):
+    def __init__(self, entries: Nest, slots: Nest, setting: int, access: int = mmap.ACCESS_READ):
         """Map them. Raises: OSError."""
-        self._fds = {"entries": entries, "slots": slots}
+        self._entries_map, self._slots_map = entries, slots
         self._access = access
         self._which = setting >> 16  # of the slots is in use
-        self._entries = self._opened("entries", 0, ENTRY_SIZE)
+        self._entries = self._opened(entries, 0, ENTRY_SIZE)
         self._slots = self._table(
-            self._opened("slots", self._which, LINE * SLOT), (setting & 0xFF, setting >> 8 & 0xFF)
+            self._opened(slots, self._which, LINE * SLOT), (setting & 0xFF, setting >> 8 & 0xFF)
         )
 
-    def _opened(self, name: str, at: int, size: int) -> mmap.mmap:
-        with libbpf.closing_fd(nested.take(self._fds[name], at)) as fd:
+    def _opened(self, nest: Nest, at: int, size: int) -> mmap.mmap:
+        with libbpf.closing_fd(nest.take(at)) as fd:
             return mmap.mmap(fd, libbpf.map_shape(fd).max_entries * size, access=self._access)
 
     def _table(self, memory: mmap.mmap | bytes, bits: tuple[int, int]) -> Slots:
@@ -103,12 +104,15 @@ class Store(Stock):
 
     def __init__(
         self,
-        entries: int,
-        slots: int,
+        entries: Nest,
+        slots: Nest,
         setting: int,
         use: Callable[[int], None],
         level_of: Callable[[int, int], int],
     ) -> None:
+        entries.settle(0)
+        for which in range(2):
+            slots.settle(which)
         super().__init__(entries, slots, setting, mmap.ACCESS_WRITE)
         self._use = use
         self._level_of = level_of
@@ -141,10 +145,10 @@ class Store(Stock):
 
     def _grow(self, count: int) -> None:
         """Replace the entries by a larger map with the same content. Raises: OSError."""
-        with self._larger("entries", 0, count) as fd:
+        with self._larger(self._entries_map, 0, count) as fd:
             made = mmap.mmap(fd, count * ENTRY_SIZE)
             made[: len(self._entries)] = self._entries[:]
-            nested.put(self._fds["entries"], 0, fd)
+            self._entries_map.put(0, fd)
         self._entries.close()
         self._entries = made
 
@@ -155,7 +159,7 @@ class Store(Stock):
         """
         # A hook that still searches the slots before these has read which, but may not have found
         # the map: it would take the new one for it.
-        nested.wait(self._fds["slots"], self._which)
+        self._slots_map.wait(self._which)
         found = []
         for _, number in self._places():
             table, mask, daddr, hash_ = packed.where_of_entry(self._raw(number))
@@ -167,7 +171,7 @@ class Store(Stock):
         which = 1 - self._which
         while True:
             count = (1 << bits[0]) + (1 << bits[1])
-            with self._larger("slots", which, count // LINE) as fd:
+            with self._larger(self._slots_map, which, count // LINE) as fd:
                 made = self._table(mmap.mmap(fd, count * SLOT), bits)
                 try:
                     for hash_, number, one in found:
@@ -176,15 +180,15 @@ class Store(Stock):
                 except CrowdedError:
                     bits = bits[0], bits[1] + 1
                     continue
-                nested.put(self._fds["slots"], which, fd)
+                self._slots_map.put(which, fd)
             break
         self._use(which << 16 | bits[1] << 8 | bits[0])
         self._which, self._slots = which, made
 
     @contextmanager
-    def _larger(self, name: str, at: int, count: int) -> Iterator[int]:
-        with libbpf.closing_fd(nested.take(self._fds[name], at)) as like:
-            made = nested.larger(like, name, count)
+    def _larger(self, nest: Nest, at: int, count: int) -> Iterator[int]:
+        with libbpf.closing_fd(nest.take(at)) as like:
+            made = larger(like, nest.name, count)
         with libbpf.closing_fd(made):
             yield made
 
