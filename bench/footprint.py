@@ -337,14 +337,14 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
 def main() -> None:
     """Measure the parts that were asked for, and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     rows: list[Row] = []
     screen = Screen(title="The controller's footprint")
     for name in ("quantity", "of", "median", "quartiles", "unit"):
         screen.add_column(name, justify="right" if name in ("median", "quartiles") else "left")
-    for part in options.parts:
+    for part in options.parts or PARTS:
         for row in PARTS[part]():
             rows.append(row)
             low, high = row.quartiles
