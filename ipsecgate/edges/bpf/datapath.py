@@ -15,7 +15,7 @@ from typing import TypeVar
 from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.model.flow import Address, Network
 from ipsecgate.core.tables import layout, packed
-from ipsecgate.core.tables.image import Space, TableImage, Writes
+from ipsecgate.core.tables.image import Space, TableImage
 from ipsecgate.core.tables.layout import INDEX, SETTING, Entry, Key, LayoutError, Setting, TableId
 from ipsecgate.core.tables.table import Table, Ternary
 from ipsecgate.edges.bpf import elements
@@ -47,8 +47,9 @@ class Datapath(Maps):
             lambda value: self.set(Setting.SLOTS, value),
             self._level_of,
         )
+        stored = list(chain.from_iterable(self._store.entries()))
         for table in TableId:
-            self._adopt(table)
+            self._adopt(table, stored)
             self.set(LEVELS[table], self._images[table].levels())
         self._publishing = False
         self._raise_generation()  # a predecessor may have died before this, after a source
@@ -70,47 +71,38 @@ class Datapath(Maps):
 
     # --- tables -------------------------------------------------------------------
 
-    def _adopt(self, table: TableId) -> None:
-        """Adopt the table that a predecessor published, and take back what it left half-written.
+    def _adopt(self, table: TableId, stored: Iterable[Stored]) -> None:
+        """Adopt a table from all that is stored, and take back what was never put in force.
 
-        A table that is not published, or not any more, is deleted.
+        Removes foreign entries, and a table that is not published, or not any more.
         """
-        stored = [one for one in chain.from_iterable(self._store.entries()) if _is_of(table, one)]
+        stored = [one for one in stored if _is_of(table, one)]
         listed = stored if self.setting(PUBLISHED[table]) else []
-        self._images[table], _ = self._clean_image(
-            table, stored, self._masks(table, (one.raw for one in listed))
-        )
-
-    def _level_of(self, table: int, number: int) -> int:
-        """Return the level of a mask, 0 for one that somebody else made up."""
-        return self._images[TableId(table)].level_of(number) if table in self._images else 0
-
-    def _clean_image(
-        self, table: TableId, stored: Iterable[Stored], masks: Mapping[int, Key]
-    ) -> tuple[TableImage, frozenset[bytes]]:
-        """Return a table as it is in the maps, and the keys of foreign entries, which it removes.
-
-        It takes back a change that was never put in force.
-        """
+        masks = self._masks(table, (one.raw for one in listed))
         generation, boot = self.setting(Setting.GENERATION), boot_time()
         entries: dict[bytes, Entry] = {}
         places: dict[bytes, Stored] = {}
         strange: list[Stored] = []
         for one in stored:
-            raw = one.raw
-            entry, key = self._answer(raw, generation, boot), packed.key_of_entry(raw)
+            entry, key = self._answer(one.raw, generation, boot), packed.key_of_entry(one.raw)
             if entry is None or key in entries:
                 strange.append(one)
                 continue
-            if packed.is_pending(raw, generation):
+            if packed.is_pending(one.raw, generation):
                 again = packed.pack_entry(key, 0, packed.pack_answer(entry, boot))
                 self._store.correct(one.place, again)
             entries[key], places[key] = entry, one
-        image, unlisted = TableImage.read(table, masks, entries)
-        strange += [places[key] for key in unlisted]
-        for one in strange:
+        self._images[table], unlisted = TableImage.read(table, masks, entries)
+        for one in (*strange, *(places[key] for key in unlisted)):
             self._store.forget(one.place)
-        return image, frozenset(packed.key_of_entry(one.raw) for one in strange)
+
+    def _undo(self, table: TableId) -> None:
+        """Take back a change that is not in force; the next generation would put it in force."""
+        self._adopt(table, chain.from_iterable(self._store.entries()))
+
+    def _level_of(self, table: int, number: int) -> int:
+        """Return the level of a mask, 0 for one that somebody else made up."""
+        return self._images[TableId(table)].level_of(number) if table in self._images else 0
 
     def _answer(self, raw: bytes, generation: int, boot: int) -> Entry | None:
         """Return what an entry says in a generation, None if nothing, or if no one can find it."""
@@ -127,7 +119,8 @@ class Datapath(Maps):
         The caller must see to it that nothing else is written meanwhile.
         Raises: OSError or LayoutError when the maps are full (the old table stays in force).
         """
-        image, written, space, count = self._images[table], Writes(), Space(), 0
+        image, space, count = self._images[table], Space(), 0
+        gone: list[bytes] = []
         self._publishing = True
         try:
             for some in _differences(image.table, content):
@@ -136,15 +129,15 @@ class Datapath(Maps):
                 await asyncio.sleep(0)
             self._store.make_space(count, space.slots)
             for some in _differences(image.table, content):
-                self._prepare(table, some, written)
+                gone += self._prepare(table, some)
                 await asyncio.sleep(0)
             self._begin(table)
         except (OSError, LayoutError):
-            self._adopt(table)  # the next generation would put the change in force
+            self._undo(table)
             raise
         finally:
             self._publishing = False
-        for number, key in enumerate(written.deletes, 1):
+        for number, key in enumerate(gone, 1):
             self._store.remove(key)
             if number % ENTRIES_PER_TURN == 0:
                 await asyncio.sleep(0)
@@ -162,22 +155,22 @@ class Datapath(Maps):
 
         Raises: OSError or LayoutError when the maps are full (nothing has changed then).
         """
-        image, written = self._images[table], Writes()
+        image = self._images[table]
         changes = [(match, entry) for match, entry in changes if image.table.get(match) != entry]
         if not changes and self.setting(PUBLISHED[table]):
             return
         self._store.make_space(len(changes), image.need(changes, Space()).slots)
         try:
-            self._prepare(table, changes, written)
+            gone = self._prepare(table, changes)
             self._begin(table)
         except OSError:
-            self._adopt(table)  # the next generation would put the change in force
+            self._undo(table)
             raise
-        for key in written.deletes:
+        for key in gone:
             self._store.remove(key)
 
-    def _prepare(self, table: TableId, changes: Iterable[Difference], written: Writes) -> None:
-        """Write changes for the next generation, and note what to delete after it has begun.
+    def _prepare(self, table: TableId, changes: Iterable[Difference]) -> list[bytes]:
+        """Write changes for the next generation; return the keys to delete once it has begun.
 
         Raises: OSError; LayoutError, and then nothing is written.
         """
@@ -190,7 +183,7 @@ class Datapath(Maps):
             self._store.put(raw)  # this may fill new slots, so mark after it
         for mark in writes.marks:
             self._store.mark(mark)
-        written.deletes += writes.deletes
+        return writes.deletes
 
     def _begin(self, table: TableId) -> None:
         """Put in force what is written for the next generation. Raises: OSError."""

@@ -130,7 +130,7 @@ class Store(Stock):
         self._old = []
 
     def make_space(self, writes: int, more: tuple[int, int]) -> None:
-        """Have space for so many entries, for which `TableImage.added` returned `more`.
+        """Have space for so many entries, and for `more` slots (`Space.slots`).
 
         Raises: OSError; LayoutError if there may not be so many.
         """
