@@ -118,12 +118,6 @@ class TableImage:
         space.entries += len(new)
         return space
 
-    def mark_of(self, match: Ternary) -> Mark:
-        """Return what the index must say of an entry."""
-        number = self._numbers[match.mask]
-        hash_ = layout.key_hash(self.key(match))
-        return index.mark(self.table_id, number, self._level[number], match.value.daddr, hash_)
-
     def forget(self, match: Ternary) -> None:
         """Take an entry for missing, because it is not in the maps as it should be."""
         self.table.put(match, None)

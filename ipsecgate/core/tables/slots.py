@@ -71,11 +71,10 @@ class Slots:
 
     def mark(self, mark: Mark) -> None:
         """Have the index say that a mask has an entry."""
-        table = self._index
-        at, last = mark.hash >> 64 - table.bits, (1 << table.bits) - 1
-        while (slot := table.slots[at]) and (slot ^ mark.slot) % MASKS:
-            at = (at + 1) & last
-        table.set(at, slot | mark.slot)
+        for at, slot in self._index.walk(mark.hash):
+            if not slot or not (slot ^ mark.slot) % MASKS:
+                self._index.set(at, slot | mark.slot)
+                return
 
     def is_marked(self, mark: Mark) -> bool:
         """Return whether the index says that a mask has an entry."""

@@ -206,7 +206,7 @@ class Datapath(Maps):
         Other tasks run meanwhile. It stops early if one of them changes a table.
         Raises: OSError.
         """
-        found, image = _Found(table), self._images[table]
+        found, image = _Found(), self._images[table]
         generation, masks = self.setting(Setting.GENERATION), image.masks()
         for some in self._slices(table):
             self._compare(some, content, masks, found)
@@ -253,7 +253,6 @@ class Datapath(Maps):
     ) -> None:
         """Compare entries with what they should be."""
         generation, boot = self.setting(Setting.GENERATION), boot_time()
-        mark_of = self._images[found.table].mark_of
         for one in stored:
             _, number, flows = layout.unpack_key(packed.key_of_entry(one.raw))
             mask = masks.get(number)
@@ -268,7 +267,7 @@ class Datapath(Maps):
                 found.wrong[match] = wanted
             else:
                 found.right.add(match)
-                found.marked &= self._store.is_marked(mark_of(match))
+                found.marked &= self._store.is_marked(one.raw)
 
     def _raise_generation(self) -> None:
         """Begin a generation, which ends what sockets and processors remember of the last."""
@@ -341,7 +340,6 @@ def _is_of(table: TableId, one: Stored) -> bool:
 class _Found:
     """What a comparison of a table has found."""
 
-    table: TableId
     right: set[Ternary] = field(default_factory=set)
     wrong: dict[Ternary, Entry | None] = field(default_factory=dict)  # or missing, as it should be
     strange: list[Stored] = field(default_factory=list)  # to be removed

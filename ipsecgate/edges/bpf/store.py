@@ -162,10 +162,8 @@ class Store(Stock):
         self._slots_map.wait(self._which)
         found = []
         for _, number in self._places():
-            table, mask, daddr, hash_ = packed.where_of_entry(self._raw(number))
-            found.append(
-                (hash_, number, mark(table, mask, self._level_of(table, mask), daddr, hash_))
-            )
+            raw = self._raw(number)
+            found.append((packed.hash_of_entry(raw), number, self._mark_of(raw)))
         masks = len({(one.hash, one.slot % MASKS) for _, _, one in found})
         bits = bits_for(masks + self._more[0]), max(least, bits_for(len(found) + self._more[1]))
         which = 1 - self._which
@@ -196,9 +194,13 @@ class Store(Stock):
         """Have the index say that a mask has an entry."""
         self._slots.mark(one)
 
-    def is_marked(self, one: Mark) -> bool:
-        """Return whether the index says that a mask has an entry."""
-        return self._slots.is_marked(one)
+    def is_marked(self, raw: bytes) -> bool:
+        """Return whether the index says that a mask has this entry."""
+        return self._slots.is_marked(self._mark_of(raw))
+
+    def _mark_of(self, raw: bytes) -> Mark:
+        table, mask, daddr, hash_ = packed.where_of_entry(raw)
+        return mark(table, mask, self._level_of(table, mask), daddr, hash_)
 
     def put(self, raw: bytes) -> None:
         """Write a struct gate_entry, in place of the one that has its key. Raises: OSError."""
