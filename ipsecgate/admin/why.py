@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, TypedDict, cast
 
 from ipsecgate.admin import loader
-from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.model.flow import Flow, is_exempt
 from ipsecgate.core.tables.layout import EXPLAINED, Reason, Setting, State, TableId, flow_key
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.host import cgroups, control
@@ -177,7 +177,11 @@ def _by_tables(maps: Maps, flow: Flow) -> Decision:
         reason = {State.BYPASS: Reason.ALLOW_BYPASS, State.DISCARD: Reason.REFUSE_DISCARD}.get(
             entry.state, Reason.REFUSE_UNCOVERED
         )
-    if reason is Reason.REFUSE_UNCOVERED and flow.saddr is None:
+    is_own = reason is Reason.REFUSE_UNCOVERED and flow.saddr == flow.daddr
+    if is_own or (reason >= Reason.REFUSE_UNCOVERED and is_exempt(flow)):
+        steps.append(_step("exempt", "loopback, DHCP or an address of the host's own"))
+        reason = Reason.ALLOW_EXEMPT
+    elif reason is Reason.REFUSE_UNCOVERED and flow.saddr is None:
         steps.append(_step("source", "unknown without a controller: name one with --from"))
     elif reason is Reason.REFUSE_UNCOVERED:
         found = spd.classify(flow_key(flow)) if spd is not None else None
