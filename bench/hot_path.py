@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table as Screen
 
 from bench.report import Report, Row
+from ipsecgate.core.model.flow import HOST, FlowPath
 from ipsecgate.core.tables.layout import Entry, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
 from ipsecgate.edges.bpf import bytecode
@@ -149,7 +150,7 @@ def prepared(masks: int, selectors: int) -> Iterator[Clients]:
         stack.callback(data.close)
         with place.inside():
             data.set(Setting.NETNS, netns_cookie())
-        data.set_sources([(ip_network("10.0.0.0/8"), HERE[0])])
+        data.set_paths(HOST, [(ip_network("10.0.0.0/8"), FlowPath(HERE[0]))])
         policies = [Rule(ternary(ip_network("10.0.0.0/8")), Entry(State.PROTECT))]
         asyncio.run(data.publish(TableId.POLICY, compile_table(policies)))
         table = spd(masks, selectors)

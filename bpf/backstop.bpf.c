@@ -16,11 +16,13 @@
 #define IKE_NAT 4500
 #define LOCALHOST 0x7f000001
 
-static __always_inline int block(struct __sk_buff *skb, const struct gate_key *flow, int reason,
-				 const struct gate_answer *policy)
+static __always_inline int block(struct __sk_buff *skb, struct gate_key *flow,
+				 const struct origin *origin, int reason,
+				 const struct named *policy)
 {
 	count(reason);
-	tell(flow, reason, policy->state ? policy->id : ~0U, GATE_EGRESS, bpf_skb_cgroup_id(skb));
+	tell(flow, origin, reason, policy->state ? policy->id : ~0U, GATE_EGRESS,
+	     bpf_skb_cgroup_id(skb));
 	if (!setting(GATE_AUDIT))
 		return 0;
 	count(GATE_AUDITED_PACKETS);
@@ -29,18 +31,43 @@ static __always_inline int block(struct __sk_buff *skb, const struct gate_key *f
 
 /* Let a packet leave, and remember its flow so that the socket's next packets pass faster. A
  * socket with many destinations keeps the first of this generation. */
-static __always_inline int pass(struct bpf_sock *sk, const struct gate_key *flow, __u64 generation)
+static __always_inline int pass(struct bpf_sock *sk, struct search *search, __u64 generation)
 {
-	struct gate_association now = { .kind = GATE_CLEAR, .flow = *flow,
-					.generation = generation };
+	struct gate_memory *now = &search->memory;
 	struct gate_association *known;
 
 	if (!sk)
 		return 1;
 	known = sockets.sk_storage_get(sk, 0, 0);
-	if (!known || known->generation < generation)
-		associate(sk, &now);
+	if (known && (known->memory.generation >= generation || known->memory.netns))
+		return 1;
+	now->kind = GATE_CLEAR;
+	now->generation = generation;
+	now->deadline = 0;
+	now->netns = 0;
+	now->replaced = 0;
+	associate(sk, search);
 	return 1;
+}
+
+/* May a packet leave in clear that must be protected? The host protects what comes from another
+ * network namespace through it, and a kernel policy may exempt it. `state` is that of the policy that
+ * names it. The hooks tell the socket its namespace. */
+static __always_inline int is_let_go(struct search *search, const struct origin *origin,
+				     __u32 state)
+{
+	__u64 generation = search->generation;
+	struct gate_path *path;
+	int reason;
+
+	if (!origin->netns && state != GATE_DERIVED)
+		return 0;
+	if (route(search, origin, &path))
+		return 0;
+	reason = follow(search, generation, path, state);
+	if (search->torn || setting_after(search->read, GATE_GENERATION) != generation)
+		return 0;
+	return reason == GATE_ALLOW_PASSED || (origin->netns && reason == GATE_ALLOW_COVERED);
 }
 
 /* TCP without data and without SYN: the kernel's replies for sockets that are gone, which it
@@ -97,14 +124,14 @@ static __always_inline int is_beside_daemon(struct __sk_buff *skb, __u16 port)
 	return cgroup && cgroup == setting(GATE_IKE_CGROUP);
 }
 
-/* Does the packet leave through the daemon's TUN device? There the daemon encrypts it, or drops it.
- * The index is not enough: it is unique only within one network namespace, and root of another
- * namespace can choose it. */
-static __always_inline int is_into_tun(struct __sk_buff *skb)
+/* Does the packet leave through a device that encrypts it, or drops it: an XFRM or VTI interface, or
+ * the TUN device of a daemon that does ESP itself? The index is not enough: it is unique only within
+ * one network namespace, and root of another namespace can choose it. */
+static __always_inline int is_into_tunnel(struct __sk_buff *skb)
 {
-	__u64 tun = setting(GATE_TUN);
+	__u32 device = skb->ifindex;
 
-	return tun && skb->ifindex == tun &&
+	return tunnels.lookup(&device) &&
 	       (is_beside_daemon(skb, IKE) || is_beside_daemon(skb, IKE_NAT));
 }
 
@@ -114,9 +141,10 @@ int egress(struct __sk_buff *skb)
 	__u64 generation = setting(GATE_GENERATION);
 	struct gate_association *known;
 	struct search search = {};
-	const struct gate_answer *policy = &search.found;
+	struct named policy = {};
 	struct gate_key *flow = &search.flow;
 	struct packet packet = {};
+	struct origin origin = {};
 
 	if (skb->ifindex == LOOPBACK)
 		return 1; /* to an address of this host: it never leaves */
@@ -125,13 +153,13 @@ int egress(struct __sk_buff *skb)
 	if (packet.at && (flow->proto == ESP || flow->proto == AH) && is_of_xfrm(skb, &packet))
 		return 1;
 	if (!packet.at || !read_ports(skb, flow, packet.at))
-		return block(skb, flow, GATE_BLOCK_UNREADABLE, policy);
+		return block(skb, flow, &origin, GATE_BLOCK_UNREADABLE, &policy);
 	flow->mark = bpf_htonl(skb->mark);
 	known = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
-	if (known && known->kind == GATE_CLEAR && known->generation == generation &&
+	if (known && known->memory.kind == GATE_CLEAR && known->memory.generation == generation &&
 	    same_flow(&known->flow, flow))
 		return 1;
-	if (known && known->kind == GATE_DAEMON && known->generation == setting(GATE_IKE))
+	if (known && known->memory.kind == GATE_DAEMON && known->memory.generation == setting(GATE_IKE))
 		return 1;
 	if (is_dhcp(flow) || is_neighbour_discovery(skb, flow, packet.hops))
 		return 1;
@@ -139,23 +167,30 @@ int egress(struct __sk_buff *skb)
 		/* TCP asked at connect(): a connection may go on until policies are known. */
 		if (flow->proto == TCP && was_asked(skb, sk, flow, &packet))
 			return 1;
-		return block(skb, flow, GATE_BLOCK_NOT_READY, policy);
+		return block(skb, flow, &origin, GATE_BLOCK_NOT_READY, &policy);
 	}
-	if (!call_search_policy(&search)) {
-		search.found.state = 0; /* whatever it found */
-		return block(skb, flow, GATE_BLOCK_NOT_READY, policy);
-	}
+	if (!call_search_policy(&search))
+		return block(skb, flow, &origin, GATE_BLOCK_NOT_READY, &policy);
 	generation = search.generation;
-	if (!policy->state) {
+	name_policy(&policy, &search);
+	if (!policy.state) {
 		if (!setting_after(generation, GATE_DENY) || was_asked(skb, sk, flow, &packet))
-			return pass(sk, flow, generation);
-		return block(skb, flow, GATE_BLOCK_DEFAULT, policy);
+			return pass(sk, &search, generation);
+		return block(skb, flow, &origin, GATE_BLOCK_DEFAULT, &policy);
 	}
-	if (policy->state == GATE_BYPASS)
-		return pass(sk, flow, generation);
-	if (policy->state != GATE_PROTECT)
-		return block(skb, flow, GATE_BLOCK_DISCARD, policy);
-	if (is_into_tun(skb) || is_encapsulated(skb, sk, flow, &packet))
+	if (policy.state == GATE_BYPASS)
+		return pass(sk, &search, generation);
+	if (policy.state == GATE_DISCARD)
+		return block(skb, flow, &origin, GATE_BLOCK_DISCARD, &policy);
+	if (is_into_tunnel(skb) || is_encapsulated(skb, sk, flow, &packet))
 		return 1;
-	return block(skb, flow, GATE_BLOCK_CLEAR, policy);
+	if (known)
+		origin.netns = known->memory.netns;
+	if (origin.netns)
+		flow->mark = 0;
+	if (sk)
+		origin.device = sk->bound_dev_if;
+	if (is_let_go(&search, &origin, policy.state))
+		return 1;
+	return block(skb, flow, &origin, GATE_BLOCK_CLEAR, &policy);
 }

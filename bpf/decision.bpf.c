@@ -4,12 +4,27 @@
  *
  *   policy   must this flow be protected? BYPASS -> allow; no entry -> allow, unless GATE_DENY is set
  *   exempt   loopback, DHCP, the IKE daemon -> allow
+ *   path     where does routing lead, with which source? unknown -> refuse
  *   SPD      which kernel policy wins, and has it a live SA? live -> allow
  *   anything else -> refuse
  *
  * A decision is valid for one generation of the tables. If another begins meanwhile, the flow is
  * decided again, ATTEMPTS times in all, and then refused.
  */
+
+/* What a policy says about a flow that it names. */
+struct named {
+	__u32 state;    /* 0: none names it */
+	__u32 error;
+	__u32 id;
+};
+
+static __always_inline void name_policy(struct named *policy, const struct search *search)
+{
+	policy->state = search->found.state;
+	policy->error = search->found.error;
+	policy->id = search->found.id;
+}
 
 static __always_inline int is_zero(const __u32 *addr)
 {
@@ -55,23 +70,100 @@ static __always_inline int is_exempt(const struct gate_key *flow)
 	return is_loopback(flow) || is_dhcp(flow) || is_daemon();
 }
 
-/* Fill in the source that routing would choose; return 0 if it is unknown. The table applies
- * only to sockets without a mark or device: with one, routing may choose another source. */
-static __always_inline int route(struct gate_key *flow, int plain)
+static __always_inline int is_bound(const struct gate_key *flow)
 {
-	struct gate_route to = { .prefixlen = 128 };
-	struct gate_source *source;
+	return flow->family == IPV4 ? !!flow->saddr[3] : !is_zero(flow->saddr);
+}
 
-	if (flow->family == IPV4 ? flow->saddr[3] : !is_zero(flow->saddr))
-		return 1;
-	if (!plain)
+static __always_inline void unbind(struct gate_key *flow)
+{
+	flow->saddr[3] = 0;
+	if (flow->family == IPV6) {
+		flow->saddr[0] = 0;
+		flow->saddr[1] = 0;
+		flow->saddr[2] = 0;
+	}
+}
+
+/* Find a flow's path, and fill in the source address that routing would choose. Return the reason
+ * to refuse the flow, or 0. Without a path (*found is 0) the SPD is looked up once. */
+static __always_inline int route(struct search *search, const struct origin *origin,
+				 struct gate_path **found)
+{
+	struct gate_key *flow = &search->flow;
+	struct gate_route *to = &search->route;
+	int bound = is_bound(flow);
+	__u64 needed = setting(GATE_PATHS);
+	struct gate_path *path;
+
+	*found = 0;
+	if (bound && !needed && !origin->netns)
 		return 0;
-	__builtin_memcpy(to.daddr, flow->daddr, sizeof(to.daddr));
-	source = sources.lookup(&to);
-	if (!source || is_zero(source->saddr))
+	to->prefixlen = GATE_ORIGIN_BITS + 128;
+	to->netns[0] = origin->netns;
+	to->netns[1] = origin->netns >> 32;
+	to->device = origin->device;
+	to->mark = flow->mark & bpf_htonl(setting(GATE_MARKS));
+	__builtin_memcpy(to->daddr, flow->daddr, sizeof(to->daddr));
+	path = paths.lookup(to);
+	if (!path)
+		return origin->netns ? GATE_REFUSE_NETNS : GATE_REFUSE_NO_SOURCE;
+	if (path->reason)
+		return path->reason;
+	if (bound && (origin->netns || needed > 1 || path->flags & GATE_TRANSLATED) &&
+	    !same(flow->saddr, path->saddr))
+		return GATE_REFUSE_NO_SOURCE;
+	*found = path;
+	if (bound)
 		return 0;
-	__builtin_memcpy(flow->saddr, source->saddr, sizeof(flow->saddr));
-	return 1;
+	if (is_zero(path->saddr))
+		return GATE_REFUSE_NO_SOURCE;
+	__builtin_memcpy(flow->saddr, path->saddr, sizeof(flow->saddr));
+	return 0;
+}
+
+static __always_inline int is_live(const struct search *search)
+{
+	return search->found.state == GATE_LIVE && !is_over(search->found.deadline);
+}
+
+/* Is a flow covered on its path, or exempt by a kernel policy? Return the reason. `state` is that
+ * of the policy that names it. */
+static __always_inline int follow(struct search *search, __u64 generation,
+				  const struct gate_path *path, __u32 state)
+{
+	struct gate_key *flow = &search->flow;
+	int flags = path ? path->flags : 0;
+	__u16 sport = flow->sport;
+	__u32 mark = flow->mark;
+
+	classify(GATE_SPD, generation, search);
+	if (flags) {
+		/* What a policy matches here is decided, unless a translation follows. */
+		if (is_live(search) && !(flags & GATE_TRANSLATED))
+			return GATE_ALLOW_COVERED;
+		if (search->found.state == GATE_DEAD ||
+		    (search->found.state == GATE_LIVE && !is_live(search)))
+			return GATE_REFUSE_UNCOVERED;
+		if (flags & GATE_TRANSLATED) {
+			__builtin_memcpy(flow->saddr, path->translated, sizeof(flow->saddr));
+			flow->sport = 0; /* it may be translated, too */
+		}
+		if (flags & GATE_MARKED)
+			flow->mark = path->mark;
+		flow->if_id = path->if_id;
+		classify(GATE_SPD, generation, search);
+		if (flags & GATE_TRANSLATED)
+			__builtin_memcpy(flow->saddr, path->saddr, sizeof(flow->saddr));
+		flow->sport = sport;
+		flow->mark = mark;
+		flow->if_id = 0;
+	}
+	if (is_live(search))
+		return GATE_ALLOW_COVERED;
+	if (search->found.state == GATE_PASS && state == GATE_DERIVED && !(flags & GATE_TUNNELED))
+		return GATE_ALLOW_PASSED;
+	return GATE_REFUSE_UNCOVERED;
 }
 
 static __always_inline struct decision *decision_of(__u64 hash)
@@ -140,16 +232,16 @@ static __always_inline void remember(const struct gate_key *flow, __u64 generati
 
 /* Decide about search->flow for one generation; return the reason. `policy` is the one that names
  * the flow, if any, and `found` the SA that covers it. */
-static __always_inline int decide(struct bpf_sock_addr *ctx, __u64 generation,
-				  struct search *search, struct gate_answer *policy)
+static __always_inline int decide(const struct origin *origin, __u64 generation,
+				  struct search *search, struct named *policy)
 {
-	struct bpf_sock *sk = ctx->sk;
 	struct gate_key *flow = &search->flow;
 	int published = !!setting_after(generation, GATE_PUBLISHED + GATE_POLICY);
+	struct gate_path *path;
+	int reason;
 
-	policy->state = 0;
-	if (classify(GATE_POLICY, generation, search))
-		*policy = search->found;
+	classify(GATE_POLICY, generation, search);
+	name_policy(policy, search);
 	if (policy->state == GATE_BYPASS)
 		return GATE_ALLOW_BYPASS;
 	if (!policy->state && published && !setting_after(generation, GATE_DENY))
@@ -160,44 +252,43 @@ static __always_inline int decide(struct bpf_sock_addr *ctx, __u64 generation,
 		return GATE_REFUSE_NOT_READY;
 	if (!policy->state)
 		return GATE_REFUSE_DEFAULT;
-	if (policy->state != GATE_PROTECT)
+	if (policy->state == GATE_DISCARD)
 		return GATE_REFUSE_DISCARD;
-	if (bpf_get_netns_cookie(ctx) != setting(GATE_NETNS))
-		return GATE_REFUSE_NETNS;
-	if (!route(flow, !flow->mark && !(sk && sk->bound_dev_if)))
-		return GATE_REFUSE_NO_SOURCE;
+	reason = route(search, origin, &path);
+	if (reason)
+		return reason;
 	if (same(flow->saddr, flow->daddr))
 		return GATE_ALLOW_EXEMPT; /* the host's own address: never leaves it */
-	if (classify(GATE_SPD, generation, search) != GATE_LIVE ||
-	    is_over(search->found.deadline))
-		return GATE_REFUSE_UNCOVERED;
-	return GATE_ALLOW_COVERED;
+	return follow(search, generation, path, policy->state);
 }
 
 /* Decide about a flow as of one generation; refuse it if another began during each attempt. */
-static __always_inline int decide_in_one_generation(struct bpf_sock_addr *ctx,
-						    const struct gate_key *flow,
-						    struct gate_answer *policy,
+static __always_inline int decide_in_one_generation(const struct origin *origin,
+						    struct search *search,
+						    struct named *policy,
 						    __u64 *generation, __u64 *deadline)
 {
-	struct bpf_sock *sk = ctx->sk;
+	struct gate_key *flow = &search->flow;
+	int bound = is_bound(flow);
 
 	/* Unrolled, because Linux 6.1 refuses a jump back to an instruction behind a call. */
 #pragma unroll
 	for (int attempt = 0; attempt < ATTEMPTS; attempt++) {
-		struct search search = { .flow = *flow };
 		int reason;
 
+		search->torn = 0;
+		search->read = 0;
 		*generation = setting(GATE_GENERATION);
-		reason = decide(ctx, *generation, &search, policy);
-		*deadline = reason == GATE_ALLOW_COVERED ? search.found.deadline : 0;
+		reason = decide(origin, *generation, search, policy);
+		*deadline = reason == GATE_ALLOW_COVERED ? search->found.deadline : 0;
+		if (!bound)
+			unbind(flow);
 		/* All of it is of one generation only if no other began meanwhile. */
-		if (search.torn || setting_after(search.read, GATE_GENERATION) != *generation)
+		if (search->torn || setting_after(search->read, GATE_GENERATION) != *generation)
 			continue;
-		if (reason < GATE_ALLOW_EXEMPT && !(sk && sk->bound_dev_if))
+		if (reason < GATE_ALLOW_EXEMPT && !origin->netns && !origin->device)
 			remember(flow, *generation, *deadline, reason);
 		return reason;
 	}
 	return GATE_REFUSE_NOT_READY;
 }
-

@@ -17,13 +17,14 @@ static __always_inline int allow(int reason)
 	return 1;
 }
 
-static __always_inline int refuse(const struct gate_key *flow, int reason,
-				  const struct gate_answer *policy, __u32 hook)
+static __always_inline int refuse(struct gate_key *flow, const struct origin *origin,
+				  int reason, const struct named *policy, __u32 hook)
 {
 	__u32 error = policy->state ? policy->error : setting(GATE_ERROR);
 
 	count(reason);
-	tell(flow, reason, policy->state ? policy->id : ~0U, hook, bpf_get_current_cgroup_id());
+	tell(flow, origin, reason, policy->state ? policy->id : ~0U, hook,
+	     bpf_get_current_cgroup_id());
 	if (setting(GATE_AUDIT)) {
 		count(GATE_AUDITED);
 		return 1;
@@ -43,67 +44,85 @@ static __always_inline int is_associated(struct bpf_sock *sk, const struct gate_
 	if (!sk || flow->proto != UDP || sk->bound_dev_if)
 		return 0;
 	known = sockets.sk_storage_get(sk, 0, 0);
-	return known && known->kind == GATE_COVERED && known->generation == generation &&
-	       same_flow(&known->flow, flow) && !is_over(known->deadline);
+	return known && known->memory.kind == GATE_COVERED && known->memory.generation == generation &&
+	       same_flow(&known->flow, flow) && !is_over(known->memory.deadline);
 }
 
 /* Have a socket remember a covered flow. A socket with many destinations soon keeps the flow that
  * it remembers: replacing it for every datagram costs more than to decide. */
-static __always_inline void associate_flow(struct bpf_sock *sk, const struct gate_key *flow,
-					   __u64 generation, __u64 deadline, int decided)
+static __always_inline void associate_flow(struct bpf_sock *sk, struct search *search,
+					   __u64 netns, __u64 generation, __u64 deadline,
+					   int decided)
 {
-	struct gate_association now = { .kind = GATE_COVERED, .flow = *flow,
-					.generation = generation, .deadline = deadline };
 	struct gate_association *known = sockets.sk_storage_get(sk, 0, 0);
+	struct gate_memory *now = &search->memory;
 
-	if (known && known->kind == GATE_COVERED && known->generation == generation &&
-	    !is_over(known->deadline)) {
-		if (!decided || known->replaced == GATE_REPLACED)
+	now->replaced = 0;
+	if (known && known->memory.kind == GATE_COVERED && known->memory.generation == generation &&
+	    !is_over(known->memory.deadline)) {
+		if (!decided || known->memory.replaced == GATE_REPLACED)
 			return;
-		now.replaced = known->replaced + 1;
+		now->replaced = known->memory.replaced + 1;
 	}
-	associate(sk, &now);
+	now->kind = GATE_COVERED;
+	now->netns = netns;
+	now->generation = generation;
+	now->deadline = deadline;
+	associate(sk, search);
 }
 
 /* The backstop knows no process: it knows the IKE daemon's sockets by what they sent before. */
-static __always_inline void know_daemon(struct bpf_sock *sk, const struct gate_key *flow)
+static __always_inline void know_daemon(struct bpf_sock *sk, struct search *search)
 {
-	struct gate_association daemon = { .kind = GATE_DAEMON, .flow = *flow };
+	struct gate_memory *daemon = &search->memory;
 	struct gate_association *known;
+	__u64 ike = setting(GATE_IKE);
 
-	daemon.generation = setting(GATE_IKE);
 	if (!sk || !is_daemon())
 		return;
 	known = sockets.sk_storage_get(sk, 0, 0);
-	if (!known || known->kind != GATE_DAEMON || known->generation != daemon.generation)
-		associate(sk, &daemon);
+	if (known && known->memory.kind == GATE_DAEMON && known->memory.generation == ike)
+		return;
+	daemon->kind = GATE_DAEMON;
+	daemon->generation = ike;
+	daemon->deadline = 0;
+	daemon->netns = 0;
+	daemon->replaced = 0;
+	associate(sk, search);
 }
 
-static __always_inline int verdict(struct bpf_sock_addr *ctx, const struct gate_key *flow,
-				   __u32 hook)
+static __always_inline int verdict(struct bpf_sock_addr *ctx, struct search *search, __u32 hook)
 {
+	struct gate_key *flow = &search->flow;
 	struct bpf_sock *sk = ctx->sk;
-	struct gate_answer policy = {};
+	struct origin origin = { .device = sk ? sk->bound_dev_if : 0 };
+	struct named policy = {};
 	__u64 generation = setting(GATE_GENERATION), deadline = 0;
 	int reason, decided;
 
 	if (is_associated(sk, flow, generation))
 		return allow(GATE_ALLOW_ASSOCIATED);
+	origin.netns = bpf_get_netns_cookie(ctx);
+	if (origin.netns == setting(GATE_NETNS))
+		origin.netns = 0;
+	else
+		flow->mark = 0;
 	reason = recall(flow, generation, &deadline);
-	/* By a device routing may choose another source; another namespace has another SPD. */
-	if (reason == GATE_ALLOW_COVERED && ((sk && sk->bound_dev_if) ||
-					     bpf_get_netns_cookie(ctx) != setting(GATE_NETNS)))
+	/* By a device or in another namespace, routing may lead elsewhere. */
+	if ((reason == GATE_ALLOW_COVERED || reason == GATE_ALLOW_PASSED) &&
+	    (origin.device || origin.netns))
 		reason = -1;
 	decided = reason < 0;
 	if (decided)
-		reason = decide_in_one_generation(ctx, flow, &policy, &generation,
+		reason = decide_in_one_generation(&origin, search, &policy, &generation,
 						  &deadline);
 	if (reason >= GATE_REFUSE_UNCOVERED)
-		return refuse(flow, reason, &policy, hook);
+		return refuse(flow, &origin, reason, &policy, hook);
 	if (reason == GATE_ALLOW_EXEMPT)
-		know_daemon(sk, flow);
-	if (reason == GATE_ALLOW_COVERED && sk && flow->proto == UDP && !sk->bound_dev_if)
-		associate_flow(sk, flow, generation, deadline, decided);
+		know_daemon(sk, search);
+	if (sk && ((reason == GATE_ALLOW_COVERED && flow->proto == UDP && !origin.device) ||
+		   (origin.netns && reason >= GATE_ALLOW_COVERED && reason <= GATE_ALLOW_PASSED)))
+		associate_flow(sk, search, origin.netns, generation, deadline, decided);
 	return allow(reason);
 }
 
@@ -118,49 +137,57 @@ static __always_inline void map_v4(__u32 *addr, __u32 v4)
 /* sk's source is the bound address; src_port is in host order. */
 static __always_inline int gate_v4(struct bpf_sock_addr *ctx, __u32 saddr, __u32 hook)
 {
-	struct gate_key flow = { .family = IPV4, .proto = ctx->protocol };
+	struct search search;
+	struct gate_key *flow = &search.flow;
 	struct bpf_sock *sk = ctx->sk;
 
+	*flow = (struct gate_key){ .family = IPV4, .proto = ctx->protocol };
 	if (!saddr && sk)
 		saddr = sk->src_ip4;
 	if (sk) {
-		flow.sport = bpf_htons(sk->src_port);
-		flow.mark = bpf_htonl(sk->mark);
+		flow->sport = bpf_htons(sk->src_port);
+		flow->mark = bpf_htonl(sk->mark);
 	}
-	map_v4(flow.saddr, saddr);
-	map_v4(flow.daddr, ctx->user_ip4);
-	flow.dport = ctx->user_port;
-	return verdict(ctx, &flow, hook);
+	map_v4(flow->saddr, saddr);
+	map_v4(flow->daddr, ctx->user_ip4);
+	flow->dport = ctx->user_port;
+	return verdict(ctx, &search, hook);
 }
 
 /* A v4-mapped destination leaves as IPv4, whatever the socket's family. */
-static __always_inline int gate_v6(struct bpf_sock_addr *ctx, __u32 *saddr, __u32 hook)
+static __always_inline int gate_v6(struct bpf_sock_addr *ctx, int sends, __u32 hook)
 {
-	struct gate_key flow = { .family = IPV6, .proto = ctx->protocol };
+	struct search search;
+	struct gate_key *flow = &search.flow;
 	struct bpf_sock *sk = ctx->sk;
 
-	flow.daddr[0] = ctx->user_ip6[0];
-	flow.daddr[1] = ctx->user_ip6[1];
-	flow.daddr[2] = ctx->user_ip6[2];
-	flow.daddr[3] = ctx->user_ip6[3];
-	flow.dport = ctx->user_port;
+	*flow = (struct gate_key){ .family = IPV6, .proto = ctx->protocol };
+	if (sends) {
+		flow->saddr[0] = ctx->msg_src_ip6[0];
+		flow->saddr[1] = ctx->msg_src_ip6[1];
+		flow->saddr[2] = ctx->msg_src_ip6[2];
+		flow->saddr[3] = ctx->msg_src_ip6[3];
+	}
+	flow->daddr[0] = ctx->user_ip6[0];
+	flow->daddr[1] = ctx->user_ip6[1];
+	flow->daddr[2] = ctx->user_ip6[2];
+	flow->daddr[3] = ctx->user_ip6[3];
+	flow->dport = ctx->user_port;
 	if (sk) {
-		flow.sport = bpf_htons(sk->src_port);
-		flow.mark = bpf_htonl(sk->mark);
-		if (is_zero(saddr)) {
-			saddr[0] = sk->src_ip6[0];
-			saddr[1] = sk->src_ip6[1];
-			saddr[2] = sk->src_ip6[2];
-			saddr[3] = sk->src_ip6[3];
+		flow->sport = bpf_htons(sk->src_port);
+		flow->mark = bpf_htonl(sk->mark);
+		if (is_zero(flow->saddr)) {
+			flow->saddr[0] = sk->src_ip6[0];
+			flow->saddr[1] = sk->src_ip6[1];
+			flow->saddr[2] = sk->src_ip6[2];
+			flow->saddr[3] = sk->src_ip6[3];
 		}
 	}
-	if (!flow.daddr[0] && !flow.daddr[1] && flow.daddr[2] == bpf_htonl(0xffff)) {
-		flow.family = IPV4;
-		map_v4(flow.saddr, saddr[3]);
-	} else {
-		__builtin_memcpy(flow.saddr, saddr, sizeof(flow.saddr));
+	if (!flow->daddr[0] && !flow->daddr[1] && flow->daddr[2] == bpf_htonl(0xffff)) {
+		flow->family = IPV4;
+		map_v4(flow->saddr, flow->saddr[3]);
 	}
-	return verdict(ctx, &flow, hook);
+	return verdict(ctx, &search, hook);
 }
 
 int connect4(struct bpf_sock_addr *ctx)
@@ -170,9 +197,7 @@ int connect4(struct bpf_sock_addr *ctx)
 
 int connect6(struct bpf_sock_addr *ctx)
 {
-	__u32 unbound[4] = {};
-
-	return gate_v6(ctx, unbound, GATE_CONNECT6);
+	return gate_v6(ctx, 0, GATE_CONNECT6);
 }
 
 int sendmsg4(struct bpf_sock_addr *ctx)
@@ -182,8 +207,5 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 
 int sendmsg6(struct bpf_sock_addr *ctx)
 {
-	__u32 source[4] = { ctx->msg_src_ip6[0], ctx->msg_src_ip6[1],
-			    ctx->msg_src_ip6[2], ctx->msg_src_ip6[3] };
-
-	return gate_v6(ctx, source, GATE_SENDMSG6);
+	return gate_v6(ctx, 1, GATE_SENDMSG6);
 }

@@ -11,7 +11,7 @@
 #ifndef IPSECGATE_GATE_H
 #define IPSECGATE_GATE_H
 
-#define GATE_LAYOUT 5   /* raise it when a structure, a map's size or a number here changes */
+#define GATE_LAYOUT 6   /* raise it when a structure, a map's size or a number here changes */
 
 /* The two tables in which a flow is looked up. */
 #define GATE_POLICY 0   /* must this flow be protected? the operator's policies */
@@ -20,7 +20,8 @@
 
 #define GATE_MASKS 4096         /* distinct masks of one table, numbered from 0 */
 #define GATE_ENTRIES 4194304    /* of both tables together, at most */
-#define GATE_SOURCES 131072
+#define GATE_ROUTES 131072
+#define GATE_TUNNELS 4096
 #define GATE_RECENT 16384
 #define GATE_RING_PAGES 64
 
@@ -61,11 +62,12 @@ struct gate_key {
 	__u16 dport;
 	__u8 proto;
 	__u8 family;    /* 4 or 6: what the wire will see */
-	__u16 unused;
-	__u32 mark;     /* SO_MARK, network order */
+	__u16 if_id;    /* network order; of an XFRM interface in the flow's way, 0: none */
+	__u32 mark;     /* SO_MARK, network order; 0 from another network namespace, which it never
+			 * leaves */
 	__u16 mask_number; /* network order */
 	__u8 table;
-	__u8 unused2;
+	__u8 unused;
 } __attribute__((aligned(8)));
 #define GATE_KEY_WORDS 6
 
@@ -81,6 +83,8 @@ struct gate_mask {
 #define GATE_DISCARD 3  /* GATE_POLICY: refused */
 #define GATE_LIVE 4     /* GATE_SPD: a live SA protects it */
 #define GATE_DEAD 5     /* GATE_SPD: the winning kernel policy has no live SA */
+#define GATE_PASS 6     /* GATE_SPD: the winning kernel policy asks for no SA */
+#define GATE_DERIVED 7  /* GATE_POLICY: must be protected, unless GATE_SPD says GATE_PASS */
 
 /* The entry with the lowest rank wins among all that match. */
 struct gate_answer {
@@ -104,15 +108,29 @@ struct gate_entry {
 	struct gate_answer before;
 };
 
-/* The source address that the kernel would choose for an unbound socket. */
+/* Where a flow begins, and its destination. Routing depends on all of these. */
 struct gate_route {
-	__u32 prefixlen;        /* 0..128 */
+	__u32 prefixlen;        /* GATE_ORIGIN_BITS + 0..128 */
+	__u32 netns[2];         /* cookie of the network namespace, 0: the gate's own */
+	__u32 device;           /* that the socket is bound to */
+	__u32 mark;             /* the bits of SO_MARK that routing rules ask for; network order */
 	__u32 daddr[4];
 };
+#define GATE_ORIGIN_BITS 128
 
-struct gate_source {
-	__u32 saddr[4];         /* all zero: no route */
+/* Where routing leads. The kernel looks up the SPD once for a flow as it begins. Behind a tunnel
+ * device, or once the host has translated the source address, it looks it up again. */
+struct gate_path {
+	__u32 saddr[4];         /* source address of an unbound socket; all zero: no route */
+	__u32 translated[4];    /* source address of the second lookup, if GATE_TRANSLATED */
+	__u32 mark;             /* mark of the second lookup, if GATE_MARKED; network order */
+	__u16 if_id;            /* interface id of the second lookup; network order */
+	__u8 flags;
+	__u8 reason;            /* not 0: the flow is refused, for this reason */
 };
+#define GATE_TUNNELED 1         /* an XFRM or VTI interface looks it up again */
+#define GATE_MARKED 2           /* ... with the interface's mark */
+#define GATE_TRANSLATED 4       /* the host translates the source address, and looks it up again */
 
 /* One word of settings each, so that every change is one atomic write. */
 #define GATE_PUBLISHED 0        /* + table: 1: the table is published */
@@ -124,13 +142,15 @@ struct gate_source {
 				 * that no layout ever moves: any version must be able to read it */
 #define GATE_GENERATION 7       /* incremented with every change of a table or a source */
 #define GATE_NETNS 8            /* cookie of the network namespace whose SPD this is */
-#define GATE_TUN 9              /* interface behind which the IKE daemon does ESP, 0 = none */
+#define GATE_PATHS 9            /* 1: bound sockets need a path, too; 2: and routing may depend on
+				 * their address, so only with the address of their path */
 #define GATE_IKE_CGROUP 10      /* the IKE daemon's cgroup; guards against a reused pid or index.
-				 * 0: the pid counts in any cgroup, GATE_TUN in no namespace */
+				 * 0: the pid counts in any cgroup, `tunnels` in no namespace */
 #define GATE_SLOTS 11
 #define GATE_LEVELS 12          /* + table: a bit for each level that has masks, from bit 0 on for
 				 * IPv6 and from GATE_LEVELS_V4 on for IPv4 */
-#define GATE_SETTINGS 14
+#define GATE_MARKS 14           /* the bits of marks that routing rules ask for */
+#define GATE_SETTINGS 15
 
 /* What a socket remembers, and the generation in which it was true. GATE_DAEMON has a process id in
  * its place, so it must be compared with GATE_IKE. The backstop compares it with the generation only
@@ -139,12 +159,17 @@ struct gate_source {
 #define GATE_CLEAR 2    /* packets of this flow may leave unprotected */
 #define GATE_DAEMON 3   /* the IKE daemon's own socket; `generation` is its thread group */
 
-struct gate_association {
+struct gate_memory {
 	__u64 generation;
-	__u64 deadline; /* GATE_COVERED: of the entry that covered the flow */
-	struct gate_key flow;
+	__u64 deadline; /* of the entry that covered the flow */
+	__u64 netns;    /* cookie of another network namespace than the gate's, which is the socket's */
 	__u32 kind;
 	__u32 replaced; /* GATE_COVERED: how many other flows it was before, in this generation */
+};
+
+struct gate_association {
+	struct gate_key flow;
+	struct gate_memory memory;
 };
 #define GATE_REPLACED 4
 
@@ -154,23 +179,25 @@ struct gate_association {
 #define GATE_ALLOW_DEFAULT 0
 #define GATE_ALLOW_BYPASS 1
 #define GATE_ALLOW_COVERED 2
-#define GATE_ALLOW_ASSOCIATED 3 /* covered at its last call, and nothing has changed since */
-#define GATE_ALLOW_EXEMPT 4     /* loopback, own addresses, DHCP, the IKE daemon */
-#define GATE_REFUSE_UNCOVERED 5
-#define GATE_REFUSE_DISCARD 6
-#define GATE_REFUSE_DEFAULT 7
-#define GATE_REFUSE_NO_SOURCE 8 /* unbound, and its source address is unknown */
-#define GATE_REFUSE_NOT_READY 9 /* no policies published yet */
-#define GATE_REFUSE_NETNS 10    /* from another network namespace, whose SPD is unknown */
-#define GATE_BLOCK_CLEAR 11     /* must be protected, and would have left in clear */
-#define GATE_BLOCK_DISCARD 12
-#define GATE_BLOCK_DEFAULT 13   /* no policy names it, and no hook checked it */
-#define GATE_BLOCK_NOT_READY 14
-#define GATE_BLOCK_UNREADABLE 15 /* a later fragment, a source route, too many headers */
-#define GATE_AUDITED 16         /* refusals that audit mode allowed; also counted by reason */
-#define GATE_AUDITED_PACKETS 17 /* blocked packets that audit mode allowed, likewise */
-#define GATE_EVENTS_LOST 18     /* the ring was full; the flow's next refusal is reported again */
-#define GATE_COUNTERS 19
+#define GATE_ALLOW_PASSED 3     /* GATE_DERIVED, and GATE_SPD says GATE_PASS */
+#define GATE_ALLOW_ASSOCIATED 4 /* covered at its last call, and nothing has changed since */
+#define GATE_ALLOW_EXEMPT 5     /* loopback, own addresses, DHCP, the IKE daemon */
+#define GATE_REFUSE_UNCOVERED 6
+#define GATE_REFUSE_DISCARD 7
+#define GATE_REFUSE_DEFAULT 8
+#define GATE_REFUSE_NO_SOURCE 9 /* its source address, or its way, is unknown */
+#define GATE_REFUSE_NOT_READY 10 /* no policies published yet */
+#define GATE_REFUSE_NETNS 11    /* from another network namespace, whose routing is unknown */
+#define GATE_REFUSE_OUTSIDE 12  /* its packets leave around the gate's SPD */
+#define GATE_BLOCK_CLEAR 13     /* must be protected, and would have left in clear */
+#define GATE_BLOCK_DISCARD 14
+#define GATE_BLOCK_DEFAULT 15   /* no policy names it, and no hook checked it */
+#define GATE_BLOCK_NOT_READY 16
+#define GATE_BLOCK_UNREADABLE 17 /* a later fragment, a source route, too many headers */
+#define GATE_AUDITED 18         /* refusals that audit mode allowed; also counted by reason */
+#define GATE_AUDITED_PACKETS 19 /* blocked packets that audit mode allowed, likewise */
+#define GATE_EVENTS_LOST 20     /* the ring was full; the flow's next refusal is reported again */
+#define GATE_COUNTERS 21
 
 #define GATE_CONNECT4 0
 #define GATE_CONNECT6 1
@@ -181,11 +208,14 @@ struct gate_association {
 struct gate_event {
 	__u64 ns;       /* CLOCK_MONOTONIC */
 	__u64 cgroup;
+	__u64 netns;    /* cookie, 0: the gate's own, or unknown */
 	struct gate_key flow;
 	__u32 reason;
 	__u32 policy;
 	__u32 pid;      /* thread group; 0: a packet, whose sender is unknown */
 	__u32 hook;
+	__u32 device;   /* that the socket is bound to */
+	__u32 unused;
 	char comm[16];
 };
 

@@ -43,7 +43,8 @@ BPF_F_TABLE("array", int, struct gate_entry, some_entries, 1024, BPF_F_MMAPABLE 
 BPF_F_TABLE("array", int, struct gate_line, some_lines, 512, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
 BPF_ARRAY_OF_MAPS(entries, "some_entries", 1);
 BPF_ARRAY_OF_MAPS(slots, "some_lines", 2);
-BPF_LPM_TRIE(sources, struct gate_route, struct gate_source, GATE_SOURCES);
+BPF_LPM_TRIE(paths, struct gate_route, struct gate_path, GATE_ROUTES);
+BPF_HASH(tunnels, __u32, __u8, GATE_TUNNELS);
 BPF_TABLE("lru_hash", struct gate_key, __u64, recent, GATE_RECENT);
 BPF_PERCPU_ARRAY(counters, __u64, GATE_COUNTERS);
 BPF_RINGBUF_OUTPUT(events, GATE_RING_PAGES);
@@ -102,18 +103,27 @@ static __always_inline int same(const __u32 *a, const __u32 *b)
 	return !((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]));
 }
 
-/* Report a refusal, with the calling process. A packet has none: its sender may be gone. */
-static __always_inline void tell(const struct gate_key *flow, __u32 reason, __u32 policy,
-				 __u32 hook, __u64 cgroup)
-{
-	struct gate_key topic = *flow;
-	__u64 now = bpf_ktime_get_ns();
-	__u64 *last;
-	struct gate_event *event;
+/* Where a flow begins, apart from its mark: the network namespace, 0 for the gate's own, and the
+ * device that its socket is bound to. */
+struct origin {
+	__u64 netns;
+	__u32 device;
+};
 
-	topic.sport = 0; /* each attempt of a client has a new one */
-	topic.mask_number = reason; /* unused in a flow: one topic for each reason */
-	last = recent.lookup(&topic);
+/* Report a refusal, with the calling process. A packet has none: its sender may be gone. */
+static __always_inline void tell(struct gate_key *flow, const struct origin *origin,
+				 __u32 reason, __u32 policy, __u32 hook, __u64 cgroup)
+{
+	__u64 now = bpf_ktime_get_ns();
+	struct gate_event *event;
+	__u16 sport = flow->sport;
+	__u64 *last;
+
+	/* The topic: a flow without its source port, because each attempt of a client has a new one;
+	 * for each reason another. */
+	flow->sport = 0;
+	flow->mask_number = reason;
+	last = recent.lookup(flow);
 	if (last && now - *last < GATE_EVENT_INTERVAL_NS)
 		return;
 	event = events.ringbuf_reserve(sizeof(*event));
@@ -123,7 +133,12 @@ static __always_inline void tell(const struct gate_key *flow, __u32 reason, __u3
 	}
 	event->ns = now;
 	event->cgroup = cgroup;
+	event->netns = origin->netns;
+	event->device = origin->device;
+	event->unused = 0;
 	event->flow = *flow;
+	event->flow.sport = sport;
+	event->flow.mask_number = 0;
 	event->reason = reason;
 	event->policy = policy;
 	event->hook = hook;
@@ -135,7 +150,7 @@ static __always_inline void tell(const struct gate_key *flow, __u32 reason, __u3
 		bpf_get_current_comm(event->comm, sizeof(event->comm));
 	}
 	events.ringbuf_submit(event, 0);
-	recent.update(&topic, &now);
+	recent.update(flow, &now);
 }
 
 static __always_inline int same_flow(const struct gate_key *a, const struct gate_key *b)
@@ -147,11 +162,4 @@ static __always_inline int same_flow(const struct gate_key *a, const struct gate
 static __always_inline int is_over(__u64 deadline)
 {
 	return deadline && bpf_ktime_get_boot_ns() >= deadline;
-}
-
-/* Replace it as a whole: a concurrent call on this socket must not see half of it. */
-static __always_inline void associate(struct bpf_sock *sk, struct gate_association *now)
-{
-	sockets.sk_storage_delete(sk);
-	sockets.sk_storage_get(sk, now, BPF_SK_STORAGE_GET_F_CREATE);
 }

@@ -27,23 +27,35 @@ static __always_inline __u32 check_of(__u64 hash, __u64 since, const struct gate
 		   mix(mix(answer->deadline, what), answer->id));
 }
 
-/* A search of one table. */
+/* A flow, and a search of one table for it. All functions of a hook share 512 bytes of stack, so
+ * before a search and behind it this place has other uses. */
 struct search {
+	struct gate_key flow;
 	union {
-		struct gate_key flow;
-		__u64 word[GATE_KEY_WORDS];
+		struct {
+			__u64 generation;
+			struct gate_answer found;
+			__u32 levels;   /* a bit for each that is still to be searched */
+			__u32 table;
+			__u32 slots;    /* which of the two maps is in use */
+			__u32 index_bits;
+			__u32 place_bits;
+			__u32 at;       /* the next slot of the index */
+		};
+		struct gate_route route;   /* to find the flow's path */
+		struct gate_memory memory; /* what the socket is to remember of the flow */
 	};
-	__u64 generation;
-	struct gate_answer found;
-	__u32 levels;   /* a bit for each that is still to be searched */
-	__u32 table;
-	__u32 slots;    /* which of the two maps is in use */
-	__u32 index_bits;
-	__u32 place_bits;
-	__u32 at;       /* the next slot of the index */
 	int torn;       /* an entry was replaced while it was read */
 	__u64 read;     /* 0, and depends on all that was read: see having_read() */
 };
+
+/* Have a socket remember a flow (search->memory). Replace what it remembers as a whole: a concurrent
+ * call on this socket must not see half of it. */
+static __always_inline void associate(struct bpf_sock *sk, struct search *search)
+{
+	sockets.sk_storage_delete(sk);
+	sockets.sk_storage_get(sk, search, BPF_SK_STORAGE_GET_F_CREATE);
+}
 
 /* Go to the next level; 0: there is none. index.py (prefix_hash) has the same hash. */
 static __always_inline int next_level(struct search *search)
@@ -111,7 +123,7 @@ static __always_inline void try_mask(struct search *search, __u32 slot, void *sl
 	if (!mask)
 		return;
 	for (int word = 0; word < GATE_KEY_WORDS; word++)
-		key[word] = search->word[word] & mask->word[word];
+		key[word] = ((__u64 *)&search->flow)[word] & mask->word[word];
 	key[GATE_KEY_WORDS - 1] |= mask->last_word;
 	hash = hash_of(key);
 	if (!(slot >> (GATE_MASK_BITS + ((hash >> 32) * GATE_MARK_BITS >> 32)) & 1))
@@ -155,21 +167,21 @@ int search_part(struct search *search)
 {
 	struct gate_line *line = 0;
 	void *slots_in_use, *all_entries;
-	int which, only = 0;
+	int number = 0;
 
 	if (!search)
 		return 1;
-	which = search->slots;
-	slots_in_use = slots.lookup(&which);
-	all_entries = entries.lookup(&only);
+	all_entries = entries.lookup(&number);
+	number = search->slots;
+	slots_in_use = slots.lookup(&number);
 	if (!slots_in_use || !all_entries) {
 		search->torn = 1;
 		return 1;
 	}
 	for (int i = 0; i < PART; i++) {
-		int number = search->at / GATE_LINE;
 		__u32 slot;
 
+		number = search->at / GATE_LINE;
 		if (!line)
 			line = bpf_map_lookup_elem(slots_in_use, &number);
 		if (!line) {

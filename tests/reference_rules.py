@@ -13,10 +13,10 @@ from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.spd import (
     Negotiated,
     applies,
-    live_entry,
     rules_of,
     shared_rules,
     unrestricted,
+    whole_entry,
 )
 from ipsecgate.core.tables.table import Rule
 
@@ -33,7 +33,7 @@ def rules_from_scratch(
     for _, group in groupby(applicable, key=lambda p: p.priority):
         tied = [(p, rules_of(p, lambda reqid: by_reqid.get(reqid, ()), negotiated)) for p in group]
         for (a, its), (b, others) in combinations(tied, 2):
-            rules += shared_rules(a, live_entry(its), b, live_entry(others))
+            rules += shared_rules(a, whole_entry(its), b, whole_entry(others))
         rules += (rule for _, its in tied for rule in its)
     return sorted(rules, key=lambda rule: rule.entry.rank)
 

@@ -16,6 +16,7 @@ from typing import Literal, TypedDict, cast
 from ipsecgate.admin import loader
 from ipsecgate.core.model.flow import Flow, is_exempt
 from ipsecgate.core.tables.layout import EXPLAINED, Reason, Setting, State, TableId, flow_key
+from ipsecgate.core.tables.verdict import verdict
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.host import cgroups, control
 from ipsecgate.errors import GateError, NoControllerError, UsageError
@@ -148,6 +149,7 @@ _ALLOWED = {
     Reason.ALLOW_DEFAULT: "no policy names it, and the default is allow",
     Reason.ALLOW_BYPASS: "its policy lets it leave unprotected",
     Reason.ALLOW_COVERED: "a live SA protects it",
+    Reason.ALLOW_PASSED: "a kernel policy lets it leave unprotected, and no [[policy]] forbids it",
     Reason.ALLOW_ASSOCIATED: "a live SA protects it",
     Reason.ALLOW_EXEMPT: "it needs no protection",
 }
@@ -185,9 +187,10 @@ def _by_tables(maps: Maps, flow: Flow) -> Decision:
         steps.append(_step("source", "unknown without a controller: name one with --from"))
     elif reason is Reason.REFUSE_UNCOVERED:
         found = spd.classify(flow_key(flow)) if spd is not None else None
-        live = found is not None and found.state is State.LIVE
-        steps.append(_step("SA", "live" if live else "none that is live"))
-        reason = Reason.ALLOW_COVERED if live else reason
+        state = None if found is None else found.state
+        derived = entry is not None and entry.state is State.DERIVED
+        reason = verdict((flow,), lambda _flow: state, derived=derived, tunneled=False)
+        steps.append(_step("SA", "live" if state is State.LIVE else "none that is live"))
     allowed = reason < Reason.REFUSE_UNCOVERED
     return {
         "allowed": allowed,

@@ -110,6 +110,8 @@ class Controller:
         """Run until SIGTERM, SIGINT or a defect. Raises: the first exception of any part."""
         loop = asyncio.get_running_loop()
         self._hooks.begin(self._config.settings, probe.netns_cookie())
+        for origin in self._data.origins:
+            self._resolve(do.FollowOrigin(origin, 0))
         await self._targets.scan()
         ring = self._data.open_ring(self._on_refusal)
         loop.add_reader(ring, self._data.drain)
@@ -263,8 +265,8 @@ class Controller:
                 self._service.spawn(close_sockets(self._paths, self._gate.is_cut_off))
             case do.Adopted():
                 self._adopted.set()
-            case do.ResolveSources():
-                self._routes.follow(command.destinations)
+            case do.ResolvePaths() | do.FollowOrigin():
+                self._resolve(command)
             case do.StartTimer() | do.StopTimer():
                 self._timers.execute(command)
             case do.AskIke() | do.Initiate() | do.Terminate():
@@ -275,6 +277,12 @@ class Controller:
                 log.log(logging.getLevelName(command.level.upper()), "%s", command.text)
             case _:
                 await self._hooks.execute(command)
+
+    def _resolve(self, command: do.ResolvePaths | do.FollowOrigin) -> None:
+        if isinstance(command, do.ResolvePaths):
+            self._routes.follow(command.destinations)
+        elif not command.origin.netns:
+            self._routes.follow_origin(command.origin)
 
     async def _take_listener(self, request: control_server.Request) -> dict[str, Any]:
         self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))

@@ -48,14 +48,24 @@ class HookWriter:
                 self._data.set(Setting.AUDIT, int(command.audit))
                 self._data.set(Setting.DENY, int(command.deny))
                 self._data.set(Setting.ERROR, command.error)
-            case do.SetSources():
-                self._data.set_sources(command.sources)
-            case do.SetTun():
-                self._data.set(Setting.TUN, command.index)
+            case do.SetPaths():
+                self._set_paths(command)
+            case do.SetTunnels():
+                self._data.set_tunnels(command.indexes)
             case do.ExemptIke():
                 self._exempt(command.pid)
             case _:
                 assert_never(command)
+
+    def _set_paths(self, command: do.SetPaths) -> None:
+        """Write paths, and what depends on them: first the stricter part of it, then the laxer."""
+        wanted = {Setting.PATHS: command.bound_too, Setting.MARKS: command.marks}
+        before = {which: self._data.setting(which) for which in wanted}
+        self._data.set(Setting.PATHS, max(before[Setting.PATHS], command.bound_too))
+        self._data.set(Setting.MARKS, before[Setting.MARKS] | command.marks)
+        self._data.set_paths(command.origin, command.paths)
+        for which, value in wanted.items():
+            self._data.set(which, value)
 
     def _exempt(self, pid: int) -> None:
         """Exempt a process in its present cgroup only, because its pid may be used again."""

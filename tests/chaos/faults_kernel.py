@@ -10,8 +10,9 @@ from ipaddress import IPv6Network
 
 from pyroute2 import NetlinkError
 
-from ipsecgate.core.tables.layout import SOURCES
-from ipsecgate.core.tables.packed import pack_route, pack_source
+from ipsecgate.core.model.flow import HOST, FlowPath
+from ipsecgate.core.tables.layout import ROUTES
+from ipsecgate.core.tables.packed import pack_path, pack_route
 from ipsecgate.lab.path import SITE_A, SITE_B
 from tests.chaos.fault import fault
 from tests.chaos.fault_tools import (
@@ -171,8 +172,8 @@ def ring_and_recent_flooded(world: World, rng: random.Random) -> Iterator[None]:
 @fault(1)
 def sources_full(world: World, rng: random.Random) -> Iterator[None]:
     first = int(IPv6Network("2001:db8:ffff::/48").network_address)
-    keys = (pack_route(IPv6Network((first + n, 128))) for n in range(2 * SOURCES))
-    with filled(world, "sources", keys, pack_source(None)):
+    keys = (pack_route(HOST, IPv6Network((first + n, 128))) for n in range(2 * ROUTES))
+    with filled(world, "paths", keys, pack_path(FlowPath(None))):
         ip(world.lab.a, "route", "add", "203.0.113.128/25", "via", str(world.lab.b.outer[4]))
         yield
     ip(world.lab.a, "route", "del", "203.0.113.128/25")

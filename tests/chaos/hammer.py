@@ -29,6 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ipsecgate.core.model.flow import HOST, FlowPath
 from ipsecgate.core.tables.layout import LAYOUT, Setting, TableId
 from ipsecgate.core.tables.table import compile_table
 from ipsecgate.edges.bpf import bytecode
@@ -216,7 +217,7 @@ def another_version(hooked: HookedCgroup, code: Bytecode, rng: random.Random) ->
     data = Datapath(hooked.pins)
     data.set(Setting.NETNS, hooked.netns)
     no_backstop(data, hooked.link)
-    data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
+    data.set_paths(HOST, [(THERE[family], FlowPath(HERE[family])) for family in (4, 6)])
     publish(data)
     hooked.pins.switch()
     data.close()

@@ -12,7 +12,7 @@ from ipaddress import ip_address, ip_network
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import Flow, TrafficSelector
+from ipsecgate.core.model.flow import Flow, FlowPath, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.tables import packed
@@ -34,7 +34,7 @@ UP = ChildSa(
     local_host=ip_address("192.0.2.1"),
 )
 KERNEL = on.KernelSnapshot((NET,), (OUT,))
-SOURCES = on.SourcesResolved(((ip_network("10.2.0.0/16"), ip_address("10.1.0.1")),))
+SOURCES = on.PathsResolved(((ip_network("10.2.0.0/16"), FlowPath(ip_address("10.1.0.1"))),))
 FLOW = Flow(ip_address("10.2.0.1"), 6, 80)
 POLICY = Policy("net", (ip_network("10.2.0.0/16"),))
 
@@ -62,10 +62,10 @@ def write(command: do.Command) -> None:
             TableImage(command.table).change(command.content.entries(), 1, 0)
         case do.Change():
             TableImage(command.table).change(command.entries.items(), 1, 0)
-        case do.SetSources():
-            for network, source in command.sources:
-                packed.pack_route(network)
-                packed.pack_source(source)
+        case do.SetPaths():
+            for network, path in command.paths:
+                packed.pack_route(command.origin, network)
+                packed.pack_path(path)
 
 
 def fingerprint(gate: Gate) -> object:
@@ -82,7 +82,7 @@ def fingerprint(gate: Gate) -> object:
         gate.ike.error,
         gate.protection.sa_source,
         gate.settings,
-        dict(gate.protection.sources.by_network),
+        dict(gate.protection.routing.paths),
         sorted(gate.negotiations.by_child),
     )  # fmt: skip
 

@@ -177,11 +177,13 @@ class Routes(Target):
         where, source = network(random, version), address(random, version)
         link = random.randrange(1, 9)
         kind = random.choice((24, 25, 32, 33))
+        source_bits, mask = random.choice((0, 32)), random.choice((0, 7, 0xFFFFFFFF))
         header = struct.pack(
-            "=BBBBBBBBI", raw.FAMILY[version], where.prefixlen, 0, 0, 254, 0, 0, 1, 0
+            "=BBBBBBBBI", raw.FAMILY[version], where.prefixlen, source_bits, 0, 254, 0, 0, 1, 0
         )
         body = header + raw.attribute(1, where.network_address.packed)
         body += raw.attribute(4, struct.pack("=I", link)) + raw.attribute(7, source.packed)
+        body += raw.attribute(16, struct.pack("=I", mask))
         prefix = version, int(where.network_address), where.prefixlen
         meant: Any = (
             [prefix],
@@ -189,22 +191,34 @@ class Routes(Target):
             [],
             [(link, prefix)] if kind == 25 else [],
             kind in (24, 25),
+            [(source_bits > 0, mask)] if kind == 32 else [],
         )
         return raw.message(kind, body), meant
 
     def _link(self, random: Random) -> tuple[bytes, Any]:
         index, up, kind = random.randrange(1, 9), random.random() < 0.5, random.choice((16, 17))
-        name, driver = f"ipsec{index}", random.choice(("tun", "veth"))
+        name, driver = f"ipsec{index}", random.choice(("tun", "veth", "xfrm", "vti"))
+        number = random.getrandbits(32)
         body = struct.pack("=BxHiII", 0, 1, index, int(up), 0)
         body += raw.attribute(3, name.encode() + b"\0")
-        body += raw.attribute(18, raw.attribute(1, driver.encode() + b"\0"))
+        data = raw.attribute(2, struct.pack("=I", number)) if driver == "xfrm" else b""
+        data += raw.attribute(3, struct.pack("!I", number)) if driver == "vti" else b""
+        info = raw.attribute(1, driver.encode() + b"\0") + raw.attribute(2, data)
+        body += raw.attribute(18, info)
+        meant = rtnetlink.Link(
+            name,
+            driver,
+            number if driver == "xfrm" else None,
+            number if driver == "vti" else 0,
+        )
         lost = [(index, None)] if kind == 17 or not up else []
         return raw.message(kind, body), (
             [],
             [],
-            [(name, driver)] if kind == 16 else [],
+            [meant] if kind == 16 else [],
             lost,
             False,
+            [],
         )
 
     def feed(self, data: bytes) -> Any:
@@ -214,6 +228,7 @@ class Routes(Target):
             list(rtnetlink.decode_link(data)),
             list(rtnetlink.decode_removed_routes(data)),
             rtnetlink.only_routes(data),
+            list(rtnetlink.rule_conditions(data)),
         )
 
 
@@ -232,7 +247,7 @@ class Ring(Target):
         daddr, saddr = address(random, version), address(random, version)
         flow = Flow(daddr, random.randrange(256), random.getrandbits(16),
                     None if int(saddr) == 0 else saddr, random.getrandbits(16),
-                    random.getrandbits(32))  # fmt: skip
+                    *map(random.getrandbits, (32, 32, 64)))  # fmt: skip
         key = layout.Key(layout.address_bits(flow.saddr, version),
                          layout.address_bits(daddr, version), flow.sport, flow.dport, flow.proto,
                          version, flow.mark)  # fmt: skip
@@ -240,8 +255,9 @@ class Ring(Target):
         number = layout.NO_POLICY if policy is None else policy
         pid, cgroup = random.getrandbits(32), random.getrandbits(64)
         comm = random.choice(("curl", "", "Ω", "fifteen letters"))
-        record = struct.pack("=QQ", random.getrandbits(63), cgroup) + layout.pack_key(key)
-        record += struct.pack("=IIII16s4x", reason, number, pid, 1, comm.encode())
+        record = struct.pack("=QQQ", random.getrandbits(63), cgroup, flow.netns)
+        record += layout.pack_key(key)
+        record += struct.pack("=IIIII4x16s", reason, number, pid, 1, flow.device, comm.encode())
         return record, on.FlowRefused(flow, reason, policy, pid, comm, cgroup)
 
     def feed(self, data: bytes) -> Any:

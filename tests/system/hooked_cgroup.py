@@ -16,6 +16,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from ipsecgate.core.model.events import FlowRefused
+from ipsecgate.core.model.flow import HOST, FlowPath
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, compile_table, ternary
 from ipsecgate.edges.bpf import bytecode
@@ -73,7 +74,7 @@ class HookedCgroup:
             self.data.set(setting, 0)
         self.data.set(Setting.NETNS, self.netns)
         no_backstop(self.data, self.link)
-        self.data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
+        self.data.set_paths(HOST, [(THERE[family], FlowPath(HERE[family])) for family in (4, 6)])
         self.publish(TableId.POLICY, *protect())
         self.publish(TableId.SPD)
         before = -1
@@ -142,7 +143,7 @@ def no_backstop(data: Datapath, link: int) -> None:
 
     The daemon is known by this process's cgroup; `ike_socket` must be open in the link's namespace.
     """
-    data.set(Setting.TUN, link)
+    data.set_tunnels((link,))
     data.set(Setting.IKE_CGROUP, cgroups.of_process(os.getpid()).stat().st_ino)
 
 

@@ -54,7 +54,7 @@ def test_a_packet_to_loopback_that_leaves_the_host_is_blocked(
 ) -> None:
     """Loopback is exempt only because it does not leave the host."""
     hooked.data.set(Setting.DENY, 1)
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     result = hooked.gated(f"forge {attack}", to)
     assert hooked.counted(reason) == 1
     assert result == ("" if "begin" in attack else "EPERM")
@@ -119,7 +119,7 @@ def test_default_deny_applies_to_raw_sockets(hooked: HookedCgroup) -> None:
 
 
 def test_only_the_router_alert_option_may_leave(hooked: HookedCgroup) -> None:
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     through, loose = OTHER[4], bytes([131, 7, 4]) + ip_address(PEER[4]).packed + b"\0"
     alert = bytes([148, 4, 0, 0])
     for proto in (2, ESP, AH):

@@ -70,7 +70,7 @@ def test_a_socket_passed_to_an_ungated_process_stays_gated(hooked: HookedCgroup)
 
 
 def test_a_process_that_poses_as_the_peer_is_blocked_by_the_backstop(hooked: HookedCgroup) -> None:
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     assert attack(hooked, "posing", PEER[6]) == ["", "EPERM"]
     assert hooked.counted(Reason.ALLOW_EXEMPT) == hooked.counted(Reason.BLOCK_CLEAR) == 1
 
@@ -127,7 +127,7 @@ def test_root_without_capabilities_can_open_the_pins(hooked: HookedCgroup) -> No
 
 def test_a_containers_root_cannot_undo_the_hooks(hooked: HookedCgroup) -> None:
     """With Docker's capabilities. As root it may open visible pins; it may make packet sockets."""
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     *steps, policy, raw = attack(hooked, "contained", PEER[4])
     assert steps == ["EPERM", "EPERM", "EPERM", "EPERM", "EACCES", "EPERM", "EPERM"]
     assert policy == "RTNETLINK answers: Operation not permitted"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.core.tables.layout import Setting
 from ipsecgate.lab.netns import Namespace
 from tests.system.attacker import BEHIND, EXPERIMENTAL
 from tests.system.caller import Caller
@@ -45,7 +44,7 @@ def next_packet_goes_to(address: str, wire: socket.socket) -> bool:
 def test_a_packet_socket_passes_below_the_backstop(
     hooked: HookedCgroup, wire: socket.socket
 ) -> None:
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     assert hooked.gated("raw", PEER[4]) == "EPERM"
     assert attack(hooked, "packet_socket", OTHER[4], "out0") == [""]
     assert next_packet_goes_to(OTHER[4], wire), "the raw packet left"

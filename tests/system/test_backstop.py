@@ -25,7 +25,7 @@ SPI = struct.pack("!I", 0xC0FFEE)
 @pytest.fixture
 def naked(hooked: HookedCgroup) -> HookedCgroup:
     """The hooked cgroup with a link that does not lead to an IKE daemon."""
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     return hooked
 
 
@@ -59,7 +59,7 @@ def test_a_socket_bound_to_port_4500_is_not_taken_for_esp(
     hooked.publish(TableId.SPD, *live())
     call, here = f"kept connected {family}", f"{HERE[family]}#4500"
     assert hooked.gated(call, PEER[family], bind=here) == ""
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     assert hooked.gated(call, PEER[family]) == "EPERM"
     hooked.gated.forget()
 

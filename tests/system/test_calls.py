@@ -11,7 +11,7 @@ import socket
 
 import pytest
 
-from ipsecgate.core.tables.layout import Reason, Setting, TableId
+from ipsecgate.core.tables.layout import Reason, TableId
 from tests.system.caller import KINDS
 from tests.system.hooked_cgroup import ELSEWHERE, HERE, OTHER, PEER, HookedCgroup, live, went_out
 
@@ -66,7 +66,7 @@ def test_calls_that_no_hook_sees_are_blocked_by_the_backstop(
     before = sum(hooked.data.counters().values())
     assert went_out(hooked.gated(call, PEER[family]))
     assert sum(hooked.data.counters().values()) == before, "no hook was called"
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     # SCTP retries by itself, and IPv6 ping sockets ignore the result of sending.
     silent = {("sctp", 4): "EINPROGRESS", ("sctp", 6): "EINPROGRESS", ("ping", 6): ""}
     assert hooked.gated(call, PEER[family]) == silent.get((call, family), "EPERM")
@@ -89,7 +89,7 @@ def test_a_connected_socket_is_checked_by_the_hooks_only_at_connect(
     assert hooked.gated(f"kept connected {family}", PEER[family]) == ""
     hooked.publish(TableId.SPD)
     assert hooked.gated(f"kept connected {family}", PEER[family]) == ""
-    hooked.data.set(Setting.TUN, 0)  # in clear from now on: the backstop decides
+    hooked.data.set_tunnels(())  # in clear from now on: the backstop decides
     assert hooked.gated(f"kept connected {family}", PEER[family]) == "EPERM"
     assert hooked.counted(Reason.BLOCK_CLEAR) == 1
 

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -19,9 +19,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 
-from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Address, Flow, Network
-from ipsecgate.core.tables.layout import Entry, State, TableId, flow_key
+from ipsecgate.core.gate.routing import Routing
+from ipsecgate.core.model.events import PathsResolved
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, FlowPath, Network, Origin
+from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId, flow_key
 from ipsecgate.core.tables.table import Rule, Table, Ternary, compile_table, ternary
+from ipsecgate.core.tables.verdict import verdict
 from tests.system.oracle.judge import wire_words
 from tests.system.oracle.two_namespaces import TwoNamespaces, two_namespaces
 from tests.system.oracle.world import Call, Kind
@@ -39,15 +42,16 @@ FIRST = {
     "dst": {4: ip_address("10.2.0.8"), 6: ip_address("2001:db8:2::8")},
 }
 NUMBERS = st.integers(0, 7)
+MARKS = (1, 5, 0x105)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Two tables, a source for every network, and calls."""
+    """Two tables, a path for every network and mark, and calls."""
 
     policy: Table
     spd: Table
-    sources: dict[Network, Address | None]
+    routing: Routing
     calls: list[Call]
 
 
@@ -87,6 +91,7 @@ def matches(draw: st.DrawFn, local: bool) -> Ternary:
         sport=draw(masked(5000, 5001, PORT, masks=port_masks) if local else nowhere),
         dport=draw(masked(80, 81, 82, masks=port_masks)),
         mark=draw(masked(1, 5, masks=(1, 0xFF)) if local else nowhere),
+        if_id=draw(st.sampled_from((None, 0, 0, 1, 2))) if local else None,
     )
 
 
@@ -94,7 +99,8 @@ def matches(draw: st.DrawFn, local: bool) -> Ternary:
 def tables(draw: st.DrawFn, table: TableId) -> Table:
     spd = table is TableId.SPD
     found = draw(st.lists(matches(local=spd), max_size=len(ERRNOS)))
-    states = (State.LIVE, State.DEAD) if spd else (State.PROTECT, State.BYPASS, State.DISCARD)
+    named = (State.PROTECT, State.DERIVED, State.BYPASS, State.DISCARD)
+    states = (State.LIVE, State.DEAD, State.PASS) if spd else named
     return compile_table(
         Rule(match, Entry(draw(st.sampled_from(states)), 0 if spd else ERRNOS[place], place))
         for place, match in enumerate(found)
@@ -114,22 +120,37 @@ def calls(draw: st.DrawFn) -> Call:
         draw(st.sampled_from((0, 5000, 5001))),
         # send() on UDP connected to a v4-mapped address is checked again, with its source.
         mapped=family == 4 and kind is not Kind.UDP_CONNECT and draw(st.booleans()),
-        mark=draw(st.sampled_from((0, 0, 1, 5, 0x105))),
+        mark=draw(st.sampled_from((0, *MARKS))),
     )
+
+
+def paths(family: int) -> st.SearchStrategy[FlowPath]:
+    here = st.none() | NUMBERS.map(lambda number: FIRST["src"][family] + number)
+    plain = st.builds(FlowPath, here)
+    tunnel = st.builds(
+        FlowPath, here, st.sampled_from((0, 1, 2)), st.sampled_from((None, None, 0, 1, 5))
+    )
+    translated = st.builds(FlowPath, here, translated=here)
+    outside = st.builds(FlowPath, here, outside=st.just("by another way"))
+    return plain | plain | tunnel | translated | outside
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    # Both families need an entry, as from the resolver: ::/0 alone would be taken for IPv4.
-    sources: dict[Network, Address | None] = {ANY_V4: None, ANY_V6: None}
-    for family in (4, 6):
-        for network in draw(st.lists(networks("dst", family), max_size=4)):
-            number = draw(st.none() | NUMBERS)
-            sources[network] = None if number is None else FIRST["src"][family] + number
+    routing = Routing()
+    by_source = draw(st.booleans())
+    for mark in (0, *draw(st.lists(st.sampled_from(MARKS), unique=True, max_size=2))):
+        # Both families need an entry, as from the resolver: ::/0 alone would be taken for IPv4.
+        found: dict[Network, FlowPath] = {ANY_V4: FlowPath(None), ANY_V6: FlowPath(None)}
+        for family in (4, 6):
+            for network in draw(st.lists(networks("dst", family), max_size=4)):
+                found[network] = draw(paths(family))
+        origin = Origin(mark=mark)
+        routing.resolved(PathsResolved(tuple(found.items()), origin, by_source, 0x1FF))
     return Case(
         draw(tables(TableId.POLICY)),
         draw(tables(TableId.SPD)),
-        sources,
+        routing,
         draw(st.lists(calls(), min_size=30, max_size=60)),
     )
 
@@ -144,24 +165,27 @@ def expected(case: Case, call: Call) -> str:
     refused = errno.errorcode[policy.error]
     if policy.state is State.DISCARD:
         return refused
-    if flow.saddr is None:
-        flow = replace(flow, saddr=source(case, call))
-    if flow.saddr is None:
+    routed = case.routing.route(flow)
+    if routed.reason is not None:
         return refused
-    winner = case.spd.classify(flow_key(flow))
-    return "" if winner is not None and winner.state is State.LIVE else refused
 
+    def state_of(lookup: Flow) -> State | None:
+        winner = case.spd.classify(flow_key(lookup))
+        return None if winner is None else winner.state
 
-def source(case: Case, call: Call) -> Address | None:
-    if call.mark:
-        return None  # routing may choose another source
-    around = [network for network in case.sources if call.dst in network]
-    best = max(around, key=lambda network: network.prefixlen, default=None)
-    return case.sources[best] if best is not None else None
+    tunneled = routed.path is not None and routed.path.is_tunneled
+    derived = policy.state is State.DERIVED
+    reason = verdict(routed.lookups, state_of, derived=derived, tunneled=tunneled)
+    return "" if reason < Reason.REFUSE_UNCOVERED else refused
 
 
 async def publish(namespaces: TwoNamespaces, case: Case) -> None:
-    namespaces.data.set_sources(case.sources.items())
+    for origin in namespaces.data.origins:
+        namespaces.data.set_paths(origin, ())
+    for origin, found in case.routing.paths.items():
+        namespaces.data.set_paths(origin, found)
+    namespaces.data.set(Setting.PATHS, case.routing.bound_too)
+    namespaces.data.set(Setting.MARKS, 0x1FF)
     await namespaces.data.publish(TableId.POLICY, case.policy)
     await namespaces.data.publish(TableId.SPD, case.spd)
 

@@ -14,7 +14,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core.tables.layout import Entry, Reason, State, TableId
 from ipsecgate.core.tables.table import Rule, ternary
 from tests.system.hooked_cgroup import HERE, OTHER, PEER, HookedCgroup, live
 from tests.system.test_backstop import SPI, udp, v4, v6
@@ -27,7 +27,7 @@ FORMS = {"4": "{}", "6": "{}", "mapped": "::ffff:{}"}
 @pytest.fixture
 def naked(hooked: HookedCgroup) -> Iterator[HookedCgroup]:
     """As in test_backstop, and with 4500 as the only ephemeral port."""
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     choose(hooked, NAT_T)
     yield hooked
     hooked.gated.forget()
@@ -150,7 +150,7 @@ def left(seen: socket.socket, proto: int) -> list[int]:
 def test_packets_made_by_xfrm_leave(
     hooked: HookedCgroup, transform: str, mode: str, family: int
 ) -> None:
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
     hooked.publish(TableId.SPD, *live())
     peer = PEER[family]
     number = {"esp": ESP, "ah": AH, "udp": UDP}[transform]
@@ -178,7 +178,7 @@ def test_a_packet_that_compression_left_as_it_was_is_blocked(naked: HookedCgroup
 def test_neighbour_discovery_must_be_short_or_link_local(hooked: HookedCgroup) -> None:
     everything = Rule(ternary(ip_network("::/0")), Entry(State.PROTECT))
     hooked.publish(TableId.POLICY, everything)
-    hooked.data.set(Setting.TUN, 0)
+    hooked.data.set_tunnels(())
 
     def result(kind: int, size: int, to: str) -> str:
         packet = bytearray(bytes.fromhex(v6(58, bytes([kind]) + bytes(size - 1), to=to).split()[1]))

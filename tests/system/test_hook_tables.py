@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv4Network, ip_address
 from pathlib import Path
 
+from ipsecgate.core.model.flow import HOST, FlowPath
 from ipsecgate.core.tables import layout, packed
 from ipsecgate.core.tables.layout import INDEX, Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
@@ -81,12 +82,12 @@ def test_a_udp_socket_is_checked_again_only_after_a_change(hooked: HookedCgroup)
     closings: list[Callable[[], None]] = [
         lambda: hooked.publish(TableId.SPD),
         lambda: hooked.publish(TableId.POLICY, Rule(ternary(THERE[4]), Entry(State.DISCARD))),
-        lambda: hooked.data.set_sources([]),
+        lambda: hooked.data.set_paths(HOST, []),
     ]
     for close in closings:
         hooked.publish(TableId.POLICY, *protect())
         hooked.publish(TableId.SPD, *live())
-        hooked.data.set_sources([(THERE[4], HERE[4])])
+        hooked.data.set_paths(HOST, [(THERE[4], FlowPath(HERE[4]))])
         assert [hooked.gated("kept sendto", PEER[4]) for _ in range(2)] == ["", ""]
         close()
         assert hooked.gated("kept sendto", PEER[4]) == "EPERM"
@@ -282,15 +283,15 @@ def test_a_flood_of_refusals_is_read_in_batches(hooked: HookedCgroup) -> None:
     assert [str(refusal.flow.daddr) for refusal in hooked.refusals] == hosts
 
 
-def test_sources_that_do_not_fit_beside_the_old_ones_replace_them(hooked: HookedCgroup) -> None:
-    def sources(first: str) -> list[tuple[IPv4Network, IPv4Address]]:
+def test_paths_that_do_not_fit_beside_the_old_ones_replace_them(hooked: HookedCgroup) -> None:
+    def paths(first: str) -> list[tuple[IPv4Network, FlowPath]]:
         start = int(IPv4Address(first))
-        count = layout.SOURCES - 1
-        here = IPv4Address(str(HERE[4]))
+        count = layout.ROUTES - 1
+        here = FlowPath(IPv4Address(str(HERE[4])))
         return [(IPv4Network((start + number, 32)), here) for number in range(count)]
 
-    hooked.data.set_sources(sources("10.0.0.0"))
-    hooked.data.set_sources([*sources("10.64.0.0"), (THERE[4], HERE[4])])
+    hooked.data.set_paths(HOST, paths("10.0.0.0"))
+    hooked.data.set_paths(HOST, [*paths("10.64.0.0"), (THERE[4], FlowPath(HERE[4]))])
     hooked.publish(TableId.SPD, *live())
     assert went_out(hooked.gated("tcp", PEER[4]))
 

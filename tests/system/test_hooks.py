@@ -13,6 +13,7 @@ from ipaddress import ip_network
 
 import pytest
 
+from ipsecgate.core.model.flow import HOST, FlowPath, Origin
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, ternary
 from tests.system.hooked_cgroup import (
@@ -90,13 +91,13 @@ def test_the_source_address_decides(hooked: HookedCgroup) -> None:
     hooked.publish(TableId.SPD, *live())
     assert went_out(hooked.gated("tcp", PEER[4], bind=str(HERE[4])))
     assert hooked.gated("tcp", PEER[4], bind="198.51.100.77") == "EPERM"
-    hooked.data.set_sources([])
+    hooked.data.set_paths(HOST, [])
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
     assert hooked.counted(Reason.REFUSE_NO_SOURCE) == 1
     assert went_out(hooked.gated("tcp", PEER[4], bind=str(HERE[4])))
 
 
-def test_a_marked_flow_is_matched_and_has_no_known_source(hooked: HookedCgroup) -> None:
+def test_a_marked_flow_is_matched_and_routed_by_its_mark(hooked: HookedCgroup) -> None:
     mark = [(socket.SOL_SOCKET, socket.SO_MARK, 5)]
     source = str(HERE[4])
     marked = ternary(THERE[4], src=ip_network(source), mark=(5, 0xFF))
@@ -106,9 +107,15 @@ def test_a_marked_flow_is_matched_and_has_no_known_source(hooked: HookedCgroup) 
     assert hooked.counted(Reason.REFUSE_UNCOVERED) == 1
     hooked.publish(TableId.SPD, *live())
     assert went_out(hooked.gated("tcp", PEER[4], bind=source, options=mark))
-    # Routing may choose another source for a mark, which the table does not know.
+    assert went_out(hooked.gated("tcp", PEER[4], options=mark))
+    # A routing rule asks for the mark, and may lead to another source, which is not known yet.
+    hooked.data.set(Setting.MARKS, 0xF)
     assert hooked.gated("tcp", PEER[4], options=mark) == "EPERM"
     assert hooked.counted(Reason.REFUSE_NO_SOURCE) == 1
+    hooked.data.set_paths(Origin(mark=5), [(THERE[4], FlowPath(HERE[4]))])
+    assert went_out(hooked.gated("tcp", PEER[4], options=mark))
+    hooked.data.set(Setting.MARKS, 0)
+    hooked.data.set_paths(Origin(mark=5), [])
 
 
 def test_a_flow_in_another_network_namespace_is_refused(hooked: HookedCgroup) -> None:
@@ -122,7 +129,7 @@ def test_a_flow_in_another_network_namespace_is_refused(hooked: HookedCgroup) ->
 
 def test_an_own_address_is_exempt(hooked: HookedCgroup) -> None:
     own = ip_network(HERE[4])
-    hooked.data.set_sources([(own, HERE[4]), (THERE[4], HERE[4])])
+    hooked.data.set_paths(HOST, [(own, FlowPath(HERE[4])), (THERE[4], FlowPath(HERE[4]))])
     hooked.publish(TableId.POLICY, Rule(ternary(ip_network("0.0.0.0/0")), Entry(State.PROTECT)))
     assert hooked.gated("tcp", str(HERE[4])) in ("EINPROGRESS", "ECONNREFUSED")
     assert hooked.counted(Reason.ALLOW_EXEMPT) == 1

@@ -44,7 +44,8 @@ def monkeypatch_module() -> Any:
 def test_sizes_agree(described: Mapping[str, tuple[Any, Any]], cache: Path) -> None:
     assert size(described["recent"][0]) == layout.KEY_SIZE
     assert size(described["masks"][1]) == packed.MASK_SIZE
-    assert size(described["sources"][0]) == packed.ROUTE_SIZE
+    assert size(described["paths"][0]) == packed.ROUTE_SIZE
+    assert size(described["paths"][1]) == packed.PATH_SIZE
     shapes = bytecode.get(cache).maps
     entries, slots = shapes["entries"].inner, shapes["slots"].inner
     assert entries is not None

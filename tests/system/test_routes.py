@@ -14,8 +14,8 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core.model.events import SourcesResolved
-from ipsecgate.core.model.flow import Address, Network
+from ipsecgate.core.model.events import OriginGone, PathsResolved
+from ipsecgate.core.model.flow import Address, FlowPath, Network
 from ipsecgate.edges.kernel.routes import Routes
 from ipsecgate.lab.charon import load_tun
 from ipsecgate.lab.netns import Namespace
@@ -68,15 +68,20 @@ def connected_source(destination: Address) -> Address | None:
         return ip_address(sock.getsockname()[0])
 
 
-def lookup(sources: Iterable[tuple[Network, Address | None]], address: Address) -> Address | None:
-    found = [item for item in sources if address in item[0]]
-    return max(found, key=lambda item: item[0].prefixlen)[1]
+def lookup(paths: Iterable[tuple[Network, FlowPath]], address: Address) -> Address | None:
+    found = [item for item in paths if address in item[0]]
+    return max(found, key=lambda item: item[0].prefixlen)[1].source
 
 
 @contextlib.asynccontextmanager
-async def following(*destinations: str) -> AsyncIterator[asyncio.Queue[SourcesResolved]]:
-    resolutions: asyncio.Queue[SourcesResolved] = asyncio.Queue()
-    routes = Routes(resolutions.put_nowait)
+async def following(*destinations: str) -> AsyncIterator[asyncio.Queue[PathsResolved]]:
+    resolutions: asyncio.Queue[PathsResolved] = asyncio.Queue()
+
+    def deliver(event: PathsResolved | OriginGone) -> None:
+        assert isinstance(event, PathsResolved)
+        resolutions.put_nowait(event)
+
+    routes = Routes(deliver)
     routes.follow(nets(*destinations))
     run = asyncio.create_task(routes.run())
     try:
@@ -87,18 +92,18 @@ async def following(*destinations: str) -> AsyncIterator[asyncio.Queue[SourcesRe
             await run
 
 
-async def after(resolutions: asyncio.Queue[SourcesResolved], command: str) -> dict[str, str]:
+async def after(resolutions: asyncio.Queue[PathsResolved], command: str) -> dict[str, str]:
     """Run ip(8) and return the sources that are reported then."""
     ip(command)
     resolved = await asyncio.wait_for(resolutions.get(), 60)
-    return {str(net): str(source) for net, source in resolved.sources}
+    return {str(net): str(path.source) for net, path in resolved.paths}
 
 
 async def test_every_kind_of_route_change_is_reported() -> None:
     everything = "10.0.0.0/8"
     async with following(everything) as resolutions:
         first = await asyncio.wait_for(resolutions.get(), 60)
-        assert first.sources == ((ip_network(everything), None),)
+        assert first.paths == ((ip_network(everything), FlowPath(None)),)
         assert await after(resolutions, "route add default via 192.0.2.254") == {
             everything: "192.0.2.1"
         }
@@ -152,10 +157,10 @@ async def test_routes_into_the_tunnel_of_an_ike_daemon_are_reported() -> None:
             first = await asyncio.wait_for(resolutions.get(), 60)
         # The first report still has the old source: the new route has not been looked up yet.
         assert dict(first.into_tun)[ip_network(inside)] is False
-        assert str(lookup(first.sources, ip_address("10.2.0.1"))) == "192.0.2.9"
+        assert str(lookup(first.paths, ip_address("10.2.0.1"))) == "192.0.2.9"
         last = await asyncio.wait_for(resolutions.get(), 60)
         assert last.into_tun == ()
-        assert str(lookup(last.sources, ip_address("10.2.0.1"))) == "192.0.2.1"
+        assert str(lookup(last.paths, ip_address("10.2.0.1"))) == "192.0.2.1"
         assert await into(add) == {inside: True, beside: False}
         ip("link set ipsec7 down")
         first = await asyncio.wait_for(resolutions.get(), 60)
@@ -168,7 +173,7 @@ async def test_changes_to_other_routes_are_not_reported() -> None:
         ip("route add 10.3.0.0/16 dev d0")
         ip("route add 10.2.0.0/24 dev d0")
         resolved = await asyncio.wait_for(resolutions.get(), 60)
-        assert [str(net) for net, _ in resolved.sources] == ["10.2.0.0/16", "10.2.0.0/24"]
+        assert [str(net) for net, _ in resolved.paths] == ["10.2.0.0/16", "10.2.0.0/24"]
         await asyncio.sleep(0.2)
         assert resolutions.empty()
 

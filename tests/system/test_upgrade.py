@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ipsecgate.core.model.flow import HOST, FlowPath
 from ipsecgate.core.tables.layout import INDEX, LAYOUT, SETTING, Setting, TableId
 from ipsecgate.core.tables.table import compile_table
 from ipsecgate.edges.bpf import bytecode, elements, libbpf
@@ -66,7 +67,7 @@ def take_over(hooked: HookedCgroup) -> Datapath:
     data = Datapath(hooked.pins)
     data.set(Setting.NETNS, hooked.netns)
     no_backstop(data, hooked.link)
-    data.set_sources([(THERE[family], HERE[family]) for family in (4, 6)])
+    data.set_paths(HOST, [(THERE[family], FlowPath(HERE[family])) for family in (4, 6)])
 
     async def publish() -> None:
         await data.publish(TableId.POLICY, compile_table(protect()))

@@ -15,7 +15,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.holds import FLOWS_PER_STEP
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import Selector, TrafficSelector
+from ipsecgate.core.model.flow import FlowPath, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import ESP, ChildConfig, ChildName, ChildSa, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from tests.unit.transcript import FLOW, HERE, NET, REFUSED, SA, TRAP, Transcript, initiated
@@ -55,7 +55,7 @@ class Spied(Transcript):
         self.after(
             on.KernelSnapshot(tuple(map(trap, range(MANY))), ()),
             on.IkeConnected(tuple(map(child, range(MANY))), (), 42),
-            on.SourcesResolved(tuple((network, source) for network in PEERS)),
+            on.PathsResolved(tuple((network, FlowPath(source)) for network in PEERS)),
         )
         self.done: Counter[str] = Counter()
 
@@ -147,7 +147,9 @@ def test_a_change_that_affects_every_call_is_worked_off_in_slices(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
-    busy.after(on.SourcesResolved(tuple((network, ip_address("10.1.0.2")) for network in PEERS)))
+    busy.after(
+        on.PathsResolved(tuple((network, FlowPath(ip_address("10.1.0.2"))) for network in PEERS))
+    )
     assert busy.done["evaluate"] == FLOWS_PER_STEP
     evaluated = FLOWS_PER_STEP
     while busy.gate.holds.has_due:
@@ -204,7 +206,7 @@ def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> 
                 found = gate.policy_table.policy_for(made.flow)
                 assert found is not None
                 assert not gate.protection.is_live(made.flow), (seed, number)
-                source = gate.protection.sources.route(made.flow).saddr
+                source = gate.protection.routing.route(made.flow).flow.saddr
                 config = gate.ike.loaded.child_for(made.flow, source, found[1])
                 item_ = gate.negotiations.by_child.get(config.name) if config else None
                 assert item_ is None or item_.coverage is not Coverage.BACK_OFF, (seed, number)
@@ -234,8 +236,8 @@ def random_events(random: Random, number: int) -> list[on.Event]:
             [on.NegotiationDone(name)],
             [on.IkeConnected(loaded, (), 42)],
             [on.IkeGone("restarted"), on.IkeConnected(loaded, (), 42)],
-            [on.SourcesResolved(
-                tuple((one, ip_address(random.choice(sources))) for one in PEERS[:6])
+            [on.PathsResolved(
+                tuple((one, FlowPath(ip_address(random.choice(sources)))) for one in PEERS[:6])
             )],
             [on.CallExpired(on.Call(1, random.randrange(number + 1)))],
             [on.KernelSnapshot(tuple(map(trap, range(6))), ())],

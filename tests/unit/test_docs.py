@@ -14,7 +14,7 @@ import pytest
 from ipsecgate.core.gate.event_queue import EVENTS_PER_STEP, REFUSALS
 from ipsecgate.core.gate.holds import FLOWS_PER_STEP
 from ipsecgate.core.gate.spd_table import POLICIES_PER_UPDATE
-from ipsecgate.core.tables.layout import SOURCES
+from ipsecgate.core.tables.layout import ROUTES
 from ipsecgate.core.tables.rule_table import (
     COARSE_ENTRIES,
     COARSE_MASKS,
@@ -108,7 +108,7 @@ DECISIONS, ATTEMPTS = int(HOOKS["DECISIONS"]), {"4": "four"}[HOOKS["ATTEMPTS"]]
     [
         ("protected", f"{MASKS:,} distinct selector shapes (masks) and {ENTRIES:,} selectors"),
         ("protected", f"an eighth of the shapes ({MASKS // PEER_SHARE})"),
-        ("protected", f"more pieces than fit ({SOURCES:,} routes)"),
+        ("protected", f"more pieces than fit ({ROUTES:,} routes)"),
         ("protected", f"made {POLICIES_PER_UPDATE} at a time"),
         ("protected", f"let go (up to {DECISIONS:,}, TCP too)"),
         ("protected", f"decides again, {ATTEMPTS} times in all"),

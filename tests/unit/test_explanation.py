@@ -11,7 +11,7 @@ import pytest
 
 from ipsecgate.core.gate.explanation import Step, explain
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import ANY_V4, ANY_V6, TCP, UDP, Flow, Selector
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, TCP, UDP, Flow, FlowPath, Selector
 from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.tables.layout import Reason, State, TableId, flow_key
@@ -94,18 +94,21 @@ def test_an_sa_of_another_spi_than_the_policy_names(trapped: Transcript) -> None
 
 
 @pytest.mark.parametrize(
-    ("action", "text"),
-    [(Action.BYPASS, "lets the flow leave unprotected"), (Action.DISCARD, "blocks the flow")],
+    ("action", "text", "reason"),
+    [
+        (Action.BYPASS, "an exception of the connections", Reason.ALLOW_PASSED),
+        (Action.DISCARD, "blocks the flow", Reason.REFUSE_UNCOVERED),
+    ],
 )
 def test_a_kernel_policy_that_wins_and_does_not_protect(
-    trapped: Transcript, action: Action, text: str
+    trapped: Transcript, action: Action, text: str, reason: Reason
 ) -> None:
     trapped.after(REFUSED, *UP)
     key = SpdKey(Selector(ANY_V4, ip_network("10.2.0.0/24")))
     first = replace(TRAP, key=key, priority=1, action=action, templates=())
     trapped.after(on.PolicySet(first))
     assert text in said(trapped, Step.KERNEL)
-    assert explain(trapped.gate, FLOW).reason is Reason.REFUSE_UNCOVERED
+    assert explain(trapped.gate, FLOW).reason is reason
 
 
 def test_policies_of_one_priority_are_all_shown(trapped: Transcript) -> None:
@@ -121,7 +124,7 @@ def test_without_a_kernel_policy_daemon_or_route() -> None:
     transcript.after(on.IkeGone("Connection refused"))
     assert "Connection refused" in said(transcript, Step.IKE)
     assert "systemctl start strongswan" in explain(transcript.gate, FLOW).advice
-    transcript.after(on.SourcesResolved(((THERE, None),)))
+    transcript.after(on.PathsResolved(((THERE, FlowPath(None)),)))
     assert explain(transcript.gate, FLOW).reason is Reason.REFUSE_NO_SOURCE
 
 
@@ -189,7 +192,7 @@ def test_the_verdict_is_that_of_the_published_tables(trapped: Transcript) -> Non
             rng.choice((None, ip_address("10.1.0.1"), ip_address("10.9.0.1"))),
         )
         reason = explain(trapped.gate, flow).reason
-        routed = trapped.gate.protection.sources.route(flow)
+        routed = trapped.gate.protection.routing.route(flow).flow
         named = tables[TableId.POLICY].classify(flow_key(flow)) is not None
         entry = tables[TableId.SPD].classify(flow_key(routed)) if routed.saddr else None
         live = entry is not None and entry.state is State.LIVE

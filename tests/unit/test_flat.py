@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import Selector, TrafficSelector
+from ipsecgate.core.model.flow import FlowPath, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import ESP, ChildName, ChildSa, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from tests.unit.transcript import FLOW, HERE, LISTED, NET, REFUSED, SA, TRAP, Transcript
@@ -69,7 +69,9 @@ def hub(count: int) -> Transcript:
             tuple(child(n) for n in up),
             42,
         ),
-        on.SourcesResolved(tuple((network(n), ip_address("10.1.0.1")) for n in range(count))),
+        on.PathsResolved(
+            tuple((network(n), FlowPath(ip_address("10.1.0.1"))) for n in range(count))
+        ),
     )
     settle(transcript)
     for number in range(1, count, 2):

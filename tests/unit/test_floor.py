@@ -11,7 +11,7 @@ from ipsecgate.core.codec.xfrm import NEWPOLICY, decode
 from ipsecgate.core.codec.xfrm_floor import decode_late, encode_delete, encode_set
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import TCP
+from ipsecgate.core.model.flow import TCP, FlowPath
 from ipsecgate.core.model.ipsec import Action, Direction, SpdEntry
 from ipsecgate.core.model.policy import FLOOR_PRIORITY, FloorPolicy, Policy, Settings
 from ipsecgate.core.state.floor import (
@@ -117,7 +117,7 @@ def test_the_floor_follows_the_policies_and_is_restored_after_a_flush() -> None:
     assert not floors(transcript.after(connected(), SOURCES)), "nothing has changed"
     assert floors(transcript.after(on.KernelSnapshot((), ()))), "after a flush"
     more = Settings((PROTECT, Policy("six", (SIX,))), floor=True)
-    there = on.SourcesResolved((*SOURCES.sources, (SIX, None)))
+    there = on.PathsResolved((*SOURCES.paths, (SIX, FlowPath(None))))
     assert len(floors(transcript.after(on.Reconfigured(more), there))[-1].policies) == 5
     assert floors(transcript.after(on.Reconfigured(Settings((PROTECT,)))))[-1].policies == ()
     assert floors(transcript.after(on.Reconfigured(Settings((PROTECT,), floor=True))))

@@ -10,7 +10,7 @@ import pytest
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import Selector
+from ipsecgate.core.model.flow import FlowPath, Selector
 from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
 from ipsecgate.core.model.policy import Settings
 from ipsecgate.core.tables.layout import TableId
@@ -133,7 +133,7 @@ def test_a_restarted_controller_publishes_only_after_kernel_and_daemon_have_answ
 def test_a_flow_is_covered_only_once_its_route_chooses_a_protected_source() -> None:
     """Tunnel mode: only strongSwan's route gives an unbound socket a source inside the policy."""
     transcript = Transcript()
-    outer = on.SourcesResolved(((THERE, LOCAL),))
+    outer = on.PathsResolved(((THERE, FlowPath(LOCAL)),))
     transcript.after(on.KernelSnapshot((), ()), connected(), outer)
     assert initiated(transcript.after(REFUSED)) == [NAME]
     transcript.after(*UP)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 import pytest
 
@@ -23,10 +23,26 @@ DEFINES = {
 }
 TYPES = {"__u8": 1, "__u16": 2, "__u32": 4, "__u64": 8, "char": 1, "int": 4}
 MIRRORED = (
-    *("LAYOUT", "MASKS", "ENTRIES", "SOURCES", "LINE", "MASK_BITS", "MARK_BITS", "PLACE_BITS"),
+    *(
+        "LAYOUT",
+        "MASKS",
+        "ENTRIES",
+        "ROUTES",
+        "TUNNELS",
+        "LINE",
+        "MASK_BITS",
+        "MARK_BITS",
+        "PLACE_BITS",
+    ),
     *("PROBES", "GONE", "LEVELS_V4"),
 )
-ENUMS: tuple[type[IntEnum], ...] = (layout.TableId, layout.State, layout.Setting, layout.Reason)
+ENUMS: tuple[type[IntEnum | IntFlag], ...] = (
+    layout.TableId,
+    layout.State,
+    layout.Setting,
+    layout.Reason,
+    layout.PathFlag,
+)
 COUNTS = {"TABLES": layout.TableId, "SETTINGS": layout.Setting, "COUNTERS": layout.Reason}
 # The header names the first of two consecutive words: published + table.
 PAIRS = ("PUBLISHED", "LEVELS")
@@ -48,12 +64,13 @@ HOOKS_ONLY = {
 
 def expected() -> dict[str, int]:
     """Return what the header must define, according to the mirror."""
-    members = {member.name: int(member) for enum in ENUMS for member in enum}
+    members = {str(member.name): int(member) for enum in ENUMS for member in enum}
     for name in PAIRS:
         pair = [members.pop(f"{table.name}_{name}") for table in layout.TableId]
         assert pair == [table + pair[0] for table in layout.TableId]
         members[name] = pair[0]
     constants = {name: getattr(layout, name) for name in MIRRORED}
+    constants["ORIGIN_BITS"] = packed.ORIGIN_BITS
     return {**constants, **members, **{n: len(e) for n, e in COUNTS.items()}}
 
 
@@ -73,7 +90,8 @@ def offsets(struct: str, source: str = HEADER) -> dict[str, int]:
     """
     body = re.search(rf"^struct {struct} {{\n(.*?)^}}", source, re.MULTILINE | re.DOTALL)
     assert body, struct
-    text = re.sub(r"^\tunion {\n\t(\t.*?\n).*?^\t};\n", r"\1", body[1], flags=re.M | re.S)
+    union = r"^\tunion {\n\t\tstruct {\n(.*?)^\t\t};\n.*?^\t};\n"
+    text = re.sub(union, lambda m: m[1].replace("\t\t\t", "\t"), body[1], flags=re.M | re.S)
     found, at, widest = {}, 0, 1
     for kind, nested, name, count in re.findall(
         r"^\t(?:(\w+)|struct (\w+)) (\w+)(?:\[(\w+)\])?;", text, re.MULTILINE
@@ -93,6 +111,7 @@ def offsets(struct: str, source: str = HEADER) -> dict[str, int]:
         ("gate_mask", packed.MASK_SIZE),
         ("gate_entry", packed.ENTRY_SIZE),
         ("gate_route", packed.ROUTE_SIZE),
+        ("gate_path", packed.PATH_SIZE),
         ("gate_event", packed.EVENT_SIZE),
     ],
 )

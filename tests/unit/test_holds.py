@@ -11,7 +11,7 @@ import pytest
 from ipsecgate.core.codec.seccomp import ERESTARTNOINTR
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import UDP, Flow, is_exempt
+from ipsecgate.core.model.flow import UDP, Flow, FlowPath, is_exempt
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Policy, Settings
 from tests.unit.transcript import (
@@ -101,7 +101,7 @@ def test_audit_mode_holds_nothing() -> None:
 
 def test_a_call_to_an_own_address_continues_at_once(trapped: Transcript) -> None:
     own = ip_address("10.2.0.1")
-    trapped.after(on.SourcesResolved(((THERE, own),)))
+    trapped.after(on.PathsResolved(((THERE, FlowPath(own)),)))
     assert trapped.after(replace(MADE, flow=replace(FLOW, daddr=own))) == [do.Answer(CALL, None)]
 
 

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsecgate.core.model.flow import Address, Network
+from ipsecgate.core.model.flow import Address, FlowPath, Network
 from ipsecgate.core.model.prefixes import (
     SPECIAL,
     LongestPrefix,
     PrefixSet,
     as_prefix,
     compress,
-    limit_sources,
+    limit_paths,
     partition,
 )
 
@@ -179,34 +179,35 @@ def networks(draw: st.DrawFn) -> Network:
 LEFT, RIGHT = ip_address("10.0.0.1"), ip_address("10.0.0.2")
 
 
-def looked_up(sources: Iterable[tuple[Network, Address | None]], address: Address) -> object:
-    return next(LongestPrefix(sources).containing(address), (None, None))[1]
+PATHS = tuple(map(FlowPath, (LEFT, RIGHT, None)))
 
 
-@given(st.lists(st.tuples(networks(), st.sampled_from((LEFT, RIGHT, None))), max_size=12),
+def looked_up(paths: Iterable[tuple[Network, FlowPath]], address: Address) -> object:
+    return next(LongestPrefix(paths).containing(address), (None, FlowPath(None)))[1]
+
+
+@given(st.lists(st.tuples(networks(), st.sampled_from(PATHS)), max_size=12),
        st.lists(networks(), min_size=1, max_size=5), st.integers(1, 8))  # fmt: skip
 def test_destinations_that_do_not_fit_become_unknown_and_nothing_else_changes(
-    found: list[tuple[Network, Address | None]], destinations: list[Network], limit: int
+    found: list[tuple[Network, FlowPath]], destinations: list[Network], limit: int
 ) -> None:
     cover = PrefixSet(destinations)
-    sources = [
-        (one, source) for one, source in dict(found).items() if cover.contains(as_prefix(one))
-    ]
-    fitted, lost = limit_sources(sources, destinations, limit)
+    paths = [(one, path) for one, path in dict(found).items() if cover.contains(as_prefix(one))]
+    fitted, lost = limit_paths(paths, destinations, limit)
     assert len(fitted) <= limit
-    for one in (*destinations, *(one for one, _ in sources)):
+    for one in (*destinations, *(one for one, _ in paths)):
         for address in (one[0], one[-1]):
             now = looked_up(fitted, address)
             if any(address in gone for gone in lost):
-                assert now in (None, looked_up(sources, address))
+                assert now in (FlowPath(None), looked_up(paths, address))
             else:
-                assert now == looked_up(sources, address)
+                assert now == looked_up(paths, address)
 
 
 def test_the_most_fragmented_destination_is_dropped_first() -> None:
     busy, calm = ip_network("10.1.0.0/16"), ip_network("10.1.128.0/17")
-    pieces = [(ip_network((int(busy[0]) + n, 32)), RIGHT) for n in range(1, 20)]
-    fitted, lost = limit_sources([(busy, LEFT), *pieces], [busy, calm], 10)
+    pieces = [(ip_network((int(busy[0]) + n, 32)), FlowPath(RIGHT)) for n in range(1, 20)]
+    fitted, lost = limit_paths([(busy, FlowPath(LEFT)), *pieces], [busy, calm], 10)
     assert lost == [busy]
-    assert looked_up(fitted, ip_address("10.1.0.1")) is None
-    assert looked_up(fitted, ip_address("10.1.200.1")) == LEFT
+    assert looked_up(fitted, ip_address("10.1.0.1")) == FlowPath(None)
+    assert looked_up(fitted, ip_address("10.1.200.1")) == FlowPath(LEFT)

@@ -14,7 +14,7 @@ from ipsecgate.controller.reload import Reload, refuse_what_needs_a_restart
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.model.flow import Flow, FlowPath
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
 from ipsecgate.core.tables.layout import State, TableId
@@ -37,7 +37,7 @@ from tests.unit.transcript import (
 PROTECT = Policy("db", (THERE,))
 ELSEWHERE = ip_network("10.3.0.0/16")
 FIRST = Policy("first", (ELSEWHERE,), action=Action.BYPASS)
-BOTH = on.SourcesResolved((*SOURCES.sources, (ELSEWHERE, ip_address("10.1.0.1"))))
+BOTH = on.PathsResolved((*SOURCES.paths, (ELSEWHERE, FlowPath(ip_address("10.1.0.1")))))
 
 
 def running(*policies: Policy, **settings: object) -> Transcript:
@@ -86,7 +86,7 @@ def test_a_newly_protected_network_waits_for_its_source() -> None:
     transcript = running(PROTECT)
     new = (PROTECT, Policy("more", (ELSEWHERE,)))
     commands = reload(transcript, *new)
-    assert commands == [do.ResolveSources((THERE, ELSEWHERE))]
+    assert commands == [do.ResolvePaths((THERE, ELSEWHERE))]
     assert [policy.name for policy in transcript.gate.policies] == ["db"]
     flow = Flow(ip_address("10.3.0.1"), 6, 80, ip_address("10.1.0.1"))
     assert transcript.entry(TableId.POLICY, flow) is None
@@ -94,7 +94,7 @@ def test_a_newly_protected_network_waits_for_its_source() -> None:
     assert do.Adopted() not in transcript.after(SOURCES), "this answers the earlier query"
     assert do.Adopted() not in transcript.after(connected())
     commands = transcript.after(BOTH)
-    assert kinds(commands).index(do.SetSources) < kinds(commands).index(do.Change)
+    assert kinds(commands).index(do.SetPaths) < kinds(commands).index(do.Change)
     assert kinds(commands)[-1] is do.Adopted
     assert [policy.name for policy in transcript.gate.policies] == ["db", "more"]
     entry = transcript.entry(TableId.POLICY, flow)
@@ -105,7 +105,7 @@ def test_a_newly_protected_network_waits_for_its_source() -> None:
 def test_the_route_of_a_network_no_longer_protected_is_not_followed() -> None:
     transcript = running(PROTECT, Policy("more", (ELSEWHERE,)))
     transcript.after(BOTH)
-    assert do.ResolveSources((THERE,)) in reload(transcript, PROTECT)
+    assert do.ResolvePaths((THERE,)) in reload(transcript, PROTECT)
 
 
 def test_a_negotiation_follows_its_policy_to_another_position() -> None:
@@ -157,7 +157,7 @@ def test_a_refusal_from_before_the_reload_is_judged_by_the_new_policies() -> Non
 def test_without_configured_policies_the_loaded_connections_apply() -> None:
     transcript = running(FIRST)
     commands = reload(transcript)
-    assert do.ResolveSources((THERE,)) in commands
+    assert do.ResolvePaths((THERE,)) in commands
     commands = transcript.after(SOURCES)
     assert [p.remote for p in transcript.gate.policies] == [(THERE,)]
     assert kinds(commands)[-1] is do.Adopted
@@ -168,7 +168,9 @@ def test_without_policies_and_without_a_daemon_everything_is_protected() -> None
     transcript.after(on.KernelSnapshot((), ()), on.IkeGone("no"))
     reload(transcript)
     transcript.after(
-        on.SourcesResolved(((ip_network("0.0.0.0/0"), None), (ip_network("::/0"), None)))
+        on.PathsResolved(
+            ((ip_network("0.0.0.0/0"), FlowPath(None)), (ip_network("::/0"), FlowPath(None)))
+        )
     )
     for address in ("10.2.0.9", "10.3.0.9", "2001:db8::1"):
         entry = transcript.entry(TableId.POLICY, Flow(ip_address(address), 6, 80))

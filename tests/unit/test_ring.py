@@ -20,7 +20,16 @@ from ipsecgate.edges.bpf.ring import Ring
 from ipsecgate.errors import GateError
 
 GOOD = packed._EVENT.pack(
-    1, 2, layout.pack_key(layout.Key(family=4)), layout.Reason.REFUSE_UNCOVERED, 0, 7, 1, b"curl"
+    1,
+    2,
+    0,
+    layout.pack_key(layout.Key(family=4)),
+    layout.Reason.REFUSE_UNCOVERED,
+    0,
+    7,
+    1,
+    0,
+    b"curl",
 )
 BAD = GOOD[:-1]
 

@@ -80,7 +80,9 @@ def change_in_parts(seed: int) -> Counter[str]:
             seen["parts"] += 1
             now_open = {flow for flow, key in keys.items() if hooks.is_open(key)}
             assert now_open <= was_open
-            assert {flow for flow in keys if hooks.spd_table.is_live(flow)} <= now_open
+            assert {
+                flow for flow in keys if hooks.spd_table.state_of(flow) is State.LIVE
+            } <= now_open
             hooks.update()
         scratch = compile_table(hook_rules(world.state))
         for key in keys.values():

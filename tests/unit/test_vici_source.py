@@ -11,7 +11,15 @@ import pytest
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import PORT_MASK, TCP, UDP, Flow, Network, TrafficSelector
+from ipsecgate.core.model.flow import (
+    PORT_MASK,
+    TCP,
+    UDP,
+    Flow,
+    FlowPath,
+    Network,
+    TrafficSelector,
+)
 from ipsecgate.core.model.ipsec import ChildSa
 from ipsecgate.core.model.policy import SaSource, Settings
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
@@ -94,7 +102,7 @@ def test_a_flow_closes_before_anything_else_is_done(
     up(transcript)
     commands = transcript.after(*closing)
     assert not transcript.is_open()
-    assert isinstance(commands[0], do.Change | do.SetSources), "before all else"
+    assert isinstance(commands[0], do.Change | do.SetPaths), "before all else"
     assert transcript.gate.negotiations.by_child[NAME].coverage is Coverage.UNCOVERED
     transcript.after(connected(), TUNNEL, on.ChildUp(REKEYED))
     assert transcript.is_open()
@@ -185,7 +193,9 @@ def test_a_child_without_its_route_is_deleted_and_negotiated_again(transcript: T
 
 
 def test_a_child_that_has_its_route_is_not_deleted(transcript: Transcript) -> None:
-    transcript.after(REFUSED, on.NegotiationDone(NAME), replace(TUNNEL, sources=((THERE, LOCAL),)))
+    transcript.after(
+        REFUSED, on.NegotiationDone(NAME), replace(TUNNEL, paths=((THERE, FlowPath(LOCAL)),))
+    )
     commands = transcript.after(on.ChildUp(LISTED), on.TimerFired(on.Timer("limit", NAME)))
     assert do.Terminate(NAME) not in commands
     # The route chooses a source that the SA does not protect.

@@ -22,7 +22,7 @@ from random import Random
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import TCP, Flow, Selector, TrafficSelector
+from ipsecgate.core.model.flow import TCP, Flow, FlowPath, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import (
     ESP,
     Action,
@@ -72,7 +72,7 @@ LISTED = ChildSa(
 )
 
 REFUSED = on.FlowRefused(FLOW, Reason.REFUSE_UNCOVERED, policy=0, pid=9, comm="curl", cgroup=1)
-SOURCES = on.SourcesResolved(((THERE, ROUTED.saddr),))
+SOURCES = on.PathsResolved(((THERE, FlowPath(ROUTED.saddr)),))
 
 
 class Transcript:
@@ -112,7 +112,7 @@ class Transcript:
         """The errno with which the hook refuses the flow while no SA protects it."""
         entry = self.entry(TableId.POLICY, ROUTED)
         assert entry is not None
-        assert entry.state is State.PROTECT
+        assert entry.state in (State.PROTECT, State.DERIVED)
         return entry.error
 
     def _execute(self, commands: Iterable[do.Command]) -> list[do.Command]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipsecgate.core.model.events import Call, CallMade, Timer
-from ipsecgate.core.model.flow import Address, Network
+from ipsecgate.core.model.flow import FlowPath, Network, Origin
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName
 from ipsecgate.core.model.policy import FloorPolicy
 from ipsecgate.core.model.value import value
@@ -36,17 +36,23 @@ class Verify:
 
 
 @value
-class SetSources:
-    """Set the source address of unbound sockets in the hooks, by destination network."""
+class SetPaths:
+    """Set in the hooks where routing leads the flows of an origin, by destination network.
 
-    sources: tuple[tuple[Network, Address | None], ...]
+    No path: its flows are refused. `bound_too` and `marks`: the settings PATHS and MARKS.
+    """
+
+    origin: Origin
+    paths: tuple[tuple[Network, FlowPath], ...]
+    bound_too: int
+    marks: int
 
 
 @value
-class SetTun:
-    """Have the backstop pass packets into the IKE daemon's TUN device. `index` 0: none."""
+class SetTunnels:
+    """Have the backstop pass packets into the devices with these interface indexes."""
 
-    index: int
+    indexes: frozenset[int]
 
 
 @value
@@ -55,10 +61,18 @@ class CutOff:
 
 
 @value
-class ResolveSources:
-    """Resolve sources for these destinations from now on (`SourcesResolved`)."""
+class ResolvePaths:
+    """Resolve the paths to these destinations from now on (`PathsResolved`)."""
 
     destinations: tuple[Network, ...]
+
+
+@value
+class FollowOrigin:
+    """Resolve the paths of the flows that begin there as well. `pid`: a process there, or 0."""
+
+    origin: Origin
+    pid: int
 
 
 @value
@@ -158,7 +172,7 @@ class Log:
     text: str
 
 
-HookWrite = Publish | Change | SetSources | SetTun | SetModes | ExemptIke
+HookWrite = Publish | Change | SetPaths | SetTunnels | SetModes | ExemptIke
 """Commands that write to the hooks' maps."""
 IkeCommand = AskIke | Initiate | Terminate
 CallCommand = Hold | Answer
@@ -167,7 +181,8 @@ Command = (
     | Verify
     | IkeCommand
     | CallCommand
-    | ResolveSources
+    | ResolvePaths
+    | FollowOrigin
     | CutOff
     | SetFloor
     | Adopted

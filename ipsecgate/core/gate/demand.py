@@ -13,9 +13,11 @@ from ipsecgate.core.gate.ike import Ike
 from ipsecgate.core.gate.negotiations import Negotiations, Outcome
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.protection import Protection
+from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.flow import Flow, is_exempt
 from ipsecgate.core.model.ipsec import Action, ChildName
 from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.tables.layout import Reason
 
 ORPHANS = 64  # flows remembered until a connection for them is loaded
 WARNINGS = 256  # remembered, to log each once
@@ -40,14 +42,21 @@ class Demand:
         self._orphans: set[Flow] = set()  # refused, and no loaded child would protect them
         self._warned: set[tuple[str, Flow]] = set()
 
-    def refused(self, flow: Flow) -> Outcome:
-        """Ask for the child that would protect a flow which the hooks refused."""
-        found = self._policy_table.policy_for(flow)
-        return Outcome() if found is None else self._ask(flow, *found)
+    def refused(self, flow: Flow, pid: int = 0) -> Outcome:
+        """Ask for the child that would protect a flow which the hooks refused, and for its path.
 
-    def evaluate(self, flow: Flow) -> tuple[Evaluation, Outcome]:
+        `pid`: the process that asked for the flow, 0: unknown.
+        """
+        found = self._policy_table.policy_for(flow)
+        if found is None:
+            return Outcome()
+        outcome = Outcome(self._protection.routing.want(flow, pid))
+        outcome.add(self._ask(flow, *found))
+        return outcome
+
+    def evaluate(self, flow: Flow, pid: int = 0) -> tuple[Evaluation, Outcome]:
         """Return what a call for a flow has to wait for; ask for its child if that can help."""
-        table, routed = self._policy_table, self._protection.sources.route(flow)
+        table, routed = self._policy_table, self._protection.routing.route(flow)
         if table.content is None and not table.settings.audit:
             # Without a table the hooks refuse everything.
             return Evaluation(FlowState.IDLE, None, routed), Outcome()
@@ -55,13 +64,14 @@ class Demand:
         if found is None or not self._must_wait(routed, found[1]):
             return Evaluation(FlowState.FREE, None, routed), Outcome()
         name, outcome = self._negotiate(flow, routed, *found)
+        outcome.commands += self._protection.routing.want(flow, pid)
         state = _STATES.get(self._negotiations.coverage(name), FlowState.IDLE)
         return Evaluation(state, name, routed), outcome
 
     def is_cut_off(self, flow: Flow) -> bool:
         """Tell whether an established flow has lost the SA that it must have."""
         found = self._policy_table.policy_for(flow)
-        routed = self._protection.sources.route(flow)
+        routed = self._protection.routing.route(flow)
         return found is not None and self._must_wait(routed, found[1])
 
     def retry(self) -> Outcome:
@@ -86,26 +96,31 @@ class Demand:
         """Log again what was logged once under the old policies."""
         self._warned.clear()
 
-    def _must_wait(self, routed: Flow, policy: Policy) -> bool:
+    def _must_wait(self, routed: Routed, policy: Policy) -> bool:
         """Tell whether the hooks refuse a flow only because it has no SA."""
-        if self._policy_table.settings.audit or is_exempt(routed):
+        flow = routed.flow
+        if self._policy_table.settings.audit or is_exempt(flow):
             return False
         # The kernel looks up no policy for packets to the host's own addresses.
-        return routed.saddr != routed.daddr and self._needs_sa(routed, policy)
+        return flow.saddr != flow.daddr and self._needs_sa(routed, policy)
 
-    def _needs_sa(self, routed: Flow, policy: Policy) -> bool:
-        return policy.action is Action.PROTECT and not self._protection.is_live(routed)
+    def _needs_sa(self, routed: Routed, policy: Policy) -> bool:
+        """Tell whether an SA would help a flow that must be protected."""
+        if policy.action is not Action.PROTECT or routed.reason is Reason.REFUSE_OUTSIDE:
+            return False
+        found = self._protection.verdict(routed, derived=policy.derived)
+        return found >= Reason.REFUSE_UNCOVERED
 
     def _ask(self, flow: Flow, place: int, policy: Policy) -> Outcome:
-        routed = self._protection.sources.route(flow)
+        routed = self._protection.routing.route(flow)
         needed = self._needs_sa(routed, policy)
         return self._negotiate(flow, routed, place, policy)[1] if needed else Outcome()
 
     def _negotiate(
-        self, flow: Flow, routed: Flow, place: int, policy: Policy
+        self, flow: Flow, routed: Routed, place: int, policy: Policy
     ) -> tuple[ChildName | None, Outcome]:
         """Return the child that would protect a flow, and ask for it if that can help."""
-        config = self._ike.loaded.child_for(flow, routed.saddr, policy)
+        config = self._ike.loaded.child_for(flow, routed.last.saddr, policy)
         name = config.name if config else None
         if self._ike.error:
             return name, Outcome()

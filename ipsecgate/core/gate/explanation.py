@@ -14,6 +14,7 @@ from enum import Enum
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.gate.negotiations import Negotiation
+from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, is_exempt
 from ipsecgate.core.model.ipsec import Action, ChildConfig, Sa, SpdEntry, Template
 from ipsecgate.core.model.policy import Policy
@@ -84,27 +85,61 @@ def _protected(
     gate: Gate, flow: Flow, policy: Policy, steps: list[tuple[Step, str]], error: int
 ) -> Explanation:
     """Explain the verdict about a flow that must be protected."""
-    routed = gate.protection.sources.route(flow)
-    if routed.saddr is None:
-        steps.append((Step.SOURCE, "unknown: routing has no way to this destination"))
-        advice = f"see `ip route get {flow.daddr}`, or bind the socket to an address"
-        return Explanation(Reason.REFUSE_NO_SOURCE, tuple(steps), error, advice)
-    how = "that of the socket" if flow.saddr is not None else "chosen by routing"
-    steps.append((Step.SOURCE, f"{routed.saddr}, {how}"))
-    if routed.saddr == routed.daddr:
+    routed = gate.protection.routing.route(flow)
+    if routed.reason is not None:
+        text, advice = _no_path(flow, routed)
+        steps.append((Step.SOURCE, text))
+        return Explanation(routed.reason, tuple(steps), error, advice)
+    steps += _path_steps(flow, routed)
+    if routed.flow.saddr == flow.daddr:
         steps.append((Step.EXEMPT, "it is the host's own address, so no packet leaves the host"))
         return Explanation(Reason.ALLOW_EXEMPT, tuple(steps))
     if gate.protection.in_userspace:
         steps.append((Step.SA, "strongSwan does ESP by itself: its CHILD_SAs and routes count"))
     else:
-        steps += _kernel_steps(gate.protection.kernel_state, routed)
-    if gate.protection.is_live(flow):
-        return Explanation(Reason.ALLOW_COVERED, tuple(steps))
-    config = gate.ike.loaded.child_for(flow, routed.saddr, policy)
+        for lookup in routed.lookups:
+            steps += _kernel_steps(gate.protection.kernel_state, lookup, derived=policy.derived)
+    reason = gate.protection.verdict(routed, derived=policy.derived)
+    if reason < Reason.REFUSE_UNCOVERED:
+        return Explanation(reason, tuple(steps))
+    config = gate.ike.loaded.child_for(flow, routed.last.saddr, policy)
     negotiation = gate.negotiations.by_child.get(config.name) if config else None
     text, advice = _ike_step(gate, policy, config, negotiation)
     steps.append((Step.IKE, text))
     return Explanation(Reason.REFUSE_UNCOVERED, tuple(steps), error, advice)
+
+
+def _no_path(flow: Flow, routed: Routed) -> tuple[str, str]:
+    """Return why a flow's path is unknown, and what to do."""
+    if routed.path is not None and routed.path.outside:
+        return routed.path.outside, ""
+    if routed.reason is Reason.REFUSE_NETNS:
+        return "the routes of its network namespace are not known yet", "try again in a moment"
+    if routed.path is None and (flow.mark or flow.device):
+        what = " and ".join(
+            text
+            for text, number in ((f"mark {flow.mark:#x}", flow.mark), ("device", flow.device))
+            if number
+        )
+        return f"the routes for its {what} are not known yet", "try again in a moment"
+    if routed.path is not None and routed.path.source is not None:
+        text = f"{flow.saddr}, but routing may lead it elsewhere than {routed.path.source}"
+        return text, f"bind the socket to {routed.path.source}, or to no address"
+    advice = f"see `ip route get {flow.daddr}`, or bind the socket to an address"
+    return "unknown: routing has no way to this destination", advice
+
+
+def _path_steps(flow: Flow, routed: Routed) -> list[tuple[Step, str]]:
+    how = "that of the socket" if flow.saddr is not None else "chosen by routing"
+    steps = [(Step.SOURCE, f"{routed.flow.saddr}, {how}")]
+    path = routed.path
+    if path is not None and path.translated is not None:
+        text = f"{path.translated}, as the host translates it; then the kernel looks again"
+        steps.append((Step.SOURCE, text))
+    if path is not None and path.is_tunneled:
+        key = f"interface id {path.if_id}" if path.if_id else f"mark {path.mark:#x}"
+        steps.append((Step.SOURCE, f"through a tunnel device, which looks for its {key}"))
+    return steps
 
 
 def describe(policy: Policy) -> str:
@@ -128,12 +163,12 @@ def _exemption(flow: Flow) -> str:
 # --- the kernel's policies and SAs ------------------------------------------------------------
 
 
-def _kernel_steps(state: KernelState, routed: Flow) -> list[tuple[Step, str]]:
-    key = flow_key(routed)
+def _kernel_steps(state: KernelState, lookup: Flow, *, derived: bool) -> list[tuple[Step, str]]:
+    key = flow_key(lookup)
     winners = state.winners(key)
     if not winners:
         return [(Step.KERNEL, "none matches: neither a trap nor an SA's policy is installed")]
-    steps = [(Step.KERNEL, _describe_entry(entry)) for entry in winners]
+    steps = [(Step.KERNEL, _describe_entry(entry, derived=derived)) for entry in winners]
     if len(winners) > 1:
         text = "these have the same priority, so the kernel may use any: all must be covered"
         steps.append((Step.KERNEL, text))
@@ -142,7 +177,7 @@ def _kernel_steps(state: KernelState, routed: Flow) -> list[tuple[Step, str]]:
     return steps
 
 
-def _describe_entry(entry: SpdEntry) -> str:
+def _describe_entry(entry: SpdEntry, *, derived: bool) -> str:
     selector = entry.key.selector
     ports = "".join(
         f" {name} {port}" + ("" if mask == 0xFFFF else f"/{mask:#x}")
@@ -157,6 +192,8 @@ def _describe_entry(entry: SpdEntry) -> str:
     if entry.action is Action.DISCARD:
         return f"{flows}: blocks the flow"
     if entry.action is Action.BYPASS or not entry.templates:
+        if derived:
+            return f"{flows}: lets the flow leave unprotected, an exception of the connections"
         return f"{flows}: lets the flow leave unprotected, which the policy forbids"
     return flows
 

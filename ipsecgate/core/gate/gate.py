@@ -5,7 +5,7 @@
                            the SPD table (Publish), or entries of it (Change)
     IkeConnected           policies, where none are configured; which SAs are confirmed; one-way
                            children (Terminate)
-    SourcesResolved        the source of unbound flows, hence which kernel policy wins
+    PathsResolved          where routing leads flows, hence which kernel policy wins
     Reconfigured           the stricter part first, then the tables, the laxer part last
     CallMade               Hold while an SA may come, then Answer
 
@@ -60,7 +60,7 @@ class Gate:
             self.protection, self.policy_table, self.negotiations, self.holds, flow_index
         )
         self._one_way = OneWayChildren()
-        self._pending: Settings | None = None  # a configuration that waits for its sources
+        self._pending: Settings | None = None  # a configuration that waits for its paths
 
     @property
     def settings(self) -> Settings:
@@ -97,7 +97,7 @@ class Gate:
         """
         if not self.policies:
             return []
-        return [*self._propagate.after_policies(), *self._ask_sources()]
+        return [*self._propagate.after_policies(), *self._ask_paths()]
 
     def step(self, *events: on.Event, between: bool = False) -> list[do.Command]:
         """Apply events; return the commands that they lead to, in order.
@@ -141,7 +141,7 @@ class Gate:
         match event:
             case on.FlowRefused(flow, policy=place):
                 # `place` may be one of an older table, so it is looked up again.
-                asked = Outcome() if place is None else self.demand.refused(flow)
+                asked = Outcome() if place is None else self.demand.refused(flow, event.pid)
                 return self._propagate.pass_on(asked)
             case on.CallMade():
                 return self._call_made(event)
@@ -150,8 +150,10 @@ class Gate:
             case on.KernelSnapshot():
                 self.protection.snapshot(event)
                 return self._adopt_dump()
-            case on.SourcesResolved():
-                return self._sources_resolved(event)
+            case on.PathsResolved():
+                return self._rerouted(self.protection.resolved(event))
+            case on.OriginGone(origin):
+                return self._rerouted(self.protection.routing.gone(origin))
             case on.TimerFired(timer):
                 return self._timer_fired(timer)
             case on.CheckDue():
@@ -199,17 +201,16 @@ class Gate:
         log = [do.Log("error", text)] if drift else []
         return [*log, *self._propagate.after_protection(), *self._propagate.after_policies()]
 
-    def _sources_resolved(self, event: on.SourcesResolved) -> list[do.Command]:
-        set_sources = self.protection.resolved(event)
+    def _rerouted(self, set_paths: list[do.Command]) -> list[do.Command]:
         self._propagate.after_routes()
-        return [*set_sources, *self._propagate.after_protection(), *self._adopt()]
+        return [*set_paths, *self._propagate.after_protection(), *self._adopt()]
 
     # --- held calls and refused flows -----------------------------------------------------
 
     def _call_made(self, event: on.CallMade) -> list[do.Command]:
         if self.holds.is_waiting(event.flow):
             return [self.holds.join(event)]
-        evaluation, outcome = self.demand.evaluate(event.flow)
+        evaluation, outcome = self.demand.evaluate(event.flow, event.pid)
         return [*self._propagate.pass_on(outcome), self.holds.take(event, evaluation)]
 
     def _answer_held(self) -> list[do.Command]:
@@ -240,29 +241,29 @@ class Gate:
 
     # --- policies -------------------------------------------------------------------------
 
-    def _ask_sources(self) -> list[do.Command]:
-        """Have the sources of the protected networks resolved, but for a pending configuration."""
+    def _ask_paths(self) -> list[do.Command]:
+        """Have the paths to the protected networks resolved, but for a pending configuration."""
         if self._pending is not None:
             return []
-        return self.protection.sources.follow(self.policy_table.networks())
+        return self.protection.routing.follow(self.policy_table.networks())
 
     def _reconfigure(self, settings: Settings) -> list[do.Command]:
-        """Adopt a configuration, as soon as the sources are known that its policies need.
+        """Adopt a configuration, as soon as the paths are known that its policies need.
 
         Until then the old one stays in force: flows that an SA covers would be refused for want
-        of a source.
+        of a path.
         """
         self._pending = settings
         learned = self.policy_table.learn(settings, self.ike.loaded.children)
-        sources = self.protection.sources
-        wanted = (*sources.destinations, *self.policy_table.networks(settings))
-        resolve = sources.follow(tuple(dict.fromkeys(wanted)))
+        routing = self.protection.routing
+        wanted = (*routing.destinations, *self.policy_table.networks(settings))
+        resolve = routing.follow(tuple(dict.fromkeys(wanted)))
         return [*learned, *(resolve or self._adopt())]
 
     def _adopt(self) -> list[do.Command]:
-        """Put the pending configuration in force if its sources are known."""
+        """Put the pending configuration in force if its paths are known."""
         old, new = self.settings, self._pending
-        if new is None or not self.protection.sources.are_known(self.policy_table.networks(new)):
+        if new is None or not self.protection.routing.are_known(self.policy_table.networks(new)):
             return []
         self._pending, self.policy_table.settings, self.holds.errnos = None, new, new.errnos
         self.holds.recheck_all()
@@ -272,7 +273,7 @@ class Gate:
             do.SetModes(old.audit and new.audit, old.deny or new.deny, error),  # the stricter part
             *self._propagate.after_policies(),
             do.SetModes(new.audit, new.deny, error),
-            *self._ask_sources(),
+            *self._ask_paths(),
             do.AskIke(),  # for the policies to start at once
             do.Adopted(),
         ]
@@ -293,7 +294,7 @@ class Gate:
             commands += self._propagate.after_protection()
         commands += self._propagate.after_policies()
         commands += self._one_way.listed(event.established, self._one_way_children())
-        commands += self._ask_sources()
+        commands += self._ask_paths()
         return commands + self._propagate.pass_on(self.demand.retry())
 
     def _one_way_children(self) -> set[ChildSa]:

@@ -24,6 +24,7 @@ from itertools import islice
 
 from ipsecgate.core.codec.seccomp import ERESTARTNOINTR
 from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.events import (
     Call,
     CallExpired,
@@ -53,11 +54,11 @@ WAITING = (FlowState.PENDING, FlowState.IDLE)
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A flow's state, the child that it waits for, and the flow with its source."""
+    """A flow's state, the child that it waits for, and the flow as routed."""
 
     state: FlowState
     child: ChildName | None
-    routed: Flow
+    routed: Routed
 
 
 class Holds:
@@ -160,7 +161,7 @@ class Holds:
     def _wait(self, flow: Flow, now: Evaluation) -> None:
         if flow not in self._by_flow:
             self._by_flow[flow] = {}
-            self._flow_index.add(flow, now.routed)
+            self._flow_index.add(flow, now.routed.lookups)
         elif now.child != self._child_of[flow]:
             self._leave_child(flow)
         self._due.pop(flow, None)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage, Input, advance
+from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.events import Timer
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import ChildName
@@ -93,10 +94,10 @@ class Negotiations:
 
     # --- change -----------------------------------------------------------------------
 
-    def ask(self, name: ChildName, flow: Flow, routed: Flow, policy: tuple[int, str]) -> Outcome:
+    def ask(self, name: ChildName, flow: Flow, routed: Routed, policy: tuple[int, str]) -> Outcome:
         """Start a child's negotiation for a refused flow, unless it is under way or has failed.
 
-        `routed`: the flow with its source. `policy`: the place and name of the one that asks.
+        `routed`: the flow as the kernel looks it up. `policy`: place and name of the one that asks.
         """
         item = self.by_child.get(name)
         if item is not None and item.coverage is not Coverage.UNCOVERED:
@@ -109,7 +110,7 @@ class Negotiations:
             former = item.place
             self._remove(name)
             item.flow, item.place, item.policy = flow, place, text
-        self._flow_index.add(flow, routed)
+        self._flow_index.add(flow, routed.lookups)
         self._by_flow.setdefault(flow, set()).add(name)
         self._by_place.setdefault(place, set()).add(name)
         outcome = self._advance(name, Input.ASKED)

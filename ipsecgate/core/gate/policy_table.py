@@ -155,9 +155,8 @@ class PolicyTable:
         What it matches besides might be discarded by a later policy: then it discards that, too.
         """
         discards = any(policy.action is Action.DISCARD for policy in self.policies)
-        state = State.DISCARD if discards else State.PROTECT
         return [
-            Rule(rule.match, replace(rule.entry, state=max(rule.entry.state, state)))
+            Rule(rule.match, replace(rule.entry, state=State.DISCARD) if discards else rule.entry)
             for rule in rules
             if rule.entry.state is not State.BYPASS
         ]

@@ -44,7 +44,8 @@ class Propagation:
 
     def after_routes(self) -> None:
         """Route every flow again; `after_protection` then checks all negotiations."""
-        self._flow_index.reroute(self._protection.sources.route)
+        routing = self._protection.routing
+        self._flow_index.reroute(lambda flow: routing.route(flow).lookups)
         self._rerouted = True
         self._holds.recheck_all()
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ipsecgate.core.gate import commands as do
-from ipsecgate.core.gate.sources import Sources
+from ipsecgate.core.gate.routing import Routed, Routing
 from ipsecgate.core.gate.spd_table import SpdTable
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import Flow, Network
+from ipsecgate.core.model.flow import HOST, Flow, Network
 from ipsecgate.core.model.ipsec import (
     Action,
     ChildConfig,
@@ -25,24 +25,27 @@ from ipsecgate.core.model.policy import SaSource
 from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
+from ipsecgate.core.tables.layout import Reason
+from ipsecgate.core.tables.verdict import verdict
 
 StateEvent = on.XfrmEvent | on.ChildUp | on.ChildDown
 """Events that change what the kernel or IKE says is protected. One SA causes several of them."""
 
 
 class Protection:
-    """The kernel's and the daemon's SAs, the sources of unbound flows, and the SPD table."""
+    """The kernel's and the daemon's SAs, the paths of flows, and the SPD table."""
 
     def __init__(self, configured: SaSource) -> None:
         self.kernel_state = KernelState()
         self.userspace_esp = UserspaceEsp()
-        self.sources = Sources()
+        self.routing = Routing()
         self.spd_table = SpdTable()
         self.sa_source = configured  # with AUTO, the daemon's as soon as it is connected
         self.drift = 0  # policies and SAs that dumps showed and notifications had not
         self._configured = configured
         self._tun = 0
-        self._published_tun: int | None = None  # a predecessor may have set another
+        self._tunnels: frozenset[int] = frozenset()  # XFRM and VTI interfaces
+        self._published: frozenset[int] | None = None  # a predecessor may have set others
         self._is_check = False
         self._heard: set[type[on.Event]] = set()
         self.is_between = False  # whether half of what the kernel reported is applied
@@ -60,7 +63,7 @@ class Protection:
     @property
     def errors(self) -> list[str]:
         """Return the problems that the operator should fix."""
-        return [*self.spd_table.errors, *self.sources.errors]
+        return [*self.spd_table.errors, *self.routing.errors]
 
     # --- events in ------------------------------------------------------------------
 
@@ -94,12 +97,13 @@ class Protection:
         self.drift += drift
         return drift
 
-    def resolved(self, event: on.SourcesResolved) -> list[do.Command]:
-        """Apply the routes: sources for the hooks, and destinations behind the daemon's device."""
-        self._heard.add(on.SourcesResolved)
-        self._tun = event.tun
-        self.userspace_esp.routed(event.into_tun)
-        return self.sources.resolved(event)
+    def resolved(self, event: on.PathsResolved) -> list[do.Command]:
+        """Apply the routes: paths for the hooks, and destinations behind the daemon's device."""
+        if event.origin == HOST:
+            self._heard.add(on.PathsResolved)
+            self._tun, self._tunnels = event.tun, event.tunnels
+            self.userspace_esp.routed(event.into_tun)
+        return self.routing.resolved(event)
 
     def ike_connected(self, event: on.IkeConnected) -> bool:
         """Apply the daemon's list of established SAs; return whether anything is new."""
@@ -125,7 +129,7 @@ class Protection:
         if entry.action is not Action.PROTECT or entry.key.direction is not Direction.OUT:
             return False
         is_trap = not all(template.spi for template in entry.templates)
-        return is_trap or not self.sources.follows(entry.key.selector.dst)
+        return is_trap or not self.routing.follows(entry.key.selector.dst)
 
     # --- the SPD table ----------------------------------------------------------------
 
@@ -139,18 +143,21 @@ class Protection:
             return False
         if self.sa_source is not SaSource.VICI:
             return on.KernelSnapshot in self._heard
-        return not self.sources.destinations or on.SourcesResolved in self._heard
+        return not self.routing.destinations or on.PathsResolved in self._heard
 
     def publish(self) -> list[do.Command]:
-        """Bring the SPD table up to date, and the device that the backstop lets packets into.
+        """Bring the SPD table up to date, and the devices that the backstop lets packets into.
 
-        Packets into the daemon's own TUN device are not in clear: the daemon encrypts them.
+        Packets into the daemon's own TUN device are not in clear: the daemon encrypts them. XFRM
+        and VTI interfaces do, or drop them.
         """
-        tun = self._tun if self.in_userspace else 0
-        before, self._published_tun = self._published_tun, tun
-        set_tun = [do.SetTun(tun)] if tun != before else []
+        tunnels = self._tunnels
+        if self.in_userspace:
+            tunnels = frozenset({self._tun} if self._tun else ())
+        before, self._published = self._published, tunnels
+        set_tunnels = [do.SetTunnels(tunnels)] if tunnels != before else []
         between = self.is_between or self.kernel_state.is_adopting
-        return [*set_tun, *self.spd_table.update(self.source, between=between)]
+        return [*set_tunnels, *self.spd_table.update(self.source, between=between)]
 
     @property
     def pending(self) -> bool:
@@ -163,8 +170,15 @@ class Protection:
 
     def is_live(self, flow: Flow) -> bool:
         """Tell whether a live SA protects a flow; never if its source is unknown."""
-        routed = self.sources.route(flow)
-        return routed.saddr is not None and self.spd_table.is_live(routed)
+        return self.verdict(self.routing.route(flow)) is Reason.ALLOW_COVERED
+
+    def verdict(self, routed: Routed, *, derived: bool = False) -> Reason:
+        """Return the hooks' verdict on a flow that must be protected (`tables.verdict`)."""
+        if routed.reason is not None:
+            return routed.reason
+        tunneled = routed.path is not None and routed.path.is_tunneled
+        state_of = self.spd_table.state_of
+        return verdict(routed.lookups, state_of, derived=derived, tunneled=tunneled)
 
     # --- CHILD_SAs that need attention ------------------------------------------------
 

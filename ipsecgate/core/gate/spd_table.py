@@ -8,6 +8,7 @@ from dataclasses import replace
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.state.kernel_state import KernelState
+from ipsecgate.core.state.spd import OPEN
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
 from ipsecgate.core.tables.layout import Entry, State, TableId, flow_key
 from ipsecgate.core.tables.rule_table import Difference, RuleTable, join_names
@@ -67,7 +68,7 @@ class SpdTable:
             changes = self._rest(changes, rules.table)
         self._withheld = bool(self._waiting)
         self.changed = list(changes)
-        self.lost = any(_is_live(before) and not _is_live(now) for before, now in changes.values())
+        self.lost = any(before in OPEN and now != before for before, now in _states(changes))
         entries = {match: now for match, (_, now) in changes.items()}
         return [do.Change(TableId.SPD, entries)] if entries else []
 
@@ -104,28 +105,37 @@ class SpdTable:
             if published != now:
                 yield match, (published, now)
 
-    def is_live(self, flow: Flow) -> bool:
-        """Tell whether a live SA protects a flow; its source must be known."""
+    def state_of(self, flow: Flow) -> State | None:
+        """Return what the table says of a flow, None: nothing; its source must be known."""
         if self.content is None:
-            return False
+            return State.DEAD
         key = flow_key(flow)
-        published = self._waiting_table.classify(key)
-        return _is_live(self.content.classify(key)) and (published is None or _is_live(published))
+        entry, waiting = self.content.classify(key), self._waiting_table.classify(key)
+        state = _state(entry)
+        if waiting is None or waiting.state is state:
+            return state
+        return State.PASS if {state, waiting.state} == {State.LIVE, State.PASS} else State.DEAD
 
 
-def _is_live(entry: Entry | None) -> bool:
-    return entry is not None and entry.state is State.LIVE
+def _states(changes: Differences) -> Iterator[tuple[State | None, State | None]]:
+    for before, now in changes.values():
+        yield _state(before), _state(now)
+
+
+def _state(entry: Entry | None) -> State | None:
+    return None if entry is None else entry.state
 
 
 def _closes(before: Entry | None, now: Entry | None) -> bool:
     """Return whether a changed entry opens no flow, whatever the other entries are.
 
     A live one that goes opens none: the flows that it decided were open. A dead one opens none
-    unless it makes way for entries behind it.
+    unless it makes way for entries behind it. One that passes flows opens them under a derived
+    policy only, so it may open flows when it comes as well as when it goes.
     """
-    if _is_live(now):
+    if now is not None and now.state in OPEN:
         return False
-    if _is_live(before):
+    if before is not None and before.state is State.LIVE:
         return True
     return now is not None and (before is None or now.rank <= before.rank)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from ipsecgate.core.model.flow import Address, Flow, Network
+from ipsecgate.core.model.flow import HOST, Flow, FlowPath, Network, Origin
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Sa, SaId, SpdEntry, SpdKey
 from ipsecgate.core.model.policy import Settings
 from ipsecgate.core.model.value import value
@@ -69,17 +69,30 @@ class KernelSnapshot:
 
 
 @value
-class SourcesResolved:
-    """The source addresses that the kernel chooses for unbound sockets, by destination network.
+class PathsResolved:
+    """Where routing leads the flows of an origin, by destination network; the longest prefix wins.
 
-    None: no route. The longest prefix wins. `into_tun` has the same form and gives whether a
-    destination is routed into the IKE daemon's TUN device; `tun` is that device's interface index.
-    They are empty and 0 without such a device.
+    For `HOST` only: `by_source`: routing may depend on the address that a socket is bound to;
+    `marks`: the bits of marks that routing rules ask for; `into_tun` has the form of `paths` and
+    gives whether a destination is routed into the TUN device of an IKE daemon that does ESP itself,
+    `tun` is that device's interface index, and `tunnels` are the indexes of XFRM and VTI
+    interfaces. They are empty and 0 without such devices.
     """
 
-    sources: tuple[tuple[Network, Address | None], ...]
+    paths: tuple[tuple[Network, FlowPath], ...]
+    origin: Origin = HOST
+    by_source: bool = False
+    marks: int = 0
     into_tun: tuple[tuple[Network, bool], ...] = ()
     tun: int = 0
+    tunnels: frozenset[int] = frozenset()
+
+
+@value
+class OriginGone:
+    """Nothing begins there any more: its network namespace has ended, or its device."""
+
+    origin: Origin
 
 
 # --- the hook --------------------------------------------------------------------
@@ -274,7 +287,8 @@ class CheckDue:
 
 OtherEvent = (
     KernelSnapshot
-    | SourcesResolved
+    | PathsResolved
+    | OriginGone
     | FlowRefused
     | IkeConnected
     | IkeEvent

@@ -8,6 +8,7 @@ because that is what leaves the host.
 from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import NamedTuple
 
 from ipsecgate.core.model.value import value
 
@@ -42,12 +43,56 @@ def parse_address(text: str) -> Address:
     return unmap(ip_address(text))
 
 
+class Origin(NamedTuple):
+    """Where flows begin: network namespace and device of their sockets, as in `Flow`.
+
+    `mark`: the bits of their mark that routing rules ask for.
+    """
+
+    netns: int = 0
+    device: int = 0
+    mark: int = 0
+
+
+HOST = Origin()
+
+
+@value
+class FlowPath:
+    """Where routing leads the flows of an origin to a destination.
+
+    `source`: the address that an unbound socket gets, None: there is no route. The kernel looks up
+    the SPD for the flow as it begins. The other fields are for a second look-up: behind an XFRM
+    interface with this `if_id`, behind a VTI with this `mark`, and once the host has made
+    `translated` the source. `outside` says in words why the SPD is never asked, "" if it is.
+    """
+
+    source: Address | None
+    if_id: int = 0
+    mark: int | None = None
+    translated: Address | None = None
+    outside: str = ""
+
+    @property
+    def is_tunneled(self) -> bool:
+        """Tell whether a tunnel device looks up the SPD."""
+        return bool(self.if_id) or self.mark is not None
+
+    @property
+    def is_bent(self) -> bool:
+        """Tell whether the SPD is not asked just once, about the flow as it begins."""
+        return self.is_tunneled or self.translated is not None or bool(self.outside)
+
+
 @value
 class Flow:
     """A flow that an application asks for, by connect() or by sending a datagram.
 
     `saddr` None and `sport` 0: the socket is not bound, so the kernel will choose them.
-    `mark` is the socket's SO_MARK. For ICMP, `dport` is type << 8 | code.
+    `mark` is the socket's SO_MARK, 0 in another namespace, which it never leaves. `device`:
+    interface index that it is bound to, 0: none. `netns`: cookie of its network namespace, 0: the
+    gate's own. `if_id`: of the XFRM interface that looks up the SPD for it, 0: none. For ICMP,
+    `dport` is type << 8 | code.
     Source: US 7,028,332 claim 1 (source and destination address, protocol, ports).
     """
 
@@ -57,6 +102,9 @@ class Flow:
     saddr: Address | None = None
     sport: int = 0
     mark: int = 0
+    device: int = 0
+    netns: int = 0
+    if_id: int = 0
 
     def __str__(self) -> str:
         host = f"[{self.daddr}]" if self.daddr.version == 6 else str(self.daddr)

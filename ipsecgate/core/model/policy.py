@@ -29,6 +29,7 @@ class Policy:
 
     `child`: "ike/child" or a child's own name; None: choose it by traffic selector.
     `start`: negotiate when the IKE daemon connects, instead of at the first flow.
+    `derived`: from a connection, so the connections' own exceptions count.
     `origin`: the file and line that it was written in, "" for a derived one.
     """
 
@@ -39,6 +40,7 @@ class Policy:
     ports: tuple[int, int] = (0, PORT_MASK)
     child: str | None = None
     start: bool = False
+    derived: bool = False
     origin: str = field(default="", compare=False)
 
     def sample_flow(self) -> Flow:
@@ -107,6 +109,12 @@ def derived_policies(children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
                 continue  # OPAQUE: no flow matches
             suffix = f"#{number}" if len(config.remote) > 1 else ""
             name = f"{config.name}{suffix}"
-            policy = Policy(name, (selector.network,), proto=selector.proto, ports=selector.ports)
+            policy = Policy(
+                name,
+                (selector.network,),
+                proto=selector.proto,
+                ports=selector.ports,
+                derived=True,
+            )
             found.setdefault(selector, policy)
     return tuple(found.values())

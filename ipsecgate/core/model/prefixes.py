@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import Generic, TypeVar
 
-from ipsecgate.core.model.flow import Address, Network
+from ipsecgate.core.model.flow import Address, FlowPath, Network
 
 Prefix = tuple[int, int, int]
 """IP version, first address as an integer, prefix length."""
-Source = tuple[Network, Address | None]
-"""A destination network and the source address that the kernel chooses for it; None: no route."""
+Route = tuple[Network, FlowPath]
+"""A destination network, and where routing leads the flows to it."""
 T = TypeVar("T")
 
 WIDTH = {4: 32, 6: 128}
@@ -141,39 +141,39 @@ def compress(items: Iterable[tuple[Network, T]]) -> tuple[tuple[Network, T], ...
     return tuple(kept)
 
 
-def limit_sources(
-    sources: Iterable[Source], destinations: Iterable[Network], limit: int
-) -> tuple[tuple[Source, ...], list[Network]]:
-    """Return at most `limit` sources, and the destinations whose source is unknown as a result.
+def limit_paths(
+    paths: Iterable[Route], destinations: Iterable[Network], limit: int
+) -> tuple[tuple[Route, ...], list[Network]]:
+    """Return at most `limit` paths, and the destinations whose path is unknown as a result.
 
     The destinations with the most pieces lose theirs first. A single piece is never left out
-    alone: lookups in it would find the larger network around it, and a wrong source.
+    alone: lookups in it would find the larger network around it, and a wrong path.
     """
-    sources = tuple(sources)
-    if len(sources) <= limit:
-        return sources, []
-    known = LongestPrefix(sources)
+    paths = tuple(paths)
+    if len(paths) <= limit:
+        return paths, []
+    known = LongestPrefix(paths)
     destinations = tuple(destinations)
     by_destination = LongestPrefix((network, None) for network in destinations)
-    pieces: dict[Network, dict[Network, Address | None]] = {one: {} for one in destinations}
-    for network, source in sources:
+    pieces: dict[Network, dict[Network, FlowPath]] = {one: {} for one in destinations}
+    for network, path in paths:
         around = by_destination.containing(network.network_address, network.prefixlen)
         destination = next(around, (network, None))[0]
-        pieces.setdefault(destination, {})[network] = source
+        pieces.setdefault(destination, {})[network] = path
     for destination, own in pieces.items():
         # `compress` may have removed its own entry in favour of a larger network's.
         around_it = known.containing(destination.network_address, destination.prefixlen)
-        own.setdefault(destination, next(around_it, (destination, None))[1])
+        own.setdefault(destination, next(around_it, (destination, FlowPath(None)))[1])
     lost = _collapse_largest(pieces, limit)
     found = [item for own in pieces.values() for item in own.items()]
     if len(found) <= limit:
         return tuple(found), lost
     # More destinations than the limit: leave out whole outermost networks.
-    outermost: dict[Network, list[Source]] = {}
-    for network, source in found:
+    outermost: dict[Network, list[Route]] = {}
+    for network, path in found:
         *_, (outer, _) = by_destination.containing(network.network_address, network.prefixlen)
-        outermost.setdefault(outer, []).append((network, source))
-    kept: list[Source] = []
+        outermost.setdefault(outer, []).append((network, path))
+    kept: list[Route] = []
     for outer in sorted(outermost, key=lambda network: len(outermost[network])):
         if len(kept) + len(outermost[outer]) <= limit:
             kept += outermost[outer]
@@ -182,9 +182,7 @@ def limit_sources(
     return tuple(kept), lost
 
 
-def _collapse_largest(
-    pieces: dict[Network, dict[Network, Address | None]], limit: int
-) -> list[Network]:
+def _collapse_largest(pieces: dict[Network, dict[Network, FlowPath]], limit: int) -> list[Network]:
     """Replace the pieces of the largest destinations by one "unknown" each; return those."""
     space, lost = limit - len(pieces), []
     for destination in sorted(pieces, key=lambda network: len(pieces[network])):
@@ -192,7 +190,7 @@ def _collapse_largest(
         if extra <= space:
             space -= extra
         else:
-            pieces[destination] = {destination: None}
+            pieces[destination] = {destination: FlowPath(None)}
             lost.append(destination)
     return lost
 

@@ -12,9 +12,10 @@ Rules of this module (docs/protected.md; random SPDs and SADs are tested against
   if the kernel would send it.
 - An unbound socket's source port is unknown; it may be any of `EPHEMERAL`. A flow is not protected
   if the answer depends on that port.
-- Interface ids: a flow gets one inside an XFRM interface, which the hooks do not see, so policies
-  and states with one never match.
-- Everything else that wins (a block policy, or one without templates) leaves the flow unprotected.
+- Interface ids: a flow gets one inside an XFRM interface; without one it matches only policies and
+  states without one. An id that does not fit a flow's key (`IF_IDS`) matches nothing.
+- A policy without templates passes flows: they leave unprotected, as whoever installed it wants.
+- Everything else that wins (a block policy, or one with optional templates only) protects nothing.
 
 Source: RFC 4301 section 4.4; xfrm_policy_match(), xfrm_tmpl_resolve_one(), xfrm_state_find().
 """
@@ -28,11 +29,12 @@ from ipaddress import ip_network
 
 from ipsecgate.core.model.flow import ICMP, PORT_MASK, Address, TrafficSelector
 from ipsecgate.core.model.ipsec import AH, ESP, Action, Mode, Sa, SpdEntry, SpdKey, Template
-from ipsecgate.core.tables.layout import Entry, Key, State
+from ipsecgate.core.tables.layout import IF_IDS, Entry, Key, State
 from ipsecgate.core.tables.table import Rule, Ternary, from_selector, port_masks, ternary
 
 LIVE = Entry(State.LIVE)
 DEAD = Entry(State.DEAD)
+OPEN = (State.LIVE, State.PASS)
 NEVER = 1 << 62  # a deadline, in seconds
 
 EVERYTHING = Ternary(Key(), Key())
@@ -57,8 +59,15 @@ def unrestricted(_sa: Sa, _template: Template) -> Iterable[Ternary]:
 
 def applies(entry: SpdEntry) -> bool:
     """Return whether any flow can match a policy."""
-    # No flow has an interface id, and a mark value with bits outside its mask matches none.
-    return not entry.key.if_id and not entry.key.mark.value & ~entry.key.mark.mask
+    # A mark value with bits outside its mask matches none.
+    return entry.key.if_id <= IF_IDS and not entry.key.mark.value & ~entry.key.mark.mask
+
+
+def passes(entry: SpdEntry) -> bool:
+    """Return whether a policy lets its flows leave without an SA."""
+    if entry.key.selector.ifindex:
+        return False  # only those through that interface, which is unknown here
+    return entry.action is not Action.DISCARD and not entry.templates
 
 
 class _Stage(IntEnum):
@@ -97,7 +106,8 @@ def rules_of(entry: SpdEntry, sas_of: SasOf, negotiated: Negotiated = unrestrict
         rules += _ranked(with_port, _rank(entry, _Stage.LIVE_PORT))
     # Where all of the region is live, nothing is left: past its deadline the rule is a dead one.
     if not rules or rules[-1].match != region or rules[-1].entry.state is not State.LIVE:
-        rules.append(Rule(region, _dead(_rank(entry, _Stage.DEAD))))
+        state = State.PASS if passes(entry) else State.DEAD
+        rules.append(Rule(region, _entry(state, 0, _rank(entry, _Stage.DEAD))))
     return rules
 
 
@@ -115,30 +125,33 @@ def _entry(state: State, deadline: int, rank: int) -> Entry:
     return Entry(state, 0, 0, deadline, rank)
 
 
-def live_entry(rules: Sequence[Rule]) -> Entry | None:
-    """Return the entry of a policy's whole region, None unless all of it is live.
+def whole_entry(rules: Sequence[Rule]) -> Entry | None:
+    """Return the entry of a policy's whole region, None unless all of it is live, or passes.
 
     `rules` are those of `rules_of`; the last one has the whole region.
     """
     for rule in rules:
-        if rule.entry.state is State.LIVE and rule.match == rules[-1].match:
+        if rule.entry.state in OPEN and rule.match == rules[-1].match:
             return rule.entry
     return None
 
 
 def shared_rules(
-    a: SpdEntry, a_live: Entry | None, b: SpdEntry, b_live: Entry | None
+    a: SpdEntry, a_whole: Entry | None, b: SpdEntry, b_whole: Entry | None
 ) -> list[Rule]:
     """Return the rule for the flows of two policies of one priority, if they share any.
 
-    The kernel may use either policy. So the flows are live while both are live (`live_entry`).
+    The kernel may use either policy. So the flows are live while both are live, and pass if both
+    let them (`whole_entry`).
     """
     shared = region_of(a.key).intersect(region_of(b.key))
     if shared is None:
         return []
-    if a_live is None or b_live is None:
+    if a_whole is None or b_whole is None or a_whole.state is not b_whole.state:
         return [Rule(shared, _dead(_rank(a, _Stage.DISAGREEMENT)))]
-    ends = min(_end(a_live), _end(b_live))
+    if a_whole.state is State.PASS:
+        return [Rule(shared, _entry(State.PASS, 0, _rank(a, _Stage.SHARED)))]
+    ends = min(_end(a_whole), _end(b_whole))
     steps = max(1, min(ends // STEP, (1 << _DEADLINE_BITS) - 1))
     until = 0 if ends == NEVER else steps * STEP
     rank = _rank(a, _Stage.SHARED, steps)
@@ -147,8 +160,8 @@ def shared_rules(
 
 @lru_cache(maxsize=1 << 10)
 def region_of(key: SpdKey) -> Ternary:
-    """Return the flows that a policy's selector and mark match."""
-    return from_selector(key.selector, (key.mark.value, key.mark.mask))
+    """Return the flows that a policy's selector, mark and interface id match."""
+    return from_selector(key.selector, (key.mark.value, key.mark.mask), key.if_id)
 
 
 def live_rules(entry: SpdEntry, sas_of: SasOf, negotiated: Negotiated = unrestricted) -> list[Rule]:
@@ -173,7 +186,8 @@ def live_rules(entry: SpdEntry, sas_of: SasOf, negotiated: Negotiated = unrestri
         candidates = [
             sa
             for sa in sas_of(template.reqid)
-            if not sa.if_id and mark.value & mark.mask & sa.mark.mask == sa.mark.value
+            if sa.if_id == entry.key.if_id
+            and mark.value & mark.mask & sa.mark.mask == sa.mark.value
         ]
         narrowed = [
             _intersection(rule, part)

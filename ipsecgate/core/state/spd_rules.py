@@ -21,10 +21,10 @@ from ipsecgate.core.state.spd import (
     Negotiated,
     SasOf,
     applies,
-    live_entry,
     region_of,
     rules_of,
     shared_rules,
+    whole_entry,
 )
 from ipsecgate.core.tables.layout import Entry, Key
 from ipsecgate.core.tables.table import Rule, Ternary
@@ -41,7 +41,7 @@ class SpdRules:
         )  # those with a template that any SPI satisfies
         self._neighbours: dict[int, _Neighbours] = {}  # by priority
         # Of each policy whose rules were made: the entry of its whole region.
-        self._live: dict[SpdKey, Entry | None] = {}
+        self._whole: dict[SpdKey, Entry | None] = {}
         self._left: set[SpdKey] = set()  # removed, but their rules are still out
         self._pairs: dict[SpdKey, set[SpdKey]] = {}
         self._closing: OrderedDict[SpdKey, None] = OrderedDict()  # marked: they lost something
@@ -72,8 +72,8 @@ class SpdRules:
         for template in entry.templates:
             self._by_reqid.discard(template.reqid, key)
             self._without_spi.discard(template.reqid, key)
-        if key in self._live:
-            del self._live[key]
+        if key in self._whole:
+            del self._whole[key]
             self._left.add(key)
             self._neighbours[entry.priority].remove(key, region_of(entry.key))
             if not self._neighbours[entry.priority]:
@@ -143,9 +143,9 @@ class SpdRules:
         there = self._neighbours.get(entry.priority)
         if there is None:
             there = self._neighbours[entry.priority] = _Neighbours()
-        if key not in self._live:
+        if key not in self._whole:
             there.add(key, region)
-        self._live[key] = live_entry(rules)
+        self._whole[key] = whole_entry(rules)
         return there.sharing_with(key, region)
 
     def _pair_up(
@@ -161,9 +161,9 @@ class SpdRules:
                 frozenset((key, other)),
                 shared_rules(
                     self.policies[key],
-                    self._live.get(key),
+                    self._whole.get(key),
                     self.policies[other],
-                    self._live.get(other),
+                    self._whole.get(other),
                 ),
             )
         if neighbours:

@@ -6,7 +6,7 @@ Rules of this module: a change costs nothing for the flows outside its regions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.tables.layout import Key, flow_key
@@ -18,21 +18,21 @@ INDEXES = 64  # indexes kept, one per mask; when the limit is reached, all are r
 class FlowIndex:
     """A multiset of flows, by the hooks' keys for them in the SPD table.
 
-    A flow is looked up as `routed`: with the source that routing chooses, None if unknown.
+    A flow's `lookups` are the flows that the kernel looks up for it; none if its source is unknown.
     """
 
     def __init__(self) -> None:
-        self._keys: dict[Flow, Key | None] = {}  # None: no source, so no region has it
+        self._keys: dict[Flow, tuple[Key, ...]] = {}  # none: no source, so no region has it
         self._times: Counter[Flow] = Counter()
         self._indexes: dict[Key, dict[Key, set[Flow]]] = {}  # by mask, then by masked key
 
-    def add(self, flow: Flow, routed: Flow) -> None:
+    def add(self, flow: Flow, lookups: Sequence[Flow]) -> None:
         """Watch a flow; one that was added twice must be discarded twice."""
         self._times[flow] += 1
         if flow not in self._keys:
-            self._keys[flow] = key = _key_of(routed)
+            self._keys[flow] = keys = tuple(map(flow_key, lookups))
             for mask, index in self._indexes.items():
-                if key is not None:
+                for key in keys:
                     index.setdefault(key.masked(mask), set()).add(flow)
 
     def discard(self, flow: Flow) -> None:
@@ -41,16 +41,16 @@ class FlowIndex:
         if self._times[flow] > 0:
             return
         del self._times[flow]
-        key = self._keys.pop(flow)
+        keys = self._keys.pop(flow)
         for mask, index in self._indexes.items():
-            if key is not None:
-                index[key.masked(mask)].discard(flow)
-                if not index[key.masked(mask)]:
-                    del index[key.masked(mask)]
+            for found in {key.masked(mask) for key in keys}:
+                index[found].discard(flow)
+                if not index[found]:
+                    del index[found]
 
-    def reroute(self, route: Callable[[Flow], Flow]) -> None:
-        """Recompute every key, because source addresses have changed."""
-        self._keys = {flow: _key_of(route(flow)) for flow in self._keys}
+    def reroute(self, lookups: Callable[[Flow], Sequence[Flow]]) -> None:
+        """Recompute every key, because routing has changed."""
+        self._keys = {flow: tuple(map(flow_key, lookups(flow))) for flow in self._keys}
         self._indexes.clear()
 
     def within(self, regions: Iterable[Ternary]) -> set[Flow]:
@@ -65,12 +65,8 @@ class FlowIndex:
             if len(self._indexes) >= INDEXES:
                 self._indexes.clear()
             index: dict[Key, set[Flow]] = {}
-            for flow, key in self._keys.items():
-                if key is not None:
+            for flow, keys in self._keys.items():
+                for key in keys:
                     index.setdefault(key.masked(mask), set()).add(flow)
             self._indexes[mask] = index
         return self._indexes[mask]
-
-
-def _key_of(routed: Flow) -> Key | None:
-    return None if routed.saddr is None else flow_key(routed)

@@ -10,7 +10,7 @@ maps both are in network order. `packed` has the other structures.
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from ipaddress import IPv4Address, IPv6Address
 from typing import Self
 
@@ -18,10 +18,11 @@ from ipsecgate.core.model.flow import Address, Flow, unmap
 from ipsecgate.core.model.value import value
 from ipsecgate.errors import GateError
 
-LAYOUT = 5
+LAYOUT = 6
 MASKS = 4096
 ENTRIES = 1 << 22
-SOURCES = 1 << 17
+ROUTES = 1 << 17
+TUNNELS = 4096
 LINE = 16
 MASK_BITS = 12
 MARK_BITS = 20
@@ -31,13 +32,14 @@ GONE = 0xFFFFFFFF
 LEVELS_V4 = 32
 
 MAPS = (
-    "settings", "masks", "entries", "slots", "sources",
+    "settings", "masks", "entries", "slots", "paths", "tunnels",
     "recent", "counters", "events", "decisions", "tags", "sockets",
 )  # fmt: skip
 SETTING = struct.Struct("=Q")
 INDEX = struct.Struct("=I")  # of an array map
 
 V4_MAPPED = 0xFFFF << 32
+IF_IDS = 0xFFFF  # a flow's interface id has 16 bits
 NS = 1_000_000_000
 
 
@@ -56,6 +58,8 @@ class State(IntEnum):
     DISCARD = 3
     LIVE = 4
     DEAD = 5
+    PASS = 6
+    DERIVED = 7
 
 
 class Setting(IntEnum):
@@ -70,11 +74,12 @@ class Setting(IntEnum):
     VERSION = 6
     GENERATION = 7
     NETNS = 8
-    TUN = 9
+    PATHS = 9
     IKE_CGROUP = 10
     SLOTS = 11
     POLICY_LEVELS = 12
     SPD_LEVELS = 13
+    MARKS = 14
 
 
 class Reason(IntEnum):
@@ -83,22 +88,32 @@ class Reason(IntEnum):
     ALLOW_DEFAULT = 0
     ALLOW_BYPASS = 1
     ALLOW_COVERED = 2
-    ALLOW_ASSOCIATED = 3
-    ALLOW_EXEMPT = 4
-    REFUSE_UNCOVERED = 5
-    REFUSE_DISCARD = 6
-    REFUSE_DEFAULT = 7
-    REFUSE_NO_SOURCE = 8
-    REFUSE_NOT_READY = 9
-    REFUSE_NETNS = 10
-    BLOCK_CLEAR = 11
-    BLOCK_DISCARD = 12
-    BLOCK_DEFAULT = 13
-    BLOCK_NOT_READY = 14
-    BLOCK_UNREADABLE = 15
-    AUDITED = 16
-    AUDITED_PACKETS = 17
-    EVENTS_LOST = 18
+    ALLOW_PASSED = 3
+    ALLOW_ASSOCIATED = 4
+    ALLOW_EXEMPT = 5
+    REFUSE_UNCOVERED = 6
+    REFUSE_DISCARD = 7
+    REFUSE_DEFAULT = 8
+    REFUSE_NO_SOURCE = 9
+    REFUSE_NOT_READY = 10
+    REFUSE_NETNS = 11
+    REFUSE_OUTSIDE = 12
+    BLOCK_CLEAR = 13
+    BLOCK_DISCARD = 14
+    BLOCK_DEFAULT = 15
+    BLOCK_NOT_READY = 16
+    BLOCK_UNREADABLE = 17
+    AUDITED = 18
+    AUDITED_PACKETS = 19
+    EVENTS_LOST = 20
+
+
+class PathFlag(IntFlag):
+    """What makes the kernel look up the SPD a second time for a flow."""
+
+    TUNNELED = 1
+    MARKED = 2
+    TRANSLATED = 4
 
 
 EXPLAINED = {
@@ -107,7 +122,8 @@ EXPLAINED = {
     Reason.REFUSE_DEFAULT: "no policy matches it, and the default is deny",
     Reason.REFUSE_NO_SOURCE: "it has no route, or routing may choose another source address",
     Reason.REFUSE_NOT_READY: "the policies are not known yet, or change too fast for the hook",
-    Reason.REFUSE_NETNS: "it is in another network namespace, whose SPD is unknown",
+    Reason.REFUSE_NETNS: "it is in another network namespace, whose routing is not known yet",
+    Reason.REFUSE_OUTSIDE: "its packets would leave around this host's SPD",
     Reason.BLOCK_CLEAR: "a packet would have left in clear",
     Reason.BLOCK_DISCARD: "the packet's policy discards it",
     Reason.BLOCK_DEFAULT: "no policy matches the packet, and the default is deny",
@@ -142,7 +158,7 @@ class TooManyMasksError(LayoutError):
         )
 
 
-_KEY = struct.Struct("!16s16sHHBBxxIHBx")  # struct gate_key
+_KEY = struct.Struct("!16s16sHHBBHIHBx")  # struct gate_key
 KEY_SIZE = _KEY.size
 # Where each field lies in a key's number, which is the struct's bytes read as one, and its width.
 _FIELDS = {
@@ -152,6 +168,7 @@ _FIELDS = {
     "dport": (96, 16),
     "proto": (88, 8),
     "family": (80, 8),
+    "if_id": (64, 16),
     "mark": (32, 32),
 }
 _MASK_NUMBER, _TABLE = 16, 8  # shifts of these two
@@ -161,7 +178,7 @@ class Key(int):
     """A flow, a mask, or a masked flow: struct gate_key without `table` and `mask_number`.
 
     It is the number that the struct's 48 bytes make, most significant first, so that one AND
-    masks it: addresses of 128 bits, then ports, protocol, family (4 or 6) and mark.
+    masks it: addresses of 128 bits, then ports, protocol, family (4 or 6), interface id and mark.
     """
 
     __slots__ = ()
@@ -175,12 +192,13 @@ class Key(int):
         proto: int = 0,
         family: int = 0,
         mark: int = 0,
+        if_id: int = 0,
     ) -> Self:
         """Put a key together from its fields."""
         return super().__new__(
             cls,
             saddr << 256 | daddr << 128 | sport << 112 | dport << 96
-            | proto << 88 | family << 80 | mark << 32,
+            | proto << 88 | family << 80 | if_id << 64 | mark << 32,
         )  # fmt: skip
 
     def masked(self, mask: Key) -> Key:
@@ -205,10 +223,12 @@ class Key(int):
     dport = property(lambda self: self._field("dport"), doc="Destination port; code for ICMP.")
     proto = property(lambda self: self._field("proto"), doc="IP protocol.")
     family = property(lambda self: self._field("family"), doc="4 or 6, 0 in an empty key.")
+    if_id = property(lambda self: self._field("if_id"), doc="Interface id of an XFRM interface.")
     mark = property(lambda self: self._field("mark"), doc="SO_MARK.")
 
     def __getnewargs__(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(self._field(name) for name in _FIELDS)
+        ordered = ("saddr", "daddr", "sport", "dport", "proto", "family", "mark", "if_id")
+        return tuple(map(self._field, ordered))
 
     def __repr__(self) -> str:
         return "Key(" + ", ".join(f"{n}={self._field(n):#x}" for n in _FIELDS) + ")"
@@ -254,6 +274,7 @@ def flow_key(flow: Flow) -> Key:
         flow.proto,
         family,
         flow.mark,
+        flow.if_id,
     )
 
 
@@ -266,9 +287,9 @@ def unpack_key(raw: bytes) -> tuple[int, int, Key]:
     """Return an entry's table, mask number and masked flow from its key. Raises: LayoutError."""
     if len(raw) != KEY_SIZE:
         raise LayoutError(f"key of {len(raw)} bytes, expected {KEY_SIZE}")
-    saddr, daddr, sport, dport, proto, family, mark, mask_number, table = _KEY.unpack(raw)
+    saddr, daddr, sport, dport, proto, family, if_id, mark, mask_number, table = _KEY.unpack(raw)
     source, destination = int.from_bytes(saddr), int.from_bytes(daddr)
-    return table, mask_number, Key(source, destination, sport, dport, proto, family, mark)
+    return table, mask_number, Key(source, destination, sport, dport, proto, family, mark, if_id)
 
 
 def key_hash(raw: bytes) -> int:

@@ -1,4 +1,4 @@
-"""What the hooks' maps hold, as bytes: masks, entries, sources, events.
+"""What the hooks' maps hold, as bytes: masks, entries, paths, events.
 
 Rules of this module: each function mirrors one structure of bpf/gate.h. Numbers are in this
 machine's order, addresses and ports in network order.
@@ -11,7 +11,7 @@ import sys
 from functools import lru_cache
 
 from ipsecgate.core.model.events import FlowRefused
-from ipsecgate.core.model.flow import Address, Flow, Network
+from ipsecgate.core.model.flow import Address, Flow, FlowPath, Network, Origin
 from ipsecgate.core.tables.layout import (
     EXPLAINED,
     INDEX,
@@ -21,6 +21,7 @@ from ipsecgate.core.tables.layout import (
     Entry,
     Key,
     LayoutError,
+    PathFlag,
     Reason,
     State,
     address_bits,
@@ -37,8 +38,9 @@ NOTHING = bytes(_ANSWER.size)
 _WHERE = struct.Struct("!16x16s12xHBx8s")  # of struct gate_entry, its beginning
 _RANK = struct.Struct("=Q")
 _MASK = struct.Struct(f"={KEY_SIZE}sQ")
-_ROUTE = struct.Struct("=I16s")
-_EVENT = struct.Struct(f"=QQ{KEY_SIZE}sIIII16s")
+_ROUTE = struct.Struct("=IIII4s16s")
+_PATH = struct.Struct("!16s16sIHBB")
+_EVENT = struct.Struct(f"=QQQ{KEY_SIZE}sIIIII4x16s")
 # The latest deadline: the kernel takes lifetimes of centuries. The highest bit must be 0, because
 # the hooks use it to order their reads (setting_after() in bpf/maps.bpf.c).
 _LAST = 2**63 - 1
@@ -46,6 +48,8 @@ MASK_SIZE = _MASK.size
 ENTRY_SIZE = _ENTRY.size
 EVENT_SIZE = _EVENT.size
 ROUTE_SIZE = _ROUTE.size
+PATH_SIZE = _PATH.size
+ORIGIN_BITS = 8 * (ROUTE_SIZE - 4 - 16)
 
 
 def pack_mask(mask: Key, table: int, number: int) -> bytes:
@@ -140,23 +144,47 @@ def is_pending(raw: bytes, generation: int) -> bool:
     return bool(_ENTRY.unpack(raw)[2] > generation)
 
 
-def pack_route(network: Network) -> bytes:
-    """Return struct gate_route, the LPM key of a destination network."""
-    prefix = network.prefixlen + (96 if network.version == 4 else 0)
+def pack_route(origin: Origin, network: Network) -> bytes:
+    """Return struct gate_route, the LPM key of a destination network for the flows of an origin."""
+    prefix = ORIGIN_BITS + network.prefixlen + (96 if network.version == 4 else 0)
     bits = address_bits(network.network_address, network.version)
-    return _ROUTE.pack(prefix, bits.to_bytes(16))
+    low, high = origin.netns & 0xFFFFFFFF, origin.netns >> 32
+    mark = origin.mark.to_bytes(4)
+    return _ROUTE.pack(prefix, low, high, origin.device, mark, bits.to_bytes(16))
 
 
-def pack_source(source: Address | None) -> bytes:
-    """Return struct gate_source; None (no route) is all zero."""
-    return (0 if source is None else address_bits(source, source.version)).to_bytes(16)
+def origin_of_route(raw: bytes) -> Origin:
+    """Return the origin in a struct gate_route. Raises: LayoutError."""
+    if len(raw) != ROUTE_SIZE:
+        raise LayoutError(f"route of {len(raw)} bytes, expected {ROUTE_SIZE}")
+    _, low, high, device, mark, _ = _ROUTE.unpack(raw)
+    return Origin(high << 32 | low, device, int.from_bytes(mark))
+
+
+def pack_path(path: FlowPath) -> bytes:
+    """Return struct gate_path."""
+    flags = PathFlag.TUNNELED if path.is_tunneled else PathFlag(0)
+    flags |= PathFlag.MARKED if path.mark is not None else PathFlag(0)
+    flags |= PathFlag.TRANSLATED if path.translated is not None else PathFlag(0)
+    return _PATH.pack(
+        _packed_address(path.source),
+        _packed_address(path.translated),
+        path.mark or 0,
+        path.if_id,
+        flags,
+        Reason.REFUSE_OUTSIDE if path.outside else 0,
+    )
+
+
+def _packed_address(address: Address | None) -> bytes:
+    return (0 if address is None else address_bits(address, address.version)).to_bytes(16)
 
 
 def unpack_event(record: bytes) -> FlowRefused:
     """Read struct gate_event. Raises: LayoutError naming the field."""
     if len(record) < EVENT_SIZE:
         raise LayoutError(f"event of {len(record)} bytes, expected {EVENT_SIZE}")
-    _ns, cgroup, raw, reason, policy, pid, _hook, comm = _EVENT.unpack_from(record)
+    _ns, cgroup, netns, raw, reason, policy, pid, _hook, device, comm = _EVENT.unpack_from(record)
     _, _, key = unpack_key(raw)
     if key.family not in (4, 6):
         raise LayoutError(f"event with address family {key.family}")
@@ -170,6 +198,8 @@ def unpack_event(record: bytes) -> FlowRefused:
         saddr=None if unbound else address_from_bits(key.saddr, key.family),
         sport=key.sport,
         mark=key.mark,
+        device=device,
+        netns=netns,
     )
     return FlowRefused(
         flow=flow,

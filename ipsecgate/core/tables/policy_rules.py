@@ -25,4 +25,5 @@ def matches(policy: Policy) -> list[Ternary]:
 
 def rule_of(policy: Policy, place: int, match: Ternary, error: int = 0) -> Rule:
     """Return a policy's rule for these flows. `error`: the errno of a refusal, 0 for EPERM."""
-    return Rule(match, Entry(STATES[policy.action], error, place, rank=place))
+    state = State.DERIVED if policy.derived else STATES[policy.action]
+    return Rule(match, Entry(state, error, place, rank=place))

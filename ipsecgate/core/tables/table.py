@@ -17,7 +17,7 @@ from typing import Self
 
 from ipsecgate.core.model.flow import PORT_MASK, Network, Selector
 from ipsecgate.core.model.value import value
-from ipsecgate.core.tables.layout import V4_MAPPED, Entry, Key
+from ipsecgate.core.tables.layout import IF_IDS, V4_MAPPED, Entry, Key
 
 _ALL_ADDRESS = (1 << 128) - 1
 
@@ -52,8 +52,12 @@ def ternary(
     sport: tuple[int, int] = (0, 0),
     dport: tuple[int, int] = (0, 0),
     mark: tuple[int, int] = (0, 0),
+    if_id: int | None = None,
 ) -> Ternary:
-    """Return a ternary for one IP version. Ports and mark are (value, mask); `src` None is any."""
+    """Return a ternary for one IP version.
+
+    Ports and mark are (value, mask); `src` and `if_id` None are any.
+    """
     version = dst.version
     mapped = V4_MAPPED if version == 4 else 0
     daddr = mapped | int(dst.network_address)
@@ -61,14 +65,32 @@ def ternary(
     if src is not None:
         saddr, length = mapped | int(src.network_address), src.prefixlen
     return Ternary(
-        Key(saddr, daddr, sport[0] & sport[1], dport[0] & dport[1], proto, version, mark[0]),
-        _mask(version, length, dst.prefixlen, sport[1], dport[1], proto != 0, mark[1]),
+        Key(
+            saddr,
+            daddr,
+            sport[0] & sport[1],
+            dport[0] & dport[1],
+            proto,
+            version,
+            mark[0],
+            if_id or 0,
+        ),
+        _mask(
+            version,
+            length,
+            dst.prefixlen,
+            sport[1],
+            dport[1],
+            proto != 0,
+            mark[1],
+            if_id is not None,
+        ),
     )
 
 
 @lru_cache(maxsize=1 << 12)
 def _mask(  # noqa: PLR0917  the fields of a key, in its order
-    version: int, src: int, dst: int, sport: int, dport: int, proto: bool, mark: int
+    version: int, src: int, dst: int, sport: int, dport: int, proto: bool, mark: int, if_id: bool
 ) -> Key:
     """Return the mask for two prefix lengths, -1 for any address: many rules share one."""
     width = 32 if version == 4 else 128
@@ -76,10 +98,13 @@ def _mask(  # noqa: PLR0917  the fields of a key, in its order
     def bits(length: int) -> int:
         return _ALL_ADDRESS >> width - length << width - length if length >= 0 else 0
 
-    return Key(bits(src), bits(dst), sport, dport, 0xFF if proto else 0, 0xFF, mark)
+    protos, if_ids = 0xFF if proto else 0, IF_IDS if if_id else 0
+    return Key(bits(src), bits(dst), sport, dport, protos, 0xFF, mark, if_ids)
 
 
-def from_selector(selector: Selector, mark: tuple[int, int] = (0, 0)) -> Ternary:
+def from_selector(
+    selector: Selector, mark: tuple[int, int] = (0, 0), if_id: int | None = None
+) -> Ternary:
     """Return an XFRM selector as a ternary, without its interface index."""
     return ternary(
         selector.dst,
@@ -88,6 +113,7 @@ def from_selector(selector: Selector, mark: tuple[int, int] = (0, 0)) -> Ternary
         sport=(selector.sport, selector.sport_mask),
         dport=(selector.dport, selector.dport_mask),
         mark=mark,
+        if_id=if_id,
     )
 
 

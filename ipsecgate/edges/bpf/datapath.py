@@ -13,7 +13,7 @@ from itertools import chain, islice
 from typing import TypeVar
 
 from ipsecgate.core.model.events import FlowRefused
-from ipsecgate.core.model.flow import Address, Network
+from ipsecgate.core.model.flow import FlowPath, Network, Origin
 from ipsecgate.core.tables import layout, packed
 from ipsecgate.core.tables.image import Space, TableImage
 from ipsecgate.core.tables.layout import INDEX, SETTING, Entry, Key, LayoutError, Setting, TableId
@@ -37,7 +37,7 @@ class Datapath(Maps):
     def __init__(self, pins: Pins) -> None:
         """Open every map, and clear what a predecessor left half-written. Raises: OSError."""
         super().__init__(pins)
-        self._sources: dict[bytes, bytes] = {}
+        self._paths = self._read_paths()  # as written; a predecessor's are written again
         self._ring: Ring | None = None
         self._images = {table: TableImage(table) for table in TableId}
         self._store = Store(
@@ -66,8 +66,8 @@ class Datapath(Maps):
     def set(self, which: Setting, value: int) -> None:
         """Write one word; it applies to the next call of any hook. Raises: OSError."""
         elements.update(self._fds["settings"], INDEX.pack(which), SETTING.pack(value))
-        if which is Setting.DENY:
-            self._raise_generation()  # sockets remember what the default allowed
+        if which in (Setting.DENY, Setting.PATHS, Setting.MARKS):
+            self._raise_generation()  # sockets remember what was right before
 
     # --- tables -------------------------------------------------------------------
 
@@ -278,35 +278,55 @@ class Datapath(Maps):
         )
         self._store.settle()
 
-    # --- sources ------------------------------------------------------------------
+    # --- paths --------------------------------------------------------------------
 
-    def set_sources(self, sources: Iterable[tuple[Network, Address | None]]) -> None:
-        """Write the source address that an unbound socket gets, by destination.
+    @property
+    def origins(self) -> list[Origin]:
+        """Return the origins whose paths the hooks know, perhaps from a predecessor."""
+        return list(self._paths)
+
+    def set_paths(self, origin: Origin, paths: Iterable[tuple[Network, FlowPath]]) -> None:
+        """Write where routing leads the flows of an origin, by destination; none: forget it.
 
         Only differences are written. Raises: OSError.
         """
-        fd = self._fds["sources"]
+        fd, before = self._fds["paths"], self._paths.get(origin, {})
         # Longest prefix first: otherwise a lookup could match a wider network while the narrower
         # one that is right is not written yet.
-        ordered = sorted(sources, key=lambda pair: -pair[0].prefixlen)
-        wanted = {packed.pack_route(net): packed.pack_source(src) for net, src in ordered}
-        if not self._sources:
-            size = 20
-            self._sources = dict.fromkeys(elements.keys(fd, size), b"")
-        if len(self._sources.keys() | wanted.keys()) > layout.SOURCES:
-            self._delete_sources(self._sources)  # make space; meanwhile unbound flows are refused
-            self._sources = {}
+        ordered = sorted(paths, key=lambda pair: -pair[0].prefixlen)
+        wanted = {packed.pack_route(origin, net): packed.pack_path(path) for net, path in ordered}
+        others = sum(map(len, self._paths.values())) - len(before)
+        if others + len(before.keys() | wanted.keys()) > layout.ROUTES:
+            self._delete_paths(before)  # make space; meanwhile these flows are refused
+            before = {}
         for key, value in wanted.items():
-            if self._sources.get(key) != value:
+            if before.get(key) != value:
                 elements.update(fd, key, value)
-        self._delete_sources(self._sources.keys() - wanted.keys())
-        self._sources = wanted
+        self._delete_paths(before.keys() - wanted.keys())
+        self._paths[origin] = wanted
+        if not wanted:
+            del self._paths[origin]
         self._raise_generation()
 
-    def _delete_sources(self, routes: Iterable[bytes]) -> None:
-        """Delete sources, shortest prefix first, so that none matches for a deleted longer one."""
+    def set_tunnels(self, indexes: Iterable[int]) -> None:
+        """Write the devices that the backstop lets packets into. Raises: OSError."""
+        fd, wanted = self._fds["tunnels"], set(map(INDEX.pack, indexes))
+        for key in [key for key in elements.keys(fd, INDEX.size) if key not in wanted]:
+            elements.delete(fd, key)
+        for key in wanted:
+            elements.update(fd, key, b"\1")
+
+    def _delete_paths(self, routes: Iterable[bytes]) -> None:
+        """Delete paths, shortest prefix first, so that none matches for a deleted longer one."""
         for key in sorted(routes, key=INDEX.unpack_from):
-            elements.delete(self._fds["sources"], key)
+            elements.delete(self._fds["paths"], key)
+
+    def _read_paths(self) -> dict[Origin, dict[bytes, bytes]]:
+        """Return the routes in the map, by origin, with empty values: each is written again."""
+        found: dict[Origin, dict[bytes, bytes]] = {}
+        for key in elements.keys(self._fds["paths"], packed.ROUTE_SIZE):
+            found.setdefault(packed.origin_of_route(key), {})[key] = b""
+        return found
 
     # --- refusals -------------------------------------------------------------------
 

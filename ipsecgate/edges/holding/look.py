@@ -26,7 +26,7 @@ from ipsecgate.edges.holding import seccomp
 TARGETS = 64  # threads whose descriptors and memory an inspector keeps within reach
 
 Glance = tuple[object, ...]
-"""Which call, with which address, by a socket with which address, mark and protocol; or a flow."""
+"""Which call, with which address, by which kind of socket (`seccomp.socket_facts`); or a flow."""
 NO_ADDRESS: Glance = ()
 """A message without an address, which needs no look at its socket."""
 
@@ -102,7 +102,7 @@ class Looker:
             os.close(fd)
 
     def inspect(self, call: Notification) -> Finding | None:
-        """Return what a call asks for; None if it names no Internet address or another netns.
+        """Return what a call asks for; None if it names no Internet address.
 
         Raises: OSError; ValueError if the descriptor is not an Internet socket.
         """
@@ -112,13 +112,13 @@ class Looker:
         if to is None:
             return None
         sock = seccomp.inspect_socket(seccomp.copy_descriptor(call.pid, call.fd))
-        if sock.netns != self._netns:
-            return None
         # Only if the call still waits did we read its own thread, not another one with that pid.
         if not seccomp.is_waiting(self._listener, call.id):
             return None
         daddr, dport = to
         saddr = sock.saddr if sock.saddr and sock.saddr.version == daddr.version else None
-        flow = Flow(daddr, sock.proto, dport, saddr, sock.sport, sock.mark)
+        netns = 0 if sock.netns == self._netns else sock.netns
+        mark = 0 if netns else sock.mark
+        flow = Flow(daddr, sock.proto, dport, saddr, sock.sport, mark, sock.device, netns)
         connects_udp = call.nr == self._abi.connect and sock.proto == UDP
         return Finding(flow, sock.blocking and not connects_udp)

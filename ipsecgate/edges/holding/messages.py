@@ -28,14 +28,14 @@ class Kind(IntEnum):
 
 
 # Kind; place in the call file, id and thread of the call; then its flow: protocol, ports of
-# destination and source, mark, destination, source. In host byte order; addresses are IPv6, or IPv4
-# mapped into it.
-MESSAGE = struct.Struct("=BIQIBHHI16s16s")
+# destination and source, mark, device, network namespace, destination, source. In host byte order;
+# addresses are IPv6, or IPv4 mapped into it.
+MESSAGE = struct.Struct("=BIQIBHHIIQ16s16s")
 FREE = struct.Struct("=QQ")  # the epoch, and the id of a call that was asked about
 NO_ADDRESS = bytes(16)
 MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291 section 2.5.5.2
-STARTED = MESSAGE.pack(Kind.STARTED, 0, 0, 0, 0, 0, 0, 0, NO_ADDRESS, NO_ADDRESS)
-LOOKING = MESSAGE.pack(Kind.LOOKING, 0, 0, 0, 0, 0, 0, 0, NO_ADDRESS, NO_ADDRESS)
+STARTED = MESSAGE.pack(Kind.STARTED, *bytes(9), NO_ADDRESS, NO_ADDRESS)
+LOOKING = MESSAGE.pack(Kind.LOOKING, *bytes(9), NO_ADDRESS, NO_ADDRESS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,8 @@ def encode(question: Question) -> bytes:
         flow.dport,
         flow.sport,
         flow.mark,
+        flow.device,
+        flow.netns,
         _packed(flow.daddr),
         _packed(flow.saddr),
     )
@@ -69,11 +71,12 @@ def decode(raw: bytes) -> Kind | Question | None:
     """Read a `MESSAGE`; None for bytes that are none."""
     if len(raw) != MESSAGE.size or raw[0] > Kind.ASKED_BLOCKING:
         return None
-    kind, place, ident, pid, proto, dport, sport, mark, daddr, saddr = MESSAGE.unpack(raw)
+    kind, place, ident, pid, *rest = MESSAGE.unpack(raw)
     if kind < Kind.ASKED:
         return Kind(kind)
+    proto, dport, sport, mark, device, netns, daddr, saddr = rest
     source = None if saddr == NO_ADDRESS else unmap(IPv6Address(saddr))
-    flow = Flow(unmap(IPv6Address(daddr)), proto, dport, source, sport, mark)
+    flow = Flow(unmap(IPv6Address(daddr)), proto, dport, source, sport, mark, device, netns)
     return Question(place, ident, pid, Finding(flow, kind == Kind.ASKED_BLOCKING))
 
 

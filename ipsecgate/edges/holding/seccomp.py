@@ -35,7 +35,8 @@ SET_FLAGS, SYNC_WAKE_UP = 0x40082104, 1 << 0
 PIDFD_GETFD = 438  # the same number on every architecture
 PIDFD_THREAD = os.O_EXCL  # Linux 6.9: a pidfd of any thread, not only of the process's first
 
-SO_MARK, SO_PROTOCOL, SO_DOMAIN, SO_NETNS_COOKIE = 36, 38, 39, 71  # asm-generic/socket.h
+# Source: asm-generic/socket.h
+SO_MARK, SO_PROTOCOL, SO_DOMAIN, SO_BINDTOIFINDEX, SO_NETNS_COOKIE = 36, 38, 39, 62, 71
 IPPROTO_MPTCP = 262
 _CSocket = socket.SocketType  # what `socket.socket` derives from: quicker to make
 LISTENER_NAME = "anon_inode:seccomp notify"
@@ -233,7 +234,8 @@ def _bound(host: str) -> Address | None:
 class Socket:
     """The properties of a socket that determine its flows.
 
-    `saddr` is None and `sport` 0 if it is not bound; `netns` is the namespace's cookie.
+    `saddr` is None and `sport` 0 if it is not bound; `netns` is the namespace's cookie, `device`
+    the interface index that it is bound to, 0: none.
     """
 
     proto: int
@@ -242,10 +244,13 @@ class Socket:
     mark: int
     blocking: bool
     netns: int
+    device: int
 
 
-def socket_facts(pidfd: int, fd: int) -> tuple[object, int, int]:
-    """Return the own address, mark and protocol of a socket that a thread has open, by its pidfd.
+def socket_facts(pidfd: int, fd: int) -> tuple[object, ...]:
+    """Return what a flow depends on of a socket that a thread has open, by its pidfd.
+
+    That is its own address, mark, protocol, device and network namespace.
 
     Cheaper than `inspect_socket`, but only good to compare with what it returned before.
     Raises: OSError; ESRCH if the thread has ended; ValueError for a strange address.
@@ -260,6 +265,8 @@ def socket_facts(pidfd: int, fd: int) -> tuple[object, int, int]:
             sock.getsockname(),
             sock.getsockopt(socket.SOL_SOCKET, SO_MARK),
             sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL),
+            sock.getsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX),
+            sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8),
         )
     finally:
         sock.close()
@@ -284,6 +291,7 @@ def inspect_socket(fd: int) -> Socket:
         proto = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
         mark = sock.getsockopt(socket.SOL_SOCKET, SO_MARK) & 0xFFFFFFFF
         netns = sock.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8)
+        device = sock.getsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX)
         blocking = not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
         host, port, *_ = sock.getsockname()
     return Socket(
@@ -293,4 +301,5 @@ def inspect_socket(fd: int) -> Socket:
         mark,
         blocking,
         int.from_bytes(netns, sys.byteorder),
+        device,
     )

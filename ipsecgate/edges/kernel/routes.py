@@ -1,7 +1,7 @@
-"""Which source address the kernel would choose for an unbound socket, and whether through a tunnel.
+"""Where the kernel would send the flows of each origin: with which source, and into which tunnel.
 
-The answer is kept up to date. A tunnel is the TUN device of an IKE daemon that does userspace ESP:
-strongSwan's kernel-libipsec names it ipsec0, ipsec1, and so on.
+The answer is kept up to date. A tunnel is an XFRM or VTI interface, or the TUN device of an IKE
+daemon that does userspace ESP: strongSwan's kernel-libipsec names it ipsec0, ipsec1, and so on.
 
 Rules of this module:
 - Ask the kernel (RTM_GETROUTE); compute nothing from the table. Only the kernel's answer accounts
@@ -10,24 +10,28 @@ Rules of this module:
   followed destination, and after an overrun of the watching socket.
 - Handle the first change at once: strongSwan adds a route with a `src` hint just when an SA comes
   up. Changes that follow within `PAUSE` are handled together.
-- When a tunnel loses its route, report its destinations as outside the tunnel at once, before
-  asking the kernel which route replaces it: until then the flow would leave in the clear.
+- When a TUN device loses its route, report its destinations as outside it at once, before asking
+  the kernel which route replaces it: until then the flow would leave in the clear.
 
-Answers hold for flows of root without a mark. Rules by mark, user, port or protocol are not
-supported, nor are sources that differ between the next hops of one route.
+Answers hold for flows of root. Rules by user, port or protocol are not supported, nor are sources
+that differ between the next hops of one route.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Iterable
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from socket import AF_INET, AF_INET6
+from typing import NamedTuple
 
 from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.codec.rtnetlink import (
+    VTI,
+    Link,
     decode_link,
     decode_prefixes,
     decode_removed_routes,
@@ -37,18 +41,20 @@ from ipsecgate.core.codec.rtnetlink import (
     encode_route_get,
     encode_rule_dump,
     only_routes,
+    rule_conditions,
 )
-from ipsecgate.core.model.events import SourcesResolved
-from ipsecgate.core.model.flow import Address, Network
+from ipsecgate.core.model.events import OriginGone, PathsResolved
+from ipsecgate.core.model.flow import HOST, Address, FlowPath, Network, Origin
 from ipsecgate.core.model.prefixes import (
     Prefix,
     PrefixSet,
-    Source,
+    Route,
     as_network,
     as_prefix,
     compress,
     partition,
 )
+from ipsecgate.core.tables.layout import IF_IDS
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket, Requests
 from ipsecgate.errors import GateError
 
@@ -64,18 +70,26 @@ class RoutesError(GateError):
     """The kernel's routes can't be read."""
 
 
+class Conditions(NamedTuple):
+    """On what routing rules depend: whether on source addresses, and on which bits of marks."""
+
+    by_source: bool
+    marks: int
+
+
 class Routes:
-    """Resolves the sources for the followed destinations, in this network namespace.
+    """Resolves the paths to the followed destinations, in this network namespace.
 
     `deliver` is called when they are known, and when they change.
     """
 
-    def __init__(self, deliver: Callable[[SourcesResolved], None]) -> None:
+    def __init__(self, deliver: Callable[[PathsResolved | OriginGone], None]) -> None:
         self._deliver = deliver
         self._destinations: tuple[Network, ...] = ()
         self._followed = PrefixSet(())  # the same destinations
+        self._origins = [HOST]
         self._due = asyncio.Event()
-        self._delivered: SourcesResolved | None = None
+        self._delivered: dict[Origin, PathsResolved] = {}
         self._tuns: set[int] = set()  # interface indexes
         self._losses = 0  # how often a followed route, or a link, was removed
 
@@ -83,8 +97,14 @@ class Routes:
         """Replace the destinations to resolve."""
         self._destinations = tuple(destinations)
         self._followed = PrefixSet(self._destinations)
-        self._delivered = None
+        self._delivered = {}
         self._due.set()
+
+    def follow_origin(self, origin: Origin) -> None:
+        """Resolve the paths of the flows that begin there, as well."""
+        if origin not in self._origins:
+            self._origins.append(origin)
+            self._due.set()
 
     async def run(self) -> None:
         """Watch and resolve until cancelled. Raises: RoutesError, DecodeError."""
@@ -106,7 +126,7 @@ class Routes:
     async def source_for(self, address: Address) -> Address | None:
         """Return the source for a destination, None if it is unreachable. Raises: OSError."""
         async with Requests(NETLINK_ROUTE) as requests:
-            return _ask_route(requests, address)[0]
+            return _ask_route(requests, address, HOST)[0]
 
     async def prefixes(self) -> set[Network]:
         """Return the networks inside the followed destinations at which the answer can change.
@@ -115,57 +135,102 @@ class Routes:
         `to` selectors of rules. Raises: OSError, DecodeError.
         """
         async with Requests(NETLINK_ROUTE) as requests:
-            return await self._prefixes(requests)
+            return (await self._prefixes(requests))[0]
 
-    async def resolve(self) -> tuple[Source, ...]:
-        """Ask the kernel, and return the sources. Raises: OSError, DecodeError."""
-        return (await self._resolve()).sources
+    async def resolve(self) -> tuple[Route, ...]:
+        """Ask the kernel, and return the paths from here. Raises: OSError, DecodeError."""
+        (resolved,) = [one async for one in self._resolve() if one.origin == HOST]
+        return resolved.paths
 
-    async def _resolve(self) -> SourcesResolved:
-        sources: list[Source] = []
-        links: list[tuple[Network, int]] = []
+    async def _resolve(self) -> AsyncIterator[PathsResolved]:
+        """Yield the paths of each origin; `HOST` comes last, and knows the tunnels of all."""
+        links: dict[int, Link | None] = {}  # those in use, by interface index; None: gone
         async with Requests(NETLINK_ROUTE) as requests:
-            pieces = partition(self._destinations, await self._prefixes(requests))
-            for count, (piece, address) in enumerate(pieces, start=1):
-                source, link = _ask_route(requests, address)
-                sources.append((piece, source))
-                links.append((piece, link))
-                if count % LOOKUPS_PER_TURN == 0:
-                    await asyncio.sleep(0)
-            used = {link for _, link in links}
-            self._tuns = {link for link in used if _is_tun(requests, link)}
-        into_tun = compress((piece, link in self._tuns) for piece, link in links)
-        if not self._tuns:
-            return SourcesResolved(compress(sources))
-        return SourcesResolved(compress(sources), into_tun, min(self._tuns))
+            prefixes, conditions = await self._prefixes(requests)
+            pieces = partition(self._destinations, prefixes)
+            for origin in self._origins[::-1]:
+                ways: list[tuple[Network, Address | None, int]] = []
+                for count, (piece, address) in enumerate(pieces, start=1):
+                    ways.append((piece, *_ask_route(requests, address, origin)))
+                    if count % LOOKUPS_PER_TURN == 0:
+                        await asyncio.sleep(0)
+                for index in {link for *_, link in ways} - links.keys():
+                    links[index] = _ask_link(requests, index)
+                paths = compress((piece, _path(source, links[at])) for piece, source, at in ways)
+                if origin != HOST:
+                    yield PathsResolved(paths, origin)
+        yield self._from_here(paths, conditions, ways, links)
 
-    async def _prefixes(self, requests: Requests) -> set[Network]:
+    def _from_here(
+        self,
+        paths: tuple[Route, ...],
+        conditions: Conditions,
+        ways: Iterable[tuple[Network, Address | None, int]],
+        links: Mapping[int, Link | None],
+    ) -> PathsResolved:
+        tunnels = frozenset(index for index, link in links.items() if link and _is_tunnel(link))
+        self._tuns = {index for index, link in links.items() if link and _is_tun(link)}
+        resolved = PathsResolved(
+            paths, HOST, conditions.by_source, conditions.marks, tunnels=tunnels
+        )
+        if not self._tuns:
+            return resolved
+        into_tun = compress((piece, at in self._tuns) for piece, _, at in ways)
+        return replace(resolved, into_tun=into_tun, tun=min(self._tuns))
+
+    async def _prefixes(self, requests: Requests) -> tuple[set[Network], Conditions]:
+        """Return where the answer can change, and what else it depends on."""
         found: set[Prefix] = set()
+        by_source, marks = False, 0
+
+        def rules(datagram: bytes) -> list[Prefix]:
+            nonlocal by_source, marks
+            for names_source, mask in rule_conditions(datagram):
+                by_source |= names_source
+                marks |= mask
+            return self._followed_prefixes(datagram)
+
         for family in (AF_INET, AF_INET6):
-            for encode in (encode_route_dump, encode_rule_dump):
+            for encode, decode in (
+                (encode_route_dump, self._followed_prefixes),
+                (encode_rule_dump, rules),
+            ):
                 try:
-                    found.update(
-                        await requests.dump(partial(encode, family), self._followed_prefixes)
-                    )
+                    found.update(await requests.dump(partial(encode, family), decode))
                 except OSError as error:
                     if error.errno != errno.EAFNOSUPPORT:
                         raise
                     # The kernel has no IPv6, or its module is not loaded: it routes none.
-        return {as_network(item) for item in found}
+        return {as_network(item) for item in found}, Conditions(by_source, marks)
 
     def _followed_prefixes(self, datagram: bytes) -> list[Prefix]:
         return [item for item in decode_prefixes(datagram) if self._followed.contains(item)]
 
     async def _update(self) -> None:
-        """Resolve, and deliver the result if it differs from the last."""
+        """Resolve, and deliver what differs from the last result."""
+        self._drop_lost_devices()
         before = self._losses
-        resolved = await self._resolve()
-        if self._losses != before:
-            # Some answers may be older than the loss. Report no tunnel; `_due` is set again.
-            resolved = replace(resolved, into_tun=())
-        if resolved != self._delivered:
-            self._delivered = resolved
-            self._deliver(resolved)
+        async for resolved in self._resolve():
+            # Some answers may be older than a loss. Then report no tunnel; `_due` is set again.
+            found = resolved if self._losses == before else replace(resolved, into_tun=())
+            if found != self._delivered.get(found.origin):
+                self._delivered[found.origin] = found
+                self._deliver(found)
+        for origin in [one for one in self._origins if one.mark & ~found.marks]:
+            self._forget(origin)  # no rule asks for its mark any more
+
+    def _drop_lost_devices(self) -> None:
+        """Forget the origins whose device is gone: another may get its index."""
+        for origin in [one for one in self._origins if one.device]:
+            try:
+                socket.if_indextoname(origin.device)
+            except OSError:
+                self._forget(origin)
+
+    def _forget(self, origin: Origin) -> None:
+        self._origins.remove(origin)
+        self._delivered.pop(origin, None)
+        self._deliver(OriginGone(origin))
 
     def _withdraw_tunnels(self, lost: Iterable[tuple[int, Prefix | None]]) -> None:
         """Report at once which destinations no longer lead into a tunnel.
@@ -178,16 +243,17 @@ class Routes:
                 self._losses += 1
                 if link in self._tuns:
                     removed.append(destination)
-        if not removed or self._delivered is None:
+        delivered = self._delivered.get(HOST)
+        if not removed or delivered is None:
             return
         uncovered = PrefixSet(as_network(item) for item in removed if item is not None)
         into_tun = tuple(
             (item, into and None not in removed and not uncovered.overlaps(as_prefix(item)))
-            for item, into in self._delivered.into_tun
+            for item, into in delivered.into_tun
         )
-        if into_tun != self._delivered.into_tun:
-            self._delivered = replace(self._delivered, into_tun=into_tun)
-            self._deliver(self._delivered)
+        if into_tun != delivered.into_tun:
+            self._delivered[HOST] = replace(delivered, into_tun=into_tun)
+            self._deliver(self._delivered[HOST])
 
     def _on_change(self, datagram: bytes) -> None:
         try:
@@ -201,18 +267,44 @@ class Routes:
         self._due.set()
 
 
-def _ask_route(requests: Requests, address: Address) -> tuple[Address | None, int]:
+def _ask_route(requests: Requests, address: Address, origin: Origin) -> tuple[Address | None, int]:
     """Return a destination's source and interface index; None and 0 if it is unreachable."""
+    encode = partial(encode_route_get, address, device=origin.device, mark=origin.mark)
     try:
-        found = requests.ask(partial(encode_route_get, address), decode_route)
+        found = requests.ask(encode, decode_route)
     except OSError:
         return None, 0  # whatever the reason, the kernel would not send there either
     return found[0] if found else (None, 0)
 
 
-def _is_tun(requests: Requests, link: int) -> bool:
+def _ask_link(requests: Requests, index: int) -> Link | None:
     try:
-        found = requests.ask(partial(encode_link_get, link), decode_link)
+        found = requests.ask(partial(encode_link_get, index), decode_link)
     except OSError:
-        return False  # the interface was removed meanwhile, or the route had none
-    return any(kind == "tun" and name.startswith(TUN) for name, kind in found)
+        return None  # it was removed meanwhile, or the route had none
+    return next(iter(found), None)
+
+
+def _path(source: Address | None, link: Link | None) -> FlowPath:
+    """Return the path of flows that leave by a link."""
+    if link is None or source is None:
+        return FlowPath(source)
+    if link.kind in VTI:
+        return FlowPath(source, mark=link.mark)
+    if link.kind != "xfrm":
+        return FlowPath(source)
+    if link.if_id is None:
+        why = f"{link.name} takes the interface id of its packets, which the hooks cannot see"
+        return FlowPath(source, outside=why)
+    if not 0 < link.if_id <= IF_IDS:
+        why = f"{link.name} has the interface id {link.if_id}, and the hooks know 1 to {IF_IDS}"
+        return FlowPath(source, outside=why)
+    return FlowPath(source, if_id=link.if_id)
+
+
+def _is_tunnel(link: Link) -> bool:
+    return link.kind == "xfrm" or link.kind in VTI
+
+
+def _is_tun(link: Link) -> bool:
+    return link.kind == "tun" and link.name.startswith(TUN)

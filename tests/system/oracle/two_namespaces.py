@@ -18,7 +18,7 @@ from ipaddress import ip_network
 from pathlib import Path
 
 from ipsecgate.core.model.events import KernelSnapshot, PolicySet, SaSet
-from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Address
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, HOST, Address
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
@@ -90,7 +90,7 @@ class TwoNamespaces:
         """Protect everything; resolve the sources as the controller does."""
         routes = Routes(lambda _resolved: None)
         routes.follow(PROTECTED)
-        self.data.set_sources(await routes.resolve())
+        self.data.set_paths(HOST, await routes.resolve())
         everything = [
             Rule(ternary(n), Entry(State.PROTECT, error=REFUSAL)) for n in (ANY_V4, ANY_V6)
         ]
