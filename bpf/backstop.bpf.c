@@ -12,8 +12,6 @@
 #define LISTEN 10
 #define SYN 2
 
-#define IKE 500 /* RFC 7296 section 2 */
-#define IKE_NAT 4500
 #define LOCALHOST 0x7f000001
 
 static __always_inline int block(struct __sk_buff *skb, struct gate_key *flow,
@@ -130,9 +128,10 @@ static __always_inline int is_beside_daemon(struct __sk_buff *skb, __u16 port)
 static __always_inline int is_into_tunnel(struct __sk_buff *skb)
 {
 	__u32 device = skb->ifindex;
+	__u64 ports = setting(GATE_IKE_PORTS);
 
 	return tunnels.lookup(&device) &&
-	       (is_beside_daemon(skb, IKE) || is_beside_daemon(skb, IKE_NAT));
+	       (is_beside_daemon(skb, ports) || is_beside_daemon(skb, ports >> 16));
 }
 
 int egress(struct __sk_buff *skb)

@@ -150,7 +150,8 @@ struct gate_path {
 #define GATE_LEVELS 12          /* + table: a bit for each level that has masks, from bit 0 on for
 				 * IPv6 and from GATE_LEVELS_V4 on for IPv4 */
 #define GATE_MARKS 14           /* the bits of marks that routing rules ask for */
-#define GATE_SETTINGS 15
+#define GATE_IKE_PORTS 15       /* UDP ports of the IKE daemon: bits 0 to 15 and 16 to 31, 0 = none */
+#define GATE_SETTINGS 16
 
 /* What a socket remembers, and the generation in which it was true. GATE_DAEMON has a process id in
  * its place, so it must be compared with GATE_IKE. The backstop compares it with the generation only

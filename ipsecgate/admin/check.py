@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ipsecgate.admin.loader import check_targets, pins_of
-from ipsecgate.core.model.policy import SaSource
+from ipsecgate.core.model.ipsec import Action
+from ipsecgate.core.model.policy import Policy, SaSource
 from ipsecgate.core.model.value import value
 from ipsecgate.edges.bpf import bytecode, libbpf, nested
 from ipsecgate.edges.bpf.objects import HOOKS
@@ -45,11 +46,8 @@ def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
         nonlocal config
         config = read_config()
         check_targets(paths, config)
-        policies = len(config.settings.policies)
-        text = str(paths.config) if paths.config.exists() else f"no {paths.config}: defaults"
-        if not policies:
-            return f"{text}; policies are derived from strongSwan's connections"
-        return f"{text}; {policies} {'policy' if policies == 1 else 'policies'}"
+        file = str(paths.config) if paths.config.exists() else f"no {paths.config}: defaults"
+        return f"{file}; {_policies(config.settings.policies)}"
 
     def strongswan() -> str:
         nonlocal userspace_esp
@@ -73,6 +71,7 @@ def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
         ("strongswan", strongswan),
         ("xfrm", lambda: for_kernel_esp(_xfrm)),
         ("esp", lambda: for_kernel_esp(_esp)),
+        ("floor", lambda: for_kernel_esp(lambda: _floor(config))),
     ]
     return [_run(name, check) for name, check in checks]
 
@@ -86,6 +85,24 @@ def _run(name: str, check: Callable[[], str]) -> Finding:
     except OSError as error:
         hint = "run it as root" if isinstance(error, PermissionError) else ""
         return Finding(name, False, error.strerror or str(error), hint)
+
+
+def _policies(policies: tuple[Policy, ...]) -> str:
+    count = f"{len(policies)} {'policy' if len(policies) == 1 else 'policies'}"
+    if any(policy.action is Action.PROTECT for policy in policies):
+        return count
+    first = f"{count}, and then " if policies else ""
+    return f"{first}policies are derived from strongSwan's connections"
+
+
+def _floor(config: Config) -> str:
+    if config.settings.floor:
+        return "xfrm-block: what no hook sees is blocked, too, unless an SA protects it"
+    outside = "" if config.host else "what processes outside gated cgroups send, "
+    return (
+        f"none: {outside}what the kernel sends on its own (GRE, VXLAN, Geneve, IPIP, NFS) and "
+        "what it forwards leaves in clear while no SA protects it"
+    )
 
 
 def _root() -> str:

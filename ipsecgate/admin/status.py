@@ -21,7 +21,7 @@ from ipsecgate.admin.status_document import (
     Status,
 )
 from ipsecgate.core.gate.coverage import Coverage
-from ipsecgate.core.model.policy import Policy, SaSource, derived_policies
+from ipsecgate.core.model.policy import Policy, SaSource, derived_policies, in_force
 from ipsecgate.core.tables.layout import Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Table
 from ipsecgate.edges.bpf.maps import Maps
@@ -104,9 +104,8 @@ def _without_controller(paths: Paths, read_config: Callable[[], Config]) -> Gate
         config = read_config()
     except UsageError as error:
         errors.append(str(error))
-    policies = config.settings.policies or derived_policies(
-        saved_state.load_children(paths.remembered)
-    )
+    derived = derived_policies(saved_state.load_children(paths.remembered))
+    policies = in_force(config.settings.policies, derived)
     return {
         "errors": errors,
         "sa_source": sa_source(config.settings.sa_source),

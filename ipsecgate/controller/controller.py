@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ipsecgate.admin import loader
@@ -38,13 +39,14 @@ from ipsecgate.controller.xfrm_follower import XfrmFollower
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.event_queue import EventQueue
 from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.gate.name_lookups import is_lookup
 from ipsecgate.core.model import events as on
 from ipsecgate.core.state.floor import instance_tag
 from ipsecgate.core.tables.layout import TableId
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.holding import oci
 from ipsecgate.edges.holding.listeners import Listeners
-from ipsecgate.edges.host import control_server, saved_state, systemd
+from ipsecgate.edges.host import cgroups, control_server, saved_state, systemd
 from ipsecgate.edges.host.config import Config
 from ipsecgate.edges.kernel import probe
 from ipsecgate.edges.kernel.floor import Floor
@@ -184,6 +186,8 @@ class Controller:
             self._ike.stir()
 
     def _on_refusal(self, refusal: on.FlowRefused) -> None:
+        if is_lookup(refusal.flow):
+            refusal = replace(refusal, unit=cgroups.unit_of(refusal.cgroup))
         self._put(refusal)
         audit = self._gate.settings.audit
         self._journal.refusal(refusal, self._gate.policies, audit=audit)

@@ -6,14 +6,19 @@ import asyncio
 import logging
 from typing import assert_never
 
+from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.policy import Settings
 from ipsecgate.core.tables.layout import LayoutError, Setting, TableId
+from ipsecgate.core.tables.packed import ports_setting
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.host import cgroups
+from ipsecgate.edges.kernel.sockets import udp_ports
 from ipsecgate.errors import GateError
 
 log = logging.getLogger("ipsecgate")
+
+IKE_PORTS = (500, 4500)  # RFC 7296 section 2
 
 
 class HookWriter:
@@ -54,6 +59,7 @@ class HookWriter:
                 self._data.set_tunnels(command.indexes)
             case do.ExemptIke():
                 self._exempt(command.pid)
+                await self._learn_ports(command.pid)
             case _:
                 assert_never(command)
 
@@ -84,6 +90,18 @@ class HookWriter:
             return
         self._data.set(Setting.IKE_CGROUP, cgroup)
         self._data.set(Setting.IKE, pid)
+
+    async def _learn_ports(self, pid: int) -> None:
+        """Find out the daemon's ports, by which the backstop recognises its network namespace."""
+        if not pid or not self._data.setting(Setting.IKE):
+            return
+        try:
+            found = await udp_ports(pid, self._data.setting(Setting.IKE_CGROUP))
+        except (OSError, DecodeError) as error:
+            log.warning("the IKE daemon's ports are unknown, so 500 and 4500 count: %s", error)
+            found = []
+        usual = [port for port in IKE_PORTS if port in found]
+        self._data.set(Setting.IKE_PORTS, ports_setting(usual or found or IKE_PORTS))
 
     async def _publish(self, command: do.Publish | do.Change) -> None:
         try:

@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -75,12 +75,17 @@ class Captured:
 class Capture:
     """A capture on the bridge ports of a path. `ports`: sender (a, b) to port name.
 
+    `natt_ports`: the UDP ports of NAT traversal.
+
     Use it as `with Capture(…) as capture: …; seen = capture.stop()`, or with start() and stop().
     """
 
-    def __init__(self, path: Namespace, ports: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Namespace, ports: Mapping[str, str], natt_ports: Container[int]
+    ) -> None:
         self._path = path
         self._ports = ports
+        self._natt_ports = natt_ports
         self._sockets: dict[str, socket.socket] = {}
         self._frames: list[Frame] = []
         self._ended = threading.Event()
@@ -126,7 +131,8 @@ class Capture:
         # A preemption between the two reads makes the offset too small, so take the largest.
         offset = max(time.time_ns() - time.monotonic_ns() for _ in range(5))
         packets = [
-            parse(data, sender, (wall - offset) / 1e9, wall) for sender, wall, data in frames
+            parse(data, sender, (wall - offset) / 1e9, wall, self._natt_ports)
+            for sender, wall, data in frames
         ]
         return Captured(tuple(packets))
 

@@ -104,12 +104,12 @@ class Charon:
         """Whether the daemon is running."""
         return self._process is not None and self._process.poll() is None
 
-    def spawn(self) -> None:
-        """Start the daemon without waiting for it."""
+    def spawn(self, launcher: list[str] | None = None) -> None:
+        """Start the daemon without waiting for it; `launcher` replaces the usual one."""
         self.vici_socket.unlink(missing_ok=True)
         with (self.folder / "charon.out").open("wb") as out:
             self._process = subprocess.Popen(
-                [*self._launcher, str(DAEMON)],
+                [*(launcher or self._launcher), str(DAEMON)],
                 env={"STRONGSWAN_CONF": str(self._settings)},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -160,7 +160,7 @@ class Charon:
     def configure(self, settings: str) -> None:
         """Add these lines to the lab's settings, in place of those of the last call, and reload.
 
-        This works only for settings that charon reads while it runs, such as make_before_break.
+        charon reads some while it runs, such as make_before_break, and others only at its start.
         """
         own = SETTINGS.format(load=self._load, folder=self.folder)
         self._settings.write_text(f"{own}charon-systemd {{\n{settings}\n}}\n")

@@ -136,7 +136,7 @@ def udp_client(options: Options) -> Report:
     def body() -> None:
         sock = new_socket(socket.SOCK_DGRAM, options.to)
         if options.bind:
-            sock.bind((options.bind, 0))
+            sock.bind((options.bind, options.local))
         send: Callable[..., int] = sock.sendto
         where: tuple[object, ...] = (target,)
         if "connected" in options.switches:

@@ -7,6 +7,7 @@ of an unknown datagram: a mistake here must look like a leak, never hide one.
 from __future__ import annotations
 
 import struct
+from collections.abc import Container
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import ip_address
@@ -96,31 +97,33 @@ def ipv6(data: bytes) -> Transport:
     return Transport(proto, data[at:])
 
 
-def kind_of(upper: Transport, sport: int, dport: int) -> Kind:
-    """Classify what IP carries."""
+def kind_of(
+    upper: Transport, sport: int, dport: int, natt_ports: Container[int] = (NATT_PORT,)
+) -> Kind:
+    """Classify what IP carries. `natt_ports`: where ESP in UDP and IKE with a marker may be."""
     if upper.proto in (ESP, AH):
         return Kind.ESP
     if upper.proto == ICMPV6 and upper.body[:1] and upper.body[0] in HOUSEKEEPING:
         return Kind.LINK
     if upper.body[:1] == UNREACHABLE.get(upper.proto):
-        return kind_of_unreachable(upper)
+        return kind_of_unreachable(upper, natt_ports)
     if upper.proto == UDP and IKE_PORT in (sport, dport):
         return Kind.IKE
-    if upper.proto == UDP and NATT_PORT in (sport, dport):
+    if upper.proto == UDP and (sport in natt_ports or dport in natt_ports):
         # RFC 3948: four zero bytes mark IKE, one byte of ones is a keepalive.
         marker = upper.body[8:12]
         return Kind.IKE if marker == bytes(4) or marker[:1] == b"\xff" == marker else Kind.ESP
     return Kind.CLEAR
 
 
-def kind_of_unreachable(upper: Transport) -> Kind:
+def kind_of_unreachable(upper: Transport, natt_ports: Container[int]) -> Kind:
     """Classify an "unreachable" by what it quotes: kernels without an IKE daemon answer IKE so."""
     try:
         quoted = (ipv4 if upper.proto == ICMP else ipv6)(upper.body[8:])
-        ports = struct.unpack_from("!HH", quoted.body) if quoted.proto == UDP else (0, 0)
+        sport, dport = struct.unpack_from("!HH", quoted.body) if quoted.proto == UDP else (0, 0)
     except (IndexError, struct.error):
         return Kind.CLEAR
-    return Kind.CLEAR if kind_of(quoted, *ports) is Kind.CLEAR else Kind.IKE
+    return Kind.CLEAR if kind_of(quoted, sport, dport, natt_ports) is Kind.CLEAR else Kind.IKE
 
 
 def is_unreachable(upper: Transport, saddr: bytes) -> bool:
@@ -131,8 +134,14 @@ def is_unreachable(upper: Transport, saddr: bytes) -> bool:
     return saddr == (quoted[16:20] if upper.proto == ICMP else quoted[24:40])
 
 
-def parse(frame: bytes, sender: str, time: float, wall_ns: int) -> Packet:
-    """Parse an Ethernet frame. `frame` may be truncated."""
+def parse(
+    frame: bytes,
+    sender: str,
+    time: float,
+    wall_ns: int,
+    natt_ports: Container[int] = (NATT_PORT,),
+) -> Packet:
+    """Parse an Ethernet frame. `frame` may be truncated; `natt_ports` as for `kind_of`."""
     (ethertype,) = struct.unpack_from("!H", frame, 12)
     data = frame[ETHERNET:]
     if ethertype == ETH_ARP:
@@ -155,7 +164,7 @@ def parse(frame: bytes, sender: str, time: float, wall_ns: int) -> Packet:
         sender,
         time,
         wall_ns,
-        kind_of(upper, sport, dport),
+        kind_of(upper, sport, dport, natt_ports),
         ip_address(saddr),
         ip_address(daddr),
         upper.proto,

@@ -37,18 +37,20 @@ class Gated:
 
     `policies` is TOML that is appended to the configuration's [gate] table, so keys of [gate]
     come first. `cache` keeps compiled hooks from one gate to the next; None: compile them again.
+    `host`: gate everything, as gate.host does.
     """
 
-    def __init__(self, lab: Lab, *, policies: str = "", cache: Path | None = None) -> None:
+    def __init__(
+        self, lab: Lab, *, policies: str = "", cache: Path | None = None, host: bool = False
+    ) -> None:
         self.lab = lab
         self.instance = f"lab-{os.getpid()}-{next(_instances)}"
         self._folder = Path(tempfile.mkdtemp(prefix=f"{lab.name}-gate-"))
         self.cgroup = lab.cgroup(f"{self.instance}/app")
         self.config = self._folder / "ipsecgate.toml"
         self.log = self._folder / "log"
-        self.config.write_text(
-            f'[gate]\nvici = "{lab.a.charon.vici_socket}"\ncgroups = ["{self.cgroup}"]\n{policies}'
-        )
+        gated = "host = true" if host else f'cgroups = ["{self.cgroup}"]'
+        self.config.write_text(f'[gate]\nvici = "{lab.a.charon.vici_socket}"\n{gated}\n{policies}')
         cache = cache or self._folder / "cache"
         self.paths = Paths(self.config, self.instance, BPFFS, self._folder / "run", cache)
         self.process: subprocess.Popen[str] | None = None

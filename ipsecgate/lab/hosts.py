@@ -23,6 +23,7 @@ from typing import ClassVar, Self
 from ipsecgate.lab import cgroups, netns, path
 from ipsecgate.lab.capture import Capture
 from ipsecgate.lab.connections import ConnSpec, connection
+from ipsecgate.lab.frames import NATT_PORT
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.netns import LabError, Namespace
 from ipsecgate.lab.path import FAMILIES, SITE_A, SITE_B
@@ -55,6 +56,7 @@ class Lab:
         self.prefix = prefix
         self.libipsec = libipsec
         self.name = f"{prefix}-{os.getpid()}"
+        self.natt_ports = {NATT_PORT}  # for captures; a test may have charon use others
         self._broken = self._muted = False
         self._stack = contextlib.ExitStack()
 
@@ -197,9 +199,12 @@ class Lab:
             path.mute_ike(self.b.namespace, dropped)
             self._muted = dropped
 
-    def restart(self, host: Host) -> None:
-        """Start a host's charon again after its `kill()` or `stop()`, without any connection."""
-        host.charon.spawn()
+    def restart(self, host: Host, cgroup: Path | None = None) -> None:
+        """Start a host's charon again after its `kill()` or `stop()`, without any connection.
+
+        It runs in `cgroup`, if one is given.
+        """
+        host.charon.spawn(host.launcher(cgroup))
         host.charon.wait_ready()
         host.charon.load_psk(OTHER_PSK if self._broken and host is self.b else PSK)
 
@@ -209,7 +214,7 @@ class Lab:
 
     def capture(self) -> Capture:
         """Return a capture of the traffic between the hosts; the caller starts it."""
-        capture = Capture(self.path, {"a": SITE_A.port, "b": SITE_B.port})
+        capture = Capture(self.path, {"a": SITE_A.port, "b": SITE_B.port}, self.natt_ports)
         self._stack.callback(capture.close)
         return capture
 

@@ -7,7 +7,7 @@ import socket
 import sys
 
 TEXTS = {"to": "", "bind": "", "retry": ""}
-NUMBERS = {"port": "7", "limit": "30", "count": "200", "rate": "1000", "size": "64"}
+NUMBERS = {"port": "7", "local": "0", "limit": "30", "count": "200", "rate": "1000", "size": "64"}
 SWITCHES = ("same-socket", "connected")
 # A datagram begins with a random id of the sender's run and its number in that run (big-endian).
 RUN_LENGTH, NUMBER_LENGTH = 8, 4
@@ -36,6 +36,7 @@ class Options:
                 raise UnknownWordError(word)
         self.to, self.bind, self.retry = values["to"], values["bind"], values["retry"]
         self.port, self.count, self.size = (int(values[k]) for k in ("port", "count", "size"))
+        self.local = int(values["local"])
         self.limit, self.rate = float(values["limit"]), float(values["rate"])
 
 

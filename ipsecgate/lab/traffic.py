@@ -3,7 +3,7 @@
 tcp-server --bind ADDR --port N
 udp-server --bind ADDR --port N
 tcp-client --to ADDR --port N [--bind ADDR] [--limit S] [--retry ERRNOS] [--same-socket]
-udp-client --to ADDR --port N [--bind ADDR] [--limit S] [--retry ERRNOS] [--connected]
+udp-client --to ADDR --port N [--bind ADDR [--local N]] [--limit S] [--retry ERRNOS] [--connected]
            [--count N] [--rate HZ] [--size BYTES]
 ERRNOS is a list such as EPERM,EAGAIN (or none): these errors are retried after 1 ms.
 

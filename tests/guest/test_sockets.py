@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ipsecgate.core.codec.sockdiag import ConnectedSocket
+from ipsecgate.core.codec.sockdiag import ListedSocket
 from ipsecgate.core.model.flow import TCP, UDP
 from ipsecgate.edges.kernel import sockets
 from tests.system.hooked_cgroup import OTHER, PEER, HookedCgroup
@@ -22,7 +22,7 @@ def inside(hooked: HookedCgroup) -> object:
         yield
 
 
-def listed(wanted: Callable[[ConnectedSocket], bool]) -> list[ConnectedSocket]:
+def listed(wanted: Callable[[ListedSocket], bool]) -> list[ListedSocket]:
     return [one for one in asyncio.run(sockets.connected()) if wanted(one)]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.model.flow import HOST, FlowPath
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
+from ipsecgate.core.tables.packed import ports_setting
 from ipsecgate.core.tables.table import Rule, compile_table, ternary
 from ipsecgate.edges.bpf import bytecode
 from ipsecgate.edges.bpf.datapath import Datapath
@@ -33,6 +34,7 @@ THERE = {4: ip_network("203.0.113.0/24"), 6: ip_network("2001:db8:b::/64")}
 PEER = {4: "203.0.113.9", 6: "2001:db8:b::9"}
 ELSEWHERE = {4: "198.51.100.77", 6: "2001:db8:a::77"}
 OTHER = {4: "192.0.2.9", 6: "2001:db8:c::9"}
+IKE_PORTS = (500, 4500)
 
 
 @dataclass
@@ -144,6 +146,7 @@ def no_backstop(data: Datapath, link: int) -> None:
     The daemon is known by this process's cgroup; `ike_socket` must be open in the link's namespace.
     """
     data.set_tunnels((link,))
+    data.set(Setting.IKE_PORTS, ports_setting(IKE_PORTS))
     data.set(Setting.IKE_CGROUP, cgroups.of_process(os.getpid()).stat().st_ino)
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from ipsecgate.controller.hook_writer import HookWriter
 from ipsecgate.core.tables.layout import Reason, Setting
+from ipsecgate.core.tables.packed import ports_setting
 from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.lab.netns import Namespace
 from tests.system import attacker
@@ -106,9 +107,15 @@ def test_the_daemons_device_is_recognised_by_its_socket(hooked: HookedCgroup) ->
     hooked.ike.close()
     assert hooked.gated("raw", PEER[4]) == "EPERM", "there is no socket"
     with hooked.namespace.inside():
-        hooked.ike = ike_socket(4500)
-        assert hooked.gated("raw", PEER[4]) == ""
-        hooked.ike.close()
+        for port in (4500, 4600):
+            hooked.ike = ike_socket(port)
+            assert hooked.gated("raw", PEER[4]) == ("" if port == 4500 else "EPERM")
+            hooked.data.set(Setting.IKE_PORTS, ports_setting((4600, 61000)))
+            assert hooked.gated("raw", PEER[4]) == ("" if port == 4600 else "EPERM")
+            hooked.data.set(Setting.IKE_PORTS, ports_setting((61000, 4600)))
+            assert hooked.gated("raw", PEER[4]) == ("" if port == 4600 else "EPERM")
+            hooked.ike.close()
+            hooked.renew()
         hooked.ike = ike_socket()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,25 @@ def test_the_floor_follows_the_configuration(lab: Lab, cache: Path) -> None:
             gate.config.write_text(text if there else text.replace(floor, ""))
             gate.ask("reload")
             wait_for(lab, floor=there)
+
+
+def test_the_host_reaches_its_own_addresses_in_a_protected_network(lab: Lab, cache: Path) -> None:
+    """XFRM looks up policies for packets to an IPv6 address of the host's own."""
+    lab.reset()
+    policy = '[[policy]]\nname = "x"\nremote = ["2001:db8::/32"]\n'
+    later = "2001:db8:a::9"
+    with (
+        Gated(lab, policies=f'floor = "xfrm-block"\n{policy}', cache=cache),
+        lab.a.serve("tcp-server", PORT),
+    ):
+        wait_for(lab, floor=True)
+        own = lab.a.client("tcp-client", lab.a.inner[6], PORT, "--limit", "5").result()
+        assert connected(own)
+        lab.a.run(["ip", "addr", "add", later, "dev", "lo", "nodad"])
+        new = lab.a.client(
+            "tcp-client", ip_address(later), PORT, "--limit", "20", "--retry", "EPERM"
+        )
+        assert connected(new.result())
+        lab.a.run(["ip", "addr", "del", later, "dev", "lo"])
+        there = lab.a.client("tcp-client", lab.b.outer[6], PORT, "--limit", "0.5").result()
+        assert not connected(there)

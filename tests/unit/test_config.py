@@ -61,6 +61,21 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
     assert printer.action is Action.BYPASS
 
 
+@pytest.mark.parametrize(
+    ("gate", "floor"),
+    [
+        ("host = true", True), ('host = true\nfloor = "none"', False), ("", False),
+        ('floor = "xfrm-block"', True),
+    ],
+)  # fmt: skip
+def test_the_floor_belongs_to_a_gated_host_unless_it_is_turned_off(
+    tmp_path: Path, gate: str, floor: bool
+) -> None:
+    file = tmp_path / "ipsecgate.toml"
+    file.write_text(f"[gate]\n{gate}\n")
+    assert load(file).settings.floor is floor
+
+
 def test_files_in_policies_d_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "policies.d").mkdir()
     for name in ("b", "a"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 import pytest
 
@@ -11,7 +11,7 @@ from ipsecgate.core.codec.xfrm import NEWPOLICY, decode
 from ipsecgate.core.codec.xfrm_floor import decode_late, encode_delete, encode_set
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import TCP, FlowPath
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, TCP, FlowPath
 from ipsecgate.core.model.ipsec import Action, Direction, SpdEntry
 from ipsecgate.core.model.policy import FLOOR_PRIORITY, FloorPolicy, Policy, Settings
 from ipsecgate.core.state.floor import (
@@ -43,12 +43,29 @@ def test_the_floor_blocks_protected_networks_and_allows_earlier_bypasses() -> No
 
 
 def test_an_ipv6_floor_allows_loopback_and_neighbour_discovery() -> None:
-    first, *types, block = floor_policies((Policy("six", (SIX,)),))
-    assert first == FloorPolicy(0, False, ip_network("::1/128"))
+    *types, block = floor_policies((Policy("six", (SIX,)),))
     assert block == FloorPolicy(1, True, SIX)
     covered = {n for n in range(256) for t in types if n & t.sport[1] == t.sport[0]}
     assert covered == {132, 133, 134, 135, 136}
     assert all(t.proto == 58 and not t.block for t in types)
+    assert FloorPolicy(0, False, ip_network("::1/128")) in floor_policies((Policy("6", (ANY_V6,)),))
+
+
+def test_the_floor_allows_what_the_hooks_exempt_within_a_protected_network() -> None:
+    own = [ip_address(address) for address in ("2001:db8:2::7", "2001:db8:9::7", "10.2.0.1")]
+    found = floor_policies((Policy("six", (SIX,)),), own)
+    assert FloorPolicy(0, False, ip_network("2001:db8:2::7/128")) in found
+    assert not [one for one in found if one.dst in map(ip_network, own[1:])]
+    (dhcp, block) = floor_policies((Policy("all", (ANY_V4,)),))
+    assert dhcp == FloorPolicy(
+        0, False, ip_network("255.255.255.255/32"), 17, (68, 0xFFFF), (67, 0xFFFF)
+    )
+    assert block.block
+
+
+def test_the_floor_keeps_local_ports() -> None:
+    mirror = Policy("in", (THERE,), proto=17, local_ports=(6081, 6081))
+    assert floor_policies((mirror,)) == (FloorPolicy(1, True, THERE, 17, sport=(6081, 0xFFFF)),)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +135,10 @@ def test_the_floor_follows_the_policies_and_is_restored_after_a_flush() -> None:
     assert floors(transcript.after(on.KernelSnapshot((), ()))), "after a flush"
     more = Settings((PROTECT, Policy("six", (SIX,))), floor=True)
     there = on.PathsResolved((*SOURCES.paths, (SIX, FlowPath(None))))
-    assert len(floors(transcript.after(on.Reconfigured(more), there))[-1].policies) == 5
+    assert len(floors(transcript.after(on.Reconfigured(more), there))[-1].policies) == 4
+    here = ip_address("2001:db8:2::7")
+    arrived = on.PathsResolved((*SOURCES.paths, (SIX, FlowPath(here))))
+    assert ip_network(here) in {one.dst for one in floors(transcript.after(arrived))[-1].policies}
     assert floors(transcript.after(on.Reconfigured(Settings((PROTECT,)))))[-1].policies == ()
     assert floors(transcript.after(on.Reconfigured(Settings((PROTECT,), floor=True))))
     audit = Settings((PROTECT,), floor=True, audit=True)

@@ -133,6 +133,25 @@ async def test_a_late_failure_is_not_repeated(
     assert "silent" in failed.cause
 
 
+async def test_the_attempt_after_a_late_failure_logs_its_cause(
+    charon: FakeCharon, client: IkeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name server that does not answer keeps charon waiting for longer than that."""
+    monkeypatch.setattr(negotiation, "DIAGNOSE_WITHIN", 0.0)
+
+    async def initiate(session: Session, _asked: Section) -> Section:
+        if "control-log" in session.events:
+            session.event("control-log", {"msg": "unable to resolve gw.example, initiate aborted"})
+        return no("establishing CHILD_SA 'net' failed")
+
+    charon.handlers["initiate"] = initiate
+    await negotiate(charon, client)
+    first, second = await negotiate(charon, client)
+    assert ("loglevel" in first, "loglevel" in second) == (True, False)
+    causes = [event.cause for event in await next_events(client, 2)]  # type: ignore[union-attr]
+    assert causes[1] == "the peer's address gw.example can't be resolved"
+
+
 async def test_only_a_few_negotiations_wait_inside_the_daemon(
     charon: FakeCharon, client: IkeClient
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import TCP, Flow, Selector, TrafficSelector
+from ipsecgate.core.model.flow import TCP, UDP, Flow, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import Action, ChildName, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.tables import rule_table
@@ -52,6 +52,77 @@ def test_configured_policies_replace_the_derived_ones() -> None:
         State.PROTECT, EPERM
     )
     assert initiated(transcript.after(replace(REFUSED, flow=database))) == [NAME]
+
+
+def test_exceptions_come_before_the_derived_policies() -> None:
+    """Alone they say nothing of what must be protected, so they take nothing out of protection."""
+    resolver = Policy("resolver", (ip_network("10.2.0.53/32"),), Action.BYPASS, UDP, (53, 53))
+    transcript = Transcript(Settings(policies=(resolver,)))
+    query = replace(ROUTED, daddr=ip_address("10.2.0.53"), proto=UDP, dport=53)
+    elsewhere = replace(ROUTED, daddr=ip_address("198.51.100.1"))
+    for daemon in (None, connected()):
+        if daemon is not None:
+            transcript.after(on.KernelSnapshot((TRAP,), ()), daemon)
+        assert transcript.entry(TableId.POLICY, query).state is State.BYPASS  # type: ignore[union-attr]
+        assert transcript.errno == EPERM
+    assert transcript.entry(TableId.POLICY, elsewhere) is None
+
+
+# The two children of an OVN tunnel: to a peer's port, and from one's own.
+OUT = replace(
+    NET,
+    name=ChildName("ovn", "out"),
+    local=(TrafficSelector(HERE, UDP),),
+    remote=(TrafficSelector(THERE, UDP, (6081, 6081)),),
+)
+IN = replace(
+    NET,
+    name=ChildName("ovn", "in"),
+    local=(TrafficSelector(HERE, UDP, (6081, 6081)),),
+    remote=(TrafficSelector(THERE, UDP),),
+)
+
+
+@pytest.mark.parametrize(
+    ("sport", "dport", "protected"),
+    [
+        (0, 6081, True), (40000, 6081, True), (6081, 53, True), (6081, 6081, True),
+        (0, 53, False), (40000, 53, False),
+    ],
+)  # fmt: skip
+def test_derived_policies_keep_the_ports_of_both_sides(
+    sport: int, dport: int, protected: bool
+) -> None:
+    transcript = Transcript()
+    transcript.after(on.IkeConnected((OUT, IN), (), pid=42))
+    flow = replace(ROUTED, proto=UDP, sport=sport, dport=dport)
+    entry = transcript.entry(TableId.POLICY, flow)
+    assert (entry is not None and entry.state is State.DERIVED) is protected
+    assert transcript.entry(TableId.POLICY, replace(flow, proto=TCP)) is None
+
+
+@pytest.mark.parametrize(("action", "named"), [(Action.PROTECT, True), (Action.BYPASS, False)])
+def test_an_unbound_socket_may_get_a_local_port_that_the_kernel_chooses_from(
+    action: Action, named: bool
+) -> None:
+    protect = Policy("rest", (ip_network("192.0.2.0/24"),))
+    policy = Policy("p", (THERE,), action, UDP, local_ports=(40000, 40001))
+    transcript = Transcript(Settings(policies=(policy, protect)))
+    unbound = replace(ROUTED, proto=UDP)
+    assert (transcript.entry(TableId.POLICY, unbound) is not None) is named
+    for sport, inside in ((40000, True), (40001, True), (40002, False)):
+        entry = transcript.entry(TableId.POLICY, replace(unbound, sport=sport))
+        assert (entry is not None) is inside
+
+
+def test_local_ports_that_were_ever_loaded_stay() -> None:
+    transcript = Transcript()
+    transcript.after(on.IkeConnected((IN,), (), pid=42))
+    moved = replace(IN, local=(TrafficSelector(HERE, UDP, (4789, 4789)),))
+    transcript.after(on.IkeConnected((moved,), (), pid=42))
+    for sport, named in ((6081, True), (4789, True), (53, False)):
+        entry = transcript.entry(TableId.POLICY, replace(ROUTED, proto=UDP, sport=sport))
+        assert (entry is not None) is named
 
 
 @pytest.fixture

@@ -155,9 +155,10 @@ def test_a_refusal_from_before_the_reload_is_judged_by_the_new_policies() -> Non
 
 
 def test_without_configured_policies_the_loaded_connections_apply() -> None:
-    transcript = running(FIRST)
+    transcript = running(replace(FIRST, action=Action.PROTECT))
     commands = reload(transcript)
-    assert do.ResolvePaths((THERE,)) in commands
+    (resolve,) = (c for c in commands if isinstance(c, do.ResolvePaths))
+    assert THERE in resolve.destinations
     commands = transcript.after(SOURCES)
     assert [p.remote for p in transcript.gate.policies] == [(THERE,)]
     assert kinds(commands)[-1] is do.Adopted

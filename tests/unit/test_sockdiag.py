@@ -10,7 +10,8 @@ import pytest
 
 from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.codec.sockdiag import (
-    ConnectedSocket,
+    UNCONNECTED,
+    ListedSocket,
     decode_listing,
     encode_destroy,
     encode_listing,
@@ -24,7 +25,7 @@ def listed(family: int, src: str, dst: str, *, cgroup: int | None = 7, mark: int
     """Return an inet_diag_msg made by hand. Source: linux/inet_diag.h."""
     ends = [ip_address(text).packed.ljust(16, b"\0") for text in (src, dst)]
     name = struct.pack("!HH", 40000, 5432) + ends[0] + ends[1] + struct.pack("=I", 0) + COOKIE
-    body = struct.pack("=BBBB", family, 1, 0, 0) + name + bytes(20)
+    body = struct.pack("=BBBB", family, 1, 0, 0) + name + bytes(16) + struct.pack("=I", 4711)
     if mark:
         body += struct.pack("=HHI", 8, 15, mark)
     if cgroup is not None:
@@ -41,6 +42,7 @@ def test_a_listed_socket_has_its_flow_cgroup_and_cookie() -> None:
         ip_address("10.2.0.9"), TCP, 5432, ip_address("10.1.0.1"), 40000, mark=5
     )
     assert (four.cgroup, four.family, four.id[-8:]) == (7, AF_INET, COOKIE)
+    assert four.inode == 4711
     assert (six.flow.daddr, six.cgroup) == (ip_address("2001:db8::2"), None)
 
 
@@ -64,5 +66,6 @@ def test_the_request_to_destroy_names_the_exact_socket() -> None:
     assert struct.unpack_from("=IHHII", request) == (16 + 56, 21, 0x5, 9, 0)
     assert request[16:18] == bytes((AF_INET, TCP))
     assert request[24:] == one.id
-    assert isinstance(one, ConnectedSocket)
+    assert isinstance(one, ListedSocket)
     assert len(encode_listing(AF_INET, UDP, 1)) == 16 + 56
+    assert encode_listing(AF_INET, UDP, 1, states=UNCONNECTED)[20:24] == struct.pack("=I", 1 << 7)

@@ -46,3 +46,12 @@ def failure_cause(lines: Sequence[str]) -> str | None:
             if match := pattern.search(line):
                 return match.expand(words)
     return lines[-1] if lines else None
+
+
+_UNRESOLVED = re.compile(r"the peer's address (\S+) can't be resolved")
+
+
+def unresolved_name(cause: str) -> str:
+    """Return the name that a cause says can't be resolved, "" if it says something else."""
+    found = _UNRESOLVED.fullmatch(cause)
+    return found[1] if found else ""

@@ -1,6 +1,6 @@
-"""Codec for NETLINK_SOCK_DIAG: list the connected sockets, and destroy one.
+"""Codec for NETLINK_SOCK_DIAG: list sockets, and destroy one.
 
-Rules of this module: bytes in, values out; TCP and UDP sockets with a peer only.
+Rules of this module: bytes in, values out; TCP and UDP sockets with a peer, UDP sockets without.
 
 Source: linux/inet_diag.h (struct inet_diag_req_v2, inet_diag_msg), linux/sock_diag.h.
 """
@@ -20,38 +20,44 @@ SOCK_DIAG_BY_FAMILY, SOCK_DESTROY = 20, 21
 INET_DIAG_MARK, INET_DIAG_CGROUP_ID = 15, 21
 # All states but TIME_WAIT, CLOSE and LISTEN, which send no more data. Source: tcp_states.h.
 CONNECTED = sum(1 << state for state in (1, 2, 3, 4, 5, 8, 9, 11, 12))
+UNCONNECTED = 1 << 7  # TCP_CLOSE, which UDP sockets without a peer have
 KINDS = tuple((family, protocol) for family in (AF_INET, AF_INET6) for protocol in (TCP, UDP))
 
 _REQUEST = struct.Struct("=BBBBI")  # family, protocol, attributes, padding, states; then the id
 _ID = struct.Struct("!HH16s16s")  # ports, addresses; then interface and cookie, 48 bytes in all
 _ID_SIZE = 48
 _MESSAGE_SIZE = 4 + _ID_SIZE + 20
+_INODE = _MESSAGE_SIZE - 4
 _U32, _U64 = struct.Struct("=I"), struct.Struct("=Q")
 
 
 @value
-class ConnectedSocket:
-    """A connected socket: flow, cgroup id (None: unknown), and struct inet_diag_sockid."""
+class ListedSocket:
+    """A socket: flow, cgroup id (None: unknown), struct inet_diag_sockid, and inode.
+
+    Without a peer, the flow's destination is the unspecified address, port 0.
+    """
 
     flow: Flow
     cgroup: int | None
     family: int
     id: bytes
+    inode: int = 0
 
 
-def encode_listing(family: int, protocol: int, sequence: int) -> bytes:
-    """Encode a request for the connected sockets of a family and protocol."""
-    body = _REQUEST.pack(family, protocol, 0, 0, CONNECTED) + bytes(_ID_SIZE)
+def encode_listing(family: int, protocol: int, sequence: int, *, states: int = CONNECTED) -> bytes:
+    """Encode a request for the sockets of a family and protocol that are in one of these states."""
+    body = _REQUEST.pack(family, protocol, 0, 0, states) + bytes(_ID_SIZE)
     return encode_dump(SOCK_DIAG_BY_FAMILY, body, sequence)
 
 
-def encode_destroy(socket: ConnectedSocket, sequence: int) -> bytes:
+def encode_destroy(socket: ListedSocket, sequence: int) -> bytes:
     """Encode a request to destroy a socket; its pending calls fail with ECONNABORTED."""
     body = _REQUEST.pack(socket.family, socket.flow.proto, 0, 0, CONNECTED) + socket.id
     return encode_request(SOCK_DESTROY, body, sequence)
 
 
-def decode_listing(protocol: int, datagram: bytes) -> Iterator[ConnectedSocket]:
+def decode_listing(protocol: int, datagram: bytes) -> Iterator[ListedSocket]:
     """Yield the sockets of a listing. Raises: DecodeError."""
     for message in messages(datagram):
         if message.type != SOCK_DIAG_BY_FAMILY:
@@ -74,7 +80,8 @@ def decode_listing(protocol: int, datagram: bytes) -> Iterator[ConnectedSocket]:
             mark=0 if mark is None else _U32.unpack_from(datagram, mark)[0],
         )
         cgroup_id = None if cgroup is None else _U64.unpack_from(datagram, cgroup)[0]
-        yield ConnectedSocket(flow, cgroup_id, family, raw)
+        (inode,) = _U32.unpack_from(datagram, at + _INODE)
+        yield ListedSocket(flow, cgroup_id, family, raw, inode)
 
 
 def _address(family: int, raw: bytes) -> Address:

@@ -10,8 +10,20 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Network, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig
 from ipsecgate.core.model.policy import Policy, derived_policies
+
+
+def _joined(
+    one: tuple[TrafficSelector, ...], other: tuple[TrafficSelector, ...]
+) -> tuple[TrafficSelector, ...]:
+    """Return both children's local protocols and ports, without addresses; none: any."""
+    if not one or not other:
+        return ()
+    wide: dict[int, Network] = {4: ANY_V4, 6: ANY_V6}
+    both = (replace(sel, network=wide[sel.network.version]) for sel in (*one, *other))
+    return tuple(dict.fromkeys(both))
 
 
 class DerivedPolicies:
@@ -33,7 +45,8 @@ class DerivedPolicies:
         for child in children:
             known = self._known.get(child.name, child)
             remote = tuple(dict.fromkeys((*known.remote, *child.remote)))
-            self._known[child.name] = replace(child, remote=remote)
+            local = _joined(known.local, child.local)
+            self._known[child.name] = replace(child, local=local, remote=remote)
         self.errors = [
             f"connection {c.name}: its remote selector is unknown until it is up: "
             "add a [[policy]] for its networks, or they are not protected"

@@ -15,7 +15,7 @@ from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.gate.negotiations import Negotiation
 from ipsecgate.core.gate.routing import Routed
-from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, is_exempt
+from ipsecgate.core.model.flow import ANY_PORT, ANY_V4, ANY_V6, Flow, is_exempt
 from ipsecgate.core.model.ipsec import Action, ChildConfig, Sa, SpdEntry, Template
 from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.state.kernel_state import KernelState
@@ -105,6 +105,7 @@ def _protected(
     config = gate.ike.loaded.child_for(flow, routed.last.saddr, policy)
     negotiation = gate.negotiations.by_child.get(config.name) if config else None
     text, advice = _ike_step(gate, policy, config, negotiation)
+    advice = gate.lookups.advice(flow) or advice
     steps.append((Step.IKE, text))
     return Explanation(Reason.REFUSE_UNCOVERED, tuple(steps), error, advice)
 
@@ -149,10 +150,14 @@ def describe(policy: Policy) -> str:
         remote = "everything"
     verb = {Action.PROTECT: "protects", Action.BYPASS: "exempts", Action.DISCARD: "discards"}
     protocol = {0: "", 6: " tcp", 17: " udp"}.get(policy.proto, f" protocol {policy.proto}")
-    low, high = policy.ports
-    ports = "" if (low, high) == (0, 0xFFFF) else f" port {low}" + (f"-{high}" * (high != low))
+    ports = _in_words("port", policy.ports) + _in_words("from port", policy.local_ports)
     where = policy.origin or "derived from strongSwan's connections"
     return f"{policy.name} {verb[policy.action]}{protocol} {remote}{ports} ({where})"
+
+
+def _in_words(name: str, ports: tuple[int, int]) -> str:
+    low, high = ports
+    return "" if ports == ANY_PORT else f" {name} {low}" + (f"-{high}" * (high != low))
 
 
 def _exemption(flow: Flow) -> str:

@@ -21,9 +21,10 @@ from random import random
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.demand import Demand
-from ipsecgate.core.gate.holds import Holds
+from ipsecgate.core.gate.holds import FlowState, Holds
 from ipsecgate.core.gate.ike import Ike
-from ipsecgate.core.gate.negotiations import Negotiations, Outcome
+from ipsecgate.core.gate.name_lookups import NameLookups
+from ipsecgate.core.gate.negotiations import Negotiations
 from ipsecgate.core.gate.one_way import OneWayChildren
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.propagation import Propagation
@@ -60,6 +61,7 @@ class Gate:
             self.protection, self.policy_table, self.negotiations, self.holds, flow_index
         )
         self._one_way = OneWayChildren()
+        self.lookups = NameLookups()
         self._pending: Settings | None = None  # a configuration that waits for its paths
 
     @property
@@ -85,9 +87,12 @@ class Gate:
     @property
     def errors(self) -> list[str]:
         """Return the problems that the operator should fix."""
-        errors = [*self.protection.errors, *self.policy_table.errors]
+        errors = [*self.protection.errors, *self.policy_table.errors, *self.lookups.errors]
         if self.settings.floor and self.protection.in_userspace:
-            errors.append("gate.floor has no effect, because strongSwan does ESP")
+            errors.append(
+                "gate.floor has no effect, because strongSwan does ESP: what the kernel sends "
+                'on its own leaves in clear; `floor = "none"` accepts that'
+            )
         return errors
 
     def start(self) -> list[do.Command]:
@@ -139,10 +144,8 @@ class Gate:
 
     def _take(self, event: on.CallEvent | on.OtherEvent) -> list[do.Command]:
         match event:
-            case on.FlowRefused(flow, policy=place):
-                # `place` may be one of an older table, so it is looked up again.
-                asked = Outcome() if place is None else self.demand.refused(flow, event.pid)
-                return self._propagate.pass_on(asked)
+            case on.FlowRefused():
+                return self._flow_refused(event)
             case on.CallMade():
                 return self._call_made(event)
             case on.CallExpired() | on.CallInterrupted() | on.CallGone():
@@ -171,8 +174,10 @@ class Gate:
             case on.IkeUnparsed(reason):
                 return [*self.ike.log_unread((reason,)), do.AskIke()]
             case on.NegotiationFailed(name, cause):
-                return self._propagate.pass_on(self.negotiations.failed(name, cause))
+                failed = self._propagate.pass_on(self.negotiations.failed(name, cause))
+                return [*failed, *self.lookups.failed(name, cause)]
             case on.NegotiationDone(name):
+                self.lookups.up(name)
                 return self._propagate.pass_on(self.negotiations.done(name))
             case on.IkeUp() | on.IkeDown() | on.ChildUp() | on.ChildDown():
                 return []  # children are reported one by one, and applied together
@@ -203,14 +208,30 @@ class Gate:
 
     def _rerouted(self, set_paths: list[do.Command]) -> list[do.Command]:
         self._propagate.after_routes()
-        return [*set_paths, *self._propagate.after_protection(), *self._adopt()]
+        changed = [*self._propagate.after_protection(), *self._adopt(), *self._propagate.floor()]
+        return [*set_paths, *changed]
 
     # --- held calls and refused flows -----------------------------------------------------
+
+    def _flow_refused(self, event: on.FlowRefused) -> list[do.Command]:
+        if event.policy is None:
+            return []
+        # That number may be one of an older table, so the policy is looked up again.
+        self.lookups.refused(
+            event.flow, self._policy_name(event.flow), event.pid, event.comm, event.unit
+        )
+        return self._propagate.pass_on(self.demand.refused(event.flow, event.pid))
+
+    def _policy_name(self, flow: Flow) -> str:
+        found = self.policy_table.policy_for(flow)
+        return found[1].name if found else ""
 
     def _call_made(self, event: on.CallMade) -> list[do.Command]:
         if self.holds.is_waiting(event.flow):
             return [self.holds.join(event)]
         evaluation, outcome = self.demand.evaluate(event.flow, event.pid)
+        if evaluation.state is not FlowState.FREE:
+            self.lookups.refused(event.flow, self._policy_name(event.flow), event.pid)
         return [*self._propagate.pass_on(outcome), self.holds.take(event, evaluation)]
 
     def _answer_held(self) -> list[do.Command]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model.flow import Address
 from ipsecgate.core.model.ipsec import SpdEntry
-from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.policy import FloorPolicy, Policy, Settings
 from ipsecgate.core.state.floor import floor_policies, is_floor
 
 
@@ -18,22 +19,32 @@ class HostFloor:
     """The floor as it was last commanded."""
 
     def __init__(self) -> None:
-        self._policies: tuple[Policy, ...] | None = None  # None: not commanded, or lost
+        self._made_of: object = None
+        self._wanted: tuple[FloorPolicy, ...] | None = None  # None: not commanded, or lost
 
     def update(
-        self, policies: tuple[Policy, ...], settings: Settings, *, userspace_esp: bool
+        self,
+        policies: tuple[Policy, ...],
+        settings: Settings,
+        *,
+        own: frozenset[Address],
+        userspace_esp: bool,
     ) -> list[do.Command]:
-        """Return the command that makes the floor follow these policies, if any is needed."""
+        """Return the command that makes the floor follow these policies, if any is needed.
+
+        `own`: the host's own addresses, to which nothing leaves the host.
+        """
         wanted = settings.floor and not settings.audit and not userspace_esp
-        policies = policies if wanted else ()
-        if policies == self._policies:
+        made_of = (policies, own) if wanted else ()
+        if self._wanted is not None and made_of == self._made_of:
             return []
-        self._policies = policies
-        return [do.SetFloor(floor_policies(policies))]
+        floor = floor_policies(policies, own) if wanted else ()
+        changed, self._made_of, self._wanted = floor != self._wanted, made_of, floor
+        return [do.SetFloor(floor)] if changed else []
 
     def compare(self, spd: Iterable[SpdEntry]) -> None:
         """Have the next `update` restore the floor if the kernel has lost part of it."""
-        if self._policies is not None:
+        if self._wanted is not None:
             found = sum(is_floor(entry) for entry in spd)
-            if found < len(floor_policies(self._policies)):
-                self._policies = None
+            if found < len(self._wanted):
+                self._wanted = None

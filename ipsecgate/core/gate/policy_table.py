@@ -1,6 +1,7 @@
 """The policies in force, and the table of them that the hooks search.
 
-    policies     the configured ones, else one for each remote traffic selector ever loaded
+    policies     the configured ones; unless one of them protects, then one for each remote
+                 traffic selector ever loaded
     the table    each policy, with the errno that a call refused by it returns now
 
 A policy's place in the list is its number in the table and in the hooks' events.
@@ -19,7 +20,7 @@ from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.derived import DerivedPolicies
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, Network
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName
-from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.policy import Policy, Settings, in_force
 from ipsecgate.core.tables.layout import State, TableId, flow_key
 from ipsecgate.core.tables.policy_rules import matches, rule_of
 from ipsecgate.core.tables.rule_table import RuleTable, join_names
@@ -35,6 +36,7 @@ class PolicyTable:
         self.settings = settings
         self.content: Table | None = None  # None: nothing published, so the hooks refuse all
         self._derived = DerivedPolicies(remembered)
+        self._joined: tuple[tuple[Policy, ...], ...] = ((), (), ())  # two lists, and both as one
         self._networks_of: tuple[Policy, ...] | None = None
         self._networks: tuple[Network, ...] = ()  # of these policies
         self._published: tuple[Policy, ...] = ()
@@ -48,10 +50,20 @@ class PolicyTable:
         """Return the policies in force."""
         return self._policies_of(self.settings)
 
+    @property
+    def are_known(self) -> bool:
+        """Tell whether it is known what must be protected."""
+        return self.policies[-1:] != NOT_KNOWN_YET
+
     def _policies_of(self, settings: Settings) -> tuple[Policy, ...]:
         # A published table can only be replaced, so without policies everything is protected.
-        unknown = () if self.content is None else NOT_KNOWN_YET
-        return settings.policies or self._derived.policies or unknown
+        unknown = () if self.content is None and not settings.policies else NOT_KNOWN_YET
+        configured, derived = settings.policies, self._derived.policies or unknown
+        known, policies = self._joined[:2], self._joined[2]
+        if known[0] is not configured or known[1] is not derived:
+            policies = in_force(configured, derived)
+            self._joined = configured, derived, policies
+        return policies
 
     def networks(self, settings: Settings | None = None) -> tuple[Network, ...]:
         """Return the networks that must be protected, now or with other settings."""
@@ -70,8 +82,9 @@ class PolicyTable:
         return [*([text] if widened else []), *self._derived.errors]
 
     def learn(self, settings: Settings, children: Iterable[ChildConfig]) -> list[do.Command]:
-        """Derive policies from what the daemon has loaded, unless the settings have their own."""
-        return [] if settings.policies else self._derived.learn(children)
+        """Derive policies from what the daemon has loaded, unless a configured one protects."""
+        own = any(policy.action is Action.PROTECT for policy in settings.policies)
+        return [] if own else self._derived.learn(children)
 
     # --- one flow ---------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.holds import Holds
 from ipsecgate.core.gate.host_floor import HostFloor
 from ipsecgate.core.gate.negotiations import Negotiations, Outcome
-from ipsecgate.core.gate.policy_table import NOT_KNOWN_YET, PolicyTable
+from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.protection import Protection
 from ipsecgate.core.tables.flow_index import FlowIndex
 
@@ -91,10 +91,16 @@ class Propagation:
                 commands += self.pass_on(renumbered)
             commands += table.publish_errnos(self._negotiations.coverages_by_place())
             self._holds.recheck_all()
-        if table.policies is not NOT_KNOWN_YET:
-            commands += self._floor.update(
-                table.policies,
-                table.settings,
-                userspace_esp=self._protection.in_userspace,
-            )
-        return commands
+        return commands + self.floor()
+
+    def floor(self) -> list[do.Command]:
+        """Bring the host floor up to date with the policies and the host's addresses."""
+        table = self._policy_table
+        if not table.policies or not table.are_known:
+            return []
+        return self._floor.update(
+            table.policies,
+            table.settings,
+            own=self._protection.routing.addresses,
+            userspace_esp=self._protection.in_userspace,
+        )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import HOST, Flow, FlowPath, Network, Origin
+from ipsecgate.core.model.flow import HOST, Address, Flow, FlowPath, Network, Origin
 from ipsecgate.core.model.prefixes import LongestPrefix, PrefixSet, as_prefix, limit_paths
 from ipsecgate.core.tables.layout import ROUTES, Reason
 
@@ -52,6 +52,8 @@ class Routing:
     def __init__(self) -> None:
         self.destinations: tuple[Network, ...] = ()
         self.paths: dict[Origin, tuple[tuple[Network, FlowPath], ...]] = {}
+        self.addresses: frozenset[Address] = frozenset()  # the host's own among the destinations,
+        # and those that it sends from
         self.bound_too = 0  # whether bound flows depend on their path, as the setting PATHS has it
         self._by_source = False
         self._marks = 0  # the bits of marks that routing rules ask for
@@ -99,6 +101,8 @@ class Routing:
             self._bent.discard(origin)
         if origin == HOST:
             self._by_source, self._marks = event.by_source, event.marks
+            # Routing chooses each of the host's own addresses as the source for itself.
+            self.addresses = frozenset(path.source for _, path in paths if path.source)
         self._judge_bound()
         self._errors[origin] = [
             f"{network}: routing divides it into more parts than the hooks can hold ({space}): "

@@ -103,7 +103,7 @@ class FlowRefused:
     """A hook refused a flow or the backstop a packet (`pid` 0), or would have in audit mode.
 
     `reason` is a `layout.Reason`. `policy` is the policy's index among those in force, None if
-    no policy matches the flow.
+    no policy matches the flow. `unit`: the systemd unit of `cgroup`; "": none, or not looked up.
     """
 
     flow: Flow
@@ -112,6 +112,7 @@ class FlowRefused:
     pid: int
     comm: str
     cgroup: int
+    unit: str = ""
 
 
 # --- IKE -------------------------------------------------------------------------

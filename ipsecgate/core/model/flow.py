@@ -22,6 +22,9 @@ ICMP = (1, 58)
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 
 PORT_MASK = 0xFFFF
+ANY_PORT = (0, PORT_MASK)
+# The ports that the kernel chooses from: net.ipv4.ip_local_port_range at its default.
+EPHEMERAL = range(32768, 61000)
 OPAQUE = (PORT_MASK, 0)  # a traffic selector for packets without ports, RFC 7296 3.13.1
 DHCP = (("255.255.255.255", 68, 67), ("ff02::1:2", 546, 547))
 ANY_V4 = IPv4Network("0.0.0.0/0")

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from ipaddress import ip_network
+from itertools import product
 from zlib import crc32
 
-from ipsecgate.core.model.flow import ANY_V6, PORT_MASK
+from ipsecgate.core.model.flow import ANY_V6, DHCP, PORT_MASK, UDP, Address
 from ipsecgate.core.model.ipsec import Action, Direction, SpdEntry
 from ipsecgate.core.model.policy import FLOOR_PRIORITY, FloorPolicy, Policy
+from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
 from ipsecgate.core.tables.table import port_masks
 
 _LAST = 0xFFFF  # the last place
@@ -35,27 +37,45 @@ def instance_tag(instance: str) -> int:
     return crc32(f"ipsecgate/{instance}".encode()) | 1
 
 
-def floor_policies(policies: Iterable[Policy]) -> tuple[FloorPolicy, ...]:
-    """Return the floor for the operator's policies; empty without a protect policy."""
+def floor_policies(
+    policies: Iterable[Policy], own: Iterable[Address] = ()
+) -> tuple[FloorPolicy, ...]:
+    """Return the floor for the operator's policies; empty without a protect policy.
+
+    `own`: the host's addresses. Nothing leaves to them, but for IPv6, XFRM looks up policies.
+    """
     found: list[FloorPolicy] = []
     for place, policy in enumerate(policies, 1):
         if policy.action is Action.DISCARD:
             continue  # discard is a promise about gated processes only
         block = policy.action is Action.PROTECT
         for network in policy.remote:
-            for value, mask in port_masks(*policy.ports):
-                dport = (value & mask, mask)
+            for sport, dport in product(*map(_blocks, (policy.local_ports, policy.ports))):
                 found.append(
-                    FloorPolicy(min(place, _LAST), block, network, policy.proto, dport=dport)
+                    FloorPolicy(min(place, _LAST), block, network, policy.proto, sport, dport)
                 )
     if not any(policy.block for policy in found):
         return ()
-    if any(policy.block and policy.dst.version == 6 for policy in found):
-        found[:0] = [
-            FloorPolicy(0, False, LOOPBACK),
-            *(FloorPolicy(0, False, ANY_V6, ICMPV6, sport=types) for types in NEIGHBOURS),
-        ]
+    blocked = PrefixSet(policy.dst for policy in found if policy.block)
+    found[:0] = [one for one in _exempt(own) if blocked.overlaps(as_prefix(one.dst))]
     return tuple(dict.fromkeys(found))
+
+
+def _exempt(own: Iterable[Address]) -> list[FloorPolicy]:
+    """Return what the hooks exempt as well, if it meets XFRM's policies at all."""
+    here = sorted(ip_network(address) for address in own if address.version == 6)
+    return [
+        *(FloorPolicy(0, False, network) for network in (LOOPBACK, *here)),
+        *(FloorPolicy(0, False, ANY_V6, ICMPV6, sport=types) for types in NEIGHBOURS),
+        *(
+            FloorPolicy(0, False, ip_network(to), UDP, (sport, PORT_MASK), (dport, PORT_MASK))
+            for to, sport, dport in DHCP
+        ),
+    ]
+
+
+def _blocks(ports: tuple[int, int]) -> list[tuple[int, int]]:
+    return [(value & mask, mask) for value, mask in port_masks(*ports)]
 
 
 def is_floor(entry: SpdEntry) -> bool:

@@ -30,7 +30,14 @@ from ipaddress import ip_network
 from ipsecgate.core.model.flow import ICMP, PORT_MASK, Address, TrafficSelector
 from ipsecgate.core.model.ipsec import AH, ESP, Action, Mode, Sa, SpdEntry, SpdKey, Template
 from ipsecgate.core.tables.layout import IF_IDS, Entry, Key, State
-from ipsecgate.core.tables.table import Rule, Ternary, from_selector, port_masks, ternary
+from ipsecgate.core.tables.table import (
+    Rule,
+    Ternary,
+    from_selector,
+    may_be_chosen,
+    port_masks,
+    ternary,
+)
 
 LIVE = Entry(State.LIVE)
 DEAD = Entry(State.DEAD)
@@ -40,8 +47,6 @@ NEVER = 1 << 62  # a deadline, in seconds
 EVERYTHING = Ternary(Key(), Key())
 # A port range that needs more aligned blocks than this stays as wide as the kernel's selector.
 PORT_BLOCKS = 8
-# The ports that the kernel chooses from: net.ipv4.ip_local_port_range at its default.
-EPHEMERAL = range(32768, 61000)
 _ENDPOINTS_FROM_TEMPLATE = (Mode.TUNNEL, Mode.BEET, Mode.IPTFS, Mode.UNKNOWN)
 
 Endpoints = tuple[Address | None, Address | None]
@@ -248,17 +253,10 @@ def _undecided(matches: Iterable[Ternary], rank: int) -> list[Rule]:
     """
     found = []
     for match in matches:
-        if match.mask.sport and _may_be_chosen(match.value.sport, match.mask.sport):
+        if match.mask.sport and may_be_chosen(match.value.sport, match.mask.sport):
             value, mask = match.value.replaced(sport=0), match.mask.replaced(sport=PORT_MASK)
             found.append(Rule(Ternary(value, mask), _dead(rank)))
     return found
-
-
-@lru_cache(maxsize=1 << 12)
-def _may_be_chosen(value: int, mask: int) -> bool:
-    if mask == PORT_MASK:
-        return value == 0 or value in EPHEMERAL
-    return value == 0 or any(port & mask == value for port in EPHEMERAL)
 
 
 # --- negotiated traffic selectors -------------------------------------------------------

@@ -80,6 +80,7 @@ class Setting(IntEnum):
     POLICY_LEVELS = 12
     SPD_LEVELS = 13
     MARKS = 14
+    IKE_PORTS = 15
 
 
 class Reason(IntEnum):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 
 from ipsecgate.core.model.events import FlowRefused
@@ -50,6 +51,12 @@ EVENT_SIZE = _EVENT.size
 ROUTE_SIZE = _ROUTE.size
 PATH_SIZE = _PATH.size
 ORIGIN_BITS = 8 * (ROUTE_SIZE - 4 - 16)
+
+
+def ports_setting(ports: Sequence[int]) -> int:
+    """Return the value of GATE_IKE_PORTS for one or two UDP ports."""
+    first, second = (*ports, 0)[:2]
+    return first | second << 16
 
 
 def pack_mask(mask: Key, table: int, number: int) -> bytes:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Self
 
-from ipsecgate.core.model.flow import PORT_MASK, Network, Selector
+from ipsecgate.core.model.flow import EPHEMERAL, PORT_MASK, Network, Selector
 from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.layout import IF_IDS, V4_MAPPED, Entry, Key
 
@@ -132,6 +132,14 @@ def port_masks(low: int, high: int) -> list[tuple[int, int]]:
         blocks.append((low, PORT_MASK & ~(size - 1)))
         low += size
     return blocks
+
+
+@lru_cache(maxsize=1 << 12)
+def may_be_chosen(value: int, mask: int) -> bool:
+    """Return whether the port that the kernel chooses for an unbound socket may be in a block."""
+    if mask == PORT_MASK:
+        return value == 0 or value in EPHEMERAL
+    return value == 0 or any(port & mask == value for port in EPHEMERAL)
 
 
 @value

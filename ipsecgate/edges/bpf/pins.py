@@ -17,6 +17,7 @@ place. So an interruption at any point leaves a state that the next load complet
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,8 @@ from ipsecgate.errors import GateError, KernelLacksError
 
 if TYPE_CHECKING:
     from ipsecgate.edges.bpf.bytecode import Bytecode
+
+log = logging.getLogger("ipsecgate")
 
 
 @value
@@ -161,6 +164,7 @@ class Pins:
                     ):
                         libbpf.pin(link, path)
                         made.append(path)
+                    _warn_of_replaced(cgroup, hook)
         except (OSError, GateError):
             # All or none: a cgroup that is gated for one family only would look protected.
             for path in made:
@@ -210,6 +214,18 @@ def _link(prog: int, directory: int, cgroup: Path, hook: str) -> int:
         return libbpf.create_link(prog, directory, attach_type)
     except PermissionError as error:
         raise exclusive.explain(cgroup, hook, attach_type) or error from error
+
+
+def _warn_of_replaced(cgroup: Path, hook: str) -> None:
+    with suppress(OSError):  # the cgroup may be gone by now
+        if lost := exclusive.replaced(cgroup, HOOKS[hook].attach_type):
+            log.warning(
+                "%s no longer runs at %s for %s: it was attached so that any program below "
+                "replaces it (BPF_F_ALLOW_OVERRIDE)",
+                lost,
+                hook,
+                cgroup,
+            )
 
 
 def _detach(link: Path) -> None:

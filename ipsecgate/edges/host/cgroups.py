@@ -11,6 +11,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
+from functools import lru_cache
 from pathlib import Path
 
 from ipsecgate.edges.host import runtimes
@@ -52,6 +53,17 @@ def find(target: str) -> list[Path]:
         for path in found
         if not any(other != path and path.is_relative_to(other) for other in found)
     ]
+
+
+@lru_cache(maxsize=1 << 10)
+def unit_of(cgroup_id: int) -> str:
+    """Return the name of the unit that a cgroup belongs to, "" if there is none.
+
+    An id is never used again.
+    """
+    path = by_id().get(cgroup_id)
+    above = (path, *path.parents) if path is not None else ()
+    return next((one.name for one in above if one.suffix in (".service", ".scope")), "")
 
 
 def is_pattern(target: str) -> bool:

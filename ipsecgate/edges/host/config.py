@@ -81,7 +81,9 @@ def _config(gate: TomlTable, errnos: Errnos, policies: tuple[Policy, ...]) -> Co
     default = gate.choice("default", ("allow", "deny"), "allow")
     source = gate.choice("sa_source", [source.value for source in SaSource], SaSource.AUTO.value)
     live_flows = gate.choice("live_flows", ("block", "destroy"), "block")
-    floor = gate.choice("floor", ("none", "xfrm-block"), "none")
+    host = gate.take("host", bool, False)
+    # With the whole host gated, what the kernel sends on its own must be protected, too.
+    floor = gate.choice("floor", ("none", "xfrm-block"), "xfrm-block" if host else "none")
     config = Config(
         settings=Settings(
             policies=policies,
@@ -93,7 +95,7 @@ def _config(gate: TomlTable, errnos: Errnos, policies: tuple[Policy, ...]) -> Co
             destroy=live_flows == "destroy",
         ),
         cgroups=tuple(gate.strings("cgroups")),
-        host=gate.take("host", bool, False),
+        host=host,
         vici=Path(gate.take("vici", str, str(DEFAULT_VICI))),
     )
     gate.finish(GATE_KEYS)

@@ -6,7 +6,8 @@ Rules of this module:
   their limit is reached.
 - The first attempt asks for no log: the 19 extra messages slow charon down where system calls are
   slow (from 20 to 23 ms in user-mode-linux; not measurable on a fast machine). An attempt that
-  fails fast is repeated once, at once, with the log, to get the cause.
+  fails fast is repeated once, at once, with the log, to get the cause; after one that fails slowly,
+  the next attempt asks for the log.
 - Success must be confirmed: strongSwan may report it for another child of the same IKE_SA. Failure
   must be checked, too: strongSwan also reports it if the child is already up.
 - When the limit is reached, drop the half-open IKE_SA. Otherwise the next attempt would join it,
@@ -55,6 +56,7 @@ class Negotiator:
         self._connections = asyncio.Semaphore(2 * MAX_WAITING)
         self._waiting = 0
         self._ups: dict[ChildName, asyncio.Event] = {}
+        self._unexplained: set[ChildName] = set()  # whose last attempt failed without a cause
 
     async def prepare(self) -> None:
         """Open the first negotiation's connection in advance. Raises: IkeUnreachableError."""
@@ -79,7 +81,8 @@ class Negotiator:
         self._ups.setdefault(name, asyncio.Event()).clear()
         began = clock()
         deadline = began + limit
-        log: list[str] | None = None
+        log: list[str] | None = [] if name in self._unexplained else None
+        self._unexplained.discard(name)
         while (reason := await self._initiate(name, deadline - clock(), log)) is not None:
             if await self._is_up(name):
                 return None
@@ -88,6 +91,7 @@ class Negotiator:
             if log is not None or not reason.endswith(UNEXPLAINED):
                 return failure_cause(log or ()) or reason
             if clock() - began > DIAGNOSE_WITHIN:
+                self._unexplained.add(name)
                 return f"the peer is silent: strongSwan gave up after {clock() - began:.0f} s"
             log = []
         if reason is None and await self._comes_up(name, deadline):
