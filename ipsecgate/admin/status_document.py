@@ -45,7 +45,7 @@ class Policy(ConfiguredPolicy):
 class Negotiation(TypedDict):
     """One child that a flow has needed since the controller started."""
 
-    child: str  # ike/child
+    child: str  # ike/child; "ike/child to PART" if only a part: a peer, or a network
     state: str  # as Policy.coverage
     attempts: int
     last_error: str  # "" if none

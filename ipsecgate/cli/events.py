@@ -35,8 +35,9 @@ COLOURS = {"refused": "red", "blocked": "bold red", "warning": "yellow", "error"
 def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
     """Show what was refused or blocked, and why.
 
-    The controller's log messages are among the events. At most ten events per second are
-    recorded for one flow; the counters of `ipsecgate status` count every refusal.
+    The controller's log messages are among the events. An event that repeats is recorded once,
+    and then once a minute with its number, such as "again, 599 times in 60 s"; the counters of
+    `ipsecgate status` count every refusal.
     """
     past = _since(app, 0)
     shown = [r for r in past if not denied or r["kind"] != "log"]

@@ -116,10 +116,11 @@ def _resolve(host: str) -> list[Address]:
 
 def _last_refusal(app: App) -> dict[str, Any]:
     with control.connected(app.paths.control) as ask:
-        records: list[dict[str, Any]] = ask("events", since=0)["events"]
-    refusals = [record for record in records if record["kind"] != "log"]
+        answer = ask("events", since=0)
+    refusals: list[dict[str, Any]] = [r for r in answer["events"] if r["kind"] != "log"]
     if refusals:
-        return refusals[-1]
+        last = (record for record in refusals if record["seq"] == answer["last_refusal"])
+        return next(last, refusals[-1])
     raise GateError(
         "nothing was refused since the controller started",
         hint="name a flow: `ipsecgate why HOST:PORT`",

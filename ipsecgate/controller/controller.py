@@ -29,7 +29,7 @@ from ipsecgate.controller.cut_off import close_sockets
 from ipsecgate.controller.garbage import Garbage
 from ipsecgate.controller.hook_writer import HookWriter
 from ipsecgate.controller.ike_follower import IkeFollower
-from ipsecgate.controller.journal import Journal
+from ipsecgate.controller.journal import Journal, Once
 from ipsecgate.controller.reload import Reload, refuse_what_needs_a_restart
 from ipsecgate.controller.remembered import Remembered
 from ipsecgate.controller.service import Service
@@ -100,6 +100,7 @@ class Controller:
         self._routes = Routes(self._put)
         self._listeners = Listeners(self._put, paths.holds)
         self._journal = Journal()
+        self._once = Once(log)
         self._service = Service()
         self._garbage = Garbage()
         self._remembered = Remembered(paths.remembered)
@@ -112,6 +113,7 @@ class Controller:
         """Run until SIGTERM, SIGINT or a defect. Raises: the first exception of any part."""
         loop = asyncio.get_running_loop()
         self._hooks.begin(self._config.settings, probe.netns_cookie())
+        log.addFilter(self._once)
         for origin in self._data.origins:
             self._resolve(do.FollowOrigin(origin, 0))
         await self._targets.scan()
@@ -152,6 +154,9 @@ class Controller:
             loop.remove_reader(ring)
             self._listeners.close()
             self._data.close()
+            self._once.tell_repeats(everything=True)
+            self._journal.end(log)
+            log.removeFilter(self._once)
             log.removeHandler(self._journal)
 
     def _on_reload_signal(self) -> None:
@@ -211,6 +216,8 @@ class Controller:
             self._garbage.freeze()
             if self._service.alive():
                 self._remembered.retry()
+                self._once.tell_repeats()
+                self._journal.tell_repeats()
                 self._service.report(report.summary(self._gate))
 
     async def _carry_out(self, commands: Sequence[do.Command]) -> None:
@@ -278,7 +285,9 @@ class Controller:
             case do.Remember():
                 self._remembered.execute(command)
             case do.Log():
-                log.log(logging.getLevelName(command.level.upper()), "%s", command.text)
+                level = logging.getLevelName(command.level.upper())
+                told = {"about": command.about, "is_change": command.is_change}
+                log.log(level, "%s", command.text, extra=told)
             case _:
                 await self._hooks.execute(command)
 
@@ -293,7 +302,8 @@ class Controller:
         return {}
 
     async def _events_since(self, request: control_server.Request) -> dict[str, Any]:
-        return {"events": self._journal.since(int(request.words["since"]))}
+        events = self._journal.since(int(request.words["since"]))
+        return {"events": events, "last_refusal": self._journal.last_refusal}
 
     async def _why(self, request: control_server.Request) -> dict[str, Any]:
         return report.why(self._gate, request.words)

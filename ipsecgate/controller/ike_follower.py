@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -17,6 +18,7 @@ from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.edges.host import inotify
+from ipsecgate.edges.kernel import acquire
 from ipsecgate.edges.strongswan.client import IkeClient
 from ipsecgate.edges.strongswan.vici import IkeError, IkeUnreachableError
 
@@ -66,11 +68,19 @@ class IkeFollower:
             case do.AskIke():
                 self.poll_now()
             case do.Initiate():
-                await self._client.initiate(command.name, command.limit)
+                await self._initiate(self._client, command)
             case do.Terminate():
                 self._client.terminate_soon(command.name, command.unique)
             case _:
                 assert_never(command)
+
+    async def _initiate(self, client: IkeClient, command: do.Initiate) -> None:
+        wanted = command.acquire
+        if wanted is None:
+            await client.initiate(command.name, command.limit)
+        else:
+            peer, send = wanted.flow.daddr, partial(acquire.send, wanted)
+            await client.acquire(command.name, peer, send, command.limit)
 
     async def run(self) -> None:
         """Follow the daemon until cancelled."""

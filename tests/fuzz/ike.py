@@ -14,6 +14,7 @@ from ipsecgate.core.codec.vici_wire import parse
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Mode
+from ipsecgate.edges.strongswan.events import LogLine, log_line
 from ipsecgate.edges.strongswan.vici import refusal
 from tests.fuzz import fed_gate as gates
 from tests.fuzz.engine import Target, mutate_tree
@@ -80,8 +81,18 @@ def conn(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
     return (
         "list-conn",
         {"gw": body},
-        [ChildConfig(ChildName("gw", "net"), Mode[mode], local, remote)],
+        [
+            ChildConfig(
+                ChildName("gw", "net"), Mode[mode], local, remote, wildcard=mode == "TRANSPORT"
+            )
+        ],
     )
+
+
+def log(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
+    line = random.choice(("initiating IKE_SA gw[12] to 192.0.2.2", "received TS_UNACCEPTABLE"))
+    about = {"ikesa-name": "gw", "ikesa-uniqueid": "12"}
+    return "log", {"group": "IKE", "level": "1", **about, "msg": line}, [LogLine("gw", 12, line)]
 
 
 def sas(random: Random) -> tuple[str, dict[str, Any], list[Any]]:
@@ -115,7 +126,7 @@ class Vici(Target):
         self._gate = gates.settled()
 
     def _message(self, random: Random) -> tuple[str, dict[str, Any], list[Any]]:
-        return random.choice((conn, sas, sas))(random)
+        return random.choice((conn, sas, sas, log))(random)
 
     def real(self, random: Random) -> tuple[bytes, Any]:
         if random.random() < 0.2:
@@ -153,6 +164,8 @@ class Vici(Target):
                 return self._fed(list(meaning.child_rekey(message, NAMES)))
             case "ike-updown":
                 return self._fed(list(meaning.ike_updown(message)))
+            case "log":
+                return [line] if (line := log_line(answer)) else []
             case None:
                 return [refusal(message), meaning.is_userspace_esp(message)]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -223,3 +224,47 @@ def test_a_full_disk_keeps_the_saved_children(tmp_path: Path) -> None:
         assert {each.name for each in folder.iterdir()} == {path.name, "filler"}
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+BLOCKED = """
+from ipsecgate.admin import loader
+from ipsecgate.controller import targets
+from ipsecgate.errors import GateError
+attach = loader.attach_path
+def attach_path(paths, path):
+    if path.name == "blocked":
+        raise GateError("another tool's program is there")
+    attach(paths, path)
+loader.attach_path = attach_path
+targets.POLL = 0.05
+"""
+
+
+def test_what_repeats_is_said_once_and_its_count_at_the_end(
+    controller: ControllerProcess, caller: Caller
+) -> None:
+    """The controller tries again to gate a cgroup, here 20 times a second."""
+    blocked = controller.cgroup / "blocked"
+    blocked.mkdir()
+    try:
+        text = controller.config.read_text()
+        controller.config.write_text(text.replace("cgroups = [", f'cgroups = ["{blocked}", '))
+        controller.start(code=BLOCKED)
+        assert controller.hears("READY=1"), controller.log
+        for _ in range(100):
+            assert refused(caller)
+            time.sleep(0.03)
+        assert controller.log.count("another tool's program is there") == 1, controller.log
+        events = json.loads(controller.cli("--json", "events").stdout)
+        assert len([event for event in events if event["kind"] == "refused"]) == 1
+        assert controller.process is not None
+        controller.process.send_signal(signal.SIGTERM)
+        assert controller.ended() == 0
+    finally:
+        blocked.rmdir()
+    for what in (
+        "another tool's program is there",
+        f"tcp {PEER[4]}:{PORT}: no live SA protects it",
+    ):
+        (count,) = re.findall(rf"{re.escape(what)}; again, (\d+) times in \d+ s", controller.log)
+        assert int(count) > 10, controller.log

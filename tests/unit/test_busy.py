@@ -206,9 +206,9 @@ def test_skipping_unaffected_calls_and_children_never_leaves_a_stale_state() -> 
                 found = gate.policy_table.policy_for(made.flow)
                 assert found is not None
                 assert not gate.protection.is_live(made.flow), (seed, number)
-                source = gate.protection.routing.route(made.flow).flow.saddr
-                config = gate.ike.loaded.child_for(made.flow, source, found[1])
-                item_ = gate.negotiations.by_child.get(config.name) if config else None
+                source = gate.protection.routing.route(made.flow).last.saddr
+                configs = gate.ike.loaded.children_for(made.flow, source, found[1])
+                item_ = gate.negotiations.by_child.get(configs[0].name) if configs else None
                 assert item_ is None or item_.coverage is not Coverage.BACK_OFF, (seed, number)
                 held += item_ is not None
     assert min(covered, negotiated - covered, held) > 500, "each case occurred often"

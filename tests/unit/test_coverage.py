@@ -24,6 +24,9 @@ ILLEGAL = {
     (Coverage.NEGOTIATING, Input.RETRY),
     (Coverage.COVERED, Input.RETRY),
     (Coverage.COVERED, Input.SA_LIVE),
+    (Coverage.UNCOVERED, Input.NARROWED),
+    (Coverage.COVERED, Input.NARROWED),
+    (Coverage.BACK_OFF, Input.NARROWED),
 }
 
 

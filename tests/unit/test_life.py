@@ -124,7 +124,7 @@ def test_the_narrower_child_is_negotiated_when_its_trap_wins(trapped: Transcript
     assert not trapped.is_open(ROUTED)
     both = on.IkeConnected((NET, NARROWER), (LISTED,), pid=42)
     trapped.after(both)
-    assert initiated(trapped.after(REFUSED)) == [("peer", "host")]
+    assert initiated(trapped.after(REFUSED)) == [NARROWER.name]
 
 
 def test_a_healthy_child_is_neither_negotiated_nor_deleted_when_another_policy_wins(

@@ -224,3 +224,23 @@ def test_the_cause_of_a_failure_is_found_in_the_log(lines: list[str], cause: str
 
 def test_without_a_log_there_is_no_cause() -> None:
     assert failure_cause([]) is None
+
+
+@pytest.mark.parametrize(
+    ("addresses", "mode", "wildcard"),
+    [
+        (["%any"], "TRANSPORT", True),
+        (["%any4", "10.0.0.0/8", "10.1.0.1-10.1.0.9", "2001:db8::/32"], "TRANSPORT", True),
+        (["%any"], "TUNNEL", False),
+        (["10.0.0.0/8", "192.0.2.2"], "TRANSPORT", False),
+        (["cafe-bad.example"], "TRANSPORT", False),
+        (["cafe-bad"], "TRANSPORT", False),
+    ],
+)
+def test_a_transport_child_whose_connection_names_no_host_is_a_wildcard(
+    addresses: list[str], mode: str, wildcard: bool
+) -> None:
+    child = {"mode": mode.encode(), "local-ts": [b"dynamic"], "remote-ts": [b"10.0.0.0/8"]}
+    message = conn(remote_addrs=[a.encode() for a in addresses], children={"net": child})
+    (config,) = child_configs(message, NAMES)
+    assert config.wildcard is wildcard

@@ -69,6 +69,7 @@ def child_configs(conn: Section, names: Names) -> Iterator[ChildConfig]:
                 mode=MODES[mode],
                 local=selectors(texts(config, "local-ts"), local_addresses, names),
                 remote=selectors(texts(config, "remote-ts"), remote_addresses, names),
+                wildcard=MODES[mode] is Mode.TRANSPORT and is_wildcard(texts(body, "remote_addrs")),
             )
 
 
@@ -92,6 +93,21 @@ def widen(conn: Section) -> Section:
         }
         for ike, body in sections(conn)
     }
+
+
+def is_wildcard(addresses: Sequence[str]) -> bool:
+    """Return whether IKE addresses name no host: only %any, networks and ranges of addresses.
+
+    Source: resolve_other() in strongSwan's ike_cfg.c, which takes the first that is a host.
+    """
+    return all(map(_names_no_host, addresses))
+
+
+def _names_no_host(address: str) -> bool:
+    first, dash, last = address.partition("-")
+    if "/" in address or address.startswith("%any"):
+        return True
+    return bool(dash) and bool(literal_addresses((first,)) and literal_addresses((last,)))
 
 
 def literal_addresses(addresses: Sequence[str]) -> tuple[Network, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipsecgate.core.model.events import Call, CallMade, Timer
 from ipsecgate.core.model.flow import FlowPath, Network, Origin
-from ipsecgate.core.model.ipsec import ChildConfig, ChildName
+from ipsecgate.core.model.ipsec import Acquire, ChildConfig, ChildName
 from ipsecgate.core.model.policy import FloorPolicy
 from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.layout import Entry, TableId
@@ -110,10 +110,14 @@ class AskIke:
 
 @value
 class Initiate:
-    """Have IKE negotiate a CHILD_SA within `limit` seconds. Source: US 7,028,332 claim 1."""
+    """Have IKE negotiate a CHILD_SA within `limit` seconds. Source: US 7,028,332 claim 1.
+
+    `acquire`: names the peer of a wildcard, which the daemon learns only from the kernel.
+    """
 
     name: ChildName
     limit: float
+    acquire: Acquire | None = None
 
 
 @value
@@ -166,10 +170,16 @@ class Remember:
 
 @value
 class Log:
-    """Log a message. `level`: info, warning or error."""
+    """Log a message. `level`: info, warning or error.
+
+    One that is logged again and again is counted instead, unless it reports a change. `about`: what
+    repeated messages share whose text differs, such as in a number.
+    """
 
     level: str
     text: str
+    about: str = ""
+    is_change: bool = False
 
 
 HookWrite = Publish | Change | SetPaths | SetTunnels | SetModes | ExemptIke

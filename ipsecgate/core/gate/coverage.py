@@ -25,6 +25,7 @@ class Input(Enum):
     SA_LIVE = "a live SA covers the flow"
     SA_LOST = "the SA is gone"
     FAILED = "IKE failed, or took too long"
+    NARROWED = "the peer left the flow out"
     RETRY = "the back-off is over"
     IKE_GONE = "the IKE daemon is gone"
 
@@ -44,6 +45,7 @@ TRANSITIONS: dict[tuple[Coverage, Input], Coverage] = {
     (_U, Input.FAILED): _U,  # a late report about a negotiation already given up
     (_C, Input.FAILED): _C,  # another attempt failed, and the SA is live
     (_B, Input.FAILED): _B,
+    (_N, Input.NARROWED): _U,  # the part that was left out has a coverage of its own
     (_B, Input.RETRY): _U,  # the next refusal asks again
     (_U, Input.IKE_GONE): _U,
     (_N, Input.IKE_GONE): _U,

@@ -6,18 +6,23 @@ negotiation component is to negotiate.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from ipaddress import ip_network
+
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.holds import Evaluation, FlowState
 from ipsecgate.core.gate.ike import Ike
-from ipsecgate.core.gate.negotiations import Negotiations, Outcome
+from ipsecgate.core.gate.negotiation import Need, Outcome
+from ipsecgate.core.gate.negotiations import PARTS, Negotiations
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.protection import Protection
 from ipsecgate.core.gate.routing import Routed
+from ipsecgate.core.model.events import Timer
 from ipsecgate.core.model.flow import Flow, is_exempt
-from ipsecgate.core.model.ipsec import Action, ChildName
+from ipsecgate.core.model.ipsec import Acquire, Action, ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy
-from ipsecgate.core.tables.layout import Reason
+from ipsecgate.core.tables.layout import Reason, flow_key
 
 ORPHANS = 64  # flows remembered until a connection for them is loaded
 WARNINGS = 256  # remembered, to log each once
@@ -82,7 +87,8 @@ class Demand:
         outcome = Outcome()
         for place, policy in enumerate(self._policy_table.policies):
             if policy.start:
-                outcome.add(self._ask(policy.sample_flow(), place, policy))
+                # Nobody knows the peers of a wildcard before a flow names one.
+                outcome.add(self._ask(policy.sample_flow(), place, policy, wildcard=False))
         orphans, self._orphans = self._orphans, set()
         for flow in orphans:
             outcome.add(self.refused(flow))
@@ -111,28 +117,111 @@ class Demand:
         found = self._protection.verdict(routed, derived=policy.derived)
         return found >= Reason.REFUSE_UNCOVERED
 
-    def _ask(self, flow: Flow, place: int, policy: Policy) -> Outcome:
+    def _ask(self, flow: Flow, place: int, policy: Policy, *, wildcard: bool = True) -> Outcome:
         routed = self._protection.routing.route(flow)
         needed = self._needs_sa(routed, policy)
+        if not wildcard and any(c.wildcard for c in self.choices(flow, routed, policy).values()):
+            return Outcome()
         return self._negotiate(flow, routed, place, policy)[1] if needed else Outcome()
 
     def _negotiate(
         self, flow: Flow, routed: Routed, place: int, policy: Policy
     ) -> tuple[ChildName | None, Outcome]:
         """Return the child that would protect a flow, and ask for it if that can help."""
-        config = self._ike.loaded.child_for(flow, routed.last.saddr, policy)
-        name = config.name if config else None
+        choices = self.choices(flow, routed, policy)
+        name, outcome = self._negotiations.preferred(choices), Outcome()
         if self._ike.error:
-            return name, Outcome()
-        if config is None or name is None:
+            return name, outcome
+        if name is None:
             if len(self._orphans) < ORPHANS:
                 self._orphans.add(flow)
             return None, Outcome([do.AskIke()])  # it may have been loaded a moment ago
-        if self._negotiations.coverage(name) in _STATES:
-            return name, Outcome()
-        if self._protection.is_up(config):
-            return name, self._warn(f"{name} is up but does not protect", flow)
-        return name, self._negotiations.ask(name, flow, routed, (place, policy.name))
+        need = Need(flow, routed, place, policy.name, tuple(choices))
+        for _ in choices:
+            if self._negotiations.coverage(name) in _STATES:
+                return name, outcome
+            acquire, obstacle = self._means(choices[name], routed.last)
+            if not obstacle:
+                if self._protection.is_up(name):
+                    outcome.add(self._warn(f"{name} is up but does not protect", flow))
+                elif self._negotiations.is_full(name):
+                    outcome.add(self._warn(f"not negotiated, as {PARTS} peers are already:", flow))
+                else:
+                    outcome.add(self._negotiations.ask(name, replace(need, acquire=acquire)))
+                return name, outcome
+            if not self._negotiations.is_full(name):
+                outcome.add(self._negotiations.hopeless(name, need, obstacle))
+            name = self._negotiations.preferred(choices) or name
+        return name, outcome
+
+    def choices(self, flow: Flow, routed: Routed, policy: Policy) -> dict[ChildName, ChildConfig]:
+        """Return the children of which any would protect a flow, in the order of preference."""
+        last = routed.last
+        configs = self._ike.loaded.children_for(flow, last.saddr, policy)
+        return {self._name_for(config, last): config for config in configs}
+
+    def _name_for(self, config: ChildConfig, routed: Flow) -> ChildName:
+        """Return what is to be negotiated of a child for a flow: all of it, or a part."""
+        if config.wildcard:
+            return config.name._replace(part=ip_network(routed.daddr))
+        left_out = self._protection.left_out(config, routed)
+        return config.name._replace(part=left_out[0]) if left_out else config.name
+
+    def _means(self, config: ChildConfig, routed: Flow) -> tuple[Acquire | None, str]:
+        """Return what IKE needs besides a child's name, and why it cannot help, "" if it can."""
+        left_out = self._protection.left_out(config, routed)
+        if left_out:
+            return None, left_out[1]
+        if not config.wildcard:
+            return None, ""
+        if routed.saddr is None:
+            return None, f"no route to the peer {routed.daddr}"
+        trap = self._protection.kernel_state.trap_for(flow_key(routed))
+        if trap is None:
+            return None, (
+                "no trap is installed, and without it nothing names the peer to strongSwan: "
+                f"set start_action = trap for {config.name}"
+            )
+        return Acquire(routed, trap), ""
+
+    # --- the end of a negotiation -----------------------------------------------------------
+
+    def done(self, name: ChildName) -> Outcome:
+        """IKE reports a child as up: wait for its SA, unless the peer left the flow out."""
+        outcome = self._left_out(name)
+        return self._negotiations.done(name) if outcome is None else outcome
+
+    def failed(self, name: ChildName, cause: str) -> Outcome:
+        """IKE reports a failure: try the next child that would do, if there is one."""
+        outcome = self._negotiations.failed(name, cause)
+        outcome.add(self._fail_over(name))
+        return outcome
+
+    def timer_fired(self, timer: Timer) -> Outcome:
+        """End a negotiation at its limit, or a back-off."""
+        if self._negotiations.unconfirmed(timer) and (found := self._left_out(timer.name)):
+            return found
+        outcome = self._negotiations.timer_fired(timer)
+        outcome.add(self._fail_over(timer.name))
+        return outcome
+
+    def _fail_over(self, name: ChildName) -> Outcome:
+        item = self._negotiations.by_child.get(name)
+        if item is None or item.coverage is not Coverage.BACK_OFF or len(item.choices) < 2:
+            return Outcome()
+        return self.refused(item.flow)
+
+    def _left_out(self, name: ChildName) -> Outcome | None:
+        """Let the flow of a narrowed child fail; None if the child is not narrowed."""
+        item = self._negotiations.by_child.get(name)
+        config = self._ike.loaded.named(name)
+        if item is None or config is None or item.coverage is not Coverage.NEGOTIATING:
+            return None
+        if not self._protection.left_out(config, self._protection.routing.route(item.flow).last):
+            return None
+        outcome = self._negotiations.narrowed(name)
+        outcome.add(self.refused(item.flow))
+        return outcome
 
     def _warn(self, text: str, flow: Flow) -> Outcome:
         """Log a warning about a flow, once."""

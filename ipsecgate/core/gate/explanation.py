@@ -13,10 +13,10 @@ from enum import Enum
 
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
-from ipsecgate.core.gate.negotiations import Negotiation
+from ipsecgate.core.gate.negotiation import Negotiation
 from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.flow import ANY_PORT, ANY_V4, ANY_V6, Flow, is_exempt
-from ipsecgate.core.model.ipsec import Action, ChildConfig, Sa, SpdEntry, Template
+from ipsecgate.core.model.ipsec import Action, ChildName, Sa, SpdEntry, Template
 from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.spd import live_rules, unrestricted
@@ -102,11 +102,14 @@ def _protected(
     reason = gate.protection.verdict(routed, derived=policy.derived)
     if reason < Reason.REFUSE_UNCOVERED:
         return Explanation(reason, tuple(steps))
-    config = gate.ike.loaded.child_for(flow, routed.last.saddr, policy)
-    negotiation = gate.negotiations.by_child.get(config.name) if config else None
-    text, advice = _ike_step(gate, policy, config, negotiation)
+    choices = gate.demand.choices(flow, routed, policy)
+    preferred = gate.negotiations.preferred(choices)
+    text, advice = _ike_step(gate, policy, preferred)
     advice = gate.lookups.advice(flow) or advice
     steps.append((Step.IKE, text))
+    for name in choices if len(choices) > 1 else ():
+        if name != preferred and (other := gate.negotiations.by_child.get(name)):
+            steps.append((Step.IKE, _describe_negotiation(name, other)))
     return Explanation(Reason.REFUSE_UNCOVERED, tuple(steps), error, advice)
 
 
@@ -243,13 +246,11 @@ def _fit(state: KernelState, entry: SpdEntry, template: Template, sa: Sa, key: K
 # --- IKE --------------------------------------------------------------------------------------
 
 
-def _ike_step(
-    gate: Gate, policy: Policy, config: ChildConfig | None, negotiation: Negotiation | None
-) -> tuple[str, str]:
+def _ike_step(gate: Gate, policy: Policy, name: ChildName | None) -> tuple[str, str]:
     """Return the state of the negotiation that would cover a flow, and what to do."""
     if gate.ike.error:
         return f"no daemon: {gate.ike.error}", "start strongSwan: `systemctl start strongswan`"
-    if config is None:
+    if name is None:
         if policy.child is not None:
             return (
                 f"no child {policy.child} is loaded that would protect the flow",
@@ -260,12 +261,17 @@ def _ike_step(
             "no loaded connection has the flow in its traffic selectors",
             "see `swanctl --list-conns`: compare its remote and local selectors with the flow",
         )
-    up = f"`swanctl --initiate --child {config.name.child}` shows the negotiation"
+    negotiation = gate.negotiations.by_child.get(name)
     if negotiation is None:
-        return f"{config.name} was not asked for yet", "the first refused call asks for it"
-    text = f"{config.name}: {negotiation.coverage.value}, {negotiation.attempts} attempts"
-    if negotiation.last_error:
-        text += f"; last error: {negotiation.last_error}"
+        return f"{name} was not asked for yet", "the first refused call asks for it"
+    text = _describe_negotiation(name, negotiation)
     if negotiation.coverage is Coverage.NEGOTIATING:
         return text, "try again in a moment, or run the program under `ipsecgate exec`, which waits"
-    return text, up
+    if name.part is not None:
+        return text, "see strongSwan's log, and the last error above"
+    return text, f"`swanctl --initiate --child {name.child}` shows the negotiation"
+
+
+def _describe_negotiation(name: ChildName, negotiation: Negotiation) -> str:
+    text = f"{name}: {negotiation.coverage.value}, {negotiation.attempts} attempts"
+    return f"{text}; last error: {negotiation.last_error}" if negotiation.last_error else text

@@ -174,11 +174,11 @@ class Gate:
             case on.IkeUnparsed(reason):
                 return [*self.ike.log_unread((reason,)), do.AskIke()]
             case on.NegotiationFailed(name, cause):
-                failed = self._propagate.pass_on(self.negotiations.failed(name, cause))
+                failed = self._propagate.pass_on(self.demand.failed(name, cause))
                 return [*failed, *self.lookups.failed(name, cause)]
             case on.NegotiationDone(name):
                 self.lookups.up(name)
-                return self._propagate.pass_on(self.negotiations.done(name))
+                return self._propagate.pass_on(self.demand.done(name))
             case on.IkeUp() | on.IkeDown() | on.ChildUp() | on.ChildDown():
                 return []  # children are reported one by one, and applied together
 
@@ -257,8 +257,8 @@ class Gate:
         if flow is not None:
             # If somebody emptied the kernel's databases, IKE would report the child up forever.
             stale = self.protection.stale(timer.name, flow)
-            commands += [do.Terminate(timer.name, sa.unique) for sa in stale]
-        return commands + self._propagate.pass_on(self.negotiations.timer_fired(timer))
+            commands += [do.Terminate(timer.name.whole, sa.unique) for sa in stale]
+        return commands + self._propagate.pass_on(self.demand.timer_fired(timer))
 
     # --- policies -------------------------------------------------------------------------
 

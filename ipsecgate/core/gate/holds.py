@@ -106,8 +106,9 @@ class Holds:
             self._remove(made.flow)
         match event:
             case CallExpired():
-                late = f"thread {made.pid}: {made.flow} was held for {made.limit:.1f} s, and failed"
-                return [do.Answer(event.call, self.errnos.hold_timeout), do.Log("warning", late)]
+                held = f"{made.flow} was held for {made.limit:.1f} s, and failed"
+                log = do.Log("warning", f"thread {made.pid}: {held}", about=held)
+                return [do.Answer(event.call, self.errnos.hold_timeout), log]
             case CallInterrupted():
                 # The kernel runs the signal handler and makes the same call again.
                 return [do.Answer(event.call, ERESTARTNOINTR)]

@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Address, Flow, Network, TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy, SaSource
 from ipsecgate.core.model.prefixes import LongestPrefix
 
 UNREAD = 64  # reasons that are remembered, to log each once
+
+_Narrowness = tuple[int, bool, int]
+_ANY: _Narrowness = (0, False, 0)
 
 
 class Ike:
@@ -66,40 +69,50 @@ class LoadedChildren:
                 by_network.setdefault(network, []).append(config)
         self._by_network = LongestPrefix(by_network.items())
 
-    def child_for(self, flow: Flow, source: Address | None, policy: Policy) -> ChildConfig | None:
-        """Return the child that would protect a flow of a policy, None if none is loaded.
+    def children_for(self, flow: Flow, source: Address | None, policy: Policy) -> list[ChildConfig]:
+        """Return the children of which any would protect a flow of a policy, in order.
 
-        That is the child which the policy names, else the one with the narrowest remote selector
-        around the flow, because the kernel's policy for it wins. `source`: the flow's, or routing's
-        choice, None if unknown. An unbound flow's source may change when the SA brings a route of
-        its own, so a child whose local selector misses it is second best, not excluded.
+        Those are the children which the policy names, else those with the narrowest remote selector
+        around the flow, because the kernel's policies for them win. Several are several gateways
+        for one network. `source`: the flow's, or routing's choice, None if unknown. An unbound
+        flow's source may change when the SA brings a route of its own, so a child whose local
+        selector misses it is second best, not excluded. A wildcard's local selector is unknown
+        before it is up.
         """
-        candidates = self._around(flow) if policy.child is None else self._named(policy.child)
+        ranks = self._around(flow) if policy.child is None else self._named(policy.child)
+        candidates = [*ranks]
         local = [
             config
             for config in candidates
-            if source is not None
-            and any(near.contains(source, flow.proto, flow.sport) for near in config.local)
+            if (config.wildcard and not config.local)
+            or (
+                source is not None
+                and any(near.contains(source, flow.proto, flow.sport) for near in config.local)
+            )
         ]
         if local or flow.saddr is not None:
             candidates = local
-        return candidates[0] if candidates else None
+        return [config for config in candidates if ranks[config] == ranks[candidates[0]]]
 
-    def _named(self, name: str) -> list[ChildConfig]:
-        return self._by_name.get(name, [])
+    def named(self, name: ChildName) -> ChildConfig | None:
+        """Return the configuration of this name."""
+        return next(iter(self._named(str(name.whole))), None)
 
-    def _around(self, flow: Flow) -> list[ChildConfig]:
+    def _named(self, name: str) -> dict[ChildConfig, _Narrowness]:
+        return dict.fromkeys(self._by_name.get(name, []), _ANY)
+
+    def _around(self, flow: Flow) -> dict[ChildConfig, _Narrowness]:
         """Return the children whose remote selectors contain a flow, narrowest first."""
         remote = flow.daddr, flow.proto, flow.dport
         near = {config for _, found in self._by_network.containing(flow.daddr) for config in found}
-        fits = {
-            config: max(_narrowness(sel) for sel in config.remote if sel.contains(*remote))
-            for config in sorted(near, key=self._order.__getitem__)
-            if any(sel.contains(*remote) for sel in config.remote)
-        }
-        return sorted(fits, key=lambda config: fits[config], reverse=True)
+        fits: dict[ChildConfig, _Narrowness] = {}
+        for config in sorted(near, key=self._order.__getitem__):
+            around = [_narrowness(sel) for sel in config.remote if sel.contains(*remote)]
+            if around:
+                fits[config] = max(around)
+        return dict(sorted(fits.items(), key=lambda item: item[1], reverse=True))
 
 
-def _narrowness(selector: TrafficSelector) -> tuple[int, bool, int]:
+def _narrowness(selector: TrafficSelector) -> _Narrowness:
     low, high = selector.ports
     return selector.network.prefixlen, selector.proto != 0, low - high

@@ -9,11 +9,10 @@ that covers the flow).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage, Input, advance
-from ipsecgate.core.gate.routing import Routed
+from ipsecgate.core.gate.negotiation import Need, Negotiation, Outcome
 from ipsecgate.core.model.events import Timer
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import ChildName
@@ -21,39 +20,11 @@ from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.tables.flow_index import FlowIndex
 
 LIMIT = 30.0  # seconds for one negotiation
+LIMIT_WITH_NEXT = 8.0  # seconds, if another child is there to try; IKE sends again after 4 s
 GRACE = 1.0  # seconds more: for IKE to report its end, or for the kernel to show the SA
 BACK_OFF_FIRST = 1.0  # seconds
 BACK_OFF_LAST = 60.0
-
-
-@dataclass
-class Negotiation:
-    """One child's state, and the flow that shows whether the child is covered."""
-
-    flow: Flow
-    place: int  # of the policy that asked
-    policy: str  # its name
-    coverage: Coverage = Coverage.UNCOVERED
-    attempts: int = 0
-    failures: int = 0  # in a row
-    reported_up: bool = False  # by IKE; the kernel has yet to show the SA
-    last_error: str = ""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """The commands to carry out, and what else has changed."""
-
-    commands: list[do.Command] = field(default_factory=list)
-    children: set[ChildName] = field(default_factory=set)  # whose coverage changed
-    # Policies whose errno may change: the coverages of the children that each asked for, by place.
-    coverages: dict[int, set[Coverage]] = field(default_factory=dict)
-
-    def add(self, other: Outcome) -> None:
-        """Append what happened next."""
-        self.commands += other.commands
-        self.children |= other.children
-        self.coverages |= other.coverages
+PARTS = 1024  # of wildcards and narrowed children that are remembered
 
 
 class Negotiations:
@@ -73,9 +44,20 @@ class Negotiations:
         item = self.by_child.get(name) if name is not None else None
         return Coverage.UNCOVERED if item is None else item.coverage
 
+    def preferred(self, choices: Iterable[ChildName]) -> ChildName | None:
+        """Return which of several children to wait for or to ask; None if there are none.
+
+        The one that is being negotiated; else the first that has not failed a moment ago.
+        """
+        for wanted in ((Coverage.NEGOTIATING,), (Coverage.UNCOVERED, Coverage.COVERED)):
+            for name in choices:
+                if self.coverage(name) in wanted:
+                    return name
+        return next(iter(choices), None)
+
     def judged_by(self, flows: Iterable[Flow]) -> list[ChildName]:
         """Return the children whose coverage depends on one of these flows."""
-        return sorted(name for flow in flows for name in self._by_flow.get(flow, ()))
+        return sorted({n for flow in flows for n in self._by_flow.get(flow, ())}, key=str)
 
     def coverages(self, place: int) -> set[Coverage]:
         """Return the coverages of the children that a policy asked for."""
@@ -94,34 +76,63 @@ class Negotiations:
 
     # --- change -----------------------------------------------------------------------
 
-    def ask(self, name: ChildName, flow: Flow, routed: Routed, policy: tuple[int, str]) -> Outcome:
-        """Start a child's negotiation for a refused flow, unless it is under way or has failed.
-
-        `routed`: the flow as the kernel looks it up. `policy`: place and name of the one that asks.
-        """
+    def ask(self, name: ChildName, need: Need) -> Outcome:
+        """Start a child's negotiation, unless it is under way or has failed."""
         item = self.by_child.get(name)
         if item is not None and item.coverage is not Coverage.UNCOVERED:
             return self._advance(name, Input.ASKED)
-        place, text = policy
+        former = need.place if item is None else item.place
         if item is None:
-            former = place
-            self.by_child[name] = Negotiation(flow, place, text)
+            self.by_child[name] = Negotiation.of(need)
         else:
-            former = item.place
             self._remove(name)
-            item.flow, item.place, item.policy = flow, place, text
-        self._flow_index.add(flow, routed.lookups)
-        self._by_flow.setdefault(flow, set()).add(name)
-        self._by_place.setdefault(place, set()).add(name)
+            item.asked_for(need)
+        self._flow_index.add(need.flow, need.routed.lookups)
+        self._by_flow.setdefault(need.flow, set()).add(name)
+        self._by_place.setdefault(need.place, set()).add(name)
         outcome = self._advance(name, Input.ASKED)
-        if former != place:
+        if former != need.place:
             outcome.coverages[former] = self.coverages(former)
         return outcome
 
+    def hopeless(self, name: ChildName, need: Need, cause: str) -> Outcome:
+        """Back off without asking IKE, because it could not help."""
+        outcome = self.ask(name, need)
+        outcome.commands.clear()
+        outcome.add(self.failed(name, cause))
+        return outcome
+
+    def is_full(self, name: ChildName) -> bool:
+        """Tell whether a part has to be left out; forget the first uncovered one to make space."""
+        if name.part is None or name in self.by_child:
+            return False
+        parts = [known for known in self.by_child if known.part is not None]
+        if len(parts) < PARTS:
+            return False
+        idle = (one for one in parts if self.coverage(one) is Coverage.UNCOVERED)
+        unneeded = next(idle, None)
+        if unneeded is None:
+            return True
+        self._forget(unneeded)
+        return False
+
+    def narrowed(self, name: ChildName) -> Outcome:
+        """End and forget the negotiation of a child whose peer left out the flow that asked."""
+        outcome, place = self._advance(name, Input.NARROWED), self.by_child[name].place
+        self._forget(name)
+        outcome.coverages[place] = self.coverages(place)
+        return outcome
+
     def set_live(self, live: Mapping[ChildName, bool]) -> Outcome:
-        """Apply which of these children's flows a live SA protects now."""
+        """Apply which of these children's flows a live SA protects now.
+
+        Of several children of which any would do, it is the SA of the one that was asked.
+        """
         outcome = Outcome()
         for name, is_live in live.items():
+            others = self._others_of(name) & {Coverage.NEGOTIATING, Coverage.COVERED}
+            if is_live and others and self.coverage(name) is not Coverage.NEGOTIATING:
+                continue
             if is_live != (self.by_child[name].coverage is Coverage.COVERED):
                 outcome.add(self._advance(name, Input.SA_LIVE if is_live else Input.SA_LOST))
         return outcome
@@ -148,9 +159,12 @@ class Negotiations:
             if item.reported_up:
                 cause = f"strongSwan reports it as up, but no SA protects {item.flow}"
             else:
-                cause = f"strongSwan did not finish within {LIMIT:.0f} s"
+                cause = f"strongSwan did not finish within {item.limit:.0f} s"
             return self.failed(name, cause)
         if timer.kind == "retry" and coverage is Coverage.BACK_OFF:
+            if Coverage.NEGOTIATING in self._others_of(name):
+                # Wait for its end: a call that is held must learn when all of them have failed.
+                return Outcome([do.StartTimer(timer, BACK_OFF_FIRST)])
             return self._advance(name, Input.RETRY)
         return Outcome()
 
@@ -173,8 +187,7 @@ class Negotiations:
                 item.place, item.policy = place, policies[place].name
                 self._by_place.setdefault(place, set()).add(name)
                 continue
-            self._remove(name)
-            del self.by_child[name]
+            self._forget(name)
             outcome.children.add(name)
             outcome.commands += [
                 do.StopTimer(Timer("limit", name)),
@@ -183,6 +196,14 @@ class Negotiations:
         return outcome
 
     # --- one transition -----------------------------------------------------------------
+
+    def _others_of(self, name: ChildName) -> set[Coverage]:
+        """Return the coverages of the children that would do as well as this one."""
+        return {self.coverage(other) for other in self.by_child[name].choices if other != name}
+
+    def _forget(self, name: ChildName) -> None:
+        self._remove(name)
+        del self.by_child[name]
 
     def _remove(self, name: ChildName) -> None:
         """Take a child out of the indexes."""
@@ -211,25 +232,40 @@ class Negotiations:
             case Coverage.NEGOTIATING:
                 item.attempts += 1
                 item.reported_up = False
+                # Failed attempts are counted (`attempts`), and only the first is logged.
+                again = item.failures > 0
+                log = do.Log("info", f"{name}: negotiating for {item.flow}", is_change=True)
+                item.limit = LIMIT_WITH_NEXT if self._has_next(name) else LIMIT
                 return [
-                    do.Initiate(name, limit=LIMIT),
-                    do.StartTimer(limit, LIMIT + GRACE),
-                    do.Log("info", f"{name}: negotiating for {item.flow}"),
+                    do.Initiate(name, item.limit, item.acquire),
+                    do.StartTimer(limit, item.limit + GRACE),
+                    *([] if again else [log]),
                 ]
             case Coverage.BACK_OFF:
                 item.failures += 1
                 pause = self._pause(item.failures)
+                text = f"{name}: {item.last_error}; retry in {pause:.1f} s"
+                known, item.logged_error = item.logged_error, item.last_error
+                log = do.Log("warning", text, is_change=True)
                 return [
                     do.StopTimer(limit),
                     do.StartTimer(retry, pause),
-                    do.Log("warning", f"{name}: {item.last_error}; retry in {pause:.1f} s"),
+                    *([] if known == item.last_error else [log]),
                 ]
             case Coverage.COVERED:
-                item.failures, item.last_error = 0, ""
+                after = f" after {item.failures} failures" if item.failures else ""
+                item.failures, item.last_error, item.logged_error = 0, "", ""
             case Coverage.UNCOVERED:
-                pass
-        log = do.Log("info", f"{name}: {item.coverage.value} ({event.value})")
+                after = ""
+                if event is Input.RETRY:
+                    return []
+        text = f"{name}: {item.coverage.value} ({event.value}){after}"
+        log = do.Log("info", text, is_change=True)
         return [do.StopTimer(limit), do.StopTimer(retry), log]
+
+    def _has_next(self, name: ChildName) -> bool:
+        """Tell whether another child is there to try if this one fails."""
+        return bool(self._others_of(name) - {Coverage.BACK_OFF})
 
     def _pause(self, failures: int) -> float:
         """Return seconds: exponential, and spread so that many gates don't ask a peer at once."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.holds import Holds
 from ipsecgate.core.gate.host_floor import HostFloor
-from ipsecgate.core.gate.negotiations import Negotiations, Outcome
+from ipsecgate.core.gate.negotiation import Outcome
+from ipsecgate.core.gate.negotiations import Negotiations
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.protection import Protection
 from ipsecgate.core.tables.flow_index import FlowIndex

@@ -12,7 +12,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.routing import Routed, Routing
 from ipsecgate.core.gate.spd_table import SpdTable
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import HOST, Flow, Network
+from ipsecgate.core.model.flow import HOST, Flow, Network, TrafficSelector
 from ipsecgate.core.model.ipsec import (
     Action,
     ChildConfig,
@@ -182,15 +182,43 @@ class Protection:
 
     # --- CHILD_SAs that need attention ------------------------------------------------
 
-    def is_up(self, config: ChildConfig) -> bool:
-        """Tell whether the kernel has a CHILD_SA of this configuration that the daemon lists.
+    def is_up(self, name: ChildName) -> bool:
+        """Tell whether the kernel has a CHILD_SA of this name that the daemon lists.
 
         Then another negotiation changes nothing.
         """
-        established = self.kernel_state.established(config.name)
         return not self.in_userspace and any(
-            not self.kernel_state.is_missing(sa) for sa in established
+            (name.part is None or any(sel.network.overlaps(name.part) for sel in sa.remote))
+            and not self.kernel_state.is_missing(sa)
+            for sa in self.kernel_state.established(name.whole)
         )
+
+    def left_out(self, config: ChildConfig, routed: Flow) -> tuple[Network, str] | None:
+        """Return which remote network of a child its peer did not accept for a flow, and why.
+
+        None if the child is not up, or was not meant for the flow, or covers it.
+        """
+        up = [sa for sa in self.source.established(config.name) if not self.source.is_missing(sa)]
+        if config.wildcard or not up or routed.saddr is None:
+            return None
+        remote = (routed.daddr, routed.proto, routed.dport)
+        meant = [sel.network for sel in config.remote if sel.contains(*remote)]
+        if not meant:
+            return None
+        network = max(meant, key=lambda one: one.prefixlen)
+        there = [sa for sa in up if any(sel.contains(*remote) for sel in sa.remote)]
+        if not there:
+            accepted = _networks(sel for sa in up for sel in sa.remote)
+            advice = f"give {network} a child of its own, if the peer has one for it"
+            text = f"the peer accepted {accepted} of {config.name}, not {network}: {advice}"
+            return network, text
+        local = (routed.saddr, routed.proto, routed.sport)
+        if not any(sel.contains(*local) for sel in config.local) or any(
+            sel.contains(*local) for sa in there for sel in sa.local
+        ):
+            return None
+        accepted = _networks(sel for sa in there for sel in sa.local)
+        return network, f"the peer accepted {accepted} as our side of {config.name}, not {local[0]}"
 
     def one_way(self, networks: Iterable[Network]) -> set[ChildSa]:
         """Return the CHILD_SAs towards these networks whose inbound half the kernel has lost."""
@@ -211,7 +239,11 @@ class Protection:
         remote = flow.daddr, flow.proto, flow.dport
         covering = [
             sa
-            for sa in self.source.established(name)
+            for sa in self.source.established(name.whole)
             if any(selector.contains(*remote) for selector in sa.remote)
         ]
         return covering if all(self.source.is_missing(sa) for sa in covering) else []
+
+
+def _networks(selectors: Iterable[TrafficSelector]) -> str:
+    return " ".join(dict.fromkeys(str(selector.network) for selector in selectors))

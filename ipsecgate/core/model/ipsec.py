@@ -9,7 +9,7 @@ from dataclasses import field
 from enum import IntEnum
 from typing import NamedTuple
 
-from ipsecgate.core.model.flow import Address, Selector, TrafficSelector
+from ipsecgate.core.model.flow import Address, Flow, Network, Selector, TrafficSelector
 from ipsecgate.core.model.value import value
 
 ESP = 50
@@ -166,17 +166,31 @@ class Sa:
 
 
 class ChildName(NamedTuple):
-    """The name of a child configuration: its connection's name, and its own within that."""
+    """The name of a child configuration: its connection's name, and its own within that.
+
+    `part`: what is negotiated of it by itself: one peer of a wildcard, as a network, or one remote
+    network that the peer has left out. None: all of it.
+    """
 
     ike: str
     child: str
+    part: Network | None = None
 
     def __str__(self) -> str:
-        return f"{self.ike}/{self.child}"
+        whole = f"{self.ike}/{self.child}"
+        if self.part is None:
+            return whole
+        only = self.part if self.part.num_addresses > 1 else self.part.network_address
+        return f"{whole} to {only}"
+
+    @property
+    def whole(self) -> ChildName:
+        """The name of the whole configuration."""
+        return self if self.part is None else ChildName(self.ike, self.child)
 
     def matches(self, written: str) -> bool:
         """Return whether the operator's "ike/child" or "child" means this one."""
-        return written in (self.child, str(self))
+        return written in (self.child, str(self.whole))
 
 
 @value
@@ -184,13 +198,27 @@ class ChildConfig:
     """A child configuration that strongSwan has loaded.
 
     `local` and `remote` are its traffic selectors. `dynamic` becomes the IKE address if that is
-    configured, and is left out otherwise. A range of addresses becomes networks.
+    configured, and is left out otherwise. A range of addresses becomes networks. `wildcard`: it
+    names no peer (`remote_addrs = %any`, a network or a range) and is in transport mode, so each
+    peer has an SA of its own.
     """
 
     name: ChildName
     mode: Mode
     local: tuple[TrafficSelector, ...]
     remote: tuple[TrafficSelector, ...]
+    wildcard: bool = False
+
+
+@value
+class Acquire:
+    """The kernel's request for an SA: the flow that needs one, and its policy's template.
+
+    Source: XFRM_MSG_ACQUIRE, struct xfrm_user_acquire in linux/xfrm.h.
+    """
+
+    flow: Flow
+    template: Template
 
 
 @value

@@ -70,8 +70,7 @@ class KernelState:
         self._ike_connected = False
         self._adoption: Adoption | None = None  # of a dump
         self._stale: Iterator[SpdKey | SaId] | None = None  # what may be left over from before it
-        # The listed ones; None: outdated.
-        self._by_name: dict[ChildName, list[ChildSa]] | None = None
+        self._by_name: Groups[ChildName, SaId] = Groups()  # the listed ones
 
     def apply(self, event: XfrmEvent) -> bool:
         """Apply one notification; return whether it may affect outbound traffic.
@@ -234,11 +233,12 @@ class KernelState:
         self._ike_connected = True
         kept = {sa_id: sa for sa_id, sa in self._listed.items() if sa_id in self.sas}
         self._listed = kept | {sa.outbound: sa for sa in established}
-        self._by_name = None
         if not before[0]:
             self._spd.sas_changed(self._by_reqid.keys(), closing=False)
         for one in before[1].keys() | self._listed.keys():
-            if before[1].get(one) != self._listed.get(one):
+            old, new = before[1].get(one), self._listed.get(one)
+            if old != new:
+                self._rename(one, old, new)
                 self._listing_changed(one)
         return before != (self._ike_connected, self._listed)
 
@@ -248,10 +248,16 @@ class KernelState:
             closing = sa_id not in self._listed
             self._spd.sas_changed((self.sas[sa_id].reqid,), closing=closing)
 
+    def _rename(self, sa_id: SaId, old: ChildSa | None, new: ChildSa | None) -> None:
+        if old is not None:
+            self._by_name.discard(old.name, sa_id)
+        if new is not None:
+            self._by_name.add(new.name, sa_id)
+
     def child_up(self, sa: ChildSa) -> None:
         """Handle a new CHILD_SA."""
+        self._rename(sa.outbound, self._listed.get(sa.outbound), sa)
         self._listed[sa.outbound] = sa
-        self._by_name = None
         self._listing_changed(sa.outbound)
 
     def ike_gone(self) -> None:
@@ -259,7 +265,7 @@ class KernelState:
         self._ike_connected = False
         self._seen_installed.clear()
         self._listed = {}
-        self._by_name = None
+        self._by_name = Groups()
         self._spd.sas_changed(self._by_reqid.keys(), closing=True)
 
     def winners(self, key: Key) -> list[SpdEntry]:
@@ -275,6 +281,22 @@ class KernelState:
         first = min((entry.priority for entry in matching), default=0)
         return [entry for entry in matching if entry.priority == first]
 
+    def trap_for(self, key: Key) -> Template | None:
+        """Return the template of the first trap, which names no SPI, that a flow meets.
+
+        Looks at every policy.
+        """
+        traps = [
+            entry
+            for entry in self.decisive_policies.values()
+            if entry.templates
+            and not entry.templates[0].spi
+            and applies(entry)
+            and region_of(entry.key).matches(key)
+        ]
+        first = min(traps, key=lambda entry: entry.priority, default=None)
+        return first.templates[0] if first else None
+
     def confirmed_sas(self) -> list[Sa]:
         """Return the SAs that may cover a flow."""
         return [sa for sa in self.sas.values() if self.is_confirmed(sa)]
@@ -285,11 +307,7 @@ class KernelState:
 
     def established(self, name: ChildName) -> list[ChildSa]:
         """Return the CHILD_SAs of a child that the daemon lists as established."""
-        if self._by_name is None:
-            self._by_name = {}
-            for sa in self._listed.values():
-                self._by_name.setdefault(sa.name, []).append(sa)
-        return self._by_name.get(name, [])
+        return [self._listed[one] for one in self._by_name.of(name)]
 
     def is_missing(self, child_sa: ChildSa) -> bool:
         """Return whether the kernel lacks a CHILD_SA's outbound state, or a policy that uses it.

@@ -28,13 +28,16 @@ from ipsecgate.core.codec.vici import child_configs, child_sas, is_userspace_esp
 from ipsecgate.core.codec.vici_sections import ViciError, sections, split_children, text
 from ipsecgate.core.model.events import (
     ChildUp,
+    IkeDown,
     IkeEvent,
     IkeGone,
     NegotiationDone,
     NegotiationFailed,
 )
+from ipsecgate.core.model.flow import Address
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa
 from ipsecgate.edges.strongswan import events as event_packets
+from ipsecgate.edges.strongswan.acquisition import Acquisition
 from ipsecgate.edges.strongswan.negotiation import Negotiator
 from ipsecgate.edges.strongswan.vici import (
     IkeError,
@@ -61,6 +64,7 @@ class IkeClient:
         self._command_connection = commands
         self._command_lock = asyncio.Lock()
         self._negotiator = Negotiator(path, self.established, self._drop_half_open)
+        self._acquisition = Acquisition(self.established, self._list_sas, self._drop_half_open)
         self._tasks: set[asyncio.Task[None]] = set()
         self._events: asyncio.Queue[IkeEvent] = asyncio.Queue()
         self._unread: dict[str, list[str]] = {}  # by command
@@ -190,7 +194,16 @@ class IkeClient:
         `NegotiationDone` or `NegotiationFailed` follows within `limit` seconds; a child that is
         already up counts as done.
         """
-        self._spawn(self._initiate(name, limit))
+        self._spawn(self._report(name, self._negotiator.negotiate(name, limit)))
+
+    async def acquire(
+        self, name: ChildName, peer: Address, send: Callable[[], None], limit: float
+    ) -> None:
+        """Do the same for a wildcard: `send` sends the ACQUIRE that names the peer to the daemon.
+
+        `send` may raise OSError.
+        """
+        self._spawn(self._report(name, self._acquisition.negotiate(name, peer, send, limit)))
 
     async def terminate(self, ike: str, child: str | None = None, unique: int = 0) -> None:
         """Ask charon to delete an IKE_SA, or only one child of it; do not wait for the end.
@@ -209,22 +222,30 @@ class IkeClient:
 
     async def _terminate_quietly(self, name: ChildName, unique: int) -> None:
         with suppress(IkeError):
-            await self.terminate(*name, unique)
+            await self.terminate(name.ike, name.child, unique)
 
-    async def _initiate(self, name: ChildName, limit: float) -> None:
+    async def _report(self, name: ChildName, negotiation: Awaitable[str | None]) -> None:
         try:
-            cause = await self._negotiator.negotiate(name, limit)
-        except (IkeError, ViciError) as error:
+            cause = await negotiation
+        except (IkeError, ViciError, OSError) as error:
             cause = str(error)
         if cause is None:
             self._events.put_nowait(NegotiationDone(name))
         else:
             self._events.put_nowait(NegotiationFailed(name, cause))
 
-    async def _drop_half_open(self, ike: str) -> None:
-        """Terminate the half-open IKE_SAs of a configuration that this host initiated."""
-        for message in await self._command("list-sas", {"ike": ike}, "list-sa"):
+    async def _list_sas(self, ike: str) -> list[Message]:
+        return await self._command("list-sas", {"ike": ike}, "list-sa")
+
+    async def _drop_half_open(self, ike: str, peer: Address | None = None) -> None:
+        """Terminate the half-open IKE_SAs of a configuration that this host initiated.
+
+        `peer`: only those with this one.
+        """
+        for message in await self._list_sas(ike):
             for _, sa in sections(message):
+                if peer is not None and text(sa, "remote-host") != str(peer):
+                    continue
                 if text(sa, "state") == "CONNECTING" and "initiator" in sa:
                     unique = text(sa, "uniqueid")
                     await self._command(
@@ -258,9 +279,14 @@ class IkeClient:
                 answer = await self._event_connection.receive()
                 if event_packets.is_loaded(answer):
                     self._on_load()
+                if line := event_packets.log_line(answer):
+                    self._acquisition.on_log(line)
                 for event in event_packets.read_events(answer):
                     if isinstance(event, ChildUp):
                         self._negotiator.on_child_up(event.sa.name)
+                        self._acquisition.on_child_up(event.sa)
+                    elif isinstance(event, IkeDown):
+                        self._acquisition.on_ike_down(event)
                     self._events.put_nowait(event)
         except IkeError as error:
             reason = str(error)

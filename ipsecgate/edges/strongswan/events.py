@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ipsecgate.core.codec.vici import child_rekey, child_updown, ike_updown
-from ipsecgate.core.codec.vici_sections import ViciError
+from ipsecgate.core.codec.vici_sections import ViciError, number, text
 from ipsecgate.core.codec.vici_selectors import Names
 from ipsecgate.core.codec.vici_wire import Answer
 from ipsecgate.core.model.events import IkeEvent, IkeUnparsed
@@ -27,10 +28,29 @@ NAMES = Names(
 )
 
 
+class LogLine(NamedTuple):
+    """A line of the daemon's log about one IKE_SA: its configuration, its number, the text."""
+
+    ike: str
+    unique: int
+    text: str
+
+
 def is_loaded(answer: Answer) -> bool:
     """Return whether an event packet reports that a connection was loaded."""
-    text = answer.message.get("msg") if answer.event == LOG else None
-    return isinstance(text, bytes) and _LOADED in text
+    line = answer.message.get("msg") if answer.event == LOG else None
+    return isinstance(line, bytes) and _LOADED in line
+
+
+def log_line(answer: Answer) -> LogLine | None:
+    """Return the line of the log in an event packet, None if it has none about an IKE_SA."""
+    if answer.event != LOG:
+        return None
+    try:
+        unique = number(answer.message, "ikesa-uniqueid")
+        return LogLine(text(answer.message, "ikesa-name"), unique, text(answer.message, "msg"))
+    except ViciError:
+        return None
 
 
 def read_events(answer: Answer) -> list[IkeEvent]:
