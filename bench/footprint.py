@@ -1,6 +1,6 @@
 """What the controller costs: time to load, memory, wake-ups, events a second, start-up.
 
-    .venv/bin/python -m bench.footprint [load] [memory] [idle] [events] [start] [--json FILE]
+    .venv/bin/python -m bench.footprint [PART …] [--json FILE]
 
 Real processes, and real kernel policies in a network namespace of this machine's kernel, which need
 no ESP. Processor time is what the controller itself used, so a busy machine changes it little.
@@ -9,150 +9,38 @@ no ESP. Processor time is what the controller itself used, so a busy machine cha
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table as Screen
 
+from bench.gate_process import Controller, Gate
 from bench.report import Report, Row
-from ipsecgate.edges.bpf.pins import Pins
-from ipsecgate.edges.host import control
-from ipsecgate.lab.cgroups import Tree
-from ipsecgate.lab.netns import Namespace
+from bench.takeover import takeover
 
-NAME = f"footprint-{os.getpid()}"
-TICKS = os.sysconf("SC_CLK_TCK")
-CACHE = Path(__file__).parents[1] / ".cache/footprint"
 SETTLE, IDLE = 33.0, 25.0  # seconds: after the last early look for an IKE daemon, before the check
 # Runs first in the controller: at its end it writes its longest callback, in seconds of its
-# processor time, to a file.
+# processor time, to a file. The first one is left out: it loads the hooks and opens the maps, and
+# nothing is followed yet that could wait for it.
 WATCH = """
 import asyncio.events, atexit, time
-_run, _longest = asyncio.events.Handle._run, [0.0]
+_run, _turns = asyncio.events.Handle._run, [0.0]
 def timed(handle):
     began = time.thread_time()
     _run(handle)
-    _longest[0] = max(_longest[0], time.thread_time() - began)
+    took = time.thread_time() - began
+    if len(_turns) == 1:
+        _turns.append(0.0)
+    else:
+        _turns[1] = max(_turns[1], took)
 asyncio.events.Handle._run = timed
-atexit.register(lambda: open({file!r}, "w").write(str(_longest[0])))
+atexit.register(lambda: open({file!r}, "w").write(str(_turns[-1])))
 """
-
-
-class Gate:
-    """One instance in a namespace of its own: configuration, kernel policies, a controller."""
-
-    def __init__(self, stack: ExitStack, name: str = NAME) -> None:
-        self.name = name
-        self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        self.place = Namespace(name)
-        stack.callback(self.place.remove)
-        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
-        tree = Tree(name)
-        stack.callback(tree.remove)
-        self.cgroup = tree.make("gated")
-        stack.callback(Pins(Path("/sys/fs/bpf"), name).unload)
-        self.config = self.folder / "ipsecgate.toml"
-        self.config.write_text(
-            f'[gate]\ncgroups = ["{self.cgroup}"]\nvici = "{self.folder}/vici"\n'
-            '[[policy]]\nname = "there"\nremote = ["10.0.0.0/8"]\n'
-        )
-        self.manager = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        self.manager.bind(str(self.folder / "notify"))
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
-            "PYTHONPYCACHEPREFIX": str(CACHE / "python"),
-            "NOTIFY_SOCKET": str(self.folder / "notify"),
-        }
-
-    def argv(self, *words: str) -> list[str]:
-        """Return the arguments of a verb."""
-        return [
-            "--config", str(self.config), "--run-dir", str(self.folder / "run"),
-            "--cache-dir", str(CACHE), "-i", self.name, *words,
-        ]  # fmt: skip
-
-    def policies(self, what: str, count: int, *more: str) -> float:
-        """Change kernel policies; return how many in a second."""
-        # With the controller's priority, or it would not get to send as much on a busy machine.
-        sender = self.popen(
-            ["nice", "-n", "-20", sys.executable, "-m", "bench.spd_sender", what, str(count), *more]
-        )
-        return float(sender.communicate()[0])
-
-    def popen(self, argv: Sequence[str], **more: Any) -> subprocess.Popen[str]:
-        """Start a program in the namespace."""
-        with self.place.inside():
-            return subprocess.Popen(
-                argv, stdout=subprocess.PIPE, text=True, env=self.environment, **more
-            )
-
-    def verb(self, *words: str) -> float:
-        """Run a verb of the program; return its seconds of processor time."""
-        argv = [sys.executable, "-m", "ipsecgate", *self.argv(*words)]
-        done = self.popen(argv, stderr=subprocess.DEVNULL)
-        done.stdout.read()  # type: ignore[union-attr]
-        _, _, usage = os.wait4(done.pid, 0)
-        done.returncode = 0
-        return usage.ru_utime + usage.ru_stime
-
-    @contextmanager
-    def controller(self, code: str = "") -> Iterator[Controller]:
-        """Run a controller, and wait until it is ready; `code` runs first in its process."""
-        self.manager.setblocking(False)
-        with suppress(BlockingIOError):
-            while self.manager.recv(4096):
-                pass
-        self.manager.settimeout(120)
-        program = f"{code}\nfrom ipsecgate.cli import main\nmain({self.argv('run')!r})\n"
-        began = time.monotonic()
-        log = (self.folder / "log").open("w")
-        with log:
-            process = self.popen([sys.executable, "-c", program], stderr=log)
-        try:
-            while not self.manager.recv(4096).startswith(b"READY"):
-                pass
-            yield Controller(self, process.pid, time.monotonic() - began)
-        finally:
-            process.terminate()
-            process.wait()
-
-
-class Controller:
-    """A running controller that has published its tables `ready_after` seconds after its start."""
-
-    def __init__(self, gate: Gate, pid: int, ready_after: float) -> None:
-        self.gate = gate
-        self.pid = pid
-        self.ready_after = ready_after
-        self.ready_cpu = self.cpu()
-
-    def cpu(self) -> float:
-        """Return the seconds of processor time used so far, to 10 ms."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
-
-    def ask(self, verb: str) -> dict[str, Any]:
-        """Ask over the control socket."""
-        return control.ask(self.gate.folder / "run" / self.gate.name / "control.sock", verb, 60.0)
-
-    def overruns(self) -> int:
-        """Return how often notifications were lost."""
-        return (self.gate.folder / "log").read_text().count("notifications were lost")
-
-    def inspector(self) -> int | None:
-        """Return the inspector's pid, if it runs."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return int(children[0]) if children else None
 
 
 def memory(pid: int) -> tuple[float, float]:
@@ -281,7 +169,7 @@ def events(rate: float = 50_000, seconds: float = 5.0) -> Iterator[Row]:
             yield Row("processor time of each", "us", (used * 1e6,), of)
         gate.policies("delete", 1000)
         for burst in (50_000, 100_000, 200_000):
-            with gate.controller() as running:
+            with gate.controller(WATCH.format(file=str(longest))) as running:
                 cpu = running.cpu()
                 of = {"events": f"{burst:,} policies added in one burst"}
                 yield Row("sent", "1/s", (gate.policies("add", burst),), of)
@@ -289,6 +177,7 @@ def events(rate: float = 50_000, seconds: float = 5.0) -> Iterator[Row]:
                 yield Row("overruns", "", (running.overruns(),), of)
                 used = (running.cpu() - cpu) / burst
                 yield Row("processor time of each", "us", (used * 1e6,), of)
+            yield Row("longest turn of the loop", "ms", (float(longest.read_text()) * 1000,), of)
             gate.policies("delete", burst)
 
 
@@ -330,7 +219,8 @@ def start(runs: int = 9) -> Iterator[Row]:
 
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
-    "load": load, "memory": memory_of, "idle": idle, "events": events, "start": start,
+    "load": load, "takeover": takeover, "memory": memory_of, "idle": idle, "events": events,
+    "start": start,
 }  # fmt: skip
 
 

@@ -148,6 +148,7 @@ def prepared(masks: int, selectors: int) -> Iterator[Clients]:
         (pins.root / "links" / f"egress-{cgroup.stat().st_ino}").unlink()
         data = Datapath(pins)
         stack.callback(data.close)
+        asyncio.run(data.take_over())
         with place.inside():
             data.set(Setting.NETNS, netns_cookie())
         data.set_paths(HOST, [(ip_network("10.0.0.0/8"), FlowPath(HERE[0]))])

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from ipsecgate.core.codec.xfrm import DELPOLICY, NEWPOLICY, UPDPOLICY
+from ipsecgate.core.codec.xfrm import DELPOLICY, DELSA, NEWPOLICY, UPDPOLICY
 
 NETLINK_XFRM, XFRMA_TMPL, ESP, TUNNEL, OUT = 6, 5, 50, 1, 1
 NEAR, FAR, PEER = 0xC0000201, 0x0A000000, 0xC6000000  # 192.0.2.1, 10.0.0.0, 198.0.0.0
@@ -53,6 +53,12 @@ def add_policy(number: int) -> bytes:
 def delete_policy(number: int) -> bytes:
     """Return a request that deletes a policy."""
     return _request(DELPOLICY, selector(number) + struct.pack("=IB3x", 0, OUT))
+
+
+def delete_state(peer: str, spi: int) -> bytes:
+    """Return a request that deletes an ESP state: struct xfrm_usersa_id."""
+    body = socket.inet_aton(peer) + bytes(12) + struct.pack("!I", spi)
+    return _request(DELSA, body + struct.pack("=HB1x", socket.AF_INET, ESP))
 
 
 def _request(kind: int, body: bytes) -> bytes:

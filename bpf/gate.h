@@ -92,7 +92,8 @@ struct gate_answer {
 	__u64 deadline; /* GATE_LIVE: CLOCK_BOOTTIME ns when the SA ends by itself, 0 = never */
 	__u32 state;    /* 0: no entry */
 	__u32 error;    /* errno of a refusal, 0 = EPERM */
-	__u32 id;       /* GATE_POLICY: the policy's index among those in force */
+	__u32 id;       /* GATE_POLICY: the policy's index among those in force; GATE_SPD: of a live
+			 * entry, for userspace: which SA */
 	__u32 check;    /* of the answer, of its entry's key and of `since`: another entry may be
 			 * written here while a hook reads this one */
 };

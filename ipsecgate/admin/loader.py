@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ipsecgate.edges.bpf import libbpf
-from ipsecgate.edges.bpf.objects import opened
+from ipsecgate.edges.bpf.libbpf import closing_fd
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.host.config import Config
@@ -157,7 +157,7 @@ def prune(paths: Paths) -> set[int]:
     left = set()
     with _locked(paths, "prune") as pins:
         for path in sorted((pins.root / "links").glob("*")):
-            with opened(libbpf.open_pin(path)) as link:
+            with closing_fd(libbpf.open_pin(path)) as link:
                 released = libbpf.link_info(link).cgroup_id == 0
             if released:
                 path.unlink()

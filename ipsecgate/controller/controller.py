@@ -24,6 +24,7 @@ from typing import Any
 from ipsecgate.admin import loader
 from ipsecgate.admin.status_document import ControllerStatus, Process
 from ipsecgate.controller import report
+from ipsecgate.controller.command_queue import CommandQueue
 from ipsecgate.controller.containers import Containers
 from ipsecgate.controller.cut_off import close_sockets
 from ipsecgate.controller.garbage import Garbage
@@ -33,6 +34,7 @@ from ipsecgate.controller.journal import Journal, Once
 from ipsecgate.controller.reload import Reload, refuse_what_needs_a_restart
 from ipsecgate.controller.remembered import Remembered
 from ipsecgate.controller.service import Service
+from ipsecgate.controller.takeover import Takeover
 from ipsecgate.controller.targets import Targets
 from ipsecgate.controller.timers import Timers
 from ipsecgate.controller.xfrm_follower import XfrmFollower
@@ -91,7 +93,12 @@ class Controller:
         self._targets = Targets(paths, loader.check_targets(paths, config))
         self._gate = Gate(config.settings, saved_state.load_children(paths.remembered))
         self._data = Datapath(loader.pins_of(paths))
+        self._data.on_pause = self._close_meanwhile
         self._hooks = HookWriter(self._data)
+        self._commands = CommandQueue(self._data.cut)
+        self._closing = False  # whether more may have to be closed while something is written
+        self._overtaken = False  # whether a step has only passed on what closes
+        self._takeover = Takeover(self._data)
         self._queue = EventQueue()
         self._queued = asyncio.Event()  # set while the queue may hold events
         self._timers = Timers(self._put)
@@ -137,6 +144,7 @@ class Controller:
                 work = [
                     tasks.create_task(self._service.watch()),
                     tasks.create_task(self._decide()),
+                    tasks.create_task(self._takeover.run()),
                     tasks.create_task(self._kernel.run()),
                     tasks.create_task(self._routes.run()),
                     tasks.create_task(self._ike.run()),
@@ -202,13 +210,14 @@ class Controller:
         self._put(on.CheckDue())
 
     def _on_kernel(self, event: on.XfrmEvent | on.KernelSnapshot) -> None:
+        self._takeover.put(event)
         self._put(event)
         if isinstance(event, on.KernelSnapshot):
             self._ike.poll_now()  # to see which of these SAs the daemon lists
 
     async def _decide(self) -> None:
-        for command in self._gate.start():
-            await self._execute(command)
+        await self._data.take_over()
+        await self._carry_out(self._gate.start())
         while True:
             events = await self._events()
             await self._carry_out(self._gate.step(*events, between=self._queue.is_between))
@@ -221,13 +230,14 @@ class Controller:
                 self._service.report(report.summary(self._gate))
 
     async def _carry_out(self, commands: Sequence[do.Command]) -> None:
-        """Execute commands in order, but log last: writing takes time. Raises: GateError."""
+        """Execute commands in order. Raises: GateError."""
         writes = any(isinstance(command, do.HookWrite) for command in commands)
         if writes:
             # Flows that are free may be closed. Once more afterwards, because an answer in between
             # may come before the write that closes its flow.
             self._listeners.end_epoch()
-        for command in sorted(commands, key=lambda one: isinstance(one, do.Log)):
+        self._commands.put(commands)
+        while (command := self._commands.take()) is not None:
             try:
                 await self._execute(command)
             except OSError as error:
@@ -238,9 +248,24 @@ class Controller:
         if writes:
             self._listeners.end_epoch()
 
+    def _close_meanwhile(self) -> None:
+        """Close flows whose SAs are gone while a large change is being written.
+
+        Everything else that this leads to is done after the commands that wait already.
+        """
+        self._kernel.read_now()
+        events = self._queue.take_urgent()
+        if not events and not self._closing:
+            return
+        self._listeners.end_epoch()
+        self._closing = self._commands.overtake(self._gate.step(*events, between=True))
+        self._overtaken = True
+        self._listeners.end_epoch()
+
     async def _events(self) -> list[on.Event]:
         """Return the events to handle next; none if none came within a pulse."""
-        if self._queue or self._gate.has_more:
+        if self._queue or self._gate.has_more or self._overtaken:
+            self._overtaken = False
             await asyncio.sleep(0)  # let other tasks deliver events and answer requests
         else:
             self._queued.clear()
@@ -254,6 +279,7 @@ class Controller:
         # The SPD table is published last, once the state of both the kernel and IKE is known.
         if not self._ready and TableId.SPD in self._gate.tables:
             self._ready = True
+            self._takeover.end()
             self._hooks.relax(self._config.settings)
             loader.switch(self._paths)
             self._service.report(report.summary(self._gate))

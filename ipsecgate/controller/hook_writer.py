@@ -108,7 +108,7 @@ class HookWriter:
             if isinstance(command, do.Publish):
                 await self._data.publish(command.table, command.content)
             else:
-                self._data.change(command.table, command.entries.items())
+                await self._data.change(command.table, command.entries.items())
         except (OSError, LayoutError) as error:
             # The old SPD table may call flows live whose SAs are gone, so withdraw it and end.
             if command.table is TableId.SPD:

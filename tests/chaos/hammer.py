@@ -47,6 +47,7 @@ from tests.system.hooked_cgroup import (
     live,
     no_backstop,
     protect,
+    take_over,
 )
 
 WORKERS = 2
@@ -203,7 +204,7 @@ def programs_loaded(hooked: HookedCgroup, code: Bytecode, rng: random.Random) ->
 
 
 def tables_published(hooked: HookedCgroup, code: Bytecode, rng: random.Random) -> None:
-    data = Datapath(hooked.pins)
+    data = take_over(hooked.pins)
     publish(data)
     data.close()
 
@@ -214,7 +215,7 @@ def another_version(hooked: HookedCgroup, code: Bytecode, rng: random.Random) ->
     data.set(Setting.VERSION, LAYOUT + 1)
     data.close()
     hooked.pins.load(code)
-    data = Datapath(hooked.pins)
+    data = take_over(hooked.pins)
     data.set(Setting.NETNS, hooked.netns)
     no_backstop(data, hooked.link)
     data.set_paths(HOST, [(THERE[family], FlowPath(HERE[family])) for family in (4, 6)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.edges.bpf import bytecode
-from ipsecgate.edges.bpf.objects import opened
+from ipsecgate.edges.bpf.libbpf import closing_fd
 from ipsecgate.edges.bpf.pins import Pins
 
 JIT = Path("/proc/sys/net/core/bpf_jit_enable")
@@ -35,7 +35,7 @@ def test_every_program_of_the_gate_is_machine_code(tmp_path: Path) -> None:
         pins.load(code)
         jited = {}
         for name in code.programs:
-            with opened(pins.objects.open_program(name)) as fd:
+            with closing_fd(pins.objects.open_program(name)) as fd:
                 lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
             jited[name] = dict(line.split(":\t") for line in lines)["prog_jited"]
     finally:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -23,6 +23,7 @@ from ipsecgate.core.tables.table import Rule, compile_table, ternary
 from ipsecgate.edges.bpf import bytecode
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.bpf.pins import Pins
+from ipsecgate.edges.bpf.tables import Difference
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.kernel.probe import netns_cookie
 from ipsecgate.lab import path
@@ -59,6 +60,14 @@ class HookedCgroup:
 
         asyncio.run(publish())
 
+    def change(self, table: TableId, changes: Iterable[Difference]) -> None:
+        asyncio.run(self.data.change(table, changes))
+
+    def take_over(self) -> None:
+        """Have another controller take over from this one."""
+        self.data.close()
+        self.data = take_over(self.pins)
+
     def counted(self, reason: Reason) -> int:
         return self.data.counters()[reason] - self.before[reason]
 
@@ -85,6 +94,13 @@ class HookedCgroup:
             self.data.drain()
         self.refusals.clear()
         self.before = self.data.counters()
+
+
+def take_over(pins: Pins) -> Datapath:
+    """Return the data path of a controller that begins."""
+    data = Datapath(pins)
+    asyncio.run(data.take_over())
+    return data
 
 
 @contextlib.contextmanager
@@ -117,7 +133,7 @@ def hooked_cgroup(
         stack.callback(pins.unload)
         pins.load(bytecode.get(cache))
         pins.attach(cgroup)
-        data = Datapath(pins)
+        data = take_over(pins)
         stack.callback(data.close)
         with namespace.route() as route:
             (link,) = route.link_lookup(ifname="out0")

@@ -211,6 +211,31 @@ async def test_a_flush_is_followed_by_a_snapshot() -> None:
         assert await recorder.next(2) == [SasFlushed(), KernelSnapshot((), ())]
 
 
+async def test_a_deletion_does_not_wait_for_a_dump(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported while the dump is read, and again after it, because it may have the state."""
+    ip(f"{STATE} {KEYS}")
+    async with following() as (monitor, recorder):
+        await recorder.next()
+        dump = monitor.snapshot
+        meanwhile: list[Any] = []
+
+        async def snapshot() -> KernelSnapshot:
+            taken = await dump()
+            ip("xfrm state del src 192.0.2.1 dst 192.0.2.2 proto esp spi 0x1001")
+            ip(ADD_NET)
+            meanwhile.extend(await recorder.next())
+            await asyncio.sleep(0.1)
+            assert not recorder.events, "what opens flows waits"
+            return taken
+
+        monkeypatch.setattr(monitor, "snapshot", snapshot)
+        await monitor.resync(check=True)
+        assert meanwhile == [SaGone(SA.id)]
+        taken, *behind = await recorder.next(3)
+        assert [len(taken.sas), len(taken.policies), taken.check] == [1, 0, True]
+        assert behind == [SaGone(SA.id), PolicySet(NET)]
+
+
 @pytest.mark.parametrize("seed", random.sample(range(2**32), 1))
 async def test_events_applied_to_a_dump_equal_the_next_dump(seed: int) -> None:
     dice = random.Random(seed)

@@ -18,9 +18,10 @@ from ipsecgate.core.tables import layout, packed
 from ipsecgate.core.tables.layout import INDEX, Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
 from ipsecgate.edges.bpf import bytecode, elements, libbpf, ring
-from ipsecgate.edges.bpf.datapath import Datapath
+from ipsecgate.edges.bpf.libbpf import closing_fd
 from ipsecgate.edges.bpf.maps import Maps
-from ipsecgate.edges.bpf.objects import HOOKS, opened
+from ipsecgate.edges.bpf.objects import HOOKS
+from ipsecgate.edges.bpf.parts import let_others_run
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.bpf.store import Store
 from tests.system.hooked_cgroup import (
@@ -75,9 +76,9 @@ def test_a_udp_socket_is_checked_again_only_after_a_change(hooked: HookedCgroup)
     assert hooked.gated("kept sendto", str(other), 54, options=device) == "EPERM"
     assert hooked.gated("kept sendto", str(other), 54, options=[(*device[0][:2], 0)]) == ""
     (four,) = [rule.match for rule in live() if rule.match.value.family == 4]
-    hooked.data.change(TableId.SPD, [(four, Entry(State.DEAD))])
+    hooked.change(TableId.SPD, [(four, Entry(State.DEAD))])
     assert hooked.gated("kept sendto", str(other), 54) == "EPERM"
-    hooked.data.change(TableId.SPD, [(four, Entry(State.LIVE))])
+    hooked.change(TableId.SPD, [(four, Entry(State.LIVE))])
     assert hooked.gated("kept sendto", str(other), 54) == ""
     closings: list[Callable[[], None]] = [
         lambda: hooked.publish(TableId.SPD),
@@ -110,7 +111,7 @@ def test_republishing_leaves_no_entry_behind(hooked: HookedCgroup) -> None:
 def test_setting_one_entry_takes_effect_at_once(hooked: HookedCgroup) -> None:
     hooked.publish(TableId.SPD, *live())
     (four,) = [rule.match for rule in live() if rule.match.value.family == 4]
-    hooked.data.change(TableId.SPD, [(four, Entry(State.DEAD))])
+    hooked.change(TableId.SPD, [(four, Entry(State.DEAD))])
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
     assert went_out(hooked.gated("tcp", PEER[6]))
 
@@ -130,7 +131,7 @@ def test_loading_again_replaces_the_programs_that_are_not_the_same(
         path.unlink()
         # One with another name, and one with the right name but without the maps.
         program = libbpf.load_program(name if name != "same" else same, allow, *HOOKS[hook])
-        with opened(program) as fd:
+        with closing_fd(program) as fd:
             libbpf.pin(fd, path)
     hooked.pins.load(code)
     after = {a.hook: a.prog_id for a in hooked.pins.attachments()}
@@ -173,7 +174,7 @@ def test_a_table_changed_by_others_is_repaired_and_counted(hooked: HookedCgroup)
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
     with foreign(hooked) as store:
         store.remove(key)
-    with opened(hooked.pins.objects.open_map("masks")) as fd:
+    with closing_fd(hooked.pins.objects.open_map("masks")) as fd:
         for number in range(2):
             elements.update(fd, INDEX.pack(number), b"\xff" * packed.MASK_SIZE)
     assert went_out(hooked.gated("tcp", PEER[4])), "the changed map opens the flow"
@@ -225,8 +226,7 @@ def test_maps_grow_with_their_content(hooked: HookedCgroup) -> None:
         assert hooked.data.table(TableId.SPD) == compile_table(rules)
         assert went_out(hooked.gated("tcp", PEER[4]))
     assert before + 5000 * 128 < hooked.data.memory() < before + 5000 * 512
-    hooked.data.close()
-    hooked.data = Datapath(hooked.pins)
+    hooked.take_over()
     hooked.data.open_ring(hooked.refusals.append)
     assert hooked.data.table(TableId.SPD) == compile_table([*live(), *many[2500:]])
     hooked.publish(TableId.SPD, *many)
@@ -254,6 +254,7 @@ def foreign(hooked: HookedCgroup) -> Iterator[Store]:
         entries, slots = (maps._nests[name] for name in ("entries", "slots"))
         used = maps.setting(Setting.SLOTS)
         with contextlib.closing(Store(entries, slots, used, lambda _: None, lambda *_: 0)) as store:
+            asyncio.run(store.count(let_others_run))
             yield store
 
 
@@ -304,8 +305,7 @@ def test_a_withdrawn_table_closes_its_flows_and_the_next_controller_starts_clean
     hooked.data.withdraw(TableId.SPD)
     assert hooked.gated("tcp", PEER[4]) == "EPERM"
     assert went_out(hooked.gated("tcp", OTHER[4]))
-    hooked.data.close()
-    hooked.data = Datapath(hooked.pins)
+    hooked.take_over()
     assert hooked.data.entry_count() == len(protect())
     hooked.publish(TableId.SPD, *live())
     assert went_out(hooked.gated("tcp", PEER[4]))

@@ -17,7 +17,8 @@ from ipsecgate.core.tables.layout import INDEX, LAYOUT, SETTING, Setting, TableI
 from ipsecgate.core.tables.table import compile_table
 from ipsecgate.edges.bpf import bytecode, elements, libbpf
 from ipsecgate.edges.bpf.datapath import Datapath
-from ipsecgate.edges.bpf.objects import HOOKS, opened
+from ipsecgate.edges.bpf.libbpf import closing_fd
+from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.pins import Pins
 from tests.system.caller import called_again, hammering
 from tests.system.hooked_cgroup import (
@@ -30,6 +31,7 @@ from tests.system.hooked_cgroup import (
     live,
     no_backstop,
     protect,
+    take_over,
     went_out,
 )
 
@@ -44,11 +46,11 @@ def number(hooked: HookedCgroup) -> None:
 def shape(hooked: HookedCgroup) -> None:
     """Replace a map by one of another size."""
     path = hooked.pins.root / "maps" / "recent"
-    with opened(hooked.pins.current.open_map("recent")) as fd:
+    with closing_fd(hooked.pins.current.open_map("recent")) as fd:
         found = libbpf.map_shape(fd)
     path.unlink()
     other = libbpf.MapShape(found.type, found.key_size, found.value_size, 16, found.flags)
-    with opened(libbpf.create_map("recent", other)) as fd:
+    with closing_fd(libbpf.create_map("recent", other)) as fd:
         libbpf.pin(fd, path)
 
 
@@ -62,9 +64,9 @@ def old(request: pytest.FixtureRequest, unique: str, cache: Path) -> Iterator[Ho
         yield hooked
 
 
-def take_over(hooked: HookedCgroup) -> Datapath:
+def publish_beside(hooked: HookedCgroup) -> Datapath:
     """Publish the current tables in the maps of the next version."""
-    data = Datapath(hooked.pins)
+    data = take_over(hooked.pins)
     data.set(Setting.NETNS, hooked.netns)
     no_backstop(data, hooked.link)
     data.set_paths(HOST, [(THERE[family], FlowPath(HERE[family])) for family in (4, 6)])
@@ -78,7 +80,7 @@ def take_over(hooked: HookedCgroup) -> Datapath:
 
 
 def version(pins: Pins) -> int:
-    with opened(pins.current.open_map("settings")) as fd:
+    with closing_fd(pins.current.open_map("settings")) as fd:
         raw = elements.lookup(fd, INDEX.pack(Setting.VERSION), SETTING.size)
     return int(SETTING.unpack(raw or b"")[0])
 
@@ -108,7 +110,7 @@ def test_a_version_with_other_maps_takes_over_without_a_gap(old: HookedCgroup, c
     ):
         old.pins.load(code)
         assert old.pins.objects is old.pins.next
-        data = take_over(old)
+        data = publish_beside(old)
         old.pins.switch()
         for each in (covered, also, unnamed):
             called_again(each, 20)
@@ -169,7 +171,7 @@ def test_an_upgrade_killed_at_any_step_is_finished_by_the_next_load(
         with contextlib.suppress(Killed), killed_at(monkeypatch, steps):
             other.load(code)
             if other.next.exists:
-                take_over(old).close()
+                publish_beside(old).close()
             other.switch()
             done = True
         assert went_out(old.gated("tcp", PEER[4])), f"covered, killed at step {steps}"
@@ -177,6 +179,6 @@ def test_an_upgrade_killed_at_any_step_is_finished_by_the_next_load(
         assert old.gated("tcp", PEER[4], bind="198.51.100.77") == "EPERM"
         steps += 1
     assert steps > 20
-    data = Datapath(other)
+    data = take_over(other)
     is_the_new_one(old, data)
     data.close()

@@ -72,7 +72,7 @@ class Maps:
         self.slots.remove(layout.key_hash(key), key)
 
     def stored(self) -> list[bytes]:
-        return [self.entries[number] for _, number in self.slots.places()]
+        return [self.entries[number] for part in self.slots.places() for _, number in part]
 
     def write(self, writes: Writes, watch: Callable[[], object] = int) -> None:
         """Apply a change write by write, and call `watch` after each."""
@@ -154,8 +154,9 @@ def test_a_successor_takes_over_what_a_writer_left_that_died(
             maps.remove(packed.key_of_entry(raw))
         else:
             found[packed.key_of_entry(raw)] = entry
-    read, strange = TableImage.read(TableId.SPD, maps.masks, found)
-    assert not strange
+    read = TableImage(TableId.SPD)
+    for key, entry in found.items():
+        assert read.adopt(key, maps.masks.get(layout.unpack_key(key)[1]), entry)
     assert read.table == old
     assert all(rank_of(maps.look_up(key)) == rank_of(old.classify(key)) for key in keys)
 
@@ -168,8 +169,11 @@ def test_an_entry_of_no_mask_or_with_other_bits_than_its_mask_is_strange() -> No
         layout.pack_key(Key(family=4, daddr=0x10), TableId.SPD, 2),
     ]
     entry = Entry(State.LIVE)
-    read, strange = TableImage.read(TableId.SPD, {1: mask}, dict.fromkeys((good, *bad), entry))
-    assert strange == bad
+    read = TableImage(TableId.SPD)
+    for key in (good, *bad):
+        belongs = read.adopt(key, mask if layout.unpack_key(key)[1] == 1 else None, entry)
+        assert belongs == (key == good)
+    assert not read.adopt(good, mask, entry), "it is there already"
     assert dict(read.table.entries()) == {Ternary(Key(family=4, daddr=0x10), mask): entry}
 
 

@@ -71,6 +71,10 @@ class EventQueue:
         self._others_next = False
         return self._take_turn() or self._kernel.take(busy=busy)
 
+    def take_urgent(self) -> list[on.Event]:
+        """Return only what closes flows and must not wait for a large change to be written."""
+        return self._kernel.take(busy=True)
+
     def _take_turn(self) -> list[on.Event]:
         for _ in self._turns:
             turn, self._next = self._turns[self._next], (self._next + 1) % len(self._turns)

@@ -28,8 +28,18 @@ from functools import lru_cache
 from ipaddress import ip_network
 
 from ipsecgate.core.model.flow import ICMP, PORT_MASK, Address, TrafficSelector
-from ipsecgate.core.model.ipsec import AH, ESP, Action, Mode, Sa, SpdEntry, SpdKey, Template
-from ipsecgate.core.tables.layout import IF_IDS, Entry, Key, State
+from ipsecgate.core.model.ipsec import (
+    AH,
+    ESP,
+    Action,
+    Mode,
+    Sa,
+    SaId,
+    SpdEntry,
+    SpdKey,
+    Template,
+)
+from ipsecgate.core.tables.layout import IF_IDS, Entry, Key, State, mix
 from ipsecgate.core.tables.table import (
     Rule,
     Ternary,
@@ -112,22 +122,31 @@ def rules_of(entry: SpdEntry, sas_of: SasOf, negotiated: Negotiated = unrestrict
     # Where all of the region is live, nothing is left: past its deadline the rule is a dead one.
     if not rules or rules[-1].match != region or rules[-1].entry.state is not State.LIVE:
         state = State.PASS if passes(entry) else State.DEAD
-        rules.append(Rule(region, _entry(state, 0, _rank(entry, _Stage.DEAD))))
+        rules.append(Rule(region, _fixed(state, _rank(entry, _Stage.DEAD))))
     return rules
 
 
+def sa_tag(sa: SaId) -> int:
+    """Return the `id` of the entries that are live because of an SA: 32 bits, never 0.
+
+    Two SAs may share one, so it may only serve to close flows.
+    """
+    daddr = int(sa.daddr)
+    return mix(mix(sa.proto << 32 | sa.spi, daddr), daddr >> 64) & 0xFFFFFFFF or 1
+
+
 def _ranked(live: Iterable[Rule], rank: int) -> list[Rule]:
-    return [Rule(r.match, _entry(State.LIVE, r.entry.deadline, rank)) for r in live]
+    return [Rule(r.match, Entry(State.LIVE, 0, r.entry.id, r.entry.deadline, rank)) for r in live]
 
 
 def _dead(rank: int) -> Entry:
-    return _entry(State.DEAD, 0, rank)
+    return _fixed(State.DEAD, rank)
 
 
 @lru_cache(maxsize=1 << 10)
-def _entry(state: State, deadline: int, rank: int) -> Entry:
-    """Return an entry; many policies of one priority share theirs."""
-    return Entry(state, 0, 0, deadline, rank)
+def _fixed(state: State, rank: int) -> Entry:
+    """Return an entry that no SA stands behind; the policies of one priority share theirs."""
+    return Entry(state, rank=rank)
 
 
 def whole_entry(rules: Sequence[Rule]) -> Entry | None:
@@ -155,12 +174,12 @@ def shared_rules(
     if a_whole is None or b_whole is None or a_whole.state is not b_whole.state:
         return [Rule(shared, _dead(_rank(a, _Stage.DISAGREEMENT)))]
     if a_whole.state is State.PASS:
-        return [Rule(shared, _entry(State.PASS, 0, _rank(a, _Stage.SHARED)))]
+        return [Rule(shared, _fixed(State.PASS, _rank(a, _Stage.SHARED)))]
     ends = min(_end(a_whole), _end(b_whole))
     steps = max(1, min(ends // STEP, (1 << _DEADLINE_BITS) - 1))
     until = 0 if ends == NEVER else steps * STEP
     rank = _rank(a, _Stage.SHARED, steps)
-    return [Rule(shared, Entry(State.LIVE, deadline=until, rank=rank))]
+    return [Rule(shared, Entry(State.LIVE, id=a_whole.id, deadline=until, rank=rank))]
 
 
 @lru_cache(maxsize=1 << 10)
@@ -228,17 +247,18 @@ def _protected_by(
         if sa.selector is not None:
             part = part.intersect(from_selector(sa.selector))
         if part is not None:
-            live = Entry(State.LIVE, deadline=sa.deadline)
+            live = Entry(State.LIVE, id=sa_tag(sa.id), deadline=sa.deadline)
             regions = (part.intersect(region) for region in negotiated(sa, template))
             yield from (Rule(region, live) for region in regions if region is not None)
 
 
 def _intersection(rule: Rule, part: Rule) -> Rule | None:
-    """Return what both match, until the earlier of their deadlines."""
+    """Return what both match, until the earlier of their deadlines; `part` names the SA."""
     match = rule.match.intersect(part.match)
     if match is None:
         return None
-    return Rule(match, min(rule.entry, part.entry, key=_end))
+    ends = min(rule.entry.deadline or NEVER, part.entry.deadline or NEVER)
+    return Rule(match, Entry(State.LIVE, 0, part.entry.id, 0 if ends == NEVER else ends))
 
 
 def _end(entry: Entry) -> int:

@@ -10,7 +10,7 @@ then begins the generation, and deletes last.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ipsecgate.core.tables import index, layout, packed
@@ -49,36 +49,37 @@ class TableImage:
     def __init__(self, table_id: TableId) -> None:
         self.table_id = table_id
         self.table = Table()
+        self.levels = 0  # of all entries so far, as in GATE_LEVELS
         self._numbers: dict[Key, int] = {}
+        self._mask: dict[int, Key] = {}  # by its number
         self._level: dict[int, int] = {}  # of a mask, by its number
         self._unused = 0  # no mask has had this number, or a higher one
         self._free: list[int] = []  # lower ones that are free
 
-    @classmethod
-    def read(
-        cls, table_id: TableId, masks: Mapping[int, Key], entries: Mapping[bytes, Entry]
-    ) -> tuple[TableImage, list[bytes]]:
-        """Return the image of a table that is in the maps, and the keys that do not belong to it.
+    def adopt(self, key: bytes, mask: Key | None, entry: Entry) -> bool:
+        """Take in an entry that is in the maps already; return whether it belongs to this table.
 
-        `masks`: those that the entries' keys name, by number.
+        `mask`: what the maps have under the mask's number that the key names.
         """
-        image, strange = cls(table_id), []
-        for raw, entry in entries.items():
-            _, number, value = layout.unpack_key(raw)
-            mask = masks.get(number)
-            if mask is None or value.masked(mask) != value or image._taken(mask, number):
-                strange.append(raw)
-            else:
-                image._number(mask, number)
-                image.table.put(Ternary(value, mask), entry)
-        used = set(image._numbers.values())
-        image._unused = max(used, default=-1) + 1
-        image._free = [number for number in range(image._unused) if number not in used]
-        return image, strange
+        _, number, value = layout.unpack_key(key)
+        if mask is None or value.masked(mask) != value:
+            return False
+        if self._numbers.get(mask) is None:
+            self._reserve(number)
+            self._number(mask, number)
+        elif self._numbers[mask] != number or value in self.table.rows.get(mask, {}):
+            return False
+        self.levels |= index.level_bits(self._level[number], value.family)
+        self.table.put(Ternary(value, mask), entry)
+        return True
 
-    def _taken(self, mask: Key, number: int) -> bool:
-        """Return whether a mask has another number already."""
-        return self._numbers.get(mask, number) != number
+    def _reserve(self, number: int) -> None:
+        """Have a number not be free."""
+        if number < self._unused:
+            self._free.remove(number)
+        else:
+            self._free += range(self._unused, number)
+            self._unused = number + 1
 
     def change(
         self, changes: Iterable[tuple[Ternary, Entry | None]], generation: int, boot: int
@@ -108,6 +109,7 @@ class TableImage:
                 )
                 writes.levels |= index.level_bits(level, match.value.family)
             self.table.put(match, entry)
+        self.levels |= writes.levels
         return writes
 
     def need(self, changes: Iterable[tuple[Ternary, Entry | None]], space: Space) -> Space:
@@ -124,15 +126,13 @@ class TableImage:
 
     def masks(self) -> dict[int, Key]:
         """Return the masks by number."""
-        return {number: mask for mask, number in self._numbers.items()}
+        return self._mask.copy()
 
-    def levels(self) -> int:
-        """Return the levels of all entries, as in GATE_LEVELS."""
-        found = 0
-        for mask, row in self.table.rows.items():
-            for family in {value.family for value in row}:
-                found |= index.level_bits(index.level_of(mask), family)
-        return found
+    def match_of(self, key: bytes) -> Ternary | None:
+        """Return which flows the entry of a key matches, None if its mask is unknown."""
+        _, number, value = layout.unpack_key(key)
+        mask = self._mask.get(number)
+        return None if mask is None else Ternary(value, mask)
 
     def level_of(self, number: int) -> int:
         """Return the level of a mask by its number; 0, which is always right, if there is none."""
@@ -140,7 +140,12 @@ class TableImage:
 
     def _number(self, mask: Key, number: int) -> None:
         self._numbers[mask] = number
+        self._mask[number] = mask
         self._level[number] = index.level_of(mask)
+
+    def key_if_any(self, match: Ternary) -> bytes | None:
+        """Return the key that an entry has or would have in the map, None if its mask is new."""
+        return self.key(match) if match.mask in self._numbers else None
 
     def key(self, match: Ternary) -> bytes:
         """Return the key of an entry in the map."""
@@ -160,7 +165,10 @@ class TableImage:
             if len(new) > left + len(unused):
                 count = len(self._numbers) - len(unused) + len(new)
                 raise TooManyMasksError(count, MASKS)
-            self._free += [self._numbers.pop(mask) for mask in unused]
+            for mask in unused:
+                number = self._numbers.pop(mask)
+                del self._mask[number]
+                self._free.append(number)
         for mask in new:
             self._number(mask, self._free.pop() if self._free else self._unused)
             self._unused = max(self._unused, self._numbers[mask] + 1)

@@ -237,8 +237,10 @@ class Key(int):
 
 @value
 class Entry:
-    """struct gate_answer. `error` 0 is EPERM; `id` is the index of a policy among those in force.
+    """struct gate_answer. `error` 0 is EPERM.
 
+    `id`: in POLICY the index of a policy among those in force; in SPD, of a live entry, the tag of
+    its SA (`core.state.spd.sa_tag`), 0 = unknown.
     `deadline`: when a live SA ends by itself, seconds of the wall clock since the epoch, 0 =
     never. In the map it is nanoseconds of CLOCK_BOOTTIME, which the hooks can read.
     `rank`: of all entries that match a flow the lowest wins, 64 bits.

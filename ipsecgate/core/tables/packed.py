@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import lru_cache
 
 from ipsecgate.core.model.events import FlowRefused
@@ -48,6 +48,9 @@ _LAST = 2**63 - 1
 MASK_SIZE = _MASK.size
 ENTRY_SIZE = _ENTRY.size
 EVENT_SIZE = _EVENT.size
+WORD = 4  # bytes
+# Where the `id` of an entry's answers is, in such words.
+ID_WORDS = tuple((KEY_SIZE + 16 + n * _ANSWER.size + 24) // WORD for n in range(2))
 ROUTE_SIZE = _ROUTE.size
 PATH_SIZE = _PATH.size
 ORIGIN_BITS = 8 * (ROUTE_SIZE - 4 - 16)
@@ -144,6 +147,20 @@ def where_of_entry(raw: bytes) -> tuple[int, int, int, int]:
     """Return table, mask number, destination (128 bits) and hash of a struct gate_entry."""
     daddr, mask_number, table, hash_ = _WHERE.unpack_from(raw)
     return table, mask_number, int.from_bytes(daddr), int.from_bytes(hash_, sys.byteorder)
+
+
+def without_sas(raw: bytes, tags: Container[int]) -> bytes:
+    """Return a struct gate_entry with those answers dead that are live because of these SAs."""
+    key, hash_, since, *answers = _ENTRY.unpack(raw)
+    bound = mix(hash_, since)
+    return _ENTRY.pack(key, hash_, since, *(_without_sas(one, tags, bound) for one in answers))
+
+
+def _without_sas(answer: bytes, tags: Container[int], bound: int) -> bytes:
+    rank, deadline, state, error, tag = _ANSWER.unpack(answer)
+    if state != State.LIVE or tag not in tags:
+        return answer
+    return _checked(_ANSWER.pack(rank, deadline, State.DEAD, error, tag), bound)
 
 
 def is_pending(raw: bytes, generation: int) -> bool:

@@ -12,6 +12,7 @@ from ipsecgate.core.tables.index import Mark
 from ipsecgate.core.tables.layout import GONE, MASKS, PLACE_BITS, PROBES
 
 SMALLEST = 12  # bits
+PART = 1024  # slots that are read in one go: at most some 400 of them say where an entry is
 _TAG = GONE >> PLACE_BITS << PLACE_BITS  # bits of a place that are the hash's
 SPARSE = 4  # filled, at most one slot in 4 is used …
 FULL = 3, 8  # … and later, at most 3 in 8
@@ -32,10 +33,14 @@ class _Table:
     def __init__(self, slots: memoryview, bits: int) -> None:
         self.slots = slots
         self.bits = bits
-        self.used = (1 << bits) - slots.tolist().count(0)
+        self.used = 0
 
     def is_full(self, more: int) -> bool:
         return self.used + more > (1 << self.bits) * FULL[0] // FULL[1]
+
+    def parts(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield where each part begins, and its slots."""
+        return ((at, self.slots[at : at + PART].tolist()) for at in range(0, 1 << self.bits, PART))
 
     def walk(self, hash_: int) -> Iterator[tuple[int, int]]:
         """Yield where slots are and what they say, up to the first that is 0."""
@@ -53,7 +58,8 @@ class _Table:
 class Slots:
     """The index and the places, in one memory of 32-bit slots.
 
-    `bits`: of each of the two. `key_of` returns the key of an entry by its number.
+    `bits`: of each of the two. `key_of` returns the key of an entry by its number. A memory that is
+    not empty must be counted (`count`) before `is_full` is asked.
     """
 
     def __init__(
@@ -87,10 +93,11 @@ class Slots:
 
     def find(self, hash_: int, key: bytes) -> int | None:
         """Return the number of the entry of a key, None if there is none."""
-        place = self._find(hash_, key)
-        return None if place is None else _number(self._places.slots[place])
+        place = self.find_place(hash_, key)
+        return None if place is None else self.number_at(place)
 
-    def _find(self, hash_: int, key: bytes) -> int | None:
+    def find_place(self, hash_: int, key: bytes) -> int | None:
+        """Return the place that says where the entry of a key is."""
         places = self._places.walk(hash_)
         return next((at for at, slot in places if self._has(slot, hash_, key)), None)
 
@@ -113,7 +120,7 @@ class Slots:
 
     def remove(self, hash_: int, key: bytes) -> int | None:
         """Forget where the entry of a key is, and return where it was."""
-        place = self._find(hash_, key)
+        place = self.find_place(hash_, key)
         return None if place is None else self.forget(place)
 
     def forget(self, at: int) -> int:
@@ -126,11 +133,21 @@ class Slots:
         """Return the number of the entry that a place says."""
         return _number(self._places.slots[at])
 
-    def places(self) -> Iterator[tuple[int, int]]:
-        """Yield all places, and the numbers of the entries."""
-        for at, slot in enumerate(self._places.slots.tolist()):
-            if slot and slot != GONE:
-                yield at, _number(slot)
+    def places(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield all places, and the numbers of the entries, a part of the table at a time."""
+        for first, part in self._places.parts():
+            yield [
+                (at, _number(slot)) for at, slot in enumerate(part, first) if slot and slot != GONE
+            ]
+
+    def count(self) -> Iterator[None]:
+        """Count the slots that are used, in parts; meanwhile no unused one may be written."""
+        for table in (self._index, self._places):
+            used = 0
+            for _, part in table.parts():
+                used += len(part) - part.count(0)
+                yield
+            table.used = used
 
     def _has(self, slot: int, hash_: int, key: bytes) -> bool:
         if slot in (0, GONE) or (slot ^ hash_) & _TAG:

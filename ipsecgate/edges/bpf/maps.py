@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from ipsecgate.core.tables import layout, packed
-from ipsecgate.core.tables.layout import INDEX, SETTING, Key, Reason, Setting, TableId
+from ipsecgate.core.tables.layout import INDEX, SETTING, Entry, Key, Reason, Setting, TableId
 from ipsecgate.core.tables.table import Table, Ternary
 from ipsecgate.edges.bpf import elements, libbpf
 from ipsecgate.edges.bpf.nested import Nest
@@ -97,6 +97,15 @@ class Maps:
                 found.put(Ternary(flows, masks[number]), entry)
         return found
 
+    def entry(self, key: bytes) -> Entry | None:
+        """Return what the entry of a packed key says now, None if there is none."""
+        with self._stock() as stock:
+            found = stock.find(key)
+        if found is None:
+            return None
+        answer = packed.unpack_entry(found.raw, self.setting(Setting.GENERATION))
+        return packed.unpack_answer(answer, boot_time())
+
     def _stock(self) -> closing[Stock]:
         """Open the entries, to read."""
         while True:
@@ -109,9 +118,9 @@ class Maps:
     def _masks(self, table: TableId, entries: Iterable[bytes]) -> dict[int, Key]:
         """Return the masks that entries of a table have, by number."""
         numbers = {layout.unpack_key(packed.key_of_entry(raw))[1] for raw in entries}
-        return {number: mask for number in numbers if (mask := self._mask(table, number))}
+        return {number: mask for number in numbers if (mask := self.mask(table, number))}
 
-    def _mask(self, table: TableId, number: int) -> Key | None:
+    def mask(self, table: TableId, number: int) -> Key | None:
         """Return the mask of a number, None if there is no such number."""
         if number >= layout.MASKS:
             return None

@@ -10,14 +10,15 @@ its settings map, at GATE_VERSION, the one word that no layout ever moves.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ipsecgate.core.tables.layout import INDEX, LAYOUT, MAPS, SETTING, Setting
 from ipsecgate.edges.bpf import elements, libbpf, nested
+from ipsecgate.edges.bpf.libbpf import closing_fd
 
 if TYPE_CHECKING:
     from ipsecgate.edges.bpf.bytecode import Bytecode, Program
@@ -44,15 +45,6 @@ HOOKS = {
 def _name(hook: str, program: Program) -> str:
     """Return the kernel's name for a program, at most 15 characters, by which it is known again."""
     return f"{hook}_{program.digest}"
-
-
-@contextmanager
-def opened(fd: int) -> Iterator[int]:
-    """Close a descriptor when the block ends."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 class Objects:
@@ -90,7 +82,7 @@ class Objects:
         """Return whether this version can use the maps that are pinned here. Raises: OSError."""
         for name, shape in bytecode.maps.items():
             if (self.maps / name).exists():
-                with opened(self.open_map(name)) as fd:
+                with closing_fd(self.open_map(name)) as fd:
                     if libbpf.map_shape(fd) != replace(shape, inner=None):
                         return False
                 places = range(shape.max_entries if shape.inner is not None else 0)
@@ -101,7 +93,7 @@ class Objects:
     def _version(self) -> int:
         if not (self.maps / "settings").exists():
             return 0
-        with opened(self.open_map("settings")) as fd:
+        with closing_fd(self.open_map("settings")) as fd:
             raw = elements.lookup(fd, INDEX.pack(Setting.VERSION), SETTING.size)
         return int(SETTING.unpack(raw)[0]) if raw else -1
 
@@ -129,7 +121,7 @@ class Objects:
     def _has(self, hook: str, program: Program, fds: Mapping[str, int]) -> bool:
         """Return whether this program is pinned, and uses these maps."""
         try:
-            with opened(self.open_program(hook)) as fd:
+            with closing_fd(self.open_program(hook)) as fd:
                 name, maps = libbpf.program_info(fd)
         except FileNotFoundError:
             return False
@@ -137,7 +129,7 @@ class Objects:
         return name == _name(hook, program) and maps == wanted
 
     def _load(self, hook: str, program: Program, fds: Mapping[str, int]) -> None:
-        with opened(
+        with closing_fd(
             libbpf.load_program(
                 _name(hook, program), program.linked(fds), *HOOKS[hook], program.functions
             )

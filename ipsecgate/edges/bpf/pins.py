@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 from ipsecgate import trust
 from ipsecgate.core.model.value import value
 from ipsecgate.edges.bpf import exclusive, libbpf
-from ipsecgate.edges.bpf.objects import HOOKS, KINDS, Objects, opened
+from ipsecgate.edges.bpf.libbpf import closing_fd
+from ipsecgate.edges.bpf.objects import HOOKS, KINDS, Objects
 from ipsecgate.edges.host.mounts import type_of
 from ipsecgate.errors import GateError, KernelLacksError
 
@@ -118,7 +119,10 @@ class Pins:
             if hook not in objects.hooks():
                 path.unlink()
                 continue
-            with opened(libbpf.open_pin(path)) as link, opened(objects.open_program(hook)) as prog:
+            with (
+                closing_fd(libbpf.open_pin(path)) as link,
+                closing_fd(objects.open_program(hook)) as prog,
+            ):
                 try:
                     libbpf.update_link(link, prog)
                 except OSError as error:
@@ -151,7 +155,7 @@ class Pins:
             raise GateError(f"no hooks are loaded in {self.root}", hint="first `ipsecgate load`")
         made: list[Path] = []
         try:
-            with opened(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as directory:
+            with closing_fd(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as directory:
                 # The id of what we opened: the path may name another cgroup by now.
                 cgroup_id = os.fstat(directory).st_ino
                 for hook in sorted(self.current.hooks() & HOOKS.keys()):
@@ -159,8 +163,8 @@ class Pins:
                     if path.exists():
                         continue
                     with (
-                        opened(self.current.open_program(hook)) as prog,
-                        opened(_link(prog, directory, cgroup, hook)) as link,
+                        closing_fd(self.current.open_program(hook)) as prog,
+                        closing_fd(_link(prog, directory, cgroup, hook)) as link,
                     ):
                         libbpf.pin(link, path)
                         made.append(path)
@@ -186,7 +190,7 @@ class Pins:
         found = []
         for path in self._links():
             try:
-                with opened(libbpf.open_pin(path)) as link:
+                with closing_fd(libbpf.open_pin(path)) as link:
                     info = libbpf.link_info(link)
             except FileNotFoundError:
                 continue  # the controller has just removed it, because its cgroup is gone
@@ -229,6 +233,6 @@ def _warn_of_replaced(cgroup: Path, hook: str) -> None:
 
 
 def _detach(link: Path) -> None:
-    with opened(libbpf.open_pin(link)) as fd:
+    with closing_fd(libbpf.open_pin(link)) as fd:
         libbpf.detach_link(fd)
     link.unlink()

@@ -2,15 +2,18 @@
 
 Rules of this module: an entry is not changed where a hook may read it. A new one is written
 elsewhere, then its place says so. What was there is free only when the next generation has begun.
-Slots that are full are filled again in another map, beside the one in use.
+Slots that are full are filled again in another map, beside the one in use. Work in proportion to
+the entries is done in parts, and `pause` is awaited between them; meanwhile entries may be
+corrected, but nothing else may be written.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ctypes as ct
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Set
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,15 +21,15 @@ from ipsecgate.core.tables import packed
 from ipsecgate.core.tables.index import Mark, mark
 from ipsecgate.core.tables.layout import ENTRIES, KEY_SIZE, LINE, MASKS, LayoutError, key_hash
 from ipsecgate.core.tables.packed import ENTRY_SIZE
-from ipsecgate.core.tables.slots import CrowdedError, Slots, bits_for
+from ipsecgate.core.tables.slots import PART, CrowdedError, Slots, bits_for
 from ipsecgate.edges.bpf import libbpf
 from ipsecgate.edges.bpf.nested import Nest, larger
+from ipsecgate.edges.bpf.parts import Pause, parts_of
 
-CHUNK = 4096  # entries that are read at a time
 SLOT = 4  # bytes
 SPARE = 4  # the entries grow by a quarter more than necessary
+SCANNED = 1 << 16  # entries that are searched in one go for an `id`
 EMPTY = bytes(2 * SLOT)  # slots of which none is used
-
 
 # __NR_membarrier where stores may be reordered, and a command of it that is a full barrier.
 _MEMBARRIER = {"aarch64": 283}.get(os.uname().machine)
@@ -72,31 +75,35 @@ class Stock:
         """Return the tables in a memory, which is kept open as long as they are."""
         return Slots(memoryview(memory).cast("I"), bits, self._key)
 
-    def _raw(self, number: int) -> bytes:
+    def raw(self, number: int) -> bytes:
+        """Return the entry of a number."""
         return self._entries[number * ENTRY_SIZE : (number + 1) * ENTRY_SIZE]
 
     def _key(self, number: int) -> bytes:
         return self._entries[number * ENTRY_SIZE : number * ENTRY_SIZE + KEY_SIZE]
 
-    def _places(self) -> Iterator[tuple[int, int]]:
-        """Yield where places are, and the numbers of their entries, if there are such entries."""
+    def _places(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield where places are, and the numbers of their entries, if there are such entries.
+
+        They come in parts, some of which are empty.
+        """
         count = len(self._entries) // ENTRY_SIZE
-        return (one for one in self._slots.places() if one[1] < count)
+        return ([one for one in part if one[1] < count] for part in self._slots.places())
 
     def close(self) -> None:
         """Give the memory back."""
         self._slots = self._table(EMPTY, (0, 0))
         self._entries.close()
 
+    def find(self, key: bytes) -> Stored | None:
+        """Return the entry of a key."""
+        place = self._slots.find_place(key_hash(key), key)
+        return None if place is None else Stored(place, self.raw(self._slots.number_at(place)))
+
     def entries(self) -> Iterator[list[Stored]]:
-        """Yield all entries, some at a time."""
-        some = []
-        for place, number in self._places():
-            some.append(Stored(place, self._raw(number)))
-            if len(some) == CHUNK:
-                yield some
-                some = []
-        yield some
+        """Yield all entries in parts, some of which are empty."""
+        for part in self._places():
+            yield [Stored(place, self.raw(number)) for place, number in part]
 
 
 class Store(Stock):
@@ -119,17 +126,26 @@ class Store(Stock):
         self._old: list[int] = []
         self._free: list[int] = []
         self._next = 0
+        self._larger_entries: mmap.mmap | None = None  # while they are being filled
         self._more = 0, 0  # slots of the index, and places, for which there is space
-        self.recount()
 
-    def recount(self) -> None:
-        """Find out which entries are free: all that have no place."""
-        used = {number for _, number in self._places()}
-        self._next = max(used, default=-1) + 1
-        self._free = [number for number in range(self._next) if number not in used]
-        self._old = []
+    async def count(self, pause: Pause) -> None:
+        """Find out what is free; before this, entries may be corrected but not written."""
+        for _ in self._slots.count():
+            await pause()
+        used = bytearray(len(self._entries) // ENTRY_SIZE)
+        for part in self._places():
+            for _, number in part:
+                used[number] = True
+            await pause()
+        self._next = used.rfind(True) + 1
+        self._free, self._old = [], []
+        for first in range(0, self._next, PART):
+            numbers = range(first, min(first + PART, self._next))
+            self._free += [number for number in numbers if not used[number]]
+            await pause()
 
-    def make_space(self, writes: int, more: tuple[int, int]) -> None:
+    async def make_space(self, writes: int, more: tuple[int, int], pause: Pause) -> None:
         """Have space for so many entries, and for `more` slots (`Space.slots`).
 
         Raises: OSError; LayoutError if there may not be so many.
@@ -138,50 +154,68 @@ class Store(Stock):
         if needed > ENTRIES:
             raise LayoutError(f"{needed} entries, the tables hold {ENTRIES}")
         if needed * ENTRY_SIZE > len(self._entries):
-            self._grow(min(needed + needed // SPARE + SPARE, ENTRIES))
+            await self._grow(min(needed + needed // SPARE + SPARE, ENTRIES), pause)
         self._more = more
         if self._slots.bits == (0, 0) or self._slots.is_full(more):
-            self.fill()
+            await self.fill(pause)
 
-    def _grow(self, count: int) -> None:
+    async def _grow(self, count: int, pause: Pause) -> None:
         """Replace the entries by a larger map with the same content. Raises: OSError."""
         with self._larger(self._entries_map, 0, count) as fd:
-            made = mmap.mmap(fd, count * ENTRY_SIZE)
-            made[: len(self._entries)] = self._entries[:]
-            self._entries_map.put(0, fd)
+            self._larger_entries = made = mmap.mmap(fd, count * ENTRY_SIZE)
+            try:
+                for at in range(0, len(self._entries), PART * ENTRY_SIZE):
+                    part = self._entries[at : at + PART * ENTRY_SIZE]
+                    made[at : at + len(part)] = part
+                    await pause()
+                await asyncio.to_thread(self._entries_map.put, 0, fd)  # waits for the hooks
+            finally:
+                self._larger_entries = None
         self._entries.close()
         self._entries = made
 
-    def fill(self, least: int = 0) -> None:
+    async def fill(self, pause: Pause, least: int = 0) -> None:
         """Fill new slots for all entries, and use them.
 
         `least`: bits for the places, at least. Raises: OSError.
         """
         # A hook that still searches the slots before these has read which, but may not have found
         # the map: it would take the new one for it.
-        self._slots_map.wait(self._which)
-        found = []
-        for _, number in self._places():
-            raw = self._raw(number)
-            found.append((packed.hash_of_entry(raw), number, self._mark_of(raw)))
-        masks = len({(one.hash, one.slot % MASKS) for _, _, one in found})
-        bits = bits_for(masks + self._more[0]), max(least, bits_for(len(found) + self._more[1]))
+        await asyncio.to_thread(self._slots_map.wait, self._which)
+        found: list[tuple[int, int, Mark]] = []
+        masks = set()
+        for part in self._places():
+            for _, number in part:
+                raw = self.raw(number)
+                one = self._mark_of(raw)
+                masks.add((one.hash, one.slot % MASKS))
+                found.append((packed.hash_of_entry(raw), number, one))
+            await pause()
+        marks, places = len(masks) + self._more[0], len(found) + self._more[1]
+        bits = bits_for(marks), max(least, bits_for(places))
         which = 1 - self._which
         while True:
             count = (1 << bits[0]) + (1 << bits[1])
             with self._larger(self._slots_map, which, count // LINE) as fd:
                 made = self._table(mmap.mmap(fd, count * SLOT), bits)
                 try:
-                    for hash_, number, one in found:
-                        made.put(hash_, self._key(number), number)
-                        made.mark(one)
+                    await self._put_all(made, found, pause)
                 except CrowdedError:
                     bits = bits[0], bits[1] + 1
                     continue
-                self._slots_map.put(which, fd)
+                await asyncio.to_thread(self._slots_map.put, which, fd)  # waits for the hooks
             break
         self._use(which << 16 | bits[1] << 8 | bits[0])
         self._which, self._slots = which, made
+
+    async def _put_all(
+        self, slots: Slots, found: list[tuple[int, int, Mark]], pause: Pause
+    ) -> None:
+        for part in parts_of(found):
+            for hash_, number, one in part:
+                slots.put(hash_, self._key(number), number)
+                slots.mark(one)
+            await pause()
 
     @contextmanager
     def _larger(self, nest: Nest, at: int, count: int) -> Iterator[int]:
@@ -202,17 +236,23 @@ class Store(Stock):
         table, mask, daddr, hash_ = packed.where_of_entry(raw)
         return mark(table, mask, self._level_of(table, mask), daddr, hash_)
 
+    @property
+    def place_bits(self) -> int:
+        """Return how many bits the table of places has."""
+        return self._slots.bits[1]
+
     def put(self, raw: bytes) -> None:
-        """Write a struct gate_entry, in place of the one that has its key. Raises: OSError."""
-        number = self._free.pop() if self._free else self._next
-        self._next += number == self._next
+        """Write a struct gate_entry, in place of the one that has its key.
+
+        Raises: CrowdedError; `fill` helps, with more bits for the places.
+        """
+        number = self._free[-1] if self._free else self._next
         self._entries[number * ENTRY_SIZE : (number + 1) * ENTRY_SIZE] = raw
-        key, hash_ = packed.key_of_entry(raw), packed.hash_of_entry(raw)
-        try:
-            old = self._slots.put(hash_, key, number)
-        except CrowdedError:
-            self.fill(self._slots.bits[1] + 1)
-            old = self._slots.put(hash_, key, number)
+        old = self._slots.put(packed.hash_of_entry(raw), packed.key_of_entry(raw), number)
+        if self._free:
+            self._free.pop()
+        else:
+            self._next += 1
         if old is not None:
             self._old.append(old)
 
@@ -222,10 +262,32 @@ class Store(Stock):
         if old is not None:
             self._old.append(old)
 
+    def with_ids(self, ids: Container[int]) -> Iterator[list[int]]:
+        """Yield the numbers of the entries that have an answer with one of these `id`s, in parts.
+
+        They are found by their contents: some may be of no place at all.
+        """
+        size = ENTRY_SIZE // packed.WORD
+        for first in range(0, len(self._entries) // ENTRY_SIZE, SCANNED):
+            part = self._entries[first * ENTRY_SIZE : (first + SCANNED) * ENTRY_SIZE]
+            words = memoryview(part).cast("I")
+            found: set[int] = set()
+            for at in packed.ID_WORDS:
+                column = words[at::size].tolist()
+                if not (isinstance(ids, Set) and ids.isdisjoint(column)):  # a third of the time
+                    found.update(n for n, word in enumerate(column, first) if word in ids)
+            yield sorted(found)
+
     def correct(self, place: int, raw: bytes) -> None:
         """Write an entry where it is: hooks that read it meanwhile see that, and read again."""
-        at = self._slots.number_at(place) * ENTRY_SIZE
-        self._entries[at : at + ENTRY_SIZE] = raw
+        self.correct_entry(self._slots.number_at(place), raw)
+
+    def correct_entry(self, number: int, raw: bytes) -> None:
+        """Do the same with an entry by its number."""
+        at = number * ENTRY_SIZE
+        for entries in (self._larger_entries, self._entries):
+            if entries is not None:
+                entries[at : at + ENTRY_SIZE] = raw
 
     def forget(self, place: int) -> None:
         """Remove the entry that a place says."""

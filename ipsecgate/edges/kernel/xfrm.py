@@ -8,6 +8,8 @@ Rules of this module:
   notifications that arrived meanwhile. A dump is not atomic: it may have an object as it was before
   or after a change. So it is only right together with them: the last one for an object says how it
   is.
+- A dump of many policies takes a second. What is gone must not wait for it: that is delivered at
+  once, and once more in its turn, because the dump may still have it.
 - Dump on a separate socket: a notification carries the sequence number of the request that caused
   it, so on a shared socket it could end a dump early.
 - Never set NETLINK_NO_ENOBUFS: it hides lost notifications. Never join XFRMNLGRP_ACQUIRE: with a
@@ -31,6 +33,7 @@ from ipsecgate.core.model.events import (
     KernelSnapshot,
     PoliciesFlushed,
     PolicySet,
+    SaGone,
     SaSet,
     SasFlushed,
     XfrmEvent,
@@ -45,6 +48,7 @@ GROUP_EXPIRE, GROUP_SA, GROUP_POLICY, GROUP_MIGRATE = 2, 3, 4, 7
 GROUPS = (GROUP_EXPIRE, GROUP_SA, GROUP_POLICY, GROUP_MIGRATE)
 
 Flushed = PoliciesFlushed | SasFlushed
+Gone = SaGone | Flushed
 
 _HINTS = {
     errno.EPERM: "run it as root: XFRM needs CAP_NET_ADMIN in this network namespace",
@@ -75,7 +79,7 @@ class XfrmMonitor:
 
     `deliver` receives the sequence that the module describes, straight from the socket's callback;
     an exception that it raises ends `run`. `on_overrun` is called when the sequence breaks.
-    Nothing is delivered before the first `resync`, with which `run` begins.
+    Nothing is delivered before the first `resync`, with which `run` begins, but what is gone.
 
         async with XfrmMonitor(deliver) as monitor:
             await monitor.run()
@@ -163,6 +167,7 @@ class XfrmMonitor:
                 while self._socket is not None and not self._broken and not self._socket.drain():
                     await asyncio.sleep(0)
                 flushed = any(isinstance(one, Flushed) for one in self._buffered)
+                unbroken = unbroken and not flushed
                 if not flushed and not self._broken:
                     break
             unbroken = unbroken and overruns == self.overruns
@@ -198,9 +203,14 @@ class XfrmMonitor:
     def _handle(self, event: XfrmEvent) -> None:
         if self._buffered is not None:
             self._buffered.append(event)
+            if isinstance(event, Gone):
+                self._pass_on(event)
             return
         if isinstance(event, Flushed):
             self._wake.set()
+        self._pass_on(event)
+
+    def _pass_on(self, event: XfrmEvent) -> None:
         try:
             self._deliver(event)
         except Exception as error:  # run() raises it: asyncio would log it and go on

@@ -23,7 +23,6 @@ from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
 from ipsecgate.edges.bpf import bytecode
-from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.kernel.probe import netns_cookie
@@ -32,7 +31,7 @@ from ipsecgate.edges.kernel.xfrm import XfrmMonitor
 from ipsecgate.lab import path
 from ipsecgate.lab.netns import Namespace
 from tests.reference_rules import kernel_rules
-from tests.system.hooked_cgroup import ike_socket, no_backstop
+from tests.system.hooked_cgroup import ike_socket, no_backstop, take_over
 from tests.system.oracle.caller import DEVICE, SO_MARK, Caller
 from tests.system.oracle.capture import Capture
 from tests.system.oracle.generate import CALL_MARKS, FAR, LOCAL, NEAR, REMOTE
@@ -61,7 +60,7 @@ class TwoNamespaces:
 
     def __init__(self, near: Namespace, cgroup: Path, pins: Pins, far: Namespace) -> None:
         self.pins = pins
-        self.data = Datapath(pins)
+        self.data = take_over(pins)
         self.installer = Installer()
         self.capture = Capture(far, FAR_END)
         self.gated = Caller(near.path, cgroup)
