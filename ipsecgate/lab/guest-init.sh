@@ -1,28 +1,11 @@
 # The guest's process 1: set up a machine from the host's files, run one command, power off.
 #
-# Called as `sh WORK/init WORK`. WORK is a folder on the host with
+# The second part of WORK/init; uml-root.sh is the first. WORK is a folder on the host with
 #   settings   input: shell assignments of modules, release, results, terminal, rows, columns
 #   command    input: a shell script
 #   booted     output: created when the command begins
 #   exit-code  output
 # The console carries kernel and init messages, /dev/tty1 the command's output.
-# A step that fails ends process 1, so the kernel panics and the host sees why.
-set -eu
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-# hostfs takes its folder as mount(2)'s data; the new mount API rejects an option that is only a path.
-export LIBMOUNT_FORCE_MOUNT2=always
-work=$1
-. "$work/settings"
-
-# The root is the host's, read-only. Put a tmpfs above it and make both the root with pivot_root:
-# under a plain chroot, container runtimes would see the host's files below.
-mount -t tmpfs -o mode=755,size=90% tmpfs /mnt
-mkdir /mnt/upper /mnt/work /mnt/root
-insmod "$modules/$release/kernel/fs/overlayfs/overlay.ko"
-mount -t overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work overlay /mnt/root
-cd /mnt/root
-pivot_root . mnt
-cd /
 
 # Make all mounts in one process: starting one costs 50 ms here. Mount /proc first, or mount(8) reads
 # the host's mount list, which shows through, as its own.

@@ -37,7 +37,6 @@ from ipsecgate.lab.uml import MEMORY, GuestError, GuestHung, GuestPanicked, Uml
 
 __all__ = ["GuestError", "GuestHung", "GuestPanicked", "GuestResult", "run"]
 
-INIT = Path(__file__).with_name("guest-init.sh")
 SLOWER = 5
 """Factor for the timeout under QEMU, which runs at a fifth of the speed or faster."""
 
@@ -141,7 +140,6 @@ def _run(
         keep.mkdir(parents=True, exist_ok=True)
         variables = {**(os.environ if env is None else env), "IPSECGATE_RESULTS": str(keep)}
         _links(work / "dev")
-        (work / "init").write_bytes(INIT.read_bytes())
         command = command_file(argv, variables, cwd or Path.cwd())
         (work / "command").write_bytes(os.fsencode(command))
         (work / "settings").write_text(settings_file(kernel, keep, terminal))

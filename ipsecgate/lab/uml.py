@@ -22,6 +22,8 @@ from ipsecgate.lab import xstate
 from ipsecgate.lab.console import PANIC, OnOutput, Output, ignore, last_lines
 from ipsecgate.lab.kernel import Kernel
 
+ROOT = Path(__file__).with_name("uml-root.sh")
+INIT = Path(__file__).with_name("guest-init.sh")
 MEMORY = 2048
 """Memory of a guest in MiB. Its pages are a sparse file that is unlinked while in use."""
 FAST = "initcall_blacklist=raid6_select_algo pty.legacy_count=0 zswap.enabled=0"
@@ -77,9 +79,10 @@ class GuestPanicked(GuestError):  # noqa: N818
 class Uml:
     """A running user-mode-linux, killed when the `with` block ends.
 
-    `work` is a folder on the host. It contains `init`, the shell script that is the guest's process
-    1 and that writes `booted` and `exit-code` there. The guest's /dev/tty1 goes to `on_output`; its
-    console is kept for errors. `memory`: MiB.
+    `work` is a folder on the host. It must contain `settings`, as `guest.settings_file` writes
+    them, and gets `init`, the guest's process 1: uml-root.sh, followed by the script `init`, which
+    writes `booted` and `exit-code` there. The guest's /dev/tty1 goes to `on_output`; its console is
+    kept for errors. `memory`: MiB.
     Raises: GuestError if it needs a library that cannot be built (see `xstate`).
     """
 
@@ -87,7 +90,16 @@ class Uml:
     boot_limit = 120.0
     """Seconds until the command begins: 3 on a quiet machine."""
 
-    def __init__(self, kernel: Kernel, work: Path, memory: int, on_output: OnOutput) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        work: Path,
+        memory: int,
+        on_output: OnOutput,
+        *,
+        init: Path = INIT,
+    ) -> None:
+        (work / "init").write_bytes(ROOT.read_bytes() + init.read_bytes())
         try:
             variables = xstate.environment()
         except GateError as error:

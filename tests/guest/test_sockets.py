@@ -11,9 +11,16 @@ import pytest
 from ipsecgate.core.codec.sockdiag import ListedSocket
 from ipsecgate.core.model.flow import TCP, UDP
 from ipsecgate.edges.kernel import sockets
+from tests.matrix.features import ends_sockets
 from tests.system.hooked_cgroup import OTHER, PEER, HookedCgroup
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _destroys() -> None:
+    if not ends_sockets():
+        pytest.skip("missing: INET_DIAG_DESTROY in the kernel")
 
 
 @pytest.fixture(autouse=True)

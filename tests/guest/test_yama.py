@@ -11,7 +11,8 @@ from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab.guest import run
 
 pytestmark = pytest.mark.skipif(
-    has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
+    has_esp(),
+    reason="this kernel has ESP: nothing runs in a guest, and only a reboot undoes this setting",
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ipsecgate.errors import GateError
+from ipsecgate.lab.guest import KINDS
 from tests.host.machine import CHECKOUT, boot
 
 RESULTS = CHECKOUT / ".cache/results/host"
@@ -77,6 +78,7 @@ def say(text: str) -> None:
 def main() -> int:
     """Run the README's two commands on a host whose kernel has ESP; its state must not change."""
     parser = argparse.ArgumentParser(prog="python -m tests.host", description=main.__doc__)
+    parser.add_argument("--kernel", choices=KINDS, default="uml", help="the host's kernel (uml)")
     parser.add_argument("--timeout", type=float, default=36000.0, metavar="S", help="(10 hours)")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("command", nargs="*", help=f"instead of {DEMO} and {TEST}")
@@ -84,11 +86,12 @@ def main() -> int:
     commands = options.command or [DEMO, TEST]
     results = options.results.absolute()
     try:
-        code, _output = boot(commands, results, options.timeout, say)
+        code, _output = boot(options.kernel, commands, results, options.timeout, say)
     except GateError as error:
         sys.stderr.write(f"{error.report()}\n")
         return error.exit_code
-    return code or (1 if judge(results, commands) else 0)
+    differ = judge(results, commands)
+    return code or (1 if differ else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The host: Debian's kernel under QEMU, systemd as process 1, on this machine's files.
+"""The host: user-mode-linux, or Debian's kernel under QEMU, with systemd, on this machine's files.
 
 It runs the commands in turn as a service, writes its `state` into the results folder before the
 first one and after each, and powers off. This module does not judge the results.
@@ -17,8 +17,11 @@ from pathlib import Path
 from ipsecgate.edges.bpf.bytecode import get
 from ipsecgate.lab import debian
 from ipsecgate.lab.console import OnOutput
-from ipsecgate.lab.guest import command_file, settings_file
+from ipsecgate.lab.guest import KINDS, assignments, command_file, settings_file
+from ipsecgate.lab.kernel import Kernel
 from ipsecgate.lab.qemu import Qemu
+from ipsecgate.lab.signals import exit_on_sigterm
+from ipsecgate.lab.uml import Uml
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
@@ -27,36 +30,59 @@ MEMORY = 6144
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-class Host(Qemu):
+INIT = HERE / "host-init.sh"
+SHARES = {"uml": ("hostfs", "/dev/tty1"), "qemu": ("9p", "/dev/ttyS1")}
+"""The file system that shares folders with this machine, and the terminal for the output."""
+
+
+class UmlHost(Uml):
+    """User-mode-linux that boots with systemd."""
+
+    boot_limit = 300.0
+
+
+class QemuHost(Qemu):
     """A QEMU guest that boots with systemd."""
 
     boot_limit = 1800.0
 
 
 def boot(
-    commands: Sequence[str], results: Path, timeout: float, on_output: OnOutput
+    kind: str, commands: Sequence[str], results: Path, timeout: float, on_output: OnOutput
 ) -> tuple[int, str]:
     """Run shell commands on a new host; return 0 or the first non-zero exit code, and the output.
 
-    `results` gets state-0.json, state-1.json and so on.
+    `kind`: uml or qemu. `results` gets state-0.json, state-1.json and so on.
     Raises: GuestHung, GuestPanicked, GateError.
     """
-    kernel = debian.fetch(progress=on_output)
+    kernel = KINDS[kind](progress=on_output)
     results.mkdir(parents=True, exist_ok=True)
     for old in results.glob("state-*.json"):
         old.unlink()
-    get(CACHE)  # compile here, because it takes a minute under emulation
+    get(CACHE)
     environment = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
-    environment |= {"IPSECGATE_TEST_BYTECODE": str(CACHE)}
-    with tempfile.TemporaryDirectory(prefix="ipsecgate-host-", dir="/tmp") as folder:
+    if kind == "qemu":  # compiling takes a minute under emulation
+        environment["IPSECGATE_TEST_BYTECODE"] = str(CACHE)
+    temporary = tempfile.TemporaryDirectory(prefix="ipsecgate-host-", dir="/tmp")
+    with exit_on_sigterm(), temporary as folder:
         work = Path(folder)
         script = command_file(["sh", "-c", host_script(commands, results)], environment, CHECKOUT)
         (work / "command").write_bytes(os.fsencode(script))
-        (work / "settings").write_text(settings_file(kernel, results, terminal=False))
+        share, output = SHARES[kind]
+        settings = settings_file(kernel, results, terminal=False)
+        settings += assignments({"checkout": str(CHECKOUT), "share": share, "output": output})
+        (work / "settings").write_text(settings)
         shutil.copytree(HERE / "units", work / "units")
-        with Host(kernel, work, MEMORY, results, on_output, init=HERE / "host-init.sh") as host:
+        with machine(kernel, work, results, on_output) as host:
             host.follow(timeout)
             return host.exit_code(), host.output.text
+
+
+def machine(kernel: Kernel, work: Path, results: Path, on_output: OnOutput) -> Uml:
+    """Start the host with this kernel."""
+    if isinstance(kernel, debian.DebianKernel):
+        return QemuHost(kernel, work, MEMORY, results, on_output, init=INIT)
+    return UmlHost(kernel, work, MEMORY, on_output, init=INIT)
 
 
 def host_script(commands: Sequence[str], results: Path) -> str:

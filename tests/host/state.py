@@ -43,16 +43,22 @@ TEXTS = {
 }
 # Lines of the commands themselves, and parts of a line that change by themselves.
 UNSTABLE = {
-    "unit": re.compile(r"^(commands\.|ipsecgate-room-|systemd-tmpfiles-clean|run-)"),
+    "unit": re.compile(r"^(commands\.|ipsecgate-room-|run-)"),
     "IKE": re.compile(r"(established|time|since|rekey|life|install|use-in|use-out)[a-z-]*=\d+"),
     "address": re.compile(r"^\s+valid_lft"),
 }
+CHECKOUT = Path(__file__).parents[2]
+"""The commands' own folder, which may change."""
 # Folders, and the paths below them that change by themselves or are too many to compare.
 FILES = {
     "/etc": None,
-    "/var": re.compile(r"^/var/(log/journal|lib/systemd/timers|lib/systemd/random-seed)"),
+    "/var": re.compile(
+        r"^/var/(log/journal|lib/systemd/(timers|random-seed)|backups"
+        # the packages: somebody else may install one on the machine that runs this host
+        r"|(lib|cache|log)/(apt|dpkg)|lib/systemd/deb-systemd-helper)"
+    ),
     "/run": re.compile(r"^/run/(host/|systemd/(journal|units|transient|propagate)|log/|utmp)"),
-    "/tmp": None,
+    "/tmp": re.compile(r"^/tmp/pytest-of-"),  # pytest keeps those of its last three runs
     "/root": re.compile(r"^/root/[^/]+/."),
     "/dev/shm": None,
 }
@@ -62,9 +68,8 @@ SYSCTLS = re.compile(
     r"/(random/|.*-state$|.*-nr$|.*nr_|.*_id$|ns_last_pid|pty/nr|.*flush$|.*stat.*|.*count$"
     r"|.*/(net/netfilter|binfmt_misc)/)"
 )
-# linux/bpf.h, enum bpf_cmd and bpf_prog_type
+# linux/bpf.h, enum bpf_cmd
 BPF_PROG_NEXT, BPF_MAP_NEXT, BPF_LINK_NEXT, BPF_PROG_FD, BPF_INFO = 11, 12, 31, 13, 15
-CGROUP_DEVICE = 15
 SYS_BPF = 321
 
 
@@ -89,9 +94,10 @@ def files(top: str, unstable: re.Pattern[str] | None) -> dict[str, str]:
     found = {}
     for folder, folders, names in os.walk(top):
         paths = {name: Path(folder, name) for name in [*folders, *names]}
+        paths = {name: path for name, path in paths.items() if path != CHECKOUT}
         if unstable is not None:
             paths = {name: path for name, path in paths.items() if not unstable.match(str(path))}
-            folders[:] = [name for name in folders if name in paths]
+        folders[:] = [name for name in folders if name in paths]
         for path in paths.values():
             try:
                 found[str(path)] = described(path, top)
@@ -160,11 +166,11 @@ def pins() -> dict[str, str]:
 def bpf_objects() -> dict[str, str]:
     """Return the ids of all BPF programs, maps and links in the kernel.
 
-    Of systemd's device filters, only the number of equal ones counts, because systemd replaces them
+    Of systemd's own programs, only the number of equal ones counts, because systemd replaces them
     whenever it starts a scope with delegated controllers.
     """
     libc, found = ctypes.CDLL(None, use_errno=True), {}
-    filters: Counter[str] = Counter()
+    systemds: Counter[str] = Counter()
     for kind, command in (
         ("program", BPF_PROG_NEXT),
         ("map", BPF_MAP_NEXT),
@@ -173,27 +179,27 @@ def bpf_objects() -> dict[str, str]:
         attributes = (ctypes.c_uint32 * 3)()  # start_id, next_id, open_flags
         while not libc.syscall(SYS_BPF, command, attributes, ctypes.sizeof(attributes)):
             attributes[0] = attributes[1]
-            tag = device_filter(libc, attributes[1]) if kind == "program" else None
-            if tag:
-                filters[f"device filter {tag}"] += 1
+            name, tag = program(libc, attributes[1]) if kind == "program" else ("", "")
+            if name.startswith("sd_"):  # sd_devices, sd_fw_egress, sd_fw_ingress
+                systemds[f"{name} {tag}"] += 1
             else:
                 found[f"{kind} {attributes[1]}"] = "there"
-    return found | {name: str(count) for name, count in filters.items()}
+    return found | {name: str(count) for name, count in systemds.items()}
 
 
-def device_filter(libc: ctypes.CDLL, number: int) -> str | None:
-    """Return the tag of a cgroup device program, None for any other program."""
+def program(libc: ctypes.CDLL, number: int) -> tuple[str, str]:
+    """Return the name and the tag of a program, "" if it has just gone."""
     fd = libc.syscall(SYS_BPF, BPF_PROG_FD, (ctypes.c_uint32 * 3)(number), 12)
     if fd < 0:
-        return None
-    info = (ctypes.c_uint32 * 4)()  # type, id, tag[8]
-    attributes = (ctypes.c_uint64 * 2)(fd | ctypes.sizeof(info) << 32, ctypes.addressof(info))
+        return "", ""
+    info = ctypes.create_string_buffer(80)  # struct bpf_prog_info up to its name
+    attributes = (ctypes.c_uint64 * 2)(fd | len(info) << 32, ctypes.addressof(info))
     try:
-        if libc.syscall(SYS_BPF, BPF_INFO, attributes, 16) or info[0] != CGROUP_DEVICE:
-            return None
+        if libc.syscall(SYS_BPF, BPF_INFO, attributes, 16):
+            return "", ""
     finally:
         os.close(fd)
-    return bytes(info)[8:].hex()
+    return info.raw[64:80].rstrip(b"\0").decode(), info.raw[8:16].hex()
 
 
 def settled_bpf_objects() -> dict[str, str]:

@@ -7,10 +7,13 @@ them: blocked by a slow reader, it would stamp the next event late.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import platform
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterable
@@ -21,6 +24,13 @@ from ipsecgate.lab.netns import NETLINK_XFRM, Namespace
 from ipsecgate.lab.xfrm_watch import BUFFER, GROUPS, SO_RCVBUFFORCE, XfrmEvent, parse
 
 RTMGRP_IPV4_ROUTE = 0x40
+
+# linux/sched/types.h, struct sched_attr: size, policy, flags, nice, priority, runtime, deadline and
+# period in ns. linux/sched.h; asm/unistd.h
+SCHED_ATTR = struct.Struct("=IIQiIQQQ")
+SCHED_DEADLINE, SCHED_FLAG_RESET_ON_FORK = 6, 1
+SYS_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+RUNTIME, PERIOD = 2_000_000, 10_000_000
 
 
 class KernelEvents:
@@ -73,7 +83,7 @@ def follower(family: int, groups: int) -> socket.socket:
 def follow(
     xfrm: socket.socket, routes: socket.socket, local: set[Address], told: Connection
 ) -> None:
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    take_precedence()
     sources: tuple[socket.socket | Connection, ...] = (xfrm, routes, told)
     seen: list[XfrmEvent] = []
     while True:
@@ -87,3 +97,18 @@ def follow(
             told.recv()
             threading.Thread(target=told.send, args=(seen,)).start()
             seen = []
+
+
+def take_precedence() -> None:
+    """Get deadline scheduling, ahead of all other tasks: `RUNTIME` of every `PERIOD` at least.
+
+    SCHED_FIFO would do, but a kernel with CONFIG_RT_GROUP_SCHED refuses it in a room: with the cpu
+    controller on, only the root cgroup may have such tasks. Threads start as ordinary ones.
+    """
+    attributes = SCHED_ATTR.pack(
+        SCHED_ATTR.size, SCHED_DEADLINE, SCHED_FLAG_RESET_ON_FORK, 0, 0, RUNTIME, PERIOD, PERIOD
+    )
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(SYS_SCHED_SETATTR[platform.machine()], 0, attributes, 0):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), "sched_setattr")

@@ -18,9 +18,9 @@ from ipsecgate import trust
 from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab.console import Output
-from ipsecgate.lab.guest import INIT, command_file, main, settings_file
+from ipsecgate.lab.guest import command_file, main, settings_file
 from ipsecgate.lab.kernel import PACKAGE, Kernel, default_cache, fetch
-from ipsecgate.lab.uml import kernel_arguments, memory_folder
+from ipsecgate.lab.uml import INIT, ROOT, kernel_arguments, memory_folder
 
 KERNEL = Kernel(Path("/c/usr/bin/linux.uml"), Path("/c d/usr/lib/uml/modules/6.1.176"))
 ODD = "two\nlines 'single' \"double\" $HOME `id` \\ ö \t!#"
@@ -89,7 +89,8 @@ def test_memory_that_does_not_fit_into_shm_is_kept_on_disk(tmp_path: Path) -> No
 
 
 def test_init_is_valid_shell() -> None:
-    subprocess.run(["sh", "-n", str(INIT)], check=True)
+    for part in (ROOT, INIT):
+        subprocess.run(["sh", "-n", str(part)], check=True)
 
 
 # --- the console -----------------------------------------------------------------

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.host import state
 from tests.host.__main__ import differences, judge, lacking
-from tests.host.machine import host_script
+from tests.host.machine import HERE, INIT, host_script
 
 WANTED = (
     *("xfrm state", "xfrm policy", "rule", "rule of IPv6", "route", "pin", "cgroup", "process"),
@@ -42,3 +45,21 @@ def test_the_state_is_recorded_after_every_command() -> None:
     script = host_script(["make demo", "echo 'it is'"], Path("/r"))
     assert [script.count(f"/r/state-{number}.json") for number in range(4)] == [1, 1, 1, 0]
     assert "'make demo'" in script
+
+
+def test_the_commands_own_folders_are_left_out_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("checkout/inside", "checkout-2/file", "pytest-of-me/file", "file"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(state, "CHECKOUT", tmp_path / "checkout")
+    found = state.files(str(tmp_path), re.compile(rf"^{re.escape(str(tmp_path))}/pytest-of-"))
+    assert {Path(name).relative_to(tmp_path) for name in found} == {
+        Path(name) for name in ("checkout-2", "checkout-2/file", "file")
+    }
+
+
+@pytest.mark.parametrize("script", [INIT, HERE / "units/etc/host.sh"], ids=lambda path: path.name)
+def test_a_script_is_valid_shell(script: Path) -> None:
+    subprocess.run(["sh", "-n", str(script)], check=True)

@@ -1,4 +1,5 @@
 # The state of this host, besides that of its charon.
+modprobe -a ipv6 sctp # each adds sysctls; the tests use both, and modules stay loaded
 hostname a-host
 ip link set lo up
 ip netns add peer
