@@ -60,8 +60,9 @@ static __always_inline int is_let_go(struct search *search, const struct origin 
 
 	if (!origin->netns && state != GATE_DERIVED)
 		return 0;
-	if (route(search, origin, &path))
-		return 0;
+	reason = route(search, origin, &path);
+	if (reason)
+		return reason == GATE_ALLOW_EXEMPT;
 	reason = follow(search, generation, path, state);
 	if (search->torn || setting_after(search->read, GATE_GENERATION) != generation)
 		return 0;
@@ -159,6 +160,8 @@ int egress(struct __sk_buff *skb)
 	    same_flow(&known->flow, flow))
 		return 1;
 	if (known && known->memory.kind == GATE_DAEMON && known->memory.generation == setting(GATE_IKE))
+		return 1;
+	if (known && known->memory.kind == GATE_OTHER && others.lookup(&known->memory.netns))
 		return 1;
 	if (is_dhcp(flow) || is_neighbour_discovery(skb, flow, packet.hops))
 		return 1;

@@ -110,6 +110,8 @@ static __always_inline int route(struct search *search, const struct origin *ori
 		return origin->netns ? GATE_REFUSE_NETNS : GATE_REFUSE_NO_SOURCE;
 	if (path->reason)
 		return path->reason;
+	if (origin->netns && same(path->saddr, flow->daddr))
+		return GATE_ALLOW_EXEMPT; /* for the host itself, or the namespace: never leaves it */
 	if (bound && (origin->netns || needed > 1 || path->flags & GATE_TRANSLATED) &&
 	    !same(flow->saddr, path->saddr))
 		return GATE_REFUSE_NO_SOURCE;

@@ -91,6 +91,23 @@ static __always_inline void know_daemon(struct bpf_sock *sk, struct search *sear
 	associate(sk, search);
 }
 
+/* Leave a flow to the instance whose network namespace it comes from, and tell the backstop. */
+static __always_inline int leave(struct bpf_sock *sk, struct search *search, __u64 netns)
+{
+	struct gate_memory *other = &search->memory;
+	struct gate_association *known = sk ? sockets.sk_storage_get(sk, 0, 0) : 0;
+
+	if (sk && !(known && known->memory.kind == GATE_OTHER)) {
+		other->kind = GATE_OTHER;
+		other->generation = 0;
+		other->deadline = 0;
+		other->netns = netns;
+		other->replaced = 0;
+		associate(sk, search);
+	}
+	return allow(GATE_ALLOW_OTHER);
+}
+
 static __always_inline int verdict(struct bpf_sock_addr *ctx, struct search *search, __u32 hook)
 {
 	struct gate_key *flow = &search->flow;
@@ -107,6 +124,8 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, struct search *sea
 		origin.netns = 0;
 	else
 		flow->mark = 0;
+	if (origin.netns && others.lookup(&origin.netns))
+		return leave(sk, search, origin.netns);
 	reason = recall(flow, generation, &deadline);
 	/* By a device or in another namespace, routing may lead elsewhere. */
 	if ((reason == GATE_ALLOW_COVERED || reason == GATE_ALLOW_PASSED) &&
@@ -121,7 +140,8 @@ static __always_inline int verdict(struct bpf_sock_addr *ctx, struct search *sea
 	if (reason == GATE_ALLOW_EXEMPT)
 		know_daemon(sk, search);
 	if (sk && ((reason == GATE_ALLOW_COVERED && flow->proto == UDP && !origin.device) ||
-		   (origin.netns && reason >= GATE_ALLOW_COVERED && reason <= GATE_ALLOW_PASSED)))
+		   (origin.netns && (reason == GATE_ALLOW_COVERED || reason == GATE_ALLOW_PASSED ||
+				     (reason == GATE_ALLOW_EXEMPT && !is_exempt(flow))))))
 		associate_flow(sk, search, origin.netns, generation, deadline, decided);
 	return allow(reason);
 }

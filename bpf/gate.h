@@ -22,6 +22,7 @@
 #define GATE_ENTRIES 4194304    /* of both tables together, at most */
 #define GATE_ROUTES 131072
 #define GATE_TUNNELS 4096
+#define GATE_OTHERS 1024
 #define GATE_RECENT 16384
 #define GATE_RING_PAGES 64
 
@@ -160,6 +161,7 @@ struct gate_path {
 #define GATE_COVERED 1  /* UDP: an SA protects this flow */
 #define GATE_CLEAR 2    /* packets of this flow may leave unprotected */
 #define GATE_DAEMON 3   /* the IKE daemon's own socket; `generation` is its thread group */
+#define GATE_OTHER 4    /* of a namespace that another instance judges; `generation` is unused */
 
 struct gate_memory {
 	__u64 generation;
@@ -184,22 +186,23 @@ struct gate_association {
 #define GATE_ALLOW_PASSED 3     /* GATE_DERIVED, and GATE_SPD says GATE_PASS */
 #define GATE_ALLOW_ASSOCIATED 4 /* covered at its last call, and nothing has changed since */
 #define GATE_ALLOW_EXEMPT 5     /* loopback, own addresses, DHCP, the IKE daemon */
-#define GATE_REFUSE_UNCOVERED 6
-#define GATE_REFUSE_DISCARD 7
-#define GATE_REFUSE_DEFAULT 8
-#define GATE_REFUSE_NO_SOURCE 9 /* its source address, or its way, is unknown */
-#define GATE_REFUSE_NOT_READY 10 /* no policies published yet */
-#define GATE_REFUSE_NETNS 11    /* from another network namespace, whose routing is unknown */
-#define GATE_REFUSE_OUTSIDE 12  /* its packets leave around the gate's SPD */
-#define GATE_BLOCK_CLEAR 13     /* must be protected, and would have left in clear */
-#define GATE_BLOCK_DISCARD 14
-#define GATE_BLOCK_DEFAULT 15   /* no policy names it, and no hook checked it */
-#define GATE_BLOCK_NOT_READY 16
-#define GATE_BLOCK_UNREADABLE 17 /* a later fragment, a source route, too many headers */
-#define GATE_AUDITED 18         /* refusals that audit mode allowed; also counted by reason */
-#define GATE_AUDITED_PACKETS 19 /* blocked packets that audit mode allowed, likewise */
-#define GATE_EVENTS_LOST 20     /* the ring was full; the flow's next refusal is reported again */
-#define GATE_COUNTERS 21
+#define GATE_ALLOW_OTHER 6      /* from a namespace that another instance judges */
+#define GATE_REFUSE_UNCOVERED 7
+#define GATE_REFUSE_DISCARD 8
+#define GATE_REFUSE_DEFAULT 9
+#define GATE_REFUSE_NO_SOURCE 10 /* its source address, or its way, is unknown */
+#define GATE_REFUSE_NOT_READY 11 /* no policies published yet */
+#define GATE_REFUSE_NETNS 12    /* from another network namespace, whose routing is unknown */
+#define GATE_REFUSE_OUTSIDE 13  /* its packets leave around the gate's SPD */
+#define GATE_BLOCK_CLEAR 14     /* must be protected, and would have left in clear */
+#define GATE_BLOCK_DISCARD 15
+#define GATE_BLOCK_DEFAULT 16   /* no policy names it, and no hook checked it */
+#define GATE_BLOCK_NOT_READY 17
+#define GATE_BLOCK_UNREADABLE 18 /* a later fragment, a source route, too many headers */
+#define GATE_AUDITED 19         /* refusals that audit mode allowed; also counted by reason */
+#define GATE_AUDITED_PACKETS 20 /* blocked packets that audit mode allowed, likewise */
+#define GATE_EVENTS_LOST 21     /* the ring was full; the flow's next refusal is reported again */
+#define GATE_COUNTERS 22
 
 #define GATE_CONNECT4 0
 #define GATE_CONNECT6 1

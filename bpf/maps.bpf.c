@@ -45,6 +45,9 @@ BPF_ARRAY_OF_MAPS(entries, "some_entries", 1);
 BPF_ARRAY_OF_MAPS(slots, "some_lines", 2);
 BPF_LPM_TRIE(paths, struct gate_route, struct gate_path, GATE_ROUTES);
 BPF_HASH(tunnels, __u32, __u8, GATE_TUNNELS);
+/* Cookies of network namespaces whose flows are left to another instance: its hooks are attached
+ * wherever ours are. */
+BPF_HASH(others, __u64, __u8, GATE_OTHERS);
 BPF_TABLE("lru_hash", struct gate_key, __u64, recent, GATE_RECENT);
 BPF_PERCPU_ARRAY(counters, __u64, GATE_COUNTERS);
 BPF_RINGBUF_OUTPUT(events, GATE_RING_PAGES);

@@ -27,7 +27,7 @@ packages=(
 test_packages=(
     busybox-static curl default-jre-headless ecj git golang-go ncat netcat-openbsd nodejs
     openssh-client openssh-server perl postgresql redis-server redis-tools wget
-    crun podman runc
+    crun podman runc iptables nftables
     linux-libc-dev man-db systemd tcc zstd
 )
 bench_packages=(gcc libc6-dev)

@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from ipsecgate.admin.loader import check_targets, pins_of
+from ipsecgate.admin.loader import check_targets, pins_of, runs_before
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Policy, SaSource
 from ipsecgate.core.model.value import value
@@ -67,6 +67,7 @@ def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
         ("cgroup2", lambda: str(cgroups.root())),
         ("bpffs", lambda: _bpffs(paths)),
         ("hooks", lambda: _hooks(paths)),
+        ("order", lambda: _order(paths)),
         ("configuration", configuration),
         ("strongswan", strongswan),
         ("xfrm", lambda: for_kernel_esp(_xfrm)),
@@ -163,6 +164,16 @@ def _hooks(paths: Paths) -> str:
         for fd in fds.values():
             os.close(fd)
     return f"the kernel accepts {', '.join(HOOKS)}"
+
+
+def _order(paths: Paths) -> str:
+    """Look for programs of other tools that may change what the hooks have checked."""
+    if not pins_of(paths).loaded:
+        return "no hooks are loaded yet"
+    found = runs_before(paths)
+    if found:
+        raise GateError(str(found[0]), hint="see `bpftool cgroup tree`")
+    return "no other tool's program runs after the hooks"
 
 
 def _xfrm() -> str:

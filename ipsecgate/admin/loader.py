@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ipsecgate.admin import instances
 from ipsecgate.edges.bpf import libbpf
 from ipsecgate.edges.bpf.libbpf import closing_fd
+from ipsecgate.edges.bpf.order import Later, later
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.host.config import Config
@@ -74,14 +76,16 @@ def load(paths: Paths) -> None:
     code = bytecode.get(paths.cache)
     with _locked(paths, "load") as pins:
         pins.load(code)
-        _attach_missing_hooks(pins)
+        with instances.locked(pins):
+            _attach_missing_hooks(pins)
 
 
 def switch(paths: Paths) -> None:
     """Put the version in force that `load` pinned beside another. Call it after publishing."""
     with _locked(paths, "switch versions") as pins:
         pins.switch()
-        _attach_missing_hooks(pins)
+        with instances.locked(pins):
+            _attach_missing_hooks(pins)
 
 
 def _attach_missing_hooks(pins: Pins) -> None:
@@ -111,7 +115,9 @@ def unload(paths: Paths, *, force: bool) -> None:
                 f"{cgroup} gated, and unloading would open the gate",
                 hint="first `ipsecgate detach` each, or use `ipsecgate unload --force`",
             )
-        pins.unload()
+        with instances.locked(pins):
+            instances.withdraw(pins)
+            pins.unload()
     asyncio.run(floor.keep(instance_tag(paths.instance), ()))
 
 
@@ -132,20 +138,52 @@ def attach_all(paths: Paths, targets: Iterable[str]) -> list[Path]:
 
 def attach_path(paths: Paths, cgroup: Path) -> None:
     """Gate one cgroup."""
-    with _locked(paths, f"attach {cgroup}") as pins:
+    with _locked(paths, f"attach {cgroup}") as pins, instances.locked(pins):
+        instances.refresh(pins, cgroup)
         pins.attach(cgroup)
+
+
+def run_last(paths: Paths) -> list[Later]:
+    """Have the hooks run after all other programs; return those after which they cannot run."""
+    paths_by_id = cgroups.by_id()
+    with _locked(paths, "look at other programs") as pins:
+        attachments = pins.attachments()
+        gated = {paths_by_id.get(one.cgroup_id) for one in attachments}
+        for cgroup in sorted(filter(None, gated)):
+            for hook in {one.hook for one in later(cgroup, attachments) if one.can_be_overtaken}:
+                pins.move_last(cgroup, hook)
+    return runs_before(paths)
+
+
+def runs_before(paths: Paths) -> list[Later]:
+    """Return the programs of other tools that run after the hooks of this instance."""
+    attachments = pins_of(paths).attachments()
+    found: list[Later] = []
+    for cgroup in gated_cgroups(paths):
+        with suppress(FileNotFoundError):  # it was removed meanwhile
+            found += later(cgroup, attachments)
+    return found
 
 
 def detach(paths: Paths, target: str) -> str:
     """Stop gating a cgroup: a target as for `attach`, or the id of a removed cgroup."""
     cgroup_id = int(target) if target.isdigit() else cgroups.resolve(target).stat().st_ino
-    with _locked(paths, f"detach {target}") as pins:
+    with _locked(paths, f"detach {target}") as pins, instances.locked(pins):
+        instances.withdraw(pins)
         if not pins.detach(cgroup_id):
             raise GateError(
                 f"instance {paths.instance!r} does not gate {target}",
                 hint="`ipsecgate status` lists the gated cgroups",
             )
     return target
+
+
+def leave_to_others(paths: Paths) -> dict[int, str]:
+    """Leave other namespaces to the instances that judge them; return their names by cookie."""
+    if not instances.is_beside_others(pins_of(paths)):
+        return {}
+    with _locked(paths, "look for other instances") as pins, instances.locked(pins):
+        return instances.refresh(pins)
 
 
 def prune(paths: Paths) -> set[int]:

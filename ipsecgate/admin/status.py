@@ -94,6 +94,7 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         "negotiations": gate["negotiations"],
         "sas": gate["sas"],
         "holds": gate["holds"],
+        "namespaces": gate["namespaces"],
     }
 
 
@@ -114,6 +115,7 @@ def _without_controller(paths: Paths, read_config: Callable[[], Config]) -> Gate
         "sas": [],
         "held": 0,
         "holds": [],
+        "namespaces": [],
         "drift": None,
     }
 

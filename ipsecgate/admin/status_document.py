@@ -63,6 +63,14 @@ class Sa(TypedDict):
     since: float | None  # installation; None: VICI does not say
 
 
+class Namespace(TypedDict):
+    """Another network namespace, in which gated processes are."""
+
+    pid: int | None  # one of them; None: none is known
+    instance: str | None  # the instance that judges its flows; None: this one
+    outside: list[str]  # why packets of some of its flows pass around this host's SPD
+
+
 class Hold(TypedDict):
     """One held call."""
 
@@ -106,6 +114,7 @@ class GateState(TypedDict):
     sas: list[Sa]
     held: int
     holds: list[Hold]
+    namespaces: list[Namespace]
     drift: Drift | None  # None: no controller
 
 
@@ -153,3 +162,4 @@ class Status(TypedDict):
     negotiations: list[Negotiation]
     sas: list[Sa]
     holds: list[Hold]
+    namespaces: list[Namespace]

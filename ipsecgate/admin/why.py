@@ -1,6 +1,6 @@
 """Why a flow of a process is let go or refused: the caller's side, then the gate's decision.
 
-    the caller       is its cgroup gated, is it in the gate's network namespace?
+    the caller       is its cgroup gated, and in which network namespace is it?
     the decision     the controller's `core.gate.explanation`; without one, the hooks' tables alone
 
 Rules of this module: it changes nothing. The verdict is that of the tables that the hooks search.
@@ -8,17 +8,18 @@ Rules of this module: it changes nothing. The verdict is that of the tables that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import errorcode
 from pathlib import Path
 from typing import Literal, TypedDict, cast
 
-from ipsecgate.admin import loader
+from ipsecgate.admin import instances, loader
 from ipsecgate.core.model.flow import Flow, is_exempt
 from ipsecgate.core.tables.layout import EXPLAINED, Reason, Setting, State, TableId, flow_key
 from ipsecgate.core.tables.verdict import verdict
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.host import cgroups, control
+from ipsecgate.edges.kernel import namespaces
 from ipsecgate.errors import GateError, NoControllerError, UsageError
 from ipsecgate.paths import Paths
 
@@ -76,10 +77,12 @@ def why(paths: Paths, flow: Flow, caller: Caller | None) -> Why:
     """Return the document. Raises: FileNotFoundError if nothing is loaded; GateError, OSError."""
     with Maps(loader.pins_of(paths)) as maps:
         audit = bool(maps.setting(Setting.AUDIT))
+        flow = _placed(flow, caller, maps.setting(Setting.NETNS))
         try:
             decision, controller_pid = _ask(paths, flow)
         except NoControllerError:
             decision, controller_pid = _by_tables(maps, flow), None
+        is_left = maps.is_left(flow.netns)
     steps, gated = list(decision["steps"]), True
     if caller is not None:
         gated = any(map(caller.cgroup.is_relative_to, loader.gated_cgroups(paths)))
@@ -88,9 +91,10 @@ def why(paths: Paths, flow: Flow, caller: Caller | None) -> Why:
     if not gated:
         decision |= {"allowed": True, "reason": "not_gated", "error": None}
         decision["advice"] = f"gate it with `ipsecgate attach {caller.cgroup}`" if caller else ""
-    elif caller is not None and _is_elsewhere(caller, controller_pid, decision):
-        decision |= {"allowed": False, "reason": "refuse_netns", "error": "EPERM"}
-        decision["advice"] = "docs/containers.md says how to gate another network namespace"
+    elif is_left:
+        name = instances.judge_of(loader.pins_of(paths), flow.netns)
+        decision |= {"allowed": True, "reason": "allow_other", "error": None}
+        decision["advice"] = f"ask it: `ipsecgate -i {name} why`"
     return {
         **decision,
         "flow": str(flow),
@@ -112,6 +116,8 @@ def _ask(paths: Paths, flow: Flow) -> tuple[Decision, int]:
             saddr=None if flow.saddr is None else str(flow.saddr),
             sport=flow.sport,
             mark=flow.mark,
+            device=flow.device,
+            netns=flow.netns,
         )
     return cast(Decision, answer["decision"]), int(answer["pid"])
 
@@ -122,20 +128,24 @@ def _describe(caller: Caller, gated: bool) -> str:
     return f"{process}{caller.cgroup}, {state}"
 
 
-def _is_elsewhere(caller: Caller, controller: int | None, decision: Decision) -> bool:
-    """Tell whether a flow that must be protected comes from another network namespace."""
-    if caller.pid is None or controller is None or decision["reason"] not in _NEED_AN_SA:
-        return False
+def _placed(flow: Flow, caller: Caller | None, own: int) -> Flow:
+    """Return the flow with its caller's network namespace. `own`: the cookie of the gate's.
+
+    A cgroup has one only if all of its processes are in the same. Raises: GateError.
+    """
+    if flow.netns or caller is None or not own:
+        return flow
+    pids = [caller.pid] if caller.pid is not None else list(cgroups.processes(caller.cgroup))
+    by_number = {namespaces.inode(pid): pid for pid in pids}
+    if len(by_number) != 1 or None in by_number:
+        return flow
+    (pid,) = by_number.values()
     try:
-        spaces = {Path(f"/proc/{pid}/ns/net").stat().st_ino for pid in (caller.pid, controller)}
+        there = namespaces.Namespace.of_thread(pid)
     except OSError as error:
-        raise GateError(
-            f"cannot tell the network namespace of process {caller.pid}: {error}"
-        ) from error
-    return len(spaces) > 1
-
-
-_NEED_AN_SA = ("allow_covered", "refuse_uncovered", "refuse_no_source")
+        raise GateError(f"cannot tell the network namespace of process {pid}: {error}") from error
+    there.close()
+    return flow if there.cookie == own else replace(flow, netns=there.cookie)
 
 
 def _in_words(reason: str) -> str:
@@ -152,6 +162,7 @@ _ALLOWED = {
     Reason.ALLOW_PASSED: "a kernel policy lets it leave unprotected, and no [[policy]] forbids it",
     Reason.ALLOW_ASSOCIATED: "a live SA protects it",
     Reason.ALLOW_EXEMPT: "it needs no protection",
+    Reason.ALLOW_OTHER: "the instance of its network namespace judges it",
 }
 
 
@@ -183,6 +194,8 @@ def _by_tables(maps: Maps, flow: Flow) -> Decision:
     if is_own or (reason >= Reason.REFUSE_UNCOVERED and is_exempt(flow)):
         steps.append(_step("exempt", "loopback, DHCP or an address of the host's own"))
         reason = Reason.ALLOW_EXEMPT
+    elif reason is Reason.REFUSE_UNCOVERED and flow.netns:
+        steps.append(_step("source", "unknown without a controller, in another network namespace"))
     elif reason is Reason.REFUSE_UNCOVERED and flow.saddr is None:
         steps.append(_step("source", "unknown without a controller: name one with --from"))
     elif reason is Reason.REFUSE_UNCOVERED:

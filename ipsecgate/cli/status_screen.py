@@ -8,7 +8,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ipsecgate.admin.status_document import Counters, Hold, Hook, Negotiation, Policy, Sa, Status
+from ipsecgate.admin.status_document import (
+    Counters,
+    Hold,
+    Hook,
+    Namespace,
+    Negotiation,
+    Policy,
+    Sa,
+    Status,
+)
 
 COLOURS = {
     "covered": "green",
@@ -31,6 +40,8 @@ def screen(document: Status) -> RenderableType:
         parts.append(_sas(document["sas"]))
     if document["holds"]:
         parts.append(_holds(document["holds"]))
+    if document["namespaces"]:
+        parts.append(_namespaces(document["namespaces"]))
     parts.append(_counters(document["counters"]))
     return Group(*parts)
 
@@ -127,6 +138,15 @@ def _holds(holds: list[Hold]) -> Table:
     table = _table("Held calls", "Thread", "Flow", "Limit")
     for hold in holds:
         table.add_row(str(hold["pid"]), hold["flow"], f"{hold['limit']:.1f} s")
+    return table
+
+
+def _namespaces(namespaces: list[Namespace]) -> Table:
+    table = _table("Other network namespaces", "Process", "Judged by", "Outside this host's SPD")
+    for item in namespaces:
+        pid = "" if item["pid"] is None else str(item["pid"])
+        judge = f"instance {item['instance']}" if item["instance"] else "this instance"
+        table.add_row(pid, judge, "\n".join(item["outside"]))
     return table
 
 

@@ -136,6 +136,8 @@ def _flow_of(record: dict[str, Any]) -> Flow:
         None if source is None else parse_address(source),
         record["sport"],
         record["mark"],
+        record["device"],
+        record["netns"],
     )
 
 

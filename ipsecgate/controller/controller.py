@@ -31,6 +31,8 @@ from ipsecgate.controller.garbage import Garbage
 from ipsecgate.controller.hook_writer import HookWriter
 from ipsecgate.controller.ike_follower import IkeFollower
 from ipsecgate.controller.journal import Journal, Once
+from ipsecgate.controller.namespaces import Namespaces
+from ipsecgate.controller.order import Order
 from ipsecgate.controller.reload import Reload, refuse_what_needs_a_restart
 from ipsecgate.controller.remembered import Remembered
 from ipsecgate.controller.service import Service
@@ -43,8 +45,10 @@ from ipsecgate.core.gate.event_queue import EventQueue
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.gate.name_lookups import is_lookup
 from ipsecgate.core.model import events as on
+from ipsecgate.core.model.nat import Ruleset
+from ipsecgate.core.nat.translation import Nat
 from ipsecgate.core.state.floor import instance_tag
-from ipsecgate.core.tables.layout import TableId
+from ipsecgate.core.tables.layout import Reason, TableId
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.holding import oci
 from ipsecgate.edges.holding.listeners import Listeners
@@ -52,6 +56,7 @@ from ipsecgate.edges.host import cgroups, control_server, saved_state, systemd
 from ipsecgate.edges.host.config import Config
 from ipsecgate.edges.kernel import probe
 from ipsecgate.edges.kernel.floor import Floor
+from ipsecgate.edges.kernel.nat import NatWatch
 from ipsecgate.edges.kernel.routes import Routes
 from ipsecgate.errors import GateError
 from ipsecgate.lock import held
@@ -105,6 +110,9 @@ class Controller:
         self._kernel = XfrmFollower(config.settings.sa_source, self._on_kernel)
         self._ike = IkeFollower(config.vici, self._put)
         self._routes = Routes(self._put)
+        self._nat = NatWatch(self._on_nat)
+        self._order = Order(paths)
+        self._namespaces = Namespaces(paths, probe.netns_cookie(), self._put)
         self._listeners = Listeners(self._put, paths.holds)
         self._journal = Journal()
         self._once = Once(log)
@@ -147,6 +155,9 @@ class Controller:
                     tasks.create_task(self._takeover.run()),
                     tasks.create_task(self._kernel.run()),
                     tasks.create_task(self._routes.run()),
+                    tasks.create_task(self._nat.run()),
+                    tasks.create_task(self._order.run()),
+                    tasks.create_task(self._namespaces.run()),
                     tasks.create_task(self._ike.run()),
                     tasks.create_task(self._kernel.check(self._check_hooks)),
                     tasks.create_task(self._targets.run()),
@@ -202,8 +213,15 @@ class Controller:
         if is_lookup(refusal.flow):
             refusal = replace(refusal, unit=cgroups.unit_of(refusal.cgroup))
         self._put(refusal)
+        if refusal.reason == Reason.BLOCK_CLEAR:
+            self._order.suspect()
         audit = self._gate.settings.audit
         self._journal.refusal(refusal, self._gate.policies, audit=audit)
+
+    def _on_nat(self, rules: Ruleset | None) -> None:
+        # Rules that can't be read are an error in `status`; the backstop sees what they do.
+        self._routes.translate(Nat(rules or Ruleset()))
+        self._namespaces.look()
 
     def _check_hooks(self) -> None:
         self._garbage.collect()
@@ -296,6 +314,7 @@ class Controller:
                 self._listeners.hold(command.made)
             case do.SetFloor():
                 self._floor.set(command.policies)
+                self._namespaces.set_floor(in_force=bool(command.policies))
             case do.Verify():
                 self._service.spawn(self._hooks.verify(command))
             case do.CutOff():
@@ -320,7 +339,10 @@ class Controller:
     def _resolve(self, command: do.ResolvePaths | do.FollowOrigin) -> None:
         if isinstance(command, do.ResolvePaths):
             self._routes.follow(command.destinations)
-        elif not command.origin.netns:
+            self._namespaces.follow(command.destinations)
+        elif command.origin.netns:
+            self._namespaces.want(command.origin, command.pid)
+        else:
             self._routes.follow_origin(command.origin)
 
     async def _take_listener(self, request: control_server.Request) -> dict[str, Any]:
@@ -345,9 +367,16 @@ class Controller:
         errors = [
             *self._remembered.errors,
             *self._targets.errors,
+            *self._namespaces.errors,
             *self._reload.errors,
             *self._floor.errors,
+            *self._nat.errors,
+            *self._order.errors,
         ]
         return report.controller_status(
-            self._gate, process, changed_entries=self._hooks.repaired, errors=errors
+            self._gate,
+            process,
+            namespaces=self._namespaces.document(),
+            changed_entries=self._hooks.repaired,
+            errors=errors,
         )

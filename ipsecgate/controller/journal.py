@@ -59,6 +59,8 @@ class Journal(logging.Handler):
             dport=flow.dport,
             sport=flow.sport,
             mark=flow.mark,
+            device=flow.device,
+            netns=flow.netns,
             reason=reason.name.lower(),
             policy=policies[place].name if place is not None and place < len(policies) else None,
             audited=audit,

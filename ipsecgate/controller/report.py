@@ -8,7 +8,15 @@ from errno import EPERM, errorcode
 from typing import Any
 
 from ipsecgate.admin.status import policy_document, sa_source
-from ipsecgate.admin.status_document import ControllerStatus, Drift, Hold, Negotiation, Process, Sa
+from ipsecgate.admin.status_document import (
+    ControllerStatus,
+    Drift,
+    Hold,
+    Namespace,
+    Negotiation,
+    Process,
+    Sa,
+)
 from ipsecgate.admin.why import Decision
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.explanation import explain
@@ -17,7 +25,12 @@ from ipsecgate.core.model.flow import Flow, parse_address
 
 
 def controller_status(
-    gate: Gate, process: Process, *, changed_entries: int, errors: Sequence[str]
+    gate: Gate,
+    process: Process,
+    *,
+    namespaces: list[Namespace],
+    changed_entries: int,
+    errors: Sequence[str],
 ) -> ControllerStatus:
     """Return the controller's part of the document.
 
@@ -38,6 +51,7 @@ def controller_status(
             Hold(pid=made.pid, flow=str(made.flow), limit=made.limit)
             for made in gate.holds.calls.values()
         ],
+        "namespaces": namespaces,
     }
 
 
@@ -116,6 +130,8 @@ def why(gate: Gate, words: Mapping[str, Any]) -> dict[str, Any]:
         None if source is None else parse_address(source),
         int(words["sport"]),
         int(words["mark"]),
+        int(words["device"]),
+        int(words["netns"]),
     )
     found = explain(gate, flow)
     decision: Decision = {

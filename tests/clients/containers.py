@@ -1,7 +1,7 @@
 """Containers without an image: busybox in a folder, run by crun, runc or podman.
 
-They share the network namespace of the host that starts them, because a gate serves one namespace.
-Their cgroup is below the given one.
+They share the network namespace of the host that starts them, unless podman makes one. Their cgroup
+is below the given one.
 """
 
 from __future__ import annotations
@@ -54,9 +54,17 @@ class Containers:
         return [runtime, "--root", state, "run", "--bundle", str(bundle), name]
 
     def podman(
-        self, runtime: str, name: str, command: Sequence[str], seccomp: dict[str, Any] | None
+        self,
+        runtime: str,
+        name: str,
+        command: Sequence[str],
+        seccomp: dict[str, Any] | None,
+        network: str = "host",
     ) -> list[str]:
-        """Return the argv that runs a command in podman with this runtime."""
+        """Return the argv that runs a command in podman with this runtime.
+
+        `network`: "host", or "podman", which is podman's default.
+        """
         security = "seccomp=unconfined"
         if seccomp is not None:
             profile = self._folder / f"{name}.json"
@@ -71,7 +79,7 @@ class Containers:
             "podman",
             *(f"--{option}={path}" for option, path in places.items()),
             *f"--runtime={runtime} --cgroup-manager=cgroupfs --storage-driver=vfs".split(),
-            *f"--events-backend=none run --rm --name={name} --network=host".split(),
+            *f"--events-backend=none run --rm --name={name} --network={network}".split(),
             "--log-driver=k8s-file",  # the default needs a journal if process 1 is systemd
             *f"--cgroupns=host --cgroup-parent={self._cgroup}".split(),
             *f"--security-opt={security} --rootfs {self.root}".split(),

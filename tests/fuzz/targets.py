@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fuzz import calls, control, files, ike, kernel, oci
+from tests.fuzz import calls, control, files, ike, kernel, namespaces, nat, oci
 from tests.fuzz.engine import Target
 
 TARGETS: tuple[type[Target], ...] = (
@@ -11,8 +11,11 @@ TARGETS: tuple[type[Target], ...] = (
     kernel.Xfrm,
     kernel.Framing,
     kernel.Routes,
+    namespaces.Namespaces,
     kernel.Ring,
     kernel.Maps,
+    nat.Nftables,
+    nat.Iptables,
     ike.Vici,
     calls.Calls,
     control.Control,

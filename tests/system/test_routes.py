@@ -14,9 +14,9 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core.model.events import OriginGone, PathsResolved
+from ipsecgate.core.model.events import PathsResolved
 from ipsecgate.core.model.flow import Address, FlowPath, Network
-from ipsecgate.edges.kernel.routes import Routes
+from ipsecgate.edges.kernel.routes import Found, Routes
 from ipsecgate.lab.charon import load_tun
 from ipsecgate.lab.netns import Namespace
 from tests.system.event_recorder import batch, ip
@@ -77,7 +77,7 @@ def lookup(paths: Iterable[tuple[Network, FlowPath]], address: Address) -> Addre
 async def following(*destinations: str) -> AsyncIterator[asyncio.Queue[PathsResolved]]:
     resolutions: asyncio.Queue[PathsResolved] = asyncio.Queue()
 
-    def deliver(event: PathsResolved | OriginGone) -> None:
+    def deliver(event: Found) -> None:
         assert isinstance(event, PathsResolved)
         resolutions.put_nowait(event)
 

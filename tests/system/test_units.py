@@ -28,7 +28,7 @@ pytestmark = pytest.mark.second_guest
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "packaging/systemd"
 EXPOSURE = {
-    "ipsecgate.service": 2.5,
+    "ipsecgate.service": 2.8,  # 2.4 without CAP_SYS_ADMIN, for the namespaces of containers
     "ipsecgate-load.service": 2.0,
 }  # upper limits, of 10
 # What loading the hooks needs, and the step that fails without it.
@@ -258,3 +258,33 @@ def test_holding_calls_needs_the_capability_to_take_a_listener(
         assert controller.eventually(lambda: "was held for" in controller.log), controller.log
     assert ("was held for" in controller.log) is (not without), controller.log
     assert ("pidfd_getfd: Operation not permitted" in done.stderr) is bool(without)
+
+
+@pytest.mark.parametrize("without", ["", "CAP_SYS_ADMIN"])
+def test_following_a_container_needs_the_capability_to_enter_its_namespace(
+    controller: ControllerProcess, without: str
+) -> None:
+    (capabilities,) = setting("ipsecgate.service", "CapabilityBoundingSet")
+    assert setting("ipsecgate.service", "RestrictNamespaces") == ["net"]
+    allowed = [name for name in capabilities.split() if name != without]
+    controller.start(code=confined("ipsecgate.service"), wrap=only(allowed))
+    assert controller.hears("READY=1"), controller.log
+    join = 'echo 0 >"$0" && exec unshare --net sleep 1000'
+    process = subprocess.Popen(["sh", "-c", join, str(controller.cgroup / "cgroup.procs")])
+    try:
+        if without:
+            said = (
+                "cannot enter the network namespaces of containers (setns: Operation not permitted)"
+            )
+            assert controller.eventually(
+                lambda: any(said in error for error in controller.ask()["errors"])
+            ), controller.log
+            assert controller.ask()["namespaces"] == []
+        else:
+            assert controller.eventually(
+                lambda: [item["pid"] for item in controller.ask()["namespaces"]] == [process.pid]
+            ), controller.log
+    finally:
+        process.kill()
+        process.wait()
+    assert controller.eventually(lambda: controller.ask()["namespaces"] == []), controller.log

@@ -80,7 +80,8 @@ def test_the_caller(gate: Gated) -> None:
     target = f"{lab.b.address(spec)}:{PORT}"
     outside = subprocess.Popen(["sleep", "60"])
     inside = lab.a.popen(["sleep", "60"], cgroup=gate.cgroup)
-    elsewhere = lab.b.popen(["sleep", "60"], cgroup=gate.cgroup)
+    beside = lab.cgroup(f"{gate.instance}/app/elsewhere")
+    elsewhere = lab.b.popen(["sleep", "60"], cgroup=beside)
     try:
         code, document = ask(gate, target, "--pid", str(outside.pid))
         assert (code, document["reason"], document["gated"]) == (0, "not_gated", False)
@@ -89,8 +90,11 @@ def test_the_caller(gate: Gated) -> None:
             code, document = ask(gate, target, *words)
             assert (code, document["reason"]) == (1, "refuse_uncovered")
             assert f"{gate.cgroup}, gated" in texts(document, "caller")
-        code, document = ask(gate, target, "--pid", str(elsewhere.pid))
-        assert (code, document["reason"]) == (1, "refuse_netns")
+        beyond = ("--pid", str(elsewhere.pid))
+        wait_until(lambda: ask(gate, target, *beyond)[1]["reason"] == "refuse_outside", "not known")
+        code, document = ask(gate, target, *beyond)
+        assert code == 1
+        assert "into another namespace than the gate's" in texts(document, "source")
     finally:
         for process in (outside, inside, elsewhere):
             process.kill()

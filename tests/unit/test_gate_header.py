@@ -29,6 +29,7 @@ MIRRORED = (
         "ENTRIES",
         "ROUTES",
         "TUNNELS",
+        "OTHERS",
         "LINE",
         "MASK_BITS",
         "MARK_BITS",
@@ -57,6 +58,7 @@ HOOKS_ONLY = {
         "COVERED",
         "CLEAR",
         "DAEMON",
+        "OTHER",
     ),
     *("CONNECT4", "CONNECT6", "SENDMSG4", "SENDMSG6", "EGRESS"),
 }

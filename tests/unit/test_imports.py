@@ -46,7 +46,8 @@ CORE = {
     "core.tables": {"core.model"},
     "core.codec": {"core.model"},
     "core.state": {"core.model", "core.tables", "core.codec"},
-    "core.gate": {"core.model", "core.tables", "core.state", "core.codec"},
+    "core.nat": {"core.model"},
+    "core.gate": {"core.model", "core.tables", "core.state", "core.codec", "core.nat"},
 }
 EDGES = {
     "edges.host": set(),

@@ -92,6 +92,7 @@ def evil_status() -> Status:
         ],
         "sas": [{"spi": EVIL, "peer": EVIL, "reqid": 1, "child": EVIL, "since": None}],
         "holds": [{"pid": 1, "flow": EVIL, "limit": 1.0}],
+        "namespaces": [{"pid": 1, "instance": EVIL, "outside": [EVIL]}],
         "drift": {"kernel": 0, "maps": 0},
         "counters": {
             "allowed": 0,

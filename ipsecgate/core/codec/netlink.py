@@ -71,7 +71,13 @@ class Message:
 
         Raises: DecodeError if one extends beyond the message.
         """
-        found: dict[int, Span] = {}
+        return dict(self.items(structure_size))
+
+    def items(self, structure_size: int) -> Iterator[tuple[int, Span]]:
+        """Yield the type and the position of each attribute after the structure, in order.
+
+        Raises: DecodeError if one extends beyond the message.
+        """
         at = self.start + align(structure_size)
         while at < self.end:
             if at + _ATTRIBUTE.size > self.end:
@@ -79,9 +85,8 @@ class Message:
             length, kind = _ATTRIBUTE.unpack_from(self.data, at)
             if length < _ATTRIBUTE.size or at + length > self.end:
                 raise self.bad("attribute length", at)
-            found[kind & NLA_TYPE_MASK] = at + _ATTRIBUTE.size, at + length
+            yield kind & NLA_TYPE_MASK, (at + _ATTRIBUTE.size, at + length)
             at += length + 3 & ~3
-        return found
 
     def payload(
         self, attributes: Mapping[int, Span], kind: int, size: int, field: str

@@ -6,6 +6,7 @@ negotiation component is to negotiate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_network
 
@@ -17,7 +18,7 @@ from ipsecgate.core.gate.negotiation import Need, Outcome
 from ipsecgate.core.gate.negotiations import PARTS, Negotiations
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.protection import Protection
-from ipsecgate.core.gate.routing import Routed
+from ipsecgate.core.gate.routing import Routed, translation
 from ipsecgate.core.model.events import Timer
 from ipsecgate.core.model.flow import Flow, is_exempt
 from ipsecgate.core.model.ipsec import Acquire, Action, ChildConfig, ChildName
@@ -57,6 +58,9 @@ class Demand:
             return Outcome()
         outcome = Outcome(self._protection.routing.want(flow, pid))
         outcome.add(self._ask(flow, *found))
+        path = self._protection.routing.path(flow)
+        if path is not None and path.outside:
+            outcome.add(self._warn(f"{path.outside}. So this was refused:", flow))
         return outcome
 
     def evaluate(self, flow: Flow, pid: int = 0) -> tuple[Evaluation, Outcome]:
@@ -95,7 +99,8 @@ class Demand:
         outcome.commands = [c for c in outcome.commands if not isinstance(c, do.AskIke)]
         orphans, self._orphans = self._orphans, set()
         for flow in orphans:
-            outcome.add(self._warn("no loaded connection would protect", flow))
+            why = translation(self._protection.routing.path(flow))
+            outcome.add(self._warn("no loaded connection would protect", flow, why))
         return outcome
 
     def policies_changed(self) -> None:
@@ -128,6 +133,9 @@ class Demand:
         self, flow: Flow, routed: Routed, place: int, policy: Policy
     ) -> tuple[ChildName | None, Outcome]:
         """Return the child that would protect a flow, and ask for it if that can help."""
+        backends = self._protection.services.backends(flow, routed.flow.saddr)
+        if backends:
+            return self._negotiate_for(backends)
         choices = self.choices(flow, routed, policy)
         name, outcome = self._negotiations.preferred(choices), Outcome()
         if self._ike.error:
@@ -143,7 +151,8 @@ class Demand:
             acquire, obstacle = self._means(choices[name], routed.last)
             if not obstacle:
                 if self._protection.is_up(name):
-                    outcome.add(self._warn(f"{name} is up but does not protect", flow))
+                    why = translation(routed.path)
+                    outcome.add(self._warn(f"{name} is up but does not protect", flow, why))
                 elif self._negotiations.is_full(name):
                     outcome.add(self._warn(f"not negotiated, as {PARTS} peers are already:", flow))
                 else:
@@ -223,9 +232,22 @@ class Demand:
         outcome.add(self.refused(item.flow))
         return outcome
 
-    def _warn(self, text: str, flow: Flow) -> Outcome:
+    def _negotiate_for(self, backends: Sequence[Flow]) -> tuple[ChildName | None, Outcome]:
+        """Ask for the children of a service's backends; return the first that is missing."""
+        missing: list[ChildName | None] = []
+        outcome = Outcome()
+        for backend in backends:
+            found = self._policy_table.policy_for(backend)
+            routed = self._protection.routing.route(backend)
+            if found is not None and self._needs_sa(routed, found[1]):
+                name, asked = self._negotiate(backend, routed, *found)
+                missing.append(name)
+                outcome.add(asked)
+        return next(iter(missing), None), outcome
+
+    def _warn(self, text: str, flow: Flow, why: str = "") -> Outcome:
         """Log a warning about a flow, once."""
         if (text, flow) in self._warned or len(self._warned) >= WARNINGS:
             return Outcome()
         self._warned.add((text, flow))
-        return Outcome([do.Log("warning", f"{text} {flow}")])
+        return Outcome([do.Log("warning", f"{text} {flow}" + f": {why}" * bool(why))])

@@ -14,9 +14,9 @@ from enum import Enum
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.gate.negotiation import Negotiation
-from ipsecgate.core.gate.routing import Routed
+from ipsecgate.core.gate.routing import SPARE, Routed
 from ipsecgate.core.model.flow import ANY_PORT, ANY_V4, ANY_V6, Flow, is_exempt
-from ipsecgate.core.model.ipsec import Action, ChildName, Sa, SpdEntry, Template
+from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, Sa, SpdEntry, Template
 from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.spd import live_rules, unrestricted
@@ -31,6 +31,7 @@ class Step(Enum):
     POLICY = "policy"
     EXEMPT = "exempt"
     SOURCE = "source"
+    SERVICE = "service"
     KERNEL = "kernel policy"
     SA = "SA"
     IKE = "IKE"
@@ -94,6 +95,10 @@ def _protected(
     if routed.flow.saddr == flow.daddr:
         steps.append((Step.EXEMPT, "it is the host's own address, so no packet leaves the host"))
         return Explanation(Reason.ALLOW_EXEMPT, tuple(steps))
+    services = gate.protection.services
+    for backend in services.backends(flow, routed.flow.saddr):
+        text = f"becomes {backend}, by {services.rule_for(flow)}"
+        steps.append((Step.SERVICE, f"{text}; {_state(gate, backend)}"))
     if gate.protection.in_userspace:
         steps.append((Step.SA, "strongSwan does ESP by itself: its CHILD_SAs and routes count"))
     else:
@@ -106,11 +111,27 @@ def _protected(
     preferred = gate.negotiations.preferred(choices)
     text, advice = _ike_step(gate, policy, preferred)
     advice = gate.lookups.advice(flow) or advice
+    config = choices[preferred] if preferred is not None else None
+    if _is_moved_away(routed, config):
+        advice = f"of the NAT rule {routed.path.rule}: {SPARE}" if routed.path else advice
     steps.append((Step.IKE, text))
     for name in choices if len(choices) > 1 else ():
         if name != preferred and (other := gate.negotiations.by_child.get(name)):
             steps.append((Step.IKE, _describe_negotiation(name, other)))
     return Explanation(Reason.REFUSE_UNCOVERED, tuple(steps), error, advice)
+
+
+def _is_moved_away(routed: Routed, config: ChildConfig | None) -> bool:
+    """Tell whether a rule of NAT gives a flow a source that the child for it does not protect."""
+    source = routed.last.saddr
+    if routed.path is None or not routed.path.rule or source is None:
+        return False
+    return config is None or not any(source in one.network for one in config.local)
+
+
+def _state(gate: Gate, backend: Flow) -> str:
+    covered = gate.protection.is_live(backend)
+    return "a live SA protects that" if covered else "no live SA protects that: see `why` for it"
 
 
 def _no_path(flow: Flow, routed: Routed) -> tuple[str, str]:
@@ -138,7 +159,8 @@ def _path_steps(flow: Flow, routed: Routed) -> list[tuple[Step, str]]:
     steps = [(Step.SOURCE, f"{routed.flow.saddr}, {how}")]
     path = routed.path
     if path is not None and path.translated is not None:
-        text = f"{path.translated}, as the host translates it; then the kernel looks again"
+        who = f"the NAT rule {path.rule}" if path.rule else "the host"
+        text = f"{path.translated}, as {who} translates it; then the kernel looks again"
         steps.append((Step.SOURCE, text))
     if path is not None and path.is_tunneled:
         key = f"interface id {path.if_id}" if path.if_id else f"mark {path.mark:#x}"

@@ -155,6 +155,9 @@ class Gate:
                 return self._adopt_dump()
             case on.PathsResolved():
                 return self._rerouted(self.protection.resolved(event))
+            case on.ServicesResolved(services):
+                self.protection.services.resolved(services)
+                return [*self._propagate.after_services(), *self._ask_paths()]
             case on.OriginGone(origin):
                 return self._rerouted(self.protection.routing.gone(origin))
             case on.TimerFired(timer):
@@ -266,7 +269,10 @@ class Gate:
         """Have the paths to the protected networks resolved, but for a pending configuration."""
         if self._pending is not None:
             return []
-        return self.protection.routing.follow(self.policy_table.networks())
+        networks, services = self.policy_table.networks(), self.protection.services.networks
+        if services:
+            networks = tuple(dict.fromkeys((*networks, *services)))
+        return self.protection.routing.follow(networks)
 
     def _reconfigure(self, settings: Settings) -> list[do.Command]:
         """Adopt a configuration, as soon as the paths are known that its policies need.

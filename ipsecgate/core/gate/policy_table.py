@@ -43,6 +43,7 @@ class PolicyTable:
         self._errnos = settings.errnos  # in the table
         self._rules = RuleTable(self._widen)  # by the policy's place
         self._matches: dict[int, list[Ternary]] = {}  # by place
+        self._services: Mapping[int, list[Ternary]] = {}  # the flows of services, by place
         self._errno_of: dict[int, int] = {}  # by place, as published
 
     @property
@@ -126,6 +127,16 @@ class PolicyTable:
         commands = self._publish_changes()
         return [*commands, *(do.Log("error", text) for text in self.errors if self._rules.closed)]
 
+    def publish_services(self, services: Mapping[int, list[Ternary]]) -> list[do.Command]:
+        """Have these policies name flows of services, too, by their place."""
+        before, self._services = self._services, services
+        if before == services:
+            return []
+        for place in before.keys() | services.keys():
+            if place < len(self._published):
+                self._assign(place)
+        return self._publish_changes()
+
     def publish_errnos(self, states: Mapping[int, Set[Coverage]]) -> list[do.Command]:
         """Set the errno of every policy, by the coverage of the children that it asked for."""
         self._errnos = self.settings.errnos
@@ -146,7 +157,8 @@ class PolicyTable:
 
     def _assign(self, place: int) -> None:
         policy, error = self._published[place], self._errno_of[place]
-        self._rules.assign(place, (rule_of(policy, place, m, error) for m in self._matches[place]))
+        found = (*self._matches[place], *self._services.get(place, ()))
+        self._rules.assign(place, (rule_of(policy, place, match, error) for match in found))
 
     def _publish_changes(self) -> list[do.Command]:
         changes = self._rules.changes()

@@ -77,6 +77,16 @@ class Propagation:
         live = {name: self._protection.is_live(by_child[name].flow) for name in children}
         return commands + self.pass_on(self._negotiations.set_live(live))
 
+    def after_services(self) -> list[do.Command]:
+        """Have the flows of services judged by the policies of their backends."""
+        table = self._policy_table
+        if table.content is None:
+            return []
+        matches = self._protection.services.judge(table.policies)
+        commands = table.publish_services(matches)
+        self._holds.recheck_all()
+        return [*commands, *self.after_protection()]
+
     def after_policies(self) -> list[do.Command]:
         """Publish the policies and errnos if they have changed; update the host floor."""
         table, commands = self._policy_table, list[do.Command]()
@@ -90,6 +100,7 @@ class Propagation:
                 }
                 renumbered = self._negotiations.renumber(places, table.policies)
                 commands += self.pass_on(renumbered)
+            commands += table.publish_services(self._protection.services.judge(table.policies))
             commands += table.publish_errnos(self._negotiations.coverages_by_place())
             self._holds.recheck_all()
         return commands + self.floor()

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.routing import Routed, Routing
+from ipsecgate.core.gate.services import Services
 from ipsecgate.core.gate.spd_table import SpdTable
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import HOST, Flow, Network, TrafficSelector
@@ -40,6 +41,7 @@ class Protection:
         self.userspace_esp = UserspaceEsp()
         self.routing = Routing()
         self.spd_table = SpdTable()
+        self.services = Services()
         self.sa_source = configured  # with AUTO, the daemon's as soon as it is connected
         self.drift = 0  # policies and SAs that dumps showed and notifications had not
         self._configured = configured
@@ -157,7 +159,8 @@ class Protection:
         before, self._published = self._published, tunnels
         set_tunnels = [do.SetTunnels(tunnels)] if tunnels != before else []
         between = self.is_between or self.kernel_state.is_adopting
-        return [*set_tunnels, *self.spd_table.update(self.source, between=between)]
+        services = self.services, self.routing
+        return [*set_tunnels, *self.spd_table.update(self.source, services, between=between)]
 
     @property
     def pending(self) -> bool:

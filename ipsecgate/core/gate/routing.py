@@ -15,6 +15,10 @@ from ipsecgate.core.tables.layout import ROUTES, Reason
 NAMED = 8  # destinations whose paths do not fit, and that are reported
 ORIGINS = 1024  # followed at once
 NO_ROUTE = FlowPath(None)
+SPARE = (
+    "put a rule before it that accepts what IPsec protects (iptables: -m policy --dir out --pol "
+    "ipsec -j ACCEPT; nft: rt ipsec exists accept)"
+)
 
 
 class Routed(NamedTuple):
@@ -140,7 +144,9 @@ class Routing:
             return Routed(flow, reason=unknown)
         if path.outside:
             return Routed(flow, path=path, reason=Reason.REFUSE_OUTSIDE)
-        fixed = flow.netns or self.bound_too > 1
+        if flow.netns and path.source == flow.daddr:
+            return Routed(replace(flow, saddr=flow.daddr), path=path)  # it never leaves the host
+        fixed = flow.netns or self.bound_too > 1 or path.translated is not None
         if (bound and fixed and flow.saddr != path.source) or not (bound or path.source):
             return Routed(flow, path=path, reason=Reason.REFUSE_NO_SOURCE)
         first = flow if bound else replace(flow, saddr=path.source)
@@ -164,6 +170,16 @@ class Routing:
     def follows(self, network: Network) -> bool:
         """Tell whether a network lies within the destinations."""
         return self._covered.contains(as_prefix(network))
+
+
+def translation(path: FlowPath | None) -> str:
+    """Return how a rule of NAT changes the source of a path's flows, and what to do; "" if none."""
+    if path is None or path.translated is None:
+        return ""
+    return (
+        f"its source becomes {path.translated}, by the NAT rule {path.rule}; if no policy has that "
+        f"address, {SPARE}"
+    )
 
 
 def _again(flow: Flow, path: FlowPath) -> Flow | None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.routing import Routing
+from ipsecgate.core.gate.services import Services
 from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.model.nat import Service
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.spd import OPEN
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
@@ -41,17 +45,26 @@ class SpdTable:
         self.has_more = False  # whether closed rules wait to be tried again
 
     def update(
-        self, source: KernelState | UserspaceEsp, *, between: bool = False
+        self,
+        source: KernelState | UserspaceEsp,
+        services: tuple[Services, Routing] | None = None,
+        *,
+        between: bool = False,
     ) -> list[do.Command]:
         """Publish changed rules of `source`; more are left to publish if it is still `pending`.
 
-        `between`: the source is about to change further, and only then right.
+        `services`: service addresses, and how their flows are routed. `between`: the source is
+        about to change further, and only then right.
         """
         rules = self._rules[type(source)]
         for owner, its in source.changed_rules(POLICIES_PER_UPDATE):
             rules.assign(owner, its, source.peer_of(owner))
+        if services is not None:
+            names, routing = services
+            for service, its in names.spd_rules(rules.table, routing):
+                rules.assign(service, its)
         self.has_more = rules.retry()
-        closed = join_names(rules.closed, source.name_of)
+        closed = join_names(rules.closed, lambda owner: _name(source, owner))
         self.errors = [f"SPD table: full, so these are refused: {closed}"] if closed else []
         changes = rules.changes()
         if self.content is not rules.table:
@@ -115,6 +128,10 @@ class SpdTable:
         if waiting is None or waiting.state is state:
             return state
         return State.PASS if {state, waiting.state} == {State.LIVE, State.PASS} else State.DEAD
+
+
+def _name(source: KernelState | UserspaceEsp, owner: Any) -> str:
+    return f"service {owner.daddr}" if isinstance(owner, Service) else source.name_of(owner)
 
 
 def _states(changes: Differences) -> Iterator[tuple[State | None, State | None]]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from ipsecgate.core.model.flow import HOST, Flow, FlowPath, Network, Origin
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Sa, SaId, SpdEntry, SpdKey
+from ipsecgate.core.model.nat import Service
 from ipsecgate.core.model.policy import Settings
 from ipsecgate.core.model.value import value
 
@@ -93,6 +94,13 @@ class OriginGone:
     """Nothing begins there any more: its network namespace has ended, or its device."""
 
     origin: Origin
+
+
+@value
+class ServicesResolved:
+    """The service addresses that NAT rules lead elsewhere (DNAT of the host's own flows)."""
+
+    services: tuple[Service, ...]
 
 
 # --- the hook --------------------------------------------------------------------
@@ -290,6 +298,7 @@ OtherEvent = (
     KernelSnapshot
     | PathsResolved
     | OriginGone
+    | ServicesResolved
     | FlowRefused
     | IkeConnected
     | IkeEvent

@@ -67,7 +67,8 @@ class FlowPath:
     `source`: the address that an unbound socket gets, None: there is no route. The kernel looks up
     the SPD for the flow as it begins. The other fields are for a second look-up: behind an XFRM
     interface with this `if_id`, behind a VTI with this `mark`, and once the host has made
-    `translated` the source. `outside` says in words why the SPD is never asked, "" if it is.
+    `translated` the source, by the `rule` that is named. `outside` says in words why the SPD is
+    never asked, "" if it is.
     """
 
     source: Address | None
@@ -75,6 +76,7 @@ class FlowPath:
     mark: int | None = None
     translated: Address | None = None
     outside: str = ""
+    rule: str = ""
 
     @property
     def is_tunneled(self) -> bool:

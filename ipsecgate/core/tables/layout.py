@@ -23,6 +23,7 @@ MASKS = 4096
 ENTRIES = 1 << 22
 ROUTES = 1 << 17
 TUNNELS = 4096
+OTHERS = 1024
 LINE = 16
 MASK_BITS = 12
 MARK_BITS = 20
@@ -32,7 +33,7 @@ GONE = 0xFFFFFFFF
 LEVELS_V4 = 32
 
 MAPS = (
-    "settings", "masks", "entries", "slots", "paths", "tunnels",
+    "settings", "masks", "entries", "slots", "paths", "tunnels", "others",
     "recent", "counters", "events", "decisions", "tags", "sockets",
 )  # fmt: skip
 SETTING = struct.Struct("=Q")
@@ -92,21 +93,22 @@ class Reason(IntEnum):
     ALLOW_PASSED = 3
     ALLOW_ASSOCIATED = 4
     ALLOW_EXEMPT = 5
-    REFUSE_UNCOVERED = 6
-    REFUSE_DISCARD = 7
-    REFUSE_DEFAULT = 8
-    REFUSE_NO_SOURCE = 9
-    REFUSE_NOT_READY = 10
-    REFUSE_NETNS = 11
-    REFUSE_OUTSIDE = 12
-    BLOCK_CLEAR = 13
-    BLOCK_DISCARD = 14
-    BLOCK_DEFAULT = 15
-    BLOCK_NOT_READY = 16
-    BLOCK_UNREADABLE = 17
-    AUDITED = 18
-    AUDITED_PACKETS = 19
-    EVENTS_LOST = 20
+    ALLOW_OTHER = 6
+    REFUSE_UNCOVERED = 7
+    REFUSE_DISCARD = 8
+    REFUSE_DEFAULT = 9
+    REFUSE_NO_SOURCE = 10
+    REFUSE_NOT_READY = 11
+    REFUSE_NETNS = 12
+    REFUSE_OUTSIDE = 13
+    BLOCK_CLEAR = 14
+    BLOCK_DISCARD = 15
+    BLOCK_DEFAULT = 16
+    BLOCK_NOT_READY = 17
+    BLOCK_UNREADABLE = 18
+    AUDITED = 19
+    AUDITED_PACKETS = 20
+    EVENTS_LOST = 21
 
 
 class PathFlag(IntFlag):

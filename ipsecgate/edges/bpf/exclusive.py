@@ -84,6 +84,16 @@ def _above(cgroup: Path) -> Iterator[Path]:
     return takewhile(lambda path: (path / "cgroup.controllers").is_file(), cgroup.parents)
 
 
+def programs(cgroup: Path, attach_type: int) -> list[int]:
+    """Return the ids of the programs of a cgroup itself, as they run. Raises: OSError."""
+    return _query(cgroup, attach_type)[1]
+
+
+def describe(ident: int) -> str:
+    """Return a program's id, and its name if we may see it."""
+    return _describe(ident)
+
+
 def _query(cgroup: Path, attach_type: int) -> tuple[int, list[int]]:
     """Return the attach flags and program ids of a cgroup itself."""
     flags, count = ct.c_uint32(), ct.c_uint32(PROGRAMS)

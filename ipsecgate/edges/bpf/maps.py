@@ -72,6 +72,10 @@ class Maps:
         value: int = SETTING.unpack(raw or SETTING.pack(0))[0]
         return value
 
+    def is_left(self, netns: int) -> bool:
+        """Tell whether the flows of a network namespace are left to another instance."""
+        return elements.lookup(self._fds["others"], SETTING.pack(netns), 1) is not None
+
     def counters(self) -> Mapping[Reason, int]:
         """Return the count of each reason, summed over the CPUs."""
         size = SETTING.size * self._cpus

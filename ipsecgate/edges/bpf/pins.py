@@ -2,6 +2,7 @@
 
     <bpffs>/ipsecgate/<instance>/maps/<map>, progs/<hook>   the version in force (`objects`)
                                 /links/<hook>-<cgroup id>
+                                /moved/                     links that replace those of their name
                                 /next/                      the version that will replace it
                                 /old/                       the version that was replaced
 
@@ -90,6 +91,7 @@ class Pins:
         for folder in (self.root.parent, self.root, self.root / "links"):
             trust.folder(folder, 0o700)
         self._move_into_place()
+        self._finish_moves()
         if self.next.exists and not self.next.fits(bytecode):
             self.next.remove()
         if self.current.fits(bytecode):
@@ -175,6 +177,34 @@ class Pins:
                 path.unlink()
             raise
 
+    def move_last(self, cgroup: Path, hook: str) -> None:
+        """Have a hook run after all other programs of a gated cgroup.
+
+        It is attached anew, and only then detached from its old place. Raises: OSError, GateError.
+        """
+        moved = self.root / "moved"
+        with closing_fd(os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)) as directory:
+            path = self.root / "links" / f"{hook}-{os.fstat(directory).st_ino}"
+            trust.folder(moved, 0o700)
+            with (
+                closing_fd(self.current.open_program(hook)) as prog,
+                closing_fd(_link(prog, directory, cgroup, hook)) as link,
+            ):
+                libbpf.pin(link, moved / path.name)
+        self._finish_moves()
+
+    def _finish_moves(self) -> None:
+        """Put links that were attached anew in the place of the old ones."""
+        moved = self.root / "moved"
+        if not moved.is_dir():
+            return
+        for new in moved.iterdir():
+            old = self.root / "links" / new.name
+            with suppress(FileNotFoundError):
+                _detach(old)
+            new.rename(old)
+        moved.rmdir()
+
     def detach(self, cgroup_id: int) -> int:
         """Detach every hook from a cgroup; return how many there were. Raises: OSError."""
         paths = [p for p in self._links() if p.name.endswith(f"-{cgroup_id}")]
@@ -201,6 +231,7 @@ class Pins:
 
     def unload(self) -> None:
         """Detach and remove everything: the gate is open afterwards. Raises: OSError."""
+        self._finish_moves()
         for path in self._links():
             _detach(path)
         with suppress(FileNotFoundError):

@@ -136,6 +136,17 @@ def of_process(pid: int) -> Path:
     )
 
 
+def processes(cgroup: Path) -> Iterator[int]:
+    """Yield the processes in a cgroup and in those inside it."""
+    for folder, _, _ in os.walk(cgroup):
+        try:
+            text = Path(folder, "cgroup.procs").read_text()
+        except OSError:
+            continue  # removed meanwhile, or with threads of its own (EOPNOTSUPP)
+        # 0: a process of a PID namespace that is not inside ours.
+        yield from (int(word) for word in text.split() if word != "0")
+
+
 def join(cgroup: Path) -> None:
     """Move this process into a cgroup. Raises: GateError."""
     try:

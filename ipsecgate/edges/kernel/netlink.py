@@ -38,19 +38,27 @@ OnDatagram = Callable[[bytes], None]
 OnError = Callable[[OSError], None]
 Encode = Callable[[int], bytes]
 """Returns a request with the given sequence number."""
+OpenSocket = Callable[[int, int, int], socket.socket]
+"""Opens a socket of a family, kind and protocol: here, or in another network namespace."""
 T = TypeVar("T")
 
 
 class RawNetlinkSocket:
-    """A netlink socket of one protocol family in the current network namespace.
+    """A netlink socket of one protocol family, in the network namespace where it is opened.
 
     `on_error` receives each OSError from reading; ENOBUFS means that datagrams were lost.
     """
 
-    def __init__(self, family: int, on_datagram: OnDatagram, on_error: OnError) -> None:
+    def __init__(
+        self,
+        family: int,
+        on_datagram: OnDatagram,
+        on_error: OnError,
+        open_socket: OpenSocket = socket.socket,
+    ) -> None:
         """Raises: OSError."""
         kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        self._socket = socket.socket(socket.AF_NETLINK, kind, family)
+        self._socket = open_socket(socket.AF_NETLINK, kind, family)
         self._loop = asyncio.get_running_loop()
         self._on_datagram = on_datagram
         self._on_error = on_error
@@ -108,8 +116,8 @@ class Requests:
     caused it, so on a shared socket it could end a dump early.
     """
 
-    def __init__(self, family: int) -> None:
-        self._socket = RawNetlinkSocket(family, self._on_datagram, self._on_error)
+    def __init__(self, family: int, open_socket: OpenSocket = socket.socket) -> None:
+        self._socket = RawNetlinkSocket(family, self._on_datagram, self._on_error, open_socket)
         self._sequences = itertools.count(1)
         self._sequence = 0
         self._take: OnDatagram = lambda _datagram: None

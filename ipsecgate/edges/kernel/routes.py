@@ -43,8 +43,9 @@ from ipsecgate.core.codec.rtnetlink import (
     only_routes,
     rule_conditions,
 )
-from ipsecgate.core.model.events import OriginGone, PathsResolved
+from ipsecgate.core.model.events import OriginGone, PathsResolved, ServicesResolved
 from ipsecgate.core.model.flow import HOST, Address, FlowPath, Network, Origin
+from ipsecgate.core.model.nat import Device, Service
 from ipsecgate.core.model.prefixes import (
     Prefix,
     PrefixSet,
@@ -54,8 +55,10 @@ from ipsecgate.core.model.prefixes import (
     compress,
     partition,
 )
+from ipsecgate.core.nat.translation import Nat
 from ipsecgate.core.tables.layout import IF_IDS
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket, Requests
+from ipsecgate.edges.kernel.translations import Translations
 from ipsecgate.errors import GateError
 
 NETLINK_ROUTE = 0
@@ -64,6 +67,9 @@ GROUPS = (1, 5, 7, 8, 9, 11, 19)
 PAUSE = 0.02  # seconds
 LOOKUPS_PER_TURN = 64  # about a millisecond, before the event loop gets a turn
 TUN = "ipsec"  # the device's name without its number; source: kernel_libipsec_plugin.c
+
+
+Found = PathsResolved | OriginGone | ServicesResolved
 
 
 class RoutesError(GateError):
@@ -83,7 +89,7 @@ class Routes:
     `deliver` is called when they are known, and when they change.
     """
 
-    def __init__(self, deliver: Callable[[PathsResolved | OriginGone], None]) -> None:
+    def __init__(self, deliver: Callable[[Found], None]) -> None:
         self._deliver = deliver
         self._destinations: tuple[Network, ...] = ()
         self._followed = PrefixSet(())  # the same destinations
@@ -91,6 +97,9 @@ class Routes:
         self._due = asyncio.Event()
         self._delivered: dict[Origin, PathsResolved] = {}
         self._tuns: set[int] = set()  # interface indexes
+        self._nat: Nat | None = None  # rules that are not in `_translations` yet
+        self._translations = Translations()
+        self._services: tuple[Service, ...] = ()
         self._losses = 0  # how often a followed route, or a link, was removed
 
     def follow(self, destinations: Iterable[Network]) -> None:
@@ -105,6 +114,11 @@ class Routes:
         if origin not in self._origins:
             self._origins.append(origin)
             self._due.set()
+
+    def translate(self, nat: Nat) -> None:
+        """Resolve again, with these NAT rules."""
+        self._nat = nat
+        self._due.set()
 
     async def run(self) -> None:
         """Watch and resolve until cancelled. Raises: RoutesError, DecodeError."""
@@ -147,6 +161,9 @@ class Routes:
         links: dict[int, Link | None] = {}  # those in use, by interface index; None: gone
         async with Requests(NETLINK_ROUTE) as requests:
             prefixes, conditions = await self._prefixes(requests)
+            translations = self._translations
+            prefixes.update(filter(self._follows, translations.networks))
+            await translations.refresh(requests)
             pieces = partition(self._destinations, prefixes)
             for origin in self._origins[::-1]:
                 ways: list[tuple[Network, Address | None, int]] = []
@@ -155,11 +172,22 @@ class Routes:
                     if count % LOOKUPS_PER_TURN == 0:
                         await asyncio.sleep(0)
                 for index in {link for *_, link in ways} - links.keys():
-                    links[index] = _ask_link(requests, index)
-                paths = compress((piece, _path(source, links[at])) for piece, source, at in ways)
+                    links[index] = ask_link(requests, index)
+                found = []
+                for count, ((piece, source, at), (_, to)) in enumerate(
+                    zip(ways, pieces, strict=True), start=1
+                ):
+                    path, device = path_into(source, links[at]), _device(at, links[at])
+                    found.append((piece, translations.apply(requests, to, path, device)))
+                    if count % LOOKUPS_PER_TURN == 0:
+                        await asyncio.sleep(0)
+                paths = compress(found)
                 if origin != HOST:
                     yield PathsResolved(paths, origin)
         yield self._from_here(paths, conditions, ways, links)
+
+    def _follows(self, network: Network) -> bool:
+        return self._followed.contains(as_prefix(network))
 
     def _from_here(
         self,
@@ -169,7 +197,7 @@ class Routes:
         links: Mapping[int, Link | None],
     ) -> PathsResolved:
         tunnels = frozenset(index for index, link in links.items() if link and _is_tunnel(link))
-        self._tuns = {index for index, link in links.items() if link and _is_tun(link)}
+        self._tuns = {index for index, link in links.items() if link and is_tun(link)}
         resolved = PathsResolved(
             paths, HOST, conditions.by_source, conditions.marks, tunnels=tunnels
         )
@@ -209,6 +237,10 @@ class Routes:
     async def _update(self) -> None:
         """Resolve, and deliver what differs from the last result."""
         self._drop_lost_devices()
+        if self._nat is not None:
+            nat, self._nat = self._nat, None
+            # Thousands of rules take a second.
+            self._translations = await asyncio.to_thread(Translations, nat)
         before = self._losses
         async for resolved in self._resolve():
             # Some answers may be older than a loss. Then report no tunnel; `_due` is set again.
@@ -218,6 +250,14 @@ class Routes:
                 self._deliver(found)
         for origin in [one for one in self._origins if one.mark & ~found.marks]:
             self._forget(origin)  # no rule asks for its mark any more
+        await self._update_services()
+
+    async def _update_services(self) -> None:
+        async with Requests(NETLINK_ROUTE) as requests:
+            services = await self._translations.services(requests, self._followed)
+        if services != self._services:
+            self._services = services
+            self._deliver(ServicesResolved(services))
 
     def _drop_lost_devices(self) -> None:
         """Forget the origins whose device is gone: another may get its index."""
@@ -277,7 +317,8 @@ def _ask_route(requests: Requests, address: Address, origin: Origin) -> tuple[Ad
     return found[0] if found else (None, 0)
 
 
-def _ask_link(requests: Requests, index: int) -> Link | None:
+def ask_link(requests: Requests, index: int) -> Link | None:
+    """Return a link, None if there is none of that index."""
     try:
         found = requests.ask(partial(encode_link_get, index), decode_link)
     except OSError:
@@ -285,7 +326,11 @@ def _ask_link(requests: Requests, index: int) -> Link | None:
     return next(iter(found), None)
 
 
-def _path(source: Address | None, link: Link | None) -> FlowPath:
+def _device(index: int, link: Link | None) -> Device | None:
+    return None if link is None else Device(index, link.name)
+
+
+def path_into(source: Address | None, link: Link | None) -> FlowPath:
     """Return the path of flows that leave by a link."""
     if link is None or source is None:
         return FlowPath(source)
@@ -306,5 +351,6 @@ def _is_tunnel(link: Link) -> bool:
     return link.kind == "xfrm" or link.kind in VTI
 
 
-def _is_tun(link: Link) -> bool:
+def is_tun(link: Link) -> bool:
+    """Tell whether a link is the TUN device of an IKE daemon that does ESP itself."""
     return link.kind == "tun" and link.name.startswith(TUN)

@@ -1,0 +1,1 @@
+"""What netfilter's rules make of a packet's addresses."""
