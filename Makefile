@@ -64,7 +64,7 @@ demo: setup ## show first connections with and without the gate: two hosts, real
 
 # The system tests need a kernel with ESP: a room if this machine's kernel has it, else a guest
 # (user-mode-linux). A guest has one CPU, so run two at a time; the marker second_guest splits the files.
-# With a single CPU, run them in turn: some tests allow only tenths of a second for what they observe.
+# With a single CPU, run them in turn, because two at a time would only disturb each other.
 GUEST = $(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- \
     $(BIN)/pytest tests/system $(ARGS)
 

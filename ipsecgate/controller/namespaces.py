@@ -56,6 +56,7 @@ class Namespaces:
         self._asked: dict[int, tuple[int, set[Origin]]] = {}  # by cookie: a process, and origins
         self._seen: dict[int, int] = {}  # newcomers: process by number of its namespace
         self._destinations: tuple[Network, ...] = ()
+        self._is_told = False  # which; before, a predecessor's paths are in force
         self._covered = PrefixSet(())  # the same
         self._here: Here | None = None
         self._changes = 0  # here
@@ -98,6 +99,7 @@ class Namespaces:
         """Replace the destinations to resolve, in every namespace."""
         self._destinations = tuple(destinations)
         self._covered = PrefixSet(self._destinations)
+        self._is_told = True
         for item in self._followed.values():
             item.origins = dict.fromkeys(item.origins)  # deliver all of them again
         self.changed()
@@ -137,6 +139,8 @@ class Namespaces:
             await self._due.wait()
             self._due.clear()
             await self._take_news()
+            if not self._is_told:
+                continue
             await self._compare_here()
             for cookie, item in list(self._followed.items()):
                 if item.is_due and self._followed.get(cookie) is item:

@@ -24,6 +24,7 @@ from ipsecgate.paths import Paths
 log = logging.getLogger("ipsecgate")
 
 PAUSE = 0.05  # seconds
+POLL = 2.0  # seconds between looks without inotify
 LOOKS = (0.0, 0.005, 0.02, 0.05, 0.2, 1.0)  # seconds after a process came into a cgroup
 
 Deliver = Callable[[int], None]
@@ -48,9 +49,14 @@ class Newcomers:
         return [pid for cgroup in gated for pid in cgroups.processes(cgroup)]
 
     async def run(self) -> None:
-        """Watch until cancelled. Raises: OSError if the pins are gone, or inotify fails."""
+        """Watch until cancelled, or look again and again where inotify fails."""
         loop = asyncio.get_running_loop()
-        links = Arrivals(loader.pins_of(self._paths).root / "links", gone=True)
+        try:
+            links = Arrivals(loader.pins_of(self._paths).root / "links", gone=True)
+        except OSError as error:
+            log.warning("inotify fails, so containers are noticed every %.0f s: %s", POLL, error)
+            await self._poll()
+            return
         loop.add_reader(links.fd, self._on_links, links)
         try:
             while True:
@@ -67,6 +73,13 @@ class Newcomers:
         finally:
             loop.remove_reader(links.fd)
             links.close()
+
+    async def _poll(self) -> None:
+        while True:
+            self._gated = await asyncio.to_thread(self._read_gated)
+            for cgroup in self._gated:
+                self._look(cgroup)
+            await asyncio.sleep(POLL)
 
     def _on_links(self, links: Arrivals) -> None:
         """A hook was attached or detached, by us or by somebody else."""

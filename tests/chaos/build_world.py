@@ -21,7 +21,7 @@ from tests.chaos.world import World, ip
 from tests.system.fd_store import FdStore
 from tests.system.kernel_events import KernelEvents
 
-CACHE_SIZE = "512k"
+CACHE_SIZE = "2m"
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ class Config(_Folder):
             f"uncovered = {_toml('EPERM' if refusal == EPERM else 'EACCES')}",
             *(line for policy in policies for line in self._lines(policy)),
         ]
-        settings = Settings(policies, audit, deny, Errnos(uncovered=refusal), source)
+        settings = Settings(policies, audit, deny, Errnos(uncovered=refusal), source, floor=host)
         meant = config.Config(settings, cgroups, host, Path("/run/x.vici"))
         return "\n".join(lines).encode(), meant
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,8 @@ def test_a_guest_that_does_not_boot_is_killed_at_the_boot_limit(
     """The boot limit is independent of the command's timeout."""
     idle = tmp_path / "init"
     idle.write_text("echo waiting for nothing >/dev/console; sleep 1000\n")
-    monkeypatch.setattr(guest, "INIT", idle)
     monkeypatch.setattr(Uml, "boot_limit", 10.0)
+    monkeypatch.setattr(guest, "Uml", partial(Uml, init=idle))
     with pytest.raises(GuestHung, match="did not boot within 10 s") as caught:
         guest.run(["true"], timeout=600, kernel=fetch())
     assert not caught.value.booted

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -178,7 +179,8 @@ def test_when_all_gateways_are_silent_the_call_fails(lab: Lab, gate: Gated, hast
         report = held(lab, gate, lab.b.inner[4])
     assert (report["error"], report["attempts"]) == ("EHOSTUNREACH", 1)
     found = negotiations(gate)
-    assert all("silent" in found[name]["last_error"] for name in ("first", "second"))
+    for name in ("first", "second"):
+        assert re.search("silent|did not answer", found[name]["last_error"]), found
 
 
 # --- a child of which the peer accepts a part ---------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ipsecgate.core.model.events import KernelSnapshot
+from ipsecgate.core.model.flow import FlowPath
 from ipsecgate.core.model.ipsec import ESP, Action, Mark, Mode, Sa, SpdEntry, Template
 from ipsecgate.edges.kernel.probe import has_esp
 from tests.system.oracle.judge import WrongAnswerError
@@ -28,9 +29,10 @@ pytestmark = [
     pytest.mark.skipif(not has_esp(), reason="missing: ESP in the kernel"),
 ]
 
-SEED, CASES = 1, 5000
+SEED, CASES = 1, 3000
 # Enough for each of the mistakes below, with room.
 CASES_TO_ERR = 15_000
+SEEDS_TO_ERR = (3000, 1)  # few worlds show the rarest mistakes
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +57,8 @@ def test_the_gate_never_opens_what_the_kernel_does_not_cover(namespaces: TwoName
     assert tally.answers["live", COVERED] > cases / 10
     assert sum(tally.stricter.values()) < kernel[COVERED] / 2, "stricter is the exception"
     assert tally.full < tally.worlds / 10
-    assert {gate for gate, kernel_answer in tally.answers if kernel_answer == REFUSED} == {
-        "refused"
-    }
+    assert tally.answers["live", REFUSED] == sum(tally.dropped.values())
+    assert tally.answers["live", REFUSED] < cases / 50, "what the kernel drops is the exception"
 
 
 def policies(change: Callable[[SpdEntry], SpdEntry | None]) -> Callable[..., KernelSnapshot]:
@@ -118,10 +119,40 @@ MISTAKES = {
 }
 
 
+def errs(namespaces: TwoNamespaces) -> bool:
+    """Return whether the oracle finds the gate wrong."""
+    for seed in SEEDS_TO_ERR:
+        try:
+            run(namespaces, seed, CASES_TO_ERR, io.StringIO(), shrinks=False)
+        except WrongAnswerError:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_gate_that_ignores_one_field_is_detected(
     namespaces: TwoNamespaces, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(namespaces, "distort", MISTAKES[name])
-    with pytest.raises(WrongAnswerError):
-        run(namespaces, SEED, CASES_TO_ERR, io.StringIO(), shrinks=False)
+    assert errs(namespaces)
+
+
+PATH_MISTAKES: dict[str, Callable[[FlowPath], FlowPath]] = {
+    "mark of a VTI": lambda path: replace(path, mark=None),
+    "translated source": lambda path: replace(path, translated=None),
+}
+
+
+@pytest.mark.parametrize("name", PATH_MISTAKES)
+def test_a_gate_that_ignores_part_of_a_path_is_detected(
+    namespaces: TwoNamespaces, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(namespaces, "distort_path", PATH_MISTAKES[name])
+    assert errs(namespaces)
+
+
+def test_a_gate_that_takes_exceptions_under_configured_policies_is_detected(
+    namespaces: TwoNamespaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(namespaces, "exceptions_count", lambda _world: True)
+    assert errs(namespaces)

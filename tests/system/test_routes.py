@@ -14,8 +14,10 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core.model.events import PathsResolved
-from ipsecgate.core.model.flow import Address, FlowPath, Network
+from ipsecgate.core.model.events import OriginGone, PathsResolved, ServicesResolved
+from ipsecgate.core.model.flow import HOST, Address, FlowPath, Network, Origin
+from ipsecgate.core.model.nat import Ruleset
+from ipsecgate.core.nat.translation import Nat
 from ipsecgate.edges.kernel.routes import Found, Routes
 from ipsecgate.lab.charon import load_tun
 from ipsecgate.lab.netns import Namespace
@@ -242,3 +244,19 @@ async def test_resolved_sources_are_those_that_connect_chooses(seed: int) -> Non
             assert lookup(sources, address) == connected_source(address), address
             tried += 1
     assert tried > 500
+
+
+async def test_nothing_is_reported_before_destinations_are_known() -> None:
+    """An empty report would delete the paths of a predecessor, which are in force."""
+    reported: list[PathsResolved | OriginGone | ServicesResolved] = []
+    routes = Routes(reported.append)
+    run = asyncio.create_task(routes.run())
+    routes.translate(Nat(Ruleset()))
+    routes.follow_origin(Origin(mark=7))
+    await asyncio.sleep(0.1)
+    assert not reported
+    routes.follow(nets("10.2.0.0/16"))
+    await asyncio.sleep(0.1)
+    origins = {one.origin for one in reported if not isinstance(one, ServicesResolved)}
+    assert origins == {HOST, Origin(mark=7)}
+    run.cancel()

@@ -46,7 +46,8 @@ __all__ = ["booted", "module_lab", "systemd"]
 
 pytestmark = pytest.mark.second_guest
 
-CAPABILITIES = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "PERFMON": 38, "BPF": 39}  # capability.h
+# Source: linux/capability.h
+CAPABILITIES = {"NET_ADMIN": 12, "SYS_PTRACE": 19, "SYS_ADMIN": 21, "PERFMON": 38, "BPF": 39}
 
 
 def usec(systemd: BootedSystemd, unit: str) -> int:

@@ -19,6 +19,15 @@ async def let_others_run() -> None:
     await asyncio.sleep(0)
 
 
+async def drop(items: set[T], pause: Pause = let_others_run) -> None:
+    """Empty a set: to free a million objects in one go takes a tenth of a second."""
+    while items:
+        for _ in range(min(ENTRIES_PER_PART, len(items))):
+            items.pop()
+        if items:
+            await pause()
+
+
 def parts_of(items: Iterable[T]) -> Iterator[list[T]]:
     """Yield items as lists of `ENTRIES_PER_PART`."""
     iterator = iter(items)

@@ -9,7 +9,7 @@ from ipsecgate.core.tables import layout, packed
 from ipsecgate.core.tables.layout import Entry, Key, Setting, TableId
 from ipsecgate.core.tables.table import Table, Ternary
 from ipsecgate.edges.bpf.maps import boot_time
-from ipsecgate.edges.bpf.parts import let_others_run, parts_of
+from ipsecgate.edges.bpf.parts import drop, let_others_run, parts_of
 from ipsecgate.edges.bpf.store import Stored
 from ipsecgate.edges.bpf.tables import LEVELS, Tables, answer_of
 
@@ -43,8 +43,12 @@ class Repair:
 
     async def run(self) -> int:
         """Restore the content; return how much of it was not right. Raises: OSError."""
-        if not await self._compare_all():
-            return 0
+        try:
+            return await self._restore() if await self._compare_all() else 0
+        finally:
+            await drop(self._found.right)
+
+    async def _restore(self) -> int:
         tables, image, found = self._tables, self._tables.images[self._table], self._found
         lost = [
             (number, mask)
@@ -55,14 +59,14 @@ class Repair:
         if not (found.wrong or found.strange or lost) and found.marked and levels:
             return 0
         async with tables.writing:
-            await self._restore(lost)
+            await self._write(lost)
         strange = found.strange_keys - {
             image.key(match) for match, entry in found.wrong.items() if entry is not None
         }
         marks = (not found.marked) + (not levels)
         return len(lost) + len(found.wrong) + len(strange) + marks
 
-    async def _restore(self, lost: Iterable[tuple[int, Key]]) -> None:
+    async def _write(self, lost: Iterable[tuple[int, Key]]) -> None:
         tables, image = self._tables, self._tables.images[self._table]
         await tables.store.count(let_others_run)  # somebody else may have written entries
         for one in self._found.strange:

@@ -24,7 +24,7 @@ from ipsecgate.core.tables.packed import ENTRY_SIZE
 from ipsecgate.core.tables.slots import PART, CrowdedError, Slots, bits_for
 from ipsecgate.edges.bpf import libbpf
 from ipsecgate.edges.bpf.nested import Nest, larger
-from ipsecgate.edges.bpf.parts import Pause, parts_of
+from ipsecgate.edges.bpf.parts import ENTRIES_PER_PART, Pause, drop
 
 SLOT = 4  # bytes
 SPARE = 4  # the entries grow by a quarter more than necessary
@@ -45,6 +45,10 @@ def order_writes() -> None:
         return
     if ct.CDLL(None, use_errno=True).syscall(_MEMBARRIER, _GLOBAL_EXPEDITED, 0, 0):
         raise OSError(ct.get_errno(), f"membarrier: {os.strerror(ct.get_errno())}")
+
+
+_Found = tuple[int, int, Mark]
+"""An entry's hash, its number, and what the index says of it."""
 
 
 class Stored(NamedTuple):
@@ -182,7 +186,27 @@ class Store(Stock):
         # A hook that still searches the slots before these has read which, but may not have found
         # the map: it would take the new one for it.
         await asyncio.to_thread(self._slots_map.wait, self._which)
-        found: list[tuple[int, int, Mark]] = []
+        which, more_bits = 1 - self._which, 0
+        while True:
+            found, masks = await self._found(pause)
+            marks, places = masks + self._more[0], len(found) + self._more[1]
+            bits = bits_for(marks), max(least, bits_for(places)) + more_bits
+            count = (1 << bits[0]) + (1 << bits[1])
+            with self._larger(self._slots_map, which, count // LINE) as fd:
+                made = self._table(mmap.mmap(fd, count * SLOT), bits)
+                try:
+                    await self._put_all(made, found, pause)
+                except CrowdedError:
+                    more_bits += 1
+                    continue
+                await asyncio.to_thread(self._slots_map.put, which, fd)  # waits for the hooks
+            break
+        self._use(which << 16 | bits[1] << 8 | bits[0])
+        self._which, self._slots = which, made
+
+    async def _found(self, pause: Pause) -> tuple[list[_Found], int]:
+        """Return all entries, and how many marks they need."""
+        found: list[_Found] = []
         masks = set()
         for part in self._places():
             for _, number in part:
@@ -191,30 +215,17 @@ class Store(Stock):
                 masks.add((one.hash, one.slot % MASKS))
                 found.append((packed.hash_of_entry(raw), number, one))
             await pause()
-        marks, places = len(masks) + self._more[0], len(found) + self._more[1]
-        bits = bits_for(marks), max(least, bits_for(places))
-        which = 1 - self._which
-        while True:
-            count = (1 << bits[0]) + (1 << bits[1])
-            with self._larger(self._slots_map, which, count // LINE) as fd:
-                made = self._table(mmap.mmap(fd, count * SLOT), bits)
-                try:
-                    await self._put_all(made, found, pause)
-                except CrowdedError:
-                    bits = bits[0], bits[1] + 1
-                    continue
-                await asyncio.to_thread(self._slots_map.put, which, fd)  # waits for the hooks
-            break
-        self._use(which << 16 | bits[1] << 8 | bits[0])
-        self._which, self._slots = which, made
+        count = len(masks)
+        await drop(masks, pause)
+        return found, count
 
-    async def _put_all(
-        self, slots: Slots, found: list[tuple[int, int, Mark]], pause: Pause
-    ) -> None:
-        for part in parts_of(found):
-            for hash_, number, one in part:
+    async def _put_all(self, slots: Slots, found: list[_Found], pause: Pause) -> None:
+        """Put entries into slots, and forget them part by part, as `drop` does."""
+        while found:
+            for hash_, number, one in found[-ENTRIES_PER_PART:]:
                 slots.put(hash_, self._key(number), number)
                 slots.mark(one)
+            del found[-ENTRIES_PER_PART:]
             await pause()
 
     @contextmanager

@@ -30,7 +30,7 @@ from ipsecgate.core.tables.slots import CrowdedError
 from ipsecgate.core.tables.table import Table, Ternary
 from ipsecgate.edges.bpf import elements
 from ipsecgate.edges.bpf.maps import PUBLISHED, Maps, boot_time
-from ipsecgate.edges.bpf.parts import ENTRIES_PER_PART, Pause, let_others_run, parts_of
+from ipsecgate.edges.bpf.parts import ENTRIES_PER_PART, Pause, drop, let_others_run, parts_of
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.bpf.store import Store, order_writes
 
@@ -153,7 +153,9 @@ class Tables(Maps):
                 await pause()
         if not count and self.setting(PUBLISHED[table]):
             return
-        await self.store.make_space(count, space.slots, pause)
+        slots = space.slots
+        await drop(space.prefixes, pause)
+        await self.store.make_space(count, slots, pause)
         self._coming = self.setting(Setting.GENERATION) + AHEAD
         for number, some in enumerate(differences()):
             await self._prepare(table, self._new(table, some))

@@ -95,6 +95,7 @@ class Routes:
         self._followed = PrefixSet(())  # the same destinations
         self._origins = [HOST]
         self._due = asyncio.Event()
+        self._is_told = False  # which destinations; before, a predecessor's paths are in force
         self._delivered: dict[Origin, PathsResolved] = {}
         self._tuns: set[int] = set()  # interface indexes
         self._nat: Nat | None = None  # rules that are not in `_translations` yet
@@ -107,6 +108,7 @@ class Routes:
         self._destinations = tuple(destinations)
         self._followed = PrefixSet(self._destinations)
         self._delivered = {}
+        self._is_told = True
         self._due.set()
 
     def follow_origin(self, origin: Origin) -> None:
@@ -128,7 +130,8 @@ class Routes:
             while True:
                 await self._due.wait()
                 self._due.clear()
-                await self._update()
+                if self._is_told:
+                    await self._update()
                 await asyncio.sleep(PAUSE)
         except OSError as error:
             raise RoutesError(

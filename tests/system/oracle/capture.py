@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from ipaddress import ip_address
 
-from ipsecgate.core.model.flow import UDP, Address
+from ipsecgate.core.model.flow import ICMP, UDP, Address
 from ipsecgate.core.model.ipsec import AH, COMP, ESP
 from ipsecgate.lab.frames import ETHERNET, NATT_PORT, Kind, Transport, ipv4, ipv6, parse
 from ipsecgate.lab.netns import Namespace
@@ -36,13 +36,14 @@ class Sent(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A packet: a protected one with its outermost SPI, another with protocol and port."""
+    """A packet: a protected one with its outermost SPI, another with protocol, port and source."""
 
     sent: Sent
     spi: int = 0
     daddr: Address | None = None
     proto: int = 0
     dport: int = 0
+    saddr: Address | None = None
 
     def __str__(self) -> str:
         if self.sent is Sent.COVERED:
@@ -90,7 +91,8 @@ class Capture:
             if not found or len(found) > count:
                 raise HarnessError(f"a frame before the first call or after the last: {packet}")
             try:
-                found[-1].append(_seen(frame[ETHERNET:]))
+                if _innermost(frame[ETHERNET:]) not in ICMP:  # else an error, of the kernel's own
+                    found[-1].append(_seen(frame[ETHERNET:]))
             except (IndexError, struct.error, zlib.error) as error:
                 raise HarnessError(f"call {len(found) - 1} sent {frame.hex()}: {error}") from error
         return found[:count]
@@ -101,8 +103,7 @@ def _seen(ip: bytes) -> Seen:
     # Remove compression, and the plain tunnel that may come with it: neither protects.
     while upper.proto in (COMP, IPIP, IPV6):
         if upper.proto == COMP:
-            plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(upper.body[4:])
-            upper = Transport(upper.body[0], plain)
+            upper = _inflate(upper.body)
         else:
             daddr, upper = _read(upper.body)
     ports = struct.unpack_from("!HH", upper.body)
@@ -111,7 +112,31 @@ def _seen(ip: bytes) -> Seen:
     if upper.proto in (ESP, AH):
         (spi,) = struct.unpack_from("!I", upper.body, 0 if upper.proto == ESP else 4)
         return Seen(Sent.COVERED, spi, daddr, upper.proto)
-    return Seen(Sent.CLEAR, 0, daddr, upper.proto, ports[1])
+    saddr = ip_address(ip[12:16] if ip[0] >> 4 == 4 else ip[8:24])
+    return Seen(Sent.CLEAR, 0, daddr, upper.proto, ports[1], saddr)
+
+
+def _innermost(ip: bytes) -> int:
+    """Return the protocol of what a packet carries. The ciphers of the worlds change nothing."""
+    upper = _read(ip)[1]
+    while True:
+        body = upper.body
+        if upper.proto in (IPIP, IPV6):
+            upper = _read(body)[1]
+        elif upper.proto == COMP:
+            upper = _inflate(body)
+        elif upper.proto == AH:
+            upper = Transport(body[0], body[4 * (body[1] + 2) :])
+        elif upper.proto == ESP:
+            upper = Transport(body[-1], body[8 : -2 - body[-2]])
+        elif upper.proto == UDP and NATT_PORT in struct.unpack_from("!HH", body):
+            upper = Transport(ESP, body[8:])
+        else:
+            return upper.proto
+
+
+def _inflate(body: bytes) -> Transport:
+    return Transport(body[0], zlib.decompressobj(-zlib.MAX_WBITS).decompress(body[4:]))
 
 
 def _read(ip: bytes) -> tuple[Address, Transport]:

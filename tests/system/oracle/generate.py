@@ -15,6 +15,10 @@ from random import Random
 from typing import Any, TypeVar
 
 from ipsecgate.core.model.flow import Address
+from tests.system.oracle.caller import DEVICE
+from tests.system.oracle.container import random_nat
+from tests.system.oracle.topology import TUNNELS, Tunnel, random_routes
+from tests.system.oracle.universe import FAR, INSIDE, LOCAL, NEAR, REMOTE
 from tests.system.oracle.world import (
     AH,
     BEET,
@@ -37,23 +41,8 @@ from tests.system.oracle.world import (
 
 T = TypeVar("T")
 
-LOCAL: dict[int, list[Address]] = {
-    4: [ip_address(f"198.51.100.{n}") for n in (9, 10, 11, 12)],
-    6: [ip_address(f"2001:db8:a::{n:x}") for n in (9, 10, 11, 12)],
-}
-REMOTE: dict[int, list[Address]] = {
-    4: [ip_address(f"203.0.113.{n}") for n in range(8, 16)],
-    6: [ip_address(f"2001:db8:b::{n:x}") for n in range(8, 16)],
-}
-# The ends of tunnel SAs: on this host, and beyond the wire.
-NEAR: dict[int, list[Address]] = {
-    4: [ip_address("192.0.2.1"), ip_address("192.0.2.2")],
-    6: [ip_address("2001:db8::1"), ip_address("2001:db8::2")],
-}
-FAR: dict[int, list[Address]] = {
-    4: [ip_address("192.0.2.129"), ip_address("192.0.2.130")],
-    6: [ip_address("2001:db8::81"), ip_address("2001:db8::82")],
-}
+SOURCES = {family: [*LOCAL[family], INSIDE[family]] for family in (4, 6)}
+
 WIDTH = {4: 32, 6: 128}
 BITS_LEFT = (None, None, None, 8, 8, 3, 3, 3, 2, 2, 1, 0)  # None: /0
 DPORTS = (80, 81, 82, 83, 5300, 5301)
@@ -69,9 +58,13 @@ WIDE_POLICIES = (60, 300)
 
 
 class Maker:
-    """Makes the parts of one world. `device`: the index of the outgoing interface."""
+    """Makes the parts of one world.
 
-    def __init__(self, seed: int, device: int) -> None:
+    `device`: the index of the outgoing interface. `names`: of the devices that there are.
+    `translates`: whether the host can translate a container's addresses.
+    """
+
+    def __init__(self, seed: int, device: int, names: list[str], translates: bool) -> None:
         self.seed = seed
         self.dice = Random(seed)
         self.device = device
@@ -79,6 +72,12 @@ class Maker:
         self.wide_policies, self.miss = 0, 0.0
         self.reqids: tuple[int, ...] = REQIDS
         self.priorities: tuple[int, ...] = PRIORITIES
+        self.names = names
+        self.routes = random_routes(seed, names)
+        self.nat = random_nat(seed) if translates else ()
+        used = {route.device for route in self.routes}
+        self.tunnels = [tunnel for tunnel in TUNNELS if tunnel.name in used]
+        self.derived = self.chance(0.3)
         # Policies of one family overlap more often.
         self.families = self.one((4,), (4,), (6,), (4, 4, 4, 6, 6))
 
@@ -98,7 +97,9 @@ class Maker:
         count = self.wide_policies or self.one(1, 2, 3, 4, 5, 6, 6, 7, 8, 9)
         policies = tuple(self.policy() for _ in range(count))
         states = [s for p in policies for t in p.tmpls for s in self.states_for(p, t, calls)]
-        return World(self.seed, policies, tuple(states), calls, self.one(*EPHEMERAL))
+        port = self.one(*EPHEMERAL)
+        rest = (self.routes, self.nat, self.derived)
+        return World(self.seed, policies, tuple(states), calls, port, *rest)
 
     def widen(self) -> None:
         """Make this a wide world. Reqids are spread: with few, each policy would have every SA."""
@@ -110,6 +111,8 @@ class Maker:
     # --- calls ------------------------------------------------------------------------
 
     def call(self) -> Call:
+        if self.chance(0.2):
+            return self.call_inside()
         family = self.family()
         kind = self.one(*Kind)
         src = self.one(*LOCAL[family]) if self.chance(0.6) or kind is Kind.PKTINFO else None
@@ -123,6 +126,25 @@ class Maker:
             mapped=family == 4 and kind is not Kind.PKTINFO and self.chance(0.35),
             late=src is not None and not sport and kind is not Kind.PKTINFO and self.chance(0.3),
             mark=self.one(*CALL_MARKS) if self.chance(0.15) else 0,
+            # An IPv6 source in ancillary data must be an address of the device that is bound to.
+            device=""
+            if (kind is Kind.PKTINFO and family == 6) or self.chance(0.88)
+            else self.one(*self.names),
+        )
+
+    def call_inside(self) -> Call:
+        """Return a call in the container."""
+        family = self.family()
+        kind = self.one(Kind.TCP, Kind.UDP_CONNECT, Kind.SENDTO)
+        return Call(
+            kind,
+            self.one(*REMOTE[family]),
+            self.one(*DPORTS),
+            self.one(None, None, INSIDE[family]),
+            self.one(0, 0, *SPORTS),
+            mark=5 if self.chance(0.05) else 0,
+            device=DEVICE if self.chance(0.1) else "",
+            inside=True,
         )
 
     # --- policies ---------------------------------------------------------------------
@@ -150,7 +172,7 @@ class Maker:
 
     def selector(self, family: int) -> Sel:
         return Sel(
-            self.prefix(LOCAL, family),
+            self.prefix(SOURCES, family),
             self.prefix(REMOTE, family),
             self.one(*[0] * 8, 6, 17, 17, 1),
             self.port(SPORTS, 0.12),
@@ -160,22 +182,34 @@ class Maker:
 
     def policy(self) -> Policy:
         family = self.family()
-        block, through = self.chance(0.1), self.chance(0.12)
+        block, through = self.chance(0.1), self.chance(0.25 if self.derived else 0.12)
+        tunnel = self.one(*self.tunnels) if self.tunnels and self.chance(0.6) else None
+        templates = () if through else self.templates(family, tunnel)
+        mark = self.one(*MARKS) if self.chance(0.1) else (0, 0)
+        if_id = self.one(7, 9) if self.chance(0.04) else 0
+        if tunnel and self.chance(0.9):
+            mark = self.one((5, 0xFF), (1, 1), (tunnel.mark, 2**32 - 1)) if tunnel.mark else mark
+            if_id = tunnel.if_id
         return Policy(
-            self.selector(family),
-            self.one(*self.priorities),
-            block,
-            () if through else self.templates(family),
-            self.one(*MARKS) if self.chance(0.1) else (0, 0),
-            7 if self.chance(0.04) else 0,
+            self.selector(family), self.one(*self.priorities), block, templates, mark, if_id
         )
 
-    def templates(self, family: int) -> tuple[Tmpl, ...]:
+    def templates(self, family: int, tunnel: Tunnel | None) -> tuple[Tmpl, ...]:
+        if tunnel and self.chance(0.6):
+            return (self.template_for(tunnel),)
         found = []
         for _ in range(self.one(1, 1, 1, 1, 1, 1, 2, 2, 3)):
             found.append(self.template(family))
             family = found[-1].family
         return tuple(found)
+
+    def template_for(self, tunnel: Tunnel) -> Tmpl:
+        """Return a template that suits a tunnel device, mostly."""
+        family = tunnel.near.version if tunnel.near else self.family()
+        near, far = tunnel.near or self.one(*NEAR[family]), tunnel.far
+        if far is None or self.chance(0.1):
+            far = self.one(*FAR[family])
+        return Tmpl(TUNNEL, self.one(*self.reqids), family, src=near, dst=far)
 
     def template(self, family: int) -> Tmpl:
         mode = self.one(TUNNEL, TUNNEL, TUNNEL, TRANSPORT, TRANSPORT, TRANSPORT, BEET)
@@ -212,7 +246,7 @@ class Maker:
                 if c.dst.version == tmpl.family and c.dst in policy.sel.dst.network
             ]  # fmt: skip
             call = self.one(*within) if within else None
-            src = (call and call.src) or self.one(*LOCAL[tmpl.family])
+            src = (call and call.src) or self.one(*SOURCES[tmpl.family])
             dst = call.dst if call else self.one(*REMOTE[tmpl.family])
         assert dst is not None
         mark = self.one((0, 0), (0, 0), policy.mark, (0, policy.mark[1]))
@@ -223,6 +257,7 @@ class Maker:
         spi = tmpl.spi or next(self.spis)
         return State(
             *(src, dst, spi, tmpl.reqid, tmpl.mode, tmpl.proto, sel, unspec, mark),
+            if_id=policy.if_id if self.chance(0.8) else 0,
             life=Life.DYING if self.chance(0.03) else Life.VALID,
             encap=tmpl.proto == ESP and tmpl.mode != BEET and self.chance(0.05),
         )
@@ -240,7 +275,7 @@ class Maker:
             "spi": 0 if self.chance(0.1) else next(self.spis),
             "life": self.one(Life.LARVAL, Life.LARVAL, Life.EXPIRED),
             "mark": self.one(*MARKS),
-            "if_id": 7,
+            "if_id": self.one(7, 9),
             "src": ip_address("0.0.0.0" if family == 4 else "::")
             if self.chance(0.3) else self.one(*NEAR[family], *LOCAL[family]),
             "dst": self.one(*FAR[family], *REMOTE[family]),
@@ -258,6 +293,6 @@ class Maker:
         return replace(one, **{name: others[name]}, encap=False)
 
 
-def world(seed: int, device: int) -> World:
+def world(seed: int, device: int, names: list[str], translates: bool) -> World:
     """Return the world of a seed."""
-    return Maker(seed, device).world()
+    return Maker(seed, device, names, translates).world()

@@ -8,15 +8,19 @@ Source: xfrm_policy_match(), xfrm_tmpl_resolve_one(), xfrm_state_look_at(), linu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple, Protocol
 
 from ipsecgate.core.model.flow import Address
+from tests.system.oracle.caller import DEVICE
+from tests.system.oracle.topology import VRF, Tunnel, Way
 from tests.system.oracle.world import (
     AH,
     BEET,
     ESP,
+    TRANSPORT,
     TUNNEL,
     Call,
     Kind,
@@ -30,8 +34,28 @@ from tests.system.oracle.world import (
 )
 
 REFUSED, CLEAR, COVERED = "refused", "clear", "covered"
-Saddr = Callable[[Address, int], Address]
-Path = tuple[bool, Address, Address]
+
+
+class Host(Protocol):
+    """What the kernel answered before there was any policy."""
+
+    def way(self, call: Call) -> Way | None: ...
+    def source_for(self, destination: Address) -> Address: ...
+    def index_of(self, device: str) -> int: ...
+
+
+class Path(NamedTuple):
+    """A packet behind some templates: whether it is protected, and the ends of the last SA.
+
+    `first`: the first template that has a state, with its ends; `is_moved`: an SA has sent it to
+    another destination.
+    """
+
+    protected: bool
+    local: Address
+    remote: Address
+    first: tuple[Tmpl, Address, Address] | None = None
+    is_moved: bool = False
 
 
 class Has(Enum):
@@ -53,6 +77,7 @@ class Packet:
     dport: int
     mark: int
     oif: int
+    if_id: int = 0
 
 
 def differs(port: int, masked: Masked) -> bool:
@@ -90,45 +115,160 @@ def is_any(address: Address) -> bool:
 
 
 class Model:
-    """The answers of one world. `source_for`: the kernel's source, by destination and mark."""
+    """The answers of one world."""
 
-    def __init__(self, world: World, source_for: Saddr, device: int) -> None:
+    def __init__(self, world: World, host: Host) -> None:
         self.world = world
-        self.source_for = source_for
-        self.device = device
+        self.host = host
 
     # --- the kernel's lookup -------------------------------------------------------------
 
-    def packet(self, call: Call, sport: int) -> Packet:
-        src = call.src or self.source_for(call.dst, call.mark)
+    def packet(self, call: Call, sport: int) -> Packet | None:
+        """Return a call as the kernel looks it up first, None if there is no route."""
+        way = self.host.way(call)
+        if way is None:
+            return None
+        src = call.src or way.source
+        if call.inside:  # forwarded, as any packet: without the socket's mark
+            oif = self.host.index_of(way.device)
+            return Packet(src, call.dst, call.proto, sport, call.dport, 0, oif)
         # IPv4 looks up with the interface of the route, IPv6 only with that of a bound socket.
-        oif = self.device if call.dst.version == 4 else 0
+        oif = self.host.index_of(way.device if call.dst.version == 4 else call.device)
         return Packet(src, call.dst, call.proto, sport, call.dport, call.mark, oif)
+
+    def inside(self, call: Call) -> tuple[Packet, Tunnel] | None:
+        """Return a packet as a tunnel device looks it up, and the device; None: no tunnel."""
+        way, packet = self.host.way(call), self.packet(call, call.sport or self.world.port)
+        if packet is None or way is None or way.tunnel is None:
+            return None
+        if way.tunnel.if_id:  # with the interface below it
+            oif, if_id = self.host.index_of(DEVICE), way.tunnel.if_id
+            return replace(packet, oif=oif, if_id=if_id), way.tunnel
+        oif = self.host.index_of(way.tunnel.name)
+        return replace(packet, mark=way.tunnel.mark, oif=oif), way.tunnel
+
+    def is_tunneled(self, call: Call) -> bool:
+        way = self.host.way(call)
+        return way is not None and way.tunnel is not None
+
+    def describe(self, call: Call) -> str:
+        """Return the kind of a call's origin and way, for the table of results."""
+        way = self.host.way(call)
+        if call.inside:
+            origin = "container" if self.translated(call) is None else "container, translated"
+        else:
+            origin = "VRF" if call.device == VRF else "device" if call.device else "host"
+        to = "no route" if way is None else way.tunnel.kind if way.tunnel else "wire"
+        return f"{origin} to {to}"
+
+    def translated(self, call: Call) -> Packet | None:
+        """Return a container's packet once the host has given it another source, None: it has not.
+
+        The host looks it up again then.
+        """
+        way, packet = self.host.way(call), self.packet(call, call.sport or self.world.port)
+        if way is None or packet is None or way.translated is None:
+            return None
+        return replace(packet, src=way.translated)
 
     def answers(self, call: Call) -> set[str]:
         """Return every answer that the kernel may give; more than one if policies tie.
+
+        A tunnel device gets what is left in clear, and looks it up again. It drops what is then
+        not protected by an SA of its own, and takes no clear packets for an exception.
+        """
+        if self.packet(call, 0) is None:
+            return {REFUSED}
+        first, inside = self.forwarded(call), self.inside(call)
+        if inside is None:
+            return first
+        packet, tunnel = inside
+        found = first & {REFUSED}
+        if COVERED in first:
+            found |= self.beyond(call)
+        if CLEAR in first and any(
+            t.mode != TRANSPORT for p in self.tied(self.first(call)) for t in p.tmpls
+        ):
+            found.add(CLEAR)  # in a plain tunnel
+        if CLEAR in first:
+            tied = self.tied(packet)
+            outcomes = [self.outcomes(p, packet, tunnel) for p in tied]
+            found |= set().union(*outcomes) if outcomes else {REFUSED}
+        return found
+
+    def forwarded(self, call: Call) -> set[str]:
+        """Return the answers before any tunnel device, with the host's own second lookup."""
+        if not call.inside:
+            return self.of_socket(call)
+        first, translated = self.final(self.first(call)), self.translated(call)
+        if translated is None:
+            return first
+        kept = {REFUSED, COVERED} if self.is_spared() else {REFUSED}
+        return first & kept | (self.final(translated) if first - kept else set())
+
+    def beyond(self, call: Call) -> set[str]:
+        """Return the answers to a call that is covered before it reaches the tunnel device.
+
+        In transport mode the device gets the protected packet. Whether it takes it for a flow of
+        its own is left open; and so is a container's packet that a NAT rule for the wire
+        translates, because the SA would lead it there: with the new source, none may.
+        """
+        if call.inside and self.world.nat:
+            return {COVERED, REFUSED}
+        tied = self.tied(self.first(call))
+        if all(any(t.mode != TRANSPORT and not t.optional for t in p.tmpls) for p in tied):
+            return {COVERED}
+        return {COVERED, REFUSED}
+
+    def first(self, call: Call) -> Packet:
+        packet = self.packet(call, call.sport or self.world.port)
+        assert packet is not None
+        return packet
+
+    def lookups(self, call: Call) -> list[Packet]:
+        """Return the packets that the kernel looks up, none if there is no route."""
+        packet, inside = self.packet(call, call.sport or self.world.port), self.inside(call)
+        again = self.translated(call), inside[0] if inside else None
+        return [one for one in (packet, *again) if one is not None]
+
+    def of_socket(self, call: Call) -> set[str]:
+        """Return the answers of a socket's own lookup.
 
         TCP looks up first with source port 0, before it chooses one. A refusal may then be final (a
         blocking policy, a pinned SPI whose state does not fit) or not: a missing state only gives a
         black hole route, and the next lookup decides. IPv4 always looks up again with the port,
         IPv6 only after a black hole route.
         """
-        last = self.final(call, call.sport or self.world.port)
+        packet = self.first(call)
+        last = self.final(packet)
         if call.kind is not Kind.TCP or call.port_known:
             return last
-        first = self.final(call, 0)
-        early = self.tied(self.packet(call, 0))
+        packet = replace(packet, sport=0)
+        first, early = self.final(packet), self.tied(packet)
         if early and all(p.block for p in early):
             return {REFUSED}
         if call.dst.version == 4:
             return last | (first & {REFUSED})
         return first | (last if REFUSED in first else set())
 
-    def final(self, call: Call, sport: int) -> set[str]:
-        """Return the possible answers to a call whose last lookup uses this port."""
-        packet = self.packet(call, sport)
+    def final(self, packet: Packet) -> set[str]:
+        """Return the possible answers to a call whose last lookup is of this packet."""
         outcomes = [self.outcomes(p, packet) for p in self.tied(packet)]
         return set().union(*outcomes) if outcomes else {CLEAR}
+
+    def passes(self, call: Call) -> bool:
+        """Return whether policies without templates, and no others, let a call leave in clear."""
+        if self.is_tunneled(call) or self.packet(call, 0) is None:
+            return False
+        packet = self.translated(call)
+        if packet is None or self.is_spared():
+            packet = self.first(call)
+        tied = self.tied(packet)
+        return bool(tied) and not any(p.block or p.tmpls for p in tied)
+
+    def is_spared(self) -> bool:
+        """Return whether the host translates only what IPsec does not protect."""
+        return any(rule.unprotected for rule in self.world.nat)
 
     def tied(self, packet: Packet) -> list[Policy]:
         """Return the matching policies of the best priority; the kernel chooses the oldest."""
@@ -136,39 +276,46 @@ class Model:
             p for p in self.world.policies
             if p.sel.src.version == packet.dst.version
             and selects(p.sel, packet)
-            and not p.if_id
+            and p.if_id == packet.if_id
             and marked(packet.mark, p.mark)
         ]  # fmt: skip
         best = min((p.priority for p in matching), default=0)
         return [p for p in matching if p.priority == best]
 
-    def outcomes(self, policy: Policy, packet: Packet) -> set[str]:
-        """Return the possible answers to a packet under a policy."""
+    def outcomes(self, policy: Policy, packet: Packet, tunnel: Tunnel | None = None) -> set[str]:
+        """Return the possible answers to a packet under a policy, inside a tunnel device if any."""
         if policy.block:
             return {REFUSED}
         found: set[str] = set()
-        paths = [
-            (False, packet.src, packet.dst)
-        ]  # whether protected so far, and the ends of the last SA
+        paths = [Path(False, packet.src, packet.dst)]
         for tmpl in policy.tmpls:
             paths = [
                 after
                 for path in paths
                 for after in self.after(path, tmpl, policy, packet, found)
             ]  # fmt: skip
-        return found | {COVERED if protected else CLEAR for protected, _, _ in paths}
+        for path in paths:
+            dropped = tunnel is not None and not takes(tunnel, path)
+            found.add(REFUSED if dropped else COVERED if path.protected else CLEAR)
+        return found
 
     def after(
         self, path: Path, tmpl: Tmpl, policy: Policy, packet: Packet, found: set[str]
     ) -> Iterator[Path]:
         """Yield the paths after a template; add a possible refusal to `found`."""
-        protected, local, remote = path
+        local, remote = path.local, path.remote
         if tmpl.mode in (TUNNEL, BEET):
             assert tmpl.dst is not None
-            local, remote = tmpl.src or self.source_for(tmpl.dst, 0), tmpl.dst
+            local, remote = tmpl.src or self.host.source_for(tmpl.dst), tmpl.dst
         has = self.has_state(tmpl, policy, local, remote, packet)
         if has is not Has.NO:
-            yield protected or tmpl.proto in (ESP, AH), local, remote
+            yield Path(
+                path.protected or tmpl.proto in (ESP, AH),
+                local,
+                remote,
+                path.first or (tmpl, local, remote),
+                path.is_moved or tmpl.mode != TRANSPORT,
+            )
         if has is not Has.YES and tmpl.optional:
             yield path
         elif has is not Has.YES:
@@ -215,23 +362,30 @@ class Model:
         return list(dict.fromkeys(self._reasons(call)))
 
     def _reasons(self, call: Call) -> Iterator[str]:
-        packet = self.packet(call, call.sport or self.world.port)
-        tied = self.tied(packet)
-        each = [self.outcomes(p, packet) for p in tied]
-        if call.mark and call.src is None:
-            yield "source of a marked socket"
-        if not call.port_known and self._asks_for_port(call):
-            yield "source port not chosen yet"
-        if any(p.sel.ifindex for p in self._near(call)):
-            yield "policy for an interface"
-        if len(set().union(*each)) > 1 and len(tied) > 1:
-            yield "ties that disagree"
-        elif len(tied) > 1:
-            yield "ties, live in part"
-        if {COVERED, REFUSED} <= set().union(*each) and len(tied) == 1:
-            yield "state of another source, by the kernel's hash"
-        for policy in tied:
-            yield from self._of_policy(policy)
+        if call.inside and call.mark:
+            yield "a mark in the container"
+        if self.translated(call) and self.is_spared():
+            yield "an SA for the source that only unprotected packets get"
+        if call.inside and call.dst.version == 6 and any(r.to is None for r in self.world.nat):
+            yield "masquerade by one of several IPv6 addresses"
+        if call.inside and self.is_tunneled(call):
+            yield "from the container into a tunnel device"
+        for packet in self.lookups(call):
+            tied = self.tied(packet)
+            each = [self.outcomes(p, packet) for p in tied]
+            known = call.port_known and self.translated(call) is None
+            if not known and self._asks_for_port(packet):
+                yield "source port not chosen yet"
+            if any(p.sel.ifindex for p in self._near(packet)):
+                yield "policy for an interface"
+            if len(set().union(*each)) > 1 and len(tied) > 1:
+                yield "ties that disagree"
+            elif len(tied) > 1:
+                yield "ties, live in part"
+            if {COVERED, REFUSED} <= set().union(*each) and len(tied) == 1:
+                yield "state of another source, by the kernel's hash"
+            for policy in tied:
+                yield from self._of_policy(policy)
 
     def _of_policy(self, policy: Policy) -> Iterator[str]:
         if all(t.optional for t in policy.tmpls if t.proto in (ESP, AH)):
@@ -249,9 +403,8 @@ class Model:
         if any(s.sel is not None and s.sel.ifindex for s in states):
             yield "state for an interface"
 
-    def _near(self, call: Call) -> list[Policy]:
+    def _near(self, packet: Packet) -> list[Policy]:
         """Return the policies whose networks match."""
-        packet = self.packet(call, call.sport or self.world.port)
         return [
             p for p in self.world.policies
             if p.sel.src.version == packet.dst.version
@@ -259,9 +412,44 @@ class Model:
             and packet.dst in p.sel.dst.network
         ]  # fmt: skip
 
-    def _asks_for_port(self, call: Call) -> bool:
-        near = self._near(call)
+    def _asks_for_port(self, packet: Packet) -> bool:
+        near = self._near(packet)
         reqids = {t.reqid for p in near for t in p.tmpls}
         return any(p.sel.sport[1] for p in near) or any(
             s.sel is not None and s.sel.sport[1] for s in self.world.states if s.reqid in reqids
         )
+
+    # --- what the gate lets go and the kernel drops ------------------------------------------
+
+    def drops(self, call: Call) -> str:
+        """Return the documented reason for which the kernel drops a call that has an SA, or ""."""
+        if self.packet(call, 0) is None:
+            return "no route"
+        if self.translated(call) and self.is_spared() and self.passes(call):
+            return "an exception, whose packets the host translates"
+        inside = self.inside(call)
+        if inside is None:
+            return ""
+        packet, tunnel = inside
+        first = self.forwarded(call)
+        if COVERED in first:
+            if REFUSED not in self.beyond(call):
+                return ""
+            return "translated before a tunnel" if call.inside else "transport mode before a tunnel"
+        outcomes = [self.outcomes(p, packet) for p in self.tied(packet)]
+        if any(COVERED in one for one in outcomes):
+            return f"an SA that does not suit the {tunnel.kind} interface"
+        return ""
+
+
+def takes(tunnel: Tunnel, path: Path) -> bool:
+    """Return whether a tunnel device sends a packet behind these templates.
+
+    Source: vti_state_check(), vti6_state_check(); xfrmi_xmit2(): no loop through itself.
+    """
+    if tunnel.if_id:
+        return path.is_moved
+    if path.first is None:
+        return False
+    tmpl, local, remote = path.first
+    return tmpl.mode == TUNNEL and (local, remote) == (tunnel.near, tunnel.far)

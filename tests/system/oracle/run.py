@@ -36,7 +36,8 @@ async def _run(judge: Judge, seed: int, cases: int, out: TextIO) -> Tally:
     await namespaces.prepare()
     try:
         while tally.cases < cases:
-            await judge.judge(world(seed + tally.worlds, namespaces.device))
+            names, translates = namespaces.devices.names, namespaces.container.can_translate
+            await judge.judge(world(seed + tally.worlds, namespaces.device, names, translates))
             if time.monotonic() - last > REPORT_EVERY:
                 last = time.monotonic()
                 out.write(f"{tally.cases:>9} cases in {last - began:.0f} s, none wrong\n")

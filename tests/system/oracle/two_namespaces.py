@@ -2,23 +2,33 @@
 
     <name>-a   the host: addresses, routes, XFRM, both callers;  eth0 has no neighbours to ask
     <name>-b   the far end: it has no address and answers nothing; the capture is there
+    <name>-c   a container: a forwards its packets
 
 The rest of the process runs inside a; only sockets made inside b belong to b.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 
-from ipsecgate.core.model.events import KernelSnapshot, PolicySet, SaSet
-from ipsecgate.core.model.flow import ANY_V4, ANY_V6, HOST, Address
+from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.routing import Routing
+from ipsecgate.core.model.events import (
+    KernelSnapshot,
+    PathsResolved,
+    PolicySet,
+    SaSet,
+)
+from ipsecgate.core.model.flow import ANY_V4, ANY_V6, HOST, Address, FlowPath, Network, Origin
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, compile_table, ternary
@@ -26,77 +36,147 @@ from ipsecgate.edges.bpf import bytecode
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.kernel.probe import netns_cookie
-from ipsecgate.edges.kernel.routes import Routes
+from ipsecgate.edges.kernel.routes import Found, Routes
 from ipsecgate.edges.kernel.xfrm import XfrmMonitor
 from ipsecgate.lab import path
 from ipsecgate.lab.netns import Namespace
 from tests.reference_rules import kernel_rules
 from tests.system.hooked_cgroup import ike_socket, no_backstop, take_over
-from tests.system.oracle.caller import DEVICE, SO_MARK, Caller
+from tests.system.oracle.caller import DEVICE, Caller
 from tests.system.oracle.capture import Capture
-from tests.system.oracle.generate import CALL_MARKS, FAR, LOCAL, NEAR, REMOTE
+from tests.system.oracle.container import Container, container
+from tests.system.oracle.generate import CALL_MARKS
+from tests.system.oracle.topology import MARKED_TABLE, Devices, Way
+from tests.system.oracle.universe import FAR, INSIDE, LOCAL, NEAR
 from tests.system.oracle.wire import Installer
+from tests.system.oracle.world import Call, World
 
 FAR_END = "eth1"
 # Nothing else returns this errno, so it distinguishes the gate from XFRM.
 REFUSAL = errno.EBADE
-PROTECTED = (ip_network("203.0.113.8/29"), ip_network("2001:db8:b::8/125"))
-# Destinations with a preferred source; the others get the default of the route.
-HINTS = (
-    ("203.0.113.8/30", LOCAL[4][1]),
-    ("203.0.113.14/31", LOCAL[4][2]),
-    ("2001:db8:b::8/126", LOCAL[6][1]),
-    ("2001:db8:b::e/127", LOCAL[6][2]),
+COUNTED = (
+    (Reason.ALLOW_COVERED, Reason.ALLOW_ASSOCIATED, Reason.ALLOW_PASSED),
+    (Reason.REFUSE_UNCOVERED, Reason.REFUSE_NO_SOURCE, Reason.REFUSE_OUTSIDE),
 )
-
-
-# A mark may lead to another source.
-MARKED_TABLE = 77
-MARKED_HINTS = (("203.0.113.0/24", LOCAL[4][0]), ("2001:db8:b::/64", LOCAL[6][0]))
+PROTECTED = (ip_network("203.0.113.8/29"), ip_network("2001:db8:b::8/125"))
 
 
 class TwoNamespaces:
     """The two namespaces. Use `two_namespaces()`, which also enters the first."""
 
-    def __init__(self, near: Namespace, cgroup: Path, pins: Pins, far: Namespace) -> None:
+    def __init__(
+        self, near: Namespace, cgroup: Path, pins: Pins, capture: Capture, devices: Devices
+    ) -> None:
         self.pins = pins
+        self.devices = devices
+        self.capture = capture
         self.data = take_over(pins)
         self.installer = Installer()
-        self.capture = Capture(far, FAR_END)
         self.gated = Caller(near.path, cgroup)
         self.free = Caller(near.path, None)
         self.device = socket.if_nametoindex(DEVICE)
         self.monitor = XfrmMonitor(lambda _event: None)
         self.distort: Callable[[KernelSnapshot], KernelSnapshot] = lambda true: true
-        everywhere = [one for pool in (REMOTE, FAR) for one in (*pool[4], *pool[6])]
-        self._sources = {
-            (one, mark): kernel_source(one, mark) for one in everywhere for mark in CALL_MARKS
-        }
+        self.distort_path: Callable[[FlowPath], FlowPath] = lambda true: true
+        self.exceptions_count: Callable[[World], bool] = lambda world: world.derived
+        self._origins = [
+            Origin(0, socket.if_nametoindex(name) if name else 0, mark)
+            for name in ("", *devices.names)
+            for mark in CALL_MARKS
+        ]
+        self._followed = False
+        self._derived: bool | None = None
+
+    container: Container
 
     def close(self) -> None:
-        for one in (self.gated, self.free, self.capture, self.installer, self.data):
+        for one in (self.gated, self.free, self.installer, self.data):
             one.close()
 
-    def source_for(self, destination: Address, mark: int = 0) -> Address:
-        """Return the source that the kernel chose before there was any policy."""
-        return self._sources[destination, mark]
+    def index_of(self, device: str) -> int:
+        """Return the interface index of a device, 0 for none."""
+        return socket.if_nametoindex(device) if device else 0
+
+    def source_for(self, destination: Address) -> Address:
+        """Return the source of the kernel's own packets, such as those of a tunnel."""
+        way = self.devices.way(destination)
+        assert way is not None
+        return way.source
+
+    def way(self, call: Call) -> Way | None:
+        """Return how the kernel sends a call, None if it does not."""
+        if not call.inside:
+            return self.devices.way(call.dst, call.mark, call.device, call.src)
+        way = self.devices.way(call.dst)
+        if way is None:
+            return None
+        own = INSIDE[call.dst.version]
+        return replace(way, source=own, translated=self.container.translated(call.dst))
 
     def set_port(self, port: int) -> None:
         """Leave the kernel one source port to choose."""
+        self.container.set_port(port)
         Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"{port} {port}")
 
     async def prepare(self) -> None:
-        """Protect everything; resolve the sources as the controller does."""
-        routes = Routes(lambda _resolved: None)
-        routes.follow(PROTECTED)
-        self.data.set_paths(HOST, await routes.resolve())
-        everything = [
-            Rule(ternary(n), Entry(State.PROTECT, error=REFUSAL)) for n in (ANY_V4, ANY_V6)
-        ]
+        """Set up the hooks alone, without the backstop."""
+        self._followed, self._derived = False, None
         self.data.set(Setting.ERROR, REFUSAL)
         self.data.set(Setting.NETNS, netns_cookie())
-        no_backstop(self.data, self.device)  # the hooks alone
-        await self.data.publish(TableId.POLICY, compile_table(everything))
+        no_backstop(self.data, self.device)
+
+    async def begin(self, world: World) -> None:
+        """Set up all of a world but its SPD and SAD, which are emptied. Protect everything."""
+        self.installer.flush()
+        changed = self.devices.set_routes(world.routes)
+        if self.container.set_nat(world.nat) or changed or not self._followed:
+            self.container.look()
+            await self._follow()
+            self._followed = True
+        for far in (*FAR[4], *FAR[6]):
+            self.devices.way(far)
+        for call in world.calls:
+            self.way(call)
+        derived = self.exceptions_count(world)
+        if derived != self._derived:
+            state = State.DERIVED if derived else State.PROTECT
+            everything = [Rule(ternary(n), Entry(state, error=REFUSAL)) for n in (ANY_V4, ANY_V6)]
+            await self.data.publish(TableId.POLICY, compile_table(everything))
+            self._derived = derived
+
+    async def _follow(self) -> None:
+        """Resolve the paths as the controller does, and pass them to the hooks."""
+        resolved: asyncio.Queue[Found] = asyncio.Queue()
+        routes = Routes(resolved.put_nowait)
+        routes.follow(PROTECTED)
+        for origin in self._origins:
+            routes.follow_origin(origin)
+        running = asyncio.create_task(routes.run())
+        routing = Routing()
+        routing.follow(PROTECTED)
+        try:
+            event = await self._pass_on(routing, resolved)
+            while event.origin != HOST:  # which comes last
+                event = await self._pass_on(routing, resolved)
+        finally:
+            running.cancel()
+        for origin, paths in await self.container.paths(PROTECTED):
+            self._set_paths(origin, paths)
+        self.data.set(Setting.PATHS, routing.bound_too)
+        self.data.set_tunnels((self.device, *event.tunnels))
+
+    async def _pass_on(self, routing: Routing, resolved: asyncio.Queue[Found]) -> PathsResolved:
+        event = await asyncio.wait_for(resolved.get(), 10)
+        while not isinstance(event, PathsResolved):  # rules ask for fewer bits of some marks
+            event = await asyncio.wait_for(resolved.get(), 10)
+        for command in routing.resolved(event):
+            assert isinstance(command, do.SetPaths)
+            self._set_paths(command.origin, command.paths)
+            self.data.set(Setting.MARKS, command.marks)
+        return event
+
+    def _set_paths(self, origin: Origin, paths: Iterable[tuple[Network, FlowPath]]) -> None:
+        self.data.set_paths(origin, [(to, self.distort_path(path)) for to, path in paths])
 
     async def table(self) -> Table:
         """Return the gate's view of the SPD and SAD as they are. Raises: LayoutError.
@@ -112,19 +192,10 @@ class TwoNamespaces:
             kernel_state.apply(SaSet(sa))
         return compile_table(kernel_rules(kernel_state))
 
-    def counted(self) -> tuple[int, int]:
-        """Return how many covered calls the hooks have let through, and how many refused."""
+    def counted(self) -> tuple[int, ...]:
+        """Return how many calls the hooks have let through, and how many refused."""
         counters = self.data.counters()
-        covered = counters[Reason.ALLOW_COVERED] + counters[Reason.ALLOW_ASSOCIATED]
-        return covered, counters[Reason.REFUSE_UNCOVERED] + counters[Reason.REFUSE_NO_SOURCE]
-
-
-def kernel_source(destination: Address, mark: int) -> Address:
-    family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
-        sock.connect((str(destination), 9))
-        return type(destination)(sock.getsockname()[0])
+        return tuple(sum(counters[one] for one in reasons) for reasons in COUNTED)
 
 
 def furnish(name: str, near: Namespace, far: Namespace) -> None:
@@ -139,9 +210,6 @@ def furnish(name: str, near: Namespace, far: Namespace) -> None:
         at_once = " nodad" if address.version == 6 else ""
         lines.append(f"addr add {address}/{address.max_prefixlen} dev {DEVICE}{at_once}")
     lines += [f"route add default dev {DEVICE}", f"route add ::/0 dev {DEVICE}"]
-    lines += [f"route add {network} dev {DEVICE} src {src}" for network, src in HINTS]
-    for network, src in MARKED_HINTS:
-        lines.append(f"route add {network} dev {DEVICE} src {src} table {MARKED_TABLE}")
     rules = [f"-{family} rule add fwmark 5/0xff table {MARKED_TABLE}" for family in (4, 6)]
     for rule in rules:  # a batch has one family
         subprocess.run(["ip", "-n", near.name, *rule.split()], check=True)
@@ -173,6 +241,9 @@ def two_namespaces(cache: Path, name: str | None = None) -> Iterator[TwoNamespac
         pins.attach(cgroup)
         stack.enter_context(near.inside())
         stack.enter_context(ike_socket())
-        made = TwoNamespaces(near, cgroup, pins, far)
+        capture = Capture(far, FAR_END)
+        stack.callback(capture.close)
+        made = TwoNamespaces(near, cgroup, pins, capture, Devices(near))
         stack.callback(made.close)
+        made.container = stack.enter_context(container(f"{name}-c", near, cgroup, capture))
         yield made

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from ipaddress import IPv4Interface, IPv6Interface
 
-from ipsecgate.core.model.flow import PROTOCOL_NAMES, Address
+from ipsecgate.core.model.flow import PROTOCOL_NAMES, Address, Network
 
 Interface = IPv4Interface | IPv6Interface
 
@@ -139,7 +139,8 @@ class Call:
     """One call. `src` None and `sport` 0: the kernel chooses.
 
     `mapped`: from an IPv6 socket, to ::ffff:a.b.c.d. `late`: the address is bound, the port
-    left to connect() (IP_BIND_ADDRESS_NO_PORT). `mark`: SO_MARK.
+    left to connect() (IP_BIND_ADDRESS_NO_PORT). `mark`: SO_MARK. `device`: SO_BINDTODEVICE.
+    `inside`: in the container.
     """
 
     kind: Kind
@@ -150,6 +151,8 @@ class Call:
     mapped: bool = False
     late: bool = False
     mark: int = 0
+    device: str = ""
+    inside: bool = False
 
     @property
     def proto(self) -> int:
@@ -167,18 +170,67 @@ class Call:
         source = f" from {self.src or 'any'}:{self.sport}" if self.src or self.sport else ""
         extra = " (v4-mapped)" * self.mapped + " (late port)" * self.late
         mark = f" mark {self.mark}" if self.mark else ""
+        mark += f" dev {self.device}" if self.device else ""
+        mark += " in the container" * self.inside
         return f"{self.kind.value} to {self.dst} port {self.dport}{source}{mark}{extra}"
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """A route of a world. `device` "": unreachable. `table`: of the routing policy database."""
+
+    network: Network
+    device: str
+    src: Address | None
+    table: int
+
+    def __str__(self) -> str:
+        if not self.device:
+            return f"route unreachable {self.network} table {self.table}"
+        src = f" src {self.src}" if self.src else ""
+        return f"route {self.network} dev {self.device}{src} table {self.table}"
+
+
+@dataclass(frozen=True, slots=True)
+class Nat:
+    """A rule that gives the container's packets another source, printed as iptables(8) has it.
+
+    `network`: only of packets to it. `to` None: masquerade. `unprotected`: only of packets that
+    IPsec does not protect.
+    """
+
+    source: Address
+    network: Network | None
+    to: Address | None
+    unprotected: bool
+
+    @property
+    def family(self) -> int:
+        return self.source.version
+
+    def __str__(self) -> str:
+        to = f" -d {self.network}" if self.network else ""
+        policy = " -m policy --dir out --pol none" if self.unprotected else ""
+        target = f"SNAT --to-source {self.to}" if self.to else "MASQUERADE"
+        return f"-s {self.source}{to} -o eth0{policy} -j {target}"
+
+
+@dataclass(frozen=True, slots=True)
 class World:
-    """One test case. `port`: the source port that the kernel assigns to unbound sockets."""
+    """One test case. `port`: the source port that the kernel assigns to unbound sockets.
+
+    `derived`: the gate's policies are derived from connections, so exceptions in the SPD count.
+    """
 
     seed: int
     policies: tuple[Policy, ...]
     states: tuple[State, ...]
     calls: tuple[Call, ...] = field(repr=False)
     port: int = 40000
+    routes: tuple[Route, ...] = ()
+    nat: tuple[Nat, ...] = ()
+    derived: bool = False
 
     def __str__(self) -> str:
-        return "\n".join(map(str, (*self.policies, *self.states)))
+        head = ["derived policies"] if self.derived else []
+        return "\n".join(map(str, (*head, *self.routes, *self.nat, *self.policies, *self.states)))
