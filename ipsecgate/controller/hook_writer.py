@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import assert_never
 
 from ipsecgate.core.codec.netlink import DecodeError
@@ -67,11 +68,19 @@ class HookWriter:
         """Write paths, and what depends on them: first the stricter part of it, then the laxer."""
         wanted = {Setting.PATHS: command.bound_too, Setting.MARKS: command.marks}
         before = {which: self._data.setting(which) for which in wanted}
-        self._data.set(Setting.PATHS, max(before[Setting.PATHS], command.bound_too))
-        self._data.set(Setting.MARKS, before[Setting.MARKS] | command.marks)
+        strict = {
+            Setting.PATHS: max(before[Setting.PATHS], command.bound_too),
+            Setting.MARKS: before[Setting.MARKS] | command.marks,
+        }
+        self._set_changed(before, strict)
         self._data.set_paths(command.origin, command.paths)
+        self._set_changed(strict, wanted)
+
+    def _set_changed(self, before: Mapping[Setting, int], wanted: Mapping[Setting, int]) -> None:
+        """Write settings that differ: each write begins a generation, and hooks decide again."""
         for which, value in wanted.items():
-            self._data.set(which, value)
+            if before[which] != value:
+                self._data.set(which, value)
 
     def _exempt(self, pid: int) -> None:
         """Exempt a process in its present cgroup only, because its pid may be used again."""
