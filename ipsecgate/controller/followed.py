@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from ipsecgate.core.codec.nftables import NETLINK_NETFILTER, NFNLGRP_NFTABLES
 from ipsecgate.core.model.events import PathsResolved
 from ipsecgate.core.model.flow import Origin
-from ipsecgate.edges.kernel.here import Here
+from ipsecgate.edges.kernel.here import NETLINK_ROUTE, Here
 from ipsecgate.edges.kernel.namespaces import Namespace
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket
-from ipsecgate.edges.kernel.routes import GROUPS, NETLINK_ROUTE
+from ipsecgate.edges.kernel.routes import GROUPS
 
 
 @dataclass(slots=True)

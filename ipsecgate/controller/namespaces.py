@@ -28,10 +28,10 @@ from ipsecgate.core.model.events import OriginGone, PathsResolved
 from ipsecgate.core.model.flow import Network, Origin
 from ipsecgate.core.model.prefixes import PrefixSet
 from ipsecgate.edges.kernel import namespaces, ways_out
-from ipsecgate.edges.kernel.here import Here, concerns, read_here
+from ipsecgate.edges.kernel.here import NETLINK_ROUTE, Here, concerns, read_here
 from ipsecgate.edges.kernel.namespaces import Namespace
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket
-from ipsecgate.edges.kernel.routes import GROUPS, NETLINK_ROUTE
+from ipsecgate.edges.kernel.routes import GROUPS
 from ipsecgate.paths import Paths
 
 log = logging.getLogger("ipsecgate")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from socket import AF_INET, AF_INET6
 
@@ -73,8 +72,8 @@ def decode_links(datagram: bytes) -> Iterator[Link]:
         attributes = message.attributes(_LINK.size)
         yield Link(
             index,
-            _text(message, attributes, IFLA_IFNAME),
-            _text(message, _nested(message, attributes, IFLA_LINKINFO), IFLA_INFO_KIND),
+            message.text(attributes, IFLA_IFNAME),
+            message.text(message.nested(attributes, IFLA_LINKINFO), IFLA_INFO_KIND),
             peer=_number(message, attributes, IFLA_LINK) or 0,
             peer_netns=_number(message, attributes, IFLA_LINK_NETNSID),
             master=_number(message, attributes, IFLA_MASTER) or 0,
@@ -120,7 +119,7 @@ def decode_ingress(datagram: bytes) -> Iterator[int]:
         if message.type == NEWQDISC:
             at = message.structure(_TC.size, "tcmsg")
             _family, _pad, index, *_ = _TC.unpack_from(message.data, at)
-            if _text(message, message.attributes(_TC.size), TCA_KIND) in INGRESS:
+            if message.text(message.attributes(_TC.size), TCA_KIND) in INGRESS:
                 yield index
 
 
@@ -135,16 +134,9 @@ def decode_nsid(datagram: bytes) -> Iterator[int]:
 
 
 def _has_xdp(message: Message, attributes: Mapping[int, Span]) -> bool:
-    xdp = _nested(message, attributes, IFLA_XDP)
+    xdp = message.nested(attributes, IFLA_XDP)
     start, end = xdp.get(IFLA_XDP_ATTACHED, (0, 0))
     return any(message.data[start:end])
-
-
-def _nested(message: Message, attributes: Mapping[int, Span], kind: int) -> dict[int, Span]:
-    if kind not in attributes:
-        return {}
-    start, end = attributes[kind]
-    return replace(message, start=start, end=end).attributes(0)
 
 
 def _number(message: Message, attributes: Mapping[int, Span], kind: int) -> int | None:
@@ -161,8 +153,3 @@ def _address(
         return None
     raw = message.data[at : at + size]
     return IPv4Address(raw) if family == AF_INET else IPv6Address(raw)
-
-
-def _text(message: Message, attributes: Mapping[int, Span], kind: int) -> str:
-    start, end = attributes.get(kind, (0, 0))
-    return message.data[start:end].rstrip(b"\0").decode(errors="replace")

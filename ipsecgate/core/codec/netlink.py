@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from ipsecgate.core.model.value import value
 from ipsecgate.errors import GateError
@@ -101,6 +102,18 @@ class Message:
         if end - start < size:
             raise self.bad(field, start)
         return start
+
+    def nested(self, attributes: Mapping[int, Span], kind: int) -> dict[int, Span]:
+        """Return the attributes inside an attribute, none if it is absent. Raises: DecodeError."""
+        if kind not in attributes:
+            return {}
+        start, end = attributes[kind]
+        return replace(self, start=start, end=end).attributes(0)
+
+    def text(self, attributes: Mapping[int, Span], kind: int) -> str:
+        """Return a text that ends in NUL, "" if the attribute is absent."""
+        start, end = attributes.get(kind, (0, 0))
+        return self.data[start:end].rstrip(b"\0").decode(errors="replace")
 
 
 @value

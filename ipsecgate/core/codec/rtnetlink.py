@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from socket import AF_INET, AF_INET6
 
@@ -160,9 +159,9 @@ def decode_link(datagram: bytes) -> Iterator[Link]:
             continue
         message.structure(_LINK.size, "ifinfomsg")
         attributes = message.attributes(_LINK.size)
-        info = _nested(message, attributes, IFLA_LINKINFO)
-        data = _nested(message, info, IFLA_INFO_DATA)
-        name, kind = _text(message, attributes, IFLA_IFNAME), _text(message, info, IFLA_INFO_KIND)
+        info = message.nested(attributes, IFLA_LINKINFO)
+        data = message.nested(info, IFLA_INFO_DATA)
+        name, kind = message.text(attributes, IFLA_IFNAME), message.text(info, IFLA_INFO_KIND)
         if kind == "xfrm":
             own = IFLA_XFRM_COLLECT_METADATA in data
             yield Link(name, kind, None if own else _number(message, data, IFLA_XFRM_IF_ID, "="))
@@ -170,13 +169,6 @@ def decode_link(datagram: bytes) -> Iterator[Link]:
             yield Link(name, kind, mark=_number(message, data, IFLA_VTI_OKEY, "!"))
         else:
             yield Link(name, kind)
-
-
-def _nested(message: Message, attributes: Mapping[int, Span], kind: int) -> dict[int, Span]:
-    if kind not in attributes:
-        return {}
-    start, end = attributes[kind]
-    return replace(message, start=start, end=end).attributes(0)
 
 
 def _number(message: Message, attributes: Mapping[int, Span], kind: int, order: str) -> int:
@@ -200,11 +192,6 @@ def decode_removed_routes(datagram: bytes) -> Iterator[tuple[int, Prefix | None]
             _family, _kind, index, flags, _change = _LINK.unpack_from(message.data, at)
             if message.type == DELLINK or not flags & IFF_UP:
                 yield index, None
-
-
-def _text(message: Message, attributes: Mapping[int, Span], kind: int) -> str:
-    start, end = attributes.get(kind, (0, 0))
-    return message.data[start:end].rstrip(b"\0").decode(errors="replace")
 
 
 def _header(family: int, bits: int = 0) -> bytes:

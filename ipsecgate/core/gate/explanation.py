@@ -14,10 +14,11 @@ from enum import Enum
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.gate.negotiation import Negotiation
-from ipsecgate.core.gate.routing import SPARE, Routed
+from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.flow import ANY_PORT, ANY_V4, ANY_V6, Flow, is_exempt
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, Sa, SpdEntry, Template
 from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.nat.local import SPARE
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.spd import live_rules, unrestricted
 from ipsecgate.core.tables.layout import Key, Reason, flow_key

@@ -10,15 +10,11 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import HOST, Address, Flow, FlowPath, Network, Origin
 from ipsecgate.core.model.prefixes import LongestPrefix, PrefixSet, as_prefix, limit_paths
+from ipsecgate.core.nat.local import SPARE
 from ipsecgate.core.tables.layout import ROUTES, Reason
 
 NAMED = 8  # destinations whose paths do not fit, and that are reported
 ORIGINS = 1024  # followed at once
-NO_ROUTE = FlowPath(None)
-SPARE = (
-    "put a rule before it that accepts what IPsec protects (iptables: -m policy --dir out --pol "
-    "ipsec -j ACCEPT; nft: rt ipsec exists accept)"
-)
 
 
 class Routed(NamedTuple):

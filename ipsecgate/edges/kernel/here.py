@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from socket import AF_INET, AF_INET6
 
@@ -114,15 +114,27 @@ async def read_nat(namespace: Namespace | None = None) -> Nat | None:
         return None
 
 
-async def prefixes_in(requests: Requests, followed: PrefixSet) -> frozenset[Prefix]:
-    """Return the prefixes inside the followed networks at which the answer can change."""
+async def prefixes_in(
+    requests: Requests,
+    followed: PrefixSet,
+    on_rules: Callable[[bytes], None] = lambda _datagram: None,
+) -> frozenset[Prefix]:
+    """Return the prefixes inside the followed networks at which the answer can change.
 
-    def decode(datagram: bytes) -> list[Prefix]:
+    These are the destinations of routes and rules. `on_rules` gets the datagrams of the rules.
+    Raises: OSError, DecodeError.
+    """
+
+    def routes(datagram: bytes) -> list[Prefix]:
         return [item for item in decode_prefixes(datagram) if followed.contains(item)]
+
+    def rules(datagram: bytes) -> list[Prefix]:
+        on_rules(datagram)
+        return routes(datagram)
 
     found: set[Prefix] = set()
     for family in (AF_INET, AF_INET6):
-        for encode in (encode_route_dump, encode_rule_dump):
+        for encode, decode in ((encode_route_dump, routes), (encode_rule_dump, rules)):
             try:
                 found.update(await requests.dump(partial(encode, family), decode))
             except OSError as error:

@@ -20,12 +20,10 @@ that differ between the next hops of one route.
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from socket import AF_INET, AF_INET6
 from typing import NamedTuple
 
 from ipsecgate.core.codec.netlink import DecodeError
@@ -37,9 +35,7 @@ from ipsecgate.core.codec.rtnetlink import (
     decode_removed_routes,
     decode_route,
     encode_link_get,
-    encode_route_dump,
     encode_route_get,
-    encode_rule_dump,
     only_routes,
     rule_conditions,
 )
@@ -57,11 +53,11 @@ from ipsecgate.core.model.prefixes import (
 )
 from ipsecgate.core.nat.translation import Nat
 from ipsecgate.core.tables.layout import IF_IDS
+from ipsecgate.edges.kernel.here import NETLINK_ROUTE, prefixes_in
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket, Requests
 from ipsecgate.edges.kernel.translations import Translations
 from ipsecgate.errors import GateError
 
-NETLINK_ROUTE = 0
 # RTNLGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV4_RULE, IPV6_IFADDR, IPV6_ROUTE, IPV6_RULE
 GROUPS = (1, 5, 7, 8, 9, 11, 19)
 PAUSE = 0.02  # seconds
@@ -211,31 +207,16 @@ class Routes:
 
     async def _prefixes(self, requests: Requests) -> tuple[set[Network], Conditions]:
         """Return where the answer can change, and what else it depends on."""
-        found: set[Prefix] = set()
         by_source, marks = False, 0
 
-        def rules(datagram: bytes) -> list[Prefix]:
+        def on_rules(datagram: bytes) -> None:
             nonlocal by_source, marks
             for names_source, mask in rule_conditions(datagram):
                 by_source |= names_source
                 marks |= mask
-            return self._followed_prefixes(datagram)
 
-        for family in (AF_INET, AF_INET6):
-            for encode, decode in (
-                (encode_route_dump, self._followed_prefixes),
-                (encode_rule_dump, rules),
-            ):
-                try:
-                    found.update(await requests.dump(partial(encode, family), decode))
-                except OSError as error:
-                    if error.errno != errno.EAFNOSUPPORT:
-                        raise
-                    # The kernel has no IPv6, or its module is not loaded: it routes none.
+        found = await prefixes_in(requests, self._followed, on_rules)
         return {as_network(item) for item in found}, Conditions(by_source, marks)
-
-    def _followed_prefixes(self, datagram: bytes) -> list[Prefix]:
-        return [item for item in decode_prefixes(datagram) if self._followed.contains(item)]
 
     async def _update(self) -> None:
         """Resolve, and deliver what differs from the last result."""

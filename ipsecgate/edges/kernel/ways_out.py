@@ -67,9 +67,6 @@ async def paths(
 
     `floor`: the host floor is in force. Raises: OSError, DecodeError.
     """
-    if origin.mark:
-        text = "its socket has a mark, by which its namespace may route it elsewhere"
-        return Resolved(tuple((one, FlowPath(None, outside=text)) for one in destinations))
     there = await read_nat(namespace)
     forwarding = Forwarding(there, here.nat, here.links, here.addresses, floor)
     found: list[tuple[Network, FlowPath]] = []
