@@ -54,6 +54,7 @@ def test_another_interface_id_protects_nothing(lab: Lab, gate: Gated) -> None:
 def test_a_route_beside_the_interface_is_refused(lab: Lab, gate: Gated) -> None:
     load_route_based(lab, "xfrmi", if_id_in=str(IF_ID), if_id_out=str(IF_ID))
     assert call(lab, gate)[0] is None
+    lab.let_tcp_close()  # else the other host repeats its FIN
     ip(lab, f"route replace {INNER_B} via 192.0.2.2 src 198.51.100.1")
     try:
         with nothing_in_clear(lab, esp=False):

@@ -76,6 +76,7 @@ def test_policy_routing_by_mark_chooses_the_source(lab: Lab, gate: Gated, undo: 
     with nothing_in_clear(lab, esp=True):
         assert call(lab, gate, mark=7) == [None, OTHER_SOURCE]
         assert call(lab, gate) == [None, "198.51.100.1"]
+        lab.let_tcp_close()
     ip(lab, f"route replace {INNER_B} via 192.0.2.2 src 192.0.2.4 table 107")
     undo.append("route flush table 107")
     with nothing_in_clear(lab, esp=False):
@@ -133,6 +134,7 @@ def test_a_vti_looks_up_the_spd_again(lab: Lab, gate: Gated, undo: list[str], so
     load_route_based(lab, "vti", mark_in="42", mark_out="42")
     with nothing_in_clear(lab, esp=True):
         assert call(lab, gate, source=source) == [None, "198.51.100.1"]
+    lab.let_tcp_close()  # else the other host repeats its FIN
     ip(lab, "link set vti1 down")
     with nothing_in_clear(lab, esp=False):
         wait_until(lambda: call(lab, gate, source=source, held="1s")[0] in REFUSED, "no way")
@@ -161,10 +163,12 @@ def test_the_connections_own_exception_is_the_operators_word(lab: Lab, derived: 
     neighbour = str(lab.b.bare[4])
     with lab.capture() as capture:
         assert call(lab, derived, to=neighbour, held="2s")[0] is None
+        lab.let_tcp_close()  # else the next capture has the other host's FIN
         in_clear = capture.stop().clear
     assert any(packet.is_syn for packet in in_clear)
     with nothing_in_clear(lab, esp=True):
         assert call(lab, derived)[0] is None
+        lab.let_tcp_close()
     reasons = derived.reasons()
     assert reasons["allow_passed"] > 0
     assert reasons["block_clear"] == 0

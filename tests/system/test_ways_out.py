@@ -18,7 +18,9 @@ from ipsecgate.core.model.prefixes import LongestPrefix
 from ipsecgate.edges.kernel import here as kernel_here
 from ipsecgate.edges.kernel import namespaces, probe, ways_out
 from ipsecgate.lab import netns, path
+from ipsecgate.lab.charon import load_tun
 from tests.system.boxes import BRIDGE, INSIDE, LINK, OUTSIDE, PORT, Box, box
+from tests.until import wait_until
 
 pytestmark = pytest.mark.second_guest
 
@@ -226,6 +228,7 @@ def test_userspace_esp_protects_only_what_is_routed_into_its_device(
     host: netns.Namespace,
 ) -> None:
     """The host's own packets go there; a rule for what arrives at the bridge leads past it."""
+    load_tun()
     Box.ip("tuntap add", host, "ipsec0 mode tun")
     Box.ip("link set", host, "ipsec0 up")
     Box.ip("route add", host, "203.0.113.0/24 dev ipsec0")
@@ -297,7 +300,14 @@ def test_a_namespace_is_found_by_a_thread_in_it(there: netns.Namespace) -> None:
     finally:
         leave.set()
         thread.join()
-    assert namespaces.find(cookie_of(there), [os.getpid()]) is None
+
+    def is_gone() -> bool:
+        found = namespaces.find(cookie_of(there), [os.getpid()])
+        if found is not None:
+            found[0].close()
+        return found is None
+
+    wait_until(is_gone, "the thread is still found")  # the kernel ends it after join() returns
 
 
 def test_an_open_namespace_lives_on(there: netns.Namespace) -> None:
