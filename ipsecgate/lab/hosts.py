@@ -213,7 +213,11 @@ class Lab:
         return self._cgroups.make(name)
 
     def capture(self) -> Capture:
-        """Return a capture of the traffic between the hosts; the caller starts it."""
+        """Return a capture of the traffic between the hosts; the caller starts it.
+
+        This first waits until no earlier connection is closing, so that the capture has none of it.
+        """
+        self.let_tcp_close()
         capture = Capture(self.path, {"a": SITE_A.port, "b": SITE_B.port}, self.natt_ports)
         self._stack.callback(capture.close)
         return capture
