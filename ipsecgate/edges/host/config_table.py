@@ -6,7 +6,6 @@ Every error names the file and the key; its hint is the correction or an example
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from reprlib import repr as short
 from typing import TypeVar
@@ -112,5 +111,7 @@ _KINDS: dict[type, str] = {str: "a string", bool: "true or false", list: "a list
 
 
 def _suggest(text: str, options: Sequence[str]) -> str:
+    from difflib import get_close_matches  # noqa: PLC0415 - only a mistake needs it
+
     near = get_close_matches(text, options, 1)
     return f"did you mean {near[0]!r}?" if near else ""
