@@ -1,11 +1,16 @@
-"""Leaves the flows of other network namespaces to the instances that judge them."""
+"""Leaves the flows of other network namespaces to the instances that judge them.
+
+Nothing notifies of the cgroups that another instance gates. So this looks every `POLL` while there
+is one. While there is none, it waits until one is loaded.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 
-from ipsecgate.admin import loader
+from ipsecgate.admin import instances, loader
+from ipsecgate.edges.host.inotify import Arrivals
 from ipsecgate.errors import GateError
 from ipsecgate.paths import Paths
 
@@ -35,4 +40,28 @@ class OtherInstances:
                     name = self.names[cookie]
                     log.info("instance %s is not attached wherever this one is", name)
                 self.names = found
-            await asyncio.sleep(POLL)
+            await self._until_due()
+
+    async def _until_due(self) -> None:
+        pins = loader.pins_of(self._paths)
+        try:
+            if not instances.is_beside_others(pins):
+                loaded = Arrivals(pins.root.parent)
+                try:
+                    if not instances.is_beside_others(pins):  # it may have come before we watched
+                        await _until_readable(loaded.fd)
+                        return
+                finally:
+                    loaded.close()
+        except OSError as error:
+            log.debug("cannot watch for other instances: %s", error)
+        await asyncio.sleep(POLL)
+
+
+async def _until_readable(fd: int) -> None:
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(fd, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(fd)
