@@ -13,6 +13,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import UDP, Flow
 from tests.unit.transcript import (
     FLOW,
+    LISTED,
     NAME,
     REFUSED,
     SOURCES,
@@ -55,7 +56,8 @@ def test_the_deadlock_is_named_once_with_the_way_out_of_it(waiting: Transcript) 
 
 
 def test_it_ends_when_the_negotiation_gets_further(waiting: Transcript) -> None:
-    for end in (on.NegotiationFailed(NAME, "MAC mismatched"), on.NegotiationDone(NAME)):
+    failure = on.NegotiationFailed(NAME, "MAC mismatched")
+    for end in (failure, on.NegotiationDone(NAME), on.ChildUp(LISTED)):
         waiting.after(LOOKUP, FAILED)
         assert deadlocks(waiting)
         waiting.after(end)

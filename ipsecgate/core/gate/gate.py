@@ -193,6 +193,9 @@ class Gate:
         One SA arrives as several notifications, and only all of them show whether it protects.
         """
         changes = [self.protection.notified(event) for event in events]
+        for event in events:
+            if isinstance(event, on.ChildUp):
+                self.lookups.up(event.sa.name)
         commands = self._propagate.after_protection() if any(changes) else []
         policies = [event.entry for event in events if isinstance(event, on.PolicySet)]
         if any(map(self.protection.may_be_unknown, policies)):
