@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vici import Session
-from vici.exception import CommandException
+from vici.exception import CommandException, SessionException
 
 from ipsecgate.edges.bpf import elements
 from ipsecgate.edges.bpf.pins import Pins
@@ -87,7 +87,10 @@ def vici(host: Host, command: str, **request: Any) -> None:
     """Send a VICI command; ignore a daemon that is down, suspended, or fails the command."""
     if command == "terminate":
         request = {"timeout": "-1", **request}
-    with suppress(OSError, CommandException), socket.socket(socket.AF_UNIX) as sock:
+    with (
+        suppress(OSError, CommandException, SessionException),
+        socket.socket(socket.AF_UNIX) as sock,
+    ):
         sock.settimeout(VICI_TIMEOUT)
         sock.connect(str(host.charon.vici_socket))
         answer = getattr(Session(sock), command)(request)

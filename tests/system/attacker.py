@@ -192,14 +192,15 @@ def packet_socket(address: str, argument: str) -> Iterator[str]:
 def set_user_id(address: str, argument: str) -> Iterator[str]:
     """As nobody, run `packet_socket` in a set-user-id program, first with, then without privileges.
 
-    `argument` is the program and a device.
+    `argument` is the program, which has a copy of this file beside it, and a device.
     """
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
     program, device = argument.split(" ")
     for _ in range(2):
-        words = [program, "-S", __file__, "packet_socket", address, device]
+        script = str(Path(program).with_name("attacker.py"))
+        words = [program, "-S", script, "packet_socket", address, device]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         yield (json.loads(done.stdout)[0] if done.stdout else done.stderr.split()[-1])
         uring.libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
