@@ -180,7 +180,7 @@ def test_a_held_call_times_out(lab: Lab, gate: Gated, call: str) -> None:
 @pytest.mark.parametrize("call", ["non_blocking", "udp_connect"])
 def test_a_non_blocking_call_has_a_shorter_limit(lab: Lab, gate: Gated, call: str) -> None:
     spec = load_connection(lab, gate)
-    with nothing_in_clear(lab, esp=False), stopped(lab):
+    with stopped(lab), nothing_in_clear(lab, esp=False):
         result = run(lab, gate, held_client.command(call, lab.b.address(spec), PORT))
     assert result["error"] == "ETIMEDOUT"
     assert HOLD_IMPATIENT <= result["seconds"] < HOLD

@@ -49,7 +49,7 @@ def gate(lab: Lab, cache: Path) -> Iterator[Gated]:
 
 def test_a_dying_controller_ends_the_calls_that_it_holds(lab: Lab, gate: Gated) -> None:
     spec = load_connection(lab, gate)
-    with nothing_in_clear(lab, esp=False), stopped(lab):
+    with stopped(lab), nothing_in_clear(lab, esp=False):
         process = start(lab, gate, held_client.command("twice", lab.b.address(spec), PORT))
         wait_held(gate)
         gate.kill()
@@ -74,7 +74,7 @@ def seccomp_listeners(gate: Gated) -> int:
 
 def test_a_killed_application_is_forgotten(lab: Lab, gate: Gated) -> None:
     spec = load_connection(lab, gate)
-    with nothing_in_clear(lab, esp=False), stopped(lab):
+    with stopped(lab), nothing_in_clear(lab, esp=False):
         process = start(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))
         wait_held(gate)
         assert seccomp_listeners(gate) == 1
@@ -88,7 +88,7 @@ def test_a_signal_ends_a_held_program(lab: Lab, gate: Gated) -> None:
     """The program has no handler for it."""
     spec = load_connection(lab, gate)
     command = ["bash", "-c", f"exec 3<>/dev/tcp/{lab.b.address(spec)}/{PORT}"]
-    with nothing_in_clear(lab, esp=False), stopped(lab):
+    with stopped(lab), nothing_in_clear(lab, esp=False):
         process = start(lab, gate, command)
         wait_held(gate)
         process.terminate()
@@ -127,7 +127,7 @@ def test_a_busy_service_manager_receives_the_listener_later(lab: Lab, gate: Gate
     with FdStore() as store:
         store.start(gate)
         spec = load_connection(lab, gate)
-        with nothing_in_clear(lab, esp=False), stopped(lab):
+        with stopped(lab), nothing_in_clear(lab, esp=False):
             store.fill()
             process = start(lab, gate, held_client.command("tcp", lab.b.address(spec), PORT))
             wait_held(gate)
@@ -168,7 +168,7 @@ def test_the_next_controller_does_not_extend_a_hold(lab: Lab, gate: Gated) -> No
         store.start(gate)
         spec = load_connection(lab, gate)
         command = held_client.command("tcp", lab.b.address(spec), PORT)
-        with nothing_in_clear(lab, esp=False), stopped(lab):
+        with stopped(lab), nothing_in_clear(lab, esp=False):
             process = start(lab, gate, command, "--hold", "2m")
             wait_held(gate)
             wait_until(store.is_given, "the listener was not stored")

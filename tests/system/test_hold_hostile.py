@@ -91,7 +91,7 @@ def test_the_blocking_process_is_refused_instead_of_held(
     lab: Lab, gate: Gated, file: StallingFile
 ) -> None:
     spec = load_connection(lab, gate)
-    with nothing_in_clear(lab, esp=False), stopped(lab):
+    with stopped(lab), nothing_in_clear(lab, esp=False):
         hostile = start(
             lab, gate, held_client.command("posing", lab.b.address(spec), PORT, file.path)
         )

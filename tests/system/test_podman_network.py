@@ -95,12 +95,12 @@ class Podman:
         with self.lab.capture() as capture:
             done = self.lab.a.run(argv, env=self.env, timeout=LIMIT, check=False)
             seen = capture.stop()
+        code = re.search(r"^code (\d+)$", done.stdout, re.MULTILINE)
+        assert code, (done.stdout, done.stderr)
         heads, values = (
             line.split() for line in done.stdout.splitlines() if line.startswith("TcpExt:")
         )
         again = dict(zip(heads, values, strict=True))["TCPSynRetrans"]
-        code = re.search(r"^code (\d+)$", done.stdout, re.MULTILINE)
-        assert code, (done.stdout, done.stderr)
         return Ran(done.stdout + done.stderr, int(code[1]), int(again), seen)
 
 
