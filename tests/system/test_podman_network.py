@@ -78,7 +78,8 @@ class Podman:
 
     def __init__(self, lab: Lab, gate: Gated, folder: Path, tools: Path) -> None:
         self.lab, self.gate, self.folder = lab, gate, folder
-        self.env = {"PATH": f"{tools}:{os.environ['PATH']}"}
+        # Debian 13's podman prefers nftables, which user-mode-linux lacks.
+        self.env = {"PATH": f"{tools}:{os.environ['PATH']}", "NETAVARK_FW": "iptables"}
 
     def argv(self, name: str, to: object, cgroup: Path, profile: bool) -> list[str]:
         url = f"http://{to}:{HTTP}/"
