@@ -7,7 +7,7 @@ LIMIT ?= 2400
 # Extra arguments for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-files installed demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients bench vagrant-test lint clean
+.PHONY: help setup install install-program install-files installed reference demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients bench vagrant-test lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,7 +30,7 @@ LIB = $(DESTDIR)$(PREFIX)/lib/ipsecgate
 SHARE = $(DESTDIR)$(PREFIX)/share
 UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
-install: install-program install-files ## install the program, units, completions and man page below DESTDIR
+install: install-program install-files ## install the program, units, completions and man pages below DESTDIR
 
 install-program: setup
 	@install -d $(LIB) $(DESTDIR)$(PREFIX)/bin
@@ -39,14 +39,18 @@ install-program: setup
 	@chmod 755 $(DESTDIR)$(PREFIX)/bin/ipsecgate
 
 install-files: setup
-	@install -d $(UNITS) $(SHARE)/man/man8 $(SHARE)/bash-completion/completions \
+	@install -d $(UNITS) $(SHARE)/man/man8 $(SHARE)/man/man5 $(SHARE)/bash-completion/completions \
 	    $(SHARE)/zsh/vendor-completions $(SHARE)/fish/vendor_completions.d
 	@for unit in packaging/systemd/*.service; do \
 	    sed 's,@bindir@,$(PREFIX)/bin,' $$unit >$(UNITS)/$${unit##*/}; done
 	@$(BIN)/python -m ipsecgate.cli.manual man >$(SHARE)/man/man8/ipsecgate.8
+	@$(BIN)/python -m ipsecgate.cli.manual man5 >$(SHARE)/man/man5/ipsecgate.toml.5
 	@$(BIN)/python -m ipsecgate.cli.manual bash >$(SHARE)/bash-completion/completions/ipsecgate
 	@$(BIN)/python -m ipsecgate.cli.manual zsh >$(SHARE)/zsh/vendor-completions/_ipsecgate
 	@$(BIN)/python -m ipsecgate.cli.manual fish >$(SHARE)/fish/vendor_completions.d/ipsecgate.fish
+
+reference: setup ## write the reference of the configuration into docs/operating.md
+	$(BIN)/python -m ipsecgate.cli.manual reference docs/operating.md
 
 # tests/system/test_systemd.py boots with this root. It is made here, because the guest has no pip index.
 INSTALLED := .cache/root

@@ -25,11 +25,14 @@ class UntrustedError(GateError):
 
 
 def run(
-    argv: Sequence[str], variables: Mapping[str, str] | None = None
+    argv: Sequence[str],
+    variables: Mapping[str, str] | None = None,
+    limit: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a system program until it exits, and capture its output.
 
-    `variables` are added to `ENVIRONMENT`. Raises: OSError if it cannot be started.
+    `variables` are added to `ENVIRONMENT`. `limit`: seconds. Raises: OSError if it cannot be
+    started, subprocess.TimeoutExpired if it takes longer.
     """
     return subprocess.run(
         argv,
@@ -38,6 +41,8 @@ def run(
         check=False,
         cwd="/",
         env={**ENVIRONMENT, **(variables or {})},
+        errors="replace",
+        timeout=limit,
     )
 
 

@@ -22,13 +22,13 @@ packages=(
     iproute2 kmod mount procps util-linux
 )
 # Widely used clients and their servers. ecj compiles the Java client; javac would take 70 MB.
-# systemd-analyze and linux-libc-dev check the units, man checks the man page, and tcc builds the
+# systemd-analyze and linux-libc-dev check the units, man and mandoc check the man pages, and tcc builds the
 # library that the test kernel needs on some CPUs.
 test_packages=(
-    busybox-static curl default-jre-headless ecj git golang-go ncat netcat-openbsd nodejs
-    openssh-client openssh-server perl postgresql redis-server redis-tools wget
+    busybox-static curl default-jre-headless ecj fish git golang-go ncat netcat-openbsd nodejs
+    openssh-client openssh-server perl postgresql redis-server redis-tools wget zsh
     crun podman runc iptables nftables
-    linux-libc-dev man-db systemd tcc zstd
+    linux-libc-dev man-db mandoc systemd tcc zstd
 )
 bench_packages=(gcc libc6-dev)
 # The services that these packages start.

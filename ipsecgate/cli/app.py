@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
+from ipsecgate.cli import complete
+from ipsecgate.cli.verb import Examples
 from ipsecgate.errors import GateError
 from ipsecgate.paths import DEFAULT_CONFIG, DEFAULT_INSTANCE, Paths
 from ipsecgate.printable import as_json, printable, printable_lines
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ipsecgate.edges.host.config import Config
+
+
+COMPLETING = "_IPSECGATE_COMPLETE"  # set by the completion of a shell
 
 
 @dataclass
@@ -69,7 +75,7 @@ class _OneLine(logging.Formatter):
         return printable_lines(super().formatException(ei))
 
 
-class _Verbs(click.Group):
+class _Verbs(Examples, click.Group):
     """The verbs. Each one's module is imported when it runs: `exec` must start quickly."""
 
     # Verb -> its module in this package, and the first line of its help.
@@ -89,6 +95,7 @@ class _Verbs(click.Group):
         "why": ("why", "Explain why a flow is let go or refused."),
         "events": ("events", "Show what was refused or blocked, and why."),
         "check": ("check", "Check that this machine has what the gate needs."),
+        "bugtool": ("bugtool", "Collect a support bundle without secrets."),
         "demo": ("demo", "Compare first connections with and without the gate."),
     }
 
@@ -104,6 +111,15 @@ class _Verbs(click.Group):
         command: click.Command = getattr(module, name, None) or getattr(module, f"{name}_")
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Offer the verbs without importing them, and the global options."""
+        verbs = [
+            CompletionItem(name, help=summary)
+            for name, (_, summary) in self.verbs.items()
+            if name.startswith(incomplete)
+        ]
+        return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """List the verbs without importing them."""
         with formatter.section("Commands"):
@@ -113,6 +129,15 @@ class _Verbs(click.Group):
 @click.command(
     cls=_Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "IPSECGATE"},
+    invoke_without_command=True,  # for --version
+    no_args_is_help=True,
+    examples=[
+        ("ipsecgate check", "Find out what this machine lacks."),
+        ("ipsecgate status", "See what is gated, covered and refused."),
+        ("ipsecgate why", "Explain the last refusal, and what to do."),
+        ("ipsecgate attach unit:postgresql", "Gate a systemd unit until it is detached."),
+        ("ipsecgate exec -- curl http://10.2.0.9/", "Run a command that waits for its SA."),
+    ],
 )
 @click.option(
     "--config",
@@ -126,6 +151,7 @@ class _Verbs(click.Group):
     "-i",
     default=DEFAULT_INSTANCE,
     metavar="NAME",
+    shell_complete=complete.instances,
     help="Use the instance NAME. A host needs one for each network namespace with gated processes.",
 )
 @click.option("--bpffs", type=click.Path(path_type=Path), default=Path("/sys/fs/bpf"), hidden=True)
@@ -142,7 +168,12 @@ class _Verbs(click.Group):
 @click.option(
     "--verbose", "-v", is_flag=True, help="Log debug messages, and show the traceback of an error."
 )
-@click.version_option(package_name="ipsecgate", prog_name="ipsecgate")
+@click.option(
+    "--version",
+    "show_version",
+    is_flag=True,
+    help="Show the versions of ipsecgate, the kernel, strongSwan and the libraries, and exit.",
+)
 @click.pass_context
 def cli(
     ctx: click.Context,
@@ -154,6 +185,7 @@ def cli(
     cache_dir: Path,
     as_json: bool,
     verbose: bool,
+    show_version: bool,
 ) -> None:
     """No packet leaves an application towards a protected peer before IPsec is ready.
 
@@ -174,6 +206,11 @@ def cli(
         json=as_json,
         verbose=verbose,
     )
+    if show_version:
+        import_module("ipsecgate.cli.version").show(ctx.obj)
+        ctx.exit()
+    if ctx.invoked_subcommand is None:
+        ctx.fail("Missing command.")
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
@@ -182,6 +219,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if argv is None else argv
     ours = set(takewhile(lambda word: word not in _Verbs.verbs, arguments))  # the rest is a verb's
     as_document, verbose = "--json" in ours, bool(ours & {"--verbose", "-v"})
+    if COMPLETING in os.environ:
+        import_module("ipsecgate.cli.shells")  # click finds its classes there
     try:
         code = cli.main(args=arguments, prog_name="ipsecgate", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -10,10 +10,19 @@ from rich.text import Text
 
 from ipsecgate.admin.check import examine
 from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
 from ipsecgate.printable import printable, printable_lines
 
 
-@click.command()
+@verb(
+    examples=[
+        ("ipsecgate check", "Find out what is missing on this machine."),
+        (
+            "ipsecgate --json check | jq '.[] | select(.ok | not)'",
+            "Print only what is missing, for a script.",
+        ),
+    ]
+)
 @click.pass_obj
 def check(app: App) -> int:
     """Check that this machine has what the gate needs.

@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
 from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab import first_connection, guest
@@ -35,7 +36,15 @@ GUEST_LIMIT = 300.0
 RESULT = "demo.json"
 
 
-@click.command()
+@verb(
+    examples=[
+        ("ipsecgate demo", "Compare first connections on a path of 25 ms."),
+        (
+            "ipsecgate demo --delay 100 --mode transport",
+            "Compare them on a slow path, in transport mode.",
+        ),
+    ]
+)
 @click.option(
     "--delay",
     default=25.0,

@@ -12,6 +12,7 @@ import click
 from rich.text import Text
 
 from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
 from ipsecgate.edges.host import control
 from ipsecgate.printable import as_json, printable_document
 
@@ -19,7 +20,13 @@ PERIOD = 0.5  # seconds between two polls of --follow
 COLOURS = {"refused": "red", "blocked": "bold red", "warning": "yellow", "error": "bold red"}
 
 
-@click.command()
+@verb(
+    examples=[
+        ("ipsecgate events --denied --last 20", "Show the last 20 refusals."),
+        ("ipsecgate events --follow", "Show new events as they happen."),
+        ("ipsecgate --json events --follow", "Print one JSON object a line, for a script."),
+    ]
+)
 @click.option(
     "--follow", "-f", is_flag=True, help="Keep printing new events; with --json one per line."
 )

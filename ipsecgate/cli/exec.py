@@ -14,7 +14,9 @@ from pathlib import Path
 import click
 
 from ipsecgate.admin import loader
+from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
 from ipsecgate.core.codec import seccomp as abi
 from ipsecgate.core.model.policy import HOLD, HOLD_LONGEST
 from ipsecgate.edges.holding import seccomp
@@ -66,17 +68,35 @@ hold_option = click.option(
 udp_option = click.option("--udp", is_flag=True, help="Also hold sendmsg() and sendmmsg().")
 
 
-@click.command("exec", context_settings={"ignore_unknown_options": True})
+@verb(
+    "exec",
+    context_settings={"ignore_unknown_options": True},
+    examples=[
+        (
+            "ipsecgate exec -- curl http://10.2.0.9/",
+            "Run curl in the only gated cgroup. Its call waits for the SA.",
+        ),
+        (
+            "ipsecgate exec --hold 5s --cgroup unit:dns --udp -- dig @10.2.0.53 db.example",
+            "Choose the cgroup, wait 5 seconds at most, and hold datagrams, too.",
+        ),
+    ],
+)
 @hold_option
 @click.option(
     "--cgroup",
     metavar="TARGET",
+    shell_complete=complete.gated,
     help="Run in this gated cgroup, or in one below it: a path, unit:NAME or container:NAME. "
     "The default is the current cgroup if it is gated, else the only gated one.",
 )
 @udp_option
-@click.option("--user", metavar="USER", help="Run the command as this user.")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option(
+    "--user", metavar="USER", shell_complete=complete.users, help="Run the command as this user."
+)
+@click.argument(
+    "command", nargs=-1, required=True, type=click.UNPROCESSED, shell_complete=complete.command
+)
 @click.pass_obj
 def exec_(
     app: App,

@@ -1,19 +1,22 @@
-"""Generate the man page and the shell completions from the commands.
+"""Generate the man pages, the reference of the configuration and the shell completions.
 
-python -m ipsecgate.cli.manual man | bash | zsh | fish
+    python -m ipsecgate.cli.manual man | man5 | reference PAGE | bash | zsh | fish
+
+man is ipsecgate(8), man5 is ipsecgate.toml(5), and PAGE is docs/operating.md.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import click
-from click.shell_completion import get_completion_class
 
+from ipsecgate.cli import config_reference, troff
 from ipsecgate.cli.app import cli
+from ipsecgate.cli.shells import SHELLS, script
 
-SHELLS = ("bash", "zsh", "fish")
 EXIT_CODES = (
     (0, "Success."),
     (1, "The command failed or was refused; status: the gate is not healthy; demo: packets of a "
@@ -49,53 +52,38 @@ def commands() -> Iterator[tuple[str, click.Command]]:
 
 
 def man_page() -> str:
-    """Return ipsecgate(8) as troff. Source: man-pages(7), groff_man(7)."""
+    """Return ipsecgate(8) as troff."""
     lines = [
-        '.TH IPSECGATE 8 "" ipsecgate "System Administration"',
+        troff.title("ipsecgate", 8, "System Administration"),
         ".SH NAME",
-        rf"ipsecgate \- {_text(_summary(cli)).rstrip('.')}",
+        *troff.paragraphs(f"ipsecgate - {_summary(cli).rstrip('.')}"),
         ".SH SYNOPSIS",
-        r".B ipsecgate",
-        r"[\fIoptions\fR] \fIverb\fR [\fIarguments\fR]",
+        r"\fBipsecgate\fR [\fIoptions\fR] \fIverb\fR [\fIarguments\fR]",
         ".SH DESCRIPTION",
-        *_paragraphs(cli, first=1),  # paragraph 0 is the name line
+        *troff.paragraphs((cli.help or "").partition("\n\n")[2]),  # before it is the name line
         ".SH OPTIONS",
         *_options(cli),
         ".SH VERBS",
     ]
     for name, command in commands():
-        words = [_text(w) for w in command.collect_usage_pieces(click.Context(command))]
-        lines += [f'.SS "{_text(name)} {" ".join(words)}"', *_paragraphs(command)]
-        lines += _options(command)
+        words = [troff.text(w) for w in command.collect_usage_pieces(click.Context(command))]
+        lines += [f'.SS "{troff.text(name)} {" ".join(words)}"']
+        lines += [*troff.paragraphs(command.help or ""), *_options(command)]
+        lines += [".PP", "Examples:", *troff.examples(command)]
+    lines += [".SH EXAMPLES", *troff.examples(cli)]
     lines.append(".SH EXIT STATUS")
     for code, meaning in EXIT_CODES:
-        lines += [".TP", rf"\fB{code}\fR", _text(meaning)]
+        lines += troff.entry(rf"\fB{code}\fR", meaning)
     lines.append(".SH FILES")
     for path, meaning in FILES:
-        lines += [".TP", rf"\fI{_text(path)}\fR", _text(meaning)]
-    lines += [".SH SEE ALSO", ".BR swanctl (8),", ".BR ip-xfrm (8),", ".BR seccomp_unotify (2)"]
+        lines += troff.entry(rf"\fI{troff.text(path)}\fR", meaning)
+    lines += [".SH SEE ALSO", ".BR ipsecgate.toml (5),", ".BR swanctl (8),", ".BR ip\\-xfrm (8),",
+              ".BR seccomp_unotify (2)"]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def completion(shell: str) -> str:
-    """Return a shell's completion script."""
-    complete_class = get_completion_class(shell)
-    if complete_class is None:
-        raise click.UsageError(f"no completion for {shell}")
-    # Not ShellComplete.source(): for bash it would run bash to check its version.
-    complete = complete_class(cli, {}, "ipsecgate", "_IPSECGATE_COMPLETE")
-    return complete_class.source_template % complete.source_vars()
 
 
 def _summary(command: click.Command) -> str:
     return (command.help or "").strip().split("\n\n", maxsplit=1)[0].replace("\n", " ")
-
-
-def _paragraphs(command: click.Command, first: int = 0) -> Iterator[str]:
-    for number, paragraph in enumerate((command.help or "").strip().split("\n\n")[first:]):
-        if number:
-            yield ".PP"
-        yield _text(" ".join(paragraph.split()))
 
 
 def _options(command: click.Command) -> Iterator[str]:
@@ -103,20 +91,22 @@ def _options(command: click.Command) -> Iterator[str]:
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None and record[1] and "--help" not in record[0]:
-            names, meaning = record
-            yield from (".TP", rf"\fB{_text(names)}\fR", _text(meaning))
-
-
-def _text(text: str) -> str:
-    """Escape what troff would interpret."""
-    escaped = text.replace("\\", r"\e").replace("-", r"\-")
-    return rf"\&{escaped}" if escaped.startswith((".", "'")) else escaped
+            yield from troff.entry(rf"\fB{troff.text(record[0])}\fR", record[1])
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the man page, or the completion of a shell."""
-    (output,) = arguments
-    sys.stdout.write(man_page() if output == "man" else completion(output))
+    """Print a man page or the completion of a shell, or write the reference into a page."""
+    match arguments:
+        case ["man"]:
+            sys.stdout.write(man_page())
+        case ["man5"]:
+            sys.stdout.write(config_reference.man_page())
+        case ["reference", page]:
+            config_reference.into(Path(page))
+        case [shell] if shell in SHELLS:
+            sys.stdout.write(script(shell, cli))
+        case _:
+            raise click.UsageError("usage: man | man5 | reference PAGE | bash | zsh | fish")
 
 
 if __name__ == "__main__":

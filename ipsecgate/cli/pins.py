@@ -5,13 +5,23 @@ from __future__ import annotations
 import click
 
 from ipsecgate.admin import loader
+from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
 from ipsecgate.edges.host import saved_state
 from ipsecgate.errors import UsageError
 from ipsecgate.paths import Paths
 
 
-@click.command()
+@verb(
+    examples=[
+        ("ipsecgate load", "Pin the hooks. New ones refuse everything until a controller runs."),
+        (
+            "ipsecgate load --attach",
+            "Also gate the configured cgroups, as the early unit does at boot.",
+        ),
+    ]
+)
 @click.option("--attach", "gate", is_flag=True, help="Also gate the configured cgroups that exist.")
 @click.pass_obj
 def load(app: App, gate: bool) -> None:
@@ -56,7 +66,12 @@ def _gate_last_targets(paths: Paths, error: UsageError) -> None:
         ) from error
 
 
-@click.command()
+@verb(
+    examples=[
+        ("ipsecgate unload", "Remove the hooks while nothing is gated."),
+        ("ipsecgate unload --force", "Open the gate: nothing is refused any more."),
+    ]
+)
 @click.option("--force", is_flag=True, help="Unload even if cgroups are gated.")
 @click.pass_obj
 def unload(app: App, force: bool) -> None:
@@ -70,8 +85,14 @@ def unload(app: App, force: bool) -> None:
     )
 
 
-@click.command()
-@click.argument("target")
+@verb(
+    examples=[
+        ("ipsecgate attach unit:postgresql", "Gate a systemd unit."),
+        ("ipsecgate attach container:webshop", "Gate a container, by its name or id."),
+        ("ipsecgate attach /sys/fs/cgroup/gated.slice", "Gate a cgroup and all cgroups below it."),
+    ]
+)
+@click.argument("target", shell_complete=complete.targets)
 @click.pass_obj
 def attach(app: App, target: str) -> None:
     """Gate a cgroup and all cgroups below it.
@@ -83,8 +104,12 @@ def attach(app: App, target: str) -> None:
     app.done(f"gated: {cgroup}", attached=str(cgroup))
 
 
-@click.command()
-@click.argument("target")
+@verb(
+    examples=[
+        ("ipsecgate detach unit:postgresql", "Stop gating a systemd unit."),
+    ]
+)
+@click.argument("target", shell_complete=complete.gated)
 @click.pass_obj
 def detach(app: App, target: str) -> None:
     """Stop gating a cgroup.

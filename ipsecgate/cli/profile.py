@@ -9,12 +9,24 @@ import click
 
 from ipsecgate.cli.app import App
 from ipsecgate.cli.exec import hold_option, udp_option
+from ipsecgate.cli.verb import verb
 from ipsecgate.core.codec import oci
 from ipsecgate.edges.holding import seccomp
 from ipsecgate.errors import UsageError
 
 
-@click.command()
+@verb(
+    examples=[
+        (
+            "ipsecgate seccomp-profile >/etc/ipsecgate/hold.json",
+            "Write a profile for podman run --security-opt seccomp=FILE.",
+        ),
+        (
+            "ipsecgate seccomp-profile --base /usr/share/containers/seccomp.json",
+            "Keep podman's own restrictions.",
+        ),
+    ]
+)
 @hold_option
 @udp_option
 @click.option(

@@ -8,12 +8,21 @@ from importlib.util import find_spec, module_from_spec
 import click
 
 from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
 from ipsecgate.edges.host import control
 
 RELOAD_LIMIT = 90.0  # seconds
 
 
-@click.command()
+@verb(
+    examples=[
+        ("ipsecgate run", "Run the controller with the configuration in /etc/ipsecgate."),
+        (
+            "ipsecgate --config ./test.toml --verbose run",
+            "Try another configuration, with debug messages.",
+        ),
+    ]
+)
 @click.pass_obj
 def run(app: App) -> None:
     """Run the controller in the foreground.
@@ -31,7 +40,11 @@ def run(app: App) -> None:
     asyncio.run(controller.run(app.paths, app.config))
 
 
-@click.command()
+@verb(
+    examples=[
+        ("ipsecgate reload", "Put a changed configuration in force."),
+    ]
+)
 @click.pass_obj
 def reload(app: App) -> None:
     """Make the controller read its configuration again.

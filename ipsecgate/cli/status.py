@@ -6,11 +6,17 @@ import click
 
 from ipsecgate.admin.status import status_of
 from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
 from ipsecgate.errors import GateError
 from ipsecgate.printable import printable_document
 
 
-@click.command()
+@verb(
+    examples=[
+        ("ipsecgate status", "Show everything; the exit code is 0 if all is well."),
+        ("ipsecgate --json status | jq .counters", "Print one part, for a script."),
+    ]
+)
 @click.pass_obj
 def status(app: App) -> int:
     """Show hooks, policies and coverage, SAs, held calls and counters.

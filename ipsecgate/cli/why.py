@@ -4,34 +4,68 @@ from __future__ import annotations
 
 import re
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
-from ipsecgate.admin import why as decision
-from ipsecgate.admin.why import Caller, Why, caller_of
+from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
 from ipsecgate.core.model.flow import TCP, UDP, Address, Flow, parse_address
 from ipsecgate.edges.host import control
 from ipsecgate.errors import GateError, UsageError
 from ipsecgate.printable import printable, printable_document
+
+if TYPE_CHECKING:
+    from ipsecgate.admin.why import Caller
 
 _TARGET = re.compile(
     r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]/]+)):(?P<port>[0-9]{1,5})(?:/(?P<proto>tcp|udp))?"
 )
 
 
-@click.command()
-@click.argument("target", metavar="[HOST:PORT[/udp]]", required=False)
+@verb(
+    examples=[
+        ("ipsecgate why", "Explain the last refusal."),
+        (
+            "ipsecgate why 10.2.0.5:5432",
+            "Explain what happens to a connection to this address and port.",
+        ),
+        (
+            "ipsecgate why '[2001:db8::5]:53/udp' --from 2001:db8::1",
+            "Explain a datagram from a bound socket.",
+        ),
+        (
+            "ipsecgate why db.example:5432 --container webshop",
+            "Explain a connection that a container makes.",
+        ),
+    ]
+)
+@click.argument(
+    "target", metavar="[HOST:PORT[/udp]]", required=False, shell_complete=complete.flows
+)
 @click.option(
     "--from", "source", metavar="ADDRESS", help="The address to which the socket is bound."
 )
-@click.option("--pid", type=click.IntRange(1), metavar="PID", help="The process that calls.")
-@click.option("--cgroup", metavar="TARGET", help="The cgroup of the caller: a path or unit:NAME.")
-@click.option("--container", metavar="NAME", help="The container of the caller, by name or id.")
+@click.option(
+    "--pid",
+    type=click.IntRange(1),
+    metavar="PID",
+    shell_complete=complete.pids,
+    help="The process that calls.",
+)
+@click.option(
+    "--cgroup",
+    metavar="TARGET",
+    shell_complete=complete.targets,
+    help="The cgroup of the caller: a path or unit:NAME.",
+)
+@click.option(
+    "--container",
+    metavar="NAME",
+    shell_complete=complete.containers,
+    help="The container of the caller, by name or id.",
+)
 @click.pass_obj
 def why(
     app: App,
@@ -47,15 +81,12 @@ def why(
     Asks the code that decides, and changes nothing: nothing is sent, and nothing is
     negotiated. Without HOST:PORT, explains the last refusal. Exits with 1 if the flow is
     refused.
-
-    \b
-    ipsecgate why 10.2.0.5:5432
-    ipsecgate why [2001:db8::5]:53/udp --from 2001:db8::1
-    ipsecgate why db.example:5432 --container webshop
     """
+    from ipsecgate.admin import why as decision  # noqa: PLC0415 - takes 50 ms
+
     if sum(option is not None for option in (pid, cgroup, container)) > 1:
         raise UsageError("use only one of --pid, --cgroup and --container")
-    caller = caller_of(pid, f"container:{container}" if container else cgroup)
+    caller = decision.caller_of(pid, f"container:{container}" if container else cgroup)
     last = None if target else _last_refusal(app)
     flows = [_flow_of(last)] if last else _flows(target or "", source)
     try:
@@ -68,8 +99,10 @@ def why(
     if app.json:
         app.document({"last": last, "flows": documents})
     else:
+        from ipsecgate.cli.why_screen import headline, screen  # noqa: PLC0415 - rich takes 25 ms
+
         if last:
-            app.out.print(_headline(printable_document(last)), soft_wrap=True)
+            app.out.print(headline(printable_document(last)), soft_wrap=True)
         for document in documents:
             app.out.print(screen(printable_document(document)))
     return 0 if all(document["allowed"] for document in documents) else 1
@@ -145,36 +178,9 @@ def _caller_of(record: dict[str, Any] | None) -> Caller | None:
     """Return the process of a refusal, None if it has ended or is unknown."""
     if record is None or record["pid"] is None:
         return None
+    from ipsecgate.admin.why import caller_of  # noqa: PLC0415
+
     try:
         return caller_of(record["pid"], None)
     except GateError:
         return None
-
-
-def _headline(record: dict[str, Any]) -> Text:
-    process = f" of {record['comm']} ({record['pid']})" if record["pid"] else ""
-    policy = f", policy {record['policy']}" if record["policy"] else ""
-    return Text(f"Last {record['kind']}{process}: {record['text']}{policy}. Now:\n", "dim")
-
-
-def screen(document: Why) -> Group:
-    """Draw a document whose texts are printable."""
-    source = f" from {document['source']}" if document["source"] else ""
-    state, colour = ("allowed", "green") if document["allowed"] else ("refused", "red")
-    if document["error"]:
-        state += f" ({document['error']})"
-    if not document["allowed"] and document["mode"] == "audit":
-        state, colour = f"{state}, but let through in audit mode", "yellow"
-    title = Text.assemble(
-        (f"{document['flow']}{source}", "bold"), " is ", (state, colour), f": {document['text']}"
-    )
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    before = ""
-    for step in document["steps"]:
-        table.add_row("" if step["step"] == before else step["step"], step["text"])
-        before = step["step"]
-    if document["advice"]:
-        table.add_row("next", Text(document["advice"], "yellow"))
-    return Group(title, table)

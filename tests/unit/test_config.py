@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import replace
 from errno import EACCES, EHOSTUNREACH
 from ipaddress import ip_network
@@ -11,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from ipsecgate.cli.config_reference import EXAMPLE
 from ipsecgate.core.model.flow import TCP
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import SaSource
 from ipsecgate.core.tables import rule_table
 from ipsecgate.edges.host import config
 from ipsecgate.edges.host.config import Config, load
-from ipsecgate.edges.host.config_table import ERRNO_KEYS, EXAMPLES, GATE_KEYS, POLICY_KEYS
+from ipsecgate.edges.host.config_keys import SECTIONS, toml
 from ipsecgate.errors import UsageError
 
 WHOLE = """
@@ -178,21 +178,34 @@ def test_an_invalid_value_is_reported_with_file_and_key(
 
 
 @pytest.mark.parametrize(
-    ("header", "key"),
-    [
-        *(("[gate]\n", key) for key in GATE_KEYS),
-        *(("[errno]\n", key) for key in ERRNO_KEYS),
-        *((policy(""), key) for key in POLICY_KEYS),
-    ],
+    ("section", "key"), [(name, key) for name, section in SECTIONS.items() for key in section.keys]
 )
-def test_the_example_of_each_key_is_valid(tmp_path: Path, header: str, key: str) -> None:
-    example = EXAMPLES[key].removeprefix("for example: ")
-    if key in ("name", "remote"):  # the header has them already
-        header = "\n".join(line for line in header.splitlines() if not line.startswith(key)) + "\n"
+def test_the_example_of_each_key_is_valid(tmp_path: Path, section: str, key: str) -> None:
+    lines = (
+        {"name": 'name = "x"', "remote": 'remote = ["10.0.0.0/8"]'} if section == "policy" else {}
+    )
     if key == "port":
-        header += 'protocol = "tcp"\n'
-    (tmp_path / "c.toml").write_text(header + example)
+        lines["protocol"] = 'protocol = "tcp"'
+    lines[key] = SECTIONS[section].keys[key].hint.removeprefix("for example: ")
+    (tmp_path / "c.toml").write_text("\n".join([SECTIONS[section].heading, *lines.values()]))
     load(tmp_path / "c.toml")
+
+
+def test_the_default_of_each_key_is_what_a_missing_key_means(tmp_path: Path) -> None:
+    needed = '[[policy]]\nname = "x"\nremote = ["10.0.0.0/8"]\n'
+    (tmp_path / "without.toml").write_text(needed)
+    written = [
+        [
+            each.heading,
+            *(f"{k.name} = {toml(k.default)}" for k in each.keys.values() if not k.required),
+        ]
+        for each in reversed(list(SECTIONS.values()))
+    ]
+    lines = "\n".join("\n".join(section) for section in written).removeprefix("[[policy]]")
+    (tmp_path / "with.toml").write_text(needed + lines)
+    assert load(tmp_path / "with.toml") == load(tmp_path / "without.toml")
+    (tmp_path / "empty.toml").write_text("")
+    assert load(tmp_path / "empty.toml") == Config()
 
 
 def test_an_ipv4_mapped_network_becomes_its_ipv4_network(tmp_path: Path) -> None:
@@ -229,21 +242,18 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "d.toml")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/operating.md"])
-def test_the_example_in_the_docs_is_valid_and_shows_the_defaults(page: str, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / page).read_text()
+def readme() -> str:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
     (example,) = re.findall(r"```toml\n(.*?)```", text, re.S)
+    return str(example)
+
+
+@pytest.mark.parametrize("example", [readme(), EXAMPLE], ids=["README.md", "man page"])
+def test_the_examples_in_the_docs_are_valid_and_show_the_defaults(
+    example: str, tmp_path: Path
+) -> None:
     (tmp_path / "c.toml").write_text(example)
     config, default = load(tmp_path / "c.toml"), Config()
-    assert [p.name for p in config.settings.policies] == ["db"]
+    assert config.settings.policies[-1].name == "db"
     assert replace(config.settings, policies=()) == default.settings
     assert (config.vici, config.host) == (default.vici, default.host)
-
-
-def test_the_reference_in_the_docs_has_every_setting() -> None:
-    text = (Path(__file__).parents[2] / "docs/operating.md").read_text()
-    (example,) = re.findall(r"```toml\n(.*?)```", text, re.S)
-    document = tomllib.loads(example)
-    assert document["errno"].keys() == set(ERRNO_KEYS)
-    assert document["policy"][0].keys() == set(POLICY_KEYS)
-    assert document["gate"].keys() == set(GATE_KEYS) - {"host"}, "host excludes cgroups"

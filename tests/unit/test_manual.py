@@ -10,20 +10,66 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from ipsecgate.cli import config_reference
 from ipsecgate.cli.app import cli
-from ipsecgate.cli.manual import SHELLS, commands, completion, man_page
+from ipsecgate.cli.manual import commands, man_page
+from ipsecgate.edges.host.config_keys import SECTIONS, toml
+
+PAGES = {"ipsecgate.8": man_page, "ipsecgate.toml.5": config_reference.man_page}
 
 
-@pytest.fixture(scope="module")
-def screen(tmp_path_factory: pytest.TempPathFactory) -> str:
-    page = tmp_path_factory.mktemp("man") / "ipsecgate.8"
-    page.write_text(man_page())
+def shown(folder: Path, name: str) -> str:
+    """Return a page as man shows it. Fails if troff warns."""
+    page = folder / name
+    page.write_text(PAGES[name]())
     done = subprocess.run(
         ["man", "--warnings", "--encoding=ascii", "-l", str(page)], capture_output=True, text=True,
         check=True, env={"PATH": "/usr/bin:/bin", "MANWIDTH": "200", "LC_ALL": "C"},
     )  # fmt: skip
     assert not done.stderr, "troff prints no warning"
     return done.stdout
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return shown(tmp_path_factory.mktemp("man"), "ipsecgate.8")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_mandoc_finds_nothing_to_mend(name: str, tmp_path: Path) -> None:
+    page = tmp_path / name
+    page.write_text(PAGES[name]())
+    done = subprocess.run(["mandoc", "-Tlint", page], capture_output=True, check=False)
+    assert done.stdout + done.stderr == b""
+    page.write_text(page.read_text() + ".SH NAME\n.Fo\n")
+    assert subprocess.run(["mandoc", "-Tlint", page], capture_output=True, check=False).stdout
+
+
+def test_the_date_of_a_page_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert all(" 1970-01-02 " in page().splitlines()[0] for page in PAGES.values())
+
+
+def test_every_key_is_in_the_man_page_of_the_configuration(tmp_path: Path) -> None:
+    squeezed = " ".join(shown(tmp_path, "ipsecgate.toml.5").split())
+    for section in SECTIONS.values():
+        assert f"{section.heading} SECTION" in squeezed
+        for key in section.keys.values():
+            assert f"{key.name} = " in squeezed
+            assert key.meaning.replace("`", "") in squeezed
+            assert all(toml(choice) in squeezed for choice in key.choices if not key.values)
+
+
+def test_the_reference_in_the_docs_is_the_one_in_the_code(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs/operating.md"
+    assert config_reference.markdown() in page.read_text(), "make reference"
+    copy = tmp_path / "page.md"
+    copy.write_text(page.read_text().replace("restart the controller", "restart it"))
+    config_reference.into(copy)
+    assert copy.read_text() == page.read_text()
+    (tmp_path / "empty.md").touch()
+    with pytest.raises(ValueError, match="has no <!-- the keys"):
+        config_reference.into(tmp_path / "empty.md")
 
 
 def test_every_verb_and_option_is_in_the_man_page(screen: str) -> None:
@@ -52,19 +98,3 @@ def test_the_list_of_verbs_has_the_first_line_of_each_help() -> None:
     for name, summary in summaries.items():
         assert f"  {name}  " in screen
         assert f"  {summary}\n" in screen
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_completions_call_the_program(shell: str) -> None:
-    script = completion(shell)
-    assert f"_IPSECGATE_COMPLETE={shell}_complete" in script
-
-
-def test_bash_accepts_its_completion(tmp_path: Path) -> None:
-    script = tmp_path / "ipsecgate"
-    script.write_text(completion("bash"))
-    done = subprocess.run(
-        ["bash", "-euc", f". {script}; complete -p ipsecgate"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "ipsecgate_completion" in done.stdout

@@ -19,6 +19,7 @@ from ipsecgate.edges.host.mounts import mounted
 from ipsecgate.errors import GateError, KernelLacksError, UsageError
 
 SHORT_ID = 6  # digits of a container's id that name it
+SHOWN_ID = 12  # digits by which the runtimes list it
 _CONTAINER = re.compile(
     r"(?:(?:libpod|docker|crio|cri-containerd|nerdctl|runc|crun)-)?([A-Za-z0-9][\w.+-]*?)(?:\.scope)?"
 )
@@ -77,17 +78,37 @@ def naming(path: Path, targets: Iterable[str]) -> set[str]:
     return {target for target in targets if _names(target, path, known)}
 
 
+def targets_of(path: Path, known: Names) -> Iterator[str]:
+    """Yield the targets that name a cgroup as a service, a slice or a container, the shortest ones.
+
+    `known`: the containers of `runtimes.names`. One without a name is named by its id.
+    """
+    if path.suffix in (".service", ".slice") and _is_outermost(path):
+        short = path.name.removesuffix(".service")
+        yield f"unit:{path.name if '.' in short else short}"
+    match = _CONTAINER.fullmatch(path.name)
+    if match is not None and runtimes.ID.fullmatch(match[1]):
+        names = sorted(known.get(match[1], ())) or [match[1][:SHOWN_ID]]
+        yield from (f"container:{name}" for name in names)
+
+
 def _names(target: str, path: Path, known: Names) -> bool:
     kind, _, name = target.partition(":")
     match kind:
         case "unit":
-            return path.name == (name if "." in name else f"{name}.service") and not any(
-                parent.name.endswith((".service", ".scope")) or runtimes.ID.fullmatch(parent.name)
-                for parent in path.parents
-            )
+            wanted = name if "." in name else f"{name}.service"
+            return path.name == wanted and _is_outermost(path)
         case "container":
             return _is_container(name, path, known)
     return path == Path(target)
+
+
+def _is_outermost(path: Path) -> bool:
+    """Tell whether no unit or container is around a unit: it is the system's."""
+    return not any(
+        parent.name.endswith((".service", ".scope")) or runtimes.ID.fullmatch(parent.name)
+        for parent in path.parents
+    )
 
 
 def _is_container(name: str, path: Path, known: Names) -> bool:

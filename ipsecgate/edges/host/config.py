@@ -23,23 +23,12 @@ from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
 from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.policy_rules import matches
 from ipsecgate.core.tables.rule_table import COARSE_ENTRIES, COARSE_MASKS, ENTRY_LIMIT, MASK_LIMIT
-from ipsecgate.edges.host.config_table import ERRNO_KEYS, GATE_KEYS, POLICY_KEYS, TomlTable
+from ipsecgate.edges.host.config_keys import SECTIONS
+from ipsecgate.edges.host.config_table import TomlTable
 from ipsecgate.errors import UsageError
 
-DEFAULT_VICI = Path("/run/charon.vici")
+DEFAULT_VICI = Path(str(SECTIONS["gate"].keys["vici"].default))
 _POLICY = re.compile(r"\s*\[\[\s*policy\s*\]\]")
-
-# Errors that the clients we measured report as a plain failure. EAGAIN only on request, because it
-# makes some clients believe that they are connected. Never EINTR or EINPROGRESS.
-ERRNOS = (
-    "EPERM",
-    "EACCES",
-    "ECONNREFUSED",
-    "EHOSTUNREACH",
-    "ENETUNREACH",
-    "ETIMEDOUT",
-    "EAGAIN",
-)
 
 
 @value
@@ -63,10 +52,10 @@ def load(path: Path, *, required: bool = True) -> Config:
     if not required and not path.exists():
         return Config()
     document, lines = _document(path)
-    gate = TomlTable(document.take("gate", dict, {}), path, "gate")
-    errnos = _errnos(TomlTable(document.take("errno", dict, {}), path, "errno"))
+    gate = TomlTable(document.section("gate", dict, {}), path, "gate")
+    errnos = _errnos(TomlTable(document.section("errno", dict, {}), path, "errno"))
     tables = _policy_tables(document, lines)
-    document.finish(("gate", "errno", "policy"))
+    document.finish(SECTIONS)
     for extra in sorted((path.parent / "policies.d").glob("*.toml")):
         document, lines = _document(extra)
         tables += _policy_tables(document, lines)
@@ -77,28 +66,24 @@ def load(path: Path, *, required: bool = True) -> Config:
 
 
 def _config(gate: TomlTable, errnos: Errnos, policies: tuple[Policy, ...]) -> Config:
-    mode = gate.choice("mode", ("enforce", "audit"), "enforce")
-    default = gate.choice("default", ("allow", "deny"), "allow")
-    source = gate.choice("sa_source", [source.value for source in SaSource], SaSource.AUTO.value)
-    live_flows = gate.choice("live_flows", ("block", "destroy"), "block")
-    host = gate.take("host", bool, False)
+    host = gate.flag("host")
     # With the whole host gated, what the kernel sends on its own must be protected, too.
-    floor = gate.choice("floor", ("none", "xfrm-block"), "xfrm-block" if host else "none")
+    floor = gate.choice("floor", "xfrm-block" if host else None)
     config = Config(
         settings=Settings(
             policies=policies,
-            audit=mode == "audit",
-            deny=default == "deny",
+            audit=gate.choice("mode") == "audit",
+            deny=gate.choice("default") == "deny",
             errnos=errnos,
-            sa_source=SaSource(source),
+            sa_source=SaSource(gate.choice("sa_source")),
             floor=floor == "xfrm-block",
-            destroy=live_flows == "destroy",
+            destroy=gate.choice("live_flows") == "destroy",
         ),
         cgroups=tuple(gate.strings("cgroups")),
         host=host,
-        vici=Path(gate.take("vici", str, str(DEFAULT_VICI))),
+        vici=Path(gate.text("vici")),
     )
-    gate.finish(GATE_KEYS)
+    gate.finish()
     if config.host and config.cgroups:
         raise gate.error(
             "cgroups",
@@ -147,17 +132,13 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
 
 
 def _errnos(table: TomlTable) -> Errnos:
-    default = Errnos()
-    chosen = {
-        key: getattr(errno, table.choice(key, ERRNOS, errno.errorcode[getattr(default, key)]))
-        for key in ERRNO_KEYS
-    }
-    table.finish(ERRNO_KEYS)
+    chosen = {key: getattr(errno, table.choice(key)) for key in table.keys}
+    table.finish()
     return Errnos(**chosen)
 
 
 def _policy_tables(document: TomlTable, lines: Sequence[int]) -> list[TomlTable]:
-    items = document.take("policy", list, [])
+    items = document.section("policy", list, [])
     if len(lines) != len(items):
         lines = [0] * len(items)  # written in another way, so the lines are not known
     return [
@@ -185,7 +166,7 @@ def _policies(tables: Sequence[TomlTable]) -> tuple[Policy, ...]:
 
 
 def _policy(table: TomlTable) -> Policy:
-    name = table.take("name", str, "")
+    name = table.text("name")
     if not name:
         raise table.error("name", "missing: every policy needs a name")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_./@-]*", name):
@@ -197,24 +178,24 @@ def _policy(table: TomlTable) -> Policy:
     remote = tuple(table.parsed("remote", text, _network) for text in table.strings("remote"))
     if not remote:
         raise table.error("remote", "missing: every policy needs at least one network")
-    proto = table.choice("protocol", ("any", "tcp", "udp"), "any")
-    ports = table.parsed("port", table.take("port", str, "any"), _ports)
+    proto = table.choice("protocol")
+    ports = table.parsed("port", table.text("port"), _ports)
     if ports != (0, PORT_MASK) and proto == "any":
         raise table.error(
             "port",
             'needs protocol = "tcp" or protocol = "udp"',
             'add protocol = "tcp", for example',
         )
-    action = table.choice("action", ("protect", "bypass", "discard"), "protect")
-    child = table.take("child", str, "")
-    initiate = table.choice("initiate", ("on-demand", "start"), "on-demand")
+    action = table.choice("action")
+    child = table.text("child")
+    initiate = table.choice("initiate")
     if action != "protect" and (child or initiate == "start"):
         raise table.error(
             "child" if child else "initiate",
             f'has no effect with action = "{action}"',
             'remove it, or set action = "protect"',
         )
-    table.finish(POLICY_KEYS)
+    table.finish()
     return Policy(
         name=name,
         remote=remote,
