@@ -33,6 +33,12 @@ class UsageError(GateError):
     exit_code = 2
 
 
+class TimedOutError(GateError):
+    """What was waited for did not happen in time."""
+
+    exit_code = 124
+
+
 class NoControllerError(GateError):
     """No controller answers."""
 

@@ -1,50 +1,47 @@
 """Assemble the status document: pinned maps, and what the controller reports (`controller.report`).
 
-Works without a controller: its part is then empty, `controller.alive` is false, and the policies
-come from the configuration.
+Works without a controller: `controller.alive` is then false, the policies come from the
+configuration, the SAs from the kernel, and the held calls from the files of the inspectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
+from ipsecgate.admin import offline
+from ipsecgate.admin.advice import advice_on
+from ipsecgate.admin.judge import Judge
 from ipsecgate.admin.loader import pins_of
 from ipsecgate.admin.status_document import (
     ConfiguredPolicy,
     Controller,
     ControllerStatus,
     GateState,
+    HeldCall,
+    Hold,
     Hook,
     HookCounters,
     Negotiation,
+    Policy,
+    Problem,
+    Refusal,
     Status,
 )
 from ipsecgate.core.gate.coverage import Coverage
-from ipsecgate.core.model.policy import Policy, SaSource, derived_policies, in_force
-from ipsecgate.core.tables.layout import Reason, Setting, State, TableId
+from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.tables.layout import EXPLAINED, Reason, Setting, State, TableId
 from ipsecgate.core.tables.table import Table
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.pins import Pins
-from ipsecgate.edges.host import cgroups, control, saved_state
+from ipsecgate.edges.host import cgroups, control, processes
 from ipsecgate.edges.host.config import Config
-from ipsecgate.errors import NoControllerError, UsageError
+from ipsecgate.errors import NoControllerError
 from ipsecgate.paths import Paths
 
-
-def sa_source(source: SaSource) -> str | None:
-    """Return where SAs come from, None until strongSwan's answer shows it."""
-    return None if source is SaSource.AUTO else source.value
-
-
-def policy_document(policy: Policy) -> ConfiguredPolicy:
-    """Return a policy as the document has it, without its coverage."""
-    return {
-        "name": policy.name,
-        "action": policy.action.name.lower(),
-        "remote": [str(network) for network in policy.remote],
-        "child": policy.child,
-    }
+LATELY = 600.0  # seconds for which a refusal is news
+REFUSALS = 100  # shown at most
 
 
 def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
@@ -52,14 +49,7 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
 
     Raises: FileNotFoundError if nothing is loaded; OSError.
     """
-    gate: GateState
-    controller: Controller
-    try:
-        answer = cast(ControllerStatus, control.ask(paths.control, "status"))
-        gate, controller = answer, Controller(alive=True, pid=answer["pid"], since=answer["since"])
-    except NoControllerError:
-        gate = _without_controller(paths, read_config)
-        controller = Controller(alive=False, pid=None, since=None)
+    answer = ask_controller(paths)
     pins = pins_of(paths)
     with Maps(pins) as maps:
         counters = _hook_counters(maps.counters())
@@ -68,20 +58,29 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         audit = bool(maps.setting(Setting.AUDIT))
         deny = bool(maps.setting(Setting.DENY))
         memory = maps.memory()
+        gate: GateState = answer or offline.state(paths, read_config, spd)
+        judge = Judge(maps, policy_table, spd)
+        lately = maps.refusals()
+        refused = refusals(judge, lately, gate["policies"], time.time() - LATELY)
     covered = _covered(policy_table, spd)
+    hooks = _hooks(pins)
+    problems = _problems(answer, gate["errors"], hooks, published=policy_table is not None)
     return {
         "instance": paths.instance,
         "mode": "audit" if audit else "enforce",
         "default": "deny" if deny else "allow",
         "sa_source": gate["sa_source"],
         "published": policy_table is not None,
-        "controller": controller,
+        "controller": controller_of(answer),
+        "healthy": not problems,
+        "problems": problems,
         "errors": gate["errors"],
-        "hooks": _hooks(pins),
+        "hooks": hooks,
         "policies": [
-            {**policy, "coverage": _coverage(policy, place in covered, gate["negotiations"])}
+            _with_coverage(policy, place in covered, gate["negotiations"])
             for place, policy in enumerate(gate["policies"])
         ],
+        "refused": [one for one in refused if one["state"].startswith("refuse")][:REFUSALS],
         "counters": {**counters, "held": gate["held"]},
         "hook_tables": {
             "policy_masks": len(policy_table.rows) if policy_table else 0,
@@ -93,31 +92,106 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         "drift": gate["drift"],
         "negotiations": gate["negotiations"],
         "sas": gate["sas"],
-        "holds": gate["holds"],
+        "holds": [_hold(call) for call in gate["holds"]],
         "namespaces": gate["namespaces"],
     }
 
 
-def _without_controller(paths: Paths, read_config: Callable[[], Config]) -> GateState:
-    """Return the configured or remembered policies; a broken configuration becomes an error."""
-    config, errors = Config(), []
+def ask_controller(paths: Paths) -> ControllerStatus | None:
+    """Return what the controller reports of itself, None if none answers."""
     try:
-        config = read_config()
-    except UsageError as error:
-        errors.append(str(error))
-    derived = derived_policies(saved_state.load_children(paths.remembered))
-    policies = in_force(config.settings.policies, derived)
-    return {
-        "errors": errors,
-        "sa_source": sa_source(config.settings.sa_source),
-        "policies": [policy_document(policy) for policy in policies],
-        "negotiations": [],
-        "sas": [],
-        "held": 0,
-        "holds": [],
-        "namespaces": [],
-        "drift": None,
-    }
+        return cast(ControllerStatus, control.ask(paths.control, "status"))
+    except NoControllerError:
+        return None
+
+
+def controller_of(answer: ControllerStatus | None) -> Controller:
+    """Return the controller's part of every document."""
+    if answer is None:
+        return {"alive": False, "ready": False, "pid": None, "since": None}
+    return {"alive": True, "ready": answer["ready"], "pid": answer["pid"], "since": answer["since"]}
+
+
+def _problems(
+    answer: ControllerStatus | None,
+    errors: Sequence[str],
+    hooks: Sequence[Hook],
+    *,
+    published: bool,
+) -> list[Problem]:
+    """Return what keeps the gate from being healthy; what matters most comes first."""
+    found: list[Problem] = []
+    if answer is None:
+        found.append(
+            {
+                "text": "the controller is not running: covered flows go on, other protected "
+                "ones are refused",
+                "advice": "see `journalctl -u ipsecgate`, then `systemctl start ipsecgate`",
+            }
+        )
+    elif not answer["ready"]:
+        found.append(
+            {
+                "text": "the controller is starting: what no SA covered before is refused",
+                "advice": "wait a moment: `ipsecgate status --wait`",
+            }
+        )
+    if not published:
+        found.append(
+            {
+                "text": "no policy is known yet: everything but loopback is refused",
+                "advice": "start strongSwan, or configure policies",
+            }
+        )
+    found += [{"text": error, "advice": advice_on(error)} for error in errors]
+    for number in sorted({hook["cgroup_id"] for hook in hooks if not hook["attached"]}):
+        found.append(
+            {
+                "text": f"removed cgroup {number}: sockets that were made in it stay gated",
+                "advice": f"attach its successor, then `ipsecgate detach {number}`",
+            }
+        )
+    return found
+
+
+def refusals(
+    judge: Judge,
+    lately: Iterable[tuple[Flow, Reason, float]],
+    policies: Sequence[ConfiguredPolicy],
+    since: float = 0.0,
+) -> list[Refusal]:
+    """Return what was refused since then (wall clock), the last first."""
+    found: list[Refusal] = []
+    for flow, reason, last in lately:
+        if last < since:
+            break
+        place = judge.place(flow)
+        found.append(
+            {
+                "flow": str(flow),
+                "source": None if flow.saddr is None else str(flow.saddr),
+                "reason": reason.name.lower(),
+                "text": EXPLAINED[reason],
+                "policy": policies[place]["name"]
+                if place is not None and place < len(policies)
+                else None,
+                "last": last,
+                "state": judge.judge(flow).name.lower(),
+            }
+        )
+    return found
+
+
+def _hold(call: HeldCall) -> Hold:
+    return {**call, "comm": processes.name_of(call["pid"])}
+
+
+def _with_coverage(
+    policy: ConfiguredPolicy, covered: bool, negotiations: Iterable[Negotiation]
+) -> Policy:
+    own = [one for one in negotiations if one["policy"] == policy["name"]]
+    last_error = next((one["last_error"] for one in own if one["last_error"]), "")
+    return {**policy, "coverage": _coverage(policy, covered, own), "last_error": last_error}
 
 
 def _hooks(pins: Pins) -> list[Hook]:
@@ -155,7 +229,7 @@ def _coverage(
         return None
     if covered:
         return Coverage.COVERED.value
-    states = {n["state"] for n in negotiations if n["policy"] == policy["name"]}
+    states = {one["state"] for one in negotiations}
     pending = (Coverage.NEGOTIATING.value, Coverage.BACK_OFF.value)
     return next((state for state in pending if state in states), Coverage.UNCOVERED.value)
 

@@ -13,6 +13,7 @@ class Controller(TypedDict):
     """Whether a controller answers; `pid` and `since` are None if none does."""
 
     alive: bool
+    ready: bool  # it has published the hook tables, and follows IPsec
     pid: int | None
     since: float | None  # start of the process
 
@@ -31,15 +32,22 @@ class ConfiguredPolicy(TypedDict):
     """One of the operator's policies, or one derived from a connection."""
 
     name: str
-    action: str  # protect, bypass or discard
+    action: Literal["protect", "bypass", "discard"]
     remote: list[str]  # networks, such as 10.2.0.0/16
+    protocol: str  # any, tcp, udp, or another name or number
+    port: str  # of the destination: any, one, or a range such as 5300-5307; ICMP: type << 8 | code
+    local_port: str  # of the socket, likewise
     child: str | None  # None: found by traffic selector
+    initiate: Literal["on-demand", "start"]
+    derived: bool  # from a connection of strongSwan's; its pass-through connections are exceptions
+    source: str  # file and line, or the connection that it was derived from
 
 
 class Policy(ConfiguredPolicy):
     """A policy and the state of its SAs."""
 
     coverage: str | None  # uncovered, negotiating, covered, back-off; None: not `protect`
+    last_error: str  # why the last negotiation for it failed, "" if none did
 
 
 class Negotiation(TypedDict):
@@ -57,10 +65,12 @@ class Sa(TypedDict):
     """One live outbound SA."""
 
     spi: str  # 8 hexadecimal digits
+    protocol: str  # esp or ah
     reqid: int
     peer: str  # outer destination address
     child: str | None  # ike/child; None: no CHILD_SA of the IKE daemon
     since: float | None  # installation; None: VICI does not say
+    until: float | None  # its hard lifetime; None: none, or VICI does not say
 
 
 class Namespace(TypedDict):
@@ -71,12 +81,42 @@ class Namespace(TypedDict):
     outside: list[str]  # why packets of some of its flows pass around this host's SPD
 
 
-class Hold(TypedDict):
+class HeldCall(TypedDict):
     """One held call."""
 
     pid: int  # thread id
+    flow: str | None  # None, as the next three: no controller runs, and only that knows it
+    daddr: str | None
+    proto: int | None  # IP protocol
+    dport: int | None
+    since: float | None  # when the controller took it on; None: no controller runs
+    limit: float  # seconds from then on, or from now if no controller runs
+    child: str | None  # ike/child that it waits for; None: none is known
+
+
+class Hold(HeldCall):
+    """A held call and its process."""
+
+    comm: str | None  # the thread's name; None: it has ended
+
+
+class Refusal(TypedDict):
+    """A flow that was refused, or packets of which were blocked, as the hooks remember it."""
+
     flow: str
-    limit: float  # seconds it may be held in all
+    source: str | None  # the socket's address; None: an unbound socket
+    reason: str  # as in the counters: refuse_uncovered, block_clear, ...
+    text: str  # the reason in words
+    policy: str | None  # that names it now; None: none does
+    last: float  # when it was refused last
+    state: str  # what the hooks' tables say of it now, as `reason`
+
+
+class Problem(TypedDict):
+    """Something that keeps the gate from being healthy, and what to do about it."""
+
+    text: str
+    advice: str  # "" if there is none
 
 
 class Drift(TypedDict):
@@ -113,7 +153,7 @@ class GateState(TypedDict):
     negotiations: list[Negotiation]
     sas: list[Sa]
     held: int
-    holds: list[Hold]
+    holds: list[HeldCall]
     namespaces: list[Namespace]
     drift: Drift | None  # None: no controller
 
@@ -142,6 +182,22 @@ class ControllerStatus(Process, GateState):
     """The controller's answer to the verb `status` on its socket."""
 
     children: list[str]  # child configurations that the IKE daemon has loaded, as ike/child
+    targets: list[str]  # of gate.cgroups, as in force; with gate.host, the root cgroup
+
+
+class Configured(TypedDict):
+    """The controller's answer to the verb `configuration` on its socket: what is in force."""
+
+    policies: list[ConfiguredPolicy]
+    derived: list[ConfiguredPolicy]  # what would be derived if no configured policy protected
+    mode: str
+    default: str
+    cgroups: list[str]  # targets; with gate.host, the root cgroup
+    floor: str
+    live_flows: str
+    vici: str
+    sa_source: str
+    errno: dict[str, str]
 
 
 class Status(TypedDict):
@@ -153,9 +209,12 @@ class Status(TypedDict):
     sa_source: str | None  # as GateState.sa_source
     published: bool  # False: no policy is known yet, and all but loopback is refused
     controller: Controller
-    errors: list[str]
+    healthy: bool  # no problems: exit code 0
+    problems: list[Problem]
+    errors: list[str]  # the texts of those problems that the controller reports
     hooks: list[Hook]
     policies: list[Policy]
+    refused: list[Refusal]  # in the last 10 minutes and refused still, the last first; at most 100
     counters: Counters
     hook_tables: HookTables
     drift: Drift | None

@@ -91,11 +91,17 @@ class _Verbs(Examples, click.Group):
             "profile",
             "Print a seccomp profile that has a container's calls held.",
         ),
-        "status": ("status", "Show hooks, policies and coverage, SAs, held calls and counters."),
+        "status": ("status", "Show what is gated, what is refused and why, and what to do."),
+        "policies": ("nouns", "Show the policies in force, and whether an SA covers them."),
+        "sas": ("nouns", "Show the live outbound SAs."),
+        "flows": ("nouns", "Show the flows of gated processes."),
+        "cgroups": ("nouns", "Show the gated cgroups."),
+        "holds": ("nouns", "Show the held calls, and what each waits for."),
         "why": ("why", "Explain why a flow is let go or refused."),
         "events": ("events", "Show what was refused or blocked, and why."),
         "check": ("check", "Check that this machine has what the gate needs."),
         "bugtool": ("bugtool", "Collect a support bundle without secrets."),
+        "schema": ("schema", "Print the JSON schema of a document that --json prints."),
         "demo": ("demo", "Compare first connections with and without the gate."),
     }
 

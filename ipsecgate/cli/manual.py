@@ -19,12 +19,13 @@ from ipsecgate.cli.shells import SHELLS, script
 
 EXIT_CODES = (
     (0, "Success."),
-    (1, "The command failed or was refused; status: the gate is not healthy; demo: packets of a "
+    (1, "The command failed or was refused; status: the gate is not healthy; "
+     "policies --check and reload --dry-run: flows would open or close; demo: packets of a "
      "gated connection were lost or in clear."),
     (2, "The arguments or the configuration are invalid. Nothing was changed."),
     (3, "No controller answers."),
     (4, "The kernel lacks something."),
-    (124, "demo: the test kernel did not finish in time."),
+    (124, "status --wait: not ready in time; demo: the test kernel did not finish in time."),
     (125, "demo: the test kernel did not boot, or crashed."),
     (126, "exec: the command cannot be run."),
     (127, "exec: the command was not found. In all other cases exec exits as its command does."),

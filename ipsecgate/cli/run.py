@@ -42,19 +42,36 @@ def run(app: App) -> None:
 
 @verb(
     examples=[
-        ("ipsecgate reload", "Put a changed configuration in force."),
-    ]
+        ("ipsecgate reload --dry-run", "Show what the changed configuration would open and close."),
+        ("ipsecgate reload", "Put the changed configuration in force."),
+    ],
 )
+@click.option("--dry-run", is_flag=True, help="Show what would open and close, and change nothing.")
 @click.pass_obj
-def reload(app: App) -> None:
+def reload(app: App, *, dry_run: bool) -> int:
     """Make the controller read its configuration again.
 
     Policies, errnos, mode, default and cgroups change without a gap. An invalid
     configuration changes nothing. gate.vici and gate.sa_source cannot be reloaded: restart
     the controller, which opens nothing.
+
+    With --dry-run, exits with 1 if the configuration would open or close anything, and with 2
+    if a reload would refuse it.
     """
+    if dry_run:
+        return _dry_run(app)
     answer = control.ask(app.paths.control, "reload", RELOAD_LIMIT)
     app.done(f"reloaded: {app.paths.config}", **answer)
+    return 0
+
+
+def _dry_run(app: App) -> int:
+    from ipsecgate.admin.change import refuse_restarts  # noqa: PLC0415 - only needed here
+    from ipsecgate.cli.nouns import show_difference  # noqa: PLC0415
+
+    candidate = app.config()
+    refuse_restarts(app.paths, candidate)
+    return show_difference(app, app.paths.config, candidate, everything=False)
 
 
 def _skip_package_init(package: str) -> None:

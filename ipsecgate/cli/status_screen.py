@@ -1,174 +1,138 @@
-"""The status document, drawn as tables."""
+"""The status document, drawn as one screen. All texts of the document are printable."""
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections import Counter
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ipsecgate.admin.status_document import (
-    Counters,
-    Hold,
-    Hook,
-    Namespace,
-    Negotiation,
-    Policy,
-    Sa,
-    Status,
-)
+from ipsecgate.admin.status_document import Counters, Policy, Status
+from ipsecgate.cli.tables import ago, heading, number, table
 
-COLOURS = {
-    "covered": "green",
-    "negotiating": "yellow",
-    "uncovered": "red",
-    "back-off": "red",
-}
+SHOWN = 5  # namespaces, cgroups and the like
+NEWS = 3  # refusals and failed negotiations
+COVERAGES = ("covered", "negotiating", "back-off", "uncovered")
+
+
+def brief(document: Status) -> Text:
+    """Draw one line, and a second one with the next thing to do."""
+    problems = document["problems"]
+    if problems:
+        more = f" (and {number(len(problems) - 1, 'more problem')})" if problems[1:] else ""
+        text = Text.assemble(("ipsecgate degraded", "bold red"), f": {problems[0]['text']}{more}")
+        return text.append(f"\nnext: {problems[0]['advice']}" if problems[0]["advice"] else "")
+    protect = [one for one in document["policies"] if one["action"] == "protect"]
+    covered = sum(one["coverage"] == "covered" for one in protect)
+    audit = ", audit mode" if document["mode"] == "audit" else ""
+    return Text.assemble(
+        ("ipsecgate ok", "bold green"),
+        f"{audit}: {covered} of {number(len(protect), 'protect policy', 'protect policies')} "
+        f"covered, {number(len(document['sas']), 'SA')}, "
+        f"{number(len(document['holds']), 'call')} held, "
+        f"{number(len(document['refused']), 'flow')} refused lately",
+    )
 
 
 def screen(document: Status) -> RenderableType:
-    """Draw a status document whose texts are printable."""
-    parts: list[RenderableType] = [
-        _summary(document),
-        _hooks(document["hooks"]),
-        _policies(document["policies"]),
-    ]
-    if document["negotiations"]:
-        parts.append(_negotiations(document["negotiations"]))
-    if document["sas"]:
-        parts.append(_sas(document["sas"]))
-    if document["holds"]:
-        parts.append(_holds(document["holds"]))
-    if document["namespaces"]:
-        parts.append(_namespaces(document["namespaces"]))
-    parts.append(_counters(document["counters"]))
+    """Draw the whole screen."""
+    parts: list[RenderableType] = [_headline(document)]
+    for problem in document["problems"]:
+        parts.append(Text.assemble(("! ", "bold red"), (problem["text"], "red")))
+        if problem["advice"]:
+            parts.append(Text(f"  next: {problem['advice']}", "yellow"))
+    parts += [Text(), _summary(document), *_failures(document), *_refused(document)]
     return Group(*parts)
 
 
+def _headline(document: Status) -> Text:
+    problems = document["problems"]
+    state = ("healthy", "bold green")
+    if document["refused"]:
+        flows = number(len(document["refused"]), "flow")
+        state = (f"healthy, {flows} refused lately", "bold yellow")
+    if problems:
+        state = (number(len(problems), "problem"), "bold red")
+    name = "" if document["instance"] == "default" else f" {document['instance']}"
+    mode = (f"  mode {document['mode']}, default {document['default']}", "dim")
+    if document["mode"] == "audit":
+        mode = (f"  mode audit: nothing is refused, default {document['default']}", "bold yellow")
+    return Text.assemble((f"ipsecgate{name}: ", "bold"), state, mode)
+
+
 def _summary(document: Status) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("Instance", document["instance"])
-    table.add_row("Mode", f"{document['mode']}, default {document['default']}")
-    tables = document["hook_tables"]
-    table.add_row(
-        "Hook tables",
-        f"{tables['policy_entries']} policy entries in {tables['policy_masks']} masks, "
-        f"{tables['spd_entries']} SPD entries in {tables['spd_masks']}; "
-        f"{tables['memory'] / (1 << 20):.1f} MiB",
-    )
-    table.add_row("SA source", document["sa_source"] or "not known until strongSwan answers")
+    rows = Table(box=None, pad_edge=False, show_header=False)
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
     controller = document["controller"]
     if controller["alive"]:
-        table.add_row("Controller", Text(f"running, pid {controller['pid']}", "green"))
+        source = document["sa_source"] or "not known until strongSwan answers"
+        since = f"running, pid {controller['pid']}, for {ago(controller['since'])}"
+        rows.add_row("Controller", f"{since}; SA source: {source}")
+    rows.add_row("Gated", _gated(document))
+    rows.add_row("Policies", _policies(document["policies"]))
+    if document["sas"]:
+        peers = {sa["peer"] for sa in document["sas"]}
+        rows.add_row("SAs", f"{len(document['sas'])} with {number(len(peers), 'peer')}")
     else:
-        text = "not running: covered flows go on, all other protected flows are refused"
-        table.add_row("Controller", Text(text, "bold red"))
-    if not document["published"]:
-        text = "none yet: all traffic is refused, except to loopback addresses"
-        table.add_row("Policies", Text(text, "red"))
-    for number, error in enumerate(document["errors"]):
-        table.add_row("" if number else "Errors", Text(error, "red"))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False
-    )
-    for column in columns:
-        table.add_column(column, header_style="dim", overflow="fold")
-    return table
-
-
-def _hooks(hooks: list[Hook]) -> Table:
-    by_cgroup: dict[str, list[str]] = {}
-    for hook in hooks:
-        name = hook["cgroup"] or f"removed cgroup {hook['cgroup_id']}: attach its successor"
-        by_cgroup.setdefault(name, []).append(hook["hook"])
-    table = _table("Gated cgroups", "Cgroup", "Hooks")
-    for cgroup, names in by_cgroup.items():
-        table.add_row(cgroup, " ".join(names))
-    if not by_cgroup:
-        text = "none: run `ipsecgate attach`, or set gate.cgroups in the configuration"
-        table.add_row(Text(text, "yellow"), "")
-    return table
-
-
-def _policies(policies: list[Policy]) -> Table:
-    table = _table("Policies", "Name", "Action", "Remote", "Child", "Coverage")
-    for policy in policies:
-        coverage = policy["coverage"] or ""
-        table.add_row(
-            policy["name"],
-            policy["action"],
-            " ".join(policy["remote"]),
-            policy["child"] or "by selector",
-            Text(coverage, COLOURS.get(coverage, "")),
-        )
-    if not policies:
-        table.add_row(Text("none known", "yellow"))
-    return table
-
-
-def _negotiations(negotiations: list[Negotiation]) -> Table:
-    table = _table("Negotiations", "Child", "State", "Attempts", "Flow", "Last error")
-    for item in negotiations:
-        table.add_row(
-            item["child"],
-            Text(item["state"], COLOURS.get(item["state"], "")),
-            str(item["attempts"]),
-            item["flow"],
-            item["last_error"],
-        )
-    return table
-
-
-def _sas(sas: list[Sa]) -> Table:
-    table = _table("SAs", "SPI", "Peer", "Reqid", "Child", "Since")
-    for sa in sas:
-        since = "" if sa["since"] is None else _local_time(sa["since"])
-        table.add_row(sa["spi"], sa["peer"], str(sa["reqid"]), sa["child"] or "", since)
-    return table
-
-
-def _holds(holds: list[Hold]) -> Table:
-    table = _table("Held calls", "Thread", "Flow", "Limit")
-    for hold in holds:
-        table.add_row(str(hold["pid"]), hold["flow"], f"{hold['limit']:.1f} s")
-    return table
-
-
-def _namespaces(namespaces: list[Namespace]) -> Table:
-    table = _table("Other network namespaces", "Process", "Judged by", "Outside this host's SPD")
-    for item in namespaces:
-        pid = "" if item["pid"] is None else str(item["pid"])
+        rows.add_row("SAs", "none")
+    if document["holds"]:
+        known = [hold["since"] for hold in document["holds"] if hold["since"] is not None]
+        longest = f", the longest for {ago(min(known))}" if known else ""
+        rows.add_row("Held", f"{number(len(document['holds']), 'call')}{longest}")
+    for name, text in _counted(document["counters"]):
+        rows.add_row(name, text)
+    rows.add_row("Tables", _tables(document))
+    for item in document["namespaces"][:SHOWN]:
         judge = f"instance {item['instance']}" if item["instance"] else "this instance"
-        table.add_row(pid, judge, "\n".join(item["outside"]))
-    return table
+        pid = "" if item["pid"] is None else f"of process {item['pid']}, "
+        outside = (
+            f"; outside this host's SPD: {'; '.join(item['outside'])}" if item["outside"] else ""
+        )
+        rows.add_row("Namespace", f"{pid}judged by {judge}{outside}")
+    if document["namespaces"][SHOWN:]:
+        rows.add_row("", f"and {len(document['namespaces']) - SHOWN} more namespaces: --json")
+    return rows
 
 
-def _local_time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(" ", "seconds")
+def _gated(document: Status) -> Text:
+    names = list(dict.fromkeys(hook["cgroup"] for hook in document["hooks"] if hook["attached"]))
+    if not names:
+        return Text("nothing: run `ipsecgate attach`, or set gate.cgroups", "yellow")
+    shown = ", ".join(_last_part(name) for name in names[:SHOWN])
+    more = f" and {len(names) - SHOWN} more" if names[SHOWN:] else ""
+    return Text(f"{number(len(names), 'cgroup')}: {shown}{more}")
 
 
-def _counters(counters: Counters) -> Table:
-    table = _table("Counters", "", "Count", "Reasons")
-    table.columns[1].justify = "right"
+def _last_part(cgroup: str) -> str:
+    """Return the name of a cgroup without the folders above it, the root as it is."""
+    parts = cgroup.rpartition("/")
+    return parts[2] if cgroup.count("/") > 3 else cgroup
+
+
+def _policies(policies: list[Policy]) -> Text:
+    if not policies:
+        return Text("none known", "yellow")
+    states = Counter(one["coverage"] or one["action"] for one in policies)
+    names = [*COVERAGES, "bypass", "discard"]
+    counts = ", ".join(f"{states[name]} {name}" for name in names if states[name])
+    return Text(f"{len(policies)}: {counts}")
+
+
+def _counted(counters: Counters) -> list[tuple[str, str]]:
     reasons = counters["reasons"]
-    for name, count, prefix, audited in (
-        ("requests allowed", counters["allowed"], "allow_", 0),
-        ("requests refused", counters["refused"], "refuse_", counters["audited"]),
-        ("requests held", counters["held"], None, 0),
-        ("packets blocked", counters["leaked_blocked"], "block_", counters["leaked_audited"]),
-    ):
-        why = [] if prefix is None else _by_reason(reasons, prefix)
-        if audited:
-            why.append(f"{audited} of these let through in audit mode")
-        table.add_row(name, str(count), ", ".join(why))
-    return table
+    refused = _by_reason(reasons, "refuse_")
+    if counters["audited"]:
+        refused.append(f"{counters['audited']} of these let through in audit mode")
+    blocked = _by_reason(reasons, "block_")
+    if counters["leaked_audited"]:
+        blocked.append(f"{counters['leaked_audited']} of these let through in audit mode")
+    calls = f"{counters['allowed']} allowed, {counters['refused']} refused"
+    found = [("Calls", calls + (f": {', '.join(refused)}" if refused else ""))]
+    if blocked:
+        found.append(("Packets", f"{counters['leaked_blocked']} blocked: {', '.join(blocked)}"))
+    return found
 
 
 def _by_reason(reasons: dict[str, int], prefix: str) -> list[str]:
@@ -177,3 +141,45 @@ def _by_reason(reasons: dict[str, int], prefix: str) -> list[str]:
         for name, count in reasons.items()
         if count and name.startswith(prefix)
     ]
+
+
+def _tables(document: Status) -> str:
+    tables = document["hook_tables"]
+    policies = number(tables["policy_entries"], "policy entry", "policy entries")
+    spd = number(tables["spd_entries"], "SPD entry", "SPD entries")
+    masks = number(tables["policy_masks"], "mask")
+    memory = f"{tables['memory'] / (1 << 20):.1f} MiB"
+    return f"{policies} in {masks}, {spd} in {tables['spd_masks']}; {memory}"
+
+
+def _failures(document: Status) -> list[RenderableType]:
+    failed = [one for one in document["negotiations"] if one["last_error"]]
+    if not failed:
+        return []
+    rows = table("Child", "State", ">Attempts", "Cause")
+    for item in failed[:NEWS]:
+        rows.add_row(
+            item["child"], item["state"], str(item["attempts"]), Text(item["last_error"], "red")
+        )
+    more = [Text(f"and {len(failed) - NEWS} more: `ipsecgate policies`", "dim")]
+    return [heading("Failed negotiations"), rows, *(more if failed[NEWS:] else [])]
+
+
+def _refused(document: Status) -> list[RenderableType]:
+    refused = document["refused"]
+    if not refused:
+        return []
+    rows = table("Flow", "Policy", "Why", ">Last")
+    for one in refused[:NEWS]:
+        rows.add_row(one["flow"], one["policy"] or "none", one["text"], f"{ago(one['last'])} ago")
+    more = [Text(f"and {len(refused) - NEWS} more: `ipsecgate flows`", "dim")]
+    protocol, _, target = refused[0]["flow"].partition(" ")
+    target += "/udp" if protocol == "udp" else ""
+    parts: list[RenderableType] = [
+        heading("Refused in the last 10 minutes"),
+        rows,
+        *(more if refused[NEWS:] else []),
+    ]
+    if protocol in ("tcp", "udp"):
+        parts.append(Text(f"next: `ipsecgate why {target}`", "yellow"))
+    return parts

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from ipsecgate.admin import loader
-from ipsecgate.admin.status_document import ControllerStatus, Process
+from ipsecgate.admin.status_document import Configured, ControllerStatus, Process
 from ipsecgate.controller import report
 from ipsecgate.controller.command_queue import CommandQueue
 from ipsecgate.controller.containers import Containers
@@ -143,6 +143,7 @@ class Controller:
             "hold": self._take_listener,
             "reload": lambda _request: self._reload.run(),
             "why": self._why,
+            "configuration": self._configuration,
         }
         try:
             async with (
@@ -356,6 +357,9 @@ class Controller:
     async def _why(self, request: control_server.Request) -> dict[str, Any]:
         return report.why(self._gate, request.words)
 
+    async def _configuration(self, _request: control_server.Request) -> Configured:
+        return report.configured(self._gate, self._config, self._targets.wanted)
+
     async def _status(self, _request: control_server.Request) -> ControllerStatus:
         process = Process(
             pid=os.getpid(),
@@ -376,6 +380,7 @@ class Controller:
         return report.controller_status(
             self._gate,
             process,
+            targets=self._targets.wanted,
             namespaces=self._namespaces.document(),
             changed_entries=self._hooks.repaired,
             errors=errors,

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from errno import EPERM, errorcode
 from typing import Any
 
-from ipsecgate.admin.status import policy_document, sa_source
+from ipsecgate.admin.offline import sa_document, sa_source
+from ipsecgate.admin.policy_document import policy_document
+from ipsecgate.admin.settings_document import settings_document
 from ipsecgate.admin.status_document import (
+    Configured,
     ControllerStatus,
     Drift,
-    Hold,
+    HeldCall,
     Namespace,
     Negotiation,
     Process,
@@ -21,12 +24,14 @@ from ipsecgate.admin.why import Decision
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model.flow import Flow, parse_address
+from ipsecgate.edges.host.config import Config
 
 
 def controller_status(
     gate: Gate,
     process: Process,
     *,
+    targets: Sequence[str],
     namespaces: list[Namespace],
     changed_entries: int,
     errors: Sequence[str],
@@ -42,15 +47,35 @@ def controller_status(
         "errors": [*_gate_errors(gate), *errors],
         "sa_source": sa_source(gate.protection.sa_source),
         "children": [str(c.name) for c in gate.ike.loaded.children],
+        "targets": list(targets),
         "policies": [policy_document(policy) for policy in gate.policies],
         "negotiations": _negotiations(gate),
         "sas": _userspace_sas(gate) if gate.protection.in_userspace else _kernel_sas(gate),
         "held": gate.holds.total,
         "holds": [
-            Hold(pid=made.pid, flow=str(made.flow), limit=made.limit)
+            HeldCall(
+                pid=made.pid,
+                flow=str(made.flow),
+                daddr=str(made.flow.daddr),
+                proto=made.flow.proto,
+                dport=made.flow.dport,
+                since=made.since,
+                limit=made.limit,
+                child=str(child) if (child := gate.holds.child_of(made.flow)) else None,
+            )
             for made in gate.holds.calls.values()
         ],
         "namespaces": namespaces,
+    }
+
+
+def configured(gate: Gate, config: Config, targets: Sequence[str]) -> Configured:
+    """Return the configuration in force; `config` is what it was read as."""
+    derived = gate.policy_table.derived(gate.ike.loaded.children)
+    return {
+        **settings_document(config, targets),
+        "policies": [policy_document(policy) for policy in gate.policies],
+        "derived": [policy_document(policy) for policy in derived],
     }
 
 
@@ -93,10 +118,12 @@ def _userspace_sas(gate: Gate) -> list[Sa]:
     return [
         {
             "spi": f"{sa.spi_out:08x}",
+            "protocol": "esp",
             "reqid": sa.reqid,
             "peer": str(sa.remote_host),
             "child": str(sa.name),
             "since": None,
+            "until": None,
         }
         for sa in gate.protection.userspace_esp.sas()
     ]
@@ -105,13 +132,7 @@ def _userspace_sas(gate: Gate) -> list[Sa]:
 def _kernel_sas(gate: Gate) -> list[Sa]:
     kernel_state = gate.protection.kernel_state
     return [
-        {
-            "spi": f"{sa.id.spi:08x}",
-            "reqid": sa.reqid,
-            "peer": str(sa.id.daddr),
-            "child": str(name) if (name := kernel_state.child_of(sa)) else None,
-            "since": sa.installed_at,
-        }
+        sa_document(sa, str(name) if (name := kernel_state.child_of(sa)) else None)
         for sa in kernel_state.outbound_sas()
     ]
 

@@ -42,7 +42,7 @@ class Targets:
     def __init__(self, paths: Paths, wanted: Iterable[str]) -> None:
         self._paths = paths
         self._root = cgroups.root()
-        self._wanted = tuple(wanted)
+        self.wanted = tuple(wanted)  # the targets in force
         self._saved: tuple[str, ...] | None = None  # the targets on disk
         self._gated: dict[Path, _Gated] = {}  # those that a target names
         self._errors: dict[Path, str] = {}
@@ -54,7 +54,7 @@ class Targets:
     def errors(self) -> list[str]:
         """Return why targets are not gated."""
         found = {target for gated in tuple(self._gated.values()) for target in gated.targets}
-        waiting = [target for target in self._wanted if target not in found]
+        waiting = [target for target in self.wanted if target not in found]
         return [*map(_not_found, waiting), *self._errors.values()]
 
     async def scan(self) -> None:
@@ -65,7 +65,7 @@ class Targets:
     async def change(self, wanted: Iterable[str]) -> None:
         """Gate the cgroups that these targets name, then ungate those that they don't."""
         async with self._lock:
-            self._wanted = tuple(wanted)
+            self.wanted = tuple(wanted)
             await asyncio.to_thread(self._scan)
             await asyncio.to_thread(self._ungate)
         self._wake.set()  # to watch other folders
@@ -95,8 +95,8 @@ class Targets:
 
     async def _watch(self, folders: Folders | None) -> None:
         """Act on notifications; return when the folders must be opened again."""
-        wanted = self._wanted
-        while self._wanted is wanted:
+        wanted = self.wanted
+        while self.wanted is wanted:
             if folders is not None:
                 asyncio.get_running_loop().add_reader(folders.fd, self._on_readable, folders.fd)
             poll = folders is None or bool(self._errors)
@@ -139,7 +139,7 @@ class Targets:
         return any(
             cgroups.is_pattern(target)
             or (Path(target) != folder and Path(target).is_relative_to(folder))
-            for target in self._wanted
+            for target in self.wanted
         )
 
     # --- in a thread, one at a time -----------------------------------------------------
@@ -152,25 +152,25 @@ class Targets:
                 log.info("cgroup removed: %s", path)
         self._errors = {}
         self._save()
-        for target in self._wanted:
+        for target in self.wanted:
             for path in cgroups.find(target):
                 self._gate(path, {target})
         self._prune()
 
     def _appeared(self, path: Path) -> None:
-        targets = cgroups.naming(path, self._wanted)
+        targets = cgroups.naming(path, self.wanted)
         if targets:
             self._gate(path, targets)
 
     def _save(self) -> None:
-        if self._saved == self._wanted:
+        if self._saved == self.wanted:
             return
         try:
-            saved_state.save_targets(self._paths.targets, self._wanted)
+            saved_state.save_targets(self._paths.targets, self.wanted)
         except OSError as error:
             log.warning("cannot write %s: %s", self._paths.targets, error.strerror or error)
         else:
-            self._saved = self._wanted
+            self._saved = self.wanted
 
     def _prune(self) -> None:
         """Remove the pins of removed cgroups; a failure opens nothing, so it is only logged."""
@@ -198,7 +198,7 @@ class Targets:
 
     def _ungate(self) -> None:
         for path, gated in list(self._gated.items()):
-            if gated.targets.intersection(self._wanted):
+            if gated.targets.intersection(self.wanted):
                 continue
             with suppress(GateError):  # somebody else has ungated it
                 loader.detach(self._paths, str(gated.number))

@@ -68,16 +68,25 @@ def evil_status() -> Status:
         "default": "allow",
         "sa_source": EVIL,
         "published": True,
-        "controller": {"alive": True, "pid": 1, "since": 0},
+        "controller": {"alive": True, "ready": True, "pid": 1, "since": 0},
+        "healthy": False,
+        "problems": [{"text": EVIL, "advice": EVIL}],
         "errors": [EVIL],
         "hooks": [{"cgroup": EVIL, "cgroup_id": 1, "hook": EVIL, "attached": True, "prog_id": 1}],
         "policies": [
             {
                 "name": EVIL,
-                "action": EVIL,
+                "action": "protect",
                 "remote": [EVIL],
+                "protocol": EVIL,
+                "port": EVIL,
+                "local_port": EVIL,
                 "child": EVIL,
+                "initiate": "start",
+                "derived": False,
+                "source": EVIL,
                 "coverage": EVIL,
+                "last_error": EVIL,
             }
         ],
         "negotiations": [
@@ -90,8 +99,41 @@ def evil_status() -> Status:
                 "policy": EVIL,
             }
         ],
-        "sas": [{"spi": EVIL, "peer": EVIL, "reqid": 1, "child": EVIL, "since": None}],
-        "holds": [{"pid": 1, "flow": EVIL, "limit": 1.0}],
+        "sas": [
+            {
+                "spi": EVIL,
+                "protocol": EVIL,
+                "peer": EVIL,
+                "reqid": 1,
+                "child": EVIL,
+                "since": None,
+                "until": None,
+            }
+        ],
+        "holds": [
+            {
+                "pid": 1,
+                "comm": EVIL,
+                "flow": EVIL,
+                "daddr": EVIL,
+                "proto": 6,
+                "dport": 1,
+                "since": 0.0,
+                "limit": 1.0,
+                "child": EVIL,
+            }
+        ],
+        "refused": [
+            {
+                "flow": "tcp [2001:db8::9]:5432",
+                "source": EVIL,
+                "reason": EVIL,
+                "text": EVIL,
+                "policy": EVIL,
+                "last": 0.0,
+                "state": EVIL,
+            }
+        ],
         "namespaces": [{"pid": 1, "instance": EVIL, "outside": [EVIL]}],
         "drift": {"kernel": 0, "maps": 0},
         "counters": {
@@ -114,18 +156,31 @@ def evil_status() -> Status:
     }
 
 
-def test_the_status_screen_is_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "times"),
+    [
+        (("status",), 8),
+        (("status", "--brief"), 2),
+        (("policies",), 6),
+        (("sas",), 3),
+        (("holds",), 3),
+    ],
+)
+def test_a_screen_of_the_status_is_clean(
+    words: tuple[str, ...], times: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """A hostile identity neither breaks the rendering nor loses its brackets."""
     monkeypatch.setenv("COLUMNS", "2000")
-    monkeypatch.setattr("ipsecgate.cli.status.status_of", lambda *_args: evil_status())
+    for place in ("ipsecgate.cli.status", "ipsecgate.admin.status"):
+        monkeypatch.setattr(f"{place}.status_of", lambda *_args: evil_status())
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     with pytest.raises(SystemExit):
-        app.main(["--cache-dir", str(tmp_path), "status"])
+        app.main(["--cache-dir", str(tmp_path), *words])
     said = out.getvalue()
     assert is_clean(said)
-    assert said.count(SHOWN) > 12
-    assert "tcp [2001:db8::9]:5432" in said
+    assert said.count(SHOWN) >= times
+    assert words != ("status",) or "tcp [2001:db8::9]:5432" in said
 
 
 @pytest.mark.parametrize("kind", ["refused", "log"])

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Network, TrafficSelector
-from ipsecgate.core.model.ipsec import ChildConfig
+from ipsecgate.core.model.ipsec import ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy, derived_policies
 
 
@@ -35,18 +35,26 @@ class DerivedPolicies:
         self.errors: list[str] = []
         self._last: tuple[ChildConfig, ...] | None = None  # what was learnt last
 
+    def with_children(self, children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
+        """Return what the policies would be once these children were learnt; change nothing."""
+        return derived_policies(self._with(children).values())
+
+    def _with(self, children: Iterable[ChildConfig]) -> dict[ChildName, ChildConfig]:
+        all_known = dict(self._known)
+        for child in children:
+            known = all_known.get(child.name, child)
+            remote = tuple(dict.fromkeys((*known.remote, *child.remote)))
+            local = _joined(known.local, child.local)
+            all_known[child.name] = replace(child, local=local, remote=remote)
+        return all_known
+
     def learn(self, children: Iterable[ChildConfig]) -> list[do.Command]:
         """Add the children that the daemon has loaded now."""
         children = tuple(children)
         if children == self._last:
             return []
         self._last = children
-        before = dict(self._known)
-        for child in children:
-            known = self._known.get(child.name, child)
-            remote = tuple(dict.fromkeys((*known.remote, *child.remote)))
-            local = _joined(known.local, child.local)
-            self._known[child.name] = replace(child, local=local, remote=remote)
+        before, self._known = self._known, self._with(children)
         self.errors = [
             f"connection {c.name}: its remote selector is unknown until it is up: "
             "add a [[policy]] for its networks, or they are not protected"

@@ -115,6 +115,10 @@ class Holds:
             case CallGone():
                 return []
 
+    def child_of(self, flow: Flow) -> ChildName | None:
+        """Return the child that a held flow waits for, None if none is chosen."""
+        return self._child_of.get(flow)
+
     # --- flows to evaluate again ----------------------------------------------------------
 
     def recheck_all(self) -> None:

@@ -75,6 +75,10 @@ class PolicyTable:
             self._networks_of, self._networks = policies, tuple(dict.fromkeys(networks))
         return self._networks
 
+    def derived(self, children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
+        """Return what would be derived if no configured policy protected anything."""
+        return self._derived.with_children(children)
+
     @property
     def errors(self) -> list[str]:
         """Return the problems that the operator should fix."""

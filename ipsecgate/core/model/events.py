@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Literal
 
 from ipsecgate.core.model.flow import HOST, Flow, FlowPath, Network, Origin
@@ -239,12 +240,16 @@ class Call:
 
 @value
 class CallMade:
-    """A thread waits in a system call for a flow, at most `limit` seconds."""
+    """A thread waits in a system call for a flow, at most `limit` seconds.
+
+    `since`: when the controller took it on, wall clock, seconds since the epoch.
+    """
 
     call: Call
     flow: Flow
     pid: int
     limit: float
+    since: float = field(default=0.0, compare=False)
 
 
 @value

@@ -41,6 +41,7 @@ _RANK = struct.Struct("=Q")
 _MASK = struct.Struct(f"={KEY_SIZE}sQ")
 _ROUTE = struct.Struct("=IIII4s16s")
 _PATH = struct.Struct("!16s16sIHBB")
+_DECISION = struct.Struct(f"={KEY_SIZE}sQQI4x")  # of maps.bpf.c
 _EVENT = struct.Struct(f"=QQQ{KEY_SIZE}sIIIII4x16s")
 # The latest deadline: the kernel takes lifetimes of centuries. The highest bit must be 0, because
 # the hooks use it to order their reads (setting_after() in bpf/maps.bpf.c).
@@ -48,6 +49,7 @@ _LAST = 2**63 - 1
 MASK_SIZE = _MASK.size
 ENTRY_SIZE = _ENTRY.size
 EVENT_SIZE = _EVENT.size
+DECISION_SIZE = _DECISION.size
 WORD = 4  # bytes
 # Where the `id` of an entry's answers is, in such words.
 ID_WORDS = tuple((KEY_SIZE + 16 + n * _ANSWER.size + 24) // WORD for n in range(2))
@@ -204,6 +206,61 @@ def _packed_address(address: Address | None) -> bytes:
     return (0 if address is None else address_bits(address, address.version)).to_bytes(16)
 
 
+def unpack_path(raw: bytes, family: int) -> FlowPath:
+    """Read struct gate_path, which has neither the rule that translates nor why a path is outside.
+
+    Raises: LayoutError.
+    """
+    if len(raw) != PATH_SIZE:
+        raise LayoutError(f"path of {len(raw)} bytes, expected {PATH_SIZE}")
+    source, translated, mark, if_id, flags, reason = _PATH.unpack(raw)
+    return FlowPath(
+        _address(int.from_bytes(source), family),
+        if_id,
+        mark if flags & PathFlag.MARKED else None,
+        _address(int.from_bytes(translated), family) if flags & PathFlag.TRANSLATED else None,
+        EXPLAINED[Reason.REFUSE_OUTSIDE] if reason else "",
+    )
+
+
+def _address(bits: int, family: int) -> Address | None:
+    return None if bits in (0, address_bits(None, family)) else address_from_bits(bits, family)
+
+
+def unpack_refusal(raw: bytes) -> tuple[Flow, Reason] | None:
+    """Read a key of the map `recent`: a flow without its source port, and why it was refused.
+
+    None: no hook of this version wrote it. Raises: LayoutError.
+    """
+    _, number, key = unpack_key(raw)
+    reason = int.from_bytes(number.to_bytes(2), sys.byteorder)  # in the place of a mask's number
+    if key.family not in (4, 6) or reason not in EXPLAINED:
+        return None
+    return _flow(key), Reason(reason)
+
+
+def unpack_decision(raw: bytes, generation: int) -> tuple[Flow, Reason] | None:
+    """Read struct decision: a flow that was let go in this generation, and why; None: another."""
+    flow, since, _deadline, reason = _DECISION.unpack(raw)
+    _, _, key = unpack_key(flow)
+    if since != generation or key.family not in (4, 6) or reason >= Reason.ALLOW_EXEMPT:
+        return None
+    return _flow(key), Reason(reason)
+
+
+def _flow(key: Key, device: int = 0, netns: int = 0) -> Flow:
+    return Flow(
+        daddr=address_from_bits(key.daddr, key.family),
+        proto=key.proto,
+        dport=key.dport,
+        saddr=_address(key.saddr, key.family),
+        sport=key.sport,
+        mark=key.mark,
+        device=device,
+        netns=netns,
+    )
+
+
 def unpack_event(record: bytes) -> FlowRefused:
     """Read struct gate_event. Raises: LayoutError naming the field."""
     if len(record) < EVENT_SIZE:
@@ -214,19 +271,8 @@ def unpack_event(record: bytes) -> FlowRefused:
         raise LayoutError(f"event with address family {key.family}")
     if reason not in EXPLAINED:
         raise LayoutError(f"event with reason {reason}")
-    unbound = key.saddr == address_bits(None, key.family)
-    flow = Flow(
-        daddr=address_from_bits(key.daddr, key.family),
-        proto=key.proto,
-        dport=key.dport,
-        saddr=None if unbound else address_from_bits(key.saddr, key.family),
-        sport=key.sport,
-        mark=key.mark,
-        device=device,
-        netns=netns,
-    )
     return FlowRefused(
-        flow=flow,
+        flow=_flow(key, device, netns),
         reason=Reason(reason),
         policy=None if policy == NO_POLICY else policy,
         pid=pid,

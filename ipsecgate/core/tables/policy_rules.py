@@ -39,6 +39,11 @@ def _local_blocks(policy: Policy) -> list[tuple[int, int]]:
     return [*blocks, *([(0, PORT_MASK)] if unbound else [])]
 
 
+def local_ranges(policy: Policy) -> list[tuple[int, int]]:
+    """Return the source ports of the flows that a policy names, as ranges with both ends."""
+    return [(low, low | PORT_MASK & ~mask) for low, mask in _local_blocks(policy)]
+
+
 def rule_of(policy: Policy, place: int, match: Ternary, error: int = 0) -> Rule:
     """Return a policy's rule for these flows. `error`: the errno of a refusal, 0 for EPERM."""
     state = State.DERIVED if policy.derived else STATES[policy.action]

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from ipsecgate.edges.bpf import libbpf
 
 _ANY = 0  # BPF_ANY
+_BATCH = 512  # elements
 # Seconds to wait for memory, one after the other.
 PAUSES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
@@ -51,6 +52,30 @@ def delete(fd: int, key: bytes) -> None:
         libbpf.call("delete from map", "bpf_map_delete_elem", fd, key)
     except FileNotFoundError:
         return
+
+
+def items(fd: int, key_size: int, value_size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield keys and values of a hash or array map, many with each system call.
+
+    Elements that are added or deleted meanwhile may be missing. Raises: OSError.
+    """
+    keys, values = (ct.create_string_buffer(_BATCH * size) for size in (key_size, value_size))
+    place, previous, last = ct.create_string_buffer(max(4, key_size)), None, False
+    while not last:
+        count = ct.c_uint32(_BATCH)
+        try:
+            libbpf.call(
+                "read map",
+                "bpf_map_lookup_batch", fd, previous, place, keys, values, ct.byref(count), None,
+            )  # fmt: skip
+        except FileNotFoundError:
+            last = True
+        for number in range(count.value):
+            yield (
+                keys.raw[number * key_size : (number + 1) * key_size],
+                values.raw[number * value_size : (number + 1) * value_size],
+            )
+        previous = place.raw
 
 
 def keys(fd: int, key_size: int) -> Iterator[bytes]:

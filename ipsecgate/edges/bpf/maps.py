@@ -10,11 +10,13 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from ipaddress import ip_network
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ipsecgate.core.model.flow import Flow, FlowPath, Origin
 from ipsecgate.core.tables import layout, packed
 from ipsecgate.core.tables.layout import INDEX, SETTING, Entry, Key, Reason, Setting, TableId
 from ipsecgate.core.tables.table import Table, Ternary
@@ -75,6 +77,41 @@ class Maps:
     def is_left(self, netns: int) -> bool:
         """Tell whether the flows of a network namespace are left to another instance."""
         return elements.lookup(self._fds["others"], SETTING.pack(netns), 1) is not None
+
+    def path(self, flow: Flow) -> FlowPath | None:
+        """Return where routing leads a flow, as the hooks know it; None: they don't."""
+        mark = flow.mark & self.setting(Setting.MARKS)
+        origin, host = Origin(flow.netns, flow.device, mark), ip_network(flow.daddr)
+        raw = elements.lookup(self._fds["paths"], packed.pack_route(origin, host), packed.PATH_SIZE)
+        return packed.unpack_path(raw, flow.daddr.version) if raw else None
+
+    def refusals(self) -> list[tuple[Flow, Reason, float]]:
+        """Return the flows refused most lately, why, and when last: wall clock, seconds.
+
+        A refused call counts at most once in 100 ms; flows are without their source port.
+        """
+        began = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC)
+        found = []
+        for key, raw in elements.items(self._fds["recent"], layout.KEY_SIZE, SETTING.size):
+            refusal = packed.unpack_refusal(key)
+            if refusal is not None:
+                found.append((*refusal, began + SETTING.unpack(raw)[0] / layout.NS))
+        return sorted(found, key=lambda one: one[2], reverse=True)
+
+    def decisions(self) -> dict[Flow, Reason]:
+        """Return the flows that a processor has let go in this generation of the tables, and why.
+
+        Each processor remembers 4,096 at most.
+        """
+        generation = self.setting(Setting.GENERATION)
+        size = packed.DECISION_SIZE * self._cpus
+        found = {}
+        for _, raw in elements.items(self._fds["decisions"], INDEX.size, size):
+            for at in range(0, size, packed.DECISION_SIZE):
+                one = packed.unpack_decision(raw[at : at + packed.DECISION_SIZE], generation)
+                if one is not None:
+                    found[one[0]] = one[1]
+        return found
 
     def counters(self) -> Mapping[Reason, int]:
         """Return the count of each reason, summed over the CPUs."""

@@ -74,6 +74,11 @@ class CallFile:
             raise
 
     @classmethod
+    def open_existing(cls, path: Path) -> CallFile:
+        """Open a file to read it, without a lock. Raises: OSError, ValueError."""
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+
+    @classmethod
     def open_again(cls, fd: int) -> CallFile:
         """Open the file behind a descriptor once more, for a lock of our own. Raises: OSError."""
         return cls(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC))

@@ -181,7 +181,7 @@ class Listeners:
         if deadline:
             limit = max(0.0, deadline - now)
         call = Call(listener.number, question.ident)
-        self._deliver(CallMade(call, flow, question.pid, limit))
+        self._deliver(CallMade(call, flow, question.pid, limit, time.time()))
 
     # --- the threads of held calls ----------------------------------------------------
 

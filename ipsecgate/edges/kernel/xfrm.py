@@ -229,6 +229,12 @@ class XfrmMonitor:
             self._on_overrun(Overrun(cause))
 
 
+async def dump_sas() -> list[Sa]:
+    """Return the kernel's SAs of both directions. Raises: OSError, DecodeError."""
+    async with Requests(NETLINK_XFRM) as requests:
+        return await requests.dump(encode_sa_dump, _sas)
+
+
 def _policies(datagram: bytes) -> Iterator[SpdEntry]:
     return (event.entry for event in decode(datagram) if isinstance(event, PolicySet))
 

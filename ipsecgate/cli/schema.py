@@ -1,0 +1,34 @@
+"""schema: the JSON schemas of what --json prints."""
+
+from __future__ import annotations
+
+import click
+
+from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
+from ipsecgate.errors import UsageError
+
+
+@verb(
+    examples=[
+        ("ipsecgate schema", "List the documents."),
+        ("ipsecgate schema status > status.schema.json", "Save the schema of one."),
+    ],
+)
+@click.argument("name", required=False)
+@click.pass_obj
+def schema(app: App, name: str | None) -> None:
+    """Print the JSON schema of a document that --json prints.
+
+    Without NAME, list the documents. Fields may be added to them later, but none is renamed or
+    removed.
+    """
+    from ipsecgate.admin.documents import DOCUMENTS  # noqa: PLC0415
+    from ipsecgate.admin.schema import schema_of  # noqa: PLC0415 - few need it
+
+    if name is None:
+        app.done(*DOCUMENTS, documents=list(DOCUMENTS))
+        return
+    if name not in DOCUMENTS:
+        raise UsageError(f"no document is called {name!r}", hint=f"one of {', '.join(DOCUMENTS)}")
+    app.document(schema_of(DOCUMENTS[name], name))

@@ -1,0 +1,109 @@
+"""Tables that fit 80 columns and use 140, and the words that they share.
+
+Rules of this module: nothing is cut off. A cell that is too narrow goes on in the next line, and a
+long list ends with the number of what it leaves out; `--all` and `--json` show that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rich.table import Table
+from rich.text import Text
+
+from ipsecgate.admin.status_document import Controller
+
+T = TypeVar("T")
+
+WIDE = 110  # columns from which on a table has all of its columns
+ROWS = 40  # of a table, unless all are wanted
+LINES = 4  # of a cell, likewise
+COLOURS = {
+    "covered": "green",
+    "negotiating": "yellow",
+    "uncovered": "red",
+    "back-off": "red",
+    "allow": "green",
+    "refuse": "red",
+    "block": "red",
+    "opens": "bold red",
+    "closes": "yellow",
+}
+
+
+def table(*columns: str) -> Table:
+    """Return a table without borders; a column whose name begins with > is aligned to the right."""
+    made = Table(box=None, pad_edge=False)
+    for column in columns:
+        name = column.removeprefix(">")
+        justify = "right" if name != column else "left"
+        made.add_column(name, header_style="dim", overflow="fold", justify=justify)  # type: ignore[arg-type]
+    return made
+
+
+def heading(text: str) -> Text:
+    """Return a line above a table."""
+    return Text(f"\n{text}", "bold")
+
+
+def coloured(word: str) -> Text:
+    """Return a state in its colour, such as `covered`, or a reason, such as `refuse_uncovered`."""
+    kind, _, rest = word.partition("_")
+    colour = COLOURS.get(word) or COLOURS.get(kind, "")
+    return Text(f"{kind}: {rest.replace('_', ' ')}" if rest else word, colour)
+
+
+def two_lines(first: str | Text, second: str) -> Text:
+    """Return a cell with a second, dimmer line; "": it has none."""
+    text = Text(first) if isinstance(first, str) else first.copy()
+    return text.append(f"\n{second}", "dim") if second else text
+
+
+def lines(items: Sequence[str], *, everything: bool) -> str:
+    """Return a cell with an item a line; many are folded."""
+    if everything or len(items) <= LINES:
+        return "\n".join(items)
+    return "\n".join([*items[: LINES - 1], f"and {len(items) - LINES + 1} more"])
+
+
+def first(items: Sequence[T], *, everything: bool) -> Sequence[T]:
+    """Return the items that a table shows."""
+    return items if everything else items[:ROWS]
+
+
+def left_out(items: Sequence[object], *, everything: bool) -> list[Text]:
+    """Return a line about the items that `first` leaves out, if there are any."""
+    rest = 0 if everything else len(items) - ROWS
+    return [Text(f"and {rest} more: --all shows them", "dim")] if rest > 0 else []
+
+
+def without_controller(controller: Controller, text: str) -> list[Text]:
+    """Return a line that says that no controller runs, and what that means for what is shown."""
+    if controller["alive"]:
+        return []
+    return [Text(f"The controller is not running: {text}.", "bold red")]
+
+
+def ago(when: float | None) -> str:
+    """Return how long ago a time was, "" for None."""
+    return "" if when is None else duration(max(0.0, time.time() - when))
+
+
+def left(when: float | None) -> str:
+    """Return how long it is until then, "" for None."""
+    return "" if when is None else duration(max(0.0, when - time.time()))
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the unit that suits them."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def number(count: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
