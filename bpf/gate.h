@@ -11,7 +11,7 @@
 #ifndef IPSECGATE_GATE_H
 #define IPSECGATE_GATE_H
 
-#define GATE_LAYOUT 6   /* raise it when a structure, a map's size or a number here changes */
+#define GATE_LAYOUT 7   /* raise it when a structure, a map's size or a number here changes */
 
 /* The two tables in which a flow is looked up. */
 #define GATE_POLICY 0   /* must this flow be protected? the operator's policies */
@@ -220,11 +220,11 @@ struct gate_event {
 	__u32 pid;      /* thread group; 0: a packet, whose sender is unknown */
 	__u32 hook;
 	__u32 device;   /* that the socket is bound to */
-	__u32 unused;
+	__u32 untold;   /* refusals of the same flow since the last event about it */
 	char comm[16];
 };
 
-/* At most one event per flow in this time, however often it is refused. */
+/* At most one event per flow in this time, however often it is refused; the others are counted. */
 #define GATE_EVENT_INTERVAL_NS 100000000ULL
 
 #endif

@@ -36,6 +36,12 @@ struct tags {
 	__u32 tag[GATE_LINE];
 };
 
+/* What was told last about a flow. */
+struct topic {
+	__u64 ns;
+	__u64 untold;   /* refusals since */
+};
+
 BPF_ARRAY(settings, __u64, GATE_SETTINGS);
 BPF_ARRAY(masks, struct gate_mask, GATE_TABLES * GATE_MASKS);
 /* Userspace replaces the maps in these two by larger ones when it needs them. */
@@ -48,7 +54,7 @@ BPF_HASH(tunnels, __u32, __u8, GATE_TUNNELS);
 /* Cookies of network namespaces whose flows are left to another instance: its hooks are attached
  * wherever ours are. */
 BPF_HASH(others, __u64, __u8, GATE_OTHERS);
-BPF_TABLE("lru_hash", struct gate_key, __u64, recent, GATE_RECENT);
+BPF_TABLE("lru_hash", struct gate_key, struct topic, recent, GATE_RECENT);
 BPF_PERCPU_ARRAY(counters, __u64, GATE_COUNTERS);
 BPF_RINGBUF_OUTPUT(events, GATE_RING_PAGES);
 BPF_PERCPU_ARRAY(decisions, struct decision, DECISIONS);
@@ -117,28 +123,30 @@ struct origin {
 static __always_inline void tell(struct gate_key *flow, const struct origin *origin,
 				 __u32 reason, __u32 policy, __u32 hook, __u64 cgroup)
 {
-	__u64 now = bpf_ktime_get_ns();
+	struct topic now = {.ns = bpf_ktime_get_ns()};
 	struct gate_event *event;
 	__u16 sport = flow->sport;
-	__u64 *last;
+	struct topic *last;
 
 	/* The topic: a flow without its source port, because each attempt of a client has a new one;
 	 * for each reason another. */
 	flow->sport = 0;
 	flow->mask_number = reason;
 	last = recent.lookup(flow);
-	if (last && now - *last < GATE_EVENT_INTERVAL_NS)
+	if (last && now.ns - last->ns < GATE_EVENT_INTERVAL_NS) {
+		__sync_fetch_and_add(&last->untold, 1);
 		return;
+	}
 	event = events.ringbuf_reserve(sizeof(*event));
 	if (!event) {
 		count(GATE_EVENTS_LOST);
 		return;
 	}
-	event->ns = now;
+	event->ns = now.ns;
 	event->cgroup = cgroup;
 	event->netns = origin->netns;
 	event->device = origin->device;
-	event->unused = 0;
+	event->untold = last ? last->untold : 0;
 	event->flow = *flow;
 	event->flow.sport = sport;
 	event->flow.mask_number = 0;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+from ipsecgate.admin.event_documents import Receipt, Record
 from ipsecgate.admin.status_document import Controller, Hold, Policy, Refusal, Sa, Status
 from ipsecgate.admin.why import Why
 
@@ -145,38 +146,10 @@ class Finding(TypedDict):
     hint: str  # "" if there is none
 
 
-class EventRecord(TypedDict):
-    """`ipsecgate events` prints a list of these; with --follow, one a line.
-
-    A log message has `level`; a refusal and a blocked packet have all others.
-    """
-
-    seq: int
-    time: float
-    kind: Literal["log", "refused", "blocked"]
-    text: str
-    level: NotRequired[str]
-    flow: NotRequired[str]
-    source: NotRequired[str | None]
-    daddr: NotRequired[str]
-    proto: NotRequired[int]
-    dport: NotRequired[int]
-    sport: NotRequired[int]
-    mark: NotRequired[int]
-    device: NotRequired[int]
-    netns: NotRequired[int]
-    reason: NotRequired[str]
-    policy: NotRequired[str | None]
-    audited: NotRequired[bool]
-    pid: NotRequired[int | None]
-    comm: NotRequired[str | None]
-    cgroup_id: NotRequired[int]
-
-
 class Explanation(TypedDict):
     """`ipsecgate why`."""
 
-    last: EventRecord | None  # without HOST:PORT, the refusal that is explained
+    last: Receipt | None  # without HOST:PORT, the refusal that is explained
     flows: list[Why]
 
 
@@ -198,8 +171,8 @@ DOCUMENTS: dict[str, Any] = {
     "difference": Difference,
     "why": Explanation,
     "check": list[Finding],
-    "events": list[EventRecord],
-    "event": EventRecord,
+    "events": list[Record],
+    "event": Record,
     "error": Error,
 }
 """The documents by the name that `ipsecgate schema` has for them."""

@@ -59,6 +59,7 @@ def state(paths: Paths, read_config: Callable[[], Config], spd: Table | None) ->
         "held": 0,
         "holds": _held_calls(paths),
         "namespaces": [],
+        "time_to_covered": [],
         "drift": None,
     }
 

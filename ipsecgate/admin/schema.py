@@ -14,7 +14,16 @@ import io
 import sys
 import tokenize
 from types import NoneType, UnionType
-from typing import Any, Literal, NotRequired, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Any,
+    Literal,
+    NotRequired,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SIMPLE = {str: "string", bool: "boolean", int: "integer", float: "number", NoneType: "null"}
@@ -41,7 +50,7 @@ def _schema(declared: Any, definitions: dict[str, Schema]) -> Schema:
             return {"type": "array", "items": _schema(arguments[0], definitions)}
         case origin if origin is dict:
             return {"type": "object", "additionalProperties": _schema(arguments[1], definitions)}
-        case origin if origin is UnionType:
+        case origin if origin in (UnionType, Union):
             return {"anyOf": [_schema(option, definitions) for option in arguments]}
         case origin if origin is Literal:
             return {"enum": list(arguments)}

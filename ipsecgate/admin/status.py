@@ -94,6 +94,7 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         "sas": gate["sas"],
         "holds": [_hold(call) for call in gate["holds"]],
         "namespaces": gate["namespaces"],
+        "time_to_covered": gate["time_to_covered"],
     }
 
 

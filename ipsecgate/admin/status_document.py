@@ -119,6 +119,15 @@ class Problem(TypedDict):
     advice: str  # "" if there is none
 
 
+class TimeToCovered(TypedDict):
+    """How long flows of one policy waited, from their first refusal until an SA protected them."""
+
+    policy: str  # its name
+    buckets: list[list[float]]  # [seconds, how many took at most so long], ascending
+    sum: float  # seconds, of all
+    count: int  # of all, including those that took longer than every bucket
+
+
 class Drift(TypedDict):
     """Differences that the minute's comparison found and repaired, since the controller started."""
 
@@ -155,6 +164,7 @@ class GateState(TypedDict):
     held: int
     holds: list[HeldCall]
     namespaces: list[Namespace]
+    time_to_covered: list[TimeToCovered]  # policies without a flow that was covered are left out
     drift: Drift | None  # None: no controller
 
 
@@ -222,3 +232,4 @@ class Status(TypedDict):
     sas: list[Sa]
     holds: list[Hold]
     namespaces: list[Namespace]
+    time_to_covered: list[TimeToCovered]

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from itertools import chain
 from typing import Any
 
 import click
-from rich.text import Text
 
+from ipsecgate.admin.event_documents import DENIED
+from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
 from ipsecgate.cli.verb import verb
 from ipsecgate.edges.host import control
-from ipsecgate.printable import as_json, printable_document
+from ipsecgate.errors import UsageError
+from ipsecgate.printable import as_json, printable
 
 PERIOD = 0.5  # seconds between two polls of --follow
-COLOURS = {"refused": "red", "blocked": "bold red", "warning": "yellow", "error": "bold red"}
+NEWS = ("again", "covered")  # of a receipt, which says the same
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
+_AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+
+Record = Mapping[str, Any]
+Wanted = Callable[[Record], bool]
 
 
 @verb(
     examples=[
-        ("ipsecgate events --denied --last 20", "Show the last 20 refusals."),
-        ("ipsecgate events --follow", "Show new events as they happen."),
+        ("ipsecgate events --denied --since 10m", "Show the refusals of the last ten minutes."),
+        (
+            "ipsecgate events --follow --unit postgresql",
+            "Show what happens to a unit, as it happens.",
+        ),
         ("ipsecgate --json events --follow", "Print one JSON object a line, for a script."),
     ]
 )
@@ -32,6 +42,26 @@ COLOURS = {"refused": "red", "blocked": "bold red", "warning": "yellow", "error"
 )
 @click.option("--denied", "-d", is_flag=True, help="Show only refused calls and blocked packets.")
 @click.option(
+    "--since",
+    "-s",
+    metavar="TIME",
+    help="Show only what happened since then: 90s, 10m, 2h, 1d ago, or 2031-05-04T13:00.",
+)
+@click.option(
+    "--unit",
+    "-u",
+    metavar="NAME",
+    shell_complete=complete.units,
+    help="Show only this systemd unit or container.",
+)
+@click.option(
+    "--policy",
+    "-p",
+    metavar="NAME",
+    shell_complete=complete.policies,
+    help="Show only this policy.",
+)
+@click.option(
     "--last",
     "-n",
     type=click.IntRange(1),
@@ -39,30 +69,74 @@ COLOURS = {"refused": "red", "blocked": "bold red", "warning": "yellow", "error"
     help="Of the past events show only the last NUMBER.",
 )
 @click.pass_obj
-def events(app: App, follow: bool, denied: bool, last: int | None) -> None:
+def events(
+    app: App,
+    *,
+    follow: bool,
+    denied: bool,
+    since: str | None,
+    unit: str | None,
+    policy: str | None,
+    last: int | None,
+) -> None:
     """Show what was refused or blocked, and why.
 
-    The controller's log messages are among the events. An event that repeats is recorded once,
-    and then once a minute with its number, such as "again, 599 times in 60 s"; the counters of
-    `ipsecgate status` count every refusal.
+    Each line is a receipt: process, unit or container, flow, policy and its file, the
+    reason, what IKE said, and how long it took until an SA protected the flow. Repeats
+    share a receipt, which counts them; if one program asks for very many flows, the later
+    ones share one, too. The controller's log messages are among the events.
     """
+    begin = 0.0 if since is None else moment(since, time.time())
+    wanted = wish(denied=denied, since=begin, unit=unit, policy=policy)
+    draw = _drawing(app)
     past = _since(app, 0)
-    shown = [r for r in past if not denied or r["kind"] != "log"]
-    shown = shown[-last:] if last else shown
+    shown = [record for record in past if wanted(record)]
     if not follow:
-        if app.json:
-            app.document(shown)
-        else:
-            for record in shown:
-                app.out.print(line(record), soft_wrap=True)
+        shown = [record for record in shown if record["kind"] not in NEWS]
+    shown = shown[-last:] if last else shown
+    if app.json and not follow:
+        app.document(shown)
         return
-    for record in chain(shown, _new(app, past[-1]["seq"] if past else 0)):
-        if denied and record["kind"] == "log":
-            continue
-        if app.json:
-            click.echo(as_json(record))
-        else:
-            app.out.print(line(record), soft_wrap=True)
+    for record in shown:
+        draw(record)
+    for record in _new(app, past[-1]["seq"] if past else 0) if follow else ():
+        if wanted(record):
+            draw(record)
+
+
+def moment(text: str, now: float) -> float:
+    """Return the time that an option names, in seconds of the wall clock. Raises: UsageError."""
+    ago = _AGO.fullmatch(text)
+    if ago:
+        return now - float(ago[1]) * _UNITS[ago[2]]
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"--since {printable(text)} is neither a duration nor a time",
+            hint="write 90s, 10m, 2h or 1d, or a time such as 2031-05-04T13:00",
+        ) from None
+
+
+def wish(*, denied: bool, since: float, unit: str | None, policy: str | None) -> Wanted:
+    """Return whether a record is to be shown. Of a receipt, the last refusal counts for `since`."""
+
+    def wanted(record: Record) -> bool:
+        about = record.get("fields", record)
+        return (
+            (not denied or record["kind"] in (*DENIED, *NEWS))
+            and record.get("last", record["time"]) >= since
+            and (unit is None or _is_of(about, unit))
+            and (policy is None or about.get("policy") == policy)
+        )
+
+    return wanted
+
+
+def _is_of(about: Record, name: str) -> bool:
+    """Return whether a record is about a unit or container of this name."""
+    unit, container = about.get("unit") or "", about.get("container")
+    return name in (unit, unit.removesuffix(".service"), container)
 
 
 def _since(app: App, seq: int) -> list[dict[str, Any]]:
@@ -82,21 +156,11 @@ def _new(app: App, seq: int) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def line(record: dict[str, Any]) -> Text:
-    """Draw one event on one line."""
-    record = printable_document(record)
-    when = datetime.fromtimestamp(record["time"]).astimezone()
-    kind = record.get("level", record["kind"])
-    text = Text.assemble(
-        (f"{when:%H:%M:%S.%f}"[:-3], "dim"), "  ", (f"{kind:8}", COLOURS.get(kind, "")), " "
-    )
-    if record["kind"] == "log":
-        return text.append(record["text"])
-    process = "" if record["pid"] is None else f"{record['comm']} ({record['pid']})"
-    text.append(f"{record['flow']:22}", style="bold")
-    text.append(f"  {process:16}  {record['text']}")
-    if record["policy"]:
-        text.append(f"  policy {record['policy']}", style="dim")
-    if record["audited"]:
-        text.append("  let through: audit mode", style="yellow")
-    return text
+def _drawing(app: App) -> Callable[[Record], None]:
+    """Return what prints a record."""
+    if app.json:
+        return lambda record: click.echo(as_json(record))
+    from ipsecgate.cli.event_lines import drawn, width_of  # noqa: PLC0415 - `--json` needs no rich
+
+    width = width_of(app.out)
+    return lambda record: app.out.print(drawn(record, width), soft_wrap=True)

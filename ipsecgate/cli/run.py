@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.util import find_spec, module_from_spec
 
@@ -9,7 +10,7 @@ import click
 
 from ipsecgate.cli.app import App
 from ipsecgate.cli.verb import verb
-from ipsecgate.edges.host import control
+from ipsecgate.edges.host import control, native_journal
 
 RELOAD_LIMIT = 90.0  # seconds
 
@@ -31,6 +32,8 @@ def run(app: App) -> None:
     and follows IPsec until SIGTERM or SIGINT. Stopping it opens nothing: the hooks stay and
     refuse every protected flow that no SA covers.
     """
+    if native_journal.is_journal():
+        logging.getLogger().handlers = [native_journal.NativeJournal(app.paths.instance)]
     _skip_package_init("vici")
     _leave_out("ssl", "_hashlib")
     import asyncio  # noqa: PLC0415

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ipsecgate.admin.event_documents import DENIED
 from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
 from ipsecgate.cli.verb import verb
@@ -150,7 +151,7 @@ def _resolve(host: str) -> list[Address]:
 def _last_refusal(app: App) -> dict[str, Any]:
     with control.connected(app.paths.control) as ask:
         answer = ask("events", since=0)
-    refusals: list[dict[str, Any]] = [r for r in answer["events"] if r["kind"] != "log"]
+    refusals: list[dict[str, Any]] = [r for r in answer["events"] if r["kind"] in DENIED]
     if refusals:
         last = (record for record in refusals if record["seq"] == answer["last_refusal"])
         return next(last, refusals[-1])

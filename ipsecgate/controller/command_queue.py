@@ -13,7 +13,7 @@ Entries = Mapping[Ternary, Entry | None]
 
 
 class CommandQueue:
-    """Commands in order, but each step's log messages last: writing them takes time."""
+    """Commands in order, but each step's log messages and reports last: writing them takes time."""
 
     def __init__(self, cut: Callable[[TableId, Entries], dict[Ternary, Entry | None]]) -> None:
         """`cut`: `edges.bpf.tables.Tables.cut`."""
@@ -22,7 +22,7 @@ class CommandQueue:
 
     def put(self, commands: Iterable[do.Command]) -> None:
         """Add the commands of a step."""
-        self._waiting.extend(sorted(commands, key=lambda one: isinstance(one, do.Log)))
+        self._waiting.extend(sorted(commands, key=lambda one: isinstance(one, do.Log | do.Covered)))
 
     def take(self) -> do.Command | None:
         """Return the next command, None if there is none."""

@@ -24,6 +24,7 @@ from typing import Any
 from ipsecgate.admin import loader
 from ipsecgate.admin.status_document import Configured, ControllerStatus, Process
 from ipsecgate.controller import report
+from ipsecgate.controller.callers import NOBODY, Caller, Callers
 from ipsecgate.controller.command_queue import CommandQueue
 from ipsecgate.controller.containers import Containers
 from ipsecgate.controller.cut_off import close_sockets
@@ -38,6 +39,7 @@ from ipsecgate.controller.remembered import Remembered
 from ipsecgate.controller.service import Service
 from ipsecgate.controller.takeover import Takeover
 from ipsecgate.controller.targets import Targets
+from ipsecgate.controller.time_to_covered import TimesToCovered
 from ipsecgate.controller.timers import Timers
 from ipsecgate.controller.xfrm_follower import XfrmFollower
 from ipsecgate.core.gate import commands as do
@@ -52,7 +54,7 @@ from ipsecgate.core.tables.layout import Reason, TableId
 from ipsecgate.edges.bpf.datapath import Datapath
 from ipsecgate.edges.holding import oci
 from ipsecgate.edges.holding.listeners import Listeners
-from ipsecgate.edges.host import cgroups, control_server, saved_state, systemd
+from ipsecgate.edges.host import control_server, saved_state, systemd
 from ipsecgate.edges.host.config import Config
 from ipsecgate.edges.kernel import probe
 from ipsecgate.edges.kernel.floor import Floor
@@ -114,8 +116,10 @@ class Controller:
         self._order = Order(paths)
         self._namespaces = Namespaces(paths, probe.netns_cookie(), self._put)
         self._listeners = Listeners(self._put, paths.holds)
-        self._journal = Journal()
+        self._journal = Journal(awaited=lambda refusal: report.awaited(self._gate, refusal.flow))
+        self._callers = Callers(self._record)
         self._once = Once(log)
+        self._times = TimesToCovered()
         self._service = Service()
         self._garbage = Garbage()
         self._remembered = Remembered(paths.remembered)
@@ -163,6 +167,7 @@ class Controller:
                     tasks.create_task(self._kernel.check(self._check_hooks)),
                     tasks.create_task(self._targets.run()),
                     tasks.create_task(self._floor.run()),
+                    tasks.create_task(self._callers.run()),
                     tasks.create_task(oci.run(self._paths.seccomp, containers.add, log.error)),
                 ]
                 loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
@@ -175,7 +180,7 @@ class Controller:
             self._listeners.close()
             self._data.close()
             self._once.tell_repeats(everything=True)
-            self._journal.end(log)
+            self._journal.end()
             log.removeFilter(self._once)
             log.removeHandler(self._journal)
 
@@ -212,12 +217,16 @@ class Controller:
 
     def _on_refusal(self, refusal: on.FlowRefused) -> None:
         if is_lookup(refusal.flow):
-            refusal = replace(refusal, unit=cgroups.unit_of(refusal.cgroup))
+            caller = self._callers.known(refusal.cgroup, refusal.pid) or NOBODY
+            refusal = replace(refusal, unit=caller.unit)
         self._put(refusal)
         if refusal.reason == Reason.BLOCK_CLEAR:
             self._order.suspect()
-        audit = self._gate.settings.audit
-        self._journal.refusal(refusal, self._gate.policies, audit=audit)
+        self._callers.put(refusal)
+
+    def _record(self, refusal: on.FlowRefused, caller: Caller) -> None:
+        audit, policies = self._gate.settings.audit, self._gate.policies
+        self._journal.refusal(refusal, policies, audit=audit, caller=caller)
 
     def _on_nat(self, rules: Ruleset | None) -> None:
         # Rules that can't be read are an error in `status`; the backstop sees what they do.
@@ -330,12 +339,23 @@ class Controller:
                 await self._ike.execute(command)
             case do.Remember():
                 self._remembered.execute(command)
-            case do.Log():
-                level = logging.getLevelName(command.level.upper())
-                told = {"about": command.about, "is_change": command.is_change}
-                log.log(level, "%s", command.text, extra=told)
+            case do.Log() | do.Covered():
+                self._tell(command)
             case _:
                 await self._hooks.execute(command)
+
+    def _tell(self, command: do.Log | do.Covered) -> None:
+        if isinstance(command, do.Covered):
+            self._times.add(command.policy, time.monotonic() - command.at)
+            self._journal.covered(command)
+            return
+        level = logging.getLevelName(command.level.upper())
+        told = {
+            "about": command.about,
+            "is_change": command.is_change,
+            "fields": dict(command.fields),
+        }
+        log.log(level, "%s", command.text, extra=told)
 
     def _resolve(self, command: do.ResolvePaths | do.FollowOrigin) -> None:
         if isinstance(command, do.ResolvePaths):
@@ -382,6 +402,7 @@ class Controller:
             process,
             targets=self._targets.wanted,
             namespaces=self._namespaces.document(),
+            time_to_covered=self._times.document({policy.name for policy in self._gate.policies}),
             changed_entries=self._hooks.repaired,
             errors=errors,
         )

@@ -19,11 +19,13 @@ from ipsecgate.admin.status_document import (
     Negotiation,
     Process,
     Sa,
+    TimeToCovered,
 )
 from ipsecgate.admin.why import Decision
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model.flow import Flow, parse_address
+from ipsecgate.core.model.ipsec import Action
 from ipsecgate.edges.host.config import Config
 
 
@@ -33,6 +35,7 @@ def controller_status(
     *,
     targets: Sequence[str],
     namespaces: list[Namespace],
+    time_to_covered: list[TimeToCovered],
     changed_entries: int,
     errors: Sequence[str],
 ) -> ControllerStatus:
@@ -66,6 +69,7 @@ def controller_status(
             for made in gate.holds.calls.values()
         ],
         "namespaces": namespaces,
+        "time_to_covered": time_to_covered,
     }
 
 
@@ -90,6 +94,24 @@ def summary(gate: Gate) -> str:
     text = f"{len(gate.policies)} policies; {covered} of {len(negotiations)} children covered"
     last_error = next((item.last_error for item in negotiations if item.last_error), "")
     return f"{text}; {last_error}" if last_error else text
+
+
+def awaited(gate: Gate, flow: Flow) -> tuple[str | None, str]:
+    """Return the child that a refused flow waits for, and why IKE has not brought it up.
+
+    None: no child would protect it, or no policy has it protected; "": nothing is wrong.
+    """
+    found = gate.policy_table.policy_for(flow)
+    if found is None or found[1].action is not Action.PROTECT:
+        return None, ""
+    if gate.ike.error:
+        return None, f"no IKE daemon: {gate.ike.error}"
+    choices = gate.demand.choices(flow, gate.protection.routing.route(flow), found[1])
+    name = gate.negotiations.preferred(choices)
+    if name is None:
+        return None, "no loaded connection has the flow in its traffic selectors"
+    known = gate.negotiations.by_child.get(name)
+    return str(name), known.last_error if known else ""
 
 
 def _gate_errors(gate: Gate) -> list[str]:

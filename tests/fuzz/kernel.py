@@ -255,10 +255,16 @@ class Ring(Target):
         number = layout.NO_POLICY if policy is None else policy
         pid, cgroup = random.getrandbits(32), random.getrandbits(64)
         comm = random.choice(("curl", "", "Ω", "fifteen letters"))
-        record = struct.pack("=QQQ", random.getrandbits(63), cgroup, flow.netns)
+        ns, untold = random.getrandbits(63), random.getrandbits(32)
+        record = struct.pack("=QQQ", ns, cgroup, flow.netns)
         record += layout.pack_key(key)
-        record += struct.pack("=IIIII4x16s", reason, number, pid, 1, flow.device, comm.encode())
-        return record, on.FlowRefused(flow, reason, policy, pid, comm, cgroup)
+        record += struct.pack(
+            "=IIIIII16s", reason, number, pid, 1, flow.device, untold, comm.encode()
+        )
+        refused = on.FlowRefused(
+            flow, reason, policy, pid, comm, cgroup, at=ns / layout.NS, untold=untold
+        )
+        return record, refused
 
     def feed(self, data: bytes) -> Any:
         event = packed.unpack_event(data)

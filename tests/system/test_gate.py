@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ipsecgate.cli.events import NEWS
 from ipsecgate.lab import first_connection
 from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.endpoints import Report
@@ -329,11 +330,17 @@ def test_events_show_each_refusal_with_its_policy_and_the_negotiation(
         records = json.loads(gate.cli("--json", "events").stdout)
         denied = json.loads(gate.cli("--json", "events", "--denied", "--last", "2").stdout)
         assert follower.stdout is not None
-        followed = [json.loads(follower.stdout.readline()) for _ in records]
+        news, followed = list[dict[str, Any]](), list[dict[str, Any]]()
+        while len(followed) < len(records):
+            record = json.loads(follower.stdout.readline())
+            (news if record["kind"] in NEWS else followed).append(record)
     finally:
         follower.kill()
         follower.wait()
-    assert followed == records
+    assert [event["seq"] for event in followed] == [event["seq"] for event in records]
+    assert {event["of"] for event in news if event["kind"] == "covered"} <= {
+        event["seq"] for event in records if event.get("covered_after") is not None
+    }
     ours = [event for event in records if to in event.get("flow", "")]
     # The FIN of the connection was also blocked.
     blocked = [event for event in ours if event["kind"] == "blocked"]

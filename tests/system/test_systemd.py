@@ -144,6 +144,22 @@ def test_a_gated_service_reaches_the_peer_inside_esp_only(lab: Lab, systemd: Boo
     assert clear == {"gated.slice": False, "system.slice": True}
 
 
+def test_the_journal_answers_by_policy_and_unit(systemd: BootedSystemd) -> None:
+    """The service of the test before was refused first, then covered."""
+    asked = ("IPSECGATE_POLICY=net", "IPSECGATE_UNIT=gated-slice.service")
+    listed = systemd.run("journalctl", "--no-pager", "--output=json", *asked).stdout
+    refused, covered = map(json.loads, listed.splitlines())
+    for entry in (refused, covered):
+        assert (entry["_SYSTEMD_UNIT"], entry["SYSLOG_IDENTIFIER"]) == (SERVICE, "ipsecgate")
+        assert (entry["PRIORITY"], entry["IPSECGATE_INSTANCE"]) == ("6", "default")
+        assert entry["IPSECGATE_FLOW"] == f"tcp {COVERED}:{PORT}"
+    assert [entry["IPSECGATE_EVENT"] for entry in (refused, covered)] == ["refused", "covered"]
+    assert refused["IPSECGATE_REASON"] == "refuse_uncovered"
+    assert covered["IPSECGATE_CHILD"] == "net/net"
+    assert int(covered["IPSECGATE_SPI"], 16) > 0
+    assert float(covered["IPSECGATE_COVERED_AFTER"]) > 0
+
+
 def test_a_process_that_systemd_starts_for_a_gated_one_is_not_gated(
     systemd: BootedSystemd,
 ) -> None:

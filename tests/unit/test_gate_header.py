@@ -222,6 +222,7 @@ def test_an_event_has_its_members_where_the_header_puts_them() -> None:
             "policy": host(12),
             "pid": host(13),
             "hook": host(14),
+            "untold": host(15),
             "comm": (16, b"curl"),
         },
     )
@@ -229,3 +230,4 @@ def test_an_event_has_its_members_where_the_header_puts_them() -> None:
     assert layout.flow_key(event.flow) == key
     assert (event.reason, event.policy) == (layout.Reason.REFUSE_NETNS, 12)
     assert (event.pid, event.comm, event.cgroup) == (13, "curl", 11)
+    assert (event.at, event.untold) == (1e-9, 15)

@@ -94,6 +94,7 @@ STATUS: Status = {
          "limit": 30.0, "child": "net/frankfurt-to-dublin"},
     ],
     "namespaces": [],
+    "time_to_covered": [],
 }  # fmt: skip
 CGROUPS: Cgroups = {
     "controller": STATUS["controller"],

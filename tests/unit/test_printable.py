@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ipsecgate.admin.check import Finding
 from ipsecgate.admin.status_document import Status
-from ipsecgate.cli import app, events
+from ipsecgate.cli import app, event_lines
 from ipsecgate.edges.host import systemd
 from ipsecgate.errors import GateError
 from ipsecgate.printable import printable, printable_document, printable_lines
@@ -135,6 +135,7 @@ def evil_status() -> Status:
             }
         ],
         "namespaces": [{"pid": 1, "instance": EVIL, "outside": [EVIL]}],
+        "time_to_covered": [{"policy": EVIL, "buckets": [[0.01, 1]], "sum": 0.0, "count": 1}],
         "drift": {"kernel": 0, "maps": 0},
         "counters": {
             "allowed": 0,
@@ -183,20 +184,23 @@ def test_a_screen_of_the_status_is_clean(
     assert words != ("status",) or "tcp [2001:db8::9]:5432" in said
 
 
-@pytest.mark.parametrize("kind", ["refused", "log"])
+@pytest.mark.parametrize("kind", ["refused", "log", "covered"])
 def test_an_event_is_one_clean_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = ("text", "comm", "policy", "origin", "cgroup", "unit", "container", "child", "cause")
     record = {
+        **dict.fromkeys(evil, EVIL),
         "seq": 1,
         "time": 0.0,
         "kind": kind,
-        "text": EVIL,
         "flow": "tcp [2001:db8::9]:5432",
+        "scope": "flow",
         "pid": 1,
-        "comm": EVIL,
-        "policy": EVIL,
         "audited": False,
+        "count": 1,
+        "spi": None,
+        "covered_after": 0.1,
     }
-    said = drawn(events.line(record), monkeypatch)
+    said = drawn(event_lines.drawn(record, None), monkeypatch)
     assert is_clean(said)
     assert said.count("\n") == 1
     assert SHOWN in said

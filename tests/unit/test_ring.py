@@ -29,6 +29,7 @@ GOOD = packed._EVENT.pack(
     7,
     1,
     0,
+    0,
     b"curl",
 )
 BAD = GOOD[:-1]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ipsecgate.core.model.events import Call, CallMade, Timer
-from ipsecgate.core.model.flow import FlowPath, Network, Origin
-from ipsecgate.core.model.ipsec import Acquire, ChildConfig, ChildName
+from ipsecgate.core.model.flow import Flow, FlowPath, Network, Origin
+from ipsecgate.core.model.ipsec import Acquire, ChildConfig, ChildName, Sa
 from ipsecgate.core.model.policy import FloorPolicy
 from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.layout import Entry, TableId
@@ -169,17 +169,34 @@ class Remember:
 
 
 @value
+class Covered:
+    """Report that a live SA protects a flow which was refused, for the first time since `at`.
+
+    `at`: see `FlowRefused`. `child`: the child whose SA it is, None: not known. `sa`: the SA, None
+    if the IKE daemon does ESP itself.
+    """
+
+    flow: Flow
+    policy: str
+    at: float
+    child: ChildName | None = None
+    sa: Sa | None = None
+
+
+@value
 class Log:
     """Log a message. `level`: info, warning or error.
 
     One that is logged again and again is counted instead, unless it reports a change. `about`: what
-    repeated messages share whose text differs, such as in a number.
+    repeated messages share whose text differs, such as in a number. `fields`: what the message is
+    about, for a search: `event`, `child`, `flow`, `policy`, `cause`.
     """
 
     level: str
     text: str
     about: str = ""
     is_change: bool = False
+    fields: tuple[tuple[str, str], ...] = ()
 
 
 HookWrite = Publish | Change | SetPaths | SetTunnels | SetModes | ExemptIke
@@ -199,5 +216,6 @@ Command = (
     | StartTimer
     | StopTimer
     | Remember
+    | Covered
     | Log
 )

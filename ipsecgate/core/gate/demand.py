@@ -83,6 +83,22 @@ class Demand:
         routed = self._protection.routing.route(flow)
         return found is not None and self._must_wait(routed, found[1])
 
+    def covered(self, flow: Flow, at: float) -> do.Covered | None:
+        """Return by what a flow is protected that was refused at this time; None if it is not."""
+        found = self._policy_table.policy_for(flow)
+        if found is None or found[1].action is not Action.PROTECT:
+            return None
+        routed = self._protection.routing.route(flow)
+        if self._protection.verdict(routed, derived=found[1].derived) is not Reason.ALLOW_COVERED:
+            return None
+        up = (
+            name
+            for name in self.choices(flow, routed, found[1])
+            if self._negotiations.coverage(name) is Coverage.COVERED
+        )
+        sa = self._protection.sa_of(routed.last)
+        return do.Covered(flow, found[1].name, at, next(up, None), sa)
+
     def retry(self) -> Outcome:
         """Ask for the policies to start at once, and for the flows that had no child.
 
@@ -246,8 +262,10 @@ class Demand:
         return next(iter(missing), None), outcome
 
     def _warn(self, text: str, flow: Flow, why: str = "") -> Outcome:
-        """Log a warning about a flow, once."""
+        """Log a warning about a flow, once. Others of its kind are counted (`do.Log`)."""
         if (text, flow) in self._warned or len(self._warned) >= WARNINGS:
             return Outcome()
         self._warned.add((text, flow))
-        return Outcome([do.Log("warning", f"{text} {flow}" + f": {why}" * bool(why))])
+        told = f"{text} {flow}" + f": {why}" * bool(why)
+        fields = (("event", "unprotectable"), ("flow", str(flow)))
+        return Outcome([do.Log("warning", told, about=text, fields=fields)])

@@ -29,6 +29,7 @@ from ipsecgate.core.gate.one_way import OneWayChildren
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.propagation import Propagation
 from ipsecgate.core.gate.protection import Protection, StateEvent
+from ipsecgate.core.gate.refused_flows import RefusedFlows
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import ChildConfig, ChildSa
@@ -57,8 +58,14 @@ class Gate:
         self.negotiations = Negotiations(flow_index, spread)
         self.holds = Holds(settings.errnos, flow_index)
         self.demand = Demand(self.policy_table, self.protection, self.ike, self.negotiations)
+        self.refused = RefusedFlows(flow_index)
         self._propagate = Propagation(
-            self.protection, self.policy_table, self.negotiations, self.holds, flow_index
+            self.protection,
+            self.policy_table,
+            self.negotiations,
+            self.holds,
+            refused=self.refused,
+            flow_index=flow_index,
         )
         self._one_way = OneWayChildren()
         self.lookups = NameLookups()
@@ -125,6 +132,7 @@ class Gate:
         if self.protection.pending:
             commands += self._propagate.after_protection()
         commands += self._answer_held()
+        commands += self._report_covered()
         if any(isinstance(event, on.CheckDue) for event in events):
             # Last, because a table's content is what it is after every other command.
             # Copies, because the comparison takes longer than a step.
@@ -135,7 +143,7 @@ class Gate:
     @property
     def has_more(self) -> bool:
         """Tell whether another step has something to do, even without an event."""
-        return self.holds.has_due or self.is_busy
+        return self.holds.has_due or self.refused.has_due or self.is_busy
 
     @property
     def is_busy(self) -> bool:
@@ -223,9 +231,10 @@ class Gate:
         if event.policy is None:
             return []
         # That number may be one of an older table, so the policy is looked up again.
-        self.lookups.refused(
-            event.flow, self._policy_name(event.flow), event.pid, event.comm, event.unit
-        )
+        name = self._policy_name(event.flow)
+        self.lookups.refused(event.flow, name, event.pid, event.comm, event.unit)
+        if name and self.refused.takes(event.flow, name):
+            self.refused.add(event, name, self.protection.routing.route(event.flow).lookups)
         return self._propagate.pass_on(self.demand.refused(event.flow, event.pid))
 
     def _policy_name(self, flow: Flow) -> str:
@@ -249,6 +258,16 @@ class Gate:
             # The daemon is polled anyway, so don't ask it for each flow.
             commands += [change for change in changes if not isinstance(change, do.AskIke)]
             commands += self.holds.update(flow, evaluation)
+        return commands
+
+    def _report_covered(self) -> list[do.Command]:
+        """Look at a slice of the refused flows again, and report those that an SA protects now."""
+        commands: list[do.Command] = []
+        for refusal in self.refused.take_due():
+            covered = self.demand.covered(refusal.flow, refusal.at)
+            if covered is not None:
+                self.refused.discard(refusal.flow)
+                commands.append(covered)
         return commands
 
     def is_cut_off(self, flow: Flow) -> bool:

@@ -24,6 +24,7 @@ LIMIT_WITH_NEXT = 8.0  # seconds, if another child is there to try; IKE sends ag
 GRACE = 1.0  # seconds more: for IKE to report its end, or for the kernel to show the SA
 BACK_OFF_FIRST = 1.0  # seconds
 BACK_OFF_LAST = 60.0
+EVENTS = {Input.SA_LIVE: "negotiated", Input.SA_LOST: "lost"}  # as `do.Log` names them
 PARTS = 1024  # of wildcards and narrowed children that are remembered
 
 
@@ -234,7 +235,9 @@ class Negotiations:
                 item.reported_up = False
                 # Failed attempts are counted (`attempts`), and only the first is logged.
                 again = item.failures > 0
-                log = do.Log("info", f"{name}: negotiating for {item.flow}", is_change=True)
+                text = f"{name}: negotiating for {item.flow}"
+                fields = _fields("negotiating", name, item)
+                log = do.Log("info", text, is_change=True, fields=fields)
                 item.limit = LIMIT_WITH_NEXT if self._has_next(name) else LIMIT
                 return [
                     do.Initiate(name, item.limit, item.acquire),
@@ -246,7 +249,8 @@ class Negotiations:
                 pause = self._pause(item.failures)
                 text = f"{name}: {item.last_error}; retry in {pause:.1f} s"
                 known, item.logged_error = item.logged_error, item.last_error
-                log = do.Log("warning", text, is_change=True)
+                fields = (*_fields("failed", name, item), ("cause", item.last_error))
+                log = do.Log("warning", text, is_change=True, fields=fields)
                 return [
                     do.StopTimer(limit),
                     do.StartTimer(retry, pause),
@@ -260,7 +264,8 @@ class Negotiations:
                 if event is Input.RETRY:
                     return []
         text = f"{name}: {item.coverage.value} ({event.value}){after}"
-        log = do.Log("info", text, is_change=True)
+        fields = _fields(EVENTS.get(event, "uncovered"), name, item)
+        log = do.Log("info", text, is_change=True, fields=fields)
         return [do.StopTimer(limit), do.StopTimer(retry), log]
 
     def _has_next(self, name: ChildName) -> bool:
@@ -271,3 +276,9 @@ class Negotiations:
         """Return seconds: exponential, and spread so that many gates don't ask a peer at once."""
         pause = min(BACK_OFF_LAST, BACK_OFF_FIRST * 2.0 ** (failures - 1))
         return float(pause * (0.75 + self._spread() / 2))
+
+
+def _fields(event: str, name: ChildName, item: Negotiation) -> tuple[tuple[str, str], ...]:
+    """Return what a message about a child is about."""
+    about = {"event": event, "child": name, "flow": item.flow, "policy": item.policy}
+    return tuple((key, str(value)) for key, value in about.items())

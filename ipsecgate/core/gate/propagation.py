@@ -13,6 +13,7 @@ from ipsecgate.core.gate.negotiation import Outcome
 from ipsecgate.core.gate.negotiations import Negotiations
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.protection import Protection
+from ipsecgate.core.gate.refused_flows import RefusedFlows
 from ipsecgate.core.tables.flow_index import FlowIndex
 
 
@@ -25,13 +26,16 @@ class Propagation:
         policy_table: PolicyTable,
         negotiations: Negotiations,
         holds: Holds,
+        *,
+        refused: RefusedFlows,
         flow_index: FlowIndex,
     ) -> None:
         self._protection = protection
         self._policy_table = policy_table
         self._negotiations = negotiations
         self._holds = holds
-        self._flow_index = flow_index  # the flows of negotiations and of held calls
+        self._refused = refused
+        self._flow_index = flow_index  # the flows of negotiations, held calls and refusals
         self._floor = HostFloor()
         self._rerouted = False  # since the SPD table was last published
 
@@ -68,10 +72,12 @@ class Propagation:
         changed, self._rerouted = None if self._rerouted else table.changed, False
         if changed is None:
             self._holds.recheck_all()
+            self._refused.recheck(None)
             children = list(self._negotiations.by_child)
         else:
             flows = self._flow_index.within(changed)
             self._holds.recheck_flows(flows)
+            self._refused.recheck(flows)
             children = self._negotiations.judged_by(flows)
         by_child = self._negotiations.by_child
         live = {name: self._protection.is_live(by_child[name].flow) for name in children}

@@ -7,6 +7,7 @@ because only the connected daemon shows which.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.routing import Routed, Routing
@@ -20,14 +21,18 @@ from ipsecgate.core.model.ipsec import (
     ChildName,
     ChildSa,
     Direction,
+    Sa,
     SpdEntry,
 )
 from ipsecgate.core.model.policy import SaSource
 from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
 from ipsecgate.core.state.kernel_state import KernelState
+from ipsecgate.core.state.spd import sa_tag
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
-from ipsecgate.core.tables.layout import Reason
+from ipsecgate.core.tables.layout import Reason, flow_key
 from ipsecgate.core.tables.verdict import verdict
+
+LATEST = 32  # SAs among which a report looks for one; there may be thousands
 
 StateEvent = on.XfrmEvent | on.ChildUp | on.ChildDown
 """Events that change what the kernel or IKE says is protected. One SA causes several of them."""
@@ -182,6 +187,15 @@ class Protection:
         tunneled = routed.path is not None and routed.path.is_tunneled
         state_of = self.spd_table.state_of
         return verdict(routed.lookups, state_of, derived=derived, tunneled=tunneled)
+
+    def sa_of(self, lookup: Flow) -> Sa | None:
+        """Return the SA that protects a flow, if it is among those that came in last; else None."""
+        content = self.spd_table.content
+        entry = content.classify(flow_key(lookup)) if content is not None else None
+        if self.in_userspace or entry is None or not entry.id:
+            return None
+        latest = islice(reversed(self.kernel_state.sas.values()), LATEST)
+        return next((sa for sa in latest if sa_tag(sa.id) == entry.id), None)
 
     # --- CHILD_SAs that need attention ------------------------------------------------
 

@@ -113,6 +113,8 @@ class FlowRefused:
 
     `reason` is a `layout.Reason`. `policy` is the policy's index among those in force, None if
     no policy matches the flow. `unit`: the systemd unit of `cgroup`; "": none, or not looked up.
+    `at`: seconds of CLOCK_MONOTONIC. `untold`: how often the same flow was refused since the last
+    event about it.
     """
 
     flow: Flow
@@ -122,6 +124,8 @@ class FlowRefused:
     comm: str
     cgroup: int
     unit: str = ""
+    at: float = 0.0
+    untold: int = 0
 
 
 # --- IKE -------------------------------------------------------------------------

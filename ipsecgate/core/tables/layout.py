@@ -18,7 +18,7 @@ from ipsecgate.core.model.flow import Address, Flow, unmap
 from ipsecgate.core.model.value import value
 from ipsecgate.errors import GateError
 
-LAYOUT = 6
+LAYOUT = 7
 MASKS = 4096
 ENTRIES = 1 << 22
 ROUTES = 1 << 17

@@ -42,7 +42,7 @@ _MASK = struct.Struct(f"={KEY_SIZE}sQ")
 _ROUTE = struct.Struct("=IIII4s16s")
 _PATH = struct.Struct("!16s16sIHBB")
 _DECISION = struct.Struct(f"={KEY_SIZE}sQQI4x")  # of maps.bpf.c
-_EVENT = struct.Struct(f"=QQQ{KEY_SIZE}sIIIII4x16s")
+_EVENT = struct.Struct(f"=QQQ{KEY_SIZE}sIIIIII16s")
 # The latest deadline: the kernel takes lifetimes of centuries. The highest bit must be 0, because
 # the hooks use it to order their reads (setting_after() in bpf/maps.bpf.c).
 _LAST = 2**63 - 1
@@ -265,7 +265,9 @@ def unpack_event(record: bytes) -> FlowRefused:
     """Read struct gate_event. Raises: LayoutError naming the field."""
     if len(record) < EVENT_SIZE:
         raise LayoutError(f"event of {len(record)} bytes, expected {EVENT_SIZE}")
-    _ns, cgroup, netns, raw, reason, policy, pid, _hook, device, comm = _EVENT.unpack_from(record)
+    ns, cgroup, netns, raw, reason, policy, pid, _hook, device, untold, comm = _EVENT.unpack_from(
+        record
+    )
     _, _, key = unpack_key(raw)
     if key.family not in (4, 6):
         raise LayoutError(f"event with address family {key.family}")
@@ -278,4 +280,6 @@ def unpack_event(record: bytes) -> FlowRefused:
         pid=pid,
         comm=comm.split(b"\0", 1)[0].decode(errors="replace"),
         cgroup=cgroup,
+        at=ns / NS,
+        untold=untold,
     )

@@ -11,7 +11,6 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
-from functools import lru_cache
 from pathlib import Path
 
 from ipsecgate.edges.host import runtimes
@@ -56,15 +55,16 @@ def find(target: str) -> list[Path]:
     ]
 
 
-@lru_cache(maxsize=1 << 10)
-def unit_of(cgroup_id: int) -> str:
-    """Return the name of the unit that a cgroup belongs to, "" if there is none.
-
-    An id is never used again.
-    """
-    path = by_id().get(cgroup_id)
-    above = (path, *path.parents) if path is not None else ()
+def unit_in(path: Path) -> str:
+    """Return the name of the unit that a cgroup belongs to, "" if there is none."""
+    above = (path, *path.parents)
     return next((one.name for one in above if one.suffix in (".service", ".scope")), "")
+
+
+def container_in(path: Path) -> str:
+    """Return the id of the container that a cgroup belongs to, "" if there is none."""
+    matches = (_CONTAINER.fullmatch(part) for part in reversed(path.parts))
+    return next((one[1] for one in matches if one and runtimes.ID.fullmatch(one[1])), "")
 
 
 def is_pattern(target: str) -> bool:
