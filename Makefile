@@ -43,6 +43,7 @@ install-files: setup
 	    $(SHARE)/zsh/vendor-completions $(SHARE)/fish/vendor_completions.d
 	@for unit in packaging/systemd/*.service; do \
 	    sed 's,@bindir@,$(PREFIX)/bin,' $$unit >$(UNITS)/$${unit##*/}; done
+	@install -D -m 644 -t $(SHARE)/ipsecgate/monitoring packaging/monitoring/*
 	@$(BIN)/python -m ipsecgate.cli.manual man >$(SHARE)/man/man8/ipsecgate.8
 	@$(BIN)/python -m ipsecgate.cli.manual man5 >$(SHARE)/man/man5/ipsecgate.toml.5
 	@$(BIN)/python -m ipsecgate.cli.manual bash >$(SHARE)/bash-completion/completions/ipsecgate

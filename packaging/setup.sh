@@ -22,13 +22,13 @@ packages=(
     iproute2 kmod mount procps util-linux
 )
 # Widely used clients and their servers. ecj compiles the Java client; javac would take 70 MB.
-# systemd-analyze and linux-libc-dev check the units, man and mandoc check the man pages, and tcc builds the
-# library that the test kernel needs on some CPUs.
+# systemd-analyze and linux-libc-dev check the units, man and mandoc check the man pages, prometheus checks
+# metrics and alerts, and tcc builds the library that the test kernel needs on some CPUs.
 test_packages=(
     busybox-static curl default-jre-headless ecj fish git golang-go ncat netcat-openbsd nodejs
     openssh-client openssh-server perl postgresql redis-server redis-tools wget zsh
     crun podman runc iptables nftables
-    linux-libc-dev man-db mandoc systemd tcc zstd
+    linux-libc-dev man-db mandoc prometheus systemd tcc zstd
 )
 bench_packages=(gcc libc6-dev)
 # The services that these packages start.
@@ -38,6 +38,7 @@ declare -A services=(
     [podman]="podman.socket podman.service podman-restart.service
         podman-auto-update.timer podman-auto-update.service"
     [postgresql]=postgresql.service
+    [prometheus]=prometheus.service
     [redis-server]=redis-server.service
 )
 case "${1-}" in

@@ -10,6 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from ipsecgate.admin.event_documents import Receipt, Record
 from ipsecgate.admin.status_document import Controller, Hold, Policy, Refusal, Sa, Status
+from ipsecgate.admin.top_document import Top
 from ipsecgate.admin.why import Why
 
 
@@ -173,6 +174,7 @@ DOCUMENTS: dict[str, Any] = {
     "check": list[Finding],
     "events": list[Record],
     "event": Record,
+    "top": Top,
     "error": Error,
 }
 """The documents by the name that `ipsecgate schema` has for them."""

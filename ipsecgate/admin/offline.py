@@ -59,6 +59,9 @@ def state(paths: Paths, read_config: Callable[[], Config], spd: Table | None) ->
         "held": 0,
         "holds": _held_calls(paths),
         "namespaces": [],
+        "negotiated": [],
+        "refused_by_policy": [],
+        "refused_by_cgroup": [],
         "time_to_covered": [],
         "drift": None,
     }
@@ -107,6 +110,7 @@ def _held_calls(paths: Paths) -> list[HeldCall]:
                     "since": None,
                     "limit": max(0.0, calls.deadline(place) - now),
                     "child": None,
+                    "policy": None,
                 }
                 for place, call in calls.calls()
                 if calls.deadline(place) and processes.waits_for_supervisor(call.pid)

@@ -61,6 +61,29 @@ class Negotiation(TypedDict):
     policy: str  # the name of its policy
 
 
+class Negotiated(TypedDict):
+    """How often a policy's negotiations ended in one way, since the controller started."""
+
+    policy: str
+    outcome: str  # established, failed, narrowed: the peer left the flow out, or aborted: IKE went
+    count: int
+
+
+class Refused(TypedDict):
+    """What was refused by one policy, or to one cgroup, since the controller started.
+
+    The policy, the cgroup and the process are those of the last refusal.
+    """
+
+    policy: str | None  # None: no policy names the flow
+    cgroup_id: int
+    comm: str  # the process; "" if only packets were blocked
+    flow: str
+    time: float  # of the last refusal
+    refused: int  # requests, including those that audit mode let through
+    blocked: int  # packets, likewise
+
+
 class Sa(TypedDict):
     """One live outbound SA."""
 
@@ -92,6 +115,7 @@ class HeldCall(TypedDict):
     since: float | None  # when the controller took it on; None: no controller runs
     limit: float  # seconds from then on, or from now if no controller runs
     child: str | None  # ike/child that it waits for; None: none is known
+    policy: str | None  # that has it held; None: none names it now, or no controller runs
 
 
 class Hold(HeldCall):
@@ -160,6 +184,9 @@ class GateState(TypedDict):
     sa_source: str | None  # xfrm or vici; None: `auto`, and not known yet
     policies: list[ConfiguredPolicy]
     negotiations: list[Negotiation]
+    negotiated: list[Negotiated]
+    refused_by_policy: list[Refused]
+    refused_by_cgroup: list[Refused]  # the last 512 cgroups to which something was refused
     sas: list[Sa]
     held: int
     holds: list[HeldCall]
@@ -229,6 +256,9 @@ class Status(TypedDict):
     hook_tables: HookTables
     drift: Drift | None
     negotiations: list[Negotiation]
+    negotiated: list[Negotiated]
+    refused_by_policy: list[Refused]
+    refused_by_cgroup: list[Refused]
     sas: list[Sa]
     holds: list[Hold]
     namespaces: list[Namespace]

@@ -99,6 +99,8 @@ class _Verbs(Examples, click.Group):
         "holds": ("nouns", "Show the held calls, and what each waits for."),
         "why": ("why", "Explain why a flow is let go or refused."),
         "events": ("events", "Show what was refused or blocked, and why."),
+        "top": ("top", "Watch what is refused, negotiating, covered and held, live."),
+        "metrics": ("metrics", "Print the gate's metrics for Prometheus, or serve them."),
         "check": ("check", "Check that this machine has what the gate needs."),
         "bugtool": ("bugtool", "Collect a support bundle without secrets."),
         "schema": ("schema", "Print the JSON schema of a document that --json prints."),

@@ -38,6 +38,7 @@ from ipsecgate.controller.reload import Reload, refuse_what_needs_a_restart
 from ipsecgate.controller.remembered import Remembered
 from ipsecgate.controller.service import Service
 from ipsecgate.controller.takeover import Takeover
+from ipsecgate.controller.tally import Tally
 from ipsecgate.controller.targets import Targets
 from ipsecgate.controller.time_to_covered import TimesToCovered
 from ipsecgate.controller.timers import Timers
@@ -117,6 +118,7 @@ class Controller:
         self._namespaces = Namespaces(paths, probe.netns_cookie(), self._put)
         self._listeners = Listeners(self._put, paths.holds)
         self._journal = Journal(awaited=lambda refusal: report.awaited(self._gate, refusal.flow))
+        self._tally = Tally()
         self._callers = Callers(self._record)
         self._once = Once(log)
         self._times = TimesToCovered()
@@ -222,6 +224,7 @@ class Controller:
         self._put(refusal)
         if refusal.reason == Reason.BLOCK_CLEAR:
             self._order.suspect()
+        self._tally.refusal(refusal, self._gate.policies)
         self._callers.put(refusal)
 
     def _record(self, refusal: on.FlowRefused, caller: Caller) -> None:
@@ -402,6 +405,7 @@ class Controller:
             process,
             targets=self._targets.wanted,
             namespaces=self._namespaces.document(),
+            tally=self._tally,
             time_to_covered=self._times.document({policy.name for policy in self._gate.policies}),
             changed_entries=self._hooks.repaired,
             errors=errors,

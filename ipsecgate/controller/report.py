@@ -16,12 +16,14 @@ from ipsecgate.admin.status_document import (
     Drift,
     HeldCall,
     Namespace,
+    Negotiated,
     Negotiation,
     Process,
     Sa,
     TimeToCovered,
 )
 from ipsecgate.admin.why import Decision
+from ipsecgate.controller.tally import Tally
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model.flow import Flow, parse_address
@@ -35,6 +37,7 @@ def controller_status(
     *,
     targets: Sequence[str],
     namespaces: list[Namespace],
+    tally: Tally,
     time_to_covered: list[TimeToCovered],
     changed_entries: int,
     errors: Sequence[str],
@@ -44,6 +47,7 @@ def controller_status(
     `changed_entries`: hook-table entries that something else had changed and that were repaired.
     `errors`: those that the gate does not know.
     """
+    names = {policy.name for policy in gate.policies}
     return {
         **process,
         "drift": Drift(kernel=gate.protection.drift, maps=changed_entries),
@@ -53,6 +57,13 @@ def controller_status(
         "targets": list(targets),
         "policies": [policy_document(policy) for policy in gate.policies],
         "negotiations": _negotiations(gate),
+        "negotiated": [
+            Negotiated(policy=policy, outcome=outcome, count=count)
+            for (policy, outcome), count in gate.negotiations.ended.items()
+            if policy in names
+        ],
+        "refused_by_policy": tally.by_policy(names),
+        "refused_by_cgroup": tally.by_cgroup(),
         "sas": _userspace_sas(gate) if gate.protection.in_userspace else _kernel_sas(gate),
         "held": gate.holds.total,
         "holds": [
@@ -65,6 +76,7 @@ def controller_status(
                 since=made.since,
                 limit=made.limit,
                 child=str(child) if (child := gate.holds.child_of(made.flow)) else None,
+                policy=_policy_name(gate, made.flow),
             )
             for made in gate.holds.calls.values()
         ],
@@ -120,6 +132,11 @@ def _gate_errors(gate: Gate) -> list[str]:
         *([f"IKE daemon: {gate.ike.error}"] if gate.ike.error else []),
         *(f"ignored part of what strongSwan reports: {reason}" for reason in gate.ike.unread),
     ]
+
+
+def _policy_name(gate: Gate, flow: Flow) -> str | None:
+    found = gate.policy_table.policy_for(flow)
+    return None if found is None else found[1].name
 
 
 def _negotiations(gate: Gate) -> list[Negotiation]:

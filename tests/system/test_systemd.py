@@ -116,6 +116,19 @@ def test_the_controller_is_confined(lab: Lab, systemd: BootedSystemd) -> None:
         caller.close()
 
 
+def test_the_exporter_answers_with_one_capability(systemd: BootedSystemd) -> None:
+    unit = "ipsecgate-metrics.service"
+    systemd.systemctl("start", unit)  # returns once it listens
+    lines = Path(f"/proc/{systemd.main_pid(unit)}/status").read_text().splitlines()
+    status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    assert {int(status[key], 16) for key in ("CapEff", "CapBnd")} == {1 << CAPABILITIES["BPF"]}
+    answer = systemd.run("curl", "--silent", "--show-error", "http://127.0.0.1:9765/metrics")
+    assert "ipsecgate_controller_up 1.0" in answer.stdout, answer.stderr
+    assert 'ipsecgate_policy_covered{policy="net"}' in answer.stdout
+    systemd.systemctl("stop", unit)
+    assert systemd.show(unit, "Result") == "success"
+
+
 def can_write(pid: int, path: str) -> bool:
     """Return whether root could write to a path in the mount namespace of a process."""
     script = 'case $0 in (*/bpf/*) mkdir "$0" && rmdir "$0";; (*) echo x >"$0";; esac'

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ UNITS = ROOT / "packaging/systemd"
 EXPOSURE = {
     "ipsecgate.service": 2.8,  # 2.4 without CAP_SYS_ADMIN, for the namespaces of containers
     "ipsecgate-load.service": 2.0,
+    "ipsecgate-metrics.service": 1.9,
 }  # upper limits, of 10
 # What loading the hooks needs, and the step that fails without it.
 NEEDED = {
@@ -100,6 +102,7 @@ def test_the_units_define_no_step_that_opens_the_gate() -> None:
 # --- the units allow enough --------------------------------------------------------------
 
 
+@cache
 def expand(group: str) -> set[str]:
     """Return the system calls of a group, including its nested groups."""
     calls: set[str] = set()
@@ -216,6 +219,28 @@ def test_the_controller_works_inside_its_unit(
     done = in_unit(controller, "ipsecgate.service", "--json", "status")
     assert done.returncode == 1, done.stderr
     assert '"alive": true' in done.stdout
+
+
+def test_the_exporter_works_inside_its_unit(controller: ControllerProcess, tmp_path: Path) -> None:
+    name, path = "ipsecgate-metrics.service", tmp_path / "metrics.sock"
+    assert controller.cli("load", "--attach").returncode == 0
+    done = in_unit(controller, name, "metrics")
+    assert done.returncode == 0, done.stderr
+    assert "ipsecgate_hooks_up 1.0" in done.stdout
+    program = (
+        f"{confined(name)}\nfrom ipsecgate.cli import main\n"
+        f"main({controller.argv('metrics', '--listen', f'unix:{path}')!r})\n"
+    )
+    (capabilities,) = setting(name, "CapabilityBoundingSet")
+    argv = [*only(capabilities.split()), sys.executable, "-c", program]
+    with subprocess.Popen(argv) as process:
+        assert controller.eventually(path.exists)
+        words = ("curl", "--silent", "--unix-socket", str(path), "http://gate/metrics")
+        answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        process.terminate()
+    assert "ipsecgate_hooks_up 1.0" in answer
+    assert "ipsecgate_controller_up 0.0" in answer
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(("missing", "step"), NEEDED.items())

@@ -257,3 +257,27 @@ def test_the_examples_in_the_docs_are_valid_and_show_the_defaults(
     assert config.settings.policies[-1].name == "db"
     assert replace(config.settings, policies=()) == default.settings
     assert (config.vici, config.host) == (default.vici, default.host)
+
+
+@pytest.mark.parametrize("text", ["[::1]:9765", "unix:/run/ipsecgate/metrics.sock"])
+def test_where_metrics_are_served(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "ipsecgate.toml"
+    file.write_text(f"[metrics]\nlisten = {text!r}\n")
+    assert str(load(file).listen) == text
+    file.write_text("[gate]\n")
+    assert load(file).listen is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("listen = 'localhost:9765'", "metrics.listen: 'localhost:9765' is neither"),
+        ("listen = 9765", "metrics.listen: must be a string"),
+        ("lisen = '127.0.0.1:9765'", "metrics.lisen: unknown key"),
+    ],
+)
+def test_a_wrong_address_for_metrics_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "ipsecgate.toml"
+    file.write_text(f"[metrics]\n{text}\n")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load(file)

@@ -1,6 +1,6 @@
 """Which package may import which: the architecture, enforced.
 
-    cli -> controller, admin -> edges -> core;   lab -> edges, core;   cli.demo -> lab
+    cli -> controller, monitor -> admin -> edges -> core;   lab -> edges, core;   cli.demo -> lab
 
 Within core and within edges the order is that of CORE and EDGES below: a package imports from
 itself and from those that it names. Core imports only the parts of the standard library
@@ -31,6 +31,7 @@ OUTSIDE = {
     "vici": ("edges.strongswan.", "lab."),
     "click": ("cli.", "lab."),
     "rich": ("cli.",),
+    "prometheus_client": ("monitor.", "cli.metrics"),
 }
 
 # What core may import of the standard library: nothing that reaches outside the process.
@@ -68,8 +69,9 @@ PACKAGES: dict[str, set[str]] = {
     **{package: {*below, *CORE, *BASE} - {"core.gate"} for package, below in EDGES.items()},
     "admin": {*ALL_EDGES, "lock", "paths"},
     "controller": {*ALL_EDGES, "lock", "paths", "admin"},
+    "monitor": {*ALL_EDGES, "paths", "admin"},
     "lab": {*ALL_EDGES, "paths"},
-    "cli": {*ALL_EDGES, "admin", "controller", "lab", "paths"},
+    "cli": {*ALL_EDGES, "admin", "controller", "monitor", "lab", "paths"},
     "__main__": {"cli"},
 }
 

@@ -21,6 +21,7 @@ from tests.unit.transcript import (
     NAME,
     PINNED,
     REFUSED,
+    SOURCES,
     THERE,
     TRAP,
     UP,
@@ -57,6 +58,23 @@ def test_a_negotiation_without_an_answer_ends_at_its_limit(trapped: Transcript) 
     item = trapped.gate.negotiations.by_child[NAME]
     assert item.coverage is Coverage.BACK_OFF
     assert "strongSwan did not finish within" in item.last_error
+
+
+def test_how_negotiations_ended_is_counted_by_policy(trapped: Transcript) -> None:
+    policy = trapped.gate.policies[0]
+    trapped.after(REFUSED, on.NegotiationFailed(NAME, "NO_PROPOSAL_CHOSEN"))
+    trapped.after(REFUSED, on.NegotiationFailed(NAME, "a late report"))  # it has ended already
+    trapped.after(on.TimerFired(on.Timer("retry", NAME)), REFUSED, on.IkeGone("it died"))
+    trapped.after(connected(), REFUSED, *UP)
+    ended = {
+        (policy.name, "failed"): 1,
+        (policy.name, "aborted"): 1,
+        (policy.name, "established"): 1,
+    }
+    assert trapped.gate.negotiations.ended == ended
+    other = replace(policy, name="other", remote=(ip_network("10.2.0.0/17"),))
+    trapped.after(on.Reconfigured(Settings(policies=(other,))), SOURCES)
+    assert not trapped.gate.negotiations.ended, "a policy that is gone is not counted any more"
 
 
 @pytest.mark.parametrize("within", [True, False])

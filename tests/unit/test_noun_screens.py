@@ -91,10 +91,13 @@ STATUS: Status = {
     "holds": [
         {"pid": 1234567, "comm": "postgres-walrecv", "flow": "tcp [2001:db8:1234:5678::9]:5432",
          "daddr": "2001:db8:1234:5678::9", "proto": 6, "dport": 5432, "since": NOW - 3,
-         "limit": 30.0, "child": "net/frankfurt-to-dublin"},
+         "limit": 30.0, "child": "net/frankfurt-to-dublin", "policy": "database-1"},
     ],
     "namespaces": [],
     "time_to_covered": [],
+    "negotiated": [],
+    "refused_by_policy": [],
+    "refused_by_cgroup": [],
 }  # fmt: skip
 CGROUPS: Cgroups = {
     "controller": STATUS["controller"],

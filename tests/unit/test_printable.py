@@ -89,6 +89,29 @@ def evil_status() -> Status:
                 "last_error": EVIL,
             }
         ],
+        "negotiated": [{"policy": EVIL, "outcome": EVIL, "count": 1}],
+        "refused_by_policy": [
+            {
+                "policy": EVIL,
+                "cgroup_id": 1,
+                "comm": EVIL,
+                "flow": EVIL,
+                "time": 0.0,
+                "refused": 1,
+                "blocked": 1,
+            }
+        ],
+        "refused_by_cgroup": [
+            {
+                "policy": EVIL,
+                "cgroup_id": 1,
+                "comm": EVIL,
+                "flow": EVIL,
+                "time": 0.0,
+                "refused": 1,
+                "blocked": 1,
+            }
+        ],
         "negotiations": [
             {
                 "child": EVIL,
@@ -121,6 +144,7 @@ def evil_status() -> Status:
                 "since": 0.0,
                 "limit": 1.0,
                 "child": EVIL,
+                "policy": EVIL,
             }
         ],
         "refused": [

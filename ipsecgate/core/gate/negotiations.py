@@ -8,6 +8,7 @@ that covers the flow).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ipsecgate.core.gate import commands as do
@@ -26,6 +27,13 @@ BACK_OFF_FIRST = 1.0  # seconds
 BACK_OFF_LAST = 60.0
 EVENTS = {Input.SA_LIVE: "negotiated", Input.SA_LOST: "lost"}  # as `do.Log` names them
 PARTS = 1024  # of wildcards and narrowed children that are remembered
+# What ends a negotiation, and what that is called.
+ENDS = {
+    Input.SA_LIVE: "established",
+    Input.FAILED: "failed",
+    Input.NARROWED: "narrowed",
+    Input.IKE_GONE: "aborted",
+}
 
 
 class Negotiations:
@@ -33,6 +41,7 @@ class Negotiations:
 
     def __init__(self, flow_index: FlowIndex, spread: Callable[[], float]) -> None:
         self.by_child: dict[ChildName, Negotiation] = {}
+        self.ended: Counter[tuple[str, str]] = Counter()  # by policy's name and word of `ENDS`
         self._flow_index = flow_index
         self._spread = spread
         self._by_flow: dict[Flow, set[ChildName]] = {}
@@ -182,6 +191,9 @@ class Negotiations:
         """Apply the places that the negotiations' policies have now; drop those without one."""
         outcome = Outcome()
         self._by_place.clear()
+        names = {policy.name for policy in policies}
+        for known in [known for known in self.ended if known[0] not in names]:
+            del self.ended[known]
         for name, place in places.items():
             item = self.by_child[name]
             if place is not None:
@@ -223,6 +235,8 @@ class Negotiations:
         before, item.coverage = item.coverage, advance(item.coverage, event)
         if before is item.coverage:
             return Outcome()
+        if before is Coverage.NEGOTIATING:
+            self.ended[item.policy, ENDS[event]] += 1
         commands = self._enter(name, item, event)
         return Outcome(commands, {name}, {item.place: self.coverages(item.place)})
 

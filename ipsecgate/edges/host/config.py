@@ -25,9 +25,11 @@ from ipsecgate.core.tables.policy_rules import matches
 from ipsecgate.core.tables.rule_table import COARSE_ENTRIES, COARSE_MASKS, ENTRY_LIMIT, MASK_LIMIT
 from ipsecgate.edges.host.config_keys import SECTIONS
 from ipsecgate.edges.host.config_table import TomlTable
+from ipsecgate.edges.host.listen import Listen
 from ipsecgate.errors import UsageError
 
 DEFAULT_VICI = Path(str(SECTIONS["gate"].keys["vici"].default))
+DEFAULT_LISTEN = Listen("127.0.0.1", 9765)
 _POLICY = re.compile(r"\s*\[\[\s*policy\s*\]\]")
 
 
@@ -36,12 +38,14 @@ class Config:
     """One instance's configuration.
 
     `cgroups` has targets as written: paths, unit:NAME, container:NAME. `host`: gate all cgroups.
+    `listen`: where metrics are served, None: not configured.
     """
 
     settings: Settings = field(default_factory=Settings)
     cgroups: tuple[str, ...] = ()
     host: bool = False
     vici: Path = DEFAULT_VICI
+    listen: Listen | None = None
 
 
 def load(path: Path, *, required: bool = True) -> Config:
@@ -54,6 +58,7 @@ def load(path: Path, *, required: bool = True) -> Config:
     document, lines = _document(path)
     gate = TomlTable(document.section("gate", dict, {}), path, "gate")
     errnos = _errnos(TomlTable(document.section("errno", dict, {}), path, "errno"))
+    listen = _listen(TomlTable(document.section("metrics", dict, {}), path, "metrics"))
     tables = _policy_tables(document, lines)
     document.finish(SECTIONS)
     for extra in sorted((path.parent / "policies.d").glob("*.toml")):
@@ -62,10 +67,12 @@ def load(path: Path, *, required: bool = True) -> Config:
         document.finish(("policy",))
     policies = _policies(tables)
     _refuse_too_many(policies, path)
-    return _config(gate, errnos, policies)
+    return _config(gate, errnos, listen, policies)
 
 
-def _config(gate: TomlTable, errnos: Errnos, policies: tuple[Policy, ...]) -> Config:
+def _config(
+    gate: TomlTable, errnos: Errnos, listen: Listen | None, policies: tuple[Policy, ...]
+) -> Config:
     host = gate.flag("host")
     # With the whole host gated, what the kernel sends on its own must be protected, too.
     floor = gate.choice("floor", "xfrm-block" if host else None)
@@ -82,6 +89,7 @@ def _config(gate: TomlTable, errnos: Errnos, policies: tuple[Policy, ...]) -> Co
         cgroups=tuple(gate.strings("cgroups")),
         host=host,
         vici=Path(gate.text("vici")),
+        listen=listen,
     )
     gate.finish()
     if config.host and config.cgroups:
@@ -135,6 +143,12 @@ def _errnos(table: TomlTable) -> Errnos:
     chosen = {key: getattr(errno, table.choice(key)) for key in table.keys}
     table.finish()
     return Errnos(**chosen)
+
+
+def _listen(table: TomlTable) -> Listen | None:
+    text = table.text("listen")
+    table.finish()
+    return table.parsed("listen", text, Listen.parse) if text else None
 
 
 def _policy_tables(document: TomlTable, lines: Sequence[int]) -> list[TomlTable]:

@@ -149,6 +149,19 @@ SECTIONS: Mapping[str, Section] = {
         _errno("failed", "The negotiation failed, and will be tried again."),
         _errno("hold_timeout", "A held call reached its limit."),
     ),
+    "metrics": _section(
+        "[metrics]",
+        "Where `ipsecgate metrics --listen` and its unit serve Prometheus.",
+        "write a line [metrics], and its keys below it",
+        Key(
+            "listen",
+            "",
+            "The address, which should be one that only your Prometheus can reach.",
+            values="ADDRESS:PORT or unix:PATH",
+            example="unix:/run/ipsecgate/metrics.sock",
+            unset="127.0.0.1:9765",
+        ),
+    ),
     "policy": _section(
         "[[policy]]",
         "One for each policy. The first that matches a flow decides about it.",
