@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import re
 
+from ipsecgate.admin.status_document import Problem
+
 # The first pattern that is found in an error's text has the advice.
 _ADVICE = tuple(
     (re.compile(pattern), advice)
     for pattern, advice in (
-        (
-            r"^IKE daemon: .*(No such file|refused)",
-            "start strongSwan: `systemctl start strongswan`",
-        ),
-        (r"^IKE daemon: no answer", "find out why strongSwan hangs, and restart it"),
-        (r"^IKE daemon: ", "see `journalctl -u strongswan`"),
         (
             r"^the last reload was refused",
             "mend the file, then `ipsecgate reload`; until then the old one is in force",
@@ -36,6 +32,8 @@ _ADVICE = tuple(
 )
 
 
-def advice_on(error: str) -> str:
-    """Return what to do about an error, "" if its text says it all."""
-    return next((advice for pattern, advice in _ADVICE if pattern.search(error)), "")
+def problem(error: str) -> Problem:
+    """Return an error, and what to do about it: as the controller says itself, or as known here."""
+    text, _, advice = error.partition(". Next: ")
+    known = (advice for pattern, advice in _ADVICE if pattern.search(error))
+    return {"text": text, "advice": advice or next(known, "")}

@@ -1,114 +1,218 @@
-"""Check what the gate needs of a machine, by trying each need. Changes nothing.
+"""Check what the gate needs of a machine, by trying each need, and what will not work on it.
 
-The checks run in the order in which one depends on another.
+The checks run in the order in which one depends on another. Rules of this module: it changes
+nothing. What it gathers is judged by `core.check`.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ipsecgate.admin.loader import check_targets, pins_of, runs_before
+from ipsecgate.admin import host_facts
+from ipsecgate.admin.loader import check_targets, gated_cgroups, pins_of, runs_before
+from ipsecgate.core.check import connections, machine, policies
+from ipsecgate.core.check.connections import Loaded
+from ipsecgate.core.check.finding import Finding, State, missing, ok, warning
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Policy, SaSource
-from ipsecgate.core.model.value import value
-from ipsecgate.edges.bpf import bytecode, libbpf, nested
+from ipsecgate.core.state import silence
+from ipsecgate.core.state.silence import Silent
+from ipsecgate.edges.bpf import bytecode, exclusive, libbpf, nested
 from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.host import cgroups, mounts
-from ipsecgate.edges.host.config import DEFAULT_VICI, Config
+from ipsecgate.edges.host.config import Config
 from ipsecgate.edges.kernel import probe
-from ipsecgate.edges.strongswan.probe import ike_daemon
+from ipsecgate.edges.strongswan import inventory
+from ipsecgate.edges.strongswan.vici import not_running, start_it
 from ipsecgate.errors import GateError, KernelLacksError
 from ipsecgate.paths import Paths
 
 OLDEST_KERNEL = (6, 1)
+FOR_ANYONE = ("root", "kernel", "compiler", "cgroup2", "configuration", "xfrm", "floor")
+"""The checks that say the truth to a user who is not root."""
 
-
-@value
-class Finding:
-    """The result of one check. `hint` says what to do if it is not `ok`."""
-
-    name: str
-    ok: bool
-    found: str
-    hint: str = ""
-    exit_code: int = 1  # of `ipsecgate check`, if this is the worst finding
+Check = Callable[[], str | list[Finding]]
+"""Returns what it found; raises GateError or OSError for what is missing."""
 
 
 def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
     """Run every check. `read_config` reads the configuration."""
-    config = Config()
-    userspace_esp = False
-
-    def configuration() -> str:
-        nonlocal config
-        config = read_config()
-        check_targets(paths, config)
-        file = str(paths.config) if paths.config.exists() else f"no {paths.config}: defaults"
-        return f"{file}; {_policies(config.settings.policies)}"
-
-    def strongswan() -> str:
-        nonlocal userspace_esp
-        daemon, userspace_esp = _strongswan(config.vici)
-        return f"{daemon}; ESP is done by {'strongSwan' if userspace_esp else 'the kernel'}"
-
-    def for_kernel_esp(check: Callable[[], str]) -> str:
-        source = config.settings.sa_source
-        if source is SaSource.VICI or (source is SaSource.AUTO and userspace_esp):
-            return "not needed: strongSwan does ESP"
-        return check()
-
-    checks: list[tuple[str, Callable[[], str]]] = [
+    host = _Host(paths, read_config)
+    checks: list[tuple[str, Check]] = [
         ("root", _root),
         ("kernel", _kernel),
         ("compiler", lambda: _compiler(paths)),
         ("cgroup2", lambda: str(cgroups.root())),
         ("bpffs", lambda: _bpffs(paths)),
         ("hooks", lambda: _hooks(paths)),
-        ("order", lambda: _order(paths)),
-        ("configuration", configuration),
-        ("strongswan", strongswan),
-        ("xfrm", lambda: for_kernel_esp(_xfrm)),
-        ("esp", lambda: for_kernel_esp(_esp)),
-        ("floor", lambda: for_kernel_esp(lambda: _floor(config))),
+        ("configuration", host.configuration),
+        ("cgroups", host.gated),
+        ("programs", host.programs),
+        ("strongswan", host.strongswan),
+        (policies.NAME, host.policies),
+        (connections.NAME, host.connections),
+        (connections.PLUGINS, host.plugins),
+        ("traffic", host.traffic),
+        ("xfrm", lambda: host.for_kernel_esp(_xfrm)),
+        ("esp", lambda: host.for_kernel_esp(_esp)),
+        ("floor", lambda: host.for_kernel_esp(host.floor)),
+        (machine.CLOCK, host.clock),
+        (machine.LIMITS, lambda: machine.check_limits(host_facts.limits(paths))),
+        (machine.UNITS, lambda: host_facts.check_installed(paths)),
     ]
-    return [_run(name, check) for name, check in checks]
+    found: list[Finding] = []
+    for name, check in checks:
+        if os.geteuid() and name not in FOR_ANYONE:
+            continue
+        known = {one.found for one in found if one.state is State.MISSING}
+        # What one check misses, those that depend on it would miss, too.
+        found += [one for one in _run(name, check) if one.found not in known]
+    return found
 
 
-def _run(name: str, check: Callable[[], str]) -> Finding:
-    """Run a check, which returns what it found. Its errors become a finding that is not `ok`."""
+def _run(name: str, check: Check) -> list[Finding]:
+    """Run a check; its errors become a finding."""
     try:
-        return Finding(name, ok=True, found=check())
+        found = check()
     except GateError as error:
-        return Finding(name, False, str(error), error.hint, error.exit_code)
+        return [missing(name, str(error), error.hint, error.exit_code)]
     except OSError as error:
         hint = "run it as root" if isinstance(error, PermissionError) else ""
-        return Finding(name, False, error.strerror or str(error), hint)
+        return [missing(name, error.strerror or str(error), hint)]
+    return [ok(name, found)] if isinstance(found, str) else found
 
 
-def _policies(policies: tuple[Policy, ...]) -> str:
-    count = f"{len(policies)} {'policy' if len(policies) == 1 else 'policies'}"
-    if any(policy.action is Action.PROTECT for policy in policies):
+class _Host:
+    """What the first checks have found, for those that come later."""
+
+    def __init__(self, paths: Paths, read_config: Callable[[], Config]) -> None:
+        self._paths = paths
+        self._read_config = read_config
+        self._config = Config()
+        self._loaded: Loaded | None = None  # None: strongSwan does not answer
+        self._silent: list[Silent] = []
+        self._peers: policies.PeerAddresses = {}
+        self._unresolved: dict[str, str] = {}
+
+    def configuration(self) -> str:
+        self._config = self._read_config()
+        check_targets(self._paths, self._config)
+        path = self._paths.config
+        file = str(path) if path.exists() else f"no {path}: defaults"
+        return f"{file}; {_policies(self._config.settings.policies)}"
+
+    def gated(self) -> list[Finding]:
+        """Return which configured cgroups do not exist, and whether any is gated."""
+        absent = [one for one in check_targets(self._paths, self._config) if not cgroups.find(one)]
+        found = [
+            warning("cgroups", f"{target} does not exist", "start what lives there, or remove it")
+            for target in absent
+        ]
+        gated = gated_cgroups(self._paths)
+        if not gated:
+            hint = "`ipsecgate attach unit:NAME`, or set gate.cgroups; then `ipsecgate run`"
+            found.append(warning("cgroups", "none is gated: the hooks check nothing", hint))
+        return found or [ok("cgroups", f"gated: {policies.some(gated)}")]
+
+    def programs(self) -> list[Finding]:
+        """Return the programs of other tools that get in the way of the hooks."""
+        loaded = pins_of(self._paths).loaded
+        found = [
+            warning("programs", str(one), "see `bpftool cgroup tree`")
+            for one in (runs_before(self._paths) if loaded else ())
+        ]
+        gated = set(gated_cgroups(self._paths))
+        targets = check_targets(self._paths, self._config)
+        for cgroup in {one for target in targets for one in cgroups.find(target)} - gated:
+            for hook, kind in HOOKS.items():
+                error = exclusive.explain(cgroup, hook, kind.attach_type)
+                if error is not None:
+                    found.append(missing("programs", str(error), error.hint))
+        return found or [ok("programs", "no other tool's program is in the way of the hooks")]
+
+    # --- strongSwan -------------------------------------------------------------------
+
+    def strongswan(self) -> str:
+        vici = self._config.vici
+        try:
+            self._loaded, self._silent = inventory.read(vici)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise GateError(_unchecked(not_running(vici, error)), hint=start_it(vici)) from error
+        except OSError as error:
+            said = f"strongSwan does not answer on {vici}: {error.strerror or error}"
+            raise GateError(_unchecked(said), hint=start_it(vici)) from error
+        self._peers, self._unresolved = host_facts.peers(self._loaded)
+        who = "strongSwan" if self._loaded.userspace_esp else "the kernel"
+        return f"{self._loaded.daemon}; ESP is done by {who}"
+
+    def policies(self) -> list[Finding]:
+        if self._loaded is None:
+            return []
+        settings, children = self._config.settings, self._loaded.children
+        return policies.check_policies(settings.policies, children, self._peers, deny=settings.deny)
+
+    def connections(self) -> list[Finding]:
+        if self._loaded is None:
+            return []
+        addresses = host_facts.addresses()
+        return connections.check_connections(self._loaded, addresses, self._unresolved)
+
+    def plugins(self) -> list[Finding]:
+        return connections.check_plugins(self._loaded) if self._loaded is not None else []
+
+    def traffic(self) -> list[Finding]:
+        if self._loaded is None:
+            return []
+        found = [warning("traffic", str(one), silence.ADVICE) for one in self._silent]
+        return found or [ok("traffic", "every SA that has sent packets has received some")]
+
+    def for_kernel_esp(self, check: Callable[[], str]) -> str:
+        source = self._config.settings.sa_source
+        userspace = self._loaded is not None and self._loaded.userspace_esp
+        if source is SaSource.VICI or (source is SaSource.AUTO and userspace):
+            return "not needed: strongSwan does ESP"
+        return check()
+
+    # --- the machine ------------------------------------------------------------------
+
+    def floor(self) -> str:
+        if self._config.settings.floor:
+            return "xfrm-block: what no hook sees is blocked, too, unless an SA protects it"
+        outside = "" if self._config.host else "what processes outside gated cgroups send, "
+        return (
+            f"none: {outside}what the kernel sends on its own (GRE, VXLAN, Geneve, IPIP, NFS) and "
+            "what it forwards leaves in clear while no SA protects it"
+        )
+
+    def clock(self) -> list[Finding]:
+        certificates = self._loaded is not None and self._loaded.uses_certificates
+        return machine.check_clock(host_facts.clock(uses_certificates=certificates))
+
+
+def _unchecked(said: str) -> str:
+    return f"{said}; so its connections were not checked"
+
+
+def _policies(configured: Iterable[Policy]) -> str:
+    found = tuple(configured)
+    count = f"{len(found)} {'policy' if len(found) == 1 else 'policies'}"
+    if any(policy.action is Action.PROTECT for policy in found):
         return count
-    first = f"{count}, and then " if policies else ""
+    first = f"{count}, and then " if found else ""
     return f"{first}policies are derived from strongSwan's connections"
 
 
-def _floor(config: Config) -> str:
-    if config.settings.floor:
-        return "xfrm-block: what no hook sees is blocked, too, unless an SA protects it"
-    outside = "" if config.host else "what processes outside gated cgroups send, "
-    return (
-        f"none: {outside}what the kernel sends on its own (GRE, VXLAN, Geneve, IPIP, NFS) and "
-        "what it forwards leaves in clear while no SA protects it"
-    )
+# --- the kernel -------------------------------------------------------------------------------
 
 
 def _root() -> str:
     if os.geteuid():
-        raise GateError(f"running as user id {os.geteuid()}", hint="run it as root")
+        raise GateError(
+            f"running as user id {os.geteuid()}, so most was not checked", hint="run it as root"
+        )
     return "running as root"
 
 
@@ -166,16 +270,6 @@ def _hooks(paths: Paths) -> str:
     return f"the kernel accepts {', '.join(HOOKS)}"
 
 
-def _order(paths: Paths) -> str:
-    """Look for programs of other tools that may change what the hooks have checked."""
-    if not pins_of(paths).loaded:
-        return "no hooks are loaded yet"
-    found = runs_before(paths)
-    if found:
-        raise GateError(str(found[0]), hint="see `bpftool cgroup tree`")
-    return "no other tool's program runs after the hooks"
-
-
 def _xfrm() -> str:
     if not probe.has_xfrm():
         raise KernelLacksError(
@@ -193,15 +287,3 @@ def _esp() -> str:
             "CONFIG_INET6_ESP; `ipsecgate demo` brings its own test kernel",
         )
     return "the kernel can install an ESP SA"
-
-
-def _strongswan(vici: Path) -> tuple[str, bool]:
-    try:
-        return ike_daemon(vici)
-    except OSError as error:
-        hint = "systemctl start strongswan; it needs charon-systemd and the vici plugin"
-        if vici != DEFAULT_VICI:
-            hint += "; gate.vici in the configuration names the socket"
-        raise GateError(
-            f"strongSwan does not answer on {vici}: {error.strerror or error}", hint=hint
-        ) from error

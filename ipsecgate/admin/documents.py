@@ -142,9 +142,9 @@ class Finding(TypedDict):
     """`ipsecgate check` prints a list of these."""
 
     name: str
-    ok: bool
+    state: Literal["ok", "warning", "missing"]
     found: str
-    hint: str  # "" if there is none
+    hint: str  # what to do, "" if it is ok
 
 
 class Explanation(TypedDict):

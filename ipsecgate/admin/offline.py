@@ -63,6 +63,7 @@ def state(paths: Paths, read_config: Callable[[], Config], spd: Table | None) ->
         "refused_by_policy": [],
         "refused_by_cgroup": [],
         "time_to_covered": [],
+        "warnings": [],
         "drift": None,
     }
 

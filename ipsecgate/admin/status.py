@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 from ipsecgate.admin import offline
-from ipsecgate.admin.advice import advice_on
+from ipsecgate.admin.advice import problem
 from ipsecgate.admin.judge import Judge
 from ipsecgate.admin.loader import pins_of
 from ipsecgate.admin.status_document import (
@@ -75,6 +75,7 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         "healthy": not problems,
         "problems": problems,
         "errors": gate["errors"],
+        "warnings": gate["warnings"],
         "hooks": hooks,
         "policies": [
             _with_coverage(policy, place in covered, gate["negotiations"])
@@ -147,7 +148,7 @@ def _problems(
                 "advice": "start strongSwan, or configure policies",
             }
         )
-    found += [{"text": error, "advice": advice_on(error)} for error in errors]
+    found += map(problem, errors)
     for number in sorted({hook["cgroup_id"] for hook in hooks if not hook["attached"]}):
         found.append(
             {

@@ -57,6 +57,7 @@ class Negotiation(TypedDict):
     state: str  # as Policy.coverage
     attempts: int
     last_error: str  # "" if none
+    advice: str  # what to do about the last error, "" if nothing is known
     flow: str  # the flow that asked
     policy: str  # the name of its policy
 
@@ -181,6 +182,7 @@ class GateState(TypedDict):
     """The part that a controller knows; without one, what the configuration says."""
 
     errors: list[str]  # one sentence each; [] if all is well
+    warnings: list[str]  # what may be wrong, one sentence each
     sa_source: str | None  # xfrm or vici; None: `auto`, and not known yet
     policies: list[ConfiguredPolicy]
     negotiations: list[Negotiation]
@@ -249,6 +251,7 @@ class Status(TypedDict):
     healthy: bool  # no problems: exit code 0
     problems: list[Problem]
     errors: list[str]  # the texts of those problems that the controller reports
+    warnings: list[str]  # as GateState.warnings
     hooks: list[Hook]
     policies: list[Policy]
     refused: list[Refusal]  # in the last 10 minutes and refused still, the last first; at most 100

@@ -35,9 +35,9 @@ def _of(package: str) -> str | None:
 def _strongswan(path: Path) -> str | None:
     if not os.access(path, os.R_OK | os.W_OK):
         return None  # and spare the import, which takes 20 ms
-    from ipsecgate.edges.strongswan.probe import ike_daemon  # noqa: PLC0415
+    from ipsecgate.edges.strongswan import inventory  # noqa: PLC0415
 
     try:
-        return ike_daemon(path, PATIENCE)[0]
+        return inventory.version(path, PATIENCE)
     except OSError:
         return None

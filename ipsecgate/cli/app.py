@@ -17,6 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ipsecgate.cli import complete
+from ipsecgate.cli.root import only_root
 from ipsecgate.cli.verb import Examples
 from ipsecgate.errors import GateError
 from ipsecgate.paths import DEFAULT_CONFIG, DEFAULT_INSTANCE, Paths
@@ -101,7 +102,7 @@ class _Verbs(Examples, click.Group):
         "events": ("events", "Show what was refused or blocked, and why."),
         "top": ("top", "Watch what is refused, negotiating, covered and held, live."),
         "metrics": ("metrics", "Print the gate's metrics for Prometheus, or serve them."),
-        "check": ("check", "Check that this machine has what the gate needs."),
+        "check": ("check", "Check what is missing or does not fit, and say what to do."),
         "bugtool": ("bugtool", "Collect a support bundle without secrets."),
         "schema": ("schema", "Print the JSON schema of a document that --json prints."),
         "demo": ("demo", "Compare first connections with and without the gate."),
@@ -117,7 +118,7 @@ class _Verbs(Examples, click.Group):
         # A verb that is also a Python built-in, such as exec, is named with an underscore.
         name = cmd_name.replace("-", "_")
         command: click.Command = getattr(module, name, None) or getattr(module, f"{name}_")
-        return command
+        return only_root(command, cmd_name)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Offer the verbs without importing them, and the global options."""

@@ -42,6 +42,7 @@ def screen(document: Status) -> RenderableType:
         parts.append(Text.assemble(("! ", "bold red"), (problem["text"], "red")))
         if problem["advice"]:
             parts.append(Text(f"  next: {problem['advice']}", "yellow"))
+    parts += [Text(f"! {warning}", "yellow") for warning in document["warnings"]]
     parts += [Text(), _summary(document), *_failures(document), *_refused(document)]
     return Group(*parts)
 
@@ -158,11 +159,13 @@ def _failures(document: Status) -> list[RenderableType]:
         return []
     rows = table("Child", "State", ">Attempts", "Cause")
     for item in failed[:NEWS]:
-        rows.add_row(
-            item["child"], item["state"], str(item["attempts"]), Text(item["last_error"], "red")
-        )
+        cause = Text(item["last_error"], "red")
+        rows.add_row(item["child"], item["state"], str(item["attempts"]), cause)
     more = [Text(f"and {len(failed) - NEWS} more: `ipsecgate policies`", "dim")]
-    return [heading("Failed negotiations"), rows, *(more if failed[NEWS:] else [])]
+    parts = [heading("Failed negotiations"), rows, *(more if failed[NEWS:] else [])]
+    if failed[0]["advice"]:
+        parts.append(Text(f"next: {failed[0]['advice']}", "yellow"))
+    return parts
 
 
 def _refused(document: Status) -> list[RenderableType]:

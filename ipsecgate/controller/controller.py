@@ -37,6 +37,7 @@ from ipsecgate.controller.order import Order
 from ipsecgate.controller.reload import Reload, refuse_what_needs_a_restart
 from ipsecgate.controller.remembered import Remembered
 from ipsecgate.controller.service import Service
+from ipsecgate.controller.silence import silent
 from ipsecgate.controller.takeover import Takeover
 from ipsecgate.controller.tally import Tally
 from ipsecgate.controller.targets import Targets
@@ -378,7 +379,7 @@ class Controller:
         return {"events": events, "last_refusal": self._journal.last_refusal}
 
     async def _why(self, request: control_server.Request) -> dict[str, Any]:
-        return report.why(self._gate, request.words)
+        return report.why(self._gate, request.words, await silent(self._gate))
 
     async def _configuration(self, _request: control_server.Request) -> Configured:
         return report.configured(self._gate, self._config, self._targets.wanted)
@@ -409,4 +410,5 @@ class Controller:
             time_to_covered=self._times.document({policy.name for policy in self._gate.policies}),
             changed_entries=self._hooks.repaired,
             errors=errors,
+            silent=await silent(self._gate),
         )

@@ -20,7 +20,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.edges.host import inotify
 from ipsecgate.edges.kernel import acquire
 from ipsecgate.edges.strongswan.client import IkeClient
-from ipsecgate.edges.strongswan.vici import IkeError, IkeUnreachableError
+from ipsecgate.edges.strongswan.vici import IkeError, IkeUnreachableError, no_answer
 
 log = logging.getLogger("ipsecgate")
 
@@ -92,9 +92,9 @@ class IkeFollower:
                 pause = RETRY
                 await self._follow(client)
             except TimeoutError:
-                self._deliver(on.IkeGone(f"no answer within {CONNECT:.0f} s"))
+                self._deliver(_gone(no_answer(self._vici, CONNECT)))
             except IkeError as error:
-                self._deliver(on.IkeGone(str(error)))
+                self._deliver(_gone(error))
             pause = RETRY if await self._daemon_came(pause) else min(2 * pause, RETRY_LAST)
 
     async def _daemon_came(self, limit: float) -> bool:
@@ -171,3 +171,7 @@ class IkeFollower:
                 if client.reports_loads and not userspace_esp:
                     await self._stirred.wait()
             await asyncio.sleep(max(pause, took))  # thousands of connections take the daemon long
+
+
+def _gone(error: IkeError) -> on.IkeGone:
+    return on.IkeGone(str(error), error.hint)

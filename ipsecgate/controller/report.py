@@ -24,10 +24,13 @@ from ipsecgate.admin.status_document import (
 )
 from ipsecgate.admin.why import Decision
 from ipsecgate.controller.tally import Tally
+from ipsecgate.core.codec.causes import next_step
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model.flow import Flow, parse_address
 from ipsecgate.core.model.ipsec import Action
+from ipsecgate.core.state import silence
+from ipsecgate.core.state.silence import Silent
 from ipsecgate.edges.host.config import Config
 
 
@@ -41,17 +44,19 @@ def controller_status(
     time_to_covered: list[TimeToCovered],
     changed_entries: int,
     errors: Sequence[str],
+    silent: Sequence[Silent],
 ) -> ControllerStatus:
     """Return the controller's part of the document.
 
     `changed_entries`: hook-table entries that something else had changed and that were repaired.
-    `errors`: those that the gate does not know.
+    `errors`: those that the gate does not know. `silent`: children that receive nothing.
     """
     names = {policy.name for policy in gate.policies}
     return {
         **process,
         "drift": Drift(kernel=gate.protection.drift, maps=changed_entries),
         "errors": [*_gate_errors(gate), *errors],
+        "warnings": [f"{one}: {silence.ADVICE}" for one in silent],
         "sa_source": sa_source(gate.protection.sa_source),
         "children": [str(c.name) for c in gate.ike.loaded.children],
         "targets": list(targets),
@@ -98,7 +103,7 @@ def configured(gate: Gate, config: Config, targets: Sequence[str]) -> Configured
 def summary(gate: Gate) -> str:
     """Return the state of the gate in one line, for the service manager."""
     if gate.ike.error:
-        return f"protected flows are refused: IKE daemon: {gate.ike.error}"
+        return f"protected flows are refused: {gate.ike.error}"
     if gate.errors:
         return gate.errors[0]
     negotiations = gate.negotiations.by_child.values()
@@ -129,7 +134,7 @@ def awaited(gate: Gate, flow: Flow) -> tuple[str | None, str]:
 def _gate_errors(gate: Gate) -> list[str]:
     return [
         *gate.errors,
-        *([f"IKE daemon: {gate.ike.error}"] if gate.ike.error else []),
+        *([f"{gate.ike.error}. Next: {gate.ike.advice}"] if gate.ike.error else []),
         *(f"ignored part of what strongSwan reports: {reason}" for reason in gate.ike.unread),
     ]
 
@@ -146,6 +151,7 @@ def _negotiations(gate: Gate) -> list[Negotiation]:
             "state": item.coverage.value,
             "attempts": item.attempts,
             "last_error": item.last_error,
+            "advice": next_step(item.last_error),
             "flow": str(item.flow),
             "policy": item.policy,
         }
@@ -176,12 +182,12 @@ def _kernel_sas(gate: Gate) -> list[Sa]:
     ]
 
 
-def why(gate: Gate, words: Mapping[str, Any]) -> dict[str, Any]:
-    """Answer the verb `why`: the decision about one flow.
+def why(gate: Gate, words: Mapping[str, Any], silent: Sequence[Silent]) -> dict[str, Any]:
+    """Answer the verb `why`: the decision about one flow. `silent`: as in `controller_status`.
 
     Raises: KeyError, TypeError, ValueError for words that describe none.
     """
-    from ipsecgate.core.gate.explanation import explain  # noqa: PLC0415 - 0.6 MiB, seldom used
+    from ipsecgate.core.gate.explanation import Step, explain  # noqa: PLC0415 - 0.6 MiB, seldom used
 
     source = words["saddr"]
     flow = Flow(
@@ -195,11 +201,13 @@ def why(gate: Gate, words: Mapping[str, Any]) -> dict[str, Any]:
         int(words["netns"]),
     )
     found = explain(gate, flow)
+    unanswered = [one for one in silent if found.is_allowed and one.carries(flow)]
+    steps = [*found.steps, *((Step.SA, str(one)) for one in unanswered)]
     decision: Decision = {
         "allowed": found.is_allowed,
         "reason": found.reason.name.lower(),
         "error": None if found.is_allowed else errorcode[found.error or EPERM],
-        "steps": [{"step": step.value, "text": text} for step, text in found.steps],
-        "advice": found.advice,
+        "steps": [{"step": step.value, "text": text} for step, text in steps],
+        "advice": silence.ADVICE if unanswered else found.advice,
     }
     return {"pid": os.getpid(), "decision": decision}

@@ -8,5 +8,6 @@ of the standard library that cannot reach outside the process.
     codec    bytes to values and back: netlink, VICI, seccomp, OCI
     tables   the hooks' maps, and rules compiled into them
     state    what the kernel and the IKE daemon have, and which flows that protects
+    check    what `check` found, judged
     gate     the decisions: events in, commands out
 """

@@ -133,6 +133,7 @@ class Xfrm(Target):
 
     def feed(self, data: bytes) -> Any:
         events = list(xfrm.decode(data))
+        list(xfrm.packets_of_sas(data))
         if events:
             gates.feed_kernel_events(self._gate, events)
         return events

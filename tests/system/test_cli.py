@@ -190,7 +190,7 @@ def test_check_finds_everything_ok_on_a_kernel_with_esp(cache: Path) -> None:
     with Lab("ipsecgate-test-cli") as lab, Gated(lab, cache=cache) as gate:
         result = gate.cli("--json", "check")
         findings = json.loads(result.stdout)
-        assert [f["name"] for f in findings if not f["ok"]] == []
+        assert [f["name"] for f in findings if f["state"] == "missing"] == []
         assert {"root", "kernel", "esp", "strongswan", "hooks", "cgroup2", "bpffs"} <= {
             f["name"] for f in findings
         }
@@ -206,7 +206,9 @@ def test_check_finds_everything_ok_on_a_kernel_with_esp(cache: Path) -> None:
 
         lab.a.charon.kill()
         result = gate.cli("--json", "check", check=False)
-        assert [f["name"] for f in json.loads(result.stdout) if not f["ok"]] == ["strongswan"]
+        assert [f["name"] for f in json.loads(result.stdout) if f["state"] == "missing"] == [
+            "strongswan"
+        ]
         assert result.returncode == 1
 
 

@@ -37,7 +37,7 @@ def test_the_service_manager_hears_ready_watchdog_and_stopping(
 ) -> None:
     controller.start(env={"WATCHDOG_USEC": "200000"})
     assert controller.hears("READY=1"), controller.log
-    status = "STATUS=protected flows are refused: IKE daemon: strongSwan"
+    status = "STATUS=protected flows are refused: strongSwan is not running"
     assert any(status in line for line in controller.heard)
     beats = []
     for _ in range(40):
@@ -201,8 +201,9 @@ def test_the_status_is_one_json_document(controller: ControllerProcess) -> None:
         capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1, "without IKE it is degraded"
-    error = f"IKE daemon: strongSwan at {controller.folder}/vici: "
-    assert json.loads(done.stdout)["errors"][0].startswith(error)
+    error = json.loads(done.stdout)["errors"][0]
+    assert error.startswith(f"strongSwan is not running ({controller.folder}/vici: ")
+    assert "systemctl start strongswan" in error
 
 
 def test_a_full_disk_keeps_the_saved_children(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_no_program_or_module_of_another_user_is_run(
         ran = trap / "ran"
         assert not ran.exists(), ran.read_text()
         if verb == ["check"]:
-            found = {finding["name"]: finding["ok"] for finding in json.loads(done.stdout)}
-            assert found["hooks"], done.stdout
+            found = {finding["name"]: finding["state"] for finding in json.loads(done.stdout)}
+            assert found["hooks"] == "ok", done.stdout
         else:
             assert done.returncode == 0, done.stderr
     finally:

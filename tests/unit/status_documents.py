@@ -61,6 +61,7 @@ def status(**changed: Any) -> Status:
         "healthy": False,
         "problems": [],
         "refused": [],
+        "warnings": [],
         "errors": ["cgroup /sys/fs/cgroup/web does not exist"],
         "hooks": [
             {"cgroup": "/x", "cgroup_id": GATED, "hook": hook, "attached": True, "prog_id": 1}
@@ -95,6 +96,7 @@ def status(**changed: Any) -> Status:
                 "state": "back-off",
                 "attempts": 2,
                 "last_error": "no proposal chosen",
+                "advice": "compare both sides",
                 "flow": "tcp 10.3.0.5:80",
                 "policy": "web",
             }

@@ -39,6 +39,7 @@ PURE = {
     "__future__", "bisect", "collections", "dataclasses", "enum", "errno", "functools", "heapq",
     "ipaddress", "itertools", "json", "math", "operator", "random", "re", "struct", "sys", "typing",
     "unicodedata", "zlib",
+    "datetime.UTC", "datetime.datetime",
     "socket.AF_INET", "socket.AF_INET6",
 }  # fmt: skip
 
@@ -48,6 +49,7 @@ CORE = {
     "core.codec": {"core.model"},
     "core.state": {"core.model", "core.tables", "core.codec"},
     "core.nat": {"core.model"},
+    "core.check": {"core.model"},
     "core.gate": {"core.model", "core.tables", "core.state", "core.codec", "core.nat"},
 }
 EDGES = {

@@ -61,6 +61,7 @@ STATUS: Status = {
         {"text": "IKE daemon: /run/charon.vici: No such file or directory",
          "advice": "start strongSwan: `systemctl start strongswan`"},
     ],
+    "warnings": [],
     "errors": ["IKE daemon: /run/charon.vici: No such file or directory"],
     "hooks": [
         {"cgroup": f"/sys/fs/cgroup/system.slice/{name}.service", "cgroup_id": number, "hook": hook,
@@ -82,6 +83,7 @@ STATUS: Status = {
     "negotiations": [
         {"child": "net/frankfurt-to-dublin", "state": "back-off", "attempts": 7,
          "last_error": "the peer rejected our identity or PSK (AUTHENTICATION_FAILED)",
+         "advice": "compare secret and ids with the peer's, then `swanctl --load-creds`",
          "flow": "tcp 10.2.0.9:5432", "policy": "database-1"},
     ],
     "sas": [

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipsecgate.admin.check import Finding
 from ipsecgate.admin.status_document import Status
 from ipsecgate.cli import app, event_lines
+from ipsecgate.core.check.finding import Finding, State
 from ipsecgate.edges.host import systemd
 from ipsecgate.errors import GateError
 from ipsecgate.printable import printable, printable_document, printable_lines
@@ -72,6 +72,7 @@ def evil_status() -> Status:
         "healthy": False,
         "problems": [{"text": EVIL, "advice": EVIL}],
         "errors": [EVIL],
+        "warnings": [EVIL],
         "hooks": [{"cgroup": EVIL, "cgroup_id": 1, "hook": EVIL, "attached": True, "prog_id": 1}],
         "policies": [
             {
@@ -119,6 +120,7 @@ def evil_status() -> Status:
                 "attempts": 1,
                 "flow": "tcp [2001:db8::9]:5432",
                 "last_error": EVIL,
+                "advice": EVIL,
                 "policy": EVIL,
             }
         ],
@@ -233,7 +235,7 @@ def test_an_event_is_one_clean_line(kind: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_check_screen_is_clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "2000")
-    finding = Finding(EVIL, False, EVIL, EVIL, 1)
+    finding = Finding(EVIL, State.MISSING, EVIL, EVIL, 1)
     monkeypatch.setattr("ipsecgate.cli.check.examine", lambda *_args: [finding])
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)

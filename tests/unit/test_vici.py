@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_network
 from typing import Any
 
 import pytest
 
-from ipsecgate.core.codec.causes import failure_cause
+from ipsecgate.core.codec.causes import OURS, RULES, Rule, failure_cause, next_step
 from ipsecgate.core.codec.vici import (
     child_configs,
     child_rekey,
@@ -214,12 +215,41 @@ def test_a_rekeyed_child_comes_up_before_the_old_one_goes_down() -> None:
             ["giving up after 5 retransmits", "establishing IKE_SA failed, peer not responding"],
             "did not answer (5 retransmits)",
         ),
+        (["unable to resolve %any, initiate aborted"], "names no peer"),
+        (["configured DH group CURVE_25519 not supported"], "key exchange CURVE_25519"),
+        (
+            ["PSEUDO_RANDOM_FUNCTION PRF_AES128_XCBC not supported!", "key derivation failed"],
+            "no plugin for the algorithm PRF_AES128_XCBC",
+        ),
+        (["ENCRYPTION_ALGORITHM AES_CBC (key size 128) not supported!"], "algorithm AES_CBC"),
+        (["received netlink error: Function not implemented (38)"], "the kernel refused the SA"),
         (["something new", "and its consequence"], "and its consequence"),
     ],
 )
 def test_the_cause_of_a_failure_is_found_in_the_log(lines: list[str], cause: str) -> None:
     before = ["initiating IKE_SA gw[1] to 192.0.2.2", "peer supports MOBIKE"]
     assert cause in (failure_cause([*before, *lines]) or "")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.words)
+def test_each_cause_comes_with_its_own_next_step(rule: Rule) -> None:
+    cause = re.sub(r"\\\d", "gw.example", rule.words)
+    assert next_step(cause) == rule.advice.replace(r"\1", "gw.example")
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "strongSwan gave up after 3 s: the peer is silent, or slow to refuse",
+        "no CHILD_SA within 30 s: the peer is slow or silent",
+        "strongSwan did not finish within 30 s",
+        "strongSwan reports it as up, but no SA protects tcp 10.2.0.5:5432",
+        "CHILD_SA config 'net' not found",
+    ],
+)
+def test_the_causes_that_no_log_gives_come_with_a_next_step(cause: str) -> None:
+    assert next_step(cause) in {advice for _, advice in OURS}
+    assert next_step(f"something else: {cause}!") == ""
 
 
 def test_without_a_log_there_is_no_cause() -> None:

@@ -28,6 +28,7 @@ from ipsecgate.core.codec.xfrm_structures import (
     policy,
     sa,
     sa_id,
+    sa_packets,
 )
 from ipsecgate.core.model.events import (
     PoliciesFlushed,
@@ -38,6 +39,7 @@ from ipsecgate.core.model.events import (
     SasFlushed,
     XfrmEvent,
 )
+from ipsecgate.core.model.ipsec import SaId
 
 NEWSA, DELSA, GETSA, NEWPOLICY, DELPOLICY, GETPOLICY = range(0x10, 0x16)
 EXPIRE, UPDPOLICY, UPDSA, POLEXPIRE, FLUSHSA, FLUSHPOLICY = range(0x18, 0x1E)
@@ -53,6 +55,13 @@ def decode(datagram: bytes) -> Iterator[XfrmEvent]:
         decoder = _DECODERS.get(message.type)
         if decoder is not None and (event := decoder(message)) is not None:
             yield event
+
+
+def packets_of_sas(datagram: bytes) -> Iterator[tuple[SaId, int]]:
+    """Yield the states of a dump, and how many packets each has carried. Raises: DecodeError."""
+    for message in messages(datagram):
+        if message.type == NEWSA:
+            yield sa_packets(message, message.structure(SA_SIZE, "xfrm_usersa_info"))
 
 
 def encode_policy_dump(sequence: int) -> bytes:

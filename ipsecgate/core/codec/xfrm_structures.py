@@ -8,7 +8,8 @@ and ports in network order; an IPv4 address is the first 4 bytes of an xfrm_addr
     xfrm_selector (56)          0:daddr 16:saddr 32:dport 34:dport_mask 36:sport 38:sport_mask
                                 40:family 42:prefixlen_d 43:prefixlen_s 44:proto 48:ifindex
     xfrm_usersa_info (224)      0:sel 56:id.daddr 72:id.spi 76:id.proto 80:saddr
-                                136:lft.hard_add_expires_seconds 176:curlft.add_time
+                                136:lft.hard_add_expires_seconds 168:curlft.packets
+                                176:curlft.add_time
                                 208:reqid 212:family 214:mode
     xfrm_usersa_id (24)         0:daddr 16:spi 20:family 22:proto
     xfrm_userpolicy_info (168)  0:sel 152:priority 156:index 160:dir 161:action
@@ -57,6 +58,7 @@ LIFETIME_UNLIMITED = (0, 2**64 - 1)  # unset, XFRM_INF
 _SELECTOR = struct.Struct("=16s16s8sHBBB3xi4x")
 _PORTS = struct.Struct("!HHHH")
 _SA = struct.Struct("=56s16s4sB3x16s40xQ32xQ24xIHB9x")
+_SA_PACKETS = struct.Struct("=56x16s4sB91xQ36xH10x")
 _SA_ID = struct.Struct("=16s4sHBx")
 _POLICY = struct.Struct("=56s96xIIBB6x")
 _TEMPLATE = struct.Struct("=16s4sB3xH2x16sIBxB13x")
@@ -133,6 +135,13 @@ def sa(message: Message, at: int, attributes: Attributes) -> Sa:
         hard_lifetime=None if lifetime in LIFETIME_UNLIMITED else lifetime,
         installed_at=added,
     )
+
+
+def sa_packets(message: Message, at: int) -> tuple[SaId, int]:
+    """Decode which state an xfrm_usersa_info is of, and how many packets it has carried."""
+    daddr, spi, proto, packets, family = _SA_PACKETS.unpack_from(message.data, at)
+    destination = _address(message, family, daddr, at + 212)
+    return SaId(destination, int.from_bytes(spi, "big"), proto), packets
 
 
 def sa_id(message: Message, at: int) -> SaId:

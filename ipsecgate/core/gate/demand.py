@@ -27,6 +27,10 @@ from ipsecgate.core.tables.layout import Reason, flow_key
 
 ORPHANS = 64  # flows remembered until a connection for them is loaded
 WARNINGS = 256  # remembered, to log each once
+LOAD_IT = (
+    "load one (`swanctl --load-conns`), or compare the selectors of those that are loaded "
+    "(`swanctl --list-conns`)"
+)
 
 _STATES = {Coverage.NEGOTIATING: FlowState.PENDING, Coverage.BACK_OFF: FlowState.FAILED}
 
@@ -115,7 +119,7 @@ class Demand:
         outcome.commands = [c for c in outcome.commands if not isinstance(c, do.AskIke)]
         orphans, self._orphans = self._orphans, set()
         for flow in orphans:
-            why = translation(self._protection.routing.path(flow))
+            why = translation(self._protection.routing.path(flow)) or LOAD_IT
             outcome.add(self._warn("no loaded connection would protect", flow, why))
         return outcome
 

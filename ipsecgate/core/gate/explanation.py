@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from ipsecgate.core.codec.causes import next_step
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.gate.negotiation import Negotiation
@@ -272,7 +273,7 @@ def _fit(state: KernelState, entry: SpdEntry, template: Template, sa: Sa, key: K
 def _ike_step(gate: Gate, policy: Policy, name: ChildName | None) -> tuple[str, str]:
     """Return the state of the negotiation that would cover a flow, and what to do."""
     if gate.ike.error:
-        return f"no daemon: {gate.ike.error}", "start strongSwan: `systemctl start strongswan`"
+        return gate.ike.error, gate.ike.advice
     if name is None:
         if policy.child is not None:
             return (
@@ -282,7 +283,8 @@ def _ike_step(gate: Gate, policy: Policy, name: ChildName | None) -> tuple[str, 
             )
         return (
             "no loaded connection has the flow in its traffic selectors",
-            "see `swanctl --list-conns`: compare its remote and local selectors with the flow",
+            "`swanctl --list-conns` lists those that are loaded: load the one that is missing with "
+            "`swanctl --load-conns`, or compare its local and remote selectors with the flow",
         )
     negotiation = gate.negotiations.by_child.get(name)
     if negotiation is None:
@@ -290,6 +292,8 @@ def _ike_step(gate: Gate, policy: Policy, name: ChildName | None) -> tuple[str, 
     text = _describe_negotiation(name, negotiation)
     if negotiation.coverage is Coverage.NEGOTIATING:
         return text, "try again in a moment, or run the program under `ipsecgate exec`, which waits"
+    if advice := next_step(negotiation.last_error):
+        return text, advice
     if name.part is not None:
         return text, "see strongSwan's log, and the last error above"
     return text, f"`swanctl --initiate --child {name.child}` shows the negotiation"

@@ -180,8 +180,8 @@ class Gate:
         match event:
             case on.IkeConnected():
                 return self._ike_connected(event)
-            case on.IkeGone(reason):
-                return self._ike_gone(reason)
+            case on.IkeGone():
+                return self._ike_gone(event)
             case on.IkeUnparsed(reason):
                 return [*self.ike.log_unread((reason,)), do.AskIke()]
             case on.NegotiationFailed(name, cause):
@@ -352,15 +352,15 @@ class Gate:
             return set()
         return self.protection.one_way(self.policy_table.networks())
 
-    def _ike_gone(self, reason: str) -> list[do.Command]:
-        changed, self.ike.error = reason != self.ike.error, reason
+    def _ike_gone(self, event: on.IkeGone) -> list[do.Command]:
+        changed = self.ike.gone(event)
         self.protection.ike_gone()
         if not changed:
             return []
         return [
             *self._propagate.after_protection(),
             do.ExemptIke(0),
-            do.Log("error", f"no IKE daemon ({reason}): protected flows are refused"),
+            do.Log("error", f"protected flows are refused: {event.reason}. Next: {event.advice}"),
             *self._propagate.pass_on(self.negotiations.ike_gone()),
         ]
 

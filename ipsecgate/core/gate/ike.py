@@ -21,7 +21,8 @@ class Ike:
     """The daemon's state; `error` is empty while it is connected."""
 
     def __init__(self) -> None:
-        self.error = "not connected yet"
+        self.error = "not connected to strongSwan yet"
+        self.advice = "try again in a moment"
         self.loaded = LoadedChildren(())
         self.unread: tuple[str, ...] = ()  # why items of its last list were not understood
         self._logged: tuple[str, ...] = ()
@@ -33,6 +34,12 @@ class Ike:
             self.loaded = LoadedChildren(event.children)
         self.error = ""
         self.unread = event.unread
+        return changed
+
+    def gone(self, event: on.IkeGone) -> bool:
+        """Note that the daemon does not answer; return whether that is news."""
+        changed = event.reason != self.error
+        self.error, self.advice = event.reason, event.advice
         return changed
 
     def log_connected(self, event: on.IkeConnected, configured: SaSource) -> list[do.Command]:

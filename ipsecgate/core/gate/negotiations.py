@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ipsecgate.core.codec.causes import next_step
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage, Input, advance
 from ipsecgate.core.gate.negotiation import Need, Negotiation, Outcome
@@ -261,7 +262,9 @@ class Negotiations:
             case Coverage.BACK_OFF:
                 item.failures += 1
                 pause = self._pause(item.failures)
+                advice = next_step(item.last_error)
                 text = f"{name}: {item.last_error}; retry in {pause:.1f} s"
+                text += f". Next: {advice}" if advice else ""
                 known, item.logged_error = item.logged_error, item.last_error
                 fields = (*_fields("failed", name, item), ("cause", item.last_error))
                 log = do.Log("warning", text, is_change=True, fields=fields)

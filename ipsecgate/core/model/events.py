@@ -179,9 +179,13 @@ class IkeConnected:
 
 @value
 class IkeGone:
-    """The IKE daemon does not answer. None of its SAs is confirmed any more."""
+    """The IKE daemon does not answer. None of its SAs is confirmed any more.
+
+    `advice`: what to do next.
+    """
 
     reason: str
+    advice: str = "start strongSwan: `systemctl start strongswan`"
 
 
 @value

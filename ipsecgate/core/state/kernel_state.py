@@ -305,6 +305,10 @@ class KernelState:
         """Tell whether an SA may cover a flow."""
         return sa.id in self._seen_installed or (self._ike_connected and sa.id in self._listed)
 
+    def listed(self) -> list[ChildSa]:
+        """Return the CHILD_SAs that the daemon lists."""
+        return list(self._listed.values())
+
     def established(self, name: ChildName) -> list[ChildSa]:
         """Return the CHILD_SAs of a child that the daemon lists as established."""
         return [self._listed[one] for one in self._by_name.of(name)]

@@ -128,6 +128,16 @@ class Objects:
         wanted = {libbpf.map_id(fds[used]) for used in program.maps.values()}
         return name == _name(hook, program) and maps == wanted
 
+    def differing(self, bytecode: Bytecode) -> set[str]:
+        """Return the hooks whose pinned program is another than this version's. Raises: OSError."""
+        found = set()
+        for hook in HOOKS:
+            with closing_fd(self.open_program(hook)) as fd:
+                name, _maps = libbpf.program_info(fd)
+            if name != _name(hook, bytecode.programs[hook]):
+                found.add(hook)
+        return found
+
     def _load(self, hook: str, program: Program, fds: Mapping[str, int]) -> None:
         with closing_fd(
             libbpf.load_program(

@@ -64,6 +64,10 @@ def connected(path: Path, limit: float = TIME_LIMIT) -> Iterator[Ask]:
 
 
 def _no_controller(path: Path, error: OSError) -> NoControllerError:
+    if isinstance(error, PermissionError):
+        return NoControllerError(
+            f"this user may not ask the controller on {path}", hint="run it as root"
+        )
     return NoControllerError(
         f"no controller answers on {path}: {error.strerror or error}",
         hint="start it with `systemctl start ipsecgate` or `ipsecgate run`",

@@ -273,7 +273,6 @@ class IkeClient:
                 raise
 
     async def _receive_events(self) -> None:
-        reason = ""
         try:
             while True:
                 answer = await self._event_connection.receive()
@@ -289,9 +288,8 @@ class IkeClient:
                         self._acquisition.on_ike_down(event)
                     self._events.put_nowait(event)
         except IkeError as error:
-            reason = str(error)
-        self._close()
-        self._events.put_nowait(IkeGone(reason))
+            self._close()
+            self._events.put_nowait(IkeGone(str(error), error.hint))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -92,7 +92,10 @@ class Negotiator:
                 return failure_cause(log or ()) or reason
             if clock() - began > DIAGNOSE_WITHIN:
                 self._unexplained.add(name)
-                return f"the peer is silent: strongSwan gave up after {clock() - began:.0f} s"
+                took = clock() - began
+                return (
+                    f"strongSwan gave up after {took:.0f} s: the peer is silent, or slow to refuse"
+                )
             log = []
         if reason is None and await self._comes_up(name, deadline):
             return None

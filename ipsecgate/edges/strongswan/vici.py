@@ -13,6 +13,7 @@ Source: README.md of strongSwan's vici plugin, "Protocol description".
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import struct
@@ -28,6 +29,7 @@ from ipsecgate.errors import GateError
 
 MAX_PACKET: int = protocol.Transport.MAX_SEGMENT  # 512 KiB
 PACKETS_PER_TURN = 16  # read before other tasks of the loop get a turn
+BUSY_TRIES, BUSY_PAUSE = 200, 0.05  # seconds: 10 s in all
 TOO_OLD = "install strongSwan 5.9 or later"
 
 T = TypeVar("T")
@@ -65,9 +67,15 @@ class ViciConnection:
     @classmethod
     async def open(cls, path: Path) -> ViciConnection:
         """Connect. Raises: IkeUnreachableError."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            reader, writer = await asyncio.open_unix_connection(path, limit=MAX_PACKET)
+            await _connect(sock, path)
+            reader, writer = await asyncio.open_unix_connection(sock=sock, limit=MAX_PACKET)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            sock.close()
+            raise IkeUnreachableError(not_running(path, error), hint=start_it(path)) from error
         except OSError as error:
+            sock.close()
             raise _unreachable(path, error.strerror or str(error)) from error
         return cls(path, reader, writer)
 
@@ -191,9 +199,36 @@ def refusal(answer: Message) -> str | None:
 
 
 def _unreachable(path: Path, reason: str) -> IkeUnreachableError:
-    return IkeUnreachableError(
-        f"strongSwan at {path}: {reason}",
-        hint="start strongSwan; it needs the vici plugin, with this socket",
+    return IkeUnreachableError(f"strongSwan at {path}: {reason}", hint=start_it(path))
+
+
+async def _connect(sock: socket.socket, path: Path) -> None:
+    """Connect; wait while the daemon has too many connections to accept. Raises: OSError.
+
+    asyncio takes the EAGAIN of a full backlog for a connect under way, and reports success.
+    Source: unix_stream_connect() in Linux's net/unix/af_unix.c.
+    """
+    sock.setblocking(False)
+    for _ in range(BUSY_TRIES):
+        try:
+            sock.connect(os.fspath(path))
+        except BlockingIOError:
+            await asyncio.sleep(BUSY_PAUSE)
+        else:
+            return
+    raise OSError(errno.EAGAIN, "too busy to accept a connection")
+
+
+def not_running(path: Path, error: OSError) -> str:
+    """Return in words that nothing listens on the daemon's socket."""
+    return f"strongSwan is not running ({path}: {error.strerror or error})"
+
+
+def start_it(path: Path) -> str:
+    """Return what to do about a daemon that does not listen on its socket."""
+    return (
+        "start strongSwan: `systemctl start strongswan` (charon-systemd); if it runs, its vici "
+        f"plugin does not listen on {path}, which gate.vici names"
     )
 
 
