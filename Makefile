@@ -41,7 +41,7 @@ install-program: setup
 install-files: setup
 	@install -d $(UNITS) $(SHARE)/man/man8 $(SHARE)/man/man5 $(SHARE)/bash-completion/completions \
 	    $(SHARE)/zsh/vendor-completions $(SHARE)/fish/vendor_completions.d
-	@for unit in packaging/systemd/*.service; do \
+	@for unit in packaging/systemd/*.*; do \
 	    sed 's,@bindir@,$(PREFIX)/bin,' $$unit >$(UNITS)/$${unit##*/}; done
 	@install -D -m 644 -t $(SHARE)/ipsecgate/monitoring packaging/monitoring/*
 	@$(BIN)/python -m ipsecgate.cli.manual man >$(SHARE)/man/man8/ipsecgate.8

@@ -11,6 +11,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from ipsecgate.admin.event_documents import Receipt, Record
 from ipsecgate.admin.status_document import Controller, Hold, Policy, Refusal, Sa, Status
 from ipsecgate.admin.top_document import Top
+from ipsecgate.admin.wait import Down, Waited
 from ipsecgate.admin.why import Why
 
 
@@ -171,6 +172,8 @@ DOCUMENTS: dict[str, Any] = {
     "holds": Holds,
     "difference": Difference,
     "why": Explanation,
+    "wait": Waited,
+    "down": Down,
     "check": list[Finding],
     "events": list[Record],
     "event": Record,

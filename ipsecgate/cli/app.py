@@ -99,6 +99,13 @@ class _Verbs(Examples, click.Group):
         "cgroups": ("nouns", "Show the gated cgroups."),
         "holds": ("nouns", "Show the held calls, and what each waits for."),
         "why": ("why", "Explain why a flow is let go or refused."),
+        "wait": ("wait", "Wait until live SAs protect flows or policies."),
+        "up": ("wait", "Negotiate what a policy or a child needs, and wait for it."),
+        "down": ("wait", "End the CHILD_SAs of a policy or a child."),
+        "unit-dropin": (
+            "unit_dropin",
+            "Print a systemd drop-in that has a service start only when its peers are protected.",
+        ),
         "events": ("events", "Show what was refused or blocked, and why."),
         "top": ("top", "Watch what is refused, negotiating, covered and held, live."),
         "metrics": ("metrics", "Print the gate's metrics for Prometheus, or serve them."),

@@ -200,6 +200,12 @@ def needs(context: click.Context, parameter: click.Parameter, typed: str) -> lis
     return [*policies(context, parameter, typed), *children(context, parameter, typed)]
 
 
+def names(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Complete the name of a policy or a child."""
+    found = (*policies(context, parameter, typed), *children(context, parameter, typed))
+    return list({item.value: item for item in found}.values())
+
+
 @live
 def flows(asked: Asked) -> Found:
     """Complete a flow that was refused lately, the last one first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +16,10 @@ from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
 from ipsecgate.cli.verb import verb
 from ipsecgate.edges.host import control
-from ipsecgate.errors import UsageError
+from ipsecgate.errors import NoControllerError, UsageError
 from ipsecgate.printable import as_json, printable
+
+log = logging.getLogger("ipsecgate")
 
 PERIOD = 0.5  # seconds between two polls of --follow
 NEWS = ("again", "covered")  # of a receipt, which says the same
@@ -89,7 +92,8 @@ def events(
     begin = 0.0 if since is None else moment(since, time.time())
     wanted = wish(denied=denied, since=begin, unit=unit, policy=policy)
     draw = _drawing(app)
-    past = _since(app, 0)
+    answer = _ask(app, 0)
+    past = answer["events"]
     shown = [record for record in past if wanted(record)]
     if not follow:
         shown = [record for record in shown if record["kind"] not in NEWS]
@@ -99,7 +103,7 @@ def events(
         return
     for record in shown:
         draw(record)
-    for record in _new(app, past[-1]["seq"] if past else 0) if follow else ():
+    for record in _later(app, answer) if follow else ():
         if wanted(record):
             draw(record)
 
@@ -139,21 +143,33 @@ def _is_of(about: Record, name: str) -> bool:
     return name in (unit, unit.removesuffix(".service"), container)
 
 
-def _since(app: App, seq: int) -> list[dict[str, Any]]:
-    """Return the recorded events that follow number `seq`; 0: all of them."""
-    records: list[dict[str, Any]]
+def _ask(app: App, seq: int) -> dict[str, Any]:
+    """Return the recorded events that follow number `seq`, 0: all of them, and whose they are."""
     with control.connected(app.paths.control) as ask:
-        records = ask("events", since=seq)["events"]
-    return records
+        return ask("events", since=seq)
 
 
-def _new(app: App, seq: int) -> Iterator[dict[str, Any]]:
-    """Yield the events that follow number `seq`, for ever."""
+def _later(app: App, answer: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the events after an answer, for ever: also those of the next controller."""
+    seq, pid, missing = _newest(answer, 0), answer["pid"], False
     while True:
         time.sleep(PERIOD)
-        for record in _since(app, seq):
-            seq = record["seq"]
-            yield record
+        try:
+            answer = _ask(app, seq)
+            if answer["pid"] != pid:  # its numbers began again
+                pid, answer = answer["pid"], _ask(app, 0)
+        except NoControllerError as error:
+            if not missing:
+                log.warning("%s; waiting for the next one", error)
+            missing = True
+            continue
+        missing, seq = False, _newest(answer, seq)
+        yield from answer["events"]
+
+
+def _newest(answer: Mapping[str, Any], seq: int) -> int:
+    """Return the number of the last event in an answer, `seq` if there is none."""
+    return int(answer["events"][-1]["seq"]) if answer["events"] else seq
 
 
 def _drawing(app: App) -> Callable[[Record], None]:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import stat
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ipsecgate.core.model.policy import HOLD, HOLD_LONGEST
 from ipsecgate.edges.holding import seccomp
 from ipsecgate.edges.host import cgroups, control
 from ipsecgate.errors import GateError, UsageError
+from ipsecgate.paths import Paths
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as env(1)
 # Inherited descriptors whose packets the hooks would not see: by address family, by name in /proc.
@@ -35,6 +37,7 @@ FILES = {
     r"anon_inode:\[io_uring\]": "an io_uring instance",
     r"/dev/(net/tun|tap\d+)": "a TUN or TAP device",
 }
+GATED_WITHIN = 1.0  # seconds, of a cgroup that a service has just got
 UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0}
 
 
@@ -116,7 +119,10 @@ def exec_(
     account = _user(user) if user is not None else None
     refuse_inherited()
     gated = loader.gated_cgroups(app.paths)
-    join(cgroups.resolve(cgroup).resolve() if cgroup else _default(gated), gated)
+    target = cgroups.resolve(cgroup).resolve() if cgroup else _default(gated)
+    if target == cgroups.own():
+        gated = _wait_gated(app.paths, target)
+    join(target, gated)
     if not loader.is_gated(app.paths, os.getpid()):  # the path may name a new cgroup by now
         raise GateError(
             "the cgroup has been removed and created again, and is not gated yet",
@@ -184,6 +190,16 @@ def _default(gated: Sequence[Path]) -> Path:
             hint="choose one with --cgroup",
         )
     return gated[0]
+
+
+def _wait_gated(paths: Paths, cgroup: Path) -> list[Path]:
+    """Return the gated cgroups. Our own may be new: the controller gates it in a moment."""
+    deadline = time.monotonic() + GATED_WITHIN
+    while True:
+        gated = loader.gated_cgroups(paths)
+        if any(cgroup.is_relative_to(top) for top in gated) or time.monotonic() > deadline:
+            return gated
+        time.sleep(0.02)
 
 
 def join(cgroup: Path, gated: Sequence[Path]) -> None:

@@ -25,7 +25,8 @@ EXIT_CODES = (
     (2, "The arguments or the configuration are invalid. Nothing was changed."),
     (3, "No controller answers."),
     (4, "The kernel lacks something."),
-    (124, "status --wait: not ready in time; demo: the test kernel did not finish in time."),
+    (124, "wait, up, down, status --wait: not in time; demo: the test kernel did not finish in "
+     "time."),
     (125, "demo: the test kernel did not boot, or crashed."),
     (126, "exec: the command cannot be run."),
     (127, "exec: the command was not found. In all other cases exec exits as its command does."),

@@ -161,8 +161,8 @@ def _failures(document: Status) -> list[RenderableType]:
     for item in failed[:NEWS]:
         cause = Text(item["last_error"], "red")
         rows.add_row(item["child"], item["state"], str(item["attempts"]), cause)
-    more = [Text(f"and {len(failed) - NEWS} more: `ipsecgate policies`", "dim")]
-    parts = [heading("Failed negotiations"), rows, *(more if failed[NEWS:] else [])]
+    more = f": {len(failed)}, all in `ipsecgate policies`" if failed[NEWS:] else ""
+    parts: list[RenderableType] = [heading(f"Failed negotiations{more}"), rows]
     if failed[0]["advice"]:
         parts.append(Text(f"next: {failed[0]['advice']}", "yellow"))
     return parts
@@ -175,13 +175,12 @@ def _refused(document: Status) -> list[RenderableType]:
     rows = table("Flow", "Policy", "Why", ">Last")
     for one in refused[:NEWS]:
         rows.add_row(one["flow"], one["policy"] or "none", one["text"], f"{ago(one['last'])} ago")
-    more = [Text(f"and {len(refused) - NEWS} more: `ipsecgate flows`", "dim")]
+    more = f": {len(refused)} flows, all in `ipsecgate flows`" if refused[NEWS:] else ""
     protocol, _, target = refused[0]["flow"].partition(" ")
     target += "/udp" if protocol == "udp" else ""
     parts: list[RenderableType] = [
-        heading("Refused in the last 10 minutes"),
+        heading(f"Refused in the last 10 minutes{more}"),
         rows,
-        *(more if refused[NEWS:] else []),
     ]
     if protocol in ("tcp", "udp"):
         parts.append(Text(f"next: `ipsecgate why {target}`", "yellow"))

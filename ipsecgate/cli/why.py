@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import socket
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,18 +9,15 @@ import click
 from ipsecgate.admin.event_documents import DENIED
 from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
+from ipsecgate.cli.destination import flows_to
 from ipsecgate.cli.verb import verb
-from ipsecgate.core.model.flow import TCP, UDP, Address, Flow, parse_address
+from ipsecgate.core.model.flow import Flow, parse_address
 from ipsecgate.edges.host import control
 from ipsecgate.errors import GateError, UsageError
-from ipsecgate.printable import printable, printable_document
+from ipsecgate.printable import printable_document
 
 if TYPE_CHECKING:
     from ipsecgate.admin.why import Caller
-
-_TARGET = re.compile(
-    r"(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^:\[\]/]+)):(?P<port>[0-9]{1,5})(?:/(?P<proto>tcp|udp))?"
-)
 
 
 @verb(
@@ -89,7 +84,7 @@ def why(
         raise UsageError("use only one of --pid, --cgroup and --container")
     caller = decision.caller_of(pid, f"container:{container}" if container else cgroup)
     last = None if target else _last_refusal(app)
-    flows = [_flow_of(last)] if last else _flows(target or "", source)
+    flows = [_flow_of(last)] if last else flows_to(target or "", source)
     try:
         documents = [decision.why(app.paths, flow, caller or _caller_of(last)) for flow in flows]
     except FileNotFoundError as error:
@@ -107,45 +102,6 @@ def why(
         for document in documents:
             app.out.print(screen(printable_document(document)))
     return 0 if all(document["allowed"] for document in documents) else 1
-
-
-def _flows(target: str, source: str | None) -> list[Flow]:
-    """Return the flows that HOST:PORT/PROTOCOL names: one for each address of the host."""
-    match = _TARGET.fullmatch(target)
-    if match is None or not 0 < int(match["port"]) <= 0xFFFF:
-        raise UsageError(
-            f"{printable(target)} is not HOST:PORT or HOST:PORT/udp",
-            hint="for example 10.2.0.5:5432, or [2001:db8::5]:53/udp",
-        )
-    saddr = None if source is None else _address(source, "--from")
-    daddrs = [_address(match["v6"], "HOST")] if match["v6"] else _resolve(match["host"])
-    proto = UDP if match["proto"] == "udp" else TCP
-    flows = [
-        Flow(daddr, proto, int(match["port"]), saddr)
-        for daddr in daddrs
-        if saddr is None or saddr.version == daddr.version
-    ]
-    if not flows:
-        raise UsageError(f"--from {source} is of another address family than {target}")
-    return flows
-
-
-def _address(text: str, what: str) -> Address:
-    try:
-        return parse_address(text)
-    except ValueError as error:
-        raise UsageError(f"{what}: {printable(text)} is not an IPv4 or IPv6 address") from error
-
-
-def _resolve(host: str) -> list[Address]:
-    try:
-        found = socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)
-    except (OSError, UnicodeError) as error:
-        raise GateError(
-            f"{printable(host)} cannot be resolved: {getattr(error, 'strerror', error)}",
-            hint="name an address; if the resolver itself is refused, `ipsecgate events` shows it",
-        ) from error
-    return list(dict.fromkeys(parse_address(str(info[4][0])) for info in found))
 
 
 def _last_refusal(app: App) -> dict[str, Any]:

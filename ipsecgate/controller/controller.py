@@ -43,6 +43,7 @@ from ipsecgate.controller.tally import Tally
 from ipsecgate.controller.targets import Targets
 from ipsecgate.controller.time_to_covered import TimesToCovered
 from ipsecgate.controller.timers import Timers
+from ipsecgate.controller.waiters import Waiters
 from ipsecgate.controller.xfrm_follower import XfrmFollower
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.event_queue import EventQueue
@@ -122,6 +123,7 @@ class Controller:
         self._tally = Tally()
         self._callers = Callers(self._record)
         self._once = Once(log)
+        self._waiters = Waiters(self._gate, self._put, self._ike.execute)
         self._times = TimesToCovered()
         self._service = Service()
         self._garbage = Garbage()
@@ -154,7 +156,7 @@ class Controller:
         }
         try:
             async with (
-                control_server.serving(self._paths.control, verbs),
+                control_server.serving(self._paths.control, verbs, self._waiters.verbs),
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
@@ -169,6 +171,7 @@ class Controller:
                     tasks.create_task(self._ike.run()),
                     tasks.create_task(self._kernel.check(self._check_hooks)),
                     tasks.create_task(self._targets.run()),
+                    tasks.create_task(self._waiters.run()),
                     tasks.create_task(self._floor.run()),
                     tasks.create_task(self._callers.run()),
                     tasks.create_task(oci.run(self._paths.seccomp, containers.add, log.error)),
@@ -268,6 +271,7 @@ class Controller:
             # Flows that are free may be closed. Once more afterwards, because an answer in between
             # may come before the write that closes its flow.
             self._listeners.end_epoch()
+            self._waiters.writing()
         self._commands.put(commands)
         while (command := self._commands.take()) is not None:
             try:
@@ -279,6 +283,7 @@ class Controller:
                 ) from error
         if writes:
             self._listeners.end_epoch()
+        self._waiters.stir()
 
     def _close_meanwhile(self) -> None:
         """Close flows whose SAs are gone while a large change is being written.
@@ -376,7 +381,8 @@ class Controller:
 
     async def _events_since(self, request: control_server.Request) -> dict[str, Any]:
         events = self._journal.since(int(request.words["since"]))
-        return {"events": events, "last_refusal": self._journal.last_refusal}
+        last = self._journal.last_refusal
+        return {"events": events, "last_refusal": last, "pid": os.getpid()}
 
     async def _why(self, request: control_server.Request) -> dict[str, Any]:
         return report.why(self._gate, request.words, await silent(self._gate))

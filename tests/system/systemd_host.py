@@ -20,6 +20,7 @@ COVERED = str(SITE_B.outer[4].ip)
 NEVER = str(SITE_B.bare[4].ip)  # protected by the configuration; no connection covers it
 LATER = "203.0.113.9"
 SERVICE, LOAD = "ipsecgate.service", "ipsecgate-load.service"
+WAIT = "ipsecgate-wait-online.service"
 CONFIG = f"""
 [gate]
 vici = "{CHARON}/vici"
@@ -49,6 +50,25 @@ Slice={group}
 ExecStart=/usr/bin/python3 -S -I /etc/probe.py
 StandardOutput=file:/run/%p.out
 """
+# Connects to the peer, and prints its user and the result.
+DIAL = f"""
+import errno, os, socket
+try:
+    socket.create_connection(("{COVERED}", {PORT}), 30).close()
+    print(os.getuid(), "connected")
+except OSError as error:
+    print(os.getuid(), errno.errorcode[error.errno])
+"""
+DIAL_UNIT = """
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+Slice=gated.slice
+{more}
+ExecStart=/usr/bin/python3 -S -I \\
+    /etc/dial.py
+StandardOutput=file:/run/%p.out
+"""
 EARLY = "DefaultDependencies=no\nBefore=network-pre.target\n"
 PROBES = {
     "probe-before": ("gated.slice", f"{EARLY}After=gated.slice\nBefore={LOAD}"),
@@ -58,6 +78,9 @@ PROBES = {
 }
 FILES = {
     "etc/probe.py": PROBE,
+    "etc/dial.py": DIAL,
+    "etc/systemd/system/dial.service": DIAL_UNIT.format(more=""),
+    "etc/systemd/system/held.service": DIAL_UNIT.format(more="User=nobody"),
     "etc/ipsecgate/ipsecgate.toml": CONFIG,
     f"etc/systemd/system/{LOAD}.d/gated.conf": "[Unit]\nWants=gated.slice\nAfter=gated.slice\n",
     # Debian's own unit, without a daemon: the lab runs charon.

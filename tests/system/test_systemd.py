@@ -34,6 +34,7 @@ from tests.system.systemd_host import (
     PROBES,
     SERVICE,
     SPEC,
+    WAIT,
     booted,
     closed,
     module_lab,
@@ -184,6 +185,56 @@ def test_a_process_that_systemd_starts_for_a_gated_one_is_not_gated(
         systemd.start(name, command, "Slice=gated.slice", "Type=oneshot")
     results = [systemd.output(name).strip() for name in ("itself", "another")]
     assert results == ["EPERM", "EINPROGRESS"]
+
+
+# --- services that wait for their peers ---------------------------------------------------
+
+
+def test_a_service_starts_only_when_its_peers_are_protected(
+    lab: Lab, systemd: BootedSystemd
+) -> None:
+    """And `--hold` lets a service's calls wait when an SA is gone later."""
+    config = systemd.file("/etc/ipsecgate/ipsecgate.toml")
+    put(config, CONFIG.partition('[[policy]]\nname = "never"')[0])
+    assert systemd.systemctl("reload", SERVICE).returncode == 0
+    lab.drop_ike()
+    done = systemd.run("ipsecgate", "unit-dropin", "dial", "--install")
+    assert done.returncode == 0, done.stderr
+    assert systemd.show("dial", "Requires").split().count("ipsecgate-online.target") == 1
+    with lab.capture() as capture:
+        assert systemd.systemctl("start", "--no-block", "dial").returncode == 0
+        systemd.until(
+            lambda: "net" in systemd.show(WAIT, "StatusText"), "what it waits for is not told"
+        )
+        time.sleep(1)
+        assert systemd.show("dial", "ActiveState") == "inactive"
+        assert systemd.show(WAIT, "ActiveState") == "activating"
+        lab.drop_ike(False)
+        systemd.until(lambda: systemd.show("dial", "ActiveState") == "active", "it never starts")
+        lab.let_tcp_close()
+        seen = capture.stop()
+    assert systemd.output("dial").split() == ["0", "connected"]
+    assert bool(seen.esp) > bool(seen.clear), "its first packet was protected"
+    began = int(systemd.show("dial", "ExecMainStartTimestampMonotonic"))
+    assert 0 < usec(systemd, WAIT) <= usec(systemd, "ipsecgate-online.target") <= began
+
+    assert systemd.run("ipsecgate", "down", "net").returncode == 0
+    done = systemd.run("ipsecgate", "unit-dropin", "held", "--hold", "--install")
+    assert done.returncode == 0, done.stderr
+    with lab.capture() as capture:
+        done = systemd.systemctl("start", "held")
+        assert done.returncode == 0, systemd.log("held.service")
+        lab.let_tcp_close()
+        seen = capture.stop()
+    assert systemd.output("held").split() == ["65534", "connected"], "as its user, and no error"
+    assert bool(seen.esp) > bool(seen.clear)
+    assert systemd.systemctl("stop", "ipsecgate-online.target", WAIT).returncode == 0
+    assert systemd.show("dial", "ActiveState") == "inactive", "Requires= stops it as well"
+    for name in ("dial", "held"):
+        systemd.file(f"/etc/systemd/system/{name}.service.d/ipsecgate.conf").unlink()
+    put(config, CONFIG)
+    systemd.systemctl("daemon-reload")
+    assert systemd.systemctl("reload", SERVICE).returncode == 0
 
 
 # --- how the controller ends --------------------------------------------------------------

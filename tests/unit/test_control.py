@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import stat
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 
 from ipsecgate.edges.host import control_server
-from ipsecgate.edges.host.control import ask, parse_answer
-from ipsecgate.edges.host.control_server import CLIENTS, REQUEST_LIMIT, Request, serving
+from ipsecgate.edges.host.control import REQUEST_LIMIT, ask, parse_answer
+from ipsecgate.edges.host.control_server import CLIENTS, Request, serving
 from ipsecgate.errors import GateError, NoControllerError
 from tests.until import until
 
@@ -113,6 +114,68 @@ async def test_silent_clients_beyond_the_limit_are_disconnected(tmp_path: Path) 
                 with contextlib.suppress(NoControllerError, GateError):
                     assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}
                     break
+
+
+async def test_patient_clients_take_none_of_the_others_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that disconnects is noticed at once; beyond the limit they are disconnected."""
+    monkeypatch.setattr(control_server, "_WORK_LIMIT", 0.1)
+    monkeypatch.setattr(control_server, "WAITING", 2 * CLIENTS)
+    waiting, over = set[int](), asyncio.Event()
+
+    async def wait(request: Request) -> Mapping[str, Any]:
+        waiting.add(number := request.words["number"])
+        try:
+            await over.wait()
+            return {"number": number}
+        finally:
+            waiting.discard(number)
+
+    path = tmp_path / "control.sock"
+    async with serving(path, VERBS, {"wait": wait}):
+        clients = []
+        for number in range(2 * CLIENTS):
+            clients.append(await asyncio.open_unix_connection(path))
+            clients[-1][1].write(json.dumps({"verb": "wait", "number": number}).encode() + b"\n")
+            await until(lambda at=number: at in waiting)  # type: ignore[misc]
+        await asyncio.sleep(0.2)  # longer than others may work
+        assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(b'{"verb": "wait", "number": -1}\n')
+        assert await reader.read() == b"", "one too many is disconnected"
+        writer.close()
+        for _, each in clients[::2]:
+            each.close()
+        await until(lambda: waiting == set(range(1, 2 * CLIENTS, 2)))
+        over.set()
+        answers = [json.loads(await reader.readline())["ok"] for reader, _ in clients[1::2]]
+        assert [answer["number"] for answer in answers] == list(range(1, 2 * CLIENTS, 2))
+        for _, each in clients:
+            each.close()
+
+
+async def test_a_patient_client_that_resets_its_connection_is_no_defect(tmp_path: Path) -> None:
+    defects: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, defect: defects.append(defect))
+    ended = asyncio.Event()
+
+    async def wait(request: Request) -> Mapping[str, Any]:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return {}
+
+    path = tmp_path / "control.sock"
+    async with serving(path, {}, {"wait": wait}):
+        client = await peer(path)
+        client.sendall(b'{"verb": "wait"}\nand more')
+        await asyncio.wait_for(ended.wait(), 10)
+        client.close()
+        await asyncio.sleep(0.05)
+    gc.collect()
+    assert not defects
 
 
 def descriptors() -> int:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ipsecgate.cli import events
+from ipsecgate.cli.app import App
 from ipsecgate.cli.event_lines import drawn
 from ipsecgate.cli.events import moment, wish
-from ipsecgate.errors import UsageError
+from ipsecgate.errors import NoControllerError, UsageError
+from ipsecgate.paths import Paths
 
 NOON = datetime(2031, 5, 4, 12, 0, 1, 234000).timestamp()
 RECEIPT: dict[str, Any] = {
@@ -118,3 +123,26 @@ def test_filters() -> None:
     assert shown(log_of_policy, policy="db")
     assert not shown(RECEIPT, policy="d")
     assert not shown(LOG, policy="db")
+
+
+def test_a_follower_misses_nothing_of_the_next_controller(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fake control socket: two controllers, the second after a pause, with fewer events."""
+    kept = {1: [1, 2, 3, 4], 2: [1, 2]}
+    turns: list[int] = [1, 0, 0, 2, 2]  # which controller answers; 0: none
+
+    def ask(_app: App, seq: int) -> dict[str, Any]:
+        pid = turns.pop(0) if len(turns) > 1 else turns[0]
+        if not pid:
+            raise NoControllerError("no controller answers")
+        found = [{"seq": one, "pid": pid} for one in kept[pid] if one > seq]
+        return {"events": found, "pid": pid}
+
+    monkeypatch.setattr(events, "_ask", ask)
+    monkeypatch.setattr(events, "PERIOD", 0.0)
+    app = App(Paths(Path("c"), "i", Path("b"), Path("r"), Path("k")), False, False, False)
+    first = {"events": [{"seq": 1}, {"seq": 2}], "pid": 1}
+    seen = [(one["pid"], one["seq"]) for one in islice(events._later(app, first), 4)]
+    assert seen == [(1, 3), (1, 4), (2, 1), (2, 2)]
+    assert caplog.messages == ["no controller answers; waiting for the next one"]

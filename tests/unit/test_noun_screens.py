@@ -188,7 +188,7 @@ SHOWN = {
     "status": [
         "1 problem", "No such file or directory", "systemctl start strongswan", "pid 4711",
         "3 cgroups: postgresql.service, web.service, kubelet.service", "1 back-off", "1 covered",
-        "1 with 1 peer", "67 refused: 67 uncovered", "AUTHENTICATION_FAILED", "and 6 more",
+        "1 with 1 peer", "67 refused: 67 uncovered", "AUTHENTICATION_FAILED", "9 flows, all in",
         "[2001:db8:1234:5678::2]:5432", "ipsecgate why [2001:db8:1234:5678::0]:5432",
     ],
     "policies": [

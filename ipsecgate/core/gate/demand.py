@@ -15,7 +15,7 @@ from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.holds import Evaluation, FlowState
 from ipsecgate.core.gate.ike import Ike
 from ipsecgate.core.gate.negotiation import Need, Outcome
-from ipsecgate.core.gate.negotiations import PARTS, Negotiations
+from ipsecgate.core.gate.negotiations import LIMIT, PARTS, Negotiations
 from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.protection import Protection
 from ipsecgate.core.gate.routing import Routed, translation
@@ -65,6 +65,18 @@ class Demand:
         path = self._protection.routing.path(flow)
         if path is not None and path.outside:
             outcome.add(self._warn(f"{path.outside}. So this was refused:", flow))
+        return outcome
+
+    def wanted(self, flow: Flow, child: str = "") -> Outcome:
+        """Ask for the child that would protect a flow, or for the one that is named."""
+        found = self._policy_table.policy_for(flow)
+        if not child or found is None:
+            return self.refused(flow)
+        routed, policy = self._protection.routing.route(flow), replace(found[1], child=child)
+        name, outcome = self._negotiate(flow, routed, found[0], policy)
+        if name is not None and self._negotiations.coverage(name) is Coverage.COVERED:
+            # By another child, so that no negotiation of this one's begins.
+            outcome.commands.append(do.Initiate(name, LIMIT))
         return outcome
 
     def evaluate(self, flow: Flow, pid: int = 0) -> tuple[Evaluation, Outcome]:

@@ -24,7 +24,7 @@ EVENTS_PER_STEP = 16  # events handled between two reads of the kernel's notific
 REFUSALS = 256
 
 _KERNEL = on.XfrmEvent | on.KernelSnapshot
-_APPLICATIONS = on.FlowRefused | on.CallEvent
+_APPLICATIONS = on.FlowRefused | on.CallEvent | on.Wanted
 _IKE = on.IkeEvent | on.IkeConnected
 
 

@@ -90,7 +90,7 @@ def _protected(
     """Explain the verdict about a flow that must be protected."""
     routed = gate.protection.routing.route(flow)
     if routed.reason is not None:
-        text, advice = _no_path(flow, routed)
+        text, advice = no_path(flow, routed)
         steps.append((Step.SOURCE, text))
         return Explanation(routed.reason, tuple(steps), error, advice)
     steps += _path_steps(flow, routed)
@@ -111,7 +111,7 @@ def _protected(
         return Explanation(reason, tuple(steps))
     choices = gate.demand.choices(flow, routed, policy)
     preferred = gate.negotiations.preferred(choices)
-    text, advice = _ike_step(gate, policy, preferred)
+    text, advice = ike_step(gate, policy, preferred)
     advice = gate.lookups.advice(flow) or advice
     config = choices[preferred] if preferred is not None else None
     if _is_moved_away(routed, config):
@@ -136,7 +136,7 @@ def _state(gate: Gate, backend: Flow) -> str:
     return "a live SA protects that" if covered else "no live SA protects that: see `why` for it"
 
 
-def _no_path(flow: Flow, routed: Routed) -> tuple[str, str]:
+def no_path(flow: Flow, routed: Routed) -> tuple[str, str]:
     """Return why a flow's path is unknown, and what to do."""
     if routed.path is not None and routed.path.outside:
         return routed.path.outside, ""
@@ -270,7 +270,7 @@ def _fit(state: KernelState, entry: SpdEntry, template: Template, sa: Sa, key: K
 # --- IKE --------------------------------------------------------------------------------------
 
 
-def _ike_step(gate: Gate, policy: Policy, name: ChildName | None) -> tuple[str, str]:
+def ike_step(gate: Gate, policy: Policy, name: ChildName | None) -> tuple[str, str]:
     """Return the state of the negotiation that would cover a flow, and what to do."""
     if gate.ike.error:
         return gate.ike.error, gate.ike.advice

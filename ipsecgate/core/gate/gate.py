@@ -8,6 +8,7 @@
     PathsResolved          where routing leads flows, hence which kernel policy wins
     Reconfigured           the stricter part first, then the tables, the laxer part last
     CallMade               Hold while an SA may come, then Answer
+    Wanted                 as FlowRefused: somebody waits for the SA of a flow
 
 Rules of this module: only the kernel's state opens a flow, or IKE and routes where the daemon does
 ESP itself. Time passes only by timers. Anything that cannot be represented is refused.
@@ -156,6 +157,8 @@ class Gate:
                 return self._flow_refused(event)
             case on.CallMade():
                 return self._call_made(event)
+            case on.Wanted(flow, child):
+                return self._propagate.pass_on(self.demand.wanted(flow, child))
             case on.CallExpired() | on.CallInterrupted() | on.CallGone():
                 return self.holds.ended(event)
             case on.KernelSnapshot():
@@ -360,10 +363,14 @@ class Gate:
         return [
             *self._propagate.after_protection(),
             do.ExemptIke(0),
-            do.Log("error", f"protected flows are refused: {event.reason}. Next: {event.advice}"),
+            do.Log(
+                "error",
+                f"protected flows are refused: {event.reason}. Next: {event.advice}",
+                fields=(("event", "ike-gone"), ("cause", event.reason)),
+            ),
             *self._propagate.pass_on(self.negotiations.ike_gone()),
         ]
 
 
 def _is_request(event: on.Event) -> bool:
-    return isinstance(event, on.FlowRefused | on.CallMade)
+    return isinstance(event, on.FlowRefused | on.CallMade | on.Wanted)

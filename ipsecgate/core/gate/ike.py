@@ -45,7 +45,8 @@ class Ike:
     def log_connected(self, event: on.IkeConnected, configured: SaSource) -> list[do.Command]:
         """Exempt and log a daemon that was gone, and warn if it contradicts `sa_source`."""
         exempt = do.ExemptIke(event.pid)
-        log = do.Log("info", f"connected to the IKE daemon, pid {event.pid}")
+        text = f"connected to the IKE daemon, pid {event.pid}"
+        log = do.Log("info", text, fields=(("event", "ike-connected"),))
         if configured is SaSource.AUTO or event.userspace_esp == (configured is SaSource.VICI):
             return [exempt, log]
         other = "strongSwan" if event.userspace_esp else "the kernel"

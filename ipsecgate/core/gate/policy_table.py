@@ -20,7 +20,7 @@ from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.derived import DerivedPolicies
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, Network
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName
-from ipsecgate.core.model.policy import Policy, Settings, in_force
+from ipsecgate.core.model.policy import Policy, Settings, in_force, protects
 from ipsecgate.core.tables.layout import State, TableId, flow_key
 from ipsecgate.core.tables.policy_rules import matches, rule_of
 from ipsecgate.core.tables.rule_table import RuleTable, join_names
@@ -50,6 +50,11 @@ class PolicyTable:
     def policies(self) -> tuple[Policy, ...]:
         """Return the policies in force."""
         return self._policies_of(self.settings)
+
+    @property
+    def has_own(self) -> bool:
+        """Tell whether a configured policy protects something, so that none is derived."""
+        return protects(self.settings.policies)
 
     @property
     def are_known(self) -> bool:
@@ -88,8 +93,7 @@ class PolicyTable:
 
     def learn(self, settings: Settings, children: Iterable[ChildConfig]) -> list[do.Command]:
         """Derive policies from what the daemon has loaded, unless a configured one protects."""
-        own = any(policy.action is Action.PROTECT for policy in settings.policies)
-        return [] if own else self._derived.learn(children)
+        return [] if protects(settings.policies) else self._derived.learn(children)
 
     # --- one flow ---------------------------------------------------------------------
 

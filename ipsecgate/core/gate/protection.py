@@ -210,6 +210,17 @@ class Protection:
             for sa in self.kernel_state.established(name.whole)
         )
 
+    def has_sa(self, name: ChildName) -> bool:
+        """Tell whether a CHILD_SA of this name is established and in use, whoever does ESP."""
+        established = self.source.established(name.whole)
+        return any(not self.source.is_missing(sa) for sa in established)
+
+    def established(self) -> list[ChildSa]:
+        """Return every CHILD_SA that the daemon lists."""
+        return (
+            self.userspace_esp.sas() if self.in_userspace else self.kernel_state.all_established()
+        )
+
     def left_out(self, config: ChildConfig, routed: Flow) -> tuple[Network, str] | None:
         """Return which remote network of a child its peer did not accept for a flow, and why.
 

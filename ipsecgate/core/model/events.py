@@ -235,6 +235,17 @@ class Reconfigured:
     settings: Settings
 
 
+@value
+class Wanted:
+    """Somebody waits for a live SA that protects a flow. `child`: only this one will do, "": any.
+
+    It is "ike/child", or a child's own name.
+    """
+
+    flow: Flow
+    child: str = ""
+
+
 # --- held system calls -------------------------------------------------------------
 
 
@@ -316,6 +327,7 @@ OtherEvent = (
     | IkeConnected
     | IkeEvent
     | Reconfigured
+    | Wanted
     | TimerFired
     | CheckDue
 )

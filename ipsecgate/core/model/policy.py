@@ -106,9 +106,14 @@ class FloorPolicy:
     dport: tuple[int, int] = (0, 0)
 
 
+def protects(policies: Iterable[Policy]) -> bool:
+    """Tell whether one of these policies protects something."""
+    return any(policy.action is Action.PROTECT for policy in policies)
+
+
 def in_force(configured: tuple[Policy, ...], derived: tuple[Policy, ...]) -> tuple[Policy, ...]:
     """Return the configured policies, followed by the derived ones if none of them protects."""
-    if any(policy.action is Action.PROTECT for policy in configured):
+    if protects(configured):
         return configured
     return (*configured, *derived) if configured else derived
 

@@ -313,6 +313,10 @@ class KernelState:
         """Return the CHILD_SAs of a child that the daemon lists as established."""
         return [self._listed[one] for one in self._by_name.of(name)]
 
+    def all_established(self) -> list[ChildSa]:
+        """Return every CHILD_SA that the daemon lists as established."""
+        return list(self._listed.values())
+
     def is_missing(self, child_sa: ChildSa) -> bool:
         """Return whether the kernel lacks a CHILD_SA's outbound state, or a policy that uses it.
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from ipsecgate.errors import GateError, NoControllerError, UsageError
 
+REQUEST_LIMIT = 4096  # bytes
 ANSWER_LIMIT = 16 << 20  # bytes
 TIME_LIMIT = 5.0  # seconds to send or receive a line
 

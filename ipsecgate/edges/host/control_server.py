@@ -11,18 +11,18 @@ import os
 import resource
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ipsecgate.core.model.value import value
-from ipsecgate.edges.host.control import TIME_LIMIT
+from ipsecgate.edges.host.control import REQUEST_LIMIT, TIME_LIMIT
 from ipsecgate.edges.host.unix_sockets import listening
 from ipsecgate.errors import GateError
 
-REQUEST_LIMIT = 4096  # bytes
 CLIENTS = 64  # at a time, or a quarter of the descriptors: netlink and IKE need some
+WAITING = 4096  # clients of patient verbs at a time, or another quarter
 _WORK_LIMIT = 60.0  # seconds to carry out a request
 
 
@@ -38,66 +38,123 @@ Handler = Callable[[Request], Awaitable[Mapping[str, Any]]]
 
 
 @asynccontextmanager
-async def serving(path: Path, verbs: Mapping[str, Handler]) -> AsyncIterator[None]:
-    """Answer requests on a socket until the block ends. Raises: OSError."""
-    tasks: set[asyncio.Task[None]] = set()
-    limit = min(CLIENTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+async def serving(
+    path: Path, verbs: Mapping[str, Handler], patient: Mapping[str, Handler] | None = None
+) -> AsyncIterator[None]:
+    """Answer requests on a socket until the block ends. Raises: OSError.
 
-    def on_client(client: socket.socket) -> None:
-        if len(tasks) >= limit:
-            client.close()
-            return
-        task = asyncio.create_task(_serve(client, verbs))
-        tasks.add(task)
-        task.add_done_callback(on_end)
-
-    def on_end(task: asyncio.Task[None]) -> None:
-        tasks.discard(task)
-        if not task.cancelled():
-            task.result()  # a defect goes to the loop's exception handler, which ends the service
-
-    with listening(path, on_client):
+    `patient`: verbs whose clients wait for something. Such a client takes none of the others'
+    places. Its handler is cancelled when it disconnects.
+    """
+    server = _Server(verbs, patient or {})
+    with listening(path, server.on_client):
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
+            server.close()
 
 
-async def _serve(client: socket.socket, verbs: Mapping[str, Handler]) -> None:
-    reader, writer = await asyncio.open_unix_connection(sock=client, limit=REQUEST_LIMIT)
-    try:
-        async with asyncio.timeout(TIME_LIMIT):
-            line = await reader.readline()
-        answer = await _answer(writer, line, verbs)
-        async with asyncio.timeout(TIME_LIMIT):
-            writer.transport.set_write_buffer_limits(0)
-            writer.write(json.dumps(answer).encode() + b"\n")
-            await writer.drain()  # until all of it is sent
-    except (ValueError, OSError, TimeoutError):
-        pass  # the peer does not follow the protocol, or has disconnected
-    finally:
-        # close() would wait for a peer that does not read; after it, abort() may raise.
-        writer.transport.abort()
+class _Server:
+    """One task for each client."""
+
+    def __init__(self, verbs: Mapping[str, Handler], patient: Mapping[str, Handler]) -> None:
+        self._verbs = {**verbs, **patient}
+        self._patient = patient.keys()
+        self._busy: set[asyncio.Task[None]] = set()
+        self._waiting: set[asyncio.Task[None]] = set()
+        quarter = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4
+        self._limit, self._waiting_limit = min(CLIENTS, quarter), min(WAITING, quarter)
+
+    def on_client(self, client: socket.socket) -> None:
+        if len(self._busy) >= self._limit:
+            client.close()
+            return
+        task = asyncio.create_task(self._serve(client))
+        self._busy.add(task)
+        task.add_done_callback(self._on_end)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        self._busy.discard(task)
+        self._waiting.discard(task)
+        if not task.cancelled():
+            task.result()  # a defect goes to the loop's exception handler, which ends the service
+
+    def close(self) -> None:
+        for task in (*self._busy, *self._waiting):
+            task.cancel()
+
+    async def _serve(self, client: socket.socket) -> None:
+        reader, writer = await asyncio.open_unix_connection(sock=client, limit=REQUEST_LIMIT)
+        try:
+            async with asyncio.timeout(TIME_LIMIT):
+                line = await reader.readline()
+            answer = await self._answer(reader, writer, line)
+            async with asyncio.timeout(TIME_LIMIT):
+                writer.transport.set_write_buffer_limits(0)
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()  # until all of it is sent
+        except (ValueError, OSError, TimeoutError):
+            pass  # the peer does not follow the protocol, or has disconnected
+        finally:
+            # close() would wait for a peer that does not read; after it, abort() may raise.
+            writer.transport.abort()
+
+    async def _answer(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, line: bytes
+    ) -> dict[str, Any]:
+        """Carry out a request. Raises: ConnectionError if a patient client disconnects."""
+        credentials = writer.get_extra_info("socket").getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, 12
+        )
+        pid, uid, _gid = struct.unpack("=iII", credentials)
+        if uid not in (0, os.geteuid()):
+            return {"error": "only root may ask"}
+        try:
+            request = json.loads(line)
+            verb = request["verb"]
+            work = _carry_out(self._verbs[verb], Request(request, pid))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            names = ", ".join(self._verbs)
+            return {"error": f'expected {{"verb": NAME}}, where NAME is one of {names}'}
+        if verb not in self._patient:
+            try:
+                async with asyncio.timeout(_WORK_LIMIT):
+                    return await work
+            except TimeoutError as error:
+                return {"error": f"TimeoutError: {error}"}
+        if len(self._waiting) >= self._waiting_limit:
+            work.close()
+            raise ConnectionAbortedError("too many clients wait")
+        if (task := asyncio.current_task()) is not None:
+            self._busy.discard(task)
+            self._waiting.add(task)
+        return await _while_connected(reader, work)
 
 
-async def _answer(
-    writer: asyncio.StreamWriter, line: bytes, verbs: Mapping[str, Handler]
+async def _while_connected(
+    reader: asyncio.StreamReader, work: Coroutine[Any, Any, dict[str, Any]]
 ) -> dict[str, Any]:
-    credentials = writer.get_extra_info("socket").getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, 12
-    )
-    pid, uid, _gid = struct.unpack("=iII", credentials)
-    if uid not in (0, os.geteuid()):
-        return {"error": "only root may ask"}
+    """Return the result of some work. Raises: ConnectionError if the peer disconnects first."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(reader))
     try:
-        request = json.loads(line)
-        handler = verbs[request["verb"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {"error": f'expected {{"verb": NAME}}, where NAME is one of {", ".join(verbs)}'}
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ConnectionAbortedError("the client has disconnected")
+    finally:
+        working.cancel()
+        watching.cancel()
+
+
+async def _disconnected(reader: asyncio.StreamReader) -> None:
+    with suppress(OSError):
+        await reader.read(1)
+
+
+async def _carry_out(handler: Handler, request: Request) -> dict[str, Any]:
     try:
-        async with asyncio.timeout(_WORK_LIMIT):
-            return {"ok": await handler(Request(request, pid))}
+        return {"ok": await handler(request)}
     except GateError as error:
         return {"error": str(error), "hint": error.hint, "code": error.exit_code}
     except Exception as error:

@@ -1,0 +1,49 @@
+"""unit-dropin: have a service start only when its peers are protected."""
+
+from __future__ import annotations
+
+import click
+
+from ipsecgate.admin import unit_dropin as dropins
+from ipsecgate.cli import complete
+from ipsecgate.cli.app import App
+from ipsecgate.cli.verb import verb
+from ipsecgate.errors import UsageError
+
+
+@verb(
+    examples=[
+        ("ipsecgate unit-dropin postgresql", "Print the drop-in for a service."),
+        ("ipsecgate unit-dropin kubelet --install", "Install it, and have systemd read it."),
+        ("ipsecgate unit-dropin web --hold", "Also have its calls wait for an SA, at any time."),
+    ]
+)
+@click.argument("name", shell_complete=complete.units)
+@click.option("--hold", is_flag=True, help="Run the service's command under `ipsecgate exec`.")
+@click.option(
+    "--install", is_flag=True, help="Write it below /etc/systemd/system; it restarts nothing."
+)
+@click.pass_obj
+def unit_dropin(app: App, *, name: str, hold: bool, install: bool) -> None:
+    """Print a systemd drop-in that has a service start only when its peers are protected.
+
+    The service then starts after ipsecgate-online.target: when live SAs protect everything
+    that the policies protect. The comments in the drop-in explain each line, and say whether
+    the service is gated.
+    """
+    unit = dropins.unit_of(dropins.name_of(name))
+    try:
+        config = app.config()
+    except UsageError:
+        config = None
+    text = dropins.text_of(unit, config, hold=hold)
+    if not install:
+        app.done(*text.splitlines(), unit=unit.name, text=text)
+        return
+    path = dropins.install(unit, text)
+    app.done(
+        f"installed: {path}",
+        f"in force from the next start: `systemctl restart {unit.name}`",
+        unit=unit.name,
+        installed=str(path),
+    )
