@@ -7,7 +7,7 @@ LIMIT ?= 2400
 # Extra arguments for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-files installed reference demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients bench vagrant-test lint clean
+.PHONY: help setup install install-program install-files installed reference demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients screens bench vagrant-test lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -142,6 +142,13 @@ clients: setup .venv/.ready-tests ## measure the table in docs/clients.md again
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- \
 	    $(BIN)/python -m tests.clients.table $(CURDIR)/$(RESULTS)/clients.md
 	$(BIN)/python -m tests.clients.table --into docs/clients.md $(RESULTS)/clients.md
+
+# Every screen in two widths and two themes is in $(RESULTS)/screens/index.html.
+screens: setup ## draw the pictures of docs/screens.md again, from a gate in the lab
+	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS)/screens -- \
+	    $(BIN)/python -m tests.screens record $(CURDIR)/$(RESULTS)/screens/recorded.json
+	$(BIN)/python -m tests.screens draw $(RESULTS)/screens/recorded.json $(RESULTS)/screens
+	$(BIN)/python -m tests.screens docs $(RESULTS)/screens/recorded.json
 
 # This takes more than half an hour. First the hooks alone, on this machine's own kernel if possible;
 # then, with real IKE and ESP: faults, restarts under constant load, and rekeys. CHAOS_SEED repeats a run.
