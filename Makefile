@@ -7,7 +7,7 @@ LIMIT ?= 2400
 # Extra arguments for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-files installed reference demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients screens bench vagrant-test lint clean
+.PHONY: help setup install install-program install-script install-files installed reference package package-test demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients screens bench vagrant-test lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,25 +30,34 @@ LIB = $(DESTDIR)$(PREFIX)/lib/ipsecgate
 SHARE = $(DESTDIR)$(PREFIX)/share
 UNITS = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
+# The Debian package uses these targets, too: with its own PYTHON, and without SETUP.
+PYTHON ?= $(BIN)/python
+SETUP ?= setup
+
 install: install-program install-files ## install the program, units, completions and man pages below DESTDIR
 
-install-program: setup
-	@install -d $(LIB) $(DESTDIR)$(PREFIX)/bin
+install-program: setup install-script
+	@install -d $(LIB)
 	@$(BIN)/pip install --quiet --upgrade --no-warn-conflicts -c constraints.txt --target $(LIB) .
+	@/usr/bin/python3 -I -c 'import sys; sys.path.insert(0, sys.argv[1]); \
+	    from ipsecgate.edges.bpf import bytecode; bytecode.ship()' $(LIB)
+
+install-script:
+	@install -d $(DESTDIR)$(PREFIX)/bin
 	@sed 's,@lib@,$(PREFIX)/lib/ipsecgate,' packaging/ipsecgate.in >$(DESTDIR)$(PREFIX)/bin/ipsecgate
 	@chmod 755 $(DESTDIR)$(PREFIX)/bin/ipsecgate
 
-install-files: setup
+install-files: $(SETUP)
 	@install -d $(UNITS) $(SHARE)/man/man8 $(SHARE)/man/man5 $(SHARE)/bash-completion/completions \
 	    $(SHARE)/zsh/vendor-completions $(SHARE)/fish/vendor_completions.d
 	@for unit in packaging/systemd/*.*; do \
 	    sed 's,@bindir@,$(PREFIX)/bin,' $$unit >$(UNITS)/$${unit##*/}; done
 	@install -D -m 644 -t $(SHARE)/ipsecgate/monitoring packaging/monitoring/*
-	@$(BIN)/python -m ipsecgate.cli.manual man >$(SHARE)/man/man8/ipsecgate.8
-	@$(BIN)/python -m ipsecgate.cli.manual man5 >$(SHARE)/man/man5/ipsecgate.toml.5
-	@$(BIN)/python -m ipsecgate.cli.manual bash >$(SHARE)/bash-completion/completions/ipsecgate
-	@$(BIN)/python -m ipsecgate.cli.manual zsh >$(SHARE)/zsh/vendor-completions/_ipsecgate
-	@$(BIN)/python -m ipsecgate.cli.manual fish >$(SHARE)/fish/vendor_completions.d/ipsecgate.fish
+	@$(PYTHON) -m ipsecgate.cli.manual man >$(SHARE)/man/man8/ipsecgate.8
+	@$(PYTHON) -m ipsecgate.cli.manual man5 >$(SHARE)/man/man5/ipsecgate.toml.5
+	@$(PYTHON) -m ipsecgate.cli.manual bash >$(SHARE)/bash-completion/completions/ipsecgate
+	@$(PYTHON) -m ipsecgate.cli.manual zsh >$(SHARE)/zsh/vendor-completions/_ipsecgate
+	@$(PYTHON) -m ipsecgate.cli.manual fish >$(SHARE)/fish/vendor_completions.d/ipsecgate.fish
 
 reference: setup ## write the reference of the configuration into docs/operating.md
 	$(BIN)/python -m ipsecgate.cli.manual reference docs/operating.md
@@ -63,6 +72,15 @@ $(INSTALLED).ready: .venv/.ready $(PROGRAM) Makefile
 	@rm -rf $(INSTALLED)
 	@$(MAKE) --silent install DESTDIR=$(INSTALLED)
 	@touch $@
+
+package: ## build wheel, sdist, SBOM and the Debian packages in dist/ (as root)
+	@packaging/package.sh $(RELEASES)
+
+# RELEASES="trixie" selects Debian releases. A root of each is made once (1 GB in the lab's cache).
+RELEASES ?=
+
+package-test: setup ## build it all twice, install it in clean places, upgrade, downgrade, remove, purge
+	@tests/package/run.sh $(RELEASES)
 
 demo: setup ## show first connections with and without the gate: two hosts, real IKE, real ESP
 	@$(BIN)/ipsecgate demo

@@ -224,13 +224,9 @@ def _kernel() -> str:
     return f"Linux {release}"
 
 
-def _is_compiled(paths: Paths) -> bool:
-    return bytecode.cached(paths.cache).is_file()
-
-
 def _compiler(paths: Paths) -> str:
-    if _is_compiled(paths):
-        return f"not needed: the compiled hooks are in {paths.cache}"
+    if found := bytecode.find(paths.cache):
+        return f"not needed: the compiled hooks are in {found.parent}"
     if not bytecode.compiler_version():
         raise GateError("BCC is not installed", hint="apt install python3-bpfcc")
     return f"BCC ({bytecode.compiler_version()})"
@@ -249,7 +245,7 @@ def _bpffs(paths: Paths) -> str:
 
 def _hooks(paths: Paths) -> str:
     """Load the programs, without pinning or attaching them."""
-    code = bytecode.get(paths.cache) if _is_compiled(paths) else bytecode.compiled()
+    code = bytecode.get(paths.cache) if bytecode.find(paths.cache) else bytecode.compiled()
     fds = {}
     try:
         for name, shape in code.maps.items():

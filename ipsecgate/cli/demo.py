@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,6 +74,11 @@ def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
 
     Exits with 1 if a gated connection failed, lost packets or sent any in clear.
     """
+    if find_spec("pyroute2") is None:
+        raise GateError(
+            "the demo needs the Python module pyroute2, which is not installed",
+            hint="run `make demo` in a checkout, or pip install 'ipsecgate[demo]'",
+        )
     if has_esp():
         document = _here(delay, mode, Console(stderr=app.json, highlight=False))
     else:

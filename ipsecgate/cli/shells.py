@@ -108,7 +108,6 @@ class _Whole(ShellComplete):
         ]
 
 
-@add_completion_class
 class Bash(_Whole, BashComplete):
     """For bash 4.4 and newer."""
 
@@ -132,14 +131,19 @@ class Bash(_Whole, BashComplete):
         return f"{item.type},{value}"
 
 
-@add_completion_class
 class Zsh(_Whole, ZshComplete):
     """For zsh 5."""
 
     source_template = _ZSH
 
+    def format_completion(self, item: CompletionItem[Any]) -> str:
+        """Return type, value and help, a line each. click 8.1.3 does not escape the colons."""
+        value = str(item.value)
+        if item.help:  # else compadd takes the value as it is
+            value = value.replace(":", r"\:")
+        return f"{item.type}\n{value}\n{item.help or '_'}"
 
-@add_completion_class
+
 class Fish(_Whole, FishComplete):
     """For fish 3 and newer."""
 
@@ -147,6 +151,8 @@ class Fish(_Whole, FishComplete):
 
 
 SHELLS = {"bash": Bash, "zsh": Zsh, "fish": Fish}
+for _shell in SHELLS.values():
+    add_completion_class(_shell)  # not as a decorator: in click 8.1.3 it returns None
 
 
 def script(shell: str, cli: click.Command) -> str:

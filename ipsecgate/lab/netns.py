@@ -17,12 +17,13 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-
-from pyroute2 import IPRoute
-from pyroute2 import netns as pyroute2_netns
+from typing import TYPE_CHECKING
 
 from ipsecgate.core.model.flow import Address
 from ipsecgate.errors import GateError
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
 
 RUN = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
@@ -76,6 +77,8 @@ class Namespace:
 
     def route(self) -> IPRoute:
         """Return a new rtnetlink socket in the namespace; the caller closes it."""
+        from pyroute2 import IPRoute  # noqa: PLC0415 - optional: `ipsecgate demo --help` has no need
+
         with self.inside():
             return IPRoute()
 
@@ -188,6 +191,8 @@ def pids_in(path: Path) -> list[int]:
 
 def discard(path: Path) -> None:
     """Kill the processes of a named namespace and remove it, even if only its file is left."""
+    from pyroute2 import netns as pyroute2_netns  # noqa: PLC0415
+
     with contextlib.suppress(FileNotFoundError):
         for pid in pids_in(path):
             with contextlib.suppress(ProcessLookupError):

@@ -13,10 +13,12 @@ import subprocess
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from pathlib import Path
-
-from pyroute2 import IPRoute, NetlinkError
+from typing import TYPE_CHECKING
 
 from ipsecgate.lab.netns import LabError, Namespace
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
 
 Interface = IPv4Interface | IPv6Interface
 
@@ -138,6 +140,8 @@ def set_delay(path: Namespace, one_way_ms: float) -> None:
 
     Raises: LabError if the kernel has no netem.
     """
+    from pyroute2 import NetlinkError  # noqa: PLC0415
+
     with path.route() as route:
         for site in (SITE_A, SITE_B):
             index = index_of(route, site.port)

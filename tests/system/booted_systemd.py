@@ -1,10 +1,11 @@
 """A real systemd as process 1 on the lab's host a, with the program as `make install` leaves it.
 
 It shares the network of host a and has its own pids, mounts, devices and part of the cgroup tree.
-Its root is this machine's, under a layer with the installed program and the units and settings of
-the test. Everything that it writes is deleted at the end, except the bpffs, which tests inspect.
+Its root is this machine's or another, under a layer with the installed program and the units and
+settings of the test. Everything that it writes is deleted at the end, except the bpffs, which tests
+inspect.
 
-This module judges nothing. The machine's own units are present, but a boot starts only those that
+This module judges nothing. The root's own units are present, but a boot starts only those that
 `WANTED` names.
 """
 
@@ -43,9 +44,10 @@ TIMEOUT = 60.0
 INIT = """
 set -eu
 read -r _go
-layer=$1 scratch=$2 bpf=$3 checkout=$4 charon=$5 new=$2/root
+layer=$1 scratch=$2 bpf=$3 checkout=$4 charon=$5 below=$6 enabled=$7 new=$2/root
 mkdir "$scratch/upper" "$scratch/work" "$new"
-mount -t overlay -o "lowerdir=$layer:/,upperdir=$scratch/upper,workdir=$scratch/work" overlay "$new"
+layers=lowerdir=$layer:$below,upperdir=$scratch/upper,workdir=$scratch/work
+mount -t overlay -o "$layers" overlay "$new"
 mount -t proc proc "$new/proc"
 mount -t sysfs sysfs "$new/sys"
 mount -t cgroup2 cgroup2 "$new/sys/fs/cgroup"
@@ -60,23 +62,29 @@ cd "$new"
 pivot_root . .
 umount -l .
 mount --make-rshared /
-SYSTEMD_OFFLINE=1 systemctl --quiet enable ipsecgate-load ipsecgate
+[ -z "$enabled" ] || SYSTEMD_OFFLINE=1 systemctl --quiet enable $enabled
 exec env -i container=ipsecgate-test PATH=/usr/sbin:/usr/bin:/sbin:/bin \
     /lib/systemd/systemd --unit=multi-user.target --show-status=no
 """
 
 
 class BootedSystemd:
-    """Such a systemd; `files`: what the test adds to the root, by path."""
+    """Such a systemd; `files`: what the test adds to the root, by path.
 
-    def __init__(self, lab: Lab, files: Mapping[str, str]) -> None:
+    `clean_root`: start without the program in this root, not on the machine's.
+    """
+
+    def __init__(self, lab: Lab, files: Mapping[str, str], clean_root: Path | None = None) -> None:
         self._lab = lab
+        self._below = clean_root or Path("/")
+        self._enabled = "" if clean_root else "ipsecgate-load ipsecgate"
         self._folder = Path(tempfile.mkdtemp(prefix=f"{lab.name}-", dir="/run"))
         self._layer, self.bpffs = self._folder / "layer", self._folder / "bpf"
         self.cgroup = lab.cgroup("manager")
         self._process: subprocess.Popen[str] | None = None
         self.pid = 0  # of its process 1, as seen from here
-        shutil.copytree(INSTALLED, self._layer, symlinks=True)
+        if clean_root is None:
+            shutil.copytree(INSTALLED, self._layer, symlinks=True)
         for folder in (*OURS, *(f"{UNITS}/{name}.target.wants" for name in WANTED)):
             (self._layer / folder).mkdir(parents=True, exist_ok=True)
         for folder in OURS:
@@ -114,6 +122,7 @@ class BootedSystemd:
                 [
                     *(*self._lab.a.launcher(self.cgroup), "unshare", *namespaces, "sh", "-c"),
                     *(INIT, "init", *map(str, places), str(self._lab.a.charon.folder)),
+                    *(str(self._below), self._enabled),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=log,

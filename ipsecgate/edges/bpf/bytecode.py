@@ -1,8 +1,9 @@
-"""The hooks' bytecode, compiled once and cached under a hash of its sources and compiler.
+"""The hooks' bytecode: what the package ships, else what was compiled here once and cached.
 
-The compiler (`compiler`) runs as a separate process: LLVM takes 60 MiB and changes the working
-directory, and a warm start needs neither. No other user may be able to change a cached file (see
-`trust`).
+Either is found by a hash of the C sources, so it is never that of another version. The hash of a
+cached file includes the compiler. The compiler (`compiler`) runs as a separate process: LLVM takes
+60 MiB and changes the working directory, and a warm start needs neither. No other user may be able
+to change a file with bytecode (see `trust`).
 """
 
 from __future__ import annotations
@@ -112,34 +113,51 @@ def compiler_version() -> str:
     return libraries[0].resolve().name if libraries else ""
 
 
-def cache_key() -> str:
-    """Return a hash of the sources, the compiler's version and the machine's architecture."""
-    digest = hashlib.sha256(f"{compiler_version()} {os.uname().machine}\n".encode())
+def _key(compiler: str) -> str:
+    """Return a hash of the sources, the machine's architecture and the compiler's version."""
+    digest = hashlib.sha256(f"{compiler} {os.uname().machine}\n".encode())
     for path in sorted(source_dir().rglob("*.[ch]")):
         digest.update(f"{path.relative_to(source_dir())}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:32]
 
 
 def get(cache: Path) -> Bytecode:
-    """Return the bytecode from the cache folder, or compile it and cache it.
+    """Return the bytecode that is shipped or cached, or compile it and cache it.
 
     Raises: KernelLacksError without BCC; GateError if compiling fails; UntrustedError.
     """
-    path = cached(cache)
-    if path.is_file():
+    for path in filter(Path.is_file, (shipped(), cached(cache))):
         trust.folder(path.parent)
-        try:
+        # A file that was truncated, for example by a full disk, is ignored.
+        with suppress(ValueError, KeyError, TypeError):
             return Bytecode.from_json(trust.read(path))
-        except (ValueError, KeyError, TypeError):
-            path.unlink()  # truncated, for example by a full disk: compile again
     bytecode = compiled()
-    _cache(path, bytecode)
+    _cache(cached(cache), bytecode)
     return bytecode
+
+
+def find(cache: Path) -> Path | None:
+    """Return the file with this version's bytecode, or None if `get` has to compile it."""
+    return next(filter(Path.is_file, (shipped(), cached(cache))), None)
+
+
+def shipped() -> Path:
+    """Return the path of the bytecode that a package ships, whether it exists or not."""
+    return _PACKAGE / "_bytecode" / f"{_key('')}.json"
 
 
 def cached(cache: Path) -> Path:
     """Return the path of this version's bytecode in the cache folder, whether it exists or not."""
-    return cache / f"{cache_key()}.json"
+    return cache / f"{_key(compiler_version())}.json"
+
+
+def ship() -> None:
+    """Compile the hooks and save them beside this program, where `shipped` finds them.
+
+    Raises: as `compiled`; OSError.
+    """
+    shipped().parent.mkdir(exist_ok=True)
+    shipped().write_text(compiled().to_json())
 
 
 def compiled() -> Bytecode:
