@@ -19,8 +19,6 @@ from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import MODES, ConnSpec, Lab
 from tests.until import wait_until
 
-pytestmark = pytest.mark.second_guest
-
 PORT = 7190
 DATAGRAMS = 50
 

@@ -23,8 +23,6 @@ from ipsecgate.lab.hosts import FAMILIES, ConnSpec, Lab
 from tests.system.boxes import Box, box, masquerade
 from tests.until import wait_until
 
-pytestmark = pytest.mark.second_guest
-
 PORT = 7400
 NOTICED = 4.0  # seconds: nothing notifies of a change by iptables-legacy
 SUBNET = {4: "10.88.0.0/24", 6: "fd88::/64"}

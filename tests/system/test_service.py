@@ -29,8 +29,6 @@ from tests.system.hooked_cgroup import PEER, THERE
 
 __all__ = ["caller", "controller"]
 
-pytestmark = pytest.mark.second_guest
-
 
 def test_the_service_manager_hears_ready_watchdog_and_stopping(
     controller: ControllerProcess, caller: Caller

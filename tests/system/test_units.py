@@ -24,8 +24,6 @@ from tests.system.hooked_cgroup import PEER
 
 __all__ = ["caller", "controller"]
 
-pytestmark = pytest.mark.second_guest
-
 ROOT = Path(__file__).parents[2]
 UNITS = ROOT / "packaging/systemd"
 EXPOSURE = {

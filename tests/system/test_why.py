@@ -20,8 +20,6 @@ from tests.system.under_exec import PORT, client
 from tests.typed_document import mismatches
 from tests.until import wait_until
 
-pytestmark = pytest.mark.second_guest
-
 
 @pytest.fixture(scope="module")
 def gate(cache: Path) -> Iterator[Gated]:

@@ -190,6 +190,8 @@ class Model:
             t.mode != TRANSPORT for p in self.tied(self.first(call)) for t in p.tmpls
         ):
             found.add(CLEAR)  # in a plain tunnel
+            if call.inside and self.world.nat:
+                found.add(REFUSED)  # as in `beyond`
         if CLEAR in first:
             tied = self.tied(packet)
             outcomes = [self.outcomes(p, packet, tunnel) for p in tied]
