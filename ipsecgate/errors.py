@@ -24,7 +24,7 @@ class GateError(Exception):
     def report(self) -> str:
         """Return message, evidence and hint as lines for a log."""
         lines = [str(self), *(f"  {line}" for line in self.evidence.splitlines())]
-        return "\n".join([*lines, f"hint: {self.hint}"] if self.hint else lines)
+        return "\n".join([*lines, f"  next: {self.hint}"] if self.hint else lines)
 
 
 class UsageError(GateError):

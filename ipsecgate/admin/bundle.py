@@ -112,7 +112,8 @@ def items(paths: Paths, vici: Path) -> Iterator[Item]:
     for file in [paths.config, *sorted((paths.config.parent / "policies.d").glob("*.toml"))]:
         yield f"configuration/{file.name}", file.read_text
     for file in (paths.remembered, paths.targets):
-        yield f"cache/{file.name}", file.read_text
+        if _is_there(file):
+            yield f"cache/{file.name}", file.read_text
     for name, argv in PROGRAMS.items():
         yield f"{name}.txt", lambda argv=argv: _output(argv)  # type: ignore[misc]
     for what in SWANCTL:
@@ -157,6 +158,17 @@ def _output(argv: tuple[str, ...]) -> str:
         reason = next(lines, f"exit code {done.returncode}")
         raise GateError(f"{argv[0]}: {reason}", evidence=done.stdout)
     return done.stdout
+
+
+def _is_there(path: Path) -> bool:
+    """Tell whether a file exists, or may."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _kernel_log() -> str:

@@ -17,6 +17,7 @@ from typing import Literal, cast
 from ipsecgate.admin import documents, loader
 from ipsecgate.admin.documents import SettingChange, Touched
 from ipsecgate.admin.flows import connections
+from ipsecgate.admin.judge import Judge
 from ipsecgate.admin.policy_document import (
     policy_document,
     policy_of,
@@ -232,11 +233,14 @@ def _touched(
     """Yield what is alive now and judged differently; nothing is if nothing is loaded."""
     if not loader.pins_of(paths).loaded:
         return
-    for flow, cgroup in connections(paths):
-        if is_ungated(cgroup):
-            yield _live("connection", str(flow), str(cgroup), "opens")
-        elif one := _of(flow, found):
-            yield _live("connection", str(flow), str(cgroup), _kind(one))
+    with Maps(loader.pins_of(paths)) as maps:
+        judge = Judge.of(maps)
+        for sock, cgroup in connections(paths):
+            flow = sock.flow
+            if is_ungated(cgroup):
+                yield _live("connection", str(flow), str(cgroup), "opens")
+            elif (one := _of(flow, found)) and not (_begins(one) and judge.is_covered(flow)):
+                yield _live("connection", str(flow), str(cgroup), _kind(one))
     for call in answer["holds"] if answer is not None else ():
         if call["daddr"] is None or call["proto"] is None or call["dport"] is None:
             continue
@@ -246,9 +250,19 @@ def _touched(
     yield from _touched_sas(paths, answer, found)
 
 
+def _begins(one: Difference) -> bool:
+    """Tell whether its flows are let go now, and will need an SA; those that have one go on."""
+    return one.before.effect is Effect.ALLOW and one.after.effect in (
+        Effect.PROTECT,
+        Effect.PROTECT_OR_PASS,
+    )
+
+
 def _touched_sas(
-    paths: Paths, answer: ControllerStatus | None, found: list[Difference]
+    paths: Paths, answer: ControllerStatus | None, differing: list[Difference]
 ) -> Iterator[Touched]:
+    """Yield the SAs whose flows are judged differently; not for those that need it from then on."""
+    found = [one for one in differing if not _begins(one)]
     if answer is None or not found:
         return
     with Maps(loader.pins_of(paths)) as maps:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ipsecgate.admin import host_facts
+from ipsecgate.admin import ungated as open_sockets
 from ipsecgate.admin.loader import check_targets, gated_cgroups, pins_of, runs_before
-from ipsecgate.core.check import connections, machine, policies
+from ipsecgate.core.check import connections, machine, order, policies, ungated
 from ipsecgate.core.check.connections import Loaded
-from ipsecgate.core.check.finding import Finding, State, missing, ok, warning
+from ipsecgate.core.check.finding import Finding, State, missing, ok, some, warning
 from ipsecgate.core.model.ipsec import Action
-from ipsecgate.core.model.policy import Policy, SaSource
+from ipsecgate.core.model.policy import Policy, SaSource, derived_policies, in_force
 from ipsecgate.core.state import silence
 from ipsecgate.core.state.silence import Silent
 from ipsecgate.edges.bpf import bytecode, exclusive, libbpf, nested
@@ -52,9 +53,10 @@ def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
         ("cgroups", host.gated),
         ("programs", host.programs),
         ("strongswan", host.strongswan),
-        (policies.NAME, host.policies),
+        (order.NAME, host.policies),
         (connections.NAME, host.connections),
         (connections.PLUGINS, host.plugins),
+        (ungated.NAME, host.ungated),
         ("traffic", host.traffic),
         ("xfrm", lambda: host.for_kernel_esp(_xfrm)),
         ("esp", lambda: host.for_kernel_esp(_esp)),
@@ -106,16 +108,23 @@ class _Host:
 
     def gated(self) -> list[Finding]:
         """Return which configured cgroups do not exist, and whether any is gated."""
-        absent = [one for one in check_targets(self._paths, self._config) if not cgroups.find(one)]
+        targets = check_targets(self._paths, self._config)
+        absent = [one for one in targets if not cgroups.find(one)]
         found = [
             warning("cgroups", f"{target} does not exist", "start what lives there, or remove it")
             for target in absent
         ]
         gated = gated_cgroups(self._paths)
         if not gated:
-            hint = "`ipsecgate attach unit:NAME`, or set gate.cgroups; then `ipsecgate run`"
-            found.append(warning("cgroups", "none is gated: the hooks check nothing", hint))
-        return found or [ok("cgroups", f"gated: {policies.some(gated)}")]
+            nothing = "none is gated: the hooks check nothing"
+            hint = "set gate.cgroups, then start the controller (`systemctl start ipsecgate`); or "
+            hint += "`ipsecgate attach unit:NAME`"
+            if targets:
+                nothing += f". Configured: {some(targets)}"
+                hint = "start the controller, which gates them: `systemctl start ipsecgate`, or "
+                hint += "`ipsecgate run` in the foreground"
+            found.append(warning("cgroups", nothing, hint))
+        return found or [ok("cgroups", f"gated: {some(gated)}")]
 
     def programs(self) -> list[Finding]:
         """Return the programs of other tools that get in the way of the hooks."""
@@ -163,6 +172,19 @@ class _Host:
     def plugins(self) -> list[Finding]:
         return connections.check_plugins(self._loaded) if self._loaded is not None else []
 
+    def ungated(self) -> list[Finding]:
+        """Return which processes outside gated cgroups have connections that must be protected."""
+        if self._config.host or not gated_cgroups(self._paths):
+            return []
+        configured = self._config.settings.policies
+        children = self._loaded.children if self._loaded is not None else ()
+        found = [
+            (flow, "" if cgroup == cgroups.root() else open_sockets.target_of(cgroup))
+            for flow, cgroup, is_gated in open_sockets.connections(self._paths)
+            if not is_gated
+        ]
+        return ungated.check_ungated(in_force(configured, derived_policies(children)), found)
+
     def traffic(self) -> list[Finding]:
         if self._loaded is None:
             return []
@@ -181,10 +203,10 @@ class _Host:
     def floor(self) -> str:
         if self._config.settings.floor:
             return "xfrm-block: what no hook sees is blocked, too, unless an SA protects it"
-        outside = "" if self._config.host else "what processes outside gated cgroups send, "
+        outside = "" if self._config.host else "processes outside gated cgroups, "
         return (
-            f"none: {outside}what the kernel sends on its own (GRE, VXLAN, Geneve, IPIP, NFS) and "
-            "what it forwards leaves in clear while no SA protects it"
+            f"not asked for: only gated processes are held back, not {outside}tunnels and NFS of "
+            'the kernel, and forwarded packets; gate.floor = "xfrm-block" covers these, too'
         )
 
     def clock(self) -> list[Finding]:

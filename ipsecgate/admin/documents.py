@@ -43,6 +43,8 @@ class Connection(TypedDict):
 
     flow: str
     source: str  # address and port
+    pid: int | None  # a process of that cgroup which has it open; None: none is known
+    comm: str | None  # the name of that process
     cgroup: str
     policy: str | None  # that names it; None: none does
     state: str  # what the hooks' tables say of it now: allow_covered, refuse_uncovered, ...

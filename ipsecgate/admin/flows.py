@@ -11,6 +11,7 @@ the socket open. It is a copy of a decision that is valid for the same generatio
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ipsecgate.admin import offline
@@ -18,10 +19,10 @@ from ipsecgate.admin.documents import Connection, Flows
 from ipsecgate.admin.judge import Judge
 from ipsecgate.admin.loader import gated_ids, pins_of
 from ipsecgate.admin.status import ask_controller, controller_of, refusals
-from ipsecgate.admin.status_document import ConfiguredPolicy
-from ipsecgate.core.model.flow import Flow
+from ipsecgate.admin.status_document import ConfiguredPolicy, GateState
+from ipsecgate.core.codec.sockdiag import ListedSocket
 from ipsecgate.edges.bpf.maps import Maps
-from ipsecgate.edges.host import cgroups
+from ipsecgate.edges.host import cgroups, processes
 from ipsecgate.edges.host.config import Config
 from ipsecgate.paths import Paths
 
@@ -30,14 +31,13 @@ def flows_of(paths: Paths, read_config: Callable[[], Config]) -> Flows:
     """Return the document. Raises: FileNotFoundError if nothing is loaded; OSError."""
     answer = ask_controller(paths)
     with Maps(pins_of(paths)) as maps:
-        policies = (answer or offline.state(paths, read_config, None))["policies"]
+        gate: GateState = answer or offline.state(paths, read_config, None)
+        policies = gate["policies"]
         judge = Judge.of(maps)
         return {
             "controller": controller_of(answer),
-            "connections": [
-                _connection(flow, cgroup, judge, policies) for flow, cgroup in connections(paths)
-            ],
-            "refused": refusals(judge, maps.refusals(), policies),
+            "connections": _connections(paths, judge, policies),
+            "refused": refusals(judge, maps.refusals(), gate),
             "decisions": [
                 {
                     "flow": str(flow),
@@ -49,7 +49,7 @@ def flows_of(paths: Paths, read_config: Callable[[], Config]) -> Flows:
         }
 
 
-def connections(paths: Paths) -> list[tuple[Flow, Path]]:
+def connections(paths: Paths) -> list[tuple[ListedSocket, Path]]:
     """Return the connected sockets of gated cgroups in this network namespace, and their cgroups.
 
     Raises: OSError.
@@ -61,21 +61,37 @@ def connections(paths: Paths) -> list[tuple[Flow, Path]]:
 
     gated, by_id = gated_ids(paths), cgroups.by_id()
     return [
-        (sock.flow, by_id.get(sock.cgroup, Path()))
+        (sock, by_id.get(sock.cgroup, Path()))
         for sock in asyncio.run(sockets.connected())
         if sock.cgroup is not None and sock.cgroup in gated and not sock.flow.daddr.is_loopback
     ]
 
 
-def _connection(
-    flow: Flow, cgroup: Path, judge: Judge, policies: list[ConfiguredPolicy]
-) -> Connection:
-    place = judge.place(flow)
-    host = f"[{flow.saddr}]" if flow.saddr and flow.saddr.version == 6 else str(flow.saddr)
-    return {
-        "flow": str(flow),
-        "source": f"{host}:{flow.sport}",
-        "cgroup": str(cgroup),
-        "policy": policies[place]["name"] if place is not None and place < len(policies) else None,
-        "state": judge.judge(flow).name.lower(),
-    }
+def _connections(paths: Paths, judge: Judge, policies: list[ConfiguredPolicy]) -> list[Connection]:
+    found = connections(paths)
+    there = {pid for cgroup in {cgroup for _, cgroup in found} for pid in _processes(cgroup)}
+    owners = {inode: pid for pid in sorted(there) for inode in processes.sockets_of(pid)}
+    made: list[Connection] = []
+    for sock, cgroup in found:
+        flow, pid = sock.flow, owners.get(sock.inode)
+        place = judge.place(flow)
+        known = place is not None and place < len(policies)
+        host = f"[{flow.saddr}]" if flow.saddr and flow.saddr.version == 6 else str(flow.saddr)
+        made.append(
+            {
+                "flow": str(flow),
+                "source": f"{host}:{flow.sport}",
+                "pid": pid,
+                "comm": None if pid is None else processes.name_of(pid),
+                "cgroup": str(cgroup),
+                "policy": policies[place]["name"] if place is not None and known else None,
+                "state": judge.judge(flow).name.lower(),
+            }
+        )
+    return made
+
+
+def _processes(cgroup: Path) -> list[int]:
+    with suppress(OSError):  # it has been removed
+        return list(cgroups.processes(cgroup))
+    return []

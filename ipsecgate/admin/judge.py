@@ -36,6 +36,10 @@ class Judge:
         entry = self._policy(flow)
         return entry.id if entry is not None else None
 
+    def policy(self, flow: Flow) -> Entry | None:
+        """Return the entry of the policy that names a flow, None if none does."""
+        return self._policy(flow)
+
     def judge(self, flow: Flow) -> Reason:
         """Return why a call for this flow would be let go, or refused."""
         entry = self._policy(flow)
@@ -52,6 +56,10 @@ class Judge:
         if entry.state is State.DISCARD:
             return Reason.REFUSE_DISCARD
         return self._follow(flow, derived=entry.state is State.DERIVED)
+
+    def is_covered(self, flow: Flow) -> bool:
+        """Tell whether a live SA protects a flow, whatever the policies say."""
+        return self._follow(flow, derived=False) is Reason.ALLOW_COVERED
 
     def _policy(self, flow: Flow) -> Entry | None:
         return None if self._policies is None else self._policies.classify(flow_key(flow))

@@ -12,10 +12,10 @@ from typing import cast
 
 from ipsecgate.admin import offline
 from ipsecgate.admin.advice import problem
+from ipsecgate.admin.coverage import with_coverage
 from ipsecgate.admin.judge import Judge
 from ipsecgate.admin.loader import pins_of
 from ipsecgate.admin.status_document import (
-    ConfiguredPolicy,
     Controller,
     ControllerStatus,
     GateState,
@@ -24,15 +24,12 @@ from ipsecgate.admin.status_document import (
     Hook,
     HookCounters,
     Negotiation,
-    Policy,
     Problem,
     Refusal,
     Status,
 )
-from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.model.flow import Flow
-from ipsecgate.core.tables.layout import EXPLAINED, Reason, Setting, State, TableId
-from ipsecgate.core.tables.table import Table
+from ipsecgate.core.tables.layout import EXPLAINED, Reason, Setting, TableId
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.edges.host import cgroups, control, processes
@@ -61,8 +58,7 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         gate: GateState = answer or offline.state(paths, read_config, spd)
         judge = Judge(maps, policy_table, spd)
         lately = maps.refusals()
-        refused = refusals(judge, lately, gate["policies"], time.time() - LATELY)
-    covered = _covered(policy_table, spd)
+        refused = refusals(judge, lately, gate, time.time() - LATELY)
     hooks = _hooks(pins)
     problems = _problems(answer, gate["errors"], hooks, published=policy_table is not None)
     return {
@@ -77,10 +73,9 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         "errors": gate["errors"],
         "warnings": gate["warnings"],
         "hooks": hooks,
-        "policies": [
-            _with_coverage(policy, place in covered, gate["negotiations"])
-            for place, policy in enumerate(gate["policies"])
-        ],
+        "policies": with_coverage(
+            gate["policies"], gate["negotiations"], gate["sas"], policy_table, spd
+        ),
         "refused": [one for one in refused if one["state"].startswith("refuse")][:REFUSALS],
         "counters": {**counters, "held": gate["held"]},
         "hook_tables": {
@@ -162,41 +157,46 @@ def _problems(
 def refusals(
     judge: Judge,
     lately: Iterable[tuple[Flow, Reason, float]],
-    policies: Sequence[ConfiguredPolicy],
+    gate: GateState,
     since: float = 0.0,
 ) -> list[Refusal]:
     """Return what was refused since then (wall clock), the last first."""
+    policies = gate["policies"]
     found: list[Refusal] = []
     for flow, reason, last in lately:
         if last < since:
             break
         place = judge.place(flow)
+        known = place is not None and place < len(policies)
+        policy = policies[place]["name"] if place is not None and known else None
+        now = judge.judge(flow)
         found.append(
             {
                 "flow": str(flow),
                 "source": None if flow.saddr is None else str(flow.saddr),
                 "reason": reason.name.lower(),
                 "text": EXPLAINED[reason],
-                "policy": policies[place]["name"]
-                if place is not None and place < len(policies)
-                else None,
+                "cause": _cause(flow, policy, gate["negotiations"])
+                if now is Reason.REFUSE_UNCOVERED
+                else "",
+                "policy": policy,
                 "last": last,
-                "state": judge.judge(flow).name.lower(),
+                "state": now.name.lower(),
             }
         )
     return found
 
 
+def _cause(flow: Flow, policy: str | None, negotiations: Iterable[Negotiation]) -> str:
+    """Return why IKE has not brought up the SA for a flow; "" if that is not certain."""
+    own = [one for one in negotiations if one["policy"] == policy]
+    asked = [one for one in own if one["flow"] == str(flow)]
+    certain = asked or (own if len(own) == 1 else [])
+    return certain[0]["last_error"] if certain else ""
+
+
 def _hold(call: HeldCall) -> Hold:
     return {**call, "comm": processes.name_of(call["pid"])}
-
-
-def _with_coverage(
-    policy: ConfiguredPolicy, covered: bool, negotiations: Iterable[Negotiation]
-) -> Policy:
-    own = [one for one in negotiations if one["policy"] == policy["name"]]
-    last_error = next((one["last_error"] for one in own if one["last_error"]), "")
-    return {**policy, "coverage": _coverage(policy, covered, own), "last_error": last_error}
 
 
 def _hooks(pins: Pins) -> list[Hook]:
@@ -211,32 +211,6 @@ def _hooks(pins: Pins) -> list[Hook]:
         }
         for attachment in pins.attachments()
     ]
-
-
-def _covered(policies: Table | None, spd: Table | None) -> set[int]:
-    """Return the places of the policies that some live SA covers, wholly or partly."""
-    if policies is None or spd is None:
-        return set()
-    covered: set[int] = set()
-    for live_mask, live_row in spd.rows.items():
-        live = [value for value, entry in live_row.items() if entry.state is State.LIVE]
-        for mask, row in policies.rows.items():
-            common = mask.masked(live_mask)
-            shared = {value.masked(common) for value in live}
-            covered |= {entry.id for value, entry in row.items() if value.masked(common) in shared}
-    return covered
-
-
-def _coverage(
-    policy: ConfiguredPolicy, covered: bool, negotiations: Iterable[Negotiation]
-) -> str | None:
-    if policy["action"] != "protect":
-        return None
-    if covered:
-        return Coverage.COVERED.value
-    states = {one["state"] for one in negotiations}
-    pending = (Coverage.NEGOTIATING.value, Coverage.BACK_OFF.value)
-    return next((state for state in pending if state in states), Coverage.UNCOVERED.value)
 
 
 def _hook_counters(counters: Mapping[Reason, int]) -> HookCounters:

@@ -46,7 +46,10 @@ class ConfiguredPolicy(TypedDict):
 class Policy(ConfiguredPolicy):
     """A policy and the state of its SAs."""
 
-    coverage: str | None  # uncovered, negotiating, covered, back-off; None: not `protect`
+    # covered, partly-covered, negotiating, back-off, uncovered; None: not `protect`
+    coverage: str | None
+    uncovered: list[str]  # if partly-covered: its networks of which no live SA covers anything
+    children: list[str]  # those that its flows have asked for, or that protect some: ike/child
     last_error: str  # why the last negotiation for it failed, "" if none did
 
 
@@ -132,6 +135,7 @@ class Refusal(TypedDict):
     source: str | None  # the socket's address; None: an unbound socket
     reason: str  # as in the counters: refuse_uncovered, block_clear, ...
     text: str  # the reason in words
+    cause: str  # why IKE has brought up no SA for it; "" if nothing certain is known
     policy: str | None  # that names it now; None: none does
     last: float  # when it was refused last
     state: str  # what the hooks' tables say of it now, as `reason`

@@ -33,11 +33,26 @@ class Target(TypedDict):
     flows: int  # that stand for it
     covered_flows: int
     flow: str | None  # the first that is not covered
+    network: str | None  # that flow's, if its policy has several
     child: str | None  # the child that protects its flows, or would protect that one
     negotiation: str | None  # its coverage: uncovered, negotiating, covered, back-off
     attempts: int
     cause: str  # why it is not covered, in IKE's words if IKE failed; "" if it is
     advice: str  # what to do, "" if there is nothing
+
+
+def named(target: Target) -> str:
+    """Return a target's name; with the network or child that is missing, if that says more."""
+    child, name = target["child"] or "", target["target"]
+    told = [target["network"]] if target["network"] not in (None, name) else []
+    if target["cause"].startswith(f"{child}: ") and child not in (name, f"{name}/{name}"):
+        told.append(child)
+    return f"{name} ({', '.join(map(str, told))})" if told else name
+
+
+def cause_of(target: Target) -> str:
+    """Return why a target is not covered; `named` has the child."""
+    return target["cause"].removeprefix(f"{target['child']}: ")
 
 
 class Waited(TypedDict):

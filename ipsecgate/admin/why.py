@@ -1,24 +1,30 @@
 """Why a flow of a process is let go or refused: the caller's side, then the gate's decision.
 
     the caller       is its cgroup gated, and in which network namespace is it?
-    the decision     the controller's `core.gate.explanation`; without one, the hooks' tables alone
+    the decision     the controller's `core.gate.explanation`; without one, the hooks' maps alone
 
 Rules of this module: it changes nothing. The verdict is that of the tables that the hooks search.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from errno import errorcode
+from errno import EPERM, errorcode
 from pathlib import Path
 from typing import Literal, TypedDict, cast
 
-from ipsecgate.admin import instances, loader
-from ipsecgate.core.model.flow import Flow, is_exempt
-from ipsecgate.core.tables.layout import EXPLAINED, Reason, Setting, State, TableId, flow_key
-from ipsecgate.core.tables.verdict import verdict
+from ipsecgate.admin import instances, loader, offline, ungated
+from ipsecgate.admin.judge import Judge
+from ipsecgate.admin.policy_document import policy_of
+from ipsecgate.admin.status_document import ConfiguredPolicy
+from ipsecgate.core.check.finding import some
+from ipsecgate.core.check.ungated import SHOWN, gate_it
+from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.tables.layout import EXPLAINED, Entry, Reason, Setting
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.host import cgroups, control
+from ipsecgate.edges.host.config import Config
 from ipsecgate.edges.kernel import namespaces
 from ipsecgate.errors import GateError, NoControllerError, UsageError
 from ipsecgate.paths import Paths
@@ -47,7 +53,7 @@ class Why(Decision):
     flow: str
     source: str | None  # as given; None: an unbound socket
     text: str  # the reason in words
-    gated: bool
+    gated: bool | None  # None: no caller was named, and the decision is about one that is gated
     controller: bool  # False: none runs, so the steps are fewer
     mode: Literal["enforce", "audit"]
 
@@ -73,7 +79,7 @@ def caller_of(pid: int | None, target: str | None) -> Caller | None:
     return Caller(cgroups.resolve(target)) if target else None
 
 
-def why(paths: Paths, flow: Flow, caller: Caller | None) -> Why:
+def why(paths: Paths, flow: Flow, caller: Caller | None, read_config: Callable[[], Config]) -> Why:
     """Return the document. Raises: FileNotFoundError if nothing is loaded; GateError, OSError."""
     with Maps(loader.pins_of(paths)) as maps:
         audit = bool(maps.setting(Setting.AUDIT))
@@ -81,16 +87,19 @@ def why(paths: Paths, flow: Flow, caller: Caller | None) -> Why:
         try:
             decision, controller_pid = _ask(paths, flow)
         except NoControllerError:
-            decision, controller_pid = _by_tables(maps, flow), None
+            policies = offline.state(paths, read_config, None)["policies"]
+            decision, controller_pid = _by_maps(maps, flow, policies), None
         is_left = maps.is_left(flow.netns)
-    steps, gated = list(decision["steps"]), True
+    steps, gated = list(decision["steps"]), None if caller is None else True
     if caller is not None:
         gated = any(map(caller.cgroup.is_relative_to, loader.gated_cgroups(paths)))
         steps.insert(0, {"step": "caller", "text": _describe(caller, gated)})
+    else:
+        steps[:0] = [_step("caller", text) for text in _callers(paths, flow)]
     decision = {**decision, "steps": steps}
-    if not gated:
+    if gated is False:
         decision |= {"allowed": True, "reason": "not_gated", "error": None}
-        decision["advice"] = f"gate it with `ipsecgate attach {caller.cgroup}`" if caller else ""
+        decision["advice"] = _gate(paths, caller) if caller else ""
     elif is_left:
         name = instances.judge_of(loader.pins_of(paths), flow.netns)
         decision |= {"allowed": True, "reason": "allow_other", "error": None}
@@ -99,7 +108,7 @@ def why(paths: Paths, flow: Flow, caller: Caller | None) -> Why:
         **decision,
         "flow": str(flow),
         "source": None if flow.saddr is None else str(flow.saddr),
-        "text": _in_words(decision["reason"]),
+        "text": _in_words(decision["reason"], flow, has_controller=controller_pid is not None),
         "gated": gated,
         "controller": controller_pid is not None,
         "mode": "audit" if audit else "enforce",
@@ -128,6 +137,30 @@ def _describe(caller: Caller, gated: bool) -> str:
     return f"{process}{caller.cgroup}, {state}"
 
 
+def _gate(paths: Paths, caller: Caller) -> str:
+    is_root = caller.cgroup == cgroups.root()
+    return gate_it("" if is_root else ungated.target_of(caller.cgroup), ungated.place(paths))
+
+
+def _callers(paths: Paths, flow: Flow) -> Iterator[str]:
+    """Yield which processes the decision is about if no caller is named, and who has the flow."""
+    gated = loader.gated_cgroups(paths)
+    if cgroups.root() in gated:
+        return
+    names = some(map(ungated.short_name, gated)) or "none is now"
+    yield f"any that is gated ({names}); calls of other processes are let go"
+    if flow.netns:
+        return
+    wanted = (flow.daddr, flow.proto, flow.dport)
+    users = {
+        ungated.short_name(cgroup): is_gated
+        for one, cgroup, is_gated in ungated.connections(paths)
+        if (one.daddr, one.proto, one.dport) == wanted
+    }
+    for name, is_gated in list(users.items())[:SHOWN]:
+        yield f"{name} has such a connection, and is {'' if is_gated else 'not '}gated"
+
+
 def _placed(flow: Flow, caller: Caller | None, own: int) -> Flow:
     """Return the flow with its caller's network namespace. `own`: the cookie of the gate's.
 
@@ -148,7 +181,9 @@ def _placed(flow: Flow, caller: Caller | None, own: int) -> Flow:
     return flow if there.cookie == own else replace(flow, netns=there.cookie)
 
 
-def _in_words(reason: str) -> str:
+def _in_words(reason: str, flow: Flow, *, has_controller: bool) -> str:
+    if reason == "refuse_no_source" and flow.saddr is None and not has_controller:
+        return "the hooks do not know its source address"
     if reason == "not_gated":
         return "its caller is not gated"
     found = Reason[reason.upper()]
@@ -169,49 +204,47 @@ _ALLOWED = {
 # --- without a controller ---------------------------------------------------------------------
 
 
-def _by_tables(maps: Maps, flow: Flow) -> Decision:
-    """Return what the hooks' tables say.
-
-    Only the controller knows the source of an unbound flow.
-    """
-    steps = [_step("controller", "not running: the tables are as it left them")]
-    policies, spd = maps.table(TableId.POLICY), maps.table(TableId.SPD)
-    entry = policies.classify(flow_key(flow)) if policies is not None else None
-    error = (entry.error if entry else maps.setting(Setting.ERROR)) or 1
-    advice = "start a controller: `systemctl start ipsecgate`"
-    if policies is None:
-        reason = Reason.REFUSE_NOT_READY
-    elif entry is None:
-        deny = maps.setting(Setting.DENY)
-        reason = Reason.REFUSE_DEFAULT if deny else Reason.ALLOW_DEFAULT
-        steps.append(_step("policy", "none names this flow"))
-    else:
-        steps.append(_step("policy", f"number {entry.id}: {entry.state.name.lower()}"))
-        reason = {State.BYPASS: Reason.ALLOW_BYPASS, State.DISCARD: Reason.REFUSE_DISCARD}.get(
-            entry.state, Reason.REFUSE_UNCOVERED
-        )
-    is_own = reason is Reason.REFUSE_UNCOVERED and flow.saddr == flow.daddr
-    if is_own or (reason >= Reason.REFUSE_UNCOVERED and is_exempt(flow)):
+def _by_maps(maps: Maps, flow: Flow, policies: Sequence[ConfiguredPolicy]) -> Decision:
+    """Return what the hooks do now. `policies`: those of the table, in the order of the search."""
+    judge = Judge.of(maps)
+    reason, entry = judge.judge(flow), judge.policy(flow)
+    steps = [
+        _step("controller", "not running: the hooks decide by what it left them"),
+        _step("policy", _named(entry, reason, policies)),
+    ]
+    error = (entry.error if entry else maps.setting(Setting.ERROR)) or EPERM
+    path = maps.path(flow)
+    source = flow.saddr or (path.source if path is not None else None)
+    if reason is Reason.ALLOW_EXEMPT:
         steps.append(_step("exempt", "loopback, DHCP or an address of the host's own"))
-        reason = Reason.ALLOW_EXEMPT
-    elif reason is Reason.REFUSE_UNCOVERED and flow.netns:
-        steps.append(_step("source", "unknown without a controller, in another network namespace"))
-    elif reason is Reason.REFUSE_UNCOVERED and flow.saddr is None:
-        steps.append(_step("source", "unknown without a controller: name one with --from"))
-    elif reason is Reason.REFUSE_UNCOVERED:
-        found = spd.classify(flow_key(flow)) if spd is not None else None
-        state = None if found is None else found.state
-        derived = entry is not None and entry.state is State.DERIVED
-        reason = verdict((flow,), lambda _flow: state, derived=derived, tunneled=False)
-        steps.append(_step("SA", "live" if state is State.LIVE else "none that is live"))
+    elif reason is Reason.REFUSE_NO_SOURCE and source is None:
+        text = "not known: the controller tells the hooks. Assume one with --from"
+        steps.append(_step("source", text))
+    elif reason in (Reason.ALLOW_COVERED, Reason.REFUSE_UNCOVERED):
+        how = "that of the socket" if flow.saddr is not None else "chosen by routing"
+        steps.append(_step("source", f"{source}, {how}"))
+        live = reason is Reason.ALLOW_COVERED
+        steps.append(_step("SA", "live, and protects the flow" if live else "none that is live"))
     allowed = reason < Reason.REFUSE_UNCOVERED
     return {
         "allowed": allowed,
         "reason": reason.name.lower(),
         "error": None if allowed else errorcode[error],
         "steps": steps,
-        "advice": "" if allowed else advice,
+        "advice": "" if allowed else "start a controller: `systemctl start ipsecgate`",
     }
+
+
+def _named(entry: Entry | None, reason: Reason, policies: Sequence[ConfiguredPolicy]) -> str:
+    """Return the policy that names a flow, in words."""
+    if entry is None:
+        is_known = reason is not Reason.REFUSE_NOT_READY
+        return "none names this flow" if is_known else "none is known yet"
+    if entry.id >= len(policies):
+        return f"number {entry.id + 1} of the table: {entry.state.name.lower()}"
+    from ipsecgate.core.gate.explanation import describe  # noqa: PLC0415 - seldom used
+
+    return describe(policy_of(policies[entry.id]))
 
 
 def _step(name: str, text: str) -> Step:

@@ -59,7 +59,7 @@ def bugtool(app: App, output: Path | None) -> None:
     manifest = bundle.manifest(app.paths, collected)
     files = [*collected, Collected("manifest.json", as_json(manifest, indent=1), 0)]
     (_write_archive if made.name.endswith(ARCHIVES) else _write_folder)(made, files)
-    app.done(*_summary(made, collected), output=str(made), **manifest)
+    app.done(*_summary(made.absolute(), collected), output=str(made.absolute()), **manifest)
 
 
 def _vici(app: App) -> Path:
@@ -92,13 +92,17 @@ def _document(app: App, name: str) -> str:
 
 
 def _summary(made: Path, collected: Sequence[Collected]) -> Iterator[str]:
-    failed = [item for item in collected if item.error]
+    failed: dict[str, list[str]] = {}  # error -> names
+    for item in collected:
+        if item.error:
+            failed.setdefault(item.error, []).append(item.name)
+    complete = sum(not item.error for item in collected)
     hidden = sum(item.hidden for item in collected)
-    yield f"{made}: {len(collected) - len(failed)} of {len(collected)} items, readable by you only"
-    for item in failed:
-        yield f"  not complete: {item.name}: {printable(item.error)}"
+    yield f"{made}: {complete} of {len(collected)} items, readable by you only"
+    for error, names in failed.items():
+        yield f"  not complete: {', '.join(names)}: {printable(error)}"
     if hidden:
-        yield f"  hidden: {hidden} texts that may be secrets"
+        yield f"  hidden: {hidden} {'text' if hidden == 1 else 'texts'} that may be secret"
     yield f"  left out: {'; '.join(bundle.LEFT_OUT)}"
     yield "  It has addresses and names: look through it before you publish it."
 

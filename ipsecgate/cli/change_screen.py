@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ipsecgate.admin.documents import Change, Difference
 from ipsecgate.cli.tables import coloured, first, heading, left_out, lines, number, table
+from ipsecgate.core.model.prefixes import in_words
 
 _TITLES = {
     "opens": "Would open",
@@ -25,18 +28,20 @@ def screen(document: Difference, *, everything: bool) -> RenderableType:
         rows = table("Flows to", "Port", "Now", "Then")
         for one in first(changes, everything=everything):
             rows.add_row(
-                lines(one["remote"], everything=everything), _ports(one),
+                lines(_networks(one), everything=everything), _ports(one),
                 _by(one["before"], one["old_policy"]), _by(one["after"], one["new_policy"]),
             )  # fmt: skip
-        parts += [heading(title), rows, *left_out(changes, everything=everything)]
+        needs_sa = kind == "closes" and any("protect" in one["after"] for one in changes)
+        effect = "; what is under `protect` then is refused unless a live SA covers it" * needs_sa
+        parts += [heading(title + effect), rows, *left_out(changes, everything=everything)]
     if document["settings"]:
-        rows = table("Setting", "Now", "Then", "")
+        rows = table("Setting", "Now", "Then", "Effect")
         for each in document["settings"]:
             text = Text.assemble(coloured(each["kind"]), f": {each['text']}")
             rows.add_row(each["key"], each["before"] or "-", each["after"] or "-", text)
         parts += [heading("Settings"), rows]
     if touched := document["touched"]:
-        rows = table("Alive now", "", "Where", "")
+        rows = table("Alive now", "Flow or SPI", "Cgroup, thread or peer", "Effect")
         for live in first(touched, everything=everything):
             rows.add_row(live["what"], live["name"], live["where"], coloured(live["kind"]))
         parts += [heading("Touches"), rows, *left_out(touched, everything=everything)]
@@ -63,5 +68,9 @@ def _ports(one: Change) -> str:
     return port if one["local_port"] == "any" else f"{port}\nfrom {one['local_port']}"
 
 
+def _networks(one: Change) -> list[str]:
+    return in_words(map(ip_network, one["remote"]))
+
+
 def _by(effect: str, policy: str | None) -> str:
-    return f"{effect}\n({f'policy {policy}' if policy else 'no policy'})"
+    return f"{effect} by {policy}" if policy else f"{effect}, no policy"

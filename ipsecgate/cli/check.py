@@ -1,6 +1,8 @@
-"""check: does this machine have what the gate needs, and do its parts fit? A line for each need."""
+"""check: does this machine have what the gate needs, and do its parts fit?"""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import click
 from rich.console import Group, RenderableType
@@ -10,10 +12,12 @@ from rich.text import Text
 
 from ipsecgate.admin.check import examine
 from ipsecgate.cli.app import App
+from ipsecgate.cli.tables import number
 from ipsecgate.cli.verb import verb
 from ipsecgate.core.check.finding import Finding, State, exit_code
 from ipsecgate.printable import printable, printable_lines
 
+ORDER = (State.OK, State.WARNING, State.MISSING)  # what must be mended is read last
 COLOURS = {State.OK: "green", State.WARNING: "yellow", State.MISSING: "bold red"}
 
 
@@ -34,9 +38,9 @@ def check(app: App) -> int:
     connections, and these with its plugins and this host's addresses; looks at other
     tools' BPF programs, the clock, limits and installed units. Changes nothing.
 
-    Each line is ok, a warning or missing, and says what to do. Exits with 0 if nothing is
-    missing, even with warnings; with 4 if the kernel lacks something, with 2 if the
-    configuration is invalid, and with 1 if anything else is missing.
+    Each line is ok, a warning or missing. Those to look at come last, and say what to do.
+    Exits with 0 if nothing is missing, even with warnings; with 4 if the kernel lacks
+    something, with 2 if the configuration is invalid, and with 1 if anything else is missing.
     """
     findings = examine(app.paths, app.config)
     if app.json:
@@ -56,16 +60,33 @@ def document(finding: Finding) -> dict[str, str]:
     }
 
 
-def screen(findings: list[Finding]) -> Table:
-    """Draw the findings: state, name, what was found, and below it what to do."""
+def screen(findings: list[Finding]) -> RenderableType:
+    """Draw the findings, those that need a look last, and a line that counts them.
+
+    A finding is its state, its name, what was found, and below it what to do.
+    """
     table = Table(box=None, pad_edge=False, show_header=False)
-    for column in ("state", "name", "found"):
-        table.add_column(column, overflow="fold")
-    for finding in findings:
+    table.add_column("state", no_wrap=True)
+    table.add_column("name", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for finding in sorted(findings, key=lambda one: ORDER.index(one.state)):
         state = Text(finding.state.value, COLOURS[finding.state])
         found: list[RenderableType] = [Text(printable_lines(finding.found))]
         if finding.hint:
-            hint = Text(printable_lines(finding.hint), COLOURS[State.WARNING])
+            hint = Text(f"next: {printable_lines(finding.hint)}", COLOURS[State.WARNING])
             found.append(Padding(hint, (0, 0, 0, 2)))
         table.add_row(state, printable(finding.name), Group(*found))
-    return table
+    return Group(table, Text(), summary(findings))
+
+
+def summary(findings: list[Finding]) -> Text:
+    """Return how many findings there are of each state."""
+    counts = Counter(one.state for one in findings)
+    fine = f"{counts[State.OK]} ok"
+    if not (counts[State.MISSING] or counts[State.WARNING]):
+        return Text(f"Nothing is missing: {fine}.", COLOURS[State.OK])
+    words = [f"{counts[State.MISSING]} missing"] if counts[State.MISSING] else []
+    if counts[State.WARNING]:
+        words.append(number(counts[State.WARNING], "warning"))
+    worst = State.MISSING if counts[State.MISSING] else State.WARNING
+    return Text.assemble((", ".join(words), COLOURS[worst]), f" (above), {fine}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -30,11 +29,6 @@ OTHERS = {
 Record = Mapping[str, Any]
 
 
-def width_of(console: Console) -> int | None:
-    """Return the columns to fit in; None: print a line for each record, for grep and the like."""
-    return console.width if console.is_terminal or os.environ.get("COLUMNS") else None
-
-
 def drawn(record: Record, width: int | None, now: float | None = None) -> Text:
     """Draw a record. `width`: see `width_of`. `now`: seconds of the wall clock."""
     record = printable_document(record)
@@ -59,7 +53,7 @@ def _parts(record: Record) -> Iterable[Text]:
             yield Text(record["text"])
         case "again" | "covered":
             yield Text(record["flow"], "bold")
-            yield Text(record["text"])
+            yield Text(record["text"].removeprefix("again, "))  # the kind says that
         case _:
             yield from _receipt(record)
 
@@ -96,19 +90,30 @@ def _covered(record: Record) -> str:
 
 
 def _laid_out(head: Text, parts: list[Text], width: int | None) -> Text:
-    """Put parts beside a head, as many on a line as fit; those that are too long are wrapped."""
+    """Put parts beside a head, as many on a line as fit; those that are too long are wrapped.
+
+    The first part is what the others are about.
+    """
     if width is None:
-        return head.append_text(Text("  ").join(parts))
+        first, *others = parts
+        return _joined(head.append_text(first), Text("; ").join(others), "  ")
     indent = head.cell_len
     room = max(width - indent, 20)
     lines: list[Text] = []
     is_full = True  # whether the last line takes no more
     for part in parts:
-        if not is_full and lines[-1].cell_len + 2 + part.cell_len <= room:
-            lines[-1].append("  ").append_text(part)
+        between = "  " if len(lines) == 1 and part is parts[1] else "; "
+        if not is_full and lines[-1].cell_len + len(between) + part.cell_len <= room:
+            _joined(lines[-1], part, between)
             continue
-        lines += part.wrap(Console(width=room), room)
+        # In a line of its own, so that what is joined to it does not get its style.
+        lines += Text().append_text(part).wrap(Console(width=room), room)
         is_full = part.cell_len > room
     for line in lines:
         line.rstrip()
     return head.append_text(Text("\n" + " " * indent).join(lines))
+
+
+def _joined(text: Text, more: Text, between: str) -> Text:
+    """Append to a text, and return it."""
+    return text.append(between).append_text(more) if more else text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +14,7 @@ import click
 from ipsecgate.admin.event_documents import DENIED
 from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
+from ipsecgate.cli.messages import width_of
 from ipsecgate.cli.verb import verb
 from ipsecgate.edges.host import control
 from ipsecgate.errors import NoControllerError, UsageError
@@ -97,6 +98,8 @@ def events(
     shown = [record for record in past if wanted(record)]
     if not follow:
         shown = [record for record in shown if record["kind"] not in NEWS]
+    if not (follow or app.json):
+        shown = _once(shown)
     shown = shown[-last:] if last else shown
     if app.json and not follow:
         app.document(shown)
@@ -106,6 +109,18 @@ def events(
     for record in _later(app, answer) if follow else ():
         if wanted(record):
             draw(record)
+
+
+def _once(records: Sequence[Record]) -> list[Record]:
+    """Leave out the failures of a negotiation that a receipt names as its cause."""
+    causes = {(one["child"], one["cause"]) for one in records if one["kind"] in DENIED}
+    return [one for one in records if one["kind"] != "log" or _failure(one) not in causes]
+
+
+def _failure(message: Record) -> tuple[str, str] | None:
+    """Return the child whose negotiation failed, and the cause; None: it says something else."""
+    fields = message["fields"]
+    return (fields["child"], fields["cause"]) if fields.get("event") == "failed" else None
 
 
 def moment(text: str, now: float) -> float:
@@ -176,7 +191,7 @@ def _drawing(app: App) -> Callable[[Record], None]:
     """Return what prints a record."""
     if app.json:
         return lambda record: click.echo(as_json(record))
-    from ipsecgate.cli.event_lines import drawn, width_of  # noqa: PLC0415 - `--json` needs no rich
+    from ipsecgate.cli.event_lines import drawn  # noqa: PLC0415 - `--json` needs no rich
 
     width = width_of(app.out)
     return lambda record: app.out.print(drawn(record, width), soft_wrap=True)

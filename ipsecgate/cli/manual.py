@@ -16,6 +16,7 @@ import click
 from ipsecgate.cli import config_reference, troff
 from ipsecgate.cli.app import cli
 from ipsecgate.cli.shells import SHELLS, script
+from ipsecgate.cli.verbs import ENVIRONMENT
 
 EXIT_CODES = (
     (0, "Success."),
@@ -76,6 +77,9 @@ def man_page() -> str:
     lines.append(".SH EXIT STATUS")
     for code, meaning in EXIT_CODES:
         lines += troff.entry(rf"\fB{code}\fR", meaning)
+    lines.append(".SH ENVIRONMENT")
+    for name, meaning in ENVIRONMENT:
+        lines += troff.entry(rf"\fB{name}\fR", meaning)
     lines.append(".SH FILES")
     for path, meaning in FILES:
         lines += troff.entry(rf"\fI{troff.text(path)}\fR", meaning)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
-from ipsecgate.admin.documents import Cgroups, Flows, GatedCgroup, Holds, Policies, Sas
+from ipsecgate.admin.documents import (
+    Cgroups,
+    Connection,
+    Flows,
+    GatedCgroup,
+    Holds,
+    Policies,
+    Sas,
+)
 from ipsecgate.admin.status_document import Policy
 from ipsecgate.cli.tables import (
     WIDE,
     ago,
-    coloured,
+    coverage,
     duration,
     first,
     heading,
     left,
     left_out,
     lines,
+    parts,
+    reason,
     table,
     two_lines,
     without_controller,
@@ -26,30 +39,63 @@ from ipsecgate.cli.tables import (
 def policies(document: Policies, width: int, *, everything: bool) -> RenderableType:
     """Draw the policies in the order in which they are searched."""
     wide = width >= WIDE
-    columns = ("Policy", "Action", "To", "Port", "Coverage")
-    rows = table(*columns, "Child", "Source") if wide else table(*columns)
-    for policy in first(document["policies"], everything=everything):
-        coverage = coloured(policy["coverage"] or "")
+    rows = table(
+        "Policy", "Action", "To", "Port", "Coverage", *(["Child"] if wide else []), "Source"
+    )
+    known = document["policies"]
+    shown = first(known, everything=everything)
+    longest = max((len(net) for one in shown for net in one["remote"]), default=0)
+    rows.columns[2].no_wrap = longest <= width // 3  # a broken network would mislead
+    for policy in shown:
         remote = lines(policy["remote"], everything=everything)
-        cells: tuple[str | Text, ...] = (policy["action"], remote, _ports(policy))
+        covered = coverage(policy["coverage"], policy["last_error"])
         if wide:
-            child = policy["child"] or ("by selector" if policy["coverage"] else "")
-            rows.add_row(policy["name"], *cells, coverage, child, _source(policy))
+            cells = [covered, Text(lines(_children(policy), everything=everything))]
         else:
-            name = two_lines(policy["name"], _source(policy))
-            child = f"child {policy['child']}" if policy["child"] else ""
-            rows.add_row(name, *cells, two_lines(coverage, child))
-    failed = [one for one in document["policies"] if one["last_error"]]
-    return Group(
+            cells = [two_lines(covered, f"child {policy['child']}" if policy["child"] else "")]
+        name, action = policy["name"], policy["action"]
+        rows.add_row(name, action, remote, _ports(policy), *cells, _source(policy))
+    return parts(
         *without_controller(
             document["controller"], "these are configured, and only covered flows are let go"
         ),
-        rows if document["policies"] else Text("No policy is known.", "yellow"),
-        *left_out(document["policies"], everything=everything),
-        *([heading("Last failure")] if failed else []),
-        *(Text(f"{one['name']}: {one['last_error']}", "red") for one in failed[:5]),
+        rows if known else Text("No policy is known.", "yellow"),
+        *left_out(known, everything=everything),
+        *_without_sa(known, everything=everything),
+        *_failures(known, everything=everything),
         Text(f"\nOther flows: {document['default']}.", "dim"),
     )
+
+
+def _without_sa(known: list[Policy], *, everything: bool) -> list[RenderableType]:
+    """Return the networks that have no SA, of policies that are covered otherwise."""
+    partly = [one for one in known if one["uncovered"]]
+    if not partly:
+        return []
+    rows = table("Policy", "No live SA covers")
+    for one in first(partly, everything=everything):
+        rows.add_row(one["name"], Text(lines(one["uncovered"], everything=everything), "red"))
+    return [
+        heading("Partly covered"),
+        rows,
+        *left_out(partly, everything=everything),
+        Text(f"next: `ipsecgate up {partly[0]['name']}` negotiates it, or says why not", "yellow"),
+    ]
+
+
+def _failures(known: list[Policy], *, everything: bool) -> list[RenderableType]:
+    failed = [one for one in known if one["last_error"]]
+    if not failed:
+        return []
+    rows = table("Policy", "Cause")
+    for one in first(failed, everything=everything):
+        rows.add_row(one["name"], Text(one["last_error"], "red"))
+    return [heading("Last failure"), rows, *left_out(failed, everything=everything)]
+
+
+def _children(policy: Policy) -> list[str]:
+    """Return the children that protect a policy's flows, as far as they are known."""
+    return policy["children"] or ([policy["child"]] if policy["child"] else [])
 
 
 def _ports(policy: Policy) -> str:
@@ -114,7 +160,7 @@ def cgroups(document: Cgroups, width: int, *, everything: bool) -> RenderableTyp
             name if wide else two_lines(name, others), by, count, _hooks(one),
             *([others] if wide else []),
         )  # fmt: skip
-    parts: list[RenderableType] = [
+    found: list[RenderableType] = [
         *without_controller(document["controller"], "what is awaited is not gated when it appears"),
         rows
         if gated
@@ -125,9 +171,9 @@ def cgroups(document: Cgroups, width: int, *, everything: bool) -> RenderableTyp
         awaited = table("Target", "")
         for target in document["awaited"]:
             awaited.add_row(target["target"], Text(target["text"], "yellow"))
-        parts += [heading("Awaited"), awaited]
-    parts += [Text(f"\n{text}", "yellow") for one in gated for text in one["warnings"]]
-    return Group(*parts)
+        found += [heading("Awaited"), awaited]
+    found += [Text(f"\n{text}", "yellow") for one in gated for text in one["warnings"]]
+    return Group(*found)
 
 
 def _hooks(one: GatedCgroup) -> Text:
@@ -139,34 +185,45 @@ def _hooks(one: GatedCgroup) -> Text:
 def flows(document: Flows, width: int, *, everything: bool) -> RenderableType:
     """Draw connections, flows that were refused lately, and what the hooks remember."""
     wide = width >= WIDE
-    parts: list[RenderableType] = [
+    found: list[RenderableType] = [
         *without_controller(document["controller"], "its tables decide, as it left them")
     ]
     connections, refused = document["connections"], document["refused"]
     decisions = document["decisions"]
     if connections:
-        rows = table("Flow", "Policy", "Now", *(["From", "Cgroup"] if wide else []))
-        for one in first(connections, everything=everything):
-            flow = one["flow"] if wide else two_lines(one["flow"], f"from {one['source']}")
-            more = [one["source"], one["cgroup"]] if wide else []
-            rows.add_row(flow, one["policy"] or "", coloured(one["state"]), *more)
-        parts += [heading("Connections of gated cgroups"), rows]
-        parts += left_out(connections, everything=everything)
+        found += [
+            heading("Connections of gated cgroups"),
+            _connections(first(connections, everything=everything), wide=wide),
+            *left_out(connections, everything=everything),
+        ]
     if refused:
-        rows = table("Flow", ">Last", "Why", "Now", *(["Policy"] if wide else []))
+        rows = table("Flow", "Policy", ">Last", *(["Why"] if wide else []), "Now")
         for each in first(refused, everything=everything):
-            policy = each["policy"] or "none"
-            flow = each["flow"] if wide else two_lines(each["flow"], f"policy {policy}")
-            cells = (ago(each["last"]), each["text"], coloured(each["state"]))
-            rows.add_row(flow, *cells, *([policy] if wide else []))
-        parts += [heading("Refused lately"), rows, *left_out(refused, everything=everything)]
+            now, cause = reason(each["state"]), f": {each['cause']}" if each["cause"] else ""
+            cells = [each["flow"], each["policy"] or "none", f"{ago(each['last'])} ago"]
+            if wide:
+                rows.add_row(*cells, each["text"] + cause, now)
+            else:
+                rows.add_row(*cells, now.append(cause))
+        found += [heading("Refused lately"), rows, *left_out(refused, everything=everything)]
     if decisions:
-        rows = table("Flow", "From", "Why")
+        bound = any(each["source"] for each in decisions)
+        rows = table("Flow", *(["From"] if bound else []), "Why")
         for decision in first(decisions, everything=everything):
-            source = decision["source"] or ""
-            rows.add_row(decision["flow"], source, coloured(decision["reason"]))
-        parts += [heading("Let go since the tables last changed"), rows]
-        parts += left_out(decisions, everything=everything)
+            source = [decision["source"] or "any"] if bound else []
+            rows.add_row(decision["flow"], *source, reason(decision["reason"]))
+        found += [heading("Let go since the tables last changed"), rows]
+        found += left_out(decisions, everything=everything)
     if not (connections or refused or decisions):
-        parts.append(Text("No flow of a gated process is known."))
-    return Group(*parts)
+        found.append(Text("No flow of a gated process is known."))
+    return parts(*found)
+
+
+def _connections(shown: Sequence[Connection], *, wide: bool) -> Table:
+    rows = table("Flow", "Process", "Policy", "Now", *(["From", "Cgroup"] if wide else []))
+    for one in shown:
+        flow = one["flow"] if wide else two_lines(one["flow"], f"from {one['source']}")
+        process = "" if one["pid"] is None else f"{one['comm'] or ''} ({one['pid']})"
+        more = [one["source"], one["cgroup"].removeprefix("/sys/fs/cgroup")] if wide else []
+        rows.add_row(flow, process, one["policy"] or "none", reason(one["state"]), *more)
+    return rows

@@ -8,12 +8,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ipsecgate.admin.coverage import COVERAGES
 from ipsecgate.admin.status_document import Counters, Policy, Status
-from ipsecgate.cli.tables import ago, heading, number, table
+from ipsecgate.cli.tables import ago, heading, number, reason_text, table
 
 SHOWN = 5  # namespaces, cgroups and the like
-NEWS = 3  # refusals and failed negotiations
-COVERAGES = ("covered", "negotiating", "back-off", "uncovered")
+NEWS = 3  # refusals, failed negotiations and networks
+IDLE = "not asked for yet"
 
 
 def brief(document: Status) -> Text:
@@ -73,6 +74,8 @@ def _summary(document: Status) -> Table:
         rows.add_row("Controller", f"{since}; SA source: {source}")
     rows.add_row("Gated", _gated(document))
     rows.add_row("Policies", _policies(document["policies"]))
+    for line in _partly(document["policies"]):
+        rows.add_row("", line)
     if document["sas"]:
         peers = {sa["peer"] for sa in document["sas"]}
         rows.add_row("SAs", f"{len(document['sas'])} with {number(len(peers), 'peer')}")
@@ -115,33 +118,54 @@ def _last_part(cgroup: str) -> str:
 def _policies(policies: list[Policy]) -> Text:
     if not policies:
         return Text("none known", "yellow")
-    states = Counter(one["coverage"] or one["action"] for one in policies)
-    names = [*COVERAGES, "bypass", "discard"]
-    counts = ", ".join(f"{states[name]} {name}" for name in names if states[name])
+    states = Counter(_state(one) for one in policies)
+    names = [*COVERAGES, IDLE, "bypass", "discard"]
+    counts = ", ".join(
+        f"{states[name]} {name.replace('partly-', 'partly ')}" for name in names if states[name]
+    )
     return Text(f"{len(policies)}: {counts}")
 
 
+def _state(policy: Policy) -> str:
+    """Return a policy's coverage, or its action; IDLE if it is uncovered and nobody asked."""
+    if policy["coverage"] == "uncovered" and not (policy["children"] or policy["last_error"]):
+        return IDLE
+    return policy["coverage"] or policy["action"]
+
+
+def _partly(policies: list[Policy]) -> list[Text]:
+    """Return what is missing of the policies that are partly covered."""
+    found = [one for one in policies if one["uncovered"]]
+    texts = []
+    for one in found[:NEWS]:
+        more = f" and {len(one['uncovered']) - NEWS} more" if one["uncovered"][NEWS:] else ""
+        texts.append(f"{one['name']}: no live SA covers {', '.join(one['uncovered'][:NEWS])}{more}")
+    if found[NEWS:]:
+        texts.append(f"and {len(found) - NEWS} more: `ipsecgate policies`")
+    return [Text(text, "red") for text in texts]
+
+
 def _counted(counters: Counters) -> list[tuple[str, str]]:
-    reasons = counters["reasons"]
-    refused = _by_reason(reasons, "refuse_")
-    if counters["audited"]:
-        refused.append(f"{counters['audited']} of these let through in audit mode")
-    blocked = _by_reason(reasons, "block_")
-    if counters["leaked_audited"]:
-        blocked.append(f"{counters['leaked_audited']} of these let through in audit mode")
-    calls = f"{counters['allowed']} allowed, {counters['refused']} refused"
-    found = [("Calls", calls + (f": {', '.join(refused)}" if refused else ""))]
-    if blocked:
-        found.append(("Packets", f"{counters['leaked_blocked']} blocked: {', '.join(blocked)}"))
+    """Return the rows for calls and packets."""
+    refused = _numbers(counters, "refuse", counters["refused"], counters["audited"])
+    found = [("Calls", f"{counters['allowed']} allowed, {refused}")]
+    blocked, audited = counters["leaked_blocked"], counters["leaked_audited"]
+    if blocked or audited:
+        found.append(("Packets", _numbers(counters, "block", blocked, audited)))
     return found
 
 
-def _by_reason(reasons: dict[str, int], prefix: str) -> list[str]:
-    return [
-        f"{count} {name.removeprefix(prefix).replace('_', ' ')}"
+def _numbers(counters: Counters, result: str, stopped: int, audited: int) -> str:
+    """Return how many calls or packets were stopped, and why; of several reasons each number."""
+    text = f"{stopped} {'refused' if result == 'refuse' else 'blocked'}"
+    if audited:
+        text += f", {audited} let go only because of audit mode"
+    reasons = {n: c for n, c in counters["reasons"].items() if c and n.startswith(f"{result}_")}
+    why = [
+        f"{count} {reason_text(name)}" if len(reasons) > 1 else reason_text(name)
         for name, count in reasons.items()
-        if count and name.startswith(prefix)
     ]
+    return f"{text} ({', '.join(why)})" if why else text
 
 
 def _tables(document: Status) -> str:
@@ -174,7 +198,8 @@ def _refused(document: Status) -> list[RenderableType]:
         return []
     rows = table("Flow", "Policy", "Why", ">Last")
     for one in refused[:NEWS]:
-        rows.add_row(one["flow"], one["policy"] or "none", one["text"], f"{ago(one['last'])} ago")
+        why = f"no live SA: {one['cause']}" if one["cause"] else one["text"]
+        rows.add_row(one["flow"], one["policy"] or "none", why, f"{ago(one['last'])} ago")
     more = f": {len(refused)} flows, all in `ipsecgate flows`" if refused[NEWS:] else ""
     protocol, _, target = refused[0]["flow"].partition(" ")
     target += "/udp" if protocol == "udp" else ""

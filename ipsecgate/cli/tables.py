@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TypeVar
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -22,12 +23,9 @@ ROWS = 40  # of a table, unless all are wanted
 LINES = 4  # of a cell, likewise
 COLOURS = {
     "covered": "green",
+    "partly-covered": "red",
     "negotiating": "yellow",
-    "uncovered": "red",
     "back-off": "red",
-    "allow": "green",
-    "refuse": "red",
-    "block": "red",
     "opens": "bold red",
     "closes": "yellow",
 }
@@ -43,16 +41,69 @@ def table(*columns: str) -> Table:
     return made
 
 
+def parts(*items: RenderableType) -> Group:
+    """Return parts one below the other; the first begins without the blank line of a heading."""
+    top = items[0] if items else None
+    if isinstance(top, Text) and top.plain.startswith("\n"):
+        return Group(top[1:], *items[1:])
+    return Group(*items)
+
+
 def heading(text: str) -> Text:
     """Return a line above a table."""
     return Text(f"\n{text}", "bold")
 
 
 def coloured(word: str) -> Text:
-    """Return a state in its colour, such as `covered`, or a reason, such as `refuse_uncovered`."""
-    kind, _, rest = word.partition("_")
-    colour = COLOURS.get(word) or COLOURS.get(kind, "")
-    return Text(f"{kind}: {rest.replace('_', ' ')}" if rest else word, colour)
+    """Return a state in its colour, such as `covered`; one that nothing is wrong with has none."""
+    return Text(word.replace("partly-", "partly "), COLOURS.get(word, ""))
+
+
+def coverage(state: str | None, last_error: str) -> Text:
+    """Return a policy's coverage in its colour. One that nobody has asked for has none."""
+    if state == "uncovered" and last_error:
+        return Text(state, "red")
+    return coloured(state or "")
+
+
+def reason(name: str) -> Text:
+    """Return what the hooks do with a flow, and why: `covered`, or `refused: no live SA`."""
+    if name in ("allow_covered", "allow_associated"):
+        return Text("covered", "green")
+    result = name.partition("_")[0]
+    verb, colour = _RESULTS.get(result, (result, ""))
+    return Text(f"{verb}: {reason_text(name)}", colour)
+
+
+def reason_text(name: str) -> str:
+    """Return a reason in a few words, without the result."""
+    return _REASONS.get(name, name.partition("_")[2].replace("_", " "))
+
+
+_RESULTS = {
+    "allow": ("let go", ""),
+    "refuse": ("refused", "red"),
+    "block": ("blocked", "red"),
+}
+_REASONS = {
+    "allow_default": "no policy names it",
+    "allow_bypass": "its policy exempts it",
+    "allow_passed": "a pass-through connection has it",
+    "allow_exempt": "always exempt",
+    "allow_other": "another instance judges it",
+    "refuse_uncovered": "no live SA",
+    "refuse_discard": "its policy discards it",
+    "refuse_default": "no policy names it",
+    "refuse_no_source": "no certain route or source",
+    "refuse_not_ready": "policies not known",
+    "refuse_netns": "namespace not known",
+    "refuse_outside": "it would leave around the SPD",
+    "block_clear": "in clear",
+    "block_discard": "its policy discards it",
+    "block_default": "no policy names it",
+    "block_not_ready": "policies not known",
+    "block_unreadable": "unreadable",
+}
 
 
 def two_lines(first: str | Text, second: str) -> Text:

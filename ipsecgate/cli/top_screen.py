@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ipsecgate.admin.top_document import Count, Rates, Top, TopCgroup, TopPolicy
-from ipsecgate.cli.tables import COLOURS
+from ipsecgate.cli.tables import coverage
 
+STATE = 14  # columns: partly covered
+LATELY = 30.0  # seconds
 WIDE = 110  # columns from which there is space for the last flow and the last error
 SORTS = ("refused/s", "refused", "held", "name")
 KEYS = (
@@ -105,7 +107,8 @@ def _head(document: Top | None, problem: str, view: View, *, is_wide: bool) -> l
     if not document["controller"]:
         state = ("controller not running: only covered flows go on", "bold red")
     mode = document["mode"]
-    first = Text.assemble(("ipsecgate", "bold"), f" {document['instance']}  ")
+    name = "" if document["instance"] == "default" else f" instance {document['instance']}"
+    first = Text.assemble(("ipsecgate", "bold"), f"{name}  ")
     first.append(f"{mode}  ", "yellow" if mode == "audit" else "")
     first.append("paused  " if view.paused else "", "bold yellow").append(*state)
     first.no_wrap, first.overflow = True, "ellipsis"
@@ -130,18 +133,31 @@ def _totals(document: Top, rates: Rates) -> Text:
 
 
 def _sorted(document: Top, view: View) -> Sequence[TopPolicy] | Sequence[TopCgroup]:
-    order: dict[str, Callable[[Count], float]] = {
-        "refused/s": lambda row: (
-            -(row["refused_per_second"] or 0) - (row["blocked_per_second"] or 0)
-        ),
-        "refused": lambda row: -(row["refused"] or 0),
-        "held": lambda row: -row["held"],
-        "name": lambda _row: 0.0,
+    order: dict[str, Callable[[Count], tuple[float, ...]]] = {
+        "refused/s": lambda row: (-_magnitude(row), -_total(row)),
+        "refused": lambda row: (-_total(row),),
+        "held": lambda row: (-row["held"],),
+        "name": lambda _row: (),
     }
     key = order[view.sort]
     if view.by == "policy":
         return sorted(document["policies"], key=lambda row: (key(row), row["policy"] or ""))
     return sorted(document["cgroups"], key=lambda row: (key(row), _cgroup_name(row)))
+
+
+def _total(row: Count) -> int:
+    return (row["refused"] or 0) + (row["blocked"] or 0)
+
+
+def _magnitude(row: Count) -> int:
+    """Return the number of digits of a row's rate, so that rows seldom change places.
+
+    One that was refused a moment ago counts as 1 per second: most programs try again in between.
+    """
+    rate = (row["refused_per_second"] or 0) + (row["blocked_per_second"] or 0)
+    if rate < 1 and (rate or (row["last"] is not None and time.time() - row["last"] < LATELY)):
+        return 1
+    return len(str(int(rate))) if rate else 0
 
 
 def _table(rows: Sequence[TopPolicy] | Sequence[TopCgroup], view: View, width: int) -> Table:
@@ -150,13 +166,13 @@ def _table(rows: Sequence[TopPolicy] | Sequence[TopCgroup], view: View, width: i
     by_policy = view.by == "policy"
     names = ("policy", "state") if by_policy else ("unit or cgroup", "process")
     table.add_column(names[0], no_wrap=True, overflow="ellipsis", ratio=2, min_width=12)
-    table.add_column(names[1], no_wrap=True, overflow="ellipsis", width=11)
+    table.add_column(names[1], no_wrap=True, overflow="ellipsis", width=STATE)
     for name in NUMBERS:
         table.add_column(name, justify="right", no_wrap=True, width=len(name))
     table.add_column("last" if by_policy else "policy", no_wrap=True, overflow="ellipsis", width=10)
     if is_wide:
         if not by_policy:
-            table.add_column("its state", no_wrap=True, width=11)
+            table.add_column("its state", no_wrap=True, width=STATE)
         table.add_column("last refused flow", no_wrap=True, overflow="ellipsis", ratio=2)
         if by_policy:
             table.add_column("why", no_wrap=True, overflow="ellipsis", ratio=3)
@@ -168,10 +184,11 @@ def _table(rows: Sequence[TopPolicy] | Sequence[TopCgroup], view: View, width: i
 
 def _policy_cells(row: TopPolicy) -> list[Text | str]:
     state = row["coverage"] or row["action"] or ""
+    shown = coverage(state, row["last_error"])
     name = row["policy"] if row["policy"] is not None else "(none names it)"
     return [
         name,
-        Text(state, COLOURS.get(state, "")),
+        shown,
         *_numbers(row),
         _ago(row["last"]),
         row["flow"],
@@ -182,8 +199,8 @@ def _policy_cells(row: TopPolicy) -> list[Text | str]:
 def _cgroup_cells(row: TopCgroup) -> list[Text | str]:
     state = row["coverage"] or ""
     policy = row["policy"] or ("(none)" if row["flow"] else "")
-    style = COLOURS.get(state, "")
-    last = Text(policy, style), Text(state, style), row["flow"]
+    shown = coverage(state, row["flow"])
+    last = Text(policy, shown.style), shown, row["flow"]
     return [_cgroup_name(row), row["comm"], *_numbers(row), *last]
 
 

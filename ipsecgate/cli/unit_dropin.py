@@ -9,6 +9,7 @@ from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
 from ipsecgate.cli.verb import verb
 from ipsecgate.errors import UsageError
+from ipsecgate.printable import printable
 
 
 @verb(
@@ -38,7 +39,11 @@ def unit_dropin(app: App, *, name: str, hold: bool, install: bool) -> None:
         config = None
     text = dropins.text_of(unit, config, hold=hold)
     if not install:
-        app.done(*text.splitlines(), unit=unit.name, text=text)
+        if app.json:
+            app.document({"unit": unit.name, "text": text})
+            return
+        for line in text.splitlines():  # of a file, so they are not wrapped
+            app.out.print(printable(line), soft_wrap=True)
         return
     path = dropins.install(unit, text)
     app.done(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import click
 
 from ipsecgate.admin import wait as waiting
-from ipsecgate.admin.wait import FOREVER, Target, Waited, Wish
+from ipsecgate.admin.wait import FOREVER, Target, Waited, Wish, cause_of, named
 from ipsecgate.cli import complete
 from ipsecgate.cli.app import App
 from ipsecgate.cli.destination import flows_to
@@ -98,7 +98,9 @@ def wait(
     if not app.json:
         _refuse(found)
         if sys.stdout.isatty():
-            app.done(f"covered after {found['seconds']:.1f} s")
+            names = [printable(one["target"]) for one in found["targets"]]
+            what = names[0] if len(names) == 1 else f"all {len(names)} targets"
+            app.done(f"{what}: covered after {found['seconds']:.1f} s")
     return _ended(app, found)
 
 
@@ -227,7 +229,7 @@ def _tell_manager(found: Waited | None) -> None:
         return
     missing = _missing(found)
     covered = len(found["targets"]) - len(missing)
-    first = f"; {missing[0]['target']}: {missing[0]['cause']}" if missing else ""
+    first = f"; {named(missing[0])}: {cause_of(missing[0])}" if missing else ""
     systemd.notify(STATUS=f"{covered} of {len(found['targets'])} covered{first}")
 
 
@@ -247,9 +249,14 @@ def _refuse(found: Waited) -> None:
     shown = never or missing
     kind = GateError if never else TimedOutError
     state = "cannot be covered" if never else f"not covered after {found['seconds']:.1f} s"
-    hint = next((target["advice"] for target in shown if target["advice"]), "")
+    steps = {target["advice"] for target in shown}
+    hint = steps.pop() if len(steps) == 1 else ""
     if len(found["targets"]) == 1:
-        raise kind(f"{shown[0]['target']}: {state}: {shown[0]['cause']}", hint=hint)
-    evidence = "\n".join(f"{target['target']}: {target['cause']}" for target in shown)
+        raise kind(f"{named(shown[0])}: {state}: {cause_of(shown[0])}", hint=hint)
+    evidence = []
+    for target in shown:
+        evidence.append(f"{named(target)}: {cause_of(target)}")
+        if target["advice"] and not hint:
+            evidence.append(f"  next: {target['advice']}")
     count = f"{len(shown)} of {len(found['targets'])}"
-    raise kind(f"{count} targets: {state}", evidence=evidence, hint=hint)
+    raise kind(f"{count} targets: {state}", evidence="\n".join(evidence), hint=hint)

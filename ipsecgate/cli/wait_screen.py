@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ipsecgate.admin.wait import Target, Waited
+from ipsecgate.admin.wait import Target, Waited, cause_of, named
 from ipsecgate.printable import printable_document
 
 ROWS = 10  # targets that are shown
@@ -35,7 +35,7 @@ def progress(timeout: float) -> Iterator[Callable[[Waited | None], None]]:
 
 def screen(found: Waited | None, seconds: float, timeout: float) -> RenderableType:
     """Draw the state after so many seconds; None: no controller answers."""
-    limit = "" if math.isinf(timeout) else f" of {timeout:g}"
+    limit = "" if math.isinf(timeout) else f" of {round(timeout, 1):g}"
     elapsed = f"{seconds:.0f}{limit} s"
     if found is None:
         return Text(f"Waiting for the controller, {elapsed}", "dim")
@@ -51,6 +51,7 @@ def screen(found: Waited | None, seconds: float, timeout: float) -> RenderableTy
         state = (
             target["state"] if target["state"] == "never" else target["negotiation"] or "waiting"
         )
-        table.add_row(target["target"], Text(state, COLOURS.get(state, "")), target["cause"])
+        cause = cause_of(target).removeprefix(f"{state}, ")
+        table.add_row(named(target), Text(state, COLOURS.get(state, "")), cause)
     more = len(missing) - ROWS
     return Group(title, table, *([Text(f"and {more} more", "dim")] if more > 0 else []))

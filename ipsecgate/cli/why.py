@@ -86,7 +86,8 @@ def why(
     last = None if target else _last_refusal(app)
     flows = [_flow_of(last)] if last else flows_to(target or "", source)
     try:
-        documents = [decision.why(app.paths, flow, caller or _caller_of(last)) for flow in flows]
+        caller = caller or _caller_of(last)
+        documents = [decision.why(app.paths, flow, caller, app.config) for flow in flows]
     except FileNotFoundError as error:
         raise GateError(
             f"the hooks of instance {app.paths.instance!r} are not loaded: nothing is gated",
@@ -98,7 +99,7 @@ def why(
         from ipsecgate.cli.why_screen import headline, screen  # noqa: PLC0415 - rich takes 25 ms
 
         if last:
-            app.out.print(headline(printable_document(last)), soft_wrap=True)
+            app.out.print(headline(printable_document(last)))
         for document in documents:
             app.out.print(screen(printable_document(document)))
     return 0 if all(document["allowed"] for document in documents) else 1
@@ -113,7 +114,8 @@ def _last_refusal(app: App) -> dict[str, Any]:
         return next(last, refusals[-1])
     raise GateError(
         "nothing was refused since the controller started",
-        hint="name a flow: `ipsecgate why HOST:PORT`",
+        hint="name a flow: `ipsecgate why HOST:PORT`, and with --pid a process, to learn whether "
+        "it is gated",
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import time
 from typing import Any
 
 from rich.console import Group
@@ -9,13 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ipsecgate.admin.why import Why
+from ipsecgate.cli.event_lines import clock
 
 
 def headline(record: dict[str, Any]) -> Text:
     """Draw the record of a refusal; its texts are printable."""
-    process = f" of {record['comm']} ({record['pid']})" if record["pid"] else ""
+    what = "refusal" if record["kind"] == "refused" else "blocked packet"
+    process = f"{record['comm']} ({record['pid']}), " if record["pid"] else ""
     policy = f", policy {record['policy']}" if record["policy"] else ""
-    return Text(f"Last {record['kind']}{process}: {record['text']}{policy}. Now:\n", "dim")
+    when = clock(record["last"], time.time())
+    return Text(f"Last {what}: {process}{when}{policy}: {record['text']}. Now:\n", "dim")
 
 
 def screen(document: Why) -> Group:
@@ -23,11 +29,13 @@ def screen(document: Why) -> Group:
     source = f" from {document['source']}" if document["source"] else ""
     state, colour = ("allowed", "green") if document["allowed"] else ("refused", "red")
     if document["error"]:
-        state += f" ({document['error']})"
+        state += f' ({document["error"]}, "{os.strerror(getattr(errno, document["error"]))}")'
     if not document["allowed"] and document["mode"] == "audit":
         state, colour = f"{state}, but let through in audit mode", "yellow"
+    assumed = document["gated"] is None and not document["allowed"]
+    whose = " of a gated process is " if assumed else " is "
     title = Text.assemble(
-        (f"{document['flow']}{source}", "bold"), " is ", (state, colour), f": {document['text']}"
+        (f"{document['flow']}{source}", "bold"), whose, (state, colour), f": {document['text']}"
     )
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)

@@ -120,7 +120,7 @@ class Journal(logging.Handler):
             text = in_time(receipt)
             self._tell("covered", receipt, text)
             flow = receipt.refusal.flow
-            log.info("%s is covered: %s", flow, text, extra=_about(receipt, "covered"))
+            log.info("%s is covered %s", flow, text, extra=_about(receipt, "covered"))
 
     def tell_repeats(self) -> None:
         """Record how often what repeats came again."""
@@ -185,12 +185,12 @@ def headline(receipt: Receipt) -> str:
 
 
 def in_time(receipt: Receipt) -> str:
-    """Return how long a receipt's flow waited, and what protects it now."""
+    """Return what protects a receipt's flow now, and how long that took."""
     seconds = receipt.covered_after or 0.0
     after = f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-    by = f" by {receipt.child}" if receipt.child else ""
+    by = f"by {receipt.child}, " if receipt.child else ""
     sa = f", SPI {receipt.spi}, reqid {receipt.reqid}" if receipt.spi else ""
-    return f"{after} after the first refusal{by}{sa}"
+    return f"{by}{after} after the first refusal{sa}"
 
 
 def _about(receipt: Receipt, event: str) -> dict[str, object]:

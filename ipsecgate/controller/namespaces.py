@@ -85,11 +85,12 @@ class Namespaces:
         names = self._instances.names
         found: list[NamespaceDocument] = [
             {
-                "pid": item.pid,
+                "pid": pid,
                 "instance": names.get(cookie),
                 "outside": reasons(item.origins.get(Origin(cookie))),
             }
             for cookie, item in self._followed.items()
+            if (pid := self._process_now_in(item)) is not None
         ]
         for cookie in names.keys() - self._followed.keys():
             found.append({"pid": None, "instance": names[cookie], "outside": []})
@@ -234,6 +235,14 @@ class Namespaces:
                 asyncio.get_running_loop().add_reader(pidfd, self._on_exit, cookie)
                 return
         self._forget(cookie)
+
+    def _process_now_in(self, item: Followed) -> int | None:
+        """Return a gated process that is in a namespace, None if all have left it.
+
+        It is followed all the same while the first one lives, which may have sockets there.
+        """
+        number = item.namespace.inode
+        return item.pid if namespaces.inode(item.pid) == number else self._process_in(number)
 
     def _process_in(self, number: int) -> int | None:
         pids = self._newcomers.processes()

@@ -27,6 +27,7 @@ from ipsecgate.controller.tally import Tally
 from ipsecgate.core.codec.causes import next_step
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.gate.misfit import absent_children, no_child
 from ipsecgate.core.model.flow import Flow, parse_address
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.state import silence
@@ -108,7 +109,10 @@ def summary(gate: Gate) -> str:
         return gate.errors[0]
     negotiations = gate.negotiations.by_child.values()
     covered = sum(item.coverage is Coverage.COVERED for item in negotiations)
-    text = f"{len(gate.policies)} policies; {covered} of {len(negotiations)} children covered"
+    count = len(gate.policies)
+    policies = f"{count} {'policy' if count == 1 else 'policies'}"
+    children = "child" if len(negotiations) == 1 else "children"
+    text = f"{policies}; {covered} of {len(negotiations)} {children} covered"
     last_error = next((item.last_error for item in negotiations if item.last_error), "")
     return f"{text}; {last_error}" if last_error else text
 
@@ -123,18 +127,23 @@ def awaited(gate: Gate, flow: Flow) -> tuple[str | None, str]:
         return None, ""
     if gate.ike.error:
         return None, f"no IKE daemon: {gate.ike.error}"
-    choices = gate.demand.choices(flow, gate.protection.routing.route(flow), found[1])
+    routed = gate.protection.routing.route(flow)
+    choices = gate.demand.choices(flow, routed, found[1])
     name = gate.negotiations.preferred(choices)
     if name is None:
-        return None, "no loaded connection has the flow in its traffic selectors"
+        return None, no_child(gate.ike.loaded, found[1], routed.last)[0]
     known = gate.negotiations.by_child.get(name)
     return str(name), known.last_error if known else ""
 
 
 def _gate_errors(gate: Gate) -> list[str]:
+    if gate.ike.error:
+        ike = [f"{gate.ike.error}. Next: {gate.ike.advice}"]
+    else:
+        ike = [". Next: ".join(one) for one in absent_children(gate.ike.loaded, gate.policies)]
     return [
         *gate.errors,
-        *([f"{gate.ike.error}. Next: {gate.ike.advice}"] if gate.ike.error else []),
+        *ike,
         *(f"ignored part of what strongSwan reports: {reason}" for reason in gate.ike.unread),
     ]
 

@@ -249,6 +249,7 @@ def _target(gate: Gate, goal: Goal, progress: Progress) -> Target:
         flows=len(progress.flows),
         covered_flows=len(progress.flows) - len(progress.missing),
         flow=str(progress.missing[0]) if progress.missing else None,
+        network=readiness.network_of(gate, progress.missing[0]) if progress.missing else None,
         child=None if name is None else str(name),
         negotiation=None if coverage is None else coverage.value,
         attempts=0 if item is None else item.attempts,
@@ -260,7 +261,7 @@ def _target(gate: Gate, goal: Goal, progress: Progress) -> Target:
 def _nothing_known() -> Target:
     return Target(
         target="every policy", kind="policy", state="waiting", flows=0, covered_flows=0, flow=None,
-        child=None, negotiation=None, attempts=0,
+        network=None, child=None, negotiation=None, attempts=0,
         cause="no policy is known yet, and no connection is loaded",
         advice="see `swanctl --list-conns`",
     )  # fmt: skip

@@ -26,6 +26,7 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from ipsecgate.admin.coverage import COVERAGES
 from ipsecgate.admin.status_document import Status
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.tables.rule_table import (
@@ -157,14 +158,14 @@ def _decisions(document: Status) -> Iterator[Metric]:
 
 def _policies(document: Status) -> Iterator[Metric]:
     states = Counter((policy["action"], policy["coverage"]) for policy in document["policies"])
-    for coverage in Coverage:
-        states.setdefault(("protect", coverage.value), 0)
+    for name in COVERAGES:
+        states.setdefault(("protect", name), 0)
     rows = [((action, coverage or ""), float(n)) for (action, coverage), n in states.items()]
     text = "Policies in force, by action and by the state of their SAs (only those that protect)."
     yield _gauges("policies", text, ("action", "coverage"), sorted(rows))
     states_of = {policy["name"]: policy["coverage"] for policy in document["policies"]}
     covered = [((n,), states_of[n] == Coverage.COVERED.value) for n in _names(document, "protect")]
-    text = "1 if a live SA covers some of a policy that protects, else 0."
+    text = "1 if live SAs cover each network of a policy that protects, else 0."
     yield _gauges("policy_covered", text, ("policy",), covered)
 
 

@@ -1,17 +1,23 @@
-"""Run a command on a host that has a mistake.
+"""Run a command on a host that may have a mistake.
 
-    tests/scenario/run HOST -- COMMAND...       alder, birch, cedar, dogwood, elm
+    tests/scenario/run HOST -- COMMAND...       alder, birch, cedar, dogwood, elm, fir
     tests/scenario/run HOST stop
 
 The first command starts the host, in half a minute; it runs until `stop`, for an hour at most.
-The words of COMMAND go to the shell of the host. Standard input is empty, and a command may take
-two minutes.
+COMMAND is a command and its arguments, or one word that is a script for the host's shell:
+
+    tests/scenario/run alder -- ipsecgate status
+    tests/scenario/run alder -- 'ipsecgate check; tail /var/log/charon.log'
+    tests/scenario/run alder -- sh -c 'ipsecgate check; tail /var/log/charon.log'
+
+Standard input is empty, and a command may take two minutes.
 
 The host: webshop-worker.service reads the database 10.2.0.5:5432, and must do so only under IPsec;
 ipsecgate is to enforce that. /etc/ipsecgate, /etc/swanctl and `swanctl` are as usual. The host
 has no systemd: the logs are in /var/log (ipsecgate.log, charon.log, webshop-worker.log), and the
-services' cgroups below /sys/fs/cgroup/system.slice. The task: something is wrong with this setup;
-find out what, and which line has to be changed. There is no access to the peer.
+services' cgroups below /sys/fs/cgroup/system.slice. The task: find out whether
+something is wrong with this setup, and if so, what, and which line has to be changed; a host may
+be healthy. There is no access to the peer.
 """
 
 from __future__ import annotations

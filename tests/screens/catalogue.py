@@ -90,6 +90,7 @@ SCREENS = (
     _screen("status-dead", "status", DEAD, in_docs=True, moves=True),
     _screen("policies-dead", "policies", DEAD),
     _screen("why-dead", "why 10.2.0.5:5432", DEAD),
+    _screen("why-dead-no-source", "why 10.5.0.4:6379", DEAD),
     _screen("wait-dead", "wait --all --timeout 1s", DEAD),
     _screen("error-no-controller", "events", DEAD),
     _screen("status-bare", "status", BARE),

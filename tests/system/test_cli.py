@@ -199,7 +199,7 @@ def test_check_finds_everything_ok_on_a_kernel_with_esp(cache: Path) -> None:
         lab.load(ConnSpec("net", "tunnel", 4))
         gate.wait_policy("net")
         screen = gate.cli("status").stdout
-        for word in ("healthy", "running, pid", "1 cgroup: ", "1: 1 uncovered"):
+        for word in ("healthy", "running, pid", "1 cgroup: ", "1: 1 not asked for yet"):
             assert word in screen
         assert gate.process is not None
         assert gate.status()["controller"]["pid"] == gate.process.pid

@@ -91,6 +91,7 @@ def test_a_receipt_from_the_first_refusal_to_the_sa(gate: Gated, service: Path) 
         with stopped(lab):
             for _ in range(20):
                 assert caller("tcp", to, PORT) == "EPERM"
+            wait_until(lambda: recorded(gate), "no receipt")
             assert recorded(gate)[-1]["covered_after"] is None
         wait_until(lambda: caller("tcp", to, PORT) == "EINPROGRESS", "no SA came")
         assert follower.stdout is not None
@@ -127,7 +128,7 @@ def test_a_receipt_from_the_first_refusal_to_the_sa(gate: Gated, service: Path) 
     assert f"by {NAME}, SPI {sa['spi']}" in screen
     log = gate.log.read_text()
     assert log.count(f"refused tcp {to}:{PORT} of python3") == 1
-    assert log.count(f"tcp {to}:{PORT} is covered: ") == 1
+    assert log.count(f"tcp {to}:{PORT} is covered by {NAME}, ") == 1
 
 
 def test_a_receipt_names_the_cause_that_ike_gives(gate: Gated, service: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from ipsecgate.admin.why import Why
 from ipsecgate.lab import traffic
 from ipsecgate.lab.gated import Gated
-from ipsecgate.lab.hosts import Lab
+from ipsecgate.lab.hosts import ConnSpec, Lab
 from tests.system.connections import load_connection
 from tests.system.under_exec import PORT, client
 from tests.typed_document import mismatches
@@ -53,6 +53,8 @@ def test_the_life_of_a_flow(gate: Gated) -> None:
 
     code, before = ask(gate, target)
     assert (code, before["reason"], before["error"]) == (1, "refuse_uncovered", "EPERM")
+    assert before["gated"] is None, "no caller is named"
+    assert "calls of other processes are let go" in texts(before, "caller")
     assert "was not asked for yet" in texts(before, "IKE")
     assert not lab.a.established(), "asking negotiates nothing"
     assert gate.reasons()["refuse_uncovered"] == 0, "and sends nothing"
@@ -76,13 +78,14 @@ def test_the_caller(gate: Gated) -> None:
     lab = gate.lab
     spec = load_connection(lab, gate, "tunnel")
     target = f"{lab.b.address(spec)}:{PORT}"
-    outside = subprocess.Popen(["sleep", "60"])
+    outside = lab.a.popen(["sleep", "60"], cgroup=lab.cgroup(f"{gate.instance}-outside"))
     inside = lab.a.popen(["sleep", "60"], cgroup=gate.cgroup)
     beside = lab.cgroup(f"{gate.instance}/app/elsewhere")
     elsewhere = lab.b.popen(["sleep", "60"], cgroup=beside)
     try:
         code, document = ask(gate, target, "--pid", str(outside.pid))
         assert (code, document["reason"], document["gated"]) == (0, "not_gated", False)
+        assert f"to gate.cgroups ({gate.config}:" in document["advice"]
         assert "ipsecgate attach" in document["advice"]
         for words in (("--pid", str(inside.pid)), ("--cgroup", str(gate.cgroup))):
             code, document = ask(gate, target, *words)
@@ -119,12 +122,16 @@ def test_the_last_refusal(gate: Gated) -> None:
     assert document["flows"][0]["reason"] == "refuse_uncovered"
     assert spec.name in texts(document["flows"][0], "IKE")
     screen = gate.cli("why", check=False).stdout
-    assert screen.startswith("Last refused of ")
+    assert screen.startswith("Last refusal: ")
 
 
 def test_without_a_controller(gate: Gated) -> None:
+    """The hooks' maps have the answer: they decide by what the controller left them."""
     lab = gate.lab
     spec = load_connection(lab, gate, "tunnel")
+    wide = ConnSpec("wide", "tunnel", remote_ts=("198.18.0.0/15",))
+    lab.load(wide)
+    gate.wait_policy(wide.name)
     assert client(lab, gate, "tcp-client", spec)["echoed"]
     target, source = f"{lab.b.address(spec)}:{PORT}", str(lab.a.address(spec))
     gate.kill()
@@ -133,8 +140,16 @@ def test_without_a_controller(gate: Gated) -> None:
     code, document = ask(gate, target, "--from", "192.0.2.77")
     assert (code, document["reason"]) == (1, "refuse_uncovered")
     code, document = ask(gate, target)
-    assert code == 1
+    assert (code, document["reason"]) == (0, "allow_covered"), "of an unbound socket"
+    assert texts(document, "source") == f"{source}, chosen by routing"
+    assert texts(document, "policy").startswith(f"{spec.name}/")
+    command = traffic.command("tcp-client", "--to", str(lab.b.address(spec)), "--port", str(PORT))
+    assert json.loads(lab.a.run(command, cgroup=gate.cgroup).stdout)["echoed"], "the hooks do that"
+    code, document = ask(gate, f"198.18.0.9:{PORT}")
+    assert (code, document["reason"]) == (1, "refuse_no_source")
     assert "--from" in texts(document, "source")
+    code, document = ask(gate, f"198.18.0.9:{PORT}", "--from", source)
+    assert (code, document["reason"]) == (1, "refuse_uncovered")
     code, document = ask(gate, target, "--from", str(lab.b.address(spec)))
     assert (code, document["reason"]) == (0, "allow_exempt"), "the host's own address"
     assert gate.cli("why", check=False).returncode == 3

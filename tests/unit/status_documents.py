@@ -28,6 +28,8 @@ def policy(
         "derived": False,
         "source": "/etc/ipsecgate/ipsecgate.toml:3",
         "coverage": coverage,
+        "uncovered": [],
+        "children": [],
         "last_error": "",
     }
 

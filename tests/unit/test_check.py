@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
+from rich.console import Console
 
+from ipsecgate.cli.check import screen, summary
 from ipsecgate.core.check.connections import (
     Connection,
     Loaded,
@@ -25,8 +28,9 @@ from ipsecgate.core.check.machine import (
 )
 from ipsecgate.core.check.policies import check_policies, reach
 from ipsecgate.core.check.proposals import lacking, needs
+from ipsecgate.core.check.ungated import SHOWN, check_ungated
 from ipsecgate.core.codec.swanctl import proposals
-from ipsecgate.core.model.flow import TCP, UDP, TrafficSelector
+from ipsecgate.core.model.flow import TCP, UDP, Flow, TrafficSelector
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, Mode
 from ipsecgate.core.model.policy import Policy
 
@@ -52,6 +56,13 @@ def policy(name: str, *remote: str, **more: object) -> Policy:
     return Policy(name, nets, origin=f"/etc/x.toml:{name}", **more)  # type: ignore[arg-type]
 
 
+DB, WEB = {"proto": TCP, "ports": (5432, 5432)}, {"proto": TCP, "ports": (443, 443)}
+
+
+def bypass(name: str, *remote: str, **more: object) -> Policy:
+    return policy(name, *remote, action=Action.BYPASS, **more)
+
+
 def problems(findings: Iterable[Finding]) -> list[tuple[str, str]]:
     """Return state and text of what is not ok; each must say what to do."""
     wrong = [one for one in findings if one.state is not State.OK]
@@ -69,6 +80,30 @@ def judged(*policies: Policy, children: Iterable[ChildConfig] = (NET,), deny: bo
     )
 
 
+def test_a_connection_of_a_process_that_is_not_gated() -> None:
+    known = [bypass("dns", "10.2.0.53/32", proto=UDP), policy("db", SITE, **DB)]
+    found = [
+        (Flow(ip_address("10.2.0.5"), TCP, 5432), "unit:webshop-worker"),
+        (Flow(ip_address("10.2.0.6"), TCP, 5432), "unit:webshop-worker"),
+        (Flow(ip_address("10.2.0.5"), TCP, 80), "unit:browser"),
+        (Flow(ip_address("10.2.0.53"), UDP, 53), "unit:resolver"),
+        (Flow(ip_address("192.0.2.5"), TCP, 5432), "unit:other"),
+    ]
+    (one,) = check_ungated(known, found)
+    assert (one.state, one.found) == (
+        State.WARNING,
+        "unit:webshop-worker is not gated, and has a connection to tcp 10.2.0.5:5432, which policy "
+        "db (/etc/x.toml:db) protects: the gate does not check its calls",
+    )
+    assert one.hint.startswith('add "unit:webshop-worker" to gate.cgroups, then `ipsecgate reload`')
+    assert [each.state for each in check_ungated(known, found[2:])] == [State.OK]
+    (root,) = check_ungated(known, [(found[0][0], "")])
+    assert root.found.startswith("a process in the root cgroup is not gated")
+    assert root.hint == "start it as a systemd service, and gate that"
+    many = [(found[0][0], f"unit:{number}") for number in range(SHOWN + 3)]
+    assert check_ungated(known, many)[-1].found.startswith("3 more")
+
+
 # --- policies and connections -----------------------------------------------------------------
 
 
@@ -84,6 +119,11 @@ def test_policies_that_fit_are_ok() -> None:
 def test_a_child_that_no_connection_has() -> None:
     said = judged(policy("db", SITE, child="old-net"))
     assert said.startswith("missing: policy db (/etc/x.toml:db) needs the child old-net")
+
+
+def test_a_child_that_is_misspelt() -> None:
+    missed, *_ = check_policies([policy("db", SITE, child="nett")], [NET], {})
+    assert missed.hint.startswith("did you mean net? Then correct `child`")
 
 
 def test_a_child_whose_selector_is_its_peers_address() -> None:
@@ -145,11 +185,68 @@ def test_the_last_address_of_all_is_no_special_case() -> None:
 def test_a_policy_that_never_applies() -> None:
     said = judged(policy("all", "10.0.0.0/8", action=Action.BYPASS), policy("db", SITE))
     assert said.startswith("warning: policy db (/etc/x.toml:db) never applies: policy all")
-    assert "lets go unprotected" in said
+    assert "lets all of its flows leave unprotected" in said
     assert judged(policy("db", SITE), policy("rest", "10.2.0.0/15", action=Action.DISCARD)) == ""
     other = policy("web", "10.2.1.0/24", proto=TCP)
     assert judged(other, policy("db", SITE)) == "", "the wider one comes later"
     assert judged(policy("udp", SITE, proto=UDP), policy("db", SITE)) == ""
+
+
+def test_an_exception_that_takes_more_than_somebody_thought_of() -> None:
+    findings = check_policies(
+        [
+            bypass("monitoring", "10.2.0.0/24"),
+            bypass("resolver", "10.2.0.53/32", proto=UDP, ports=(53, 53)),
+            policy("db", SITE, **DB),
+        ],
+        [NET],
+        {},
+    )
+    first, second = findings
+    assert first.state is second.state is State.WARNING
+    assert first.found == (
+        "policy monitoring (/etc/x.toml:monitoring) comes before policy db (/etc/x.toml:db) and "
+        "lets tcp 5432 to 10.2.0.0/24 leave unprotected"
+    )
+    assert first.hint.startswith("move monitoring after db, or give it a port")
+    assert second.found.startswith("policy resolver (/etc/x.toml:resolver) never applies")
+    assert second.hint == "remove resolver: nothing changes without it"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        bypass("dns", "10.2.0.53/32", proto=UDP, ports=(53, 53)),  # fewer ports than `db`, or none
+        bypass("web", "10.0.0.0/8", **WEB),
+        bypass("replica", "10.2.0.7/32", **DB),  # the same ports, and a part of the network
+        bypass("elsewhere", "10.9.0.0/16"),
+    ],
+)
+@pytest.mark.parametrize("protected", [policy("db", SITE, **DB), policy("ports", SITE, proto=TCP)])
+def test_an_exception_that_somebody_chose(first: Policy, protected: Policy) -> None:
+    assert judged(first, protected) == ""
+
+
+def test_exceptions_are_listed() -> None:
+    (found,) = check_policies([bypass("replica", "10.2.0.7/32", **DB), policy("db", SITE, **DB)],
+                              [NET], {})  # fmt: skip
+    said = "exceptions: replica lets tcp 5432 to 10.2.0.7/32 leave unprotected, before db"
+    assert (found.state, said in found.found) == (State.OK, True)
+
+
+def test_a_whole_network_of_several_that_is_taken() -> None:
+    both = [child(remote=ts(SITE, "10.3.0.0/16"))]
+    said = judged(bypass("old", "10.3.0.0/16", **DB), policy("db", SITE, "10.3.0.0/16", **DB),
+                  children=both)  # fmt: skip
+    assert "lets tcp 5432 to 10.3.0.0/16 leave unprotected" in said
+    said = judged(policy("all", "10.2.0.0/24", action=Action.DISCARD), policy("db", SITE, **DB))
+    assert "discards tcp 5432 to 10.2.0.0/24" in said
+
+
+def test_what_an_even_earlier_policy_protects_is_not_taken() -> None:
+    first = policy("near", "10.2.0.0/24", **DB)
+    assert judged(first, bypass("monitoring", "10.2.0.0/24"), policy("db", SITE, **DB)) == ""
+    assert judged(policy("db", SITE, **DB), bypass("monitoring", "10.2.0.0/24")) == ""
 
 
 def test_ipv6_that_was_forgotten() -> None:
@@ -345,3 +442,13 @@ def test_the_exit_code_is_that_of_what_is_missing() -> None:
     assert exit_code([ok("a", ""), warning("b", "", "do")]) == 0
     assert exit_code([missing("a", "", "do"), warning("b", "", "do")]) == 1
     assert exit_code([missing("a", "", "do"), missing("b", "", "do", 4)]) == 4
+
+
+def test_what_needs_a_look_is_read_last_and_counted() -> None:
+    found = [missing("a", "gone", "fetch it"), ok("b", "fine"), warning("c", "hm", "look")]
+    drawn = io.StringIO()
+    Console(file=drawn, width=80, highlight=False).print(screen(found))
+    lines = [line.split() for line in drawn.getvalue().splitlines()]
+    assert [line[0] for line in lines if line][:5] == ["ok", "warning", "next:", "missing", "next:"]
+    assert lines[-1] == ["1", "missing,", "1", "warning", "(above),", "1", "ok."]
+    assert summary([ok("b", "fine")]).plain == "Nothing is missing: 1 ok."

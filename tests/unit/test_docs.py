@@ -146,7 +146,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def messages(page: Path) -> Iterator[str]:
     """Yield the fixed parts of the messages that the table of symptoms quotes."""
-    table = page.read_text().partition("## When something is wrong")[2]
+    table = page.read_text().partition("### What you see")[2].partition("\n#")[0]
     for symptom in re.findall(r"^\| (.*?) \|", table, re.MULTILINE):
         for message in re.findall(r"`([^`]+)`", symptom):
             parts = re.split(r"\.\.\.|  |: |\d.*", message)

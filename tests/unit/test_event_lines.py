@@ -59,8 +59,24 @@ def test_a_receipt_fits_80_columns() -> None:
 def test_a_receipt_uses_140_columns() -> None:
     lines = drawn(RECEIPT, 140, NOON).plain.splitlines()
     assert len(lines) == 4
-    assert lines[0].endswith("psql (4711) in postgresql.service  no live SA protects it")
+    assert lines[0].endswith("psql (4711) in postgresql.service; no live SA protects it")
     assert max(map(len, lines)) > 100
+
+
+@pytest.mark.parametrize("width", [80, 140, None])
+def test_only_the_flow_is_bold(width: int | None) -> None:
+    text = drawn(RECEIPT, width, NOON)
+    assert not text.style
+    bold = [text.plain[span.start : span.end] for span in text.spans if span.style == "bold"]
+    assert bold == ["tcp 10.2.0.9:5432"]
+
+
+def test_a_failure_that_a_receipt_names_is_not_told_twice() -> None:
+    fields = {"event": "failed", "child": RECEIPT["child"], "cause": RECEIPT["cause"]}
+    told = {**LOG, "fields": fields}
+    other = {**LOG, "fields": {**fields, "cause": "another"}}
+    assert events._once([RECEIPT, told, LOG, other]) == [RECEIPT, LOG, other]
+    assert events._once([told, LOG]) == [told, LOG]
 
 
 def test_a_pipe_gets_a_line_for_each_record() -> None:

@@ -9,18 +9,33 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
+from ipsecgate.controller.report import awaited
+from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.explanation import Step, explain
+from ipsecgate.core.gate.misfit import absent_children
 from ipsecgate.core.model import events as on
-from ipsecgate.core.model.flow import ANY_V4, ANY_V6, TCP, UDP, Flow, FlowPath, Selector
+from ipsecgate.core.model.flow import (
+    ANY_V4,
+    ANY_V6,
+    TCP,
+    UDP,
+    Flow,
+    FlowPath,
+    Selector,
+    TrafficSelector,
+)
 from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.tables.layout import Reason, State, TableId, flow_key
 from tests.unit.transcript import (
     FLOW,
+    HERE,
     LISTED,
     NAME,
+    NET,
     PINNED,
     REFUSED,
+    ROUTED,
     SA,
     SOURCES,
     THERE,
@@ -57,14 +72,20 @@ def test_a_failed_negotiation_names_ikes_cause_and_the_errno(trapped: Transcript
     trapped.after(REFUSED, on.NegotiationFailed(NAME, "no proposal chosen"))
     found = explain(trapped.gate, FLOW)
     assert found.error == EHOSTUNREACH
-    assert said(trapped, Step.IKE).endswith("back-off, 1 attempts; last error: no proposal chosen")
+    assert said(trapped, Step.IKE).endswith("back-off, 1 attempt; last error: no proposal chosen")
     assert f"--child {NAME.child}" in found.advice
 
 
 def test_a_negotiation_under_way_is_said(trapped: Transcript) -> None:
     trapped.after(REFUSED)
     assert "negotiating" in said(trapped, Step.IKE)
-    assert "ipsecgate exec" in explain(trapped.gate, FLOW).advice
+    assert "the peer is up" in explain(trapped.gate, FLOW).advice
+
+
+def test_a_child_that_nothing_asked_for_can_be_asked_for(trapped: Transcript) -> None:
+    found = explain(trapped.gate, FLOW)
+    assert said(trapped, Step.IKE).endswith("was not asked for yet")
+    assert f"`ipsecgate up {NAME}`" in found.advice
 
 
 def test_an_sa_that_the_daemon_does_not_list(trapped: Transcript) -> None:
@@ -176,8 +197,69 @@ def test_no_policy_is_known_yet() -> None:
 def test_a_policy_that_names_a_child_that_is_not_loaded() -> None:
     transcript = configured(replace(PROTECT, child="nowhere", ports=(0, 0xFFFF)))
     transcript.after(on.KernelSnapshot((), ()), connected(), SOURCES)
-    assert "no child nowhere is loaded" in said(transcript, Step.IKE)
-    assert "`child` of policy db" in explain(transcript.gate, FLOW).advice
+    assert said(transcript, Step.IKE) == (
+        "policy db (/etc/x.toml:7) needs the child nowhere, which strongSwan has not loaded "
+        "(loaded: peer/net)"
+    )
+    assert explain(transcript.gate, FLOW).advice.startswith("correct `child` of policy db")
+
+
+@pytest.mark.parametrize(("written", "meant"), [("nett", "net"), ("peer/nat", "peer/net")])
+def test_a_misspelt_child_is_named_alike_in_every_place(written: str, meant: str) -> None:
+    """In `why`, the log, the records of refusals, and the errors of `status`."""
+    transcript = configured(replace(PROTECT, child=written, ports=(0, 0xFFFF)))
+    transcript.after(on.KernelSnapshot((), ()), connected(), SOURCES, REFUSED)
+    text, advice = said(transcript, Step.IKE), explain(transcript.gate, FLOW).advice
+    assert advice.startswith(f"did you mean {meant}? Then correct `child` of policy db")
+    (told,) = [c.text for c in transcript.after(connected()) if isinstance(c, do.Log)]
+    assert told == f"no loaded connection would protect {FLOW}: {text}. Next: {advice}"
+    assert awaited(transcript.gate, FLOW) == (None, text)
+    assert absent_children(transcript.gate.ike.loaded, transcript.gate.policies) == [(text, advice)]
+
+
+def test_children_that_are_loaded_are_not_absent() -> None:
+    transcript = configured(PROTECT, replace(PROTECT, name="named", child="peer/net"))
+    transcript.after(on.KernelSnapshot((), ()), connected(), SOURCES)
+    assert absent_children(transcript.gate.ike.loaded, transcript.gate.policies) == []
+
+
+ELSEWHERE = ip_network("10.1.1.0/24")
+OTHER_SOURCE = (
+    f"the source {ROUTED.saddr} is not in the local selector {ELSEWHERE} (local_ts of {NAME})"
+)
+
+
+def test_a_source_outside_the_local_selector_of_a_child_that_is_up() -> None:
+    """The kernel has the SA and its policy, so only the source does not fit."""
+    local = (TrafficSelector(ELSEWHERE),)
+    loaded = replace(connected(replace(LISTED, local=local)), children=(replace(NET, local=local),))
+    key = SpdKey(Selector(ELSEWHERE, THERE))
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((), ()), replace(loaded, established=()), SOURCES)
+    assert said(transcript, Step.IKE) == f"{NAME} was not asked for yet; {OTHER_SOURCE}"
+    transcript.after(REFUSED, on.NegotiationDone(NAME), on.SaSet(SA))
+    transcript.after(on.PolicySet(replace(PINNED, key=key)), loaded)
+    transcript.after(on.TimerFired(on.Timer("limit", NAME)))
+    assert said(transcript, Step.KERNEL) == (
+        f"none matches: the nearest is {ELSEWHERE} to {THERE}, priority {PINNED.priority}, but the "
+        f"source {ROUTED.saddr} is not in {ELSEWHERE}"
+    )
+    assert said(transcript, Step.IKE).endswith(f"strongSwan reports it as up, but {OTHER_SOURCE}")
+    advice = explain(transcript.gate, FLOW).advice
+    assert advice.startswith(f"the peer agrees with {ELSEWHERE}: change local_ts here")
+    commands = transcript.after(on.TimerFired(on.Timer("retry", NAME)), REFUSED)
+    assert [c.text for c in commands if isinstance(c, do.Log)] == [
+        f"{NAME} is up but does not protect {FLOW}: {OTHER_SOURCE}"
+    ]
+
+
+def test_a_kernel_policy_for_another_port_is_the_nearest(trapped: Transcript) -> None:
+    only = SpdKey(replace(TRAP.key.selector, proto=TCP, dport=443, dport_mask=0xFFFF))
+    transcript = Transcript()
+    transcript.after(on.KernelSnapshot((replace(TRAP, key=only),), ()), connected(), SOURCES)
+    text = said(transcript, Step.KERNEL)
+    assert f"the nearest is {HERE} to {THERE} proto 6 dport 443" in text
+    assert text.endswith("but its protocol, port, mark or interface is another")
 
 
 def test_the_verdict_is_that_of_the_published_tables(trapped: Transcript) -> None:

@@ -236,4 +236,4 @@ def test_main_reports_an_error_with_its_hint(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("IPSECGATE_LAB_CACHE", str(tmp_path / "cache"))
     assert main(["--always", "--", "true"]) == 1
-    assert "hint: " in capsys.readouterr().err
+    assert "next: " in capsys.readouterr().err

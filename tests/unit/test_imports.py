@@ -36,9 +36,9 @@ OUTSIDE = {
 
 # What core may import of the standard library: nothing that reaches outside the process.
 PURE = {
-    "__future__", "bisect", "collections", "dataclasses", "enum", "errno", "functools", "heapq",
-    "ipaddress", "itertools", "json", "math", "operator", "random", "re", "struct", "sys", "typing",
-    "unicodedata", "zlib",
+    "__future__", "bisect", "collections", "dataclasses", "difflib", "enum", "errno", "functools",
+    "heapq", "ipaddress", "itertools", "json", "math", "operator", "random", "re", "struct", "sys",
+    "typing", "unicodedata", "zlib",
     "datetime.UTC", "datetime.datetime",
     "socket.AF_INET", "socket.AF_INET6",
 }  # fmt: skip

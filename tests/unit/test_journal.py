@@ -169,7 +169,7 @@ def test_a_receipt_is_completed_when_an_sa_protects_its_flow(
         "refused tcp 10.2.0.9:5432 of pg_isready (pid 7, postgresql.service): no live SA protects "
         "it; policy db",
         *(
-            f"tcp 10.2.0.9:5432 is covered: {ms} ms after the first refusal by peer/net, "
+            f"tcp 10.2.0.9:5432 is covered by peer/net, {ms} ms after the first refusal, "
             "SPI c0ffee01, reqid 1"
             for ms in (87, 37)
         ),

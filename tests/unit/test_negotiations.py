@@ -127,7 +127,9 @@ def test_a_flow_that_no_child_protects_is_logged_once_and_not_negotiated(
     commands = trapped.after(connected())
     assert initiated(commands) == []
     (told,) = [c.text for c in commands if isinstance(c, do.Log)]
-    assert told.startswith("no loaded connection would protect tcp 10.2.0.9:80: load one")
+    assert told.startswith(
+        "no loaded connection would protect tcp 10.2.0.9:80: the source 172.16.0.1 is not in"
+    )
     assert trapped.after(connected()) == [], "logged once"
 
 

@@ -33,6 +33,8 @@ def policy(number: int, **more: Any) -> Policy:
         "source": "/etc/ipsecgate/policies.d/databases.toml:12",
         "coverage": "back-off",
         "last_error": "the peer rejected our identity or PSK (AUTHENTICATION_FAILED)",
+        "uncovered": [],
+        "children": ["net/frankfurt-to-dublin"],
     }
     return {**made, **more}  # type: ignore[typeddict-item]
 
@@ -43,6 +45,7 @@ def refusal(number: int) -> Any:
         "source": None,
         "reason": "refuse_uncovered",
         "text": "no live SA protects it",
+        "cause": "",
         "policy": "database-1",
         "last": NOW - 12,
         "state": "refuse_uncovered",
@@ -117,8 +120,8 @@ FLOWS: Flows = {
     "controller": STATUS["controller"],
     "connections": [
         {"flow": "tcp [2001:db8:1234:5678::9]:5432", "source": "[2001:db8:1234:5678::1]:45678",
-         "cgroup": "/sys/fs/cgroup/system.slice/postgresql.service", "policy": "database-1",
-         "state": "allow_covered"},
+         "pid": 4712, "comm": "psql", "policy": "database-1",
+         "cgroup": "/sys/fs/cgroup/system.slice/postgresql.service", "state": "allow_covered"},
     ],
     "refused": [refusal(1)],
     "decisions": [
@@ -188,7 +191,7 @@ SHOWN = {
     "status": [
         "1 problem", "No such file or directory", "systemctl start strongswan", "pid 4711",
         "3 cgroups: postgresql.service, web.service, kubelet.service", "1 back-off", "1 covered",
-        "1 with 1 peer", "67 refused: 67 uncovered", "AUTHENTICATION_FAILED", "9 flows, all in",
+        "1 with 1 peer", "67 refused (no live SA)", "AUTHENTICATION_FAILED", "9 flows, all in",
         "[2001:db8:1234:5678::2]:5432", "ipsecgate why [2001:db8:1234:5678::0]:5432",
     ],
     "policies": [
@@ -202,9 +205,9 @@ SHOWN = {
                 "without sendmsg6", "BPF program 77 (cil_sock4_connect)", "removed cgroup 43",
                 "container:webshop", "it runs after"],
     "flows": ["[2001:db8:1234:5678::9]:5432", "[2001:db8:1234:5678::1]:45678", "covered",
-              "no live SA protects it", "udp 10.2.0.9:53"],
-    "difference": ["opens and closes", *NETWORKS, "not tcp, udp", "from 1024-2047", "no policy",
-                   "database-1", "unit:postgresql", "no longer gated"],
+              "psql (4712)", "refused: no live SA", "udp 10.2.0.9:53"],
+    "difference": ["opens and closes", *NETWORKS, "not tcp, udp", "from 1024-2047",
+                   "allow, no policy", "database-1", "unit:postgresql", "no longer gated"],
 }  # fmt: skip
 
 
@@ -273,3 +276,26 @@ def test_the_brief_form() -> None:
     healthy: Any = {**STATUS, "problems": [], "healthy": True}
     (line,) = drawn(status_screen.brief(healthy), 200).splitlines()
     assert line.startswith("ipsecgate ok: 1 of 2 protect policies covered, 1 SA, 1 call held")
+
+
+def test_a_partly_covered_policy_names_its_network() -> None:
+    missing = ["2001:db8:1234:5678::/64"]
+    many: Any = {
+        **STATUS,
+        "policies": [policy(1, coverage="partly-covered", uncovered=missing, last_error="")],
+    }
+    text = drawn(status_screen.screen(many), 80)
+    assert "1: 1 partly covered" in text
+    assert "database-1: no live SA covers 2001:db8:1234:5678::/64" in text
+    text = drawn(noun_screens.policies(many, 140, everything=False), 140)
+    assert "partly covered" in text
+    assert "next: `ipsecgate up database-1`" in text
+
+
+def test_the_status_says_what_nobody_has_asked_for_and_why_ike_failed() -> None:
+    idle = policy(1, coverage="uncovered", children=[], last_error="")
+    refused = {**refusal(1), "cause": "the peer did not answer"}
+    many: Any = {**STATUS, "policies": [idle], "refused": [refused]}
+    text = drawn(status_screen.screen(many), 140)
+    assert "1: 1 not asked for yet" in text
+    assert "no live SA: the peer did not answer" in text

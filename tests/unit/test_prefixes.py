@@ -17,6 +17,7 @@ from ipsecgate.core.model.prefixes import (
     PrefixSet,
     as_prefix,
     compress,
+    in_words,
     limit_paths,
     partition,
 )
@@ -211,3 +212,41 @@ def test_the_most_fragmented_destination_is_dropped_first() -> None:
     assert lost == [busy]
     assert looked_up(fitted, ip_address("10.1.0.1")) == FlowPath(None)
     assert looked_up(fitted, ip_address("10.1.200.1")) == FlowPath(LEFT)
+
+
+@pytest.mark.parametrize(
+    ("around", "holes", "words"),
+    [
+        ("10.2.0.0/16", ["10.2.0.53/32"], ["10.2.0.0/16 except 10.2.0.53/32"]),
+        ("10.2.0.0/16", [], ["10.2.0.0/16"]),
+        ("2001:db8::/32", ["2001:db8::1/128"], ["2001:db8::/32 except 2001:db8::1/128"]),
+        ("10.2.0.0/24", ["10.2.0.128/25"], ["10.2.0.0/25"]),
+        ("10.0.0.0/30", ["10.0.0.1/32"], ["10.0.0.0/32", "10.0.0.2/31"]),
+    ],
+)
+def test_networks_in_words(around: str, holes: list[str], words: list[str]) -> None:
+    parts = [ip_network(around)]
+    for hole in map(ip_network, holes):
+        parts = [
+            rest
+            for net in parts
+            for rest in (net.address_exclude(hole) if hole.subnet_of(net) else [net])  # type: ignore[arg-type]
+        ]
+    assert in_words(parts) == words
+    far = ip_network("192.0.2.0/24")
+    assert in_words([far, *parts]) == ([*words, str(far)] if "." in around else [str(far), *words])
+
+
+@given(st.sets(st.integers(0, 63), min_size=1))
+def test_networks_in_words_are_the_same_addresses(numbers: set[int]) -> None:
+    """Each address is in what the words name, less what they leave out, and no other one is."""
+    words = in_words(ip_network((10 << 24 | number, 32)) for number in numbers)
+    named: set[int] = set()
+    for text in words:
+        net, _, holes = text.partition(" except ")
+        found = {int(address) for address in ip_network(net)}
+        for hole in holes.split(", ") if holes else ():
+            found -= {int(address) for address in ip_network(hole)}
+        assert not named & found
+        named |= found
+    assert named == {10 << 24 | number for number in numbers}

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipsecgate.admin.status_document import Status
-from ipsecgate.cli import app, event_lines
+from ipsecgate.cli import app, event_lines, messages
 from ipsecgate.core.check.finding import Finding, State
 from ipsecgate.edges.host import systemd
 from ipsecgate.errors import GateError
@@ -36,7 +36,7 @@ def is_clean(text: str) -> bool:
 def drawn(what: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return what our console prints to a file, without folding lines."""
     monkeypatch.setenv("COLUMNS", "2000")
-    console = app._console()
+    console = messages.console()
     console.file = io.StringIO()
     console.print(what)
     return console.file.getvalue()
@@ -78,6 +78,8 @@ def evil_status() -> Status:
             {
                 "name": EVIL,
                 "action": "protect",
+                "uncovered": [EVIL],
+                "children": [EVIL],
                 "remote": [EVIL],
                 "protocol": EVIL,
                 "port": EVIL,
@@ -155,6 +157,7 @@ def evil_status() -> Status:
                 "source": EVIL,
                 "reason": EVIL,
                 "text": EVIL,
+                "cause": EVIL,
                 "policy": EVIL,
                 "last": 0.0,
                 "state": EVIL,
@@ -249,11 +252,11 @@ def test_an_error_cannot_forge_lines_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "2000")
-    app._explain(GateError(EVIL, hint=EVIL, evidence=EVIL), document=False)
+    messages.explain(GateError(EVIL, hint=EVIL, evidence=EVIL), document=False)
     lines = capsys.readouterr().err.splitlines()
     assert is_clean("\n".join(lines))
     assert [line for line in lines if not line.startswith(("ipsecgate: ", "  "))] == []
-    app._explain(GateError(EVIL, hint=EVIL, evidence=EVIL), document=True)
+    messages.explain(GateError(EVIL, hint=EVIL, evidence=EVIL), document=True)
     said = capsys.readouterr().err
     assert is_clean(said)
     assert json.loads(said) == {"error": EVIL, "hint": EVIL, "evidence": EVIL}

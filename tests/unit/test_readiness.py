@@ -17,6 +17,7 @@ from ipsecgate.core.gate.readiness import (
     child_sas,
     every_policy,
     look,
+    network_of,
     wanted,
 )
 from ipsecgate.core.gate.samples import Samples
@@ -195,6 +196,24 @@ def test_what_the_operator_lets_go_is_never_covered(policy: Policy, said: str) -
     found = at(transcript, TO)
     assert found.state is State.NEVER
     assert said in cause(transcript.gate, found)[0]
+
+
+def test_an_unknown_name_lists_those_that_are_known() -> None:
+    transcript = configured(PROTECT, Policy("out", (THERE,), Action.BYPASS))
+    for kind, known in ((Kind.POLICY, "db"), (Kind.NAME, f"db, {NET.name}")):
+        found = at(transcript, Goal(kind, "nosuch"))
+        assert found.state is State.NEVER
+        assert cause(transcript.gate, found)[0].endswith(f"is named nosuch; known: {known}")
+
+
+def test_a_policy_of_several_networks_names_the_one_that_is_missing() -> None:
+    far = ip_network("10.9.0.0/24")
+    transcript = configured(replace(PROTECT, remote=(THERE, far)))
+    found = at(transcript, Goal(Kind.POLICY, "db"))
+    assert [network_of(transcript.gate, flow) for flow in found.missing] == [str(THERE), str(far)]
+    transcript = configured(PROTECT)
+    (flow,) = at(transcript, Goal(Kind.POLICY, "db")).missing
+    assert network_of(transcript.gate, flow) is None
 
 
 def test_a_flow_that_no_connection_names_yet_may_come(trapped: Transcript) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -152,6 +153,21 @@ def test_the_order_is_the_one_that_was_chosen() -> None:
     text = drawn(document, View(sort="name"), 100, None)
     places = [text.index(f"name-{n}") for n in range(4)]
     assert places == sorted(places)
+
+
+def test_rows_keep_their_places_while_their_rates_vary() -> None:
+    document = many(3)
+    orders = set()
+    for rates in ((0.9, 1.1, 0.0), (1.1, 0.9, 2.0), (0.0, 2.0, 1.0)):
+        for row, rate_now in zip(document["policies"], rates, strict=True):
+            row["refused_per_second"], row["blocked_per_second"] = rate_now, 0.0
+            row["last"] = time.time()
+        text = drawn(document, View(), 100, None)
+        orders.add(tuple(sorted(range(3), key=lambda n: text.index(f"name-{n}"))))
+    assert orders == {(2, 1, 0)}, "by what was refused in all"
+    document["policies"][0]["refused_per_second"] = 200.0
+    text = drawn(document, View(), 100, None)
+    assert text.index("name-0") < text.index("name-2")
 
 
 def test_what_is_wrong_is_said() -> None:

@@ -30,8 +30,8 @@ def target(state: str, cause: str = "", name: str = "db") -> Target:
     covered = state == "covered"
     return Target(
         target=name, kind="policy", state=state, flows=2, covered_flows=2 if covered else 1,  # type: ignore[typeddict-item]
-        flow=None if covered else "tcp 10.2.0.9:80", child="net/net", negotiation="back-off",
-        attempts=3, cause=cause, advice="" if covered else "do something",
+        flow=None if covered else "tcp 10.2.0.9:80", network=None, child="net/net",
+        negotiation="back-off", attempts=3, cause=cause, advice="" if covered else "do something",
     )  # fmt: skip
 
 
@@ -103,6 +103,19 @@ async def test_a_timeout_tells_the_cause(
     assert len(fake.asked) == 1, "0: only look"
     said = capfd.readouterr().err
     assert re.match(r"ipsecgate: db: not covered after \d\.\d s: AUTHENTICATION_FAILED\n", said)
+
+
+async def test_each_failure_has_its_network_and_its_next_step(
+    paths: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    site: Any = {**target("waiting", "net/net: back-off"), "network": "10.2.0.0/16"}
+    other: Any = {**target("waiting", "no child", "web"), "advice": "load it"}
+    assert await run(Fake([site, other]), paths, "wait", "--all", "--timeout", "0") == 124
+    lines = [line.strip() for line in capfd.readouterr().err.splitlines()]
+    assert lines[1:] == [
+        "db (10.2.0.0/16, net/net): back-off", "next: do something", "web: no child",
+        "next: load it",
+    ]  # fmt: skip
 
 
 async def test_what_can_never_be_covered_ends_at_once(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 
-from ipsecgate.core.check.finding import Finding, missing, ok, warning
-from ipsecgate.core.check.policies import some
+from ipsecgate.core.check.finding import Finding, missing, ok, some, warning
 from ipsecgate.core.check.proposals import lacking
 from ipsecgate.core.model.flow import Address
 from ipsecgate.core.model.ipsec import ChildConfig
@@ -78,7 +77,9 @@ def check_connections(
                 NAME, "strongSwan has loaded no connection", "load them: `swanctl --load-conns`"
             )
         ]
-    count = f"{len(loaded.connections)} loaded, with {len(loaded.children)} children"
+    children = len(loaded.children)
+    noun = "child" if children == 1 else "children"
+    count = f"{len(loaded.connections)} loaded, with {children} {noun}"
     return found or [ok(NAME, count)]
 
 

@@ -7,6 +7,8 @@ from enum import Enum
 
 from ipsecgate.core.model.value import value
 
+SHOWN = 3  # networks or names in one line
+
 
 class State(Enum):
     """MISSING: without it the gate does not do what it should. WARNING: it does, but look at it."""
@@ -44,6 +46,13 @@ def warning(name: str, found: str, hint: str) -> Finding:
 def missing(name: str, found: str, hint: str, exit_code: int = 1) -> Finding:
     """Return what is missing."""
     return Finding(name, State.MISSING, found, hint, exit_code)
+
+
+def some(items: Iterable[object]) -> str:
+    """Return the first few items as text."""
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return ", ".join(texts[:SHOWN]) + more
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

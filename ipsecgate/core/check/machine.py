@@ -60,7 +60,8 @@ def check_clock(clock: Clock) -> list[Finding]:
                 "`hwclock --systohc`",
             )
         )
-    state = {True: ", synchronised", False: ", not synchronised", None: ""}[clock.synchronised]
+    unneeded = ", not synchronised; no connection uses certificates, which would need that"
+    state = {True: ", synchronised", False: unneeded, None: ""}[clock.synchronised]
     return found or [ok(CLOCK, f"{_time(clock.now)}{state}")]
 
 

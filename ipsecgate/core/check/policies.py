@@ -10,13 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_network, summarize_address_range
 
-from ipsecgate.core.check.finding import Finding, missing, ok, warning
+from ipsecgate.core.check.finding import Finding, missing, ok, some, warning
+from ipsecgate.core.check.order import NAME, check_order, exceptions, is_in, label
 from ipsecgate.core.model.flow import Address, Network, TrafficSelector
-from ipsecgate.core.model.ipsec import Action, ChildConfig
+from ipsecgate.core.model.ipsec import Action, ChildConfig, similar
 from ipsecgate.core.model.policy import Policy
-
-NAME = "policies"
-SHOWN = 3  # networks or names in one line
 
 PeerAddresses = Mapping[str, frozenset[Address]]
 """The addresses of each connection's peer, by the connection's name."""
@@ -41,25 +39,13 @@ def check_policies(
 
     `deny`: what no policy names is refused, not let go.
     """
-    found = [*_shadowed(policies)]
+    found = check_order(policies)
     if any(policy.action is Action.PROTECT for policy in policies):
         for policy in policies:
             found += _served(policy, children) if policy.action is Action.PROTECT else ()
         found += () if deny else _forgotten_families(policies, children)
     found += _forgotten_addresses(children, peers)
-    return found or [ok(NAME, "connections and policies agree")]
-
-
-def label(policy: Policy) -> str:
-    """Return a policy's name, and where it is written."""
-    return f"policy {policy.name}" + (f" ({policy.origin})" if policy.origin else "")
-
-
-def some(items: Iterable[object]) -> str:
-    """Return the first few items as text."""
-    texts = [str(item) for item in items]
-    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return ", ".join(texts[:SHOWN]) + more
+    return found or [ok(NAME, "connections and policies agree" + exceptions(policies))]
 
 
 # --- policies and children --------------------------------------------------------------------
@@ -70,11 +56,13 @@ def _served(policy: Policy, children: Sequence[ChildConfig]) -> Iterator[Finding
     named = [one for one in children if policy.child is None or one.name.matches(policy.child)]
     if policy.child is not None and not named:
         loaded = some(one.name for one in children) or "none"
+        meant = similar(policy.child, (one.name for one in children))
+        ask = f"did you mean {meant}? Then " if meant else ""
         yield missing(
             NAME,
             f"{label(policy)} needs the child {policy.child}, which strongSwan has not loaded: its "
             "flows are refused",
-            f"load it with `swanctl --load-conns`, or correct `child` (loaded: {loaded})",
+            f"{ask}correct `child` (loaded: {loaded}); else load it: `swanctl --load-conns`",
         )
         return
     if policy.child is not None and not all(one.remote for one in named):
@@ -137,41 +125,6 @@ def _has_some(selector: TrafficSelector, policy: Policy) -> bool:
     return common and low <= last and first <= high
 
 
-# --- policies among themselves ----------------------------------------------------------------
-
-
-def _shadowed(policies: Sequence[Policy]) -> Iterator[Finding]:
-    """Yield the policies that never apply, because an earlier one has all of their flows."""
-    for at, policy in enumerate(policies):
-        first = next((one for one in policies[:at] if _contains(one, policy)), None)
-        if first is None:
-            continue
-        effect = {
-            Action.PROTECT: "protects",
-            Action.BYPASS: "lets go unprotected",
-            Action.DISCARD: "discards",
-        }[first.action]
-        yield warning(
-            NAME,
-            f"{label(policy)} never applies: {label(first)} comes before it and {effect} all of "
-            "its flows",
-            f"remove {policy.name}, or move it before {first.name}",
-        )
-
-
-def _contains(outer: Policy, inner: Policy) -> bool:
-    return (
-        outer.proto in (0, inner.proto)
-        and outer.ports[0] <= inner.ports[0]
-        and inner.ports[1] <= outer.ports[1]
-        and all(any(_is_in(net, around) for around in outer.remote) for net in inner.remote)
-    )
-
-
-def _is_in(network: Network, around: Network) -> bool:
-    return network.version == around.version and network.subnet_of(around)  # type: ignore[arg-type]
-
-
 # --- the other address family -----------------------------------------------------------------
 
 
@@ -211,7 +164,7 @@ def _forgotten_addresses(
             ip_network(address) in {s.network for s in child.remote} for address in addresses
         ):
             continue  # it protects networks behind the peer, not the peer
-        bare = [a for a in addresses if not any(_is_in(ip_network(a), net) for net in selectors)]
+        bare = [a for a in addresses if not any(is_in(ip_network(a), net) for net in selectors)]
         if bare:
             yield warning(
                 NAME,

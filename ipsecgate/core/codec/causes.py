@@ -1,7 +1,7 @@
 """The cause of a failed negotiation in plain words, and what to do about it.
 
 VICI's reply is always "establishing CHILD_SA 'x' failed"; the cause is only in the log, as text.
-The first rule that matches any line wins, so rules go from specific to general. If none matches,
+The first rule that the log matches wins, so rules go from specific to general. If none matches,
 the last line is returned unchanged, and nothing can be advised.
 
 Source: control-log of strongSwan 5.9.8, each case provoked but for expired certificates and the
@@ -30,9 +30,13 @@ class Rule:
     advice: str
 
 
-_ANSWERS = (
+ANSWERS = (
     "check that the peer is up, and that UDP ports 500 and 4500 are open in both directions; "
     "`swanctl --list-conns` names its address"
+)
+_ASK_PEER = (
+    "compare the secret, and the ids of `local` and `remote` (`swanctl --list-conns`), with the "
+    "peer's; only its administrator can tell, from its log, which of them differs"
 )
 _PLUGIN = (
     "install libstrongswan-extra-plugins and libcharon-extra-plugins and restart strongSwan, or "
@@ -46,9 +50,9 @@ RULES: tuple[Rule, ...] = (
         "add it to the secrets in swanctl.conf, then `swanctl --load-creds`",
     ),
     Rule(
-        r"MAC mismatched",
-        "the peer could not prove its identity: another pre-shared key",
-        "give both sides the same secret for these ids, then `swanctl --load-creds`",
+        r"for '(.+)' - '(.+)', but MAC mismatched",
+        r"the peer could not prove its identity: another pre-shared key for \1 and \2",
+        r"give both sides the same secret for the ids \1 and \2, then `swanctl --load-creds`",
     ),
     Rule(
         r"subject certificate invalid \((.+)\)",
@@ -67,10 +71,14 @@ RULES: tuple[Rule, ...] = (
         "compare `id` and `cacerts` of the connection's `remote` with the peer's certificate",
     ),
     Rule(
+        r"authentication of '(.+)' \(myself\)[\s\S]*received AUTHENTICATION_FAILED",
+        r"the peer refused our authentication as \1: keys and identities must agree on both sides",
+        _ASK_PEER,
+    ),
+    Rule(
         r"received AUTHENTICATION_FAILED",
         "the peer refused our authentication: keys and identities must agree on both sides",
-        "compare the secret, and the ids of `local` and `remote`, with the peer's; its log says "
-        "which differs",
+        _ASK_PEER,
     ),
     Rule(
         r"configured (?:DH group|key exchange method) (\S+) not supported",
@@ -129,15 +137,20 @@ RULES: tuple[Rule, ...] = (
     Rule(
         r"giving up after (\d+) retransmits",
         r"the peer did not answer (\1 retransmits)",
-        _ANSWERS,
+        ANSWERS,
     ),
 )
 
 # Causes that no log line gives: the negotiation's own end. They are in words already.
 OURS: tuple[tuple[str, str], ...] = (
-    (r"strongSwan gave up after .+", f"{_ANSWERS}; the next attempt asks for the cause"),
-    (rf"no CHILD_SA within .+: {SILENT}", _ANSWERS),
+    (r"strongSwan gave up after .+", f"{ANSWERS}; the next attempt asks for the cause"),
+    (rf"no CHILD_SA within .+: {SILENT}", ANSWERS),
     (r"strongSwan did not finish within .+", "see strongSwan's log: `journalctl -u strongswan`"),
+    (
+        r"strongSwan reports it as up, but the source .+ is not in the local selector (.+) \(.+\)",
+        r"the peer agrees with \1: change local_ts here and remote_ts on the peer, or give this "
+        r"host an address in \1",
+    ),
     (
         r"strongSwan reports it as up, but no SA protects .+",
         "compare the child's traffic selectors (`swanctl --list-sas`) with the flow, and see "
@@ -149,11 +162,10 @@ OURS: tuple[tuple[str, str], ...] = (
 
 def failure_cause(lines: Sequence[str]) -> str | None:
     """Return the cause that the log lines of a negotiation give; None without any line."""
+    log = "\n".join(lines)
     for rule in RULES:
-        pattern = re.compile(rule.log)
-        for line in lines:
-            if match := pattern.search(line):
-                return match.expand(rule.words)
+        if match := re.search(rule.log, log):
+            return match.expand(rule.words)
     return lines[-1] if lines else None
 
 

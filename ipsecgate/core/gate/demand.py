@@ -14,6 +14,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.holds import Evaluation, FlowState
 from ipsecgate.core.gate.ike import Ike
+from ipsecgate.core.gate.misfit import NONE, no_child, wrong_source
 from ipsecgate.core.gate.negotiation import Need, Outcome
 from ipsecgate.core.gate.negotiations import LIMIT, PARTS, Negotiations
 from ipsecgate.core.gate.policy_table import PolicyTable
@@ -27,10 +28,6 @@ from ipsecgate.core.tables.layout import Reason, flow_key
 
 ORPHANS = 64  # flows remembered until a connection for them is loaded
 WARNINGS = 256  # remembered, to log each once
-LOAD_IT = (
-    "load one (`swanctl --load-conns`), or compare the selectors of those that are loaded "
-    "(`swanctl --list-conns`)"
-)
 
 _STATES = {Coverage.NEGOTIATING: FlowState.PENDING, Coverage.BACK_OFF: FlowState.FAILED}
 
@@ -131,7 +128,7 @@ class Demand:
         outcome.commands = [c for c in outcome.commands if not isinstance(c, do.AskIke)]
         orphans, self._orphans = self._orphans, set()
         for flow in orphans:
-            why = translation(self._protection.routing.path(flow)) or LOAD_IT
+            why = translation(self._protection.routing.path(flow)) or self._why_none(flow)
             outcome.add(self._warn("no loaded connection would protect", flow, why))
         return outcome
 
@@ -183,7 +180,7 @@ class Demand:
             acquire, obstacle = self._means(choices[name], routed.last)
             if not obstacle:
                 if self._protection.is_up(name):
-                    why = translation(routed.path)
+                    why = translation(routed.path) or wrong_source(choices[name], routed.last)
                     outcome.add(self._warn(f"{name} is up but does not protect", flow, why))
                 elif self._negotiations.is_full(name):
                     outcome.add(self._warn(f"not negotiated, as {PARTS} peers are already:", flow))
@@ -242,7 +239,7 @@ class Demand:
         """End a negotiation at its limit, or a back-off."""
         if self._negotiations.unconfirmed(timer) and (found := self._left_out(timer.name)):
             return found
-        outcome = self._negotiations.timer_fired(timer)
+        outcome = self._negotiations.timer_fired(timer, self._misfit(timer.name))
         outcome.add(self._fail_over(timer.name))
         return outcome
 
@@ -276,6 +273,25 @@ class Demand:
                 missing.append(name)
                 outcome.add(asked)
         return next(iter(missing), None), outcome
+
+    def _misfit(self, name: ChildName) -> str:
+        """Return why a child that is up does not protect the flow that asked for it, "" if unknown.
+
+        It was asked all the same: the SA may have brought a route, and with it another source.
+        """
+        item, config = self._negotiations.by_child.get(name), self._ike.loaded.named(name)
+        if item is None or config is None:
+            return ""
+        return wrong_source(config, self._protection.routing.route(item.flow).last)
+
+    def _why_none(self, flow: Flow) -> str:
+        """Return why no child would protect a flow, and what to do."""
+        found = self._policy_table.policy_for(flow)
+        if found is None:
+            return ""
+        last = self._protection.routing.route(flow).last
+        why, advice = no_child(self._ike.loaded, found[1], last)
+        return advice if why == NONE else f"{why}. Next: {advice}"
 
     def _warn(self, text: str, flow: Flow, why: str = "") -> Outcome:
         """Log a warning about a flow, once. Others of its kind are counted (`do.Log`)."""

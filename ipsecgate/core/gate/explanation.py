@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ipsecgate.core.codec.causes import next_step
+from ipsecgate.core.codec.causes import ANSWERS, next_step
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.gate.misfit import no_child, wrong_source
 from ipsecgate.core.gate.negotiation import Negotiation
 from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.flow import ANY_PORT, ANY_V4, ANY_V6, Flow, is_exempt
@@ -21,7 +22,7 @@ from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, Sa, SpdEn
 from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.nat.local import SPARE
 from ipsecgate.core.state.kernel_state import KernelState
-from ipsecgate.core.state.spd import live_rules, unrestricted
+from ipsecgate.core.state.spd import applies, live_rules, unrestricted
 from ipsecgate.core.tables.layout import Key, Reason, flow_key
 
 SHOWN = 4  # SAs that do not fit, of one template
@@ -111,12 +112,13 @@ def _protected(
         return Explanation(reason, tuple(steps))
     choices = gate.demand.choices(flow, routed, policy)
     preferred = gate.negotiations.preferred(choices)
-    text, advice = ike_step(gate, policy, preferred)
+    text, advice = ike_step(gate, policy, preferred, routed)
     advice = gate.lookups.advice(flow) or advice
     config = choices[preferred] if preferred is not None else None
     if _is_moved_away(routed, config):
         advice = f"of the NAT rule {routed.path.rule}: {SPARE}" if routed.path else advice
-    steps.append((Step.IKE, text))
+    wrong = wrong_source(config, routed.last) if config is not None else ""
+    steps.append((Step.IKE, f"{text}; {wrong}" if wrong and wrong not in text else text))
     for name in choices if len(choices) > 1 else ():
         if name != preferred and (other := gate.negotiations.by_child.get(name)):
             steps.append((Step.IKE, _describe_negotiation(name, other)))
@@ -199,7 +201,7 @@ def _kernel_steps(state: KernelState, lookup: Flow, *, derived: bool) -> list[tu
     key = flow_key(lookup)
     winners = state.winners(key)
     if not winners:
-        return [(Step.KERNEL, "none matches: neither a trap nor an SA's policy is installed")]
+        return [(Step.KERNEL, f"none matches: {_nearest(state, lookup, derived=derived)}")]
     steps = [(Step.KERNEL, _describe_entry(entry, derived=derived)) for entry in winners]
     if len(winners) > 1:
         text = "these have the same priority, so the kernel may use any: all must be covered"
@@ -207,6 +209,27 @@ def _kernel_steps(state: KernelState, lookup: Flow, *, derived: bool) -> list[tu
     for entry in winners:
         steps += [(Step.SA, text) for text in _sas_of(state, entry, key)]
     return steps
+
+
+def _nearest(state: KernelState, lookup: Flow, *, derived: bool) -> str:
+    """Return the kernel policy to a flow's destination that would match but for one thing."""
+    near = [
+        entry
+        for entry in state.decisive_policies.values()
+        if applies(entry) and lookup.daddr in entry.key.selector.dst
+    ]
+    if not near:
+        return "no trap and no SA's policy is installed for this destination"
+    # Another source is the common mistake; then protocol, port, mark or interface id differ.
+    here = [entry for entry in near if lookup.saddr in entry.key.selector.src]
+    entry = min(here or near, key=lambda one: one.priority)
+    source = entry.key.selector.src
+    but = (
+        "its protocol, port, mark or interface is another"
+        if here
+        else (f"the source {lookup.saddr} is not in {source}")
+    )
+    return f"the nearest is {_describe_entry(entry, derived=derived)}, but {but}"
 
 
 def _describe_entry(entry: SpdEntry, *, derived: bool) -> str:
@@ -270,35 +293,29 @@ def _fit(state: KernelState, entry: SpdEntry, template: Template, sa: Sa, key: K
 # --- IKE --------------------------------------------------------------------------------------
 
 
-def ike_step(gate: Gate, policy: Policy, name: ChildName | None) -> tuple[str, str]:
+def ike_step(gate: Gate, policy: Policy, name: ChildName | None, routed: Routed) -> tuple[str, str]:
     """Return the state of the negotiation that would cover a flow, and what to do."""
     if gate.ike.error:
         return gate.ike.error, gate.ike.advice
     if name is None:
-        if policy.child is not None:
-            return (
-                f"no child {policy.child} is loaded that would protect the flow",
-                "see `swanctl --list-conns`; load it with `swanctl --load-conns`, or correct "
-                f"`child` of policy {policy.name}",
-            )
-        return (
-            "no loaded connection has the flow in its traffic selectors",
-            "`swanctl --list-conns` lists those that are loaded: load the one that is missing with "
-            "`swanctl --load-conns`, or compare its local and remote selectors with the flow",
-        )
+        return no_child(gate.ike.loaded, policy, routed.last)
     negotiation = gate.negotiations.by_child.get(name)
     if negotiation is None:
-        return f"{name} was not asked for yet", "the first refused call asks for it"
+        target = name if policy.derived else policy.name
+        advice = f"`ipsecgate up {target}` has it negotiated now, else the first refused call does"
+        return f"{name} was not asked for yet", advice
     text = _describe_negotiation(name, negotiation)
-    if negotiation.coverage is Coverage.NEGOTIATING:
-        return text, "try again in a moment, or run the program under `ipsecgate exec`, which waits"
     if advice := next_step(negotiation.last_error):
         return text, advice
+    if negotiation.coverage is Coverage.NEGOTIATING:
+        return text, f"IKE is under way; if it takes more than a few seconds, {ANSWERS}"
     if name.part is not None:
         return text, "see strongSwan's log, and the last error above"
     return text, f"`swanctl --initiate --child {name.child}` shows the negotiation"
 
 
 def _describe_negotiation(name: ChildName, negotiation: Negotiation) -> str:
-    text = f"{name}: {negotiation.coverage.value}, {negotiation.attempts} attempts"
+    count = negotiation.attempts
+    attempts = "1 attempt" if count == 1 else f"{count} attempts"
+    text = f"{name}: {negotiation.coverage.value}, {attempts}"
     return f"{text}; last error: {negotiation.last_error}" if negotiation.last_error else text

@@ -106,6 +106,14 @@ class LoadedChildren:
         """Return the configuration of this name."""
         return next(iter(self._named(str(name.whole))), None)
 
+    def named_as(self, written: str) -> list[ChildConfig]:
+        """Return the configurations that the operator's "ike/child" or "child" means."""
+        return [*self._named(written)]
+
+    def towards(self, flow: Flow, policy: Policy) -> list[ChildConfig]:
+        """Return the children that a policy names, or whose remote selectors contain a flow."""
+        return [*(self._around(flow) if policy.child is None else self._named(policy.child))]
+
     def _named(self, name: str) -> dict[ChildConfig, _Narrowness]:
         return dict.fromkeys(self._by_name.get(name, []), _ANY)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipsecgate.core.codec.causes import next_step
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage, Input, advance
+from ipsecgate.core.gate.misfit import UP
 from ipsecgate.core.gate.negotiation import Need, Negotiation, Outcome
 from ipsecgate.core.model.events import Timer
 from ipsecgate.core.model.flow import Flow
@@ -162,13 +163,16 @@ class Negotiations:
         self.by_child[name].reported_up = True
         return Outcome([do.AskIke(), do.StartTimer(Timer("limit", name), GRACE)])
 
-    def timer_fired(self, timer: Timer) -> Outcome:
-        """End a negotiation at its limit, or a back-off."""
+    def timer_fired(self, timer: Timer, misfit: str = "") -> Outcome:
+        """End a negotiation at its limit, or a back-off.
+
+        `misfit`: why the child does not protect the flow although it is up, "" if unknown.
+        """
         name, coverage = timer.name, self.coverage(timer.name)
         if timer.kind == "limit" and coverage is Coverage.NEGOTIATING:
             item = self.by_child[name]
             if item.reported_up:
-                cause = f"strongSwan reports it as up, but no SA protects {item.flow}"
+                cause = UP + (misfit or f"no SA protects {item.flow}")
             else:
                 cause = f"strongSwan did not finish within {item.limit:.0f} s"
             return self.failed(name, cause)

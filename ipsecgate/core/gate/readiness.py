@@ -23,6 +23,7 @@ from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
 from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.layout import Reason
 
+_NAMES = 8  # that an error lists
 _NO_PEER = "nobody knows its peers before a flow names one: wait for one flow, with --to"
 
 
@@ -93,7 +94,9 @@ def look(gate: Gate, samples: Samples, goal: Goal, *, every: bool = False) -> Pr
     if gate.policy_table.content is None:
         return Progress(State.WAITING, why="no policy is known yet, and no connection is loaded")
     if policy is None:
-        return Progress(State.NEVER if _is_final(gate, goal) else State.WAITING, why=_unknown(goal))
+        return Progress(
+            State.NEVER if _is_final(gate, goal) else State.WAITING, why=_unknown(gate, goal)
+        )
     if policy.action is not Action.PROTECT:
         return Progress(State.NEVER, why=f"policy {policy.name} does not protect anything")
     flows = samples.of(policy)
@@ -127,6 +130,14 @@ def negotiation_of(gate: Gate, flow: Flow, child: str) -> ChildName | None:
     return _preferred(gate, flow, found[1], child) if found is not None else None
 
 
+def network_of(gate: Gate, flow: Flow) -> str | None:
+    """Return the network of a flow if it is one of several of its policy, else None."""
+    found = gate.policy_table.policy_for(flow)
+    if found is None or len(found[1].remote) == 1:
+        return None
+    return next((str(net) for net in found[1].remote if flow.daddr in net), None)
+
+
 def cause(gate: Gate, progress: Progress) -> tuple[str, str]:
     """Return why a goal is not reached, and what to do; both "" if it is."""
     if progress.state is State.COVERED:
@@ -145,7 +156,7 @@ def cause(gate: Gate, progress: Progress) -> tuple[str, str]:
     if name is not None and not gate.ike.error and gate.protection.is_up(name):
         text = f"{name} is up but does not protect {flow}"
         return text, "`ipsecgate why` shows which kernel policy wins"
-    return ike_step(gate, policy, name)
+    return ike_step(gate, policy, name, routed)
 
 
 def child_sas(gate: Gate, name: str) -> list[ChildSa]:
@@ -251,6 +262,12 @@ def _is_final(gate: Gate, goal: Goal) -> bool:
     return gate.policy_table.has_own
 
 
-def _unknown(goal: Goal) -> str:
+def _unknown(gate: Gate, goal: Goal) -> str:
     what = "policy and no loaded child" if goal.kind is Kind.NAME else "policy"
-    return f"no {what} is named {goal.name}"
+    known = [policy.name for policy in gate.policies if policy.action is Action.PROTECT]
+    if goal.kind is Kind.NAME:
+        known += [str(config.name) for config in gate.ike.loaded.children]
+    names = list(dict.fromkeys(known))
+    more = f" and {len(names) - _NAMES} more" if names[_NAMES:] else ""
+    others = f"; known: {', '.join(names[:_NAMES])}{more}" if names else ""
+    return f"no {what} is named {goal.name}{others}"

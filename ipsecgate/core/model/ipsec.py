@@ -5,8 +5,10 @@ A wildcard address (all zero in netlink) is None. Numbers are in host order.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import field
 from enum import IntEnum
+from itertools import islice
 from typing import NamedTuple
 
 from ipsecgate.core.model.flow import Address, Flow, Network, Selector, TrafficSelector
@@ -191,6 +193,17 @@ class ChildName(NamedTuple):
     def matches(self, written: str) -> bool:
         """Return whether the operator's "ike/child" or "child" means this one."""
         return written in (self.child, str(self.whole))
+
+
+def similar(written: str, names: Iterable[ChildName]) -> str:
+    """Return the child that the operator may have meant, written likewise; "" if none is.
+
+    Only the first 256 names are compared, since that takes some 20 microseconds each.
+    """
+    from difflib import get_close_matches  # noqa: PLC0415 - seldom used
+
+    known = [str(name.whole) if "/" in written else name.child for name in islice(names, 256)]
+    return next(iter(get_close_matches(written, known, n=1)), "")
 
 
 @value

@@ -14,7 +14,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_network,
+    summarize_address_range,
+)
 from typing import Generic, TypeVar
 
 from ipsecgate.core.model.flow import Address, FlowPath, Network
@@ -47,6 +54,43 @@ def as_network(prefix: Prefix) -> Network:
     """Return a `Prefix` as a network."""
     version, first, length = prefix
     return IPv4Network((first, length)) if version == 4 else IPv6Network((first, length))
+
+
+def in_words(networks: Iterable[Network]) -> list[str]:
+    """Return disjoint networks as short texts, such as `10.2.0.0/16 except 10.2.0.53/32`."""
+    ordered = sorted(networks, key=as_prefix)
+    by_version = ([net for net in ordered if net.version == version] for version in WIDTH)
+    return [text for parts in by_version for text in _in_words(parts)[1]]
+
+
+def _in_words(parts: list[Network]) -> tuple[int, list[str]]:
+    """Return texts for networks of one version, in order, and how many networks these name."""
+    if len(parts) < 2:
+        return len(parts), [str(net) for net in parts]
+    around = parts[0]
+    while parts[-1].broadcast_address not in around:
+        around = around.supernet()
+    middle = next(at for at, net in enumerate(parts) if int(net[0]) >= _middle(around))
+    (low, some), (high, more) = _in_words(parts[:middle]), _in_words(parts[middle:])
+    holes = list(_between(around, parts))
+    if 1 + len(holes) < low + high:
+        but = f" except {', '.join(map(str, holes))}" if holes else ""
+        return 1 + len(holes), [f"{around}{but}"]
+    return low + high, [*some, *more]
+
+
+def _middle(network: Network) -> int:
+    return int(network.network_address) + network.num_addresses // 2
+
+
+def _between(around: Network, parts: Iterable[Network]) -> Iterator[Network]:
+    """Yield the networks that make up the rest of another; its parts are in order."""
+    kind = type(around.network_address)
+    at, end = int(around.network_address), int(around.broadcast_address) + 1
+    for low, after in (*((int(net[0]), int(net[-1]) + 1) for net in parts), (end, end)):
+        if at < low:
+            yield from summarize_address_range(kind(at), kind(low - 1))
+        at = after
 
 
 class LongestPrefix(Generic[T]):

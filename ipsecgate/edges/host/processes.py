@@ -24,3 +24,12 @@ def waits_for_supervisor(pid: int) -> bool:
         return Path(f"/proc/{pid}").exists()
     except OSError:
         return False  # it has just ended
+
+
+def sockets_of(pid: int) -> set[int]:
+    """Return the inodes of the sockets that a process has open; none if it has ended."""
+    try:
+        links = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    except OSError:
+        return set()
+    return {int(link[8:-1]) for link in links if link.startswith("socket:[")}
