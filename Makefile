@@ -7,7 +7,7 @@ LIMIT ?= 2400
 # Extra arguments for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-script install-files installed reference package package-test demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients screens bench vagrant-test lint clean
+.PHONY: help setup install install-program install-script install-files installed reference package package-test fleet-test demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients screens bench vagrant-test lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -81,6 +81,12 @@ RELEASES ?=
 
 package-test: setup ## build it all twice, install it in clean places, upgrade, downgrade, remove, purge
 	@tests/package/run.sh $(RELEASES)
+
+# Ansible comes from PyPI into .cache/fleet, and the root of the hosts from the mirror that apt uses.
+HOSTS ?= 20
+
+fleet-test: setup ## roll packaging/ansible out to HOSTS=20 hosts, each with a systemd of its own (as root)
+	@tests/fleet/run.sh $(HOSTS)
 
 demo: setup ## show first connections with and without the gate: two hosts, real IKE, real ESP
 	@$(BIN)/ipsecgate demo

@@ -126,7 +126,7 @@ def booted(module_lab: Lab) -> Iterator[BootedSystemd]:
     for file, copy in installs():
         assert copy.is_file(), f"{copy} is missing: {hint}"
         text = file.read_bytes()
-        if file.parent.name == "systemd" and file.suffix != ".py":
+        if copy.parent == INSTALLED / UNITS:
             text = text.replace(b"@bindir@", b"/usr/bin")
         assert copy.read_bytes() == text, f"{copy} is {hint}"
     with BootedSystemd(module_lab, FILES) as manager:

@@ -270,11 +270,13 @@ def alive_for(systemd: BootedSystemd) -> float:
     return (alive - usec(systemd, SERVICE)) / 1e6
 
 
-@pytest.mark.parametrize(("end", "error"), [("kill", ""), ("restart", ""), ("stop", "ENOSYS")])
+@pytest.mark.parametrize(
+    ("end", "error"), [("kill", ""), ("restart", ""), ("reexec", ""), ("stop", "ENOSYS")]
+)
 def test_a_held_call_is_answered_by_the_next_controller(
     lab: Lab, systemd: BootedSystemd, end: str, error: str
 ) -> None:
-    """systemd keeps the listener, except when the service is stopped."""
+    """systemd keeps the listener, also when executed again; not when the service is stopped."""
     command = held_client.command("tcp", COVERED, PORT)
     name = f"held-{end}"
     with nothing_in_clear(lab, esp=not error):
@@ -285,13 +287,17 @@ def test_a_held_call_is_answered_by_the_next_controller(
             )  # fmt: skip
             systemd.until(lambda: systemd.ask().get("holds"), "it is not held")
             assert systemd.show(SERVICE, "NFileDescriptorStore") == "1"
+            if end == "reexec":
+                reexecute(systemd)
+                assert systemd.ask()["holds"], "it is not held any more"
+                assert systemd.show(SERVICE, "NFileDescriptorStore") == "1"
             inspectors = descendants(systemd.main_pid(SERVICE))
             assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in inspectors} == {0}
             if end == "stop":
                 systemd.systemctl("stop", SERVICE)
             else:
                 with systemd.successor():
-                    if end == "kill":
+                    if end != "restart":
                         os.kill(systemd.main_pid(SERVICE), signal.SIGKILL)
                     else:
                         systemd.systemctl("restart", "--no-block", SERVICE)
@@ -300,6 +306,12 @@ def test_a_held_call_is_answered_by_the_next_controller(
         systemd.until(lambda: systemd.output(name), "it is never answered")
     assert json.loads(systemd.output(name))["error"] == error
     systemd.until(lambda: systemd.show(SERVICE, "NFileDescriptorStore") == "0", "a listener stays")
+
+
+def reexecute(systemd: BootedSystemd) -> None:
+    """Have systemd executed again, and wait until it answers."""
+    systemd.systemctl("daemon-reexec")
+    systemd.until(lambda: systemd.show(SERVICE, "ActiveState") == "active", "it does not answer")
 
 
 def started_for(systemd: BootedSystemd) -> float:
@@ -375,6 +387,18 @@ def runs(systemd: BootedSystemd, *properties: str) -> bool:
     """Return whether an empty service with these properties runs."""
     options = [f"--property={word}" for word in ("Type=oneshot", *properties)]
     return systemd.run("systemd-run", "--quiet", *options, "true").returncode == 0
+
+
+def test_executing_systemd_again_opens_nothing(lab: Lab, systemd: BootedSystemd) -> None:
+    """As its package's upgrade does. The controller goes on, and its watchdog with it."""
+    pid, restarts = systemd.main_pid(SERVICE), systemd.show(SERVICE, "NRestarts")
+    with closed(lab, systemd):
+        reexecute(systemd)
+        assert (systemd.main_pid(SERVICE), systemd.show(SERVICE, "NRestarts")) == (pid, restarts)
+        alive = alive_for(systemd)
+        systemd.until(lambda: alive_for(systemd) > alive, "the watchdog's messages are not read")
+        with systemd.successor():
+            assert systemd.systemctl("restart", SERVICE).returncode == 0
 
 
 def test_a_controller_over_its_memory_limit_is_replaced(lab: Lab, systemd: BootedSystemd) -> None:
