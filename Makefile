@@ -186,6 +186,14 @@ chaos: setup ## check that nothing leaks in a thousand faults, a million connect
 hub: setup ## check a hub of 2,500 tunnels: rekeys, lost SAs and a dying controller under traffic
 	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) -- $(BIN)/python -m tests.hub
 
+.venv/.ready-docs: .venv/.ready tests/site/requirements.txt
+	@$(BIN)/pip install --quiet --no-warn-conflicts -c constraints.txt -r tests/site/requirements.txt
+	@touch $@
+
+.PHONY: docs
+docs: .venv/.ready-docs ## build the documentation as a site in .cache/site, and check every link
+	@$(BIN)/python -m tests.site .cache/site
+
 .venv/.ready-bench: .venv/.ready
 	@packaging/setup.sh bench
 	@touch $@

@@ -56,8 +56,8 @@ def man_page() -> str:
     for section in SECTIONS.values():
         lines += [f'.SH "{section.heading} SECTION"', *troff.paragraphs(section.meaning)]
         for key in section.keys.values():
-            term = rf"\fB{key.name}\fR = {troff.text(_values(key, ' | '))}"
-            default = "Required." if key.required else f"Default: {_default(key)}."
+            term = rf"\fB{key.name}\fR = {troff.text(values_of(key, ' | '))}"
+            default = "Required." if key.required else f"Default: {default_of(key)}."
             lines += troff.entry(term, key.meaning, default)
     lines.append(".SH EXAMPLES")
     lines += troff.paragraphs(
@@ -88,13 +88,15 @@ def _table(name: str) -> Iterator[str]:
     yield from ("", f"`{section.heading}` {section.meaning}", "")
     yield from ("| key | value | default | meaning |", "|---|---|---|---|")
     for key in section.keys.values():
-        default = "required" if key.required else _default(key)
-        yield f"| `{key.name}` | {_values(key, ', ')} | {default} | {key.meaning} |"
+        default = "required" if key.required else default_of(key)
+        yield f"| `{key.name}` | {values_of(key, ', ')} | {default} | {key.meaning} |"
 
 
-def _values(key: Key, between: str) -> str:
+def values_of(key: Key, between: str) -> str:
+    """Return what a key may be; `between` stands between two choices."""
     return key.values or between.join(f"`{toml(choice)}`" for choice in key.choices)
 
 
-def _default(key: Key) -> str:
+def default_of(key: Key) -> str:
+    """Return what applies if the key is missing."""
     return key.unset or f"`{toml(key.default)}`"
