@@ -7,7 +7,7 @@ LIMIT ?= 2400
 # Extra arguments for pytest, for example ARGS="-k ike -x".
 ARGS ?=
 
-.PHONY: help setup install install-program install-script install-files installed reference package package-test fleet-test demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients screens bench vagrant-test lint clean
+.PHONY: help setup install install-program install-script install-files installed reference package package-test fleet-test image image-test demo test test-debian13 qemu test-qemu matrix test-host fuzz chaos hub clients screens bench vagrant-test lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -87,6 +87,20 @@ HOSTS ?= 20
 
 fleet-test: setup ## roll packaging/ansible out to HOSTS=20 hosts, each with a systemd of its own (as root)
 	@tests/fleet/run.sh $(HOSTS)
+
+image: setup ## build the container image dist/ipsecgate-image.tar (as root; needs no registry)
+	@packaging/setup.sh image
+	@packaging/package.sh trixie
+	@packaging/image/build.sh dist/trixie/*.deb
+
+# First on this machine's own kernel, in a room, without ESP; then where there is ESP.
+image-test: setup ## build the image; run it as the DaemonSet does, beside Docker and containerd
+	@packaging/setup.sh image-tests
+	@OUT=.cache/image LINTIAN=no packaging/package.sh trixie
+	@packaging/image/build.sh .cache/image/trixie/*.deb .cache/image/ipsecgate-image.tar
+	$(BIN)/python -m ipsecgate.lab.room -- $(BIN)/pytest tests/image/test_native.py $(ARGS)
+	$(BIN)/python -m ipsecgate.lab.guest --timeout $(LIMIT) --results $(RESULTS) -- \
+	    $(BIN)/pytest tests/image/test_node.py tests/image/test_docker.py $(ARGS)
 
 demo: setup ## show first connections with and without the gate: two hosts, real IKE, real ESP
 	@$(BIN)/ipsecgate demo

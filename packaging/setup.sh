@@ -4,6 +4,8 @@
 # setup.sh         installs what the gate, its lab and the demo need
 # setup.sh tests   installs what only the tests need: real clients, their servers, container runtimes
 # setup.sh bench   installs what only `make bench` needs: a C compiler and matplotlib
+# setup.sh image   installs what only `make image` needs: mmdebstrap and podman
+# setup.sh image-tests  and what runs beside the image in its tests: Docker and containerd
 #
 # For Debian 12 and newer. Installs only what is missing. The output of the tools goes to
 # .cache/setup.log; if one fails, the end of it is shown.
@@ -28,12 +30,16 @@ test_packages=(
     busybox-static curl default-jre-headless ecj fish git golang-go ncat netcat-openbsd nodejs
     openssh-client openssh-server perl postgresql redis-server redis-tools wget zsh
     crun podman runc iptables nftables
-    linux-libc-dev man-db mandoc prometheus systemd tcc zstd
+    linux-libc-dev man-db mandoc openssl prometheus systemd tcc zstd
 )
 bench_packages=(gcc libc6-dev)
+image_packages=(crun mmdebstrap podman)
+image_test_packages=("${image_packages[@]}" busybox-static containerd docker.io runc)
 # The services that these packages start.
 declare -A services=(
     [charon-systemd]=strongswan.service
+    [containerd]=containerd.service
+    [docker.io]="docker.service docker.socket"
     [openssh-server]=ssh.service
     [podman]="podman.socket podman.service podman-restart.service
         podman-auto-update.timer podman-auto-update.service"
@@ -45,7 +51,9 @@ case "${1-}" in
     "") wanted=("${packages[@]}") ;;
     tests) wanted=("${test_packages[@]}") ;;
     bench) wanted=("${bench_packages[@]}") ;;
-    *) echo "usage: $0 [tests | bench]" >&2; exit 2 ;;
+    image) wanted=("${image_packages[@]}") ;;
+    image-tests) wanted=("${image_test_packages[@]}") ;;
+    *) echo "usage: $0 [tests | bench | image | image-tests]" >&2; exit 2 ;;
 esac
 policy=/usr/sbin/policy-rc.d
 own_policy=
@@ -138,6 +146,9 @@ if [ "${1-}" = tests ]; then
 fi
 if [ "${1-}" = bench ]; then
     step "installing matplotlib into .venv" install_plots
+    exit
+fi
+if [[ "${1-}" = image* ]]; then
     exit
 fi
 step "installing Python packages into .venv" make_venv
