@@ -53,7 +53,7 @@ def _headline(document: Status) -> Text:
     state = ("healthy", "bold green")
     if document["refused"]:
         flows = number(len(document["refused"]), "flow")
-        state = (f"healthy, {flows} refused lately", "bold yellow")
+        state = (f"{flows} refused lately", "bold yellow")
     if problems:
         state = (number(len(problems), "problem"), "bold red")
     name = "" if document["instance"] == "default" else f" {document['instance']}"
@@ -208,5 +208,5 @@ def _refused(document: Status) -> list[RenderableType]:
         rows,
     ]
     if protocol in ("tcp", "udp"):
-        parts.append(Text(f"next: `ipsecgate why {target}`", "yellow"))
+        parts.append(Text(f"next: `ipsecgate why {target}`, `ipsecgate check`", "yellow"))
     return parts

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ipsecgate.admin.top_document import Count, Rates, Top, TopCgroup, TopPolicy
-from ipsecgate.cli.tables import coverage
+from ipsecgate.cli.tables import coverage, number
 
 STATE = 14  # columns: partly covered
 LATELY = 30.0  # seconds
@@ -124,7 +124,7 @@ def _head(document: Top | None, problem: str, view: View, *, is_wide: bool) -> l
 
 def _totals(document: Top, rates: Rates) -> Text:
     audited = f", {_short(rates['audited'])} let through" if document["mode"] == "audit" else ""
-    sas = "" if document["sas"] is None else f", {document['sas']} SAs"
+    sas = "" if document["sas"] is None else f", {number(document['sas'], 'SA')}"
     return _line(
         f"{_short(rates['allowed'])} allowed/s ({_short(rates['covered'])} covered), "
         f"{_short(rates['refused'])} refused/s{audited}, "

@@ -16,9 +16,9 @@ if [ ! -d "$tools" ]; then
     rm -rf .cache/fleet/tools-*
     mkdir -p .cache/fleet
     python3 -m venv "$tools"
-    "$tools/bin/pip" install --quiet -r tests/fleet/requirements.txt
+    "$tools/bin/pip" install -qq -r tests/fleet/requirements.txt
 fi
-(cd packaging/ansible && PATH=$tools/bin:$PATH ansible-lint --offline --quiet . && echo "ansible-lint: no finding")
+(cd packaging/ansible && PATH=$tools/bin:$PATH ansible-lint --offline -q . && echo "ansible-lint: no finding")
 
 set -- "${1:-20}" dist/bookworm/ipsecgate_*.deb
 [ -e "$2" ] || { packaging/package.sh bookworm; set -- "$1" dist/bookworm/ipsecgate_*.deb; }

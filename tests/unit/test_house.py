@@ -27,7 +27,7 @@ def test_linters_and_types_are_clean(tool: str) -> None:
     "script",
     [
         *("packaging/setup.sh", ".ci/run", "vagrant/provision.sh", "vagrant/first-connection"),
-        *("tests/vagrant/box.sh", "tests/vagrant/run.sh"),
+        *("tests/vagrant/box.sh", "tests/vagrant/run.sh", "tests/fleet/run.sh"),
     ],
 )
 def test_scripts_parse_and_are_executable(script: str) -> None:

@@ -10,8 +10,6 @@ from tests.screens.pictures import DOCS, DOCS_WIDTH, lines, svg
 from tests.screens.recording import Recorded
 from tests.screens.stage import play
 
-pytestmark = pytest.mark.second_guest
-
 IN_DOCS = [screen for screen in SCREENS if screen.in_docs]
 
 
