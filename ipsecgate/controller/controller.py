@@ -355,8 +355,8 @@ class Controller:
 
     def _tell(self, command: do.Log | do.Covered) -> None:
         if isinstance(command, do.Covered):
-            self._times.add(command.policy, time.monotonic() - command.at)
-            self._journal.covered(command)
+            if self._times.add(command, time.monotonic()):
+                self._journal.covered(command)
             return
         level = logging.getLevelName(command.level.upper())
         told = {

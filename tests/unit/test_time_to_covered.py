@@ -90,9 +90,9 @@ def test_many_flows_wait_within_limits() -> None:
 
 def test_each_time_is_in_its_bucket_and_all_above() -> None:
     times = TimesToCovered()
-    for seconds in (0.0, BOUNDS[0], BOUNDS[0] + 1e-6, 1000.0):
-        times.add("db", seconds)
-    times.add("gone", 1.0)
+    for port, seconds in enumerate((0.0, BOUNDS[0], BOUNDS[0] + 1e-6, 1000.0), 1):
+        assert times.add(do.Covered(replace(FLOW, dport=port), "db", 0.0), seconds)
+    assert times.add(do.Covered(replace(FLOW, dport=9), "gone", 0.0), 1.0)
     (histogram,) = times.document({"db", "web"})
     assert histogram["policy"] == "db"
     assert histogram["buckets"][0] == [BOUNDS[0], 2]
@@ -101,3 +101,15 @@ def test_each_time_is_in_its_bucket_and_all_above() -> None:
     assert histogram["count"] == 4
     assert histogram["sum"] == pytest.approx(1000.02, abs=1e-5)
     assert [one["policy"] for one in times.document({"db", "gone"})] == ["db"], "forgotten"
+
+
+def test_a_refusal_that_is_read_after_its_flow_was_covered_counts_no_second_time() -> None:
+    times = TimesToCovered()
+    assert times.add(do.Covered(FLOW, "db", 1.0), 2.0)
+    assert not times.add(do.Covered(replace(FLOW, sport=40000), "db", 1.9), 2.1)
+    assert times.add(do.Covered(FLOW, "db", 5.0), 6.0), "its SA went, and another came"
+    (histogram,) = times.document({"db"})
+    assert (histogram["count"], histogram["sum"]) == (2, 2.0)
+    for port in range(1000, 1000 + FLOWS):
+        times.add(do.Covered(replace(FLOW, dport=port), "db", 7.0), 8.0)
+    assert times.add(do.Covered(FLOW, "db", 5.5), 9.0), "forgotten"
