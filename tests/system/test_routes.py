@@ -22,6 +22,7 @@ from ipsecgate.edges.kernel.routes import Found, Routes
 from ipsecgate.lab.charon import load_tun
 from ipsecgate.lab.netns import Namespace
 from tests.system.event_recorder import batch, ip
+from tests.until import until
 
 pytestmark = [
     pytest.mark.second_guest,
@@ -256,7 +257,9 @@ async def test_nothing_is_reported_before_destinations_are_known() -> None:
     await asyncio.sleep(0.1)
     assert not reported
     routes.follow(nets("10.2.0.0/16"))
-    await asyncio.sleep(0.1)
-    origins = {one.origin for one in reported if not isinstance(one, ServicesResolved)}
-    assert origins == {HOST, Origin(mark=7)}
+
+    def origins() -> set[Origin]:
+        return {one.origin for one in reported if not isinstance(one, ServicesResolved)}
+
+    await until(lambda: origins() == {HOST, Origin(mark=7)})
     run.cancel()
