@@ -37,9 +37,8 @@ class TimesToCovered:
 
     def __init__(self) -> None:
         self._by_policy: dict[str, Histogram] = {}
-        self._covered_at: dict[
-            Flow, float
-        ] = {}  # by the flow without its source port; oldest first
+        # When a flow was covered last, by the flow without its source port; the oldest first.
+        self._covered_at: dict[Flow, float] = {}
 
     def add(self, covered: do.Covered, now: float) -> bool:
         """Count a flow that is covered now (CLOCK_MONOTONIC); return False if it was before."""
