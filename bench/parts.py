@@ -29,6 +29,7 @@ class Run:
 class Part:
     """One benchmark. `quick`: the runs of `--quick`. `guest`: it needs a kernel with ESP.
 
+    `room`: other instances on this machine would disturb it, because the controller looks for them.
     `prepare`: a module that runs first, on this machine, because it needs the network. `settings`:
     those that tell the reports of several runs apart. `before`: rows of these names are also shown
     as they were measured before the tables took any number of shapes.
@@ -40,6 +41,7 @@ class Part:
     quick: tuple[Run, ...]
     layouts: tuple[Layout, ...] = ()
     guest: bool = False
+    room: bool = False
     prepare: str = ""
     settings: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
@@ -51,6 +53,8 @@ class Part:
     def argv(self, run: Run, folder: Path) -> list[str]:
         """Return the command line of one run."""
         command = [sys.executable, "-m", *run.words, "--json", str(self.file(run, folder))]
+        if self.room:
+            return [sys.executable, "-m", "ipsecgate.lab.room", "--", *command]
         if not self.guest:
             return command
         guest = [sys.executable, "-m", "ipsecgate.lab.guest", "--timeout", GUEST_LIMIT]
@@ -144,6 +148,7 @@ PARTS = (
         "footprint of the controller",
         (Run(("bench.footprint",)),),
         (Run(("bench.footprint", "idle", "start")),),
+        room=True,
     ),
     Part(
         "hold",

@@ -307,7 +307,7 @@ class Controller:
         else:
             self._queued.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._service.pulse):
+                async with asyncio.timeout(self._service.until_pulse()):
                     await self._queued.wait()
         self._kernel.read_now()
         return self._queue.take(busy=self._gate.is_busy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from errno import EPERM, errorcode
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ipsecgate.admin.offline import sa_document, sa_source
 from ipsecgate.admin.policy_document import policy_document
@@ -22,7 +22,6 @@ from ipsecgate.admin.status_document import (
     Sa,
     TimeToCovered,
 )
-from ipsecgate.admin.why import Decision
 from ipsecgate.controller.tally import Tally
 from ipsecgate.core.codec.causes import next_step
 from ipsecgate.core.gate.coverage import Coverage
@@ -33,6 +32,9 @@ from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.state import silence
 from ipsecgate.core.state.silence import Silent
 from ipsecgate.edges.host.config import Config
+
+if TYPE_CHECKING:
+    from ipsecgate.admin.why import Decision
 
 
 def controller_status(

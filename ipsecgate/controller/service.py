@@ -16,7 +16,9 @@ from ipsecgate.edges.host import systemd
 
 log = logging.getLogger("ipsecgate")
 
-PULSE = 5.0  # seconds between reports and retries; less if the watchdog asks for it
+# Seconds between reports and retries; less if the watchdog asks for it. They come at multiples of
+# it, so that one wake-up serves everything that is due then.
+PULSE = 5.0
 
 
 class Service:
@@ -41,9 +43,13 @@ class Service:
         now = self._loop.time()
         if now < self._due:
             return False
-        self._due = now + self.pulse
+        self._due = now + self.until_pulse()
         systemd.notify(WATCHDOG=1)
         return True
+
+    def until_pulse(self) -> float:
+        """Return the seconds until the next pulse."""
+        return self.pulse - self._loop.time() % self.pulse
 
     def report(self, status: str) -> None:
         """Report the state in one line, if it has changed."""

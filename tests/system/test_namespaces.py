@@ -24,7 +24,7 @@ from tests.system.boxes import Box, box, masquerade
 from tests.until import wait_until
 
 PORT = 7400
-NOTICED = 4.0  # seconds: nothing notifies of a change by iptables-legacy
+NOTICED = 6.0  # seconds: nothing notifies of a change by iptables-legacy
 SUBNET = {4: "10.88.0.0/24", 6: "fd88::/64"}
 
 

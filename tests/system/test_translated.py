@@ -25,7 +25,7 @@ from tests.until import wait_until
 pytestmark = pytest.mark.second_guest
 
 SPARE = "-m policy --dir out --pol ipsec -j ACCEPT"
-NOTICED = 4.0  # seconds: nothing notifies of a change by iptables-legacy
+NOTICED = 6.0  # seconds: nothing notifies of a change by iptables-legacy
 OTHER = "192.0.2.88"  # an address of host a that no connection has
 
 

@@ -82,6 +82,20 @@ async def test_the_service_reports_at_half_the_watchdog_interval(
     assert service.alive()
 
 
+async def test_pulses_come_at_multiples_so_that_they_share_a_wake_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    service, clock = Service(), Mock(return_value=1e9 + 3)
+    monkeypatch.setattr(service, "_loop", Mock(time=clock))
+    assert service.alive()
+    assert service.until_pulse() == 2.0
+    clock.return_value = 1e9 + 4.9
+    assert not service.alive()
+    clock.return_value = 1e9 + 5
+    assert service.alive()
+    assert service.until_pulse() == PULSE
+
+
 async def test_a_status_is_sent_once(manager: socket.socket) -> None:
     service = Service()
     for status in ("a", "a", "b"):

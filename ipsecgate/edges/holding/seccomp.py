@@ -9,7 +9,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import platform
 import select
 import socket
 import sys
@@ -66,7 +65,7 @@ class _Vector(ctypes.Structure):
 @cache
 def abi() -> Abi:
     """Return this machine's system call numbers. Raises: KernelLacksError."""
-    machine = platform.machine()
+    machine = os.uname().machine
     if machine not in ABIS:
         raise KernelLacksError(
             f"system calls cannot be held on {machine}", hint=f"holding works on {', '.join(ABIS)}"
