@@ -2,6 +2,8 @@
 
 The tunnel is between this host's address and the network behind the peer. Nothing is configured for
 the containers.
+
+CONTAINERS=200 has more of them come and go than `make test` does.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,9 @@ pytestmark = pytest.mark.second_guest
 
 SPEC = ConnSpec("net", "tunnel", 4, start_action="trap", local_ts=("192.0.2.1/32",))
 LIMIT = 300.0  # seconds for a container
+COUNT = int(os.environ.get("CONTAINERS", "4"))
+AT_ONCE = 4
+NOTHING = Captured(())
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ class Ran:
     output: str
     code: int
     syns_again: int
-    seen: Captured
+    seen: Captured = NOTHING
 
     @property
     def served(self) -> bool:
@@ -94,15 +100,19 @@ class Podman:
 
     def run(self, argv: list[str]) -> Ran:
         with self.lab.capture() as capture:
-            done = self.lab.a.run(argv, env=self.env, timeout=LIMIT, check=False)
-            seen = capture.stop()
+            ended = self.start(argv)
+            return replace(ended, seen=capture.stop())
+
+    def start(self, argv: list[str]) -> Ran:
+        """Run a container without a capture."""
+        done = self.lab.a.run(argv, env=self.env, timeout=LIMIT, check=False)
         code = re.search(r"^code (\d+)$", done.stdout, re.MULTILINE)
         assert code, (done.stdout, done.stderr)
         heads, values = (
             line.split() for line in done.stdout.splitlines() if line.startswith("TcpExt:")
         )
         again = dict(zip(heads, values, strict=True))["TCPSynRetrans"]
-        return Ran(done.stdout + done.stderr, int(code[1]), int(again), seen)
+        return Ran(done.stdout + done.stderr, int(code[1]), int(again))
 
 
 @pytest.fixture
@@ -190,3 +200,26 @@ def test_a_container_in_another_slice_is_not_touched(
     assert ran.served
     assert ran.seen.clear
     assert loaded.reasons() == before
+
+
+def test_containers_come_and_go(lab: Lab, loaded: Gated, podman: Podman, gated_slice: Path) -> None:
+    """With the profile. There is no SA before the first ones, and none before the second half."""
+    before = refusals(loaded)
+
+    def run(number: int) -> Ran:
+        return podman.start(podman.argv(f"n{number}", lab.b.inner[4], gated_slice, profile=True))
+
+    ended: list[Ran] = []
+    with lab.capture() as capture, ThreadPoolExecutor(AT_ONCE) as pool:
+        for half in (range(COUNT // 2), range(COUNT // 2, COUNT)):
+            ended += pool.map(run, half)
+            lab.let_tcp_close()
+            lab.a.charon.terminate(SPEC.child_name)
+        seen = capture.stop()
+    stuck = [ran.output for ran in ended if not ran.served]
+    assert not stuck, (len(stuck), stuck[:3], loaded.log.read_text()[-3000:])
+    assert not seen.clear
+    assert len(seen.esp) > COUNT
+    assert sum(ran.syns_again for ran in ended) == 0
+    assert refusals(loaded) == before
+    wait_until(lambda: loaded.ask()["namespaces"] == [], "some namespaces are still followed")
