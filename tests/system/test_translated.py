@@ -70,7 +70,7 @@ def test_masquerading_what_is_protected_is_refused_and_said(lab: Lab, gate: Gate
     command = held_client.command("tcp", lab.b.address(spec), PORT)
     before = gate.reasons()
     with rules(lab, "POSTROUTING -j MASQUERADE"):
-        wait_until(lambda: f"into {outer}, by rule" in why(lab, gate, to), "it is not noticed")
+        wait_until(lambda: f"into {outer}, by " in why(lab, gate, to), "it is not noticed")
         with nothing_in_clear(lab, esp=False):
             assert run(lab, gate, command)["error"] == "EPERM"
         told = f"into {outer}, by rule "
