@@ -57,7 +57,7 @@ def why(gate: Gated) -> str:
 
 
 def noticed(lab: Lab, gate: Gated, spec: ConnSpec) -> None:
-    text = f"becomes tcp {lab.b.address(spec)}:{PORT}, by rule"
+    text = f"becomes tcp {lab.b.address(spec)}:{PORT}, by "
     wait_until(lambda: text in why(gate), "the rule is not noticed")
 
 

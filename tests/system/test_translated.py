@@ -73,7 +73,7 @@ def test_masquerading_what_is_protected_is_refused_and_said(lab: Lab, gate: Gate
         wait_until(lambda: f"into {outer}, by " in why(lab, gate, to), "it is not noticed")
         with nothing_in_clear(lab, esp=False):
             assert run(lab, gate, command)["error"] == "EPERM"
-        told = f"into {outer}, by rule "
+        told = f"into {outer}, by "
         wait_until(lambda: told in gate.log.read_text(), "the log does not say why")
         text = why(lab, gate, to)
         assert "POSTROUTING" in text
@@ -81,7 +81,7 @@ def test_masquerading_what_is_protected_is_refused_and_said(lab: Lab, gate: Gate
         assert told in gate.cli("events").stdout
     assert gate.reasons()["block_clear"] == before["block_clear"], "the hook refused it"
     # Without the rule it goes.
-    wait_until(lambda: "by rule" not in why(lab, gate, to), "its end is not noticed")
+    wait_until(lambda: f"into {outer}" not in why(lab, gate, to), "its end is not noticed")
     with nothing_in_clear(lab, esp=True):
         assert client(lab, gate, "tcp-client", spec)["attempts"] == 1
 

@@ -18,7 +18,9 @@ import pytest
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="missing: root")
 WITHOUT_CGROUP2 = ["unshare", "--mount", "sh", "-c", 'umount --all --types cgroup2; exec "$@"', "-"]
-AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+# The capability is for a checkout below a folder that only root may enter.
+READS = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *READS]
 
 
 def run(folder: Path, launcher: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[str]:
