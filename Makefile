@@ -125,10 +125,12 @@ test-debian13: ## run demo and test in a fresh root of Debian 13
 	@tests/debian13.sh
 
 # Not part of `make test`: only this needs QEMU and Debian's kernel (470 MB in the lab's cache). It runs
-# two guests in turn, one for the hooks and one for the gate on two hosts; each first shows its kernel.
+# three guests in turn: for the hooks, for the gate on two hosts, and for NAT by nftables, which
+# user-mode-linux lacks. Each first shows its kernel.
 # The hooks are compiled beforehand, because that takes a minute under emulation.
 QEMU_HOOKS := @tests/qemu/hooks.list
 QEMU_GATE := @tests/qemu/gate.list
+QEMU_NAT := @tests/qemu/nat.list
 QEMU_LIMIT ?= 1800
 BYTECODE := $(CURDIR)/.cache/bytecode
 QEMU = IPSECGATE_TEST_BYTECODE=$(BYTECODE) $(BIN)/python -m ipsecgate.lab.guest --kernel qemu \
@@ -148,6 +150,7 @@ test-qemu: qemu ## test the hooks and the gate on Debian's kernel under QEMU, wi
 	$(BIN)/pytest tests/qemu/test_boot.py --junitxml=$(RESULTS)/qemu-boot.xml
 	$(QEMU) $(QEMU_HOOKS) --junitxml=$(RESULTS)/qemu-hooks.xml
 	$(QEMU) $(QEMU_GATE) --junitxml=$(RESULTS)/qemu-gate.xml
+	$(QEMU) $(QEMU_NAT) --junitxml=$(RESULTS)/qemu-nat.xml
 
 # `make demo` and `make test` on a host whose own kernel has ESP, with systemd, an IKE daemon with an
 # SA, and a gate, none of which may change. The host is user-mode-linux, or with HOST_KERNEL=qemu
