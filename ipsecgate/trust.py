@@ -82,14 +82,22 @@ def open_file(path: Path, flags: int = os.O_RDONLY | os.O_NOFOLLOW) -> int:
     return fd
 
 
-def read(path: Path, *, follow: bool = False) -> str:
+def read(path: Path, *, follow: bool = False, limit: int | None = None) -> str:
     """Return the text of a file. `follow`: it may be a symbolic link, whose target is checked.
 
-    Raises: UntrustedError; OSError; UnicodeDecodeError.
+    Raises: UntrustedError; OSError, also if it has more than `limit` bytes; UnicodeDecodeError.
     """
     flags = os.O_RDONLY | (0 if follow else os.O_NOFOLLOW)
-    with open(open_file(path, flags), encoding="utf-8", newline="") as file:
-        return file.read()
+    with open(open_file(path, flags), "rb") as file:
+        data = file.read(-1 if limit is None else limit + 1)
+    if limit is not None and len(data) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
+    return data.decode()
+
+
+def check(path: Path) -> None:
+    """Raises: UntrustedError if this is no regular file that only root can change; OSError."""
+    os.close(open_file(path))
 
 
 def _owned(facts: os.stat_result) -> bool:

@@ -181,7 +181,7 @@ def _settings(before: Configured, after: Configured) -> Iterator[SettingChange]:
 
 def _cgroups(before: Sequence[str], after: Sequence[str]) -> Iterator[SettingChange]:
     """Yield the targets that begin or stop to be gated; one inside another that stays does not."""
-    old, new = ({target: cgroups.find(target) for target in some} for some in (before, after))
+    old, new = cgroups.find_all(before), cgroups.find_all(after)
     for target in old.keys() - new.keys():
         if _is_inside(target, old[target], new):
             continue
@@ -215,8 +215,8 @@ def _is_inside(target: str, found: Sequence[Path], others: dict[str, list[Path]]
 def _ungated(settings: Sequence[SettingChange], after: Sequence[str]) -> Callable[[Path], bool]:
     """Return what tells whether a cgroup is no longer gated afterwards."""
     targets = [one["before"] for one in settings if one["key"] == "gate.cgroups" and one["before"]]
-    left = [path for target in targets for path in cgroups.find(target)]
-    kept = [path for target in after for path in cgroups.find(target)]
+    left = [path for some in cgroups.find_all(targets).values() for path in some]
+    kept = [path for some in cgroups.find_all(after).values() for path in some]
 
     def is_ungated(cgroup: Path) -> bool:
         return any(map(cgroup.is_relative_to, left)) and not any(map(cgroup.is_relative_to, kept))

@@ -109,10 +109,10 @@ class _Host:
     def gated(self) -> list[Finding]:
         """Return which configured cgroups do not exist, and whether any is gated."""
         targets = check_targets(self._paths, self._config)
-        absent = [one for one in targets if not cgroups.find(one)]
         found = [
-            warning("cgroups", f"{target} does not exist", "start what lives there, or remove it")
-            for target in absent
+            warning("cgroups", cgroups.absence(target), "start what lives there, or remove it")
+            for target, paths in cgroups.find_all(targets).items()
+            if not paths
         ]
         gated = gated_cgroups(self._paths)
         if not gated:
@@ -135,7 +135,8 @@ class _Host:
         ]
         gated = set(gated_cgroups(self._paths))
         targets = check_targets(self._paths, self._config)
-        for cgroup in {one for target in targets for one in cgroups.find(target)} - gated:
+        wanted = {one for some in cgroups.find_all(targets).values() for one in some}
+        for cgroup in wanted - gated:
             for hook, kind in HOOKS.items():
                 error = exclusive.explain(cgroup, hook, kind.attach_type)
                 if error is not None:

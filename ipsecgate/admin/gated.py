@@ -28,7 +28,7 @@ def cgroups_of(paths: Paths, read_config: Callable[[], Config]) -> Cgroups:
     attachments = pins.attachments()
     by_id = cgroups.by_id()
     targets = _targets(answer, paths, read_config)
-    named = {target: cgroups.find(target) for target in targets}
+    named = cgroups.find_all(targets)
     gated = sorted({one.cgroup_id for one in attachments})
     tops = {by_id[number] for number in gated if number in by_id}
     return {

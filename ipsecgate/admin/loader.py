@@ -121,16 +121,17 @@ def unload(paths: Paths, *, force: bool) -> None:
     asyncio.run(floor.keep(instance_tag(paths.instance), ()))
 
 
-def attach(paths: Paths, target: str) -> Path:
-    """Gate the cgroup that a target names, and return its path."""
-    cgroup = cgroups.resolve(target)
-    attach_path(paths, cgroup)
-    return cgroup
+def attach(paths: Paths, target: str) -> list[Path]:
+    """Gate the cgroups that a target names, and return their paths. Raises: UsageError if none."""
+    found = cgroups.resolve_all(target)
+    for cgroup in found:
+        attach_path(paths, cgroup)
+    return found
 
 
 def attach_all(paths: Paths, targets: Iterable[str]) -> list[Path]:
     """Gate every existing cgroup that the targets name, and return their paths."""
-    found = [cgroup for target in targets for cgroup in cgroups.find(target)]
+    found = [cgroup for some in cgroups.find_all(targets).values() for cgroup in some]
     for cgroup in found:
         attach_path(paths, cgroup)
     return found
@@ -166,11 +167,16 @@ def runs_before(paths: Paths) -> list[Later]:
 
 
 def detach(paths: Paths, target: str) -> str:
-    """Stop gating a cgroup: a target as for `attach`, or the id of a removed cgroup."""
-    cgroup_id = int(target) if target.isdigit() else cgroups.resolve(target).stat().st_ino
+    """Stop gating cgroups: a target as for `attach`, or the id of a removed cgroup."""
+    numbers = (
+        [int(target)]
+        if target.isdigit()
+        else [path.stat().st_ino for path in cgroups.resolve_all(target)]
+    )
     with _locked(paths, f"detach {target}") as pins, instances.locked(pins):
         instances.withdraw(pins)
-        if not pins.detach(cgroup_id):
+        detached = [pins.detach(number) for number in numbers]
+        if not any(detached):
             raise GateError(
                 f"instance {paths.instance!r} does not gate {target}",
                 hint="`ipsecgate status` lists the gated cgroups",
@@ -211,6 +217,6 @@ def check_targets(paths: Paths, config: Config) -> tuple[str, ...]:
         if not cgroups.is_pattern(target) and not Path(target).is_relative_to(root):
             raise UsageError(
                 f"{paths.config}: gate.cgroups: {target} is not below {root}",
-                hint=f"use a path below {root}, unit:NAME or container:NAME",
+                hint=cgroups.usage(),
             )
     return (str(root),) if config.host else config.cgroups

@@ -35,12 +35,10 @@ def connections(paths: Paths) -> Iterator[tuple[Flow, Path, bool]]:
 
 def target_of(cgroup: Path) -> str:
     """Return the target that names a cgroup or the unit or container around it, else its path."""
+    known = cgroups.containers() if cgroups.container_in(cgroup) else {}
     around = (cgroup, *cgroup.parents)
-    return next((one for path in around for one in _services(path)), str(cgroup))
-
-
-def _services(path: Path) -> Iterator[str]:
-    return (one for one in cgroups.targets_of(path, {}) if not one.endswith(".slice"))
+    found = (one for path in around for one in cgroups.targets_of(path, known))
+    return next((one for one in found if not one.endswith(".slice")), str(cgroup))
 
 
 def short_name(cgroup: Path) -> str:

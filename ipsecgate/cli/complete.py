@@ -70,7 +70,7 @@ def _paths(context: click.Context) -> Paths:
 
 
 def targets(context: click.Context, parameter: click.Parameter, typed: str) -> list[CompletionItem]:
-    """Complete unit:NAME, container:NAME and the path of a cgroup."""
+    """Complete unit:, container:, label: and pod: targets, and the path of a cgroup."""
     if typed.startswith("/"):
         return [CompletionItem(typed, type="dir")]
     return _targets(context, parameter, typed)
@@ -79,8 +79,10 @@ def targets(context: click.Context, parameter: click.Parameter, typed: str) -> l
 @live
 def _targets(_: Asked) -> Found:
     yield from _named("unit:", "container:")
-    from ipsecgate.edges.host import cgroups  # noqa: PLC0415
+    from ipsecgate.edges.host import cgroups, container_targets  # noqa: PLC0415
 
+    known = cgroups.containers().values()
+    yield from sorted((one, "") for each in known for one in container_targets.descriptions(each))
     yield f"{cgroups.root()}/", "path of a cgroup"
 
 
@@ -100,9 +102,9 @@ def containers(_: Asked) -> Found:
 
 def _named(*kinds: str) -> Found:
     """Yield the targets of these kinds, and their cgroups."""
-    from ipsecgate.edges.host import cgroups, runtimes  # noqa: PLC0415
+    from ipsecgate.edges.host import cgroups  # noqa: PLC0415
 
-    known = runtimes.names() if "container:" in kinds else {}
+    known = cgroups.containers() if "container:" in kinds else {}
     root = cgroups.root()
     found = [
         (target, f"/{path.relative_to(root)}")
@@ -116,9 +118,9 @@ def _named(*kinds: str) -> Found:
 @live
 def gated(asked: Asked) -> Found:
     """Complete a gated cgroup: as a unit or container, by its path, by its id if it is removed."""
-    from ipsecgate.edges.host import cgroups, runtimes  # noqa: PLC0415
+    from ipsecgate.edges.host import cgroups  # noqa: PLC0415
 
-    by_id, known = cgroups.by_id(), runtimes.names()
+    by_id, known = cgroups.by_id(), cgroups.containers()
     for number in _gated_ids(asked.paths):
         path = by_id.get(number)
         if path is None:

@@ -90,7 +90,7 @@ udp_option = click.option("--udp", is_flag=True, help="Also hold sendmsg() and s
     "--cgroup",
     metavar="TARGET",
     shell_complete=complete.gated,
-    help="Run in this gated cgroup, or in one below it: a path, unit:NAME or container:NAME. "
+    help="Run in this gated cgroup, or in one below it; written as for attach. "
     "The default is the current cgroup if it is gated, else the only gated one.",
 )
 @udp_option

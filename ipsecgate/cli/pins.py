@@ -89,6 +89,7 @@ def unload(app: App, force: bool) -> None:
     examples=[
         ("ipsecgate attach unit:postgresql", "Gate a systemd unit."),
         ("ipsecgate attach container:webshop", "Gate a container, by its name or id."),
+        ("ipsecgate attach label:tier=web", "Gate each container that has this label now."),
         ("ipsecgate attach /sys/fs/cgroup/gated.slice", "Gate a cgroup and all cgroups below it."),
     ]
 )
@@ -97,11 +98,15 @@ def unload(app: App, force: bool) -> None:
 def attach(app: App, target: str) -> None:
     """Gate a cgroup and all cgroups below it.
 
-    TARGET is the path of a cgroup, unit:NAME for a systemd unit, or container:NAME.
+    TARGET is the path of a cgroup, unit:NAME for a systemd unit, container:NAME,
+    label:KEY=VALUE or label:KEY for all containers with that label, or
+    pod:NAMESPACE/NAME for pods of Kubernetes; NAME may have wildcards. Only what runs now
+    is gated; gate.cgroups also gates what starts later.
+
     Sockets that a process made before it joined the cgroup are not gated.
     """
-    cgroup = loader.attach(app.paths, target)
-    app.done(f"gated: {cgroup}", attached=str(cgroup))
+    gated = [str(path) for path in loader.attach(app.paths, target)]
+    app.done(*(f"gated: {path}" for path in gated), attached=gated)
 
 
 @verb(

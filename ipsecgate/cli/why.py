@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     "--cgroup",
     metavar="TARGET",
     shell_complete=complete.targets,
-    help="The cgroup of the caller: a path or unit:NAME.",
+    help="The cgroup of the caller: a path, unit:NAME, label:KEY=VALUE or pod:NAMESPACE/NAME.",
 )
 @click.option(
     "--container",

@@ -10,7 +10,7 @@ the host, and its order among those of the same cgroup stays. If too many wait, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,12 +99,12 @@ def look(wanted: Iterable[int]) -> dict[int, Caller]:
     paths = cgroups.by_id()
     here = {number: paths[number] for number in wanted if number in paths}
     containers = {number: cgroups.container_in(path) for number, path in here.items()}
-    names = runtimes.names() if any(containers.values()) else {}
+    names = runtimes.names(filter(None, containers.values()))
     return {
         number: Caller(str(path), cgroups.unit_in(path), _name(containers[number], names))
         for number, path in here.items()
     }
 
 
-def _name(ident: str, names: cgroups.Names) -> str:
+def _name(ident: str, names: Mapping[str, set[str]]) -> str:
     return min(names.get(ident, ()), default=ident[:SHOWN])

@@ -17,6 +17,7 @@ from pathlib import Path
 from ipsecgate.admin import loader
 from ipsecgate.edges.host import cgroups, saved_state
 from ipsecgate.edges.host.inotify import Appeared, Folders, Overflow, Vanished
+from ipsecgate.edges.host.runtimes import Unread
 from ipsecgate.errors import GateError
 from ipsecgate.paths import Paths
 
@@ -152,15 +153,26 @@ class Targets:
                 log.info("cgroup removed: %s", path)
         self._errors = {}
         self._save()
-        for target in self.wanted:
-            for path in cgroups.find(target):
+        unread: Unread = {}
+        for target, found in cgroups.find_all(self.wanted, unread).items():
+            for path in found:
                 self._gate(path, {target})
+        self._report(unread)
         self._prune()
 
     def _appeared(self, path: Path) -> None:
-        targets = cgroups.naming(path, self.wanted)
-        if targets:
-            self._gate(path, targets)
+        unread: Unread = {}
+        for target, cgroup in cgroups.naming(path, self.wanted, unread):
+            self._gate(cgroup, {target})
+        self._report(unread)
+
+    def _report(self, unread: Unread) -> None:
+        """Report files that may be about a container that a target names."""
+        for file, reason in unread.items():
+            self._errors[file] = (
+                f"containers may be missed, because {file} cannot be read: {reason}"
+            )
+            log.error("%s", self._errors[file])
 
     def _save(self) -> None:
         if self._saved == self.wanted:
@@ -207,12 +219,7 @@ class Targets:
 
 
 def _not_found(target: str) -> str:
-    if target.startswith("container:"):
-        return (
-            f"{target} is not running, or neither podman, CRI-O, Docker nor containerd knows it "
-            "by that name: it will be gated when it starts"
-        )
-    return f"cgroup {target} does not exist: it will be gated when it appears"
+    return f"{cgroups.absence(target)}: it will be gated when it appears"
 
 
 def _id(path: Path) -> int | None:

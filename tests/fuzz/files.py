@@ -43,8 +43,8 @@ TOML: tuple[Any, ...] = (
 KINDS = (b"{}", b"[]", b'""', b"null", b"true", b"false", b"[[]]", b"1979-05-27T07:32:00Z", b"0.5")
 
 
-class _Folder(Target):
-    """A decoder of a file in a folder; it must change neither."""
+class Folder(Target):
+    """A decoder of a file in a folder of its own; it must change neither."""
 
     words: tuple[bytes, ...] = (*DEEP, *NUMBERS, *TEXT, *KINDS)
 
@@ -59,9 +59,9 @@ class _Folder(Target):
         self._path.write_bytes(data)
 
     def state(self) -> object:
-        there = sorted(path.name for path in self._folder.iterdir())
+        there = sorted(path for path in self._folder.rglob("*") if path.is_file())
         changed = self._path.exists() and self._path.read_bytes() != self._given
-        return [name for name in there if name != self._path.name], changed
+        return [path for path in there if path != self._path], changed
 
     def close(self) -> None:
         shutil.rmtree(self._folder)
@@ -71,14 +71,14 @@ def _toml(value: object) -> str:
     return json.dumps(value)  # TOML and JSON write strings, booleans and lists of them alike
 
 
-class Config(_Folder):
+class Config(Folder):
     """ipsecgate.toml, and the tables that the gate builds from it."""
 
     name = "config"
     shaped = True
     refusals = (UsageError,)
     words = (
-        *_Folder.words, b"[[policy]]\n", b"[gate]\n", b"[errno]\n", b"[policy.x]\n", b"=", b"\n",
+        *Folder.words, b"[[policy]]\n", b"[gate]\n", b"[errno]\n", b"[policy.x]\n", b"=", b"\n",
         b"policy=1\n", b"host=true\n", b"::/0", b"0.0.0.0/0", b"::ffff:10.0.0.0/104", b"1-65535",
         b"fe80::1%eth0", b"10.0.0.0/255.0.0.0", b"start", b"discard", b"70000", b"9-1",
     )  # fmt: skip
@@ -151,13 +151,13 @@ class Config(_Folder):
         return got
 
 
-class Memory(_Folder):
+class Memory(Folder):
     """The saved children, and the tables that the gate builds from them."""
 
     name = "memory"
     shaped = True
     refusals = (GateError,)
-    words = (*_Folder.words, b"{", b"}", b"[", b"]", b",", b":", b'"ike"', b"TUNNEL", b"90, 80")
+    words = (*Folder.words, b"{", b"}", b"[", b"]", b",", b":", b'"ike"', b"TUNNEL", b"90, 80")
 
     def real(self, random: Random) -> tuple[bytes, Any]:
         children = tuple(

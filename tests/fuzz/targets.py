@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from tests.fuzz import calls, control, files, ike, kernel, namespaces, nat, oci
+from tests.fuzz import bundles, calls, control, files, ike, kernel, namespaces, nat, oci
 from tests.fuzz.engine import Target
 
 TARGETS: tuple[type[Target], ...] = (
     files.Config,
     files.Memory,
+    bundles.Bundle,
     kernel.Xfrm,
     kernel.Framing,
     kernel.Routes,

@@ -27,8 +27,9 @@ from ipsecgate.cli.manual import commands
 from ipsecgate.cli.shells import SHELLS, script
 from ipsecgate.core.model.flow import TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, Mode
-from ipsecgate.edges.host import cgroups, control_server, saved_state
+from ipsecgate.edges.host import cgroups, control_server, runtimes, saved_state
 from ipsecgate.edges.host.control_server import Request
+from ipsecgate.edges.host.runtimes import Container
 
 LIMIT = 20.0  # seconds for a shell to answer
 START = {
@@ -272,12 +273,18 @@ def test_without_a_controller_they_come_from_configuration_and_cache(
         ("plain", set()),
     ],
 )  # fmt: skip
-def test_the_targets_of_a_cgroup_name_it(path: str, targets: set[str]) -> None:
-    known = {64 * "a": {"shop"}}
-    found = set(cgroups.targets_of(Path("/sys/fs/cgroup", path), known))
+def test_the_targets_of_a_cgroup_name_it(
+    path: str, targets: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = cgroups.root()
+    known = [
+        Container(64 * "a", f"machine.slice/libpod-{64 * 'a'}.scope", frozenset({"shop"})),
+        Container(64 * "b", f"docker/{64 * 'b'}"),
+    ]
+    found = set(cgroups.targets_of(top / path, {top / one.cgroup: one for one in known}))
     assert found == targets
-    for target in found:
-        assert cgroups._names(target, Path("/sys/fs/cgroup", path), known)
+    monkeypatch.setattr(runtimes, "containers", lambda *_, **__: known)
+    assert {target for target, _ in cgroups.naming(top / path, sorted(found))} == targets
 
 
 # Parameters that take a live value, whatever the verb; and those of one verb.

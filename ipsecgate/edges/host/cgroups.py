@@ -3,6 +3,10 @@
 /sys/fs/cgroup/a/b   that cgroup
 unit:NAME            the system's unit: not a user's of the same name, nor one in a container
 container:NAME       the container of that id, of an id that begins so, or of that name
+label:KEY=VALUE      each container with that label; label:KEY: with any value
+pod:NAMESPACE/NAME   each pod of Kubernetes; NAME may have the wildcards * ? [...]
+
+The last three are explained in `container_targets`.
 """
 
 from __future__ import annotations
@@ -10,20 +14,19 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ipsecgate.edges.host import runtimes
+from ipsecgate.edges.host import container_targets, runtimes
 from ipsecgate.edges.host.mounts import mounted
+from ipsecgate.edges.host.runtimes import Container, Unread
 from ipsecgate.errors import GateError, KernelLacksError, UsageError
 
-SHORT_ID = 6  # digits of a container's id that name it
-SHOWN_ID = 12  # digits by which the runtimes list it
+KINDS = "unit:NAME, container:NAME, label:KEY=VALUE or pod:NAMESPACE/NAME"
+SHOWN_ID = 12  # digits by which the runtimes list a container
 _CONTAINER = re.compile(
-    r"(?:(?:libpod|docker|crio|cri-containerd|nerdctl|runc|crun)-)?([A-Za-z0-9][\w.+-]*?)(?:\.scope)?"
+    r"(?:(?:libpod|libpod-payload|docker|crio|cri-containerd|nerdctl)-)?([0-9a-f]{64})(?:\.scope)?"
 )
-Names = Mapping[str, Set[str]]
-"""The names of containers, by id."""
 
 
 def root() -> Path:
@@ -39,20 +42,50 @@ def root() -> Path:
 
 
 def find(target: str) -> list[Path]:
-    """Return the existing cgroups that a target names.
+    """Return the existing cgroups that a target names."""
+    return find_all([target])[target]
 
-    Some runtimes nest a cgroup of the same name in a container's: only the outermost is returned,
-    because gating it gates all.
+
+def find_all(targets: Iterable[str], unread: Unread | None = None) -> dict[str, list[Path]]:
+    """Return the existing cgroups that each target names. `unread`: see `runtimes.containers`.
+
+    Of a cgroup and those inside it only the outermost is returned, because gating it gates all.
     """
-    if not is_pattern(target):
-        return [Path(target)] if (Path(target) / "cgroup.procs").is_file() else []
-    known = runtimes.names() if target.startswith("container:") else {}
-    found = [path for path in walk() if _names(target, path, known)]
-    return [
-        path
-        for path in found
-        if not any(other != path and path.is_relative_to(other) for other in found)
-    ]
+    targets = tuple(targets)
+    found = {target: set() if is_pattern(target) else {Path(target)} for target in targets}
+    units = [target for target in targets if target.startswith("unit:")]
+    for path in walk() if units else ():
+        for target in units:
+            if _is_unit(target, path):
+                found[target].add(path)
+    for target, cgroup in _of_containers(targets, "", unread):
+        found[target].add(cgroup)
+    return {target: _outermost(filter(_exists, paths)) for target, paths in found.items()}
+
+
+def _of_containers(
+    targets: Iterable[str], ident: str, unread: Unread | None
+) -> Iterator[tuple[str, Path]]:
+    """Yield the targets that name a container, or the one of this id, and the cgroups to gate."""
+    wanted = [target for target in targets if target.startswith(container_targets.KINDS)]
+    top = root() if wanted else Path()
+    for container in runtimes.containers(ident, unread=unread) if wanted else ():
+        for target in wanted:
+            cgroup = container_targets.named(target, container, top / container.cgroup)
+            if cgroup is not None:
+                yield target, cgroup
+
+
+def _exists(cgroup: Path) -> bool:
+    return (cgroup / "cgroup.procs").is_file()
+
+
+def _outermost(found: Iterable[Path]) -> list[Path]:
+    tops: list[Path] = []
+    for path in sorted(found):  # what is above others comes first
+        if not any(map(path.is_relative_to, tops)):
+            tops.append(path)
+    return tops
 
 
 def unit_in(path: Path) -> str:
@@ -64,43 +97,67 @@ def unit_in(path: Path) -> str:
 def container_in(path: Path) -> str:
     """Return the id of the container that a cgroup belongs to, "" if there is none."""
     matches = (_CONTAINER.fullmatch(part) for part in reversed(path.parts))
-    return next((one[1] for one in matches if one and runtimes.ID.fullmatch(one[1])), "")
+    return next((one[1] for one in matches if one), "")
 
 
 def is_pattern(target: str) -> bool:
-    """Return whether a target names cgroups by their unit or container."""
-    return target.startswith(("unit:", "container:"))
+    """Return whether a target names cgroups by their unit, container, label or pod."""
+    return target.startswith(("unit:", *container_targets.KINDS))
 
 
-def naming(path: Path, targets: Iterable[str]) -> set[str]:
-    """Return those of the targets that name this path, whether such a cgroup exists or not."""
-    known = runtimes.names() if runtimes.ID.search(path.name) else {}
-    return {target for target in targets if _names(target, path, known)}
+def checked(target: str) -> str:
+    """Return a target as it is. Raises: ValueError if it is malformed."""
+    if is_pattern(target) and target.endswith(":"):
+        raise ValueError(f"{target!r} has no name")
+    container_targets.check(target)
+    return target
 
 
-def targets_of(path: Path, known: Names) -> Iterator[str]:
+def naming(
+    path: Path, targets: Sequence[str], unread: Unread | None = None
+) -> list[tuple[str, Path]]:
+    """Return the targets that name a cgroup that has appeared, each with the cgroup to gate.
+
+    That is the same one, or the one of the pod that it is in. `unread`: as for `find_all`.
+    """
+    here = [target for target in targets if path == Path(target) or _is_unit(target, path)]
+    ident = runtimes.ID.search(path.name)
+    of_containers = _of_containers(targets, ident[0] if ident else path.name, unread)
+    around = ((target, cgroup) for target, cgroup in of_containers if path.is_relative_to(cgroup))
+    return [*((target, path) for target in here), *around]
+
+
+def absence(target: str) -> str:
+    """Return why a target names no cgroup: a sentence without its end."""
+    if target.startswith(container_targets.KINDS):
+        return container_targets.absence(target)
+    return f"cgroup {target} does not exist"
+
+
+def targets_of(path: Path, known: Mapping[Path, Container]) -> Iterator[str]:
     """Yield the targets that name a cgroup as a service, a slice or a container, the shortest ones.
 
-    `known`: the containers of `runtimes.names`. One without a name is named by its id.
+    `known`: the containers, by cgroup. One without a name is named by its id.
     """
     if path.suffix in (".service", ".slice") and _is_outermost(path):
         short = path.name.removesuffix(".service")
         yield f"unit:{path.name if '.' in short else short}"
-    match = _CONTAINER.fullmatch(path.name)
-    if match is not None and runtimes.ID.fullmatch(match[1]):
-        names = sorted(known.get(match[1], ())) or [match[1][:SHOWN_ID]]
-        yield from (f"container:{name}" for name in names)
+    container = known.get(path)
+    if container is not None:
+        for name in sorted(container.names) or [container.ident[:SHOWN_ID]]:
+            yield f"container:{name}"
 
 
-def _names(target: str, path: Path, known: Names) -> bool:
+def containers() -> dict[Path, Container]:
+    """Return the containers, by cgroup."""
+    top = root()
+    return {top / container.cgroup: container for container in runtimes.containers()}
+
+
+def _is_unit(target: str, path: Path) -> bool:
     kind, _, name = target.partition(":")
-    match kind:
-        case "unit":
-            wanted = name if "." in name else f"{name}.service"
-            return path.name == wanted and _is_outermost(path)
-        case "container":
-            return _is_container(name, path, known)
-    return path == Path(target)
+    wanted = name if "." in name else f"{name}.service"
+    return kind == "unit" and path.name == wanted and _is_outermost(path)
 
 
 def _is_outermost(path: Path) -> bool:
@@ -111,33 +168,37 @@ def _is_outermost(path: Path) -> bool:
     )
 
 
-def _is_container(name: str, path: Path, known: Names) -> bool:
-    match = _CONTAINER.fullmatch(path.name)
-    if match is None:
-        return False
-    ident = match[1]
-    if name == ident or name in known.get(ident, ()):
-        return True
-    return len(name) >= SHORT_ID and bool(runtimes.ID.fullmatch(ident)) and ident.startswith(name)
-
-
 def resolve(target: str) -> Path:
     """Return the one cgroup that a target names.
 
     Raises: UsageError if there is none, or more than one.
     """
-    found = find(target)
-    if not found:
-        raise UsageError(
-            f"{target} is not running" if is_pattern(target) else f"{target} is not a cgroup",
-            hint=f"use a path below {root()}, unit:NAME or container:NAME",
-        )
+    found = resolve_all(target)
     if len(found) != 1:
         several = ", ".join(str(path) for path in found[:4])
         raise UsageError(
             f"{target} names {len(found)} cgroups: {several}", hint="name one of them by its path"
         )
     return found[0]
+
+
+def resolve_all(target: str) -> list[Path]:
+    """Return the cgroups that a target names. Raises: UsageError if there is none."""
+    try:
+        found = find(checked(target))
+    except ValueError as error:
+        raise UsageError(str(error), hint=usage()) from error
+    if not found:
+        text = f"{target} is not running" if is_pattern(target) else f"{target} is not a cgroup"
+        if target.startswith(container_targets.KINDS):
+            text = container_targets.absence(target)
+        raise UsageError(text, hint=usage())
+    return found
+
+
+def usage() -> str:
+    """Return how targets are written."""
+    return f"use a path below {root()}, {KINDS}"
 
 
 def own() -> Path:

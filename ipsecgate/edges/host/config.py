@@ -23,6 +23,7 @@ from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
 from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.policy_rules import matches
 from ipsecgate.core.tables.rule_table import COARSE_ENTRIES, COARSE_MASKS, ENTRY_LIMIT, MASK_LIMIT
+from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.host.config_keys import SECTIONS
 from ipsecgate.edges.host.config_table import TomlTable
 from ipsecgate.edges.host.listen import Listen
@@ -37,7 +38,7 @@ _POLICY = re.compile(r"\s*\[\[\s*policy\s*\]\]")
 class Config:
     """One instance's configuration.
 
-    `cgroups` has targets as written: paths, unit:NAME, container:NAME. `host`: gate all cgroups.
+    `cgroups` has targets as written (see `edges/host/cgroups.py`). `host`: gate all cgroups.
     `listen`: where metrics are served, None: not configured.
     """
 
@@ -86,7 +87,9 @@ def _config(
             floor=floor == "xfrm-block",
             destroy=gate.choice("live_flows") == "destroy",
         ),
-        cgroups=tuple(gate.strings("cgroups")),
+        cgroups=tuple(
+            gate.parsed("cgroups", text, cgroups.checked) for text in gate.strings("cgroups")
+        ),
         host=host,
         vici=Path(gate.text("vici")),
         listen=listen,

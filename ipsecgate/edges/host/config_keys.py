@@ -98,8 +98,9 @@ SECTIONS: Mapping[str, Section] = {
             "cgroups",
             (),
             "The cgroups to gate, each with all cgroups below it: `unit:NAME` for a systemd unit, "
-            "`container:NAME` for a container by its name or id, or the path of a cgroup. The "
-            "controller waits for those that do not exist yet.",
+            "`container:NAME` for a container by its name or id, `label:KEY=VALUE` for containers "
+            "by a label, `pod:NAMESPACE/NAME` for pods of Kubernetes, or the path of a cgroup. "
+            "The controller waits for those that do not exist yet.",
             values="list of strings",
             example=("unit:postgresql", "/sys/fs/cgroup/web"),
         ),
