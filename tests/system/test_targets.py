@@ -77,22 +77,12 @@ def waiting(controller: ControllerProcess) -> list[str]:
     return [error for error in controller.ask()["errors"] if "it will be gated when" in error]
 
 
-@pytest.mark.parametrize("kind", ["path", "unit", "container"])
+@pytest.mark.parametrize("kind", ["path", "unit"])
 def test_a_missing_target_is_gated_whenever_it_appears(
     controller: ControllerProcess, folder: Path, kind: str
 ) -> None:
-    number = f"{controller.name}0123456789ab"
-    names = {
-        "path": "x/y",
-        "unit": f"x/{controller.name}.service",
-        "container": f"x/crio-{number}.scope",
-    }
-    cgroup = folder / names[kind]
-    target = {
-        "path": str(cgroup),
-        "unit": f"unit:{controller.name}",
-        "container": f"container:{number}",
-    }
+    cgroup = folder / {"path": "x/y", "unit": f"x/{controller.name}.service"}[kind]
+    target = {"path": str(cgroup), "unit": f"unit:{controller.name}"}
     start(controller, target[kind])
     (error,) = waiting(controller)
     assert target[kind] in error
@@ -139,31 +129,66 @@ def test_a_unit_of_a_user_or_in_a_container_is_not_the_systems(
     assert gated(controller) == {own.stat().st_ino}
 
 
-def test_a_container_is_gated_by_the_name_that_podman_knows(
+def test_a_container_is_gated_by_what_podman_knows_of_it(
     controller: ControllerProcess, folder: Path
 ) -> None:
-    """Also another one that takes its name, which has another id; but not conmon's own cgroup."""
+    """By name, annotation, and with podman 5 by label; not conmon's cgroup, nor one named like it.
+
+    Also another container that takes the name, which has another id.
+    """
     name = f"{controller.name}-webshop"
-    start(controller, f"container:{name}")
-    (error,) = waiting(controller)
-    assert f"container:{name} is not running" in error
+    by_name, annotated = f"container:{name}", f"label:front={name}"
+    labelled, other = f"label:tier={name}", f"label:tier={name}x"
+    start(controller, by_name, annotated, labelled, other)
+    errors = "\n".join(waiting(controller))
+    assert f"{by_name} is not running" in errors
+    assert f"{annotated} is on no running container" in errors
     assert controller.cli("status").returncode == 1
+    alike = folder / name
+    alike.mkdir()
+    version = subprocess.run(["podman", "--version"], capture_output=True, text=True, check=True)
+    reads_labels = int(re.findall(r"\d+", version.stdout)[0]) >= 5
     ids = set()
     for _ in range(2):
         with tempfile.TemporaryDirectory(prefix="box-") as place:
             box = Containers(Path(place), folder)
             argv = box.podman("crun", name, ["/bin/busybox", "sleep", "600"], None)
+            at = argv.index("--rm")
+            argv[at:at] = [f"--annotation=front={name}", f"--label=tier={name}"]
             process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
             assert controller.eventually(lambda: gated(controller)), controller.log
             (cgroup,) = (c for c in cgroups.walk() if c.stat().st_ino in gated(controller))
             assert re.fullmatch("libpod-[0-9a-f]{64}", cgroup.name)
-            assert waiting(controller) == []
-            assert [str(cgroup)] == list(map(str, cgroups.find(f"container:{name}")))
+            found = cgroups.find_all([by_name, annotated, labelled, other])
+            assert found[by_name] == found[annotated] == [cgroup]
+            assert found[labelled] == ([cgroup] if reads_labels else [])
+            assert found[other] == []
+            left = [other] if reads_labels else [labelled, other]
+            assert [line.split()[0] for line in waiting(controller)] == left
             ids.add(cgroup.name)
+            # As an operator would, for what runs now.
+            assert controller.cli("detach", annotated).returncode == 0
+            assert not gated(controller)
+            assert controller.cli("attach", annotated).returncode == 0
+            assert is_gated(controller, cgroup)
             subprocess.run([*argv[: argv.index("run")], "kill", name], check=True)
             process.wait()
             assert controller.eventually(lambda: not gated(controller), 60), controller.log
     assert len(ids) == 2
+    assert not is_gated(controller, alike), "only its name is a container's"
+    refused = controller.cli("attach", annotated)
+    assert refused.returncode == 2
+    assert f"{annotated} is on no running container" in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize("target", ["label:=web", "pod:web-1", "container:"])
+def test_a_malformed_target_is_refused(controller: ControllerProcess, target: str) -> None:
+    controller.configure(f'cgroups = ["{target}"]\n')
+    done = controller.cli("run")
+    assert done.returncode == 2
+    assert f"gate.cgroups: '{target}'" in done.stderr
+    assert not Pins(Path("/sys/fs/bpf"), controller.name).loaded
+    assert controller.cli("attach", target).returncode == 2
 
 
 def test_many_cgroups_created_at_once_are_all_gated(

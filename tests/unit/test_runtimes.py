@@ -73,7 +73,9 @@ def podman(
     (process / "comm").write_text(f"{comm}\n")
     (process / "status").write_text("Name:\tconmon\nNSpid:\t100\nNSsid:\t1\n")
     words = ("/bin/conmon", "--api-version", "1", "-c", ident, "-u", ident, "-n", name, "-b")
-    (process / "cmdline").write_bytes(b"\0".join(os.fsencode(word) for word in (*words, userdata, "")))
+    (process / "cmdline").write_bytes(
+        b"\0".join(os.fsencode(word) for word in (*words, userdata, ""))
+    )
     return process
 
 
@@ -269,7 +271,19 @@ def test_an_id_may_be_shortened(places: Places) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["", "/", "/../x", "a/../../x", "a.slice:b/../../c:d", "-.slice:a:b", 1, None]
+    "path",
+    [
+        "",
+        "/",
+        "/../x",
+        "a/../../x",
+        "a.slice:b/../../c:d",
+        "-.slice:a:b",
+        1,
+        None,
+        "/a\0",
+        "/\ud800",
+    ],
 )
 def test_a_path_that_is_not_below_the_root_is_no_cgroup(places: Places, path: Any) -> None:
     """systemd's root slice is the root; a unit in it is below."""

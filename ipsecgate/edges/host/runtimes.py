@@ -233,7 +233,7 @@ def _cgroup(path: object) -> str:
 
     It is a path, or SLICE:PREFIX:NAME, which systemd makes SLICE/PREFIX-NAME.scope.
     """
-    if not isinstance(path, str):
+    if not isinstance(path, str) or not path.isprintable():
         return ""
     parts = path.split(":")
     if len(parts) == 3:
@@ -241,7 +241,7 @@ def _cgroup(path: object) -> str:
         unit = f"{prefix}-{name}" if prefix else name
         path = f"{_slices(above or 'system.slice')}/{unit}.scope"
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    return "" if ".." in parts or "\0" in path else "/".join(parts)
+    return "" if ".." in parts else "/".join(parts)
 
 
 def _slices(name: str) -> str:
