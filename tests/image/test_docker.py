@@ -1,11 +1,13 @@
-"""Real dockerd and containerd: `container:NAME` is gated when it starts; real ESP.
+"""Real dockerd and containerd: containers gated by name, label and pod when they start; real ESP.
 
 `make image-test` runs it where there is ESP. The gate runs beside the runtimes, as a service would,
-and is told the container's name before there is such a container.
+and is told the name before there is such a container. A pod is a cgroup as the kubelet makes it,
+and containers with the annotations of containerd's CRI plugin.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -63,8 +65,9 @@ class Daemon:
     cgroup: str
     shown: str
 
-    def start(self) -> None:
-        self.lab.a.run(self.start_words)
+    def start(self, *options: str) -> None:
+        at = self.start_words.index("--detach")
+        self.lab.a.run([*self.start_words[:at], *options, *self.start_words[at:]])
 
     def execute(self, *command: str) -> subprocess.CompletedProcess[str]:
         return self.lab.a.run([*self.execute_words, *command], check=False)
@@ -128,20 +131,33 @@ def docker(lab: Lab, root: Path, containerd: Daemon) -> Iterator[Daemon]:
     subprocess.run(["umount", "--lazy", str(data)], check=True)
 
 
-@pytest.mark.parametrize("runtime", ["containerd", "docker"])
-def test_a_container_is_gated_by_its_name(
-    lab: Lab, cache: Path, request: pytest.FixtureRequest, runtime: str
+LABEL = "tier=front"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "target", "option"),
+    [
+        ("containerd", "container:shop", ()),
+        ("containerd", f"label:{LABEL}", ("--annotation", LABEL)),
+        ("docker", "container:shop", ()),
+        ("docker", f"label:{LABEL}", ("--label", LABEL)),
+    ],
+)
+def test_a_container_is_gated_by_its_name_or_label(
+    lab: Lab,
+    cache: Path,
+    request: pytest.FixtureRequest,
+    runtime: str,
+    target: str,
+    option: tuple[str, ...],
 ) -> None:
     daemon: Daemon = request.getfixturevalue(runtime)
     lab.reset()
     peer = str(lab.b.address(SPEC))
     wget = ("/bin/busybox", "wget", "-q", "-O", "-", f"http://{peer}:{HTTP}/")
     with Gated(lab, cache=cache, policies=POLICY.format(peer=peer)) as gate:
-        text = gate.config.read_text().replace('cgroups = ["', 'cgroups = ["container:shop", "')
-        gate.config.write_text(text)
-        gate.cli("reload")
-        assert "container:shop is not running" in gate.cli("status", check=False).stdout
-        daemon.start()
+        wait_for(gate, target)
+        daemon.start(*option)
         try:
             wait_until(lambda: gated(gate, daemon.cgroup), f"not gated:\n{gate.log.read_text()}")
             with nothing_in_clear(lab, esp=False):
@@ -155,9 +171,64 @@ def test_a_container_is_gated_by_its_name(
             gate.cli("wait", "--all", "--timeout", "60s")
             with nothing_in_clear(lab, esp=True):
                 assert daemon.execute(*wget).stdout.strip() == PAGE
-            assert gate.cli("detach", "container:shop", check=False).returncode == 0
+            assert gate.cli("detach", target, check=False).returncode == 0
         finally:
             daemon.remove()
+
+
+def wait_for(gate: Gated, target: str) -> None:
+    """Have the gate wait for a target that nothing has yet."""
+    text = gate.config.read_text().replace('cgroups = ["', f'cgroups = ["{target}", "')
+    gate.config.write_text(text)
+    gate.cli("reload")
+    kind, _, _ = target.partition(":")
+    said = " ".join(gate.cli("status", check=False).stdout.split())
+    assert f"{target} is {'on no running container' if kind == 'label' else 'not running'}" in said
+
+
+POD = Path("/sys/fs/cgroup/kubepods/besteffort/pod6a1c5f0e-9a55-4b0c-8d6e-0c7b1f3a9e21")
+
+
+def in_pod(ident: str, kind: str, name: str = "web-1") -> list[str]:
+    """Return options of `ctr run` as containerd's CRI plugin annotates a pod's containers."""
+    known = {"container-type": kind, "sandbox-id": "pause", "sandbox-namespace": "shop",
+             "sandbox-name": name}  # fmt: skip
+    options = [f"--annotation=io.kubernetes.cri.{key}={value}" for key, value in known.items()]
+    return [*options, f"--cgroup=/{POD.relative_to('/sys/fs/cgroup')}/{ident}"]
+
+
+def test_a_pod_is_gated_before_its_containers_start(
+    lab: Lab, root: Path, cache: Path, containerd: Daemon
+) -> None:
+    """Its first container's first call is refused; a pod of another name is not touched."""
+    lab.reset()
+    peer = str(lab.b.address(SPEC))
+    wget = ["/bin/busybox", "wget", "-q", "-O", "-", f"http://{peer}:{HTTP}/"]
+    ctr = ["ctr", "--namespace", "k8s.io"]
+    where = ["--net-host", "--rootfs", str(root)]
+    pause = [*ctr, "run", "--detach", *in_pod("pause", "sandbox"), *where, "pause", *IDLE]
+    with Gated(lab, cache=cache, policies=POLICY.format(peer=peer)) as gate:
+        wait_for(gate, "pod:shop/web-*")
+        POD.mkdir(parents=True)
+        lab.a.run(pause)
+        try:
+            wait_until(lambda: gated(gate, POD.name), f"not gated:\n{gate.log.read_text()}")
+            (one,) = [each for each in json.loads(gate.cli("--json", "cgroups").stdout)["cgroups"]
+                      if each["by"] == "pod:shop/web-*"]  # fmt: skip
+            assert one["cgroup"] == str(POD)
+            app = [*ctr, "run", "--rm", *in_pod("app", "container"), *where, "app", *wget]
+            with nothing_in_clear(lab, esp=False):
+                refused = lab.a.run(app, check=False)
+            assert "Operation not permitted" in refused.stdout + refused.stderr
+            assert gate.reasons()["refuse_uncovered"] > 0
+            beside = [word.replace("besteffort/pod6a", "besteffort/pod7b")
+                      for word in in_pod("other", "sandbox", "db-0")]  # fmt: skip
+            other = lab.a.run([*ctr, "run", "--rm", *beside, *where, "other", *wget])
+            assert other.stdout.strip() == PAGE
+            assert gated(gate, POD.name)
+        finally:
+            lab.a.run([*ctr, "task", "kill", "--signal", "KILL", "pause"])
+            lab.a.run([*ctr, "container", "rm", "pause"])
 
 
 def gated(gate: Gated, part: str) -> bool:
