@@ -149,6 +149,14 @@ class Fish(_Whole, FishComplete):
 
     source_template = _FISH
 
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """Return the whole words, and the one that is being typed: click 8.1.3 leaves it quoted."""
+        words = split_arg_string(os.environ["COMP_WORDS"])[1:]
+        typed = "".join(split_arg_string(os.environ["COMP_CWORD"])[:1])
+        if typed and words and words[-1] == typed:
+            words.pop()
+        return words, typed
+
 
 SHELLS = {"bash": Bash, "zsh": Zsh, "fish": Fish}
 for _shell in SHELLS.values():

@@ -20,6 +20,6 @@ def show(app: App) -> None:
         f"Linux {found['kernel']}",
         f"strongSwan: {found['strongswan'] or f'does not answer on {vici}'}",
         f"BCC {found['bcc'] or 'is not installed'}, Python {found['python']}",
-        ", ".join(f"{name} {found[name]}" for name in LIBRARIES),
+        ", ".join(f"{name} {found[name] or 'of unknown version'}" for name in LIBRARIES),
         **found,
     )

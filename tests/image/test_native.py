@@ -7,6 +7,7 @@ as the kubelet names those of pods.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,7 @@ def test_the_probes_tell_alive_from_ready(loaded: Pod, gated: Caller) -> None:
         assert gated("tcp", PROTECTED, PORT) == "EPERM"
         assert gated("tcp", OTHER, PORT) == "EINPROGRESS", "no policy names it"
         assert loaded.probe("livenessProbe").returncode == 0
+        assert re.search(r"\bvici \d", loaded.cli("--version").stdout)
         ready = loaded.probe("readinessProbe")
         assert ready.returncode == 1
         assert "strongSwan is not running (/run/strongswan/charon.vici" in ready.stdout

@@ -39,6 +39,16 @@ def test_versions_agree() -> None:
     assert set(PROJECT["build-system"]["requires"]) <= set(tools)
 
 
+def test_one_maintainer_is_named_everywhere() -> None:
+    (one,) = PROJECT["project"]["maintainers"]
+    address = f"{one['name']} <{one['email']}>"
+    for name in ("changelog", "control", "copyright"):
+        found = set(re.findall(r"[\w ]+ <[^>]*@[^>]*>", (PACKAGING / "debian" / name).read_text()))
+        assert {each.strip() for each in found} >= {address}, name
+    role = (PACKAGING / "ansible/roles/ipsecgate/meta/main.yml").read_text()
+    assert f"author: {one['name']}" in role
+
+
 def test_the_package_builds_with_what_the_program_needs() -> None:
     control = (PACKAGING / "debian/control").read_text()
     for need in PROJECT["project"]["dependencies"]:
