@@ -59,13 +59,13 @@ def problem(arguments: list[str], *, whole: bool = True) -> str:
     """
     try:
         group = cli.make_context("ipsecgate", list(arguments))
-        if not whole and not group._protected_args:
-            return ""
+        if not group._protected_args:
+            return "" if not whole or group.params["show_version"] else "there is no verb"
         _, verb, rest = cli.resolve_command(group, [*group._protected_args, *group.args])
         if verb is None:
             return "there is no verb"
         verb.make_context(verb.name, rest, parent=group)
-    except click.exceptions.Exit:  # --help, --version
+    except click.exceptions.Exit:  # --help
         return ""
     except click.MissingParameter as error:
         return error.format_message() if whole else ""
