@@ -15,7 +15,10 @@ _ADVICE = tuple(
             "mend the file, then `ipsecgate reload`; until then the old one is in force",
         ),
         (r"\.toml: ", "mend the file, then start the controller"),
-        (r"^container:.* is not running", "start it, or remove it from gate.cgroups"),
+        (
+            r"^(container|label|pod):.* it will be gated",
+            "start it, or remove it from gate.cgroups",
+        ),
         (
             r"^cgroup .* does not exist",
             "start the service that lives there, or remove it from gate.cgroups",

@@ -169,9 +169,7 @@ class Targets:
     def _report(self, unread: Unread) -> None:
         """Report files that may be about a container that a target names."""
         for file, reason in unread.items():
-            self._errors[file] = (
-                f"containers may be missed, because {file} cannot be read: {reason}"
-            )
+            self._errors[file] = f"{file} cannot be read, so its container may be missed: {reason}"
             log.error("%s", self._errors[file])
 
     def _save(self) -> None:

@@ -84,7 +84,7 @@ def test_load_attach_detach_unload(run: Run, cgroup: Path, unique: str) -> None:
     loaded = run("load")
     assert (loaded.code, loaded.out) == (0, f"loaded: {pins}\n")
     assert (pins / "maps/entries").exists()
-    assert run("--json", "attach", str(cgroup)).json == {"attached": str(cgroup)}
+    assert run("--json", "attach", str(cgroup)).json == {"attached": [str(cgroup)]}
     status = run("--json", "status")
     assert status.code == 1, "no controller"
     assert mismatches(status.json, Status) == []
