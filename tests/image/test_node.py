@@ -1,11 +1,13 @@
-"""The DaemonSet's pod on a node with ESP: pods in the kubelet's cgroups are gated by path.
+"""The DaemonSet's pod on a node with ESP: pods in the kubelet's cgroups are gated by path and name.
 
-`make image-test` runs it. The cgroups are named as the kubelet names them with either driver; no
-kubelet runs. strongSwan runs on the node, and a capture between the hosts shows the packets.
+`make image-test` runs it. The cgroups are named as the kubelet names them with either driver, and
+described as containerd and CRI-O do; neither runs. strongSwan runs on the node, and a capture
+between the hosts shows the packets.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +33,17 @@ LAYOUTS = {
     "systemd guaranteed": f"kubepods.slice/kubepods-pod{ESCAPED}.slice/crio-{CONTAINER}.scope",
     "cgroupfs": f"kubepods/besteffort/pod{UID}/{CONTAINER}",
 }
+RUNTIMES = {
+    f"/run/containers/storage/overlay-containers/{CONTAINER}/userdata": (
+        f"kubepods-pod{ESCAPED}.slice:crio:{CONTAINER}",
+        {"io.kubernetes.pod.namespace": "shop", "io.kubernetes.pod.name": "db-0"},
+    ),
+    f"/run/containerd/io.containerd.runtime.v2.task/k8s.io/{CONTAINER}": (
+        f"/{LAYOUTS['cgroupfs']}",
+        {"io.kubernetes.cri.sandbox-namespace": "shop", "io.kubernetes.cri.sandbox-name": "web-1"},
+    ),
+}
+"""Where CRI-O and containerd describe the last two, with cgroupsPath and annotations."""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +62,10 @@ def pods(lab: Lab) -> Iterator[dict[str, Caller]]:
         cgroup = cgroups.root() / path
         cgroup.mkdir(parents=True)
         made[name] = Caller(lab.a.namespace.path, cgroup)
+    for folder, (where, known) in RUNTIMES.items():
+        Path(folder).mkdir(parents=True)
+        document = {"annotations": known, "linux": {"cgroupsPath": where}}
+        Path(folder, "config.json").write_text(json.dumps(document))
     yield made
     for caller in made.values():
         caller.close()
@@ -56,14 +73,14 @@ def pods(lab: Lab) -> Iterator[dict[str, Caller]]:
 
 @pytest.fixture(scope="module")
 def gate(lab: Lab, pods: dict[str, Caller]) -> Iterator[Pod]:
-    """The pod: its init container, then the controller, with a container gated by its id, too."""
+    """The pod: its init container, then the controller; two pods are gated by name."""
     names = ("config", "run", "cache", "vici")
     paths = {name: PLACE / name for name in names} | {"vici": lab.a.charon.vici_socket.parent}
     paths["config"].mkdir(parents=True)
     (paths["config"] / "ipsecgate.toml").write_text(f"""
 [gate]
 vici = "/run/strongswan/{lab.a.charon.vici_socket.name}"
-cgroups = ["/sys/fs/cgroup/kubepods.slice", "/sys/fs/cgroup/kubepods"]
+cgroups = ["/sys/fs/cgroup/kubepods.slice/kubepods-burstable.slice", "pod:shop/db-0", "pod:shop/w*"]
 [[policy]]
 name = "net"
 remote = ["{lab.b.address(SPEC)}"]
