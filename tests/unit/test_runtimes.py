@@ -112,11 +112,11 @@ def test_a_process_that_only_looks_like_conmon_does_not_count(places: Places, wh
 
 
 def database(places: Places, ident: str, labels: Mapping[str, str]) -> Path:
-    """Write podman 5's database; the columns are those of podman 5.4.2."""
+    """Write podman 5's database: the columns and types of podman 5.4.2."""
     file = places.podman / "db.sql"
     with closing(sqlite3.connect(file)) as made, made:
         made.execute(SCHEMA)
-        document = json.dumps({"id": ident, "name": "x", "labels": labels})
+        document = json.dumps({"id": ident, "name": "x", "labels": labels}).encode()  # a BLOB
         made.execute("INSERT INTO ContainerConfig VALUES (?, 'x', ?)", (ident, document))
     file.chmod(0o644)
     return file

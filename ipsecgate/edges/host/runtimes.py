@@ -196,9 +196,9 @@ class _Reader:
         return self._object(file, text)
 
     def _object(self, file: Path, text: object) -> dict[str, Any]:
-        """Return a JSON object of a file, {} if the text is none."""
+        """Return a JSON object of a file, {} if the text is none. podman 5 writes it as a BLOB."""
         try:
-            document = json.loads(text) if isinstance(text, str) else None
+            document = json.loads(text) if isinstance(text, str | bytes) else None
         except (ValueError, RecursionError) as error:
             self._unread[file] = str(error)
             return {}
