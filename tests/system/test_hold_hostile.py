@@ -122,12 +122,14 @@ def test_calls_are_held_again_once_nobody_blocks_the_inspector(
     lab: Lab, gate: Gated, tmp_path: Path
 ) -> None:
     spec = load_connection(lab, gate)
+    refused = gate.reasons()["refuse_uncovered"]
     with nothing_in_clear(lab, esp=True):
         with StallingFile(tmp_path / "file") as file:
             command = held_client.command("posing_twice", lab.b.address(spec), PORT, file.path)
             process = start(lab, gate, command)
             wait_until(lambda: said(gate), "nothing was logged")
             wait_until(lambda: len(inspectors(gate)) == 2, "it was not replaced")
+            wait_until(lambda: gate.reasons()["refuse_uncovered"] > refused, "no second call")
         wait_until(lambda: len(inspectors(gate)) == 1, "it is still blocked")
         say(process)
         result = ended(process)
