@@ -10,6 +10,7 @@ import pytest
 
 from ipsecgate.core.codec.seccomp import ERESTARTNOINTR
 from ipsecgate.core.gate import commands as do
+from ipsecgate.core.gate.holds import CALLS_PER_STEP
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import UDP, Flow, FlowPath, is_exempt
 from ipsecgate.core.model.ipsec import Action
@@ -62,8 +63,35 @@ def test_many_held_calls_start_one_negotiation(trapped: Transcript) -> None:
     asked = trapped.after(*(made(n) for n in range(500)))
     assert initiated(asked) == [NAME]
     answered = answers(trapped.after_together(*UP))
-    assert len(answered) == 500
+    while trapped.gate.has_more:
+        answered |= answers(trapped.after_together())
+    assert list(answered) == [on.Call(1, n) for n in range(500)], "the oldest first"
     assert set(answered.values()) == {None}
+    assert not trapped.gate.holds.calls
+
+
+def test_many_calls_are_answered_in_slices_as_long_as_their_flow_is_covered(
+    trapped: Transcript,
+) -> None:
+    """What closes the flow does not wait for all of them, and those that are left wait on."""
+    trapped.after(*(made(n) for n in range(500)))
+    assert len(answers(trapped.after_together(*UP))) == CALLS_PER_STEP
+    assert not answers(trapped.after_together(on.SaGone(UP[0].sa.id)))
+    assert not trapped.gate.has_more
+    assert len(trapped.gate.holds.calls) == 500 - CALLS_PER_STEP
+    assert answers(trapped.after(on.CallExpired(on.Call(1, 499)))) == {on.Call(1, 499): ETIMEDOUT}
+    assert len(answers(trapped.after_together(*UP))) == 500 - CALLS_PER_STEP - 1
+    assert not trapped.gate.holds.calls
+
+
+def test_calls_for_many_flows_are_answered_in_slices(trapped: Transcript) -> None:
+    flows = [replace(FLOW, dport=1000 + n) for n in range(8)]
+    trapped.after(*(made(100 * at + n, flow) for at, flow in enumerate(flows) for n in range(100)))
+    trapped.after_together(*UP)
+    assert len(trapped.gate.holds.calls) == 500, "three flows have more than a slice"
+    while trapped.gate.has_more:
+        trapped.after_together()
+    assert not trapped.gate.holds.calls
 
 
 def test_a_call_for_a_covered_flow_continues_at_once(trapped: Transcript) -> None:

@@ -38,6 +38,7 @@ from ipsecgate.core.model.policy import Errnos
 from ipsecgate.core.tables.flow_index import FlowIndex
 
 FLOWS_PER_STEP = 16  # flows evaluated again in one step
+CALLS_PER_STEP = 256  # of one flow, or of those flows but the last: answered in one step
 
 
 class FlowState(Enum):
@@ -145,21 +146,29 @@ class Holds:
 
     def take_due(self) -> list[Flow]:
         """Return the next slice of due flows; evaluate each and call `update`."""
-        flows = list(islice(self._due, FLOWS_PER_STEP))
+        flows, calls = list[Flow](), 0
+        for flow in islice(self._due, FLOWS_PER_STEP):
+            flows.append(flow)
+            calls += len(self._by_flow[flow])
+            if calls >= CALLS_PER_STEP:
+                break
         for flow in flows:
             del self._due[flow]
         return flows
 
     def update(self, flow: Flow, now: Evaluation) -> list[do.Command]:
-        """Apply a due flow's evaluation: answer its calls, or let them wait on."""
+        """Apply a due flow's evaluation: answer a slice of its calls, or let them wait on."""
         if now.state in WAITING:
             self._wait(flow, now)
             return []
-        answers = [self._answer(call, now.state) for call in self._by_flow[flow]]
-        for call in self._by_flow[flow]:
-            del self.calls[call]
-        self._remove(flow)
-        return answers
+        calls = list(islice(self._by_flow[flow], CALLS_PER_STEP))
+        for call in calls:
+            del self.calls[call], self._by_flow[flow][call]
+        if self._by_flow[flow]:
+            self._due[flow] = None  # for the rest of them, if it is still so
+        else:
+            self._remove(flow)
+        return [self._answer(call, now.state) for call in calls]
 
     # --- indexes --------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from ipsecgate.edges.holding import seccomp
 from ipsecgate.edges.holding.inspector import Inspectors
 from ipsecgate.edges.holding.listener import Listener
 from ipsecgate.edges.holding.messages import Question
+from ipsecgate.edges.holding.precedence import Precedence
 from ipsecgate.edges.host import systemd
 
 CALLS_PER_TURN = 64  # calls checked before the event loop does other work
@@ -56,6 +57,7 @@ class Listeners:
         self._deliver = deliver
         self._folder = folder
         self._inspectors = Inspectors()
+        self._precedence = Precedence()
         self._listeners: dict[int, Listener] = {}  # by number
         self._ends = select.epoll()  # of listeners
         # Interrupted calls by thread: the call's deadline, and until when we remember it.
@@ -119,9 +121,11 @@ class Listeners:
         listener = self._listeners.get(call.listener)
         if listener is None or call.id not in listener.places:
             return
-        is_free = error is None and call.id not in listener.held
+        was_held = call.id in listener.held
+        if was_held:
+            self._precedence.take()
         listener.answer(call.id, error)
-        if is_free:
+        if error is None and not was_held:
             listener.inspector.tell_free(call.id)
 
     def end_epoch(self) -> None:
