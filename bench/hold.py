@@ -10,8 +10,9 @@ This uses two hosts on this machine's own kernel, with userspace ESP. Each round
     held       the same under `ipsecgate exec`
     held --udp likewise, where sendmsg() is reported, too
 
-Then, for many calls that wait for one negotiation, the time from the first to the last of them at
-the hooks, and the controller's memory.
+Then many calls wait for one negotiation, each in a thread that does nothing else. From the first
+answer on, the time until the last of them is answered, which is the gate's part, and until the last
+is at the hooks, for which the threads need the processors. And the controller's memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -30,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.report import Report, Row
-from ipsecgate.lab.gated import Gated
+from ipsecgate.lab.gated import Gated, Spread
 from ipsecgate.lab.hosts import ConnSpec, Lab
 
 PORT = 7300
@@ -45,6 +47,7 @@ CALLS = (
 )
 WAYS = ("no gate", "bare", "gated", "held", "held --udp")
 CLIENT = [sys.executable, "-S", str(Path(__file__).with_name("hold_client.py"))]
+THREADS = Path(__file__).with_name("hold_threads.c")
 BARE = [sys.executable, str(Path(__file__).with_name("bare_supervisor.py"))]
 SPEC = ConnSpec("bench", "tunnel", 4)
 
@@ -62,8 +65,8 @@ def cost(lab: Lab, gate: Gated, calls: int) -> dict[str, dict[str, float]]:
     return {way: json.loads(one.stdout) for way, one in zip(WAYS, done, strict=True)}
 
 
-def release(lab: Lab, gate: Gated, threads: int, programs: int) -> float:
-    """Return the milliseconds from the first to the last of many held calls that resume.
+def release(lab: Lab, gate: Gated, program: Path, threads: int, programs: int) -> Spread:
+    """Return how long many held calls take to be answered, and to be at the hooks.
 
     `threads`: calls of each of so many programs; each program has a listener of its own.
     """
@@ -71,17 +74,36 @@ def release(lab: Lab, gate: Gated, threads: int, programs: int) -> float:
     while lab.a.established():
         time.sleep(0.01)
     os.kill(lab.a.charon.pid, signal.SIGSTOP)
-    client = [*CLIENT, str(lab.b.address(SPEC)), str(PORT), str(threads), "threads"]
+    client = [str(program), str(lab.b.address(SPEC)), str(PORT), str(threads)]
     processes = [
-        lab.a.popen(gate.exec_argv(*client, options=["--hold", "2m"]), stdout=subprocess.PIPE)
-        for _ in range(programs)
+        lab.a.popen(gate.exec_argv(*client, options=["--hold", "2m"])) for _ in range(programs)
     ]
     while (held := len(gate.ask()["holds"])) < threads * programs:
         time.sleep(0.05 + held / 5000)  # a long answer takes the controller's time
     spread = gate.spread(threads * programs, lambda: os.kill(lab.a.charon.pid, signal.SIGCONT))
     for process in processes:
         process.communicate()
-    return spread * 1000
+    return spread
+
+
+def releases(lab: Lab, gate: Gated, options: argparse.Namespace) -> list[Row]:
+    """Measure the release of the calls of one program, and of many programs."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "threads"
+        subprocess.run(["cc", "-O2", "-pthread", "-o", program, THREADS], check=True)
+        for programs in sorted({1, options.programs}):
+            of = {"calls": options.threads * programs}
+            spreads = [
+                release(lab, gate, program, options.threads, programs)
+                for _ in range(options.releases)
+            ]
+            rows += [
+                Row("answered", "ms", tuple(one.answered * 1000 for one in spreads), of),
+                Row("at the hooks", "ms", tuple(one.at_hooks * 1000 for one in spreads), of),
+                Row("controller's peak memory", "MiB", (gate.memory(),), of),
+            ]
+    return rows
 
 
 def measure(options: argparse.Namespace) -> Report:
@@ -94,31 +116,16 @@ def measure(options: argparse.Namespace) -> Report:
             first = [*CLIENT, str(lab.b.address(SPEC)), str(PORT), "1"]
             lab.a.run(gate.exec_argv(*first))  # establishes coverage
             rounds = [cost(lab, gate, options.calls) for _ in range(options.rounds)]
-            few = [release(lab, gate, options.threads, 1) for _ in range(options.releases)]
-            few_memory = gate.memory()
-            many = [
-                release(lab, gate, options.threads, options.programs)
-                for _ in range(options.releases if options.programs > 1 else 0)
-            ]
-            memory = gate.memory()
+            released = releases(lab, gate, options)
     rows = [
         Row(call, "us", tuple(r[way][call] for r in rounds), {"way": way})
         for call in CALLS
         for way in WAYS
     ]
-    calls = options.threads
-    rows += [
-        Row("release", "ms", tuple(few), {"calls": calls}),
-        Row("controller's peak memory", "MiB", (few_memory,), {"calls": calls}),
-    ]
-    if many:
-        calls *= options.programs
-        rows += [
-            Row("release", "ms", tuple(many), {"calls": calls}),
-            Row("controller's peak memory", "MiB", (memory,), {"calls": calls}),
-        ]
     settings = {name: value for name, value in vars(options).items() if name != "json"}
-    return Report("hold", "A covered call, and the release of held ones", tuple(rows), settings)
+    return Report(
+        "hold", "A covered call, and the release of held ones", (*rows, *released), settings
+    )
 
 
 def show(report: Report) -> None:

@@ -1,10 +1,6 @@
 """Make each kind of call COUNT times and print medians in microseconds, as JSON.
 
-    hold_client.py ADDRESS PORT COUNT
-    hold_client.py ADDRESS PORT COUNT threads
-
-With `threads`: make only one sendto() from each of COUNT threads, and print when the first and the
-last of them returned (CLOCK_MONOTONIC, seconds).
+hold_client.py ADDRESS PORT COUNT
 """
 
 from __future__ import annotations
@@ -12,12 +8,10 @@ from __future__ import annotations
 import json
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from statistics import mean, median
 
-STACK = 128 << 10
 SLOW = 10  # times fewer TCP connections: each one is a handshake
 
 
@@ -66,28 +60,5 @@ def costs(to: tuple[str, int], count: int) -> dict[str, float]:
     return {**medians, "udp connect, mean": mean(samples["udp connect"])}
 
 
-def send_at_once(to: tuple[str, int], count: int) -> tuple[float, float]:
-    """Send from many threads at the same time; return when the first and the last call returned."""
-    threading.stack_size(STACK)
-    go = threading.Event()
-    returned: list[float] = []
-
-    def one(sock: socket.socket) -> None:
-        go.wait()
-        sock.sendto(b"x", to)
-        returned.append(time.monotonic())
-
-    socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(count)]
-    threads = [threading.Thread(target=one, args=(sock,)) for sock in socks]
-    for thread in threads:
-        thread.start()
-    go.set()
-    for thread in threads:
-        thread.join()
-    return min(returned), max(returned)
-
-
 if __name__ == "__main__":
-    where, number = (sys.argv[1], int(sys.argv[2])), int(sys.argv[3])
-    measure = send_at_once if sys.argv[4:] == ["threads"] else costs
-    print(json.dumps(measure(where, number)))  # noqa: T201
+    print(json.dumps(costs((sys.argv[1], int(sys.argv[2])), int(sys.argv[3]))))  # noqa: T201
