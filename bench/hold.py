@@ -34,6 +34,7 @@ from rich.table import Table
 from bench.report import Report, Row
 from ipsecgate.lab.gated import Gated, Spread
 from ipsecgate.lab.hosts import ConnSpec, Lab
+from ipsecgate.lab.netns import LabError
 
 PORT = 7300
 CALLS = (
@@ -79,6 +80,8 @@ def release(lab: Lab, gate: Gated, program: Path, threads: int, programs: int) -
         lab.a.popen(gate.exec_argv(*client, options=["--hold", "2m"])) for _ in range(programs)
     ]
     while (held := len(gate.ask()["holds"])) < threads * programs:
+        if any(process.poll() is not None for process in processes):
+            raise LabError("a call was not held: is the machine too busy for an inspector?")
         time.sleep(0.05 + held / 5000)  # a long answer takes the controller's time
     spread = gate.spread(threads * programs, lambda: os.kill(lab.a.charon.pid, signal.SIGCONT))
     for process in processes:
