@@ -272,8 +272,8 @@ def test_holding_calls_needs_the_capability_to_take_a_listener(
 ) -> None:
     (capabilities,) = setting("ipsecgate.service", "CapabilityBoundingSet")
     allowed = [name for name in capabilities.split() if name != without]
-    (priority,) = setting("ipsecgate.service", "LimitRTPRIO")
-    wrap = ["prlimit", f"--rtprio={priority}", *only(allowed)]
+    (nice,), (priority,) = (setting("ipsecgate.service", key) for key in ("Nice", "LimitRTPRIO"))
+    wrap = ["nice", "-n", nice, "prlimit", f"--rtprio={priority}", *only(allowed)]
     controller.start(code=confined("ipsecgate.service"), wrap=wrap)
     assert controller.hears("READY=1"), controller.log
     words = ("exec", "--hold", "1s", "--cgroup", str(controller.cgroup), "--", sys.executable, "-c")
@@ -286,8 +286,9 @@ def test_holding_calls_needs_the_capability_to_take_a_listener(
     said = " ".join(done.stderr.split())
     assert ("pidfd_getfd: Operation not permitted" in said) is bool(without)
     # The flag stays after the controller had real-time priority for an answer.
-    had_priority = os.sched_getscheduler(controller.ask()["pid"]) & os.SCHED_RESET_ON_FORK
-    assert bool(had_priority) is (not without)
+    pid = controller.ask()["pid"]
+    assert os.sched_getscheduler(pid) == (os.SCHED_OTHER if without else os.SCHED_RESET_ON_FORK)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == int(nice)
 
 
 @pytest.mark.parametrize("without", ["", "CAP_SYS_ADMIN"])
