@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from ipsecgate.admin import documents, loader
+from ipsecgate.admin.answers import checked
 from ipsecgate.admin.documents import SettingChange, Touched
 from ipsecgate.admin.flows import connections
 from ipsecgate.admin.judge import Judge
@@ -96,7 +97,7 @@ def refuse_restarts(paths: Paths, candidate: Config) -> None:
 
     Raises: UsageError; NoControllerError, because without one there is nothing to reload.
     """
-    before = cast(Configured, control.ask(paths.control, "configuration"))
+    before = checked(control.ask(paths.control, "configuration"), Configured)
     after = settings_document(candidate, loader.check_targets(paths, candidate))
     for one in _settings(before, after):
         if one["kind"] == "restart":
@@ -108,7 +109,7 @@ def refuse_restarts(paths: Paths, candidate: Config) -> None:
 
 def _before(paths: Paths, read_config: Callable[[], Config]) -> Configured:
     try:
-        return cast(Configured, control.ask(paths.control, "configuration"))
+        return checked(control.ask(paths.control, "configuration"), Configured)
     except NoControllerError:
         config = read_config()
         derived = derived_policies(saved_state.load_children(paths.remembered))

@@ -19,7 +19,6 @@ from ipsecgate.core.check.connections import Loaded
 from ipsecgate.core.check.finding import Finding, State, missing, ok, some, warning
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Policy, SaSource, derived_policies, in_force
-from ipsecgate.core.state import silence
 from ipsecgate.core.state.silence import Silent
 from ipsecgate.edges.bpf import bytecode, exclusive, libbpf, nested
 from ipsecgate.edges.bpf.objects import HOOKS
@@ -130,7 +129,7 @@ class _Host:
         """Return the programs of other tools that get in the way of the hooks."""
         loaded = pins_of(self._paths).loaded
         found = [
-            warning("programs", str(one), "see `bpftool cgroup tree`")
+            warning("programs", one.problem.text, one.problem.advice)
             for one in (runs_before(self._paths) if loaded else ())
         ]
         gated = set(gated_cgroups(self._paths))
@@ -189,7 +188,8 @@ class _Host:
     def traffic(self) -> list[Finding]:
         if self._loaded is None:
             return []
-        found = [warning("traffic", str(one), silence.ADVICE) for one in self._silent]
+        problems = [one.problem for one in self._silent]
+        found = [warning("traffic", one.text, one.advice) for one in problems]
         return found or [ok("traffic", "every SA that has sent packets has received some")]
 
     def for_kernel_esp(self, check: Callable[[], str]) -> str:

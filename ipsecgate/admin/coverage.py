@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from ipaddress import ip_address, ip_network
+from typing import TypedDict
 
 from ipsecgate.admin.status_document import ConfiguredPolicy, Negotiation, Policy, Sa
 from ipsecgate.core.gate.coverage import Coverage
@@ -48,7 +49,7 @@ def with_coverage(
     for place, policy in enumerate(policies):
         if policy["action"] != "protect":
             found.append(
-                {**policy, "coverage": None, "uncovered": [], "children": [], "last_error": ""}
+                {**policy, "coverage": None, "uncovered": [], "children": [], **_NO_FAILURE}
             )
             continue
         own = by_policy.get(policy["name"], [])
@@ -61,10 +62,34 @@ def with_coverage(
                 "coverage": coverage,
                 "uncovered": uncovered,
                 "children": sorted(named.union(one["child"] for one in own)),
-                "last_error": next((one["last_error"] for one in own if one["last_error"]), ""),
+                **_last_failure(own),
             }
         )
     return found
+
+
+class _Failure(TypedDict):
+    """The part of a policy's document about its last failure."""
+
+    last_error: str
+    advice: str
+    failed_at: float | None
+
+
+_NO_FAILURE: _Failure = {"last_error": "", "advice": "", "failed_at": None}
+
+
+def _last_failure(negotiations: Iterable[Negotiation]) -> _Failure:
+    """Return the newest failure: an older one may no longer hold."""
+    failed = [one for one in negotiations if one["last_error"]]
+    if not failed:
+        return _NO_FAILURE
+    last = max(failed, key=lambda one: one["failed_at"] or 0.0)
+    return {
+        "last_error": last["last_error"],
+        "advice": last["advice"],
+        "failed_at": last["failed_at"],
+    }
 
 
 def _coverage(is_covered: bool, negotiations: Iterable[Negotiation]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal, NotRequired, TypedDict
 
 from ipsecgate.admin.event_documents import Receipt, Record
+from ipsecgate.admin.problem_document import Problem
 from ipsecgate.admin.status_document import Controller, Hold, Policy, Refusal, Sa, Status
 from ipsecgate.admin.top_document import Top
 from ipsecgate.admin.wait import Down, Waited
@@ -77,14 +78,15 @@ class GatedCgroup(TypedDict):
     missing: list[str]  # hooks that it should have, and has not
     processes: int | None  # in it and below it; None: it has been removed
     others: list[str]  # programs of other tools at these hooks, each with its hook
-    warnings: list[str]  # what those programs may do to the gate
+    warnings: list[Problem]  # what those programs may do to the gate
 
 
 class Awaited(TypedDict):
     """A configured target that names no gated cgroup yet."""
 
     target: str
-    text: str
+    text: str  # why
+    advice: str  # what to do, "" if there is nothing
 
 
 class Cgroups(TypedDict):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ipsecgate.admin.documents import Awaited, Cgroups, GatedCgroup
 from ipsecgate.admin.loader import check_targets, pins_of
+from ipsecgate.admin.problem_document import Problem, problem_document
 from ipsecgate.admin.status import ask_controller, controller_of
 from ipsecgate.admin.status_document import ControllerStatus
 from ipsecgate.edges.bpf import exclusive, order
@@ -79,21 +80,23 @@ def _others(path: Path, attachments: list[Attachment]) -> Iterable[str]:
                     yield f"{hook}: {exclusive.describe(ident)}"
 
 
-def _warnings(path: Path, attachments: list[Attachment]) -> list[str]:
+def _warnings(path: Path, attachments: list[Attachment]) -> list[Problem]:
     try:
-        return [str(one) for one in order.later(path, attachments)]
+        return [problem_document(one.problem) for one in order.later(path, attachments)]
     except (OSError, GateError):
         return []
 
 
 def _awaited(
-    named: dict[str, list[Path]], gated: set[Path], errors: Iterable[str]
+    named: dict[str, list[Path]], gated: set[Path], errors: Iterable[Problem]
 ) -> Iterable[Awaited]:
     """Yield the targets that name no cgroup, or one that is not gated."""
     for target, found in named.items():
         if not found:
-            yield {"target": target, "text": "it will be gated when it appears"}
+            text = "it will be gated when it appears"
+            yield {"target": target, "text": text, "advice": ""}
         for path in found:
             if path not in gated:
-                cause = next((text for text in errors if str(path) in text), "")
-                yield {"target": target, "text": cause or f"{path} is not gated"}
+                unknown: Problem = {"text": f"{path} is not gated", "advice": ""}
+                cause = next((one for one in errors if str(path) in one["text"]), unknown)
+                yield {"target": target, **cause}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 
 from ipsecgate.admin.policy_document import policy_document
+from ipsecgate.admin.problem_document import Problem
 from ipsecgate.admin.status_document import GateState, HeldCall
 from ipsecgate.admin.status_document import Sa as SaDocument
 from ipsecgate.core.model.ipsec import AH, Sa
@@ -42,13 +43,14 @@ def state(paths: Paths, read_config: Callable[[], Config], spd: Table | None) ->
 
     `spd`: the hooks' table. A broken configuration becomes an error.
     """
-    config, errors = Config(), []
+    config, errors = Config(), list[Problem]()
     derived: tuple[Policy, ...] = ()
     try:
         derived = derived_policies(saved_state.load_children(paths.remembered))
         config = read_config()
     except GateError as error:
-        errors.append(str(error))
+        advice = error.hint or "mend the file, then start the controller"
+        errors.append({"text": str(error), "advice": advice})
     policies = in_force(config.settings.policies, derived)
     return {
         "errors": errors,
@@ -68,7 +70,7 @@ def state(paths: Paths, read_config: Callable[[], Config], spd: Table | None) ->
     }
 
 
-def _live_sas(spd: Table | None, errors: list[str]) -> list[SaDocument]:
+def _live_sas(spd: Table | None, errors: list[Problem]) -> list[SaDocument]:
     """Return the kernel's SAs that make an entry live; an entry has a tag of its SA."""
     entries = spd.entries() if spd is not None else ()
     tags = {entry.id for _, entry in entries if entry.state is State.LIVE}
@@ -83,7 +85,7 @@ def _live_sas(spd: Table | None, errors: list[str]) -> list[SaDocument]:
     try:
         found = asyncio.run(xfrm.dump_sas())
     except (GateError, OSError) as error:
-        errors.append(f"cannot read the SAs: {error}")
+        errors.append({"text": f"cannot read the SAs: {error}", "advice": "run it as root"})
         return []
     return [sa_document(sa) for sa in found if sa_tag(sa.id) in tags]
 

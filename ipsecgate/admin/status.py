@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import cast
 
 from ipsecgate.admin import offline
-from ipsecgate.admin.advice import problem
+from ipsecgate.admin.answers import checked
 from ipsecgate.admin.coverage import with_coverage
 from ipsecgate.admin.judge import Judge
 from ipsecgate.admin.loader import pins_of
+from ipsecgate.admin.problem_document import Problem
 from ipsecgate.admin.status_document import (
     Controller,
     ControllerStatus,
@@ -24,7 +24,6 @@ from ipsecgate.admin.status_document import (
     Hook,
     HookCounters,
     Negotiation,
-    Problem,
     Refusal,
     Status,
 )
@@ -44,7 +43,7 @@ REFUSALS = 100  # shown at most
 def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
     """Return the whole document. `read_config` is only called if no controller answers.
 
-    Raises: FileNotFoundError if nothing is loaded; OSError.
+    Raises: FileNotFoundError if nothing is loaded; OSError; GateError.
     """
     answer = ask_controller(paths)
     pins = pins_of(paths)
@@ -98,9 +97,9 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
 
 
 def ask_controller(paths: Paths) -> ControllerStatus | None:
-    """Return what the controller reports of itself, None if none answers."""
+    """Return what the controller reports of itself, None if none answers. Raises: GateError."""
     try:
-        return cast(ControllerStatus, control.ask(paths.control, "status"))
+        return checked(control.ask(paths.control, "status"), ControllerStatus)
     except NoControllerError:
         return None
 
@@ -114,7 +113,7 @@ def controller_of(answer: ControllerStatus | None) -> Controller:
 
 def _problems(
     answer: ControllerStatus | None,
-    errors: Sequence[str],
+    errors: Sequence[Problem],
     hooks: Sequence[Hook],
     *,
     published: bool,
@@ -143,7 +142,7 @@ def _problems(
                 "advice": "start strongSwan, or configure policies",
             }
         )
-    found += map(problem, errors)
+    found += errors
     for number in sorted({hook["cgroup_id"] for hook in hooks if not hook["attached"]}):
         found.append(
             {
@@ -170,15 +169,16 @@ def refusals(
         known = place is not None and place < len(policies)
         policy = policies[place]["name"] if place is not None and known else None
         now = judge.judge(flow)
+        uncovered = now is Reason.REFUSE_UNCOVERED
+        cause = _cause(flow, policy, gate["negotiations"]) if uncovered else None
         found.append(
             {
                 "flow": str(flow),
                 "source": None if flow.saddr is None else str(flow.saddr),
                 "reason": reason.name.lower(),
                 "text": EXPLAINED[reason],
-                "cause": _cause(flow, policy, gate["negotiations"])
-                if now is Reason.REFUSE_UNCOVERED
-                else "",
+                "cause": cause["last_error"] if cause else "",
+                "child": cause["child"] if cause else None,
                 "policy": policy,
                 "last": last,
                 "state": now.name.lower(),
@@ -187,12 +187,14 @@ def refusals(
     return found
 
 
-def _cause(flow: Flow, policy: str | None, negotiations: Iterable[Negotiation]) -> str:
-    """Return why IKE has not brought up the SA for a flow; "" if that is not certain."""
+def _cause(
+    flow: Flow, policy: str | None, negotiations: Iterable[Negotiation]
+) -> Negotiation | None:
+    """Return the negotiation whose failure keeps a flow refused; None if that is not certain."""
     own = [one for one in negotiations if one["policy"] == policy]
     asked = [one for one in own if one["flow"] == str(flow)]
     certain = asked or (own if len(own) == 1 else [])
-    return certain[0]["last_error"] if certain else ""
+    return next((one for one in certain if one["last_error"]), None)
 
 
 def _hold(call: HeldCall) -> Hold:

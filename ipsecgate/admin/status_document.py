@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from ipsecgate.admin.problem_document import Problem
+
 
 class Controller(TypedDict):
     """Whether a controller answers; `pid` and `since` are None if none does."""
@@ -50,17 +52,24 @@ class Policy(ConfiguredPolicy):
     coverage: str | None
     uncovered: list[str]  # if partly-covered: its networks of which no live SA covers anything
     children: list[str]  # those that its flows have asked for, or that protect some: ike/child
-    last_error: str  # why the last negotiation for it failed, "" if none did
+    last_error: str  # why the last negotiation for it that failed did, "" if that is outdated
+    advice: str  # what to do about it, "" if nothing is known
+    failed_at: float | None  # when that was; None: none did
 
 
 class Negotiation(TypedDict):
-    """One child that a flow has needed since the controller started."""
+    """One child that a flow has needed since the controller started.
+
+    Its last error is outdated once it is covered, the IKE daemon goes, or it is loaded anew in
+    another form.
+    """
 
     child: str  # ike/child; "ike/child to PART" if only a part: a peer, or a network
     state: str  # as Policy.coverage
     attempts: int
-    last_error: str  # "" if none
+    last_error: str  # why the last attempt that failed did; "" if none did, or it is outdated
     advice: str  # what to do about the last error, "" if nothing is known
+    failed_at: float | None  # when that attempt ended; None: no last error
     flow: str  # the flow that asked
     policy: str  # the name of its policy
 
@@ -136,16 +145,10 @@ class Refusal(TypedDict):
     reason: str  # as in the counters: refuse_uncovered, block_clear, ...
     text: str  # the reason in words
     cause: str  # why IKE has brought up no SA for it; "" if nothing certain is known
+    child: str | None  # ike/child whose negotiation has that cause; None: no cause
     policy: str | None  # that names it now; None: none does
     last: float  # when it was refused last
     state: str  # what the hooks' tables say of it now, as `reason`
-
-
-class Problem(TypedDict):
-    """Something that keeps the gate from being healthy, and what to do about it."""
-
-    text: str
-    advice: str  # "" if there is none
 
 
 class TimeToCovered(TypedDict):
@@ -185,8 +188,8 @@ class Counters(HookCounters):
 class GateState(TypedDict):
     """The part that a controller knows; without one, what the configuration says."""
 
-    errors: list[str]  # one sentence each; [] if all is well
-    warnings: list[str]  # what may be wrong, one sentence each
+    errors: list[Problem]  # [] if all is well
+    warnings: list[Problem]  # what may be wrong
     sa_source: str | None  # xfrm or vici; None: `auto`, and not known yet
     policies: list[ConfiguredPolicy]
     negotiations: list[Negotiation]
@@ -254,8 +257,8 @@ class Status(TypedDict):
     controller: Controller
     healthy: bool  # no problems: exit code 0
     problems: list[Problem]
-    errors: list[str]  # the texts of those problems that the controller reports
-    warnings: list[str]  # as GateState.warnings
+    errors: list[Problem]  # those of the problems that the controller reports
+    warnings: list[Problem]  # as GateState.warnings
     hooks: list[Hook]
     policies: list[Policy]
     refused: list[Refusal]  # in the last 10 minutes and refused still, the last first; at most 100

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from ipsecgate.admin.problem_document import Problem
+
 
 class Count(TypedDict):
     """What was refused, in all and in a second; None: not known yet, or without a controller."""
@@ -53,7 +55,7 @@ class Top(TypedDict):
     instance: str
     mode: Literal["enforce", "audit"]
     controller: bool
-    errors: list[str]
+    errors: list[Problem]  # as Status.errors
     seconds: float | None  # between the two samples; None: there is only one
     rates: Rates
     held: int

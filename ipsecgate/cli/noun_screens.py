@@ -29,6 +29,7 @@ from ipsecgate.cli.tables import (
     left_out,
     lines,
     parts,
+    problem_lines,
     reason,
     table,
     two_lines,
@@ -171,8 +172,11 @@ def cgroups(document: Cgroups, width: int, *, everything: bool) -> RenderableTyp
         awaited = table("Target", "")
         for target in document["awaited"]:
             awaited.add_row(target["target"], Text(target["text"], "yellow"))
+            if target["advice"]:
+                awaited.add_row("", Text(f"next: {target['advice']}", "yellow"))
         found += [heading("Awaited"), awaited]
-    found += [Text(f"\n{text}", "yellow") for one in gated for text in one["warnings"]]
+    for warning in [warning for one in gated for warning in one["warnings"]]:
+        found += [Text(), *problem_lines(warning, "yellow")]
     return Group(*found)
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ipsecgate.admin.coverage import COVERAGES
 from ipsecgate.admin.status_document import Counters, Policy, Status
-from ipsecgate.cli.tables import ago, heading, number, reason_text, table
+from ipsecgate.cli.tables import ago, heading, number, problem_lines, reason_text, table
 
 SHOWN = 5  # namespaces, cgroups and the like
 NEWS = 3  # refusals, failed negotiations and networks
@@ -40,10 +40,9 @@ def screen(document: Status) -> RenderableType:
     """Draw the whole screen."""
     parts: list[RenderableType] = [_headline(document)]
     for problem in document["problems"]:
-        parts.append(Text.assemble(("! ", "bold red"), (problem["text"], "red")))
-        if problem["advice"]:
-            parts.append(Text(f"  next: {problem['advice']}", "yellow"))
-    parts += [Text(f"! {warning}", "yellow") for warning in document["warnings"]]
+        parts += problem_lines(problem, "red")
+    for warning in document["warnings"]:
+        parts += problem_lines(warning, "yellow")
     parts += [Text(), _summary(document), *_failures(document), *_refused(document)]
     return Group(*parts)
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ipsecgate.admin.problem_document import Problem
 from ipsecgate.admin.status_document import Controller
 
 T = TypeVar("T")
@@ -110,6 +112,17 @@ def two_lines(first: str | Text, second: str) -> Text:
     """Return a cell with a second, dimmer line; "": it has none."""
     text = Text(first) if isinstance(first, str) else first.copy()
     return text.append(f"\n{second}", "dim") if second else text
+
+
+def problem_lines(problem: Problem, style: str) -> list[RenderableType]:
+    """Return a problem, and on a line of its own what to do about it."""
+    text = Text.assemble(("! ", f"bold {style}"), (problem["text"], style))
+    return [text, *next_step(problem["advice"])]
+
+
+def next_step(advice: str) -> list[RenderableType]:
+    """Return an indented line with what to do, none for ""."""
+    return [Padding(Text(f"next: {advice}", "yellow"), (0, 0, 0, 2))] if advice else []
 
 
 def lines(items: Sequence[str], *, everything: bool) -> str:

@@ -113,7 +113,7 @@ def _head(document: Top | None, problem: str, view: View, *, is_wide: bool) -> l
     first.append("paused  " if view.paused else "", "bold yellow").append(*state)
     first.no_wrap, first.overflow = True, "ellipsis"
     lines = [first, _totals(document, document["rates"])]
-    lines += [_line(error, "red") for error in document["errors"][:2]]
+    lines += [_line(error["text"], "red") for error in document["errors"][:2]]
     if not is_wide:  # there is no column for it
         failed = [row for row in document["policies"] if row["last_error"]]
         lines += [_line(f"{row['policy']}: {row['last_error']}", "red") for row in failed[:2]]

@@ -255,7 +255,7 @@ class Controller:
         await self._carry_out(self._gate.start())
         while True:
             events = await self._events()
-            await self._carry_out(self._gate.step(*events, between=self._queue.is_between))
+            await self._carry_out(self._step(*events, between=self._queue.is_between))
             self._report_ready()
             self._garbage.freeze()
             if self._service.alive():
@@ -263,6 +263,9 @@ class Controller:
                 self._once.tell_repeats()
                 self._journal.tell_repeats()
                 self._service.report(report.summary(self._gate))
+
+    def _step(self, *events: on.Event, between: bool) -> list[do.Command]:
+        return self._gate.step(*events, between=between, now=time.time())
 
     async def _carry_out(self, commands: Sequence[do.Command]) -> None:
         """Execute commands in order. Raises: GateError."""
@@ -295,7 +298,7 @@ class Controller:
         if not events and not self._closing:
             return
         self._listeners.end_epoch()
-        self._closing = self._commands.overtake(self._gate.step(*events, between=True))
+        self._closing = self._commands.overtake(self._step(*events, between=True))
         self._overtaken = True
         self._listeners.end_epoch()
 

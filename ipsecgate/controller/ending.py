@@ -31,8 +31,9 @@ async def down(
     hooks' tables are being written. Raises: UsageError, GateError.
     """
     name, limit = str(words["name"]), float(words["limit"])
-    if gate.ike.error:
-        raise GateError(f"no IKE daemon: {gate.ike.error}", hint="nothing was ended")
+    if gate.ike.problem is not None:
+        text = f"nothing was ended, for want of an IKE daemon: {gate.ike.problem.text}"
+        raise GateError(text, hint=gate.ike.problem.advice)
     found = readiness.child_sas(gate, name)
     if not found and not readiness.is_known(gate, name):
         raise UsageError(

@@ -17,6 +17,7 @@ from typing import assert_never
 from ipsecgate.core.codec.vici_sections import ViciError
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.edges.host import inotify
 from ipsecgate.edges.kernel import acquire
 from ipsecgate.edges.strongswan.client import IkeClient
@@ -174,4 +175,4 @@ class IkeFollower:
 
 
 def _gone(error: IkeError) -> on.IkeGone:
-    return on.IkeGone(str(error), error.hint)
+    return on.IkeGone(Problem.of(error))

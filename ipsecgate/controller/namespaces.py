@@ -27,6 +27,7 @@ from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.model.events import OriginGone, PathsResolved
 from ipsecgate.core.model.flow import Network, Origin
 from ipsecgate.core.model.prefixes import PrefixSet
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.edges.kernel import namespaces, ways_out
 from ipsecgate.edges.kernel.here import NETLINK_ROUTE, Here, concerns, read_here
 from ipsecgate.edges.kernel.namespaces import Namespace
@@ -67,18 +68,17 @@ class Namespaces:
         self._has_floor = False
 
     @property
-    def errors(self) -> list[str]:
+    def errors(self) -> list[Problem]:
         """Return the problems that the operator should fix."""
-        problems = {
-            f"gated processes are in more than {MOST} other network namespaces": self._is_full,
-            f"cannot enter the network namespaces of containers ({self._denied}), which takes "
-            "CAP_SYS_ADMIN": bool(self._denied),
-        }
-        return [
-            f"{text}: what must be protected is refused there"
-            for text, applies in problems.items()
-            if applies
-        ]
+        refused = "what must be protected is refused there"
+        found: list[Problem] = []
+        if self._is_full:
+            text = f"gated processes are in more than {MOST} other network namespaces"
+            found.append(Problem(f"{text}: {refused}", "gate fewer cgroups on this host"))
+        if self._denied:
+            text = f"cannot enter the network namespaces of containers ({self._denied})"
+            found.append(Problem(f"{text}: {refused}", "give the controller CAP_SYS_ADMIN"))
+        return found
 
     def document(self) -> list[NamespaceDocument]:
         """Return the namespaces for the status document."""

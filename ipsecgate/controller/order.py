@@ -11,6 +11,7 @@ import logging
 from contextlib import suppress
 
 from ipsecgate.admin import loader
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.errors import GateError
 from ipsecgate.paths import Paths
 
@@ -26,7 +27,7 @@ class Order:
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
         self._due = asyncio.Event()
-        self.errors: list[str] = []
+        self.errors: list[Problem] = []
 
     def suspect(self) -> None:
         """Look soon: a packet was blocked."""
@@ -41,10 +42,10 @@ class Order:
             except (GateError, OSError) as error:
                 log.warning("cannot look at the programs of other tools: %s", error)
                 found = []
-            errors = sorted({str(one) for one in found})
-            for text in errors:
-                if text not in self.errors:
-                    log.warning("%s", text)
+            errors = sorted({one.problem for one in found}, key=str)
+            for problem in errors:
+                if problem not in self.errors:
+                    log.warning("%s", problem)
             self.errors = errors
             await asyncio.sleep(PAUSE)
             with suppress(TimeoutError):

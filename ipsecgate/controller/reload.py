@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.edges.host import systemd
 from ipsecgate.edges.host.config import Config
 from ipsecgate.errors import GateError, UsageError
@@ -27,7 +28,7 @@ class Reload:
         self._read = read
         self._adopt = adopt
         self._lock = asyncio.Lock()
-        self.errors: list[str] = []
+        self.errors: list[Problem] = []
 
     async def run(self) -> Mapping[str, Any]:
         """Reload; return once the new configuration is in force. Raises: UsageError, GateError."""
@@ -37,7 +38,7 @@ class Reload:
                 config = await asyncio.to_thread(self._read)
                 await self._adopt(config)
             except GateError as error:
-                self.errors = [f"the last reload was refused: {error}"]
+                self.errors = [_refused(error)]
                 log.error("reload refused: %s", error)
                 raise
             finally:
@@ -52,6 +53,11 @@ class Reload:
             await self.run()
         except GateError:
             return
+
+
+def _refused(error: GateError) -> Problem:
+    advice = error.hint or "mend the file, then `ipsecgate reload`"
+    return Problem(f"the last reload was refused, so nothing has changed: {error}", advice)
 
 
 def refuse_what_needs_a_restart(file: Path, old: Config, new: Config) -> None:

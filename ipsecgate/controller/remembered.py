@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from ipsecgate.core.gate import commands as do
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.edges.host import saved_state
 
 log = logging.getLogger("ipsecgate")
@@ -33,11 +34,14 @@ class Remembered:
             self.execute(self._unwritten)
 
     @property
-    def errors(self) -> list[str]:
+    def errors(self) -> list[Problem]:
         """Return the problems that the operator should fix."""
         if self._unwritten is None:
             return []
         return [
-            f"{self._path} cannot be written: after a restart without strongSwan "
-            "the gate would protect the older set of policies that the file holds",
+            Problem(
+                f"{self._path} cannot be written: after a restart without strongSwan "
+                "the gate would protect the older set of policies that the file holds",
+                "free some space on the disk",
+            )
         ]

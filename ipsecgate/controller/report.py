@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ipsecgate.admin.offline import sa_document, sa_source
 from ipsecgate.admin.policy_document import policy_document
+from ipsecgate.admin.problem_document import problem_document
 from ipsecgate.admin.settings_document import settings_document
 from ipsecgate.admin.status_document import (
     Configured,
@@ -23,13 +24,12 @@ from ipsecgate.admin.status_document import (
     TimeToCovered,
 )
 from ipsecgate.controller.tally import Tally
-from ipsecgate.core.codec.causes import next_step
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.gate.misfit import absent_children, no_child
 from ipsecgate.core.model.flow import Flow, parse_address
 from ipsecgate.core.model.ipsec import Action
-from ipsecgate.core.state import silence
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.state.silence import Silent
 from ipsecgate.edges.host.config import Config
 
@@ -46,7 +46,7 @@ def controller_status(
     tally: Tally,
     time_to_covered: list[TimeToCovered],
     changed_entries: int,
-    errors: Sequence[str],
+    errors: Sequence[Problem],
     silent: Sequence[Silent],
 ) -> ControllerStatus:
     """Return the controller's part of the document.
@@ -58,8 +58,8 @@ def controller_status(
     return {
         **process,
         "drift": Drift(kernel=gate.protection.drift, maps=changed_entries),
-        "errors": [*_gate_errors(gate), *errors],
-        "warnings": [f"{one}: {silence.ADVICE}" for one in silent],
+        "errors": [*map(problem_document, (*_gate_errors(gate), *errors))],
+        "warnings": [problem_document(one.problem) for one in silent],
         "sa_source": sa_source(gate.protection.sa_source),
         "children": [str(c.name) for c in gate.ike.loaded.children],
         "targets": list(targets),
@@ -105,18 +105,19 @@ def configured(gate: Gate, config: Config, targets: Sequence[str]) -> Configured
 
 def summary(gate: Gate) -> str:
     """Return the state of the gate in one line, for the service manager."""
-    if gate.ike.error:
-        return f"protected flows are refused: {gate.ike.error}"
+    if gate.ike.problem is not None:
+        return f"protected flows are refused: {gate.ike.problem.text}"
     if gate.errors:
-        return gate.errors[0]
+        return gate.errors[0].text
     negotiations = gate.negotiations.by_child.values()
     covered = sum(item.coverage is Coverage.COVERED for item in negotiations)
     count = len(gate.policies)
     policies = f"{count} {'policy' if count == 1 else 'policies'}"
     children = "child" if len(negotiations) == 1 else "children"
     text = f"{policies}; {covered} of {len(negotiations)} {children} covered"
-    last_error = next((item.last_error for item in negotiations if item.last_error), "")
-    return f"{text}; {last_error}" if last_error else text
+    failed = [item for item in negotiations if item.last_error is not None]
+    last = max(failed, key=lambda item: item.failed_at, default=None)
+    return f"{text}; {last.last_error.text}" if last and last.last_error else text
 
 
 def awaited(gate: Gate, flow: Flow) -> tuple[str | None, str]:
@@ -127,26 +128,24 @@ def awaited(gate: Gate, flow: Flow) -> tuple[str | None, str]:
     found = gate.policy_table.policy_for(flow)
     if found is None or found[1].action is not Action.PROTECT:
         return None, ""
-    if gate.ike.error:
-        return None, f"no IKE daemon: {gate.ike.error}"
+    if gate.ike.problem is not None:
+        return None, f"no IKE daemon: {gate.ike.problem.text}"
     routed = gate.protection.routing.route(flow)
     choices = gate.demand.choices(flow, routed, found[1])
     name = gate.negotiations.preferred(choices)
     if name is None:
-        return None, no_child(gate.ike.loaded, found[1], routed.last)[0]
+        return None, no_child(gate.ike.loaded, found[1], routed.last).text
     known = gate.negotiations.by_child.get(name)
-    return str(name), known.last_error if known else ""
+    return str(name), known.last_error.text if known and known.last_error else ""
 
 
-def _gate_errors(gate: Gate) -> list[str]:
-    if gate.ike.error:
-        ike = [f"{gate.ike.error}. Next: {gate.ike.advice}"]
-    else:
-        ike = [". Next: ".join(one) for one in absent_children(gate.ike.loaded, gate.policies)]
+def _gate_errors(gate: Gate) -> list[Problem]:
+    absent = absent_children(gate.ike.loaded, gate.policies)
+    ignored = "ignored part of what strongSwan reports"
     return [
         *gate.errors,
-        *ike,
-        *(f"ignored part of what strongSwan reports: {reason}" for reason in gate.ike.unread),
+        *([gate.ike.problem] if gate.ike.problem is not None else absent),
+        *(Problem(f"{ignored}: {reason}") for reason in gate.ike.unread),
     ]
 
 
@@ -161,8 +160,9 @@ def _negotiations(gate: Gate) -> list[Negotiation]:
             "child": str(name),
             "state": item.coverage.value,
             "attempts": item.attempts,
-            "last_error": item.last_error,
-            "advice": next_step(item.last_error),
+            "last_error": item.last_error.text if item.last_error else "",
+            "advice": item.last_error.advice if item.last_error else "",
+            "failed_at": item.failed_at if item.last_error else None,
             "flow": str(item.flow),
             "policy": item.policy,
         }
@@ -213,12 +213,12 @@ def why(gate: Gate, words: Mapping[str, Any], silent: Sequence[Silent]) -> dict[
     )
     found = explain(gate, flow)
     unanswered = [one for one in silent if found.is_allowed and one.carries(flow)]
-    steps = [*found.steps, *((Step.SA, str(one)) for one in unanswered)]
+    steps = [*found.steps, *((Step.SA, one.problem.text) for one in unanswered)]
     decision: Decision = {
         "allowed": found.is_allowed,
         "reason": found.reason.name.lower(),
         "error": None if found.is_allowed else errorcode[found.error or EPERM],
         "steps": [{"step": step.value, "text": text} for step, text in steps],
-        "advice": silence.ADVICE if unanswered else found.advice,
+        "advice": unanswered[0].problem.advice if unanswered else found.advice,
     }
     return {"pid": os.getpid(), "decision": decision}

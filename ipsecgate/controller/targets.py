@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipsecgate.admin import loader
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.edges.host import cgroups, saved_state
+from ipsecgate.edges.host.container_targets import KINDS
 from ipsecgate.edges.host.inotify import Appeared, Folders, Overflow, Vanished
 from ipsecgate.edges.host.runtimes import Unread
 from ipsecgate.errors import GateError
@@ -46,13 +48,13 @@ class Targets:
         self.wanted = tuple(wanted)  # the targets in force
         self._saved: tuple[str, ...] | None = None  # the targets on disk
         self._gated: dict[Path, _Gated] = {}  # those that a target names
-        self._errors: dict[Path, str] = {}
+        self._errors: dict[Path, Problem] = {}
         self._removed: set[int] = set()  # ids of removed cgroups whose pins are still there
         self._wake = asyncio.Event()
         self._lock = asyncio.Lock()
 
     @property
-    def errors(self) -> list[str]:
+    def errors(self) -> list[Problem]:
         """Return why targets are not gated."""
         found = {target for gated in tuple(self._gated.values()) for target in gated.targets}
         waiting = [target for target in self.wanted if target not in found]
@@ -169,7 +171,10 @@ class Targets:
     def _report(self, unread: Unread) -> None:
         """Report files that may be about a container that a target names."""
         for file, reason in unread.items():
-            self._errors[file] = f"{file} cannot be read, so its container may be missed: {reason}"
+            self._errors[file] = Problem(
+                f"{file} cannot be read, so its container may be missed: {reason}",
+                "mend the file, or start its container again",
+            )
             log.error("%s", self._errors[file])
 
     def _save(self) -> None:
@@ -200,7 +205,7 @@ class Targets:
             loader.attach_path(self._paths, path)
         except (GateError, OSError) as error:
             if _id(path) == number:
-                self._errors[path] = f"cgroup {path} is not gated: {error}"
+                self._errors[path] = _not_gated(path, error)
                 log.error("%s", self._errors[path])
             return
         self._gated[path] = _Gated(number, frozenset(targets))
@@ -216,8 +221,18 @@ class Targets:
             log.info("no longer gated: %s", path)
 
 
-def _not_found(target: str) -> str:
-    return f"{cgroups.absence(target)}: it will be gated when it appears"
+def _not_found(target: str) -> Problem:
+    start = "it" if target.startswith(KINDS) else "the service that lives there"
+    return Problem(
+        f"{cgroups.absence(target)}: it will be gated when it appears",
+        f"start {start}, or remove it from gate.cgroups",
+    )
+
+
+def _not_gated(path: Path, error: GateError | OSError) -> Problem:
+    hint = error.hint if isinstance(error, GateError) else ""
+    advice = hint or "`ipsecgate check` shows whose program is there"
+    return Problem(f"cgroup {path} is not gated: {error}", advice)
 
 
 def _id(path: Path) -> int | None:

@@ -195,7 +195,7 @@ class Waiters:
             item = self._gate.negotiations.by_child.get(name) if name is not None else None
             state = (item.coverage, item.attempts, item.last_error) if item is not None else None
             marks.append((progress.state, len(progress.missing), str(name), state))
-        return f"{zlib.crc32(repr((marks, self._gate.ike.error)).encode()):08x}"
+        return f"{zlib.crc32(repr((marks, self._gate.ike.problem)).encode()):08x}"
 
     async def down(self, request: Request) -> Down:
         """End CHILD_SAs (`controller.ending`)."""
@@ -241,7 +241,7 @@ def _target(gate: Gate, goal: Goal, progress: Progress) -> Target:
     coverage = None if name is None else gate.negotiations.coverage(name)
     if progress.state is State.COVERED and name is not None:
         coverage = Coverage.COVERED  # if somebody else had it negotiated, too
-    cause, advice = readiness.cause(gate, progress)
+    problem = readiness.cause(gate, progress)
     return Target(
         target=goal.name,
         kind=goal.kind.value,
@@ -253,8 +253,8 @@ def _target(gate: Gate, goal: Goal, progress: Progress) -> Target:
         child=None if name is None else str(name),
         negotiation=None if coverage is None else coverage.value,
         attempts=0 if item is None else item.attempts,
-        cause=cause,
-        advice=advice,
+        cause=problem.text,
+        advice=problem.advice,
     )
 
 

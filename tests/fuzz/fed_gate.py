@@ -79,7 +79,7 @@ def fingerprint(gate: Gate) -> object:
         gate.errors,
         gate.policies,
         gate.ike.loaded.children,
-        gate.ike.error,
+        gate.ike.problem,
         gate.protection.sa_source,
         gate.settings,
         dict(gate.protection.routing.paths),

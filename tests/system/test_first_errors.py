@@ -279,7 +279,7 @@ def test_strongswan_that_does_not_run(module_lab: Lab, module_gate: Gated) -> No
     lab, gate = module_lab, module_gate
     lab.a.charon.kill()
     said, step = "strongSwan is not running", "systemctl start strongswan"
-    wait_until(lambda: said in gate.ask()["errors"][0], "status does not say so")
+    wait_until(lambda: said in gate.ask()["errors"][0]["text"], "status does not say so")
     document = why(gate, NOT_LOADED)
     assert said in document["steps"][-1]["text"]
     assert step in document["advice"]

@@ -214,7 +214,7 @@ def test_a_killed_daemon_closes_and_a_restarted_one_opens(lab: Lab, gate: Gated)
     assert connected(connect(lab, gate, spec))
 
     def is_without_ike() -> bool:
-        return any("strongSwan" in error for error in gate.ask()["errors"])
+        return any("strongSwan" in error["text"] for error in gate.ask()["errors"])
 
     lab.a.charon.kill()
     wait_until(is_without_ike, "it did not notice")

@@ -255,7 +255,8 @@ def test_the_flow_closes_when_the_daemon_ends_and_opens_when_it_returns(
     assert "ipsec0" not in lab.a.run(["ip", "link"]).stdout, "its device went with it"
     refused_and_nothing_in_clear(lab, gate, spec)
     wait_until(
-        lambda: any("strongSwan" in error for error in gate.ask()["errors"]), "it says nothing"
+        lambda: any("strongSwan" in error["text"] for error in gate.ask()["errors"]),
+        "it says nothing",
     )
     lab.restart(lab.a)
     time.sleep(1)

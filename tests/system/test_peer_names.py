@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.lab.connections import connection
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
@@ -69,7 +70,7 @@ def load_by_name(lab: Lab, gate: Gated) -> None:
 
 
 def deadlocks(gate: Gated) -> list[str]:
-    return [error for error in gate.ask()["errors"] if "waits for the address" in error]
+    return [str(Problem(**e)) for e in gate.ask()["errors"] if "waits for the address" in e["text"]]
 
 
 def test_the_deadlock_is_named_and_a_bypass_for_the_lookup_ends_it(
@@ -89,7 +90,8 @@ def test_the_deadlock_is_named_and_a_bypass_for_the_lookup_ends_it(
         assert "python3" in error
         assert gate.cli("status", check=False).returncode == 1
         why = json.loads(gate.cli("--json", "why", f"{resolver}:53/udp", check=False).stdout)
-        assert f"waits for the address of {NAME}" in why["flows"][0]["advice"]
+        assert f"waits for the address of {NAME}" in why["flows"][0]["steps"][-1]["text"]
+        assert f'remote = ["{resolver}"]' in why["flows"][0]["advice"]
         assert gate.log.read_text().count("waits for the address") == 1
         assert client.process.poll() is None
 

@@ -120,7 +120,7 @@ def test_a_program_that_is_attached_after_ours_is_overtaken(lab: Lab, gate: Gate
         gate.wait_policy(spec.name)
         wait_until(lambda: not later_than_ours(gate), "it was not overtaken")
         assert_refused_and_then_let_go(lab, gate)
-        assert not any("runs after" in text for text in gate.ask()["errors"])
+        assert not any("runs after" in one["text"] for one in gate.ask()["errors"])
 
 
 def test_a_program_of_a_cgroup_above_is_reported_and_its_packets_blocked(
@@ -136,6 +136,6 @@ def test_a_program_of_a_cgroup_above_is_reported_and_its_packets_blocked(
         assert gate.reasons()["block_clear"] > before["block_clear"]
         text = f"at {gate.cgroup.parent} runs after the gate's"
         wait_until(lambda: text in gate.log.read_text(), "it is not logged")
-        assert any(text in one for one in gate.ask()["errors"])
+        assert any(text in one["text"] for one in gate.ask()["errors"])
         checked = gate.cli("check", check=False).stdout
         assert "runs after" in " ".join(checked.split())

@@ -200,8 +200,8 @@ def test_the_status_is_one_json_document(controller: ControllerProcess) -> None:
     )  # fmt: skip
     assert done.returncode == 1, "without IKE it is degraded"
     error = json.loads(done.stdout)["errors"][0]
-    assert error.startswith(f"strongSwan is not running ({controller.folder}/vici: ")
-    assert "systemctl start strongswan" in error
+    assert error["text"].startswith(f"strongSwan is not running ({controller.folder}/vici: ")
+    assert "systemctl start strongswan" in error["advice"]
 
 
 def test_a_full_disk_keeps_the_saved_children(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from tests.system.hooked_cgroup import OTHER, PEER, THERE
 
 __all__ = ["caller", "controller"]
 
-REFUSED = "the last reload was refused: "  # in the status until a reload succeeds
+REFUSED = (
+    "the last reload was refused, so nothing has changed: "  # in the status until a reload succeeds
+)
 # Logged where inotify does not work.
 POLLING = "only found every"
 POLICY = f'[[policy]]\nname = "there"\nremote = ["{THERE[4]}"]\n'
@@ -74,7 +76,7 @@ def start(controller: ControllerProcess, *targets: str, code: str = "") -> None:
 
 
 def waiting(controller: ControllerProcess) -> list[str]:
-    return [error for error in controller.ask()["errors"] if "it will be gated when" in error]
+    return [e["text"] for e in controller.ask()["errors"] if "it will be gated when" in e["text"]]
 
 
 @pytest.mark.parametrize("kind", ["path", "unit"])
@@ -288,11 +290,12 @@ def test_a_refused_reload_changes_nothing(
     assert refused(caller)
     status = controller.ask()
     assert status["policies"] == before
-    assert any(error.startswith(REFUSED) and said in error for error in status["errors"])
+    texts = [error["text"] for error in status["errors"]]
+    assert any(text.startswith(REFUSED) and said in text for text in texts)
     assert is_gated(controller, controller.cgroup)
     controller.configure(f'cgroups = ["{controller.cgroup}"]\n{POLICY}')
     assert controller.cli("reload").returncode == 0
-    assert not any(error.startswith(REFUSED) for error in controller.ask()["errors"])
+    assert not any(error["text"].startswith(REFUSED) for error in controller.ask()["errors"])
 
 
 def test_policies_modes_and_errnos_change_at_sighup(

@@ -308,7 +308,7 @@ def test_following_a_container_needs_the_capability_to_enter_its_namespace(
                 "cannot enter the network namespaces of containers (setns: Operation not permitted)"
             )
             assert controller.eventually(
-                lambda: any(said in error for error in controller.ask()["errors"])
+                lambda: any(said in error["text"] for error in controller.ask()["errors"])
             ), controller.log
             assert controller.ask()["namespaces"] == []
         else:

@@ -161,7 +161,7 @@ def test_without_a_trap_the_call_fails_and_the_cause_says_what_to_do(lab: Lab, g
         report = held(lab, gate, "tcp-client", lab.b.outer[4])
     assert report["error"] == "EHOSTUNREACH"
     why = json.loads(gate.cli("--json", "why", f"{lab.b.outer[4]}:{PORT}", check=False).stdout)
-    assert f"set start_action = trap for {name}/{name}" in json.dumps(why)
+    assert f"set `start_action = trap` for {name}/{name}" in json.dumps(why)
     assert peers(lab) == []
 
 

@@ -31,6 +31,8 @@ def policy(
         "uncovered": [],
         "children": [],
         "last_error": "",
+        "advice": "",
+        "failed_at": None,
     }
 
 
@@ -64,7 +66,7 @@ def status(**changed: Any) -> Status:
         "problems": [],
         "refused": [],
         "warnings": [],
-        "errors": ["cgroup /sys/fs/cgroup/web does not exist"],
+        "errors": [{"text": "cgroup /sys/fs/cgroup/web does not exist", "advice": "start it"}],
         "hooks": [
             {"cgroup": "/x", "cgroup_id": GATED, "hook": hook, "attached": True, "prog_id": 1}
             for hook in HOOKS
@@ -99,6 +101,7 @@ def status(**changed: Any) -> Status:
                 "attempts": 2,
                 "last_error": "no proposal chosen",
                 "advice": "compare both sides",
+                "failed_at": 995.0,
                 "flow": "tcp 10.3.0.5:80",
                 "policy": "web",
             }

@@ -15,6 +15,7 @@ from ipsecgate.core.codec.xfrm_acquire import ACQUIRE, encode_acquire
 from ipsecgate.core.model.events import IkeDown, NegotiationDone, NegotiationFailed
 from ipsecgate.core.model.flow import TCP, Flow
 from ipsecgate.core.model.ipsec import ESP, Acquire, ChildName, Mode, Template
+from ipsecgate.core.model.problem import Cause
 from ipsecgate.edges.strongswan import acquisition
 from ipsecgate.edges.strongswan.client import IkeClient
 from tests.unit.fake_charon import FakeCharon, Section, Session, next_events
@@ -125,7 +126,7 @@ async def test_another_peer_of_the_child_is_not_enough(
     assert mesh.client._events.empty()
     mesh.sas = [half_open(**other)]
     (event,) = await next_events(mesh.client)
-    assert event == NegotiationFailed(NAME, "strongSwan did not negotiate")
+    assert event == NegotiationFailed(NAME, Cause("strongSwan did not negotiate"))
 
 
 async def test_the_log_of_its_own_ike_sa_gives_the_cause(mesh: Mesh) -> None:
@@ -140,7 +141,7 @@ async def test_the_log_of_its_own_ike_sa_gives_the_cause(mesh: Mesh) -> None:
     events = await next_events(mesh.client, 2)
     assert events[0] == IkeDown("gw", 7)
     assert isinstance(events[1], NegotiationFailed)
-    assert "the peer refused our authentication" in events[1].cause
+    assert "the peer refused our authentication" in events[1].cause.text
 
 
 async def test_an_ike_sa_without_the_child_is_a_failure(mesh: Mesh) -> None:
@@ -151,7 +152,8 @@ async def test_an_ike_sa_without_the_child_is_a_failure(mesh: Mesh) -> None:
     mesh.sas = [half_open(state=b"ESTABLISHED")]
     mesh.log("failed to establish CHILD_SA, keeping IKE_SA")
     (event,) = await next_events(mesh.client)
-    assert event == NegotiationFailed(NAME, "the peer accepts none of our traffic selectors")
+    assert isinstance(event, NegotiationFailed)
+    assert event.cause.text == "the peer accepts none of our traffic selectors"
 
 
 async def test_at_the_limit_only_the_half_open_ike_sa_with_this_peer_is_dropped(
@@ -162,7 +164,7 @@ async def test_at_the_limit_only_the_half_open_ike_sa_with_this_peer_is_dropped(
     await mesh.negotiate(limit=0.05)
     (event,) = await next_events(mesh.client)
     assert isinstance(event, NegotiationFailed)
-    assert "slow or silent" in event.cause
+    assert "slow or silent" in event.cause.text
     dropped = [asked for name, asked in mesh.charon.requests if name == "terminate"]
     assert [asked["ike-id"] for asked in dropped] == ["7"]
 
@@ -171,5 +173,5 @@ async def test_a_request_that_the_kernel_refuses_is_a_failure(mesh: Mesh) -> Non
     await mesh.negotiate(error=PermissionError(errno.EPERM, "ACQUIRE: Operation not permitted"))
     (event,) = await next_events(mesh.client)
     assert isinstance(event, NegotiationFailed)
-    assert "ACQUIRE: Operation not permitted" in event.cause
+    assert "ACQUIRE: Operation not permitted" in event.cause.text
     assert SA.remote_host == PEER

@@ -18,6 +18,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import FlowPath, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import ESP, ChildConfig, ChildName, ChildSa, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.problem import Cause, Problem
 from tests.unit.transcript import FLOW, HERE, NET, REFUSED, SA, TRAP, Transcript, initiated
 
 MANY = 200
@@ -112,7 +113,7 @@ def test_a_failure_reevaluates_only_the_calls_of_its_child(
     busy: Spied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     busy.spy(monkeypatch)
-    commands = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), "no"))
+    commands = busy.after(on.NegotiationFailed(ChildName("peer", "net-9"), Cause("no")))
     assert [c.call.id for c in commands if isinstance(c, do.Answer)] == [9]
     assert busy.done["evaluate"] == 1
     assert busy.done["coverages"] == 1
@@ -187,7 +188,7 @@ def test_a_list_of_sas_without_changes_updates_no_table(
     for seen, established in ((0, ()), (1, (listed,)), (1, (listed,)), (2, ())):
         transcript.after(replace(loaded, established=established))
         assert transcript.done["spd"] == seen
-    transcript.after(on.IkeGone("restarted"), loaded)
+    transcript.after(on.IkeGone(Problem("restarted")), loaded)
     assert transcript.done["spd"] == 4
 
 
@@ -236,11 +237,11 @@ def random_events(random: Random, number: int) -> list[on.Event]:
             [on.SaGone(up(peer)[0].sa.id)],  # type: ignore[union-attr]
             [on.PolicySet(trap(peer))], [on.PolicyGone(trap(peer).key)],
             [on.PolicySet(narrow)], [on.PolicyGone(narrow.key)],
-            [on.NegotiationFailed(name, "no")],
+            [on.NegotiationFailed(name, Cause("no"))],
             [on.TimerFired(on.Timer(random.choice(("retry", "limit")), name))],
             [on.NegotiationDone(name)],
             [on.IkeConnected(loaded, (), 42)],
-            [on.IkeGone("restarted"), on.IkeConnected(loaded, (), 42)],
+            [on.IkeGone(Problem("restarted")), on.IkeConnected(loaded, (), 42)],
             [on.PathsResolved(
                 tuple((one, FlowPath(ip_address(random.choice(sources)))) for one in PEERS[:6])
             )],

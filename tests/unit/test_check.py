@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -44,7 +45,7 @@ def ts(
 
 
 def child(
-    name: str = "gw/net", remote: Iterable[TrafficSelector] = (), local: str = HERE, **more: bool
+    name: str = "gw/net", remote: Iterable[TrafficSelector] = (), local: str = HERE, **more: Any
 ) -> ChildConfig:
     ike, _, own = name.partition("/")
     here = tuple(ts(local)) if local else ()

@@ -10,6 +10,7 @@ import pytest
 from ipsecgate.core.gate.event_queue import EVENTS_PER_STEP, REFUSALS, EventQueue
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.ipsec import ChildName
+from ipsecgate.core.model.problem import Cause
 from tests.unit.transcript import FLOW, NAME, REFUSED, SA, SOURCES, connected
 
 ASKED = on.FlowRefused | on.CallEvent
@@ -43,7 +44,7 @@ def test_every_source_gets_its_turn_and_keeps_its_order() -> None:
     for number in range(3 * EVENTS_PER_STEP):
         for event in (
             called(number),
-            on.NegotiationFailed(NAME, f"{number}"),
+            on.NegotiationFailed(NAME, Cause(f"{number}")),
             on.TimerFired(on.Timer("limit", ChildName("peer", f"{number}"))),
         ):
             inbox.put(event)

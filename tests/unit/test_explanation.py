@@ -26,6 +26,7 @@ from ipsecgate.core.model.flow import (
 )
 from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.problem import Cause, Problem
 from ipsecgate.core.tables.layout import Reason, State, TableId, flow_key
 from tests.unit.transcript import (
     FLOW,
@@ -69,7 +70,7 @@ def test_a_covered_flow_names_its_sa(trapped: Transcript) -> None:
 
 
 def test_a_failed_negotiation_names_ikes_cause_and_the_errno(trapped: Transcript) -> None:
-    trapped.after(REFUSED, on.NegotiationFailed(NAME, "no proposal chosen"))
+    trapped.after(REFUSED, on.NegotiationFailed(NAME, Cause("no proposal chosen")))
     found = explain(trapped.gate, FLOW)
     assert found.error == EHOSTUNREACH
     assert said(trapped, Step.IKE).endswith("back-off, 1 attempt; last error: no proposal chosen")
@@ -142,9 +143,9 @@ def test_without_a_kernel_policy_daemon_or_route() -> None:
     transcript = Transcript()
     transcript.after(on.KernelSnapshot((), ()), connected(), SOURCES)
     assert "none matches" in said(transcript, Step.KERNEL)
-    transcript.after(on.IkeGone("Connection refused"))
+    transcript.after(on.IkeGone(Problem("Connection refused", "start strongSwan")))
     assert "Connection refused" in said(transcript, Step.IKE)
-    assert "systemctl start strongswan" in explain(transcript.gate, FLOW).advice
+    assert explain(transcript.gate, FLOW).advice == "start strongSwan"
     transcript.after(on.PathsResolved(((THERE, FlowPath(None)),)))
     assert explain(transcript.gate, FLOW).reason is Reason.REFUSE_NO_SOURCE
 
@@ -214,7 +215,8 @@ def test_a_misspelt_child_is_named_alike_in_every_place(written: str, meant: str
     (told,) = [c.text for c in transcript.after(connected()) if isinstance(c, do.Log)]
     assert told == f"no loaded connection would protect {FLOW}: {text}. Next: {advice}"
     assert awaited(transcript.gate, FLOW) == (None, text)
-    assert absent_children(transcript.gate.ike.loaded, transcript.gate.policies) == [(text, advice)]
+    told_of = Problem(text, advice)
+    assert absent_children(transcript.gate.ike.loaded, transcript.gate.policies) == [told_of]
 
 
 def test_children_that_are_loaded_are_not_absent() -> None:

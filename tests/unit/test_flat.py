@@ -18,6 +18,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import FlowPath, Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import ESP, ChildName, ChildSa, SaId, SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.problem import Cause
 from tests.unit.transcript import FLOW, HERE, LISTED, NET, REFUSED, SA, TRAP, Transcript
 
 FEW, MANY = 40, 640
@@ -128,7 +129,7 @@ STEPS: dict[str, Callable[[int], Iterable[on.Event]]] = {
         on.CallMade(on.Call(2, 1), refused(n + 1).flow, pid=1, limit=30.0)
     ],
     "a negotiation fails": lambda n: [
-        on.NegotiationFailed(ChildName("peer", f"net-{n + 1}"), "no proposal chosen")
+        on.NegotiationFailed(ChildName("peer", f"net-{n + 1}"), Cause("no proposal chosen"))
     ],
 }  # fmt: skip
 

@@ -150,7 +150,7 @@ def test_with_userspace_esp_there_is_no_floor() -> None:
     transcript.after(on.KernelSnapshot((), ()), SOURCES)
     commands = floors(transcript.after(on.IkeConnected((), (), pid=42, userspace_esp=True)))
     assert commands[-1].policies == ()
-    assert any("gate.floor" in error for error in transcript.gate.errors)
+    assert any("gate.floor" in error.text for error in transcript.gate.errors)
 
 
 def test_an_inbound_policy_is_never_taken_for_the_floor() -> None:

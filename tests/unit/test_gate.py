@@ -13,6 +13,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import FlowPath, Selector
 from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
 from ipsecgate.core.model.policy import Settings
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.tables.layout import TableId
 from tests.unit.transcript import (
     HERE,
@@ -77,7 +78,7 @@ def test_without_a_trap_the_sa_alone_opens_nothing() -> None:
         on.PolicySet(replace(TRAP, action=Action.DISCARD, templates=())),
         on.PolicySet(replace(TRAP, templates=(replace(TRAP.templates[0], reqid=9),))),
         on.KernelSnapshot((TRAP,), ()),
-        on.IkeGone("connection closed"),
+        on.IkeGone(Problem("connection closed")),
     ],
     ids=lambda event: type(event).__name__,
 )
@@ -145,7 +146,7 @@ def test_a_flow_is_covered_only_once_its_route_chooses_a_protected_source() -> N
 def test_the_daemon_is_exempt_while_it_is_connected(trapped: Transcript) -> None:
     transcript = Transcript()
     assert do.ExemptIke(42) in transcript.after(connected())
-    assert do.ExemptIke(0) in transcript.after(on.IkeGone("connection closed"))
+    assert do.ExemptIke(0) in transcript.after(on.IkeGone(Problem("connection closed")))
 
 
 def test_a_thousand_refusals_do_not_delay_a_closing(trapped: Transcript) -> None:

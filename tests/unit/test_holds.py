@@ -15,6 +15,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import UDP, Flow, FlowPath, is_exempt
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.problem import Cause, Problem
 from tests.unit.transcript import (
     FLOW,
     NAME,
@@ -135,7 +136,7 @@ def test_a_call_to_an_own_address_continues_at_once(trapped: Transcript) -> None
 
 def test_a_failed_negotiation_fails_every_held_call(trapped: Transcript) -> None:
     trapped.after(made(1), made(2))
-    commands = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
+    commands = trapped.after(on.NegotiationFailed(NAME, Cause("AUTHENTICATION_FAILED")))
     assert answers(commands) == {on.Call(1, 1): EHOSTUNREACH, on.Call(1, 2): EHOSTUNREACH}
     assert any(isinstance(c, do.Log) and "AUTHENTICATION_FAILED" in c.text for c in commands)
     assert answers(trapped.after(made(3))) == {on.Call(1, 3): EHOSTUNREACH}, "during back-off"
@@ -169,7 +170,7 @@ def test_a_call_is_held_before_kernel_and_daemon_have_answered() -> None:
 
 
 def test_a_call_held_without_a_daemon_is_negotiated_when_it_returns(trapped: Transcript) -> None:
-    trapped.after(on.IkeGone("crashed"))
+    trapped.after(on.IkeGone(Problem("crashed")))
     assert not initiated(trapped.after(MADE))
     assert initiated(trapped.after(connected())) == [NAME]
 

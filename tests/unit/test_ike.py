@@ -78,7 +78,7 @@ async def test_events_arrive_in_order_and_then_the_end_of_the_connection(
     charon.die()
     (gone,) = await next_events(client)
     assert isinstance(gone, IkeGone)
-    assert "closed the connection" in gone.reason
+    assert "closed the connection" in gone.problem.text
     with pytest.raises(IkeUnreachableError):
         await client.established()
 

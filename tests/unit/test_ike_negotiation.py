@@ -15,6 +15,7 @@ from ipsecgate.core.model.events import (
     NegotiationFailed,
 )
 from ipsecgate.core.model.ipsec import ChildName
+from ipsecgate.core.model.problem import Cause
 from ipsecgate.edges.strongswan import negotiation
 from ipsecgate.edges.strongswan.client import IkeClient
 from tests.unit.fake_charon import (
@@ -70,8 +71,11 @@ async def test_a_failed_negotiation_is_repeated_once_to_log_its_cause(
     silent, logged = await negotiate(charon, client)
     assert "loglevel" in silent
     assert "loglevel" not in logged
-    cause = "the peer accepts none of our traffic selectors"
-    assert await next_events(client) == [NegotiationFailed(ChildName("gw", "net"), cause)]
+    (failed,) = await next_events(client)
+    assert isinstance(failed, NegotiationFailed)
+    assert failed.name == ChildName("gw", "net")
+    assert failed.cause.text == "the peer accepts none of our traffic selectors"
+    assert failed.cause.advice.startswith("compare local_ts and remote_ts")
 
 
 async def test_a_negotiation_refused_with_a_reason_is_not_repeated(
@@ -80,7 +84,9 @@ async def test_a_negotiation_refused_with_a_reason_is_not_repeated(
     reason = "CHILD_SA config 'net' not found"
     charon.handlers["initiate"] = answering(no(reason))
     await negotiate(charon, client)
-    assert await next_events(client) == [NegotiationFailed(ChildName("gw", "net"), reason)]
+    (failed,) = await next_events(client)
+    assert isinstance(failed, NegotiationFailed)
+    assert failed.cause == Cause(reason, "load the connection: `swanctl --load-conns`")
 
 
 async def test_a_failure_whose_child_is_already_up_counts_as_done(
@@ -101,7 +107,7 @@ async def test_the_success_of_another_child_is_a_failure_of_this_one(
     await negotiate(charon, client, limit=0.05)
     (failed,) = await next_events(client)
     assert isinstance(failed, NegotiationFailed)
-    assert "within 0.05 s" in failed.cause
+    assert "within 0.05 s" in failed.cause.text
 
 
 async def test_an_unanswered_negotiation_ends_at_the_limit_and_its_half_open_ike_sa_is_dropped(
@@ -117,7 +123,7 @@ async def test_an_unanswered_negotiation_ends_at_the_limit_and_its_half_open_ike
     await negotiate(charon, client, limit=0.05)
     (failed,) = await next_events(client)
     assert isinstance(failed, NegotiationFailed)
-    assert "slow or silent" in failed.cause
+    assert "slow or silent" in failed.cause.text
     dropped = [asked for name, asked in charon.requests if name == "terminate"]
     assert dropped == [{"ike-id": "9", "force": "yes", "timeout": "-1"}]
 
@@ -130,7 +136,7 @@ async def test_a_late_failure_is_not_repeated(
     await negotiate(charon, client)
     (failed,) = await next_events(client)
     assert isinstance(failed, NegotiationFailed)
-    assert "silent" in failed.cause
+    assert "silent" in failed.cause.text
 
 
 async def test_the_attempt_after_a_late_failure_logs_its_cause(
@@ -149,7 +155,8 @@ async def test_the_attempt_after_a_late_failure_logs_its_cause(
     first, second = await negotiate(charon, client)
     assert ("loglevel" in first, "loglevel" in second) == (True, False)
     causes = [event.cause for event in await next_events(client, 2)]  # type: ignore[union-attr]
-    assert causes[1] == "the peer's address gw.example can't be resolved"
+    assert causes[1].text == "the peer's address gw.example can't be resolved"
+    assert causes[1].unresolved == "gw.example"
 
 
 async def test_only_a_few_negotiations_wait_inside_the_daemon(
@@ -183,6 +190,6 @@ async def test_the_daemon_may_end_during_a_negotiation(
     (first,) = await next_events(client)
     assert isinstance(first, IkeGone | NegotiationFailed)
     if isinstance(first, NegotiationFailed):
-        assert "closed the connection" in first.cause
+        assert "closed the connection" in first.cause.text
         (last,) = await next_events(client)
         assert isinstance(last, IkeGone)

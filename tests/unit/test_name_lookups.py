@@ -11,6 +11,7 @@ from ipsecgate.core.gate.explanation import explain
 from ipsecgate.core.gate.name_lookups import is_lookup
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import UDP, Flow
+from ipsecgate.core.model.problem import Cause
 from tests.unit.transcript import (
     FLOW,
     LISTED,
@@ -24,7 +25,7 @@ from tests.unit.transcript import (
 
 QUERY = replace(FLOW, proto=UDP, dport=53)
 LOOKUP = replace(REFUSED, flow=QUERY, pid=812, comm="unbound", unit="unbound.service")
-FAILED = on.NegotiationFailed(NAME, "the peer's address gw.example can't be resolved")
+FAILED = on.NegotiationFailed(NAME, Cause("no address", unresolved="gw.example"))
 FIX = 'action = "bypass", remote = ["10.2.0.9"], protocol = "udp" and port = "53"'
 
 
@@ -40,7 +41,7 @@ def logged(commands: list[do.Command]) -> list[str]:
 
 
 def deadlocks(transcript: Transcript) -> list[str]:
-    return [error for error in transcript.gate.errors if "waits for the address" in error]
+    return [str(one) for one in transcript.gate.errors if "waits for the address" in one.text]
 
 
 def test_the_deadlock_is_named_once_with_the_way_out_of_it(waiting: Transcript) -> None:
@@ -56,7 +57,7 @@ def test_the_deadlock_is_named_once_with_the_way_out_of_it(waiting: Transcript) 
 
 
 def test_it_ends_when_the_negotiation_gets_further(waiting: Transcript) -> None:
-    failure = on.NegotiationFailed(NAME, "MAC mismatched")
+    failure = on.NegotiationFailed(NAME, Cause("MAC mismatched"))
     for end in (failure, on.NegotiationDone(NAME), on.ChildUp(LISTED)):
         waiting.after(LOOKUP, FAILED)
         assert deadlocks(waiting)
@@ -68,7 +69,7 @@ def test_it_ends_when_the_negotiation_gets_further(waiting: Transcript) -> None:
     ("refusal", "failure"),
     [
         (REFUSED, FAILED),
-        (LOOKUP, on.NegotiationFailed(NAME, "the peer did not answer (5 retransmits)")),
+        (LOOKUP, on.NegotiationFailed(NAME, Cause("the peer did not answer (5 retransmits)"))),
         (replace(LOOKUP, policy=None), FAILED),
     ],
     ids=["no lookup", "another cause", "not protected"],

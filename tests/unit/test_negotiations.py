@@ -14,6 +14,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Selector, TrafficSelector
 from ipsecgate.core.model.ipsec import SpdKey
 from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.problem import Cause, Problem
 from tests.unit.transcript import (
     FLOW,
     HERE,
@@ -40,12 +41,12 @@ def test_a_hundred_refused_flows_start_one_negotiation(trapped: Transcript) -> N
 def test_after_a_failure_the_gate_backs_off_with_another_errno(trapped: Transcript) -> None:
     assert trapped.errno == EPERM
     trapped.after(REFUSED)
-    commands = trapped.after(on.NegotiationFailed(NAME, "AUTHENTICATION_FAILED"))
+    commands = trapped.after(on.NegotiationFailed(NAME, Cause("AUTHENTICATION_FAILED")))
     pauses = [c.seconds for c in commands if isinstance(c, do.StartTimer)]
     assert len(pauses) == 1
     assert 0.75 <= pauses[0] <= 1.25
     assert trapped.errno == EHOSTUNREACH
-    assert trapped.gate.negotiations.by_child[NAME].last_error == "AUTHENTICATION_FAILED"
+    assert trapped.gate.negotiations.by_child[NAME].last_error == Cause("AUTHENTICATION_FAILED")
     assert initiated(trapped.after(REFUSED)) == []
 
     trapped.after(on.TimerFired(on.Timer("retry", NAME)))
@@ -57,14 +58,15 @@ def test_a_negotiation_without_an_answer_ends_at_its_limit(trapped: Transcript) 
     trapped.after(REFUSED, on.TimerFired(on.Timer("limit", NAME)))
     item = trapped.gate.negotiations.by_child[NAME]
     assert item.coverage is Coverage.BACK_OFF
-    assert "strongSwan did not finish within" in item.last_error
+    assert "strongSwan did not finish within" in str(item.last_error)
 
 
 def test_how_negotiations_ended_is_counted_by_policy(trapped: Transcript) -> None:
     policy = trapped.gate.policies[0]
-    trapped.after(REFUSED, on.NegotiationFailed(NAME, "NO_PROPOSAL_CHOSEN"))
-    trapped.after(REFUSED, on.NegotiationFailed(NAME, "a late report"))  # it has ended already
-    trapped.after(on.TimerFired(on.Timer("retry", NAME)), REFUSED, on.IkeGone("it died"))
+    trapped.after(REFUSED, on.NegotiationFailed(NAME, Cause("NO_PROPOSAL_CHOSEN")))
+    late = on.NegotiationFailed(NAME, Cause("a late report"))
+    trapped.after(REFUSED, late)  # it has ended already
+    trapped.after(on.TimerFired(on.Timer("retry", NAME)), REFUSED, on.IkeGone(Problem("it died")))
     trapped.after(connected(), REFUSED, *UP)
     ended = {
         (policy.name, "failed"): 1,
@@ -90,7 +92,7 @@ def test_a_child_that_only_the_daemon_has_is_deleted_at_the_limit(
     assert (do.Terminate(NAME) in commands) == within
     item = trapped.gate.negotiations.by_child[NAME]
     assert item.coverage is Coverage.BACK_OFF
-    assert "strongSwan reports it as up" in item.last_error
+    assert "strongSwan reports it as up" in str(item.last_error)
 
 
 def test_a_negotiation_may_be_done_before_the_kernel_reports_the_sa(trapped: Transcript) -> None:
@@ -103,7 +105,7 @@ def test_the_back_off_grows_up_to_its_limit(trapped: Transcript) -> None:
     pauses = []
     for _ in range(10):
         trapped.after(REFUSED)
-        commands = trapped.after(on.NegotiationFailed(NAME, "no"))
+        commands = trapped.after(on.NegotiationFailed(NAME, Cause("no")))
         pauses += [c.seconds for c in commands if isinstance(c, do.StartTimer)]
         trapped.after(on.TimerFired(on.Timer("retry", NAME)))
     assert pauses[0] < pauses[3] < pauses[5]

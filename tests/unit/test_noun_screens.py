@@ -33,6 +33,8 @@ def policy(number: int, **more: Any) -> Policy:
         "source": "/etc/ipsecgate/policies.d/databases.toml:12",
         "coverage": "back-off",
         "last_error": "the peer rejected our identity or PSK (AUTHENTICATION_FAILED)",
+        "advice": "compare secret and ids with the peer's, then `swanctl --load-creds`",
+        "failed_at": NOW - 40,
         "uncovered": [],
         "children": ["net/frankfurt-to-dublin"],
     }
@@ -46,6 +48,7 @@ def refusal(number: int) -> Any:
         "reason": "refuse_uncovered",
         "text": "no live SA protects it",
         "cause": "",
+        "child": None,
         "policy": "database-1",
         "last": NOW - 12,
         "state": "refuse_uncovered",
@@ -65,7 +68,7 @@ STATUS: Status = {
          "advice": "start strongSwan: `systemctl start strongswan`"},
     ],
     "warnings": [],
-    "errors": ["IKE daemon: /run/charon.vici: No such file or directory"],
+    "errors": [{"text": "IKE daemon: no such file", "advice": "start strongSwan"}],
     "hooks": [
         {"cgroup": f"/sys/fs/cgroup/system.slice/{name}.service", "cgroup_id": number, "hook": hook,
          "attached": True, "prog_id": 9}
@@ -87,7 +90,7 @@ STATUS: Status = {
         {"child": "net/frankfurt-to-dublin", "state": "back-off", "attempts": 7,
          "last_error": "the peer rejected our identity or PSK (AUTHENTICATION_FAILED)",
          "advice": "compare secret and ids with the peer's, then `swanctl --load-creds`",
-         "flow": "tcp 10.2.0.9:5432", "policy": "database-1"},
+         "failed_at": NOW - 40, "flow": "tcp 10.2.0.9:5432", "policy": "database-1"},
     ],
     "sas": [
         {"spi": "c0ffee00", "protocol": "esp", "reqid": 16384, "peer": "2001:db8:1234:5678::1",
@@ -110,11 +113,13 @@ CGROUPS: Cgroups = {
         {"cgroup": "/sys/fs/cgroup/system.slice/postgresql.service", "cgroup_id": 42,
          "by": "unit:postgresql", "hooks": ["connect4", "egress"], "missing": ["sendmsg6"],
          "processes": 12, "others": ["connect4: BPF program 77 (cil_sock4_connect)"],
-         "warnings": ["connect4 of /sys/fs/cgroup/system.slice/postgresql.service: it runs after"]},
+         "warnings": [{"text": "connect4 of postgresql.service: it runs after",
+                       "advice": "gate what is above it, too"}]},
         {"cgroup": "", "cgroup_id": 43, "by": "unknown", "hooks": ["connect4"], "missing": [],
          "processes": None, "others": [], "warnings": []},
     ],
-    "awaited": [{"target": "container:webshop", "text": "it will be gated when it appears"}],
+    "awaited": [{"target": "container:webshop", "text": "it will be gated when it appears",
+                 "advice": ""}],
 }  # fmt: skip
 FLOWS: Flows = {
     "controller": STATUS["controller"],

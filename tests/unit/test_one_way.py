@@ -17,6 +17,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import PORT_MASK, UDP, Selector
 from ipsecgate.core.model.ipsec import COMP, ESP, Direction, SaId, SpdEntry, SpdKey
 from ipsecgate.core.model.policy import Policy, SaSource, Settings
+from ipsecgate.core.model.problem import Problem
 from tests.unit.transcript import (
     HERE,
     LISTED,
@@ -158,7 +159,7 @@ def test_a_child_that_the_daemon_no_longer_lists_is_not_deleted_again() -> None:
 
 def test_no_child_is_deleted_while_the_daemon_is_gone() -> None:
     half = established([PINNED])
-    half.after(on.IkeGone("killed"))
+    half.after(on.IkeGone(Problem("killed")))
     assert not deleted(half.after(FIRED))
 
 

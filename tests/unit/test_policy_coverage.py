@@ -75,11 +75,25 @@ def test_the_own_address_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["coverage"] == "covered"
 
 
-def test_what_was_asked_for_has_its_state_and_error() -> None:
-    asked = {"policy": "db", "child": "gw/a", "state": "back-off", "last_error": "no answer"}
-    (found,) = judged([policy("db", SITE)], negotiations=[asked])
-    assert (found["coverage"], found["last_error"]) == ("back-off", "no answer")
-    assert found["children"] == ["gw/a"]
+def asked(child: str, error: str = "", advice: str = "", at: float | None = None) -> Any:
+    return {
+        "policy": "db", "child": child, "state": "back-off", "last_error": error,
+        "advice": advice, "failed_at": at,
+    }  # fmt: skip
+
+
+def test_what_was_asked_for_has_its_state_and_its_newest_error() -> None:
+    """Of two gateways, one failed an hour ago: what it said may no longer hold."""
+    older, newer = (
+        asked("gw/a", "no answer", "wait", 100.0),
+        asked("gw/b", "no key", "add it", 3700.0),
+    )
+    (found,) = judged([policy("db", SITE)], negotiations=[older, asked("gw/c"), newer])
+    assert (found["coverage"], found["last_error"]) == ("back-off", "no key")
+    assert (found["advice"], found["failed_at"]) == ("add it", 3700.0)
+    assert found["children"] == ["gw/a", "gw/b", "gw/c"]
+    (found,) = judged([policy("db", SITE)], negotiations=[asked("gw/c")])
+    assert (found["last_error"], found["advice"], found["failed_at"]) == ("", "", None)
 
 
 def test_an_exemption_has_no_coverage() -> None:

@@ -147,7 +147,7 @@ def test_kernel_policies_that_do_not_fit_the_hook_table_refuse_their_flows(small
     entries = [transcript.entry(TableId.SPD, flow) for flow in flows]
     closed = [entry is None or entry.state is not State.LIVE for entry in entries]
     assert any(closed)
-    assert any("SPD table" in error for error in transcript.gate.errors)
+    assert any("SPD table" in error.text for error in transcript.gate.errors)
     transcript.after(on.KernelSnapshot((TRAP,), (SA,)))
     assert transcript.is_open()
     assert transcript.gate.errors == []
@@ -165,7 +165,7 @@ def test_a_connection_whose_peer_is_unknown_is_reported_as_an_error(trapped: Tra
     trapped.after(
         on.IkeConnected((NET, replace(NET, name=ChildName("peer", "any"), remote=())), (), pid=42)
     )
-    assert any("connection peer/any" in error for error in trapped.gate.errors)
+    assert any("connection peer/any" in error.text for error in trapped.gate.errors)
     trapped.after(connected())
     assert trapped.gate.errors == []
 
@@ -176,7 +176,7 @@ def test_policies_that_do_not_fit_protect_their_whole_networks(small: None) -> N
         for n in (24, 16, 8)
     )
     transcript = Transcript(Settings(policies=wide))
-    assert any("POLICY table" in error for error in transcript.gate.errors)
+    assert any("POLICY table" in error.text for error in transcript.gate.errors)
     inside = Flow(ip_address("10.9.9.9"), 17, 53, ip_address("10.1.0.1"))
     entry = transcript.entry(TableId.POLICY, inside)
     assert entry is not None
@@ -192,4 +192,4 @@ def test_policies_that_do_not_fit_even_as_networks_protect_everything(small: Non
     entry = transcript.entry(TableId.POLICY, replace(FLOW, daddr=ip_address("198.51.100.1")))
     assert entry is not None
     assert (entry.state, entry.id) == (State.PROTECT, 1)
-    assert "because of all" in transcript.gate.errors[0]
+    assert "because of all" in transcript.gate.errors[0].text

@@ -71,8 +71,8 @@ def evil_status() -> Status:
         "controller": {"alive": True, "ready": True, "pid": 1, "since": 0},
         "healthy": False,
         "problems": [{"text": EVIL, "advice": EVIL}],
-        "errors": [EVIL],
-        "warnings": [EVIL],
+        "errors": [{"text": EVIL, "advice": EVIL}],
+        "warnings": [{"text": EVIL, "advice": EVIL}],
         "hooks": [{"cgroup": EVIL, "cgroup_id": 1, "hook": EVIL, "attached": True, "prog_id": 1}],
         "policies": [
             {
@@ -90,6 +90,8 @@ def evil_status() -> Status:
                 "source": EVIL,
                 "coverage": EVIL,
                 "last_error": EVIL,
+                "advice": EVIL,
+                "failed_at": 0.0,
             }
         ],
         "negotiated": [{"policy": EVIL, "outcome": EVIL, "count": 1}],
@@ -123,6 +125,7 @@ def evil_status() -> Status:
                 "flow": "tcp [2001:db8::9]:5432",
                 "last_error": EVIL,
                 "advice": EVIL,
+                "failed_at": 0.0,
                 "policy": EVIL,
             }
         ],
@@ -158,6 +161,7 @@ def evil_status() -> Status:
                 "reason": EVIL,
                 "text": EVIL,
                 "cause": EVIL,
+                "child": EVIL,
                 "policy": EVIL,
                 "last": 0.0,
                 "state": EVIL,

@@ -25,6 +25,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP, UDP, Flow, FlowPath, TrafficSelector
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, Mode
 from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.problem import Cause, Problem
 from tests.unit.transcript import (
     FLOW,
     HERE,
@@ -134,17 +135,17 @@ def test_a_policy_that_exceptions_take_whole_needs_nothing() -> None:
 def test_the_life_of_a_flow(trapped: Transcript) -> None:
     found = at(trapped, TO)
     assert (found.state, found.missing) == (State.WAITING, (FLOW,))
-    assert cause(trapped.gate, found)[0] == f"{NAME} was not asked for yet"
+    assert cause(trapped.gate, found).text == f"{NAME} was not asked for yet"
     assert wanted(trapped.gate, FLOW, "") == (NAME, 0)
 
     assert initiated(trapped.after(on.Wanted(FLOW))) == [NAME]
     assert wanted(trapped.gate, FLOW, "") is None, "it is under way"
     assert initiated(trapped.after(on.Wanted(FLOW))) == []
 
-    trapped.after(on.NegotiationFailed(NAME, "no proposal chosen"))
-    text, advice = cause(trapped.gate, at(trapped, TO))
-    assert text.endswith("last error: no proposal chosen")
-    assert NAME.child in advice
+    trapped.after(on.NegotiationFailed(NAME, Cause("no proposal chosen")))
+    why = cause(trapped.gate, at(trapped, TO))
+    assert why.text.endswith("last error: no proposal chosen")
+    assert NAME.child in why.advice
     assert wanted(trapped.gate, FLOW, "") is None, "it will be tried again"
     trapped.after(on.TimerFired(on.Timer("retry", NAME)))
     assert wanted(trapped.gate, FLOW, "") == (NAME, 1)
@@ -152,7 +153,7 @@ def test_the_life_of_a_flow(trapped: Transcript) -> None:
     trapped.after(*UP)
     found = at(trapped, TO)
     assert (found.state, found.missing) == (State.COVERED, ())
-    assert cause(trapped.gate, found) == ("", "")
+    assert cause(trapped.gate, found) == Problem("")
     trapped.after(on.SaGone(SA.id))
     assert at(trapped, TO).state is State.WAITING
 
@@ -171,15 +172,15 @@ def test_before_anything_is_known() -> None:
     for goal in (TO, Goal(Kind.POLICY, "db"), Goal(Kind.NAME, "db")):
         found = at(transcript, goal)
         assert found.state is State.WAITING
-        assert cause(transcript.gate, found)[0]
+        assert cause(transcript.gate, found).text
         assert wanted(transcript.gate, FLOW, "") is None, "no daemon"
 
 
 def test_without_a_daemon_the_cause_says_so(trapped: Transcript) -> None:
-    trapped.after(on.IkeGone("Connection refused"))
+    trapped.after(on.IkeGone(Problem("Connection refused")))
     found = at(trapped, TO)
     assert found.state is State.WAITING
-    assert "Connection refused" in cause(trapped.gate, found)[0]
+    assert "Connection refused" in cause(trapped.gate, found).text
     assert wanted(trapped.gate, FLOW, "") is None
 
 
@@ -195,7 +196,7 @@ def test_what_the_operator_lets_go_is_never_covered(policy: Policy, said: str) -
     transcript = configured(policy, replace(PROTECT, remote=(ip_network("10.9.0.0/16"),)))
     found = at(transcript, TO)
     assert found.state is State.NEVER
-    assert said in cause(transcript.gate, found)[0]
+    assert said in cause(transcript.gate, found).text
 
 
 def test_an_unknown_name_lists_those_that_are_known() -> None:
@@ -203,7 +204,7 @@ def test_an_unknown_name_lists_those_that_are_known() -> None:
     for kind, known in ((Kind.POLICY, "db"), (Kind.NAME, f"db, {NET.name}")):
         found = at(transcript, Goal(kind, "nosuch"))
         assert found.state is State.NEVER
-        assert cause(transcript.gate, found)[0].endswith(f"is named nosuch; known: {known}")
+        assert cause(transcript.gate, found).text.endswith(f"is named nosuch; known: {known}")
 
 
 def test_a_policy_of_several_networks_names_the_one_that_is_missing() -> None:
@@ -220,7 +221,7 @@ def test_a_flow_that_no_connection_names_yet_may_come(trapped: Transcript) -> No
     elsewhere = Goal(Kind.FLOW, "", Flow(ip_address("10.9.0.1"), TCP, 80))
     found = at(trapped, elsewhere)
     assert found.state is State.WAITING
-    assert "no policy protects" in cause(trapped.gate, found)[0]
+    assert "no policy protects" in cause(trapped.gate, found).text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "10.1.0.1"])
@@ -238,7 +239,7 @@ def test_a_name_that_nothing_has() -> None:
     for kind in (Kind.POLICY, Kind.NAME):
         found = at(transcript, Goal(kind, "typo"))
         assert found.state is State.NEVER
-        assert "is named typo" in cause(transcript.gate, found)[0]
+        assert "is named typo" in cause(transcript.gate, found).text
     derived = Transcript()
     derived.after(connected(), SOURCES)
     assert at(derived, Goal(Kind.POLICY, "typo")).state is State.WAITING, "it may be loaded yet"

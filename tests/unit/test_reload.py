@@ -17,6 +17,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow, FlowPath
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Errnos, Policy, SaSource, Settings
+from ipsecgate.core.model.problem import Cause, Problem
 from ipsecgate.core.tables.layout import State, TableId
 from ipsecgate.edges.host.config import Config
 from ipsecgate.errors import UsageError
@@ -118,7 +119,7 @@ def test_a_negotiation_follows_its_policy_to_another_position() -> None:
     bypassed = transcript.entry(TableId.POLICY, replace(ROUTED, daddr=ip_address("10.3.0.9")))
     assert bypassed is not None
     assert bypassed.error == EPERM
-    transcript.after(on.NegotiationFailed(NAME, "no"))
+    transcript.after(on.NegotiationFailed(NAME, Cause("no")))
     entry = transcript.entry(TableId.POLICY, ROUTED)
     assert entry is not None
     assert entry.error == EHOSTUNREACH
@@ -137,14 +138,12 @@ def test_a_negotiation_that_no_policy_asks_for_any_more_is_forgotten(
     policies: tuple[Policy, ...],
 ) -> None:
     transcript = running(PROTECT)
-    transcript.after(REFUSED, on.NegotiationFailed(NAME, "no"))
+    transcript.after(REFUSED, on.NegotiationFailed(NAME, Cause("no")))
     reload(transcript, *policies)
     transcript.after(BOTH)
     assert not transcript.gate.negotiations.by_child
-    timer = on.Timer("retry", NAME)
-    assert (
-        initiated(transcript.after(on.TimerFired(timer), on.NegotiationFailed(NAME, "late"))) == []
-    )
+    timer, late = on.Timer("retry", NAME), on.NegotiationFailed(NAME, Cause("late"))
+    assert initiated(transcript.after(on.TimerFired(timer), late)) == []
 
 
 def test_a_refusal_from_before_the_reload_is_judged_by_the_new_policies() -> None:
@@ -166,7 +165,7 @@ def test_without_configured_policies_the_loaded_connections_apply() -> None:
 
 def test_without_policies_and_without_a_daemon_everything_is_protected() -> None:
     transcript = Transcript(Settings((FIRST,)))
-    transcript.after(on.KernelSnapshot((), ()), on.IkeGone("no"))
+    transcript.after(on.KernelSnapshot((), ()), on.IkeGone(Problem("no")))
     reload(transcript)
     transcript.after(
         on.PathsResolved(
@@ -204,7 +203,7 @@ async def test_a_configuration_that_cannot_be_read_is_not_adopted() -> None:
     with pytest.raises(UsageError, match="must name at least one network"):
         await reload.run()
     assert not adopted
-    assert "must name at least one network" in reload.errors[0]
+    assert "must name at least one network" in reload.errors[0].text
     await reload.run()
     assert adopted == [Config()]
     assert reload.errors == []

@@ -115,7 +115,7 @@ def test_origins_are_limited() -> None:
         made.resolved(PathsResolved(((THERE, FlowPath(HERE)),), Origin(netns=number)))
     assert len(made.paths) == ORIGINS
     assert made.route(replace(FLOW, netns=ORIGINS)).reason is Reason.REFUSE_NETNS
-    assert "others are refused" in made.errors[0]
+    assert "others are refused" in made.errors[0].text
 
 
 def test_the_verdict_of_one_lookup() -> None:

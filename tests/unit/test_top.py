@@ -109,7 +109,7 @@ def many(count: int) -> Top:
         holds=[],
         hooks=[],
         errors=[
-            f"error {n} that is much longer than any terminal is wide {'x' * 200}"
+            {"text": f"error {n} that is much longer than any terminal {'x' * 200}", "advice": ""}
             for n in (1, 2, 3)
         ],
     )

@@ -22,6 +22,7 @@ from ipsecgate.core.model.flow import (
 )
 from ipsecgate.core.model.ipsec import ChildSa
 from ipsecgate.core.model.policy import SaSource, Settings
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
 from ipsecgate.core.tables.layout import State, TableId, flow_key
 from ipsecgate.core.tables.rule_table import RuleTable
@@ -89,7 +90,7 @@ def test_an_sa_without_its_route_opens_nothing(transcript: Transcript) -> None:
     "closing",
     [
         (on.ChildDown(LISTED),),
-        (on.IkeGone("connection closed"),),
+        (on.IkeGone(Problem("connection closed")),),
         (SOURCES,),
         (replace(SOURCES, into_tun=((THERE, False),)),),
         (connected(), connected()),
@@ -158,7 +159,7 @@ def test_the_automatic_source_follows_the_daemon() -> None:
     transcript.after(on.KernelSnapshot((), ()), connected(LISTED), TUNNEL)
     assert chosen(transcript) == "vici"
     assert transcript.is_open()
-    transcript.after(on.IkeGone("restarted"), connected(LISTED, userland=False))
+    transcript.after(on.IkeGone(Problem("restarted")), connected(LISTED, userland=False))
     assert chosen(transcript) == "xfrm"
     assert not transcript.is_open(), "the kernel does not have the SA"
     transcript.after(*UP)

@@ -16,6 +16,7 @@ from ipsecgate.controller.waiters import Waiters
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import TCP, Flow
+from ipsecgate.core.model.problem import Cause, Problem
 from ipsecgate.core.tables.layout import TableId
 from ipsecgate.edges.host.control_server import Request
 from ipsecgate.errors import GateError, UsageError
@@ -90,7 +91,7 @@ async def test_the_document_has_its_declared_type(trapped: Transcript) -> None:
 
 async def test_the_time_is_over(trapped: Transcript) -> None:
     async with running(trapped) as world:
-        trapped.after(on.Wanted(FLOW), on.NegotiationFailed(NAME, "no proposal chosen"))
+        trapped.after(on.Wanted(FLOW), on.NegotiationFailed(NAME, Cause("no proposal chosen")))
         answer = await world.wait(FAR, limit=0.2)
         (target,) = answer["targets"]
         assert (answer["covered"], target["state"]) == (False, "waiting")
@@ -234,6 +235,6 @@ async def test_down_of_a_silent_peer_and_of_nothing(trapped: Transcript) -> None
         assert [sa["ended"] for sa in found["sas"]] == [False]
         with pytest.raises(UsageError, match="is named typo"):
             await down(world, "typo")
-        trapped.after(on.IkeGone("Connection refused"))
+        trapped.after(on.IkeGone(Problem("Connection refused")))
         with pytest.raises(GateError, match="Connection refused"):
             await down(world, "net")

@@ -2,7 +2,7 @@
 
 VICI's reply is always "establishing CHILD_SA 'x' failed"; the cause is only in the log, as text.
 The first rule that the log matches wins, so rules go from specific to general. If none matches,
-the last line is returned unchanged, and nothing can be advised.
+the last line is the cause, and nothing can be advised.
 
 Source: control-log of strongSwan 5.9.8, each case provoked but for expired certificates and the
 kernel's errors, which are from its source; RFC 7296 section 3.10.1.
@@ -11,23 +11,24 @@ kernel's errors, which are from its source; RFC 7296 section 3.10.1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+from ipsecgate.core.model.problem import Cause
 from ipsecgate.core.model.value import value
-
-SILENT = "the peer is slow or silent"  # the end of our own words for a negotiation out of time
 
 
 @value
 class Rule:
-    """`log`: lines of the log that show the cause. `words`: the cause. `advice`: what to do.
+    """`log`: lines of the log that show the cause. The rest: as in `Cause`.
 
-    Words and advice may contain the groups of `log`.
+    `words`, `advice` and `unresolved` may contain the groups of `log`.
     """
 
     log: str
     words: str
     advice: str
+    is_identity: bool = False
+    unresolved: str = ""
 
 
 ANSWERS = (
@@ -48,11 +49,13 @@ RULES: tuple[Rule, ...] = (
         r"no (shared|private) key found for (.+)",
         r"no \1 key is loaded for \2",
         "add it to the secrets in swanctl.conf, then `swanctl --load-creds`",
+        is_identity=True,
     ),
     Rule(
         r"for '(.+)' - '(.+)', but MAC mismatched",
         r"the peer could not prove its identity: another pre-shared key for \1 and \2",
         r"give both sides the same secret for the ids \1 and \2, then `swanctl --load-creds`",
+        is_identity=True,
     ),
     Rule(
         r"subject certificate invalid \((.+)\)",
@@ -64,21 +67,25 @@ RULES: tuple[Rule, ...] = (
         r"no trusted certificate of \1",
         "put the peer's certificate or its CA into /etc/swanctl (x509, x509ca), then "
         "`swanctl --load-creds`",
+        is_identity=True,
     ),
     Rule(
         r"constraint check failed: (.+)",
         r"the peer is not who it should be: \1",
         "compare `id` and `cacerts` of the connection's `remote` with the peer's certificate",
+        is_identity=True,
     ),
     Rule(
         r"authentication of '(.+)' \(myself\)[\s\S]*received AUTHENTICATION_FAILED",
         r"the peer refused our authentication as \1: keys and identities must agree on both sides",
         _ASK_PEER,
+        is_identity=True,
     ),
     Rule(
         r"received AUTHENTICATION_FAILED",
         "the peer refused our authentication: keys and identities must agree on both sides",
         _ASK_PEER,
+        is_identity=True,
     ),
     Rule(
         r"configured (?:DH group|key exchange method) (\S+) not supported",
@@ -128,6 +135,7 @@ RULES: tuple[Rule, ...] = (
         r"the peer's address \1 can't be resolved",
         r"correct the name in remote_addrs, or mend its lookup (`getent hosts \1`); an address "
         "needs no lookup",
+        unresolved=r"\1",
     ),
     Rule(
         r"error writing to socket: (.+)",
@@ -139,57 +147,36 @@ RULES: tuple[Rule, ...] = (
         r"the peer did not answer (\1 retransmits)",
         ANSWERS,
     ),
-)
-
-# Causes that no log line gives: the negotiation's own end. They are in words already.
-OURS: tuple[tuple[str, str], ...] = (
-    (r"strongSwan gave up after .+", f"{ANSWERS}; the next attempt asks for the cause"),
-    (rf"no CHILD_SA within .+: {SILENT}", ANSWERS),
-    (r"strongSwan did not finish within .+", "see strongSwan's log: `journalctl -u strongswan`"),
-    (
-        r"strongSwan reports it as up, but the source .+ is not in the local selector (.+) \(.+\)",
-        r"the peer agrees with \1: change local_ts here and remote_ts on the peer, or give this "
-        r"host an address in \1",
+    Rule(
+        r"(.*CHILD_SA config '.+' not found.*)",
+        r"\1",
+        "load the connection: `swanctl --load-conns`",
     ),
-    (
-        r"strongSwan reports it as up, but no SA protects .+",
-        "compare the child's traffic selectors (`swanctl --list-sas`) with the flow, and see "
-        "`ip xfrm policy`",
-    ),
-    (r"CHILD_SA config '.+' not found", "load the connection: `swanctl --load-conns`"),
 )
 
 
-def failure_cause(lines: Sequence[str]) -> str | None:
+def failure_cause(lines: Sequence[str]) -> Cause | None:
     """Return the cause that the log lines of a negotiation give; None without any line."""
     log = "\n".join(lines)
     for rule in RULES:
         if match := re.search(rule.log, log):
-            return match.expand(rule.words)
-    return lines[-1] if lines else None
+            return Cause(
+                match.expand(rule.words),
+                match.expand(rule.advice),
+                rule.is_identity,
+                match.expand(rule.unresolved),
+            )
+    return Cause(lines[-1]) if lines else None
 
 
-def next_step(cause: str) -> str:
-    """Return what to do about a cause, "" if it is none of those that are known here."""
-    for pattern, advice in _known():
-        if match := pattern.fullmatch(cause):
-            return match.expand(advice)
-    return ""
+def out_of_time(limit: float) -> Cause:
+    """Return the cause of a negotiation that had no end within so many seconds."""
+    return Cause(f"no CHILD_SA within {limit:g} s: the peer is slow or silent", ANSWERS)
 
 
-def _known() -> Iterator[tuple[re.Pattern[str], str]]:
-    """Yield a pattern for each cause in words, and the advice."""
-    for rule in RULES:
-        words = re.sub(r"\\\\\d", "(.+)", re.escape(rule.words))
-        yield re.compile(words), rule.advice
-    for words, advice in OURS:
-        yield re.compile(words), advice
-
-
-_UNRESOLVED = re.compile(r"the peer's address (\S+) can't be resolved")
-
-
-def unresolved_name(cause: str) -> str:
-    """Return the name that a cause says can't be resolved, "" if it says something else."""
-    found = _UNRESOLVED.fullmatch(cause)
-    return found[1] if found else ""
+def gave_up(seconds: float) -> Cause:
+    """Return the cause of a negotiation that strongSwan ended by itself after a while."""
+    return Cause(
+        f"strongSwan gave up after {seconds:.0f} s: the peer is silent, or slow to refuse",
+        f"{ANSWERS}; the next attempt asks for the cause",
+    )

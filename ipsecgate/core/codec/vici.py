@@ -1,6 +1,6 @@
 """strongSwan's VICI messages, parsed into configurations, CHILD_SAs and events.
 
-    list-conn    {ike: {local_addrs: [...], remote_addrs: [...],
+    list-conn    {ike: {local_addrs: [...], remote_addrs: [...], remote-N: {class, id},
                         children: {child: {mode, local-ts: [...], remote-ts: [...]}}}}
     list-sa      {ike: {local-host, remote-host, child-sas: {child-N: {
                         name, uniqueid, reqid, state, protocol, spi-in, spi-out (hex),
@@ -57,6 +57,7 @@ def child_configs(conn: Section, names: Names) -> Iterator[ChildConfig]:
     for ike, body in sections(conn):
         local_addresses = literal_addresses(texts(body, "local_addrs"))
         remote_addresses = literal_addresses(texts(body, "remote_addrs"))
+        expected = tuple(_expected(body, key) for key in ("id", "class"))
         for child, config in sections(subsection(body, "children")):
             name = ChildName(ike, child)
             mode = text(config, "mode")
@@ -70,7 +71,16 @@ def child_configs(conn: Section, names: Names) -> Iterator[ChildConfig]:
                 local=selectors(texts(config, "local-ts"), local_addresses, names),
                 remote=selectors(texts(config, "remote-ts"), remote_addresses, names),
                 wildcard=MODES[mode] is Mode.TRANSPORT and is_wildcard(texts(body, "remote_addrs")),
+                peer_id=expected[0],
+                peer_auth=expected[1],
             )
+
+
+def _expected(conn: Section, key: str) -> str:
+    """Return what a connection expects of its peer; several rounds are joined by commas."""
+    rounds = [side for name, side in sections(conn) if name.startswith("remote")]
+    values = (text(side, key) for side in rounds if isinstance(side.get(key), bytes))
+    return ", ".join(dict.fromkeys(value for value in values if value != "%any"))
 
 
 def widen(conn: Section) -> Section:

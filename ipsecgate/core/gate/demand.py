@@ -14,7 +14,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.holds import Evaluation, FlowState
 from ipsecgate.core.gate.ike import Ike
-from ipsecgate.core.gate.misfit import NONE, no_child, wrong_source
+from ipsecgate.core.gate.misfit import NONE, no_child, useless, wrong_source
 from ipsecgate.core.gate.negotiation import Need, Outcome
 from ipsecgate.core.gate.negotiations import LIMIT, PARTS, Negotiations
 from ipsecgate.core.gate.policy_table import PolicyTable
@@ -24,6 +24,7 @@ from ipsecgate.core.model.events import Timer
 from ipsecgate.core.model.flow import Flow, is_exempt
 from ipsecgate.core.model.ipsec import Acquire, Action, ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.model.problem import Cause, Problem
 from ipsecgate.core.tables.layout import Reason, flow_key
 
 ORPHANS = 64  # flows remembered until a connection for them is loaded
@@ -128,7 +129,7 @@ class Demand:
         outcome.commands = [c for c in outcome.commands if not isinstance(c, do.AskIke)]
         orphans, self._orphans = self._orphans, set()
         for flow in orphans:
-            why = translation(self._protection.routing.path(flow)) or self._why_none(flow)
+            why = self._why_none(flow)
             outcome.add(self._warn("no loaded connection would protect", flow, why))
         return outcome
 
@@ -167,7 +168,7 @@ class Demand:
             return self._negotiate_for(backends)
         choices = self.choices(flow, routed, policy)
         name, outcome = self._negotiations.preferred(choices), Outcome()
-        if self._ike.error:
+        if self._ike.problem:
             return name, outcome
         if name is None:
             if len(self._orphans) < ORPHANS:
@@ -178,10 +179,11 @@ class Demand:
             if self._negotiations.coverage(name) in _STATES:
                 return name, outcome
             acquire, obstacle = self._means(choices[name], routed.last)
-            if not obstacle:
+            if obstacle is None:
                 if self._protection.is_up(name):
                     why = translation(routed.path) or wrong_source(choices[name], routed.last)
-                    outcome.add(self._warn(f"{name} is up but does not protect", flow, why))
+                    told = f"{name} is up but does not protect"
+                    outcome.add(self._warn(told, flow, Problem(why)))
                 elif self._negotiations.is_full(name):
                     outcome.add(self._warn(f"not negotiated, as {PARTS} peers are already:", flow))
                 else:
@@ -205,22 +207,23 @@ class Demand:
         left_out = self._protection.left_out(config, routed)
         return config.name._replace(part=left_out[0]) if left_out else config.name
 
-    def _means(self, config: ChildConfig, routed: Flow) -> tuple[Acquire | None, str]:
-        """Return what IKE needs besides a child's name, and why it cannot help, "" if it can."""
+    def _means(self, config: ChildConfig, routed: Flow) -> tuple[Acquire | None, Cause | None]:
+        """Return what IKE needs besides a child's name, and why it cannot help, None if it can."""
         left_out = self._protection.left_out(config, routed)
         if left_out:
             return None, left_out[1]
         if not config.wildcard:
-            return None, ""
+            return None, None
         if routed.saddr is None:
-            return None, f"no route to the peer {routed.daddr}"
+            advice = f"see `ip route get {routed.daddr}`"
+            return None, Cause(f"no route to the peer {routed.daddr}", advice)
         trap = self._protection.kernel_state.trap_for(flow_key(routed))
         if trap is None:
-            return None, (
-                "no trap is installed, and without it nothing names the peer to strongSwan: "
-                f"set start_action = trap for {config.name}"
+            return None, Cause(
+                "no trap is installed, and without it nothing names the peer to strongSwan",
+                f"set `start_action = trap` for {config.name}",
             )
-        return Acquire(routed, trap), ""
+        return Acquire(routed, trap), None
 
     # --- the end of a negotiation -----------------------------------------------------------
 
@@ -229,7 +232,7 @@ class Demand:
         outcome = self._left_out(name)
         return self._negotiations.done(name) if outcome is None else outcome
 
-    def failed(self, name: ChildName, cause: str) -> Outcome:
+    def failed(self, name: ChildName, cause: Cause) -> Outcome:
         """IKE reports a failure: try the next child that would do, if there is one."""
         outcome = self._negotiations.failed(name, cause)
         outcome.add(self._fail_over(name))
@@ -274,30 +277,33 @@ class Demand:
                 outcome.add(asked)
         return next(iter(missing), None), outcome
 
-    def _misfit(self, name: ChildName) -> str:
-        """Return why a child that is up does not protect the flow that asked for it, "" if unknown.
+    def _misfit(self, name: ChildName) -> Cause | None:
+        """Return why a child that is up does not protect the flow that asked for it.
 
         It was asked all the same: the SA may have brought a route, and with it another source.
         """
-        item, config = self._negotiations.by_child.get(name), self._ike.loaded.named(name)
-        if item is None or config is None:
-            return ""
-        return wrong_source(config, self._protection.routing.route(item.flow).last)
+        item = self._negotiations.by_child.get(name)
+        if item is None or not item.reported_up:
+            return None
+        routed = self._protection.routing.route(item.flow).last
+        return useless(self._ike.loaded.named(name), item.flow, routed)
 
-    def _why_none(self, flow: Flow) -> str:
-        """Return why no child would protect a flow, and what to do."""
+    def _why_none(self, flow: Flow) -> Problem:
+        """Return why no child would protect a flow. Text "": there is no more to say."""
+        if text := translation(self._protection.routing.path(flow)):
+            return Problem(text)
         found = self._policy_table.policy_for(flow)
         if found is None:
-            return ""
-        last = self._protection.routing.route(flow).last
-        why, advice = no_child(self._ike.loaded, found[1], last)
-        return advice if why == NONE else f"{why}. Next: {advice}"
+            return Problem("")
+        why = no_child(self._ike.loaded, found[1], self._protection.routing.route(flow).last)
+        return replace(why, text="") if why.text == NONE else why
 
-    def _warn(self, text: str, flow: Flow, why: str = "") -> Outcome:
+    def _warn(self, text: str, flow: Flow, why: Problem | None = None) -> Outcome:
         """Log a warning about a flow, once. Others of its kind are counted (`do.Log`)."""
         if (text, flow) in self._warned or len(self._warned) >= WARNINGS:
             return Outcome()
         self._warned.add((text, flow))
-        told = f"{text} {flow}" + f": {why}" * bool(why)
+        more = f": {why.text}" if why is not None and why.text else ""
+        told = Problem(f"{text} {flow}{more}", why.advice if why is not None else "")
         fields = (("event", "unprotectable"), ("flow", str(flow)))
-        return Outcome([do.Log("warning", told, about=text, fields=fields)])
+        return Outcome([do.Log("warning", str(told), about=text, fields=fields)])

@@ -13,6 +13,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Network, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy, derived_policies
+from ipsecgate.core.model.problem import Problem
 
 
 def _joined(
@@ -32,7 +33,7 @@ class DerivedPolicies:
     def __init__(self, remembered: Iterable[ChildConfig]) -> None:
         self._known = {c.name: c for c in remembered}
         self.policies: tuple[Policy, ...] = derived_policies(self._known.values())
-        self.errors: list[str] = []
+        self.errors: list[Problem] = []
         self._last: tuple[ChildConfig, ...] | None = None  # what was learnt last
 
     def with_children(self, children: Iterable[ChildConfig]) -> tuple[Policy, ...]:
@@ -56,8 +57,11 @@ class DerivedPolicies:
         self._last = children
         before, self._known = self._known, self._with(children)
         self.errors = [
-            f"connection {c.name}: its remote selector is unknown until it is up: "
-            "add a [[policy]] for its networks, or they are not protected"
+            Problem(
+                f"connection {c.name}: its remote selector is unknown until it is up, so its "
+                "networks are not protected",
+                "add a [[policy]] for them",
+            )
             for c in children
             if not c.remote
         ]

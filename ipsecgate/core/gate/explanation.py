@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from ipsecgate.core.codec.causes import ANSWERS, next_step
+from ipsecgate.core.codec.causes import ANSWERS
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.gate.misfit import no_child, wrong_source
@@ -20,6 +20,7 @@ from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.flow import ANY_PORT, ANY_V4, ANY_V6, Flow, is_exempt
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, Sa, SpdEntry, Template
 from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.nat.local import SPARE
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.spd import applies, live_rules, unrestricted
@@ -91,9 +92,9 @@ def _protected(
     """Explain the verdict about a flow that must be protected."""
     routed = gate.protection.routing.route(flow)
     if routed.reason is not None:
-        text, advice = no_path(flow, routed)
-        steps.append((Step.SOURCE, text))
-        return Explanation(routed.reason, tuple(steps), error, advice)
+        unknown = no_path(flow, routed)
+        steps.append((Step.SOURCE, unknown.text))
+        return Explanation(routed.reason, tuple(steps), error, unknown.advice)
     steps += _path_steps(flow, routed)
     if routed.flow.saddr == flow.daddr:
         steps.append((Step.EXEMPT, "it is the host's own address, so no packet leaves the host"))
@@ -112,16 +113,21 @@ def _protected(
         return Explanation(reason, tuple(steps))
     choices = gate.demand.choices(flow, routed, policy)
     preferred = gate.negotiations.preferred(choices)
-    text, advice = ike_step(gate, policy, preferred, routed)
-    advice = gate.lookups.advice(flow) or advice
+    missing = ike_step(gate, policy, preferred, routed)
+    text, advice = missing.text, missing.advice
     config = choices[preferred] if preferred is not None else None
     if _is_moved_away(routed, config):
         advice = f"of the NAT rule {routed.path.rule}: {SPARE}" if routed.path else advice
     wrong = wrong_source(config, routed.last) if config is not None else ""
     steps.append((Step.IKE, f"{text}; {wrong}" if wrong and wrong not in text else text))
+    if config is not None and _is_of_identity(gate, preferred):
+        steps.append((Step.IKE, _expects(config)))
     for name in choices if len(choices) > 1 else ():
         if name != preferred and (other := gate.negotiations.by_child.get(name)):
             steps.append((Step.IKE, _describe_negotiation(name, other)))
+    if deadlock := gate.lookups.problem(flow):
+        steps.append((Step.IKE, deadlock.text))
+        advice = deadlock.advice
     return Explanation(Reason.REFUSE_UNCOVERED, tuple(steps), error, advice)
 
 
@@ -138,24 +144,25 @@ def _state(gate: Gate, backend: Flow) -> str:
     return "a live SA protects that" if covered else "no live SA protects that: see `why` for it"
 
 
-def no_path(flow: Flow, routed: Routed) -> tuple[str, str]:
-    """Return why a flow's path is unknown, and what to do."""
+def no_path(flow: Flow, routed: Routed) -> Problem:
+    """Return why a flow's path is unknown."""
     if routed.path is not None and routed.path.outside:
-        return routed.path.outside, ""
+        return Problem(routed.path.outside)
     if routed.reason is Reason.REFUSE_NETNS:
-        return "the routes of its network namespace are not known yet", "try again in a moment"
+        text = "the routes of its network namespace are not known yet"
+        return Problem(text, "try again in a moment")
     if routed.path is None and (flow.mark or flow.device):
         what = " and ".join(
             text
             for text, number in ((f"mark {flow.mark:#x}", flow.mark), ("device", flow.device))
             if number
         )
-        return f"the routes for its {what} are not known yet", "try again in a moment"
+        return Problem(f"the routes for its {what} are not known yet", "try again in a moment")
     if routed.path is not None and routed.path.source is not None:
         text = f"{flow.saddr}, but routing may lead it elsewhere than {routed.path.source}"
-        return text, f"bind the socket to {routed.path.source}, or to no address"
+        return Problem(text, f"bind the socket to {routed.path.source}, or to no address")
     advice = f"see `ip route get {flow.daddr}`, or bind the socket to an address"
-    return "unknown: routing has no way to this destination", advice
+    return Problem("unknown: routing has no way to this destination", advice)
 
 
 def _path_steps(flow: Flow, routed: Routed) -> list[tuple[Step, str]]:
@@ -293,29 +300,44 @@ def _fit(state: KernelState, entry: SpdEntry, template: Template, sa: Sa, key: K
 # --- IKE --------------------------------------------------------------------------------------
 
 
-def ike_step(gate: Gate, policy: Policy, name: ChildName | None, routed: Routed) -> tuple[str, str]:
-    """Return the state of the negotiation that would cover a flow, and what to do."""
-    if gate.ike.error:
-        return gate.ike.error, gate.ike.advice
+def ike_step(gate: Gate, policy: Policy, name: ChildName | None, routed: Routed) -> Problem:
+    """Return the state of the negotiation that would cover a flow."""
+    if gate.ike.problem is not None:
+        return gate.ike.problem
     if name is None:
         return no_child(gate.ike.loaded, policy, routed.last)
     negotiation = gate.negotiations.by_child.get(name)
     if negotiation is None:
         target = name if policy.derived else policy.name
         advice = f"`ipsecgate up {target}` has it negotiated now, else the first refused call does"
-        return f"{name} was not asked for yet", advice
+        return Problem(f"{name} was not asked for yet", advice)
     text = _describe_negotiation(name, negotiation)
-    if advice := next_step(negotiation.last_error):
-        return text, advice
+    if negotiation.last_error is not None and negotiation.last_error.advice:
+        return Problem(text, negotiation.last_error.advice)
     if negotiation.coverage is Coverage.NEGOTIATING:
-        return text, f"IKE is under way; if it takes more than a few seconds, {ANSWERS}"
+        advice = f"IKE is under way; if it takes more than a few seconds, {ANSWERS}"
+        return Problem(text, advice)
     if name.part is not None:
-        return text, "see strongSwan's log, and the last error above"
-    return text, f"`swanctl --initiate --child {name.child}` shows the negotiation"
+        return Problem(text, "see strongSwan's log, and the last error above")
+    return Problem(text, f"`swanctl --initiate --child {name.child}` shows the negotiation")
+
+
+def _is_of_identity(gate: Gate, name: ChildName | None) -> bool:
+    """Tell whether a child failed because one side did not accept who the other is."""
+    item = gate.negotiations.by_child.get(name) if name is not None else None
+    return item is not None and item.last_error is not None and item.last_error.is_identity
+
+
+def _expects(config: ChildConfig) -> str:
+    who = config.peer_id or "anybody: `remote` has no `id`"
+    by = f", by {config.peer_auth}" if config.peer_auth else ""
+    return f"connection {config.name.ike} expects the peer to prove that it is {who}{by}"
 
 
 def _describe_negotiation(name: ChildName, negotiation: Negotiation) -> str:
     count = negotiation.attempts
     attempts = "1 attempt" if count == 1 else f"{count} attempts"
     text = f"{name}: {negotiation.coverage.value}, {attempts}"
-    return f"{text}; last error: {negotiation.last_error}" if negotiation.last_error else text
+    if negotiation.last_error is None:
+        return text
+    return f"{text}; last error: {negotiation.last_error.text}"

@@ -35,6 +35,7 @@ from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import ChildConfig, ChildSa
 from ipsecgate.core.model.policy import Policy, Settings
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.tables.flow_index import FlowIndex
 from ipsecgate.core.tables.layout import TableId
 from ipsecgate.core.tables.table import Table
@@ -93,14 +94,13 @@ class Gate:
         return {table: content for table, content in contents.items() if content is not None}
 
     @property
-    def errors(self) -> list[str]:
+    def errors(self) -> list[Problem]:
         """Return the problems that the operator should fix."""
         errors = [*self.protection.errors, *self.policy_table.errors, *self.lookups.errors]
         if self.settings.floor and self.protection.in_userspace:
-            errors.append(
-                "gate.floor has no effect, because strongSwan does ESP: what the kernel sends "
-                'on its own leaves in clear; `floor = "none"` accepts that'
-            )
+            text = "gate.floor has no effect, because strongSwan does ESP: what the kernel sends "
+            text += "on its own leaves in clear"
+            errors.append(Problem(text, 'set `floor = "none"`, which accepts that'))
         return errors
 
     def start(self) -> list[do.Command]:
@@ -112,14 +112,16 @@ class Gate:
             return []
         return [*self._propagate.after_policies(), *self._ask_paths()]
 
-    def step(self, *events: on.Event, between: bool = False) -> list[do.Command]:
+    def step(self, *events: on.Event, between: bool = False, now: float = 0.0) -> list[do.Command]:
         """Apply events; return the commands that they lead to, in order.
 
         Requests of applications are applied last: a process that makes many must not delay a
         change that closes a flow. `between`: more of the kernel's notifications follow, and only
-        together they give a state that the kernel had.
+        together they give a state that the kernel had. `now`: wall clock, seconds since the epoch;
+        it tells people when a negotiation failed, and decides nothing.
         """
         self.protection.is_between = between
+        self.negotiations.now = now
         events = tuple(sorted(events, key=_is_request))
         commands: list[do.Command] = []
         for is_notification, group in groupby(events, lambda e: isinstance(e, StateEvent)):
@@ -334,10 +336,13 @@ class Gate:
 
     def _ike_connected(self, event: on.IkeConnected) -> list[do.Command]:
         """Apply a list of what the daemon has; it comes often, and mostly changes nothing."""
-        was_gone = bool(self.ike.error)
+        was_gone = self.ike.problem is not None
         commands = self.ike.log_connected(event, self.settings.sa_source) if was_gone else []
+        before = self.ike.loaded
         if self.ike.connected(event):
             self.holds.recheck_all()
+        if self.ike.loaded is not before:
+            self.negotiations.loaded(before, self.ike.loaded)
         self.holds.recheck_idle()
         commands += self.ike.log_unread(event.unread)
         changed = self.protection.ike_connected(event) or was_gone
@@ -365,8 +370,8 @@ class Gate:
             do.ExemptIke(0),
             do.Log(
                 "error",
-                f"protected flows are refused: {event.reason}. Next: {event.advice}",
-                fields=(("event", "ike-gone"), ("cause", event.reason)),
+                f"protected flows are refused: {event.problem}",
+                fields=(("event", "ike-gone"), ("cause", event.problem.text)),
             ),
             *self._propagate.pass_on(self.negotiations.ike_gone()),
         ]

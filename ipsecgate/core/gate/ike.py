@@ -10,6 +10,7 @@ from ipsecgate.core.model.flow import Address, Flow, Network, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy, SaSource
 from ipsecgate.core.model.prefixes import LongestPrefix
+from ipsecgate.core.model.problem import Problem
 
 UNREAD = 64  # reasons that are remembered, to log each once
 
@@ -18,28 +19,29 @@ _ANY: _Narrowness = (0, False, 0)
 
 
 class Ike:
-    """The daemon's state; `error` is empty while it is connected."""
+    """The daemon's state; `problem` is None while it is connected."""
 
     def __init__(self) -> None:
-        self.error = "not connected to strongSwan yet"
-        self.advice = "try again in a moment"
+        self.problem: Problem | None = Problem(
+            "not connected to strongSwan yet", "try again in a moment"
+        )
         self.loaded = LoadedChildren(())
         self.unread: tuple[str, ...] = ()  # why items of its last list were not understood
         self._logged: tuple[str, ...] = ()
 
     def connected(self, event: on.IkeConnected) -> bool:
         """Apply a list of the loaded children; return whether they or the connection are new."""
-        changed = bool(self.error) or event.children != self.loaded.children
+        changed = self.problem is not None or event.children != self.loaded.children
         if event.children != self.loaded.children:
             self.loaded = LoadedChildren(event.children)
-        self.error = ""
+        self.problem = None
         self.unread = event.unread
         return changed
 
     def gone(self, event: on.IkeGone) -> bool:
         """Note that the daemon does not answer; return whether that is news."""
-        changed = event.reason != self.error
-        self.error, self.advice = event.reason, event.advice
+        changed = event.problem != self.problem
+        self.problem = event.problem
         return changed
 
     def log_connected(self, event: on.IkeConnected, configured: SaSource) -> list[do.Command]:

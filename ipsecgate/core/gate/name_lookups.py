@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import field
 
-from ipsecgate.core.codec.causes import unresolved_name
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.flow import PROTOCOL_NAMES, TCP, UDP, Address, Flow
 from ipsecgate.core.model.ipsec import ChildName
+from ipsecgate.core.model.problem import Cause, Problem
 from ipsecgate.core.model.value import value
 
 PORTS = (53, 853, 5353)  # DNS (RFC 1035), over TLS (RFC 7858), multicast (RFC 6762)
@@ -41,7 +41,7 @@ class Deadlock:
 
     host: str
     lookup: Lookup
-    text: str = field(default="", compare=False)
+    problem: Problem = field(compare=False)
 
 
 class NameLookups:
@@ -52,14 +52,14 @@ class NameLookups:
         self._waiting: dict[ChildName, Deadlock] = {}
 
     @property
-    def errors(self) -> list[str]:
+    def errors(self) -> list[Problem]:
         """Return what the operator should do, for each connection that waits."""
-        return [deadlock.text for deadlock in self._waiting.values()]
+        return [deadlock.problem for deadlock in self._waiting.values()]
 
-    def advice(self, flow: Flow) -> str:
-        """Return what to do if a connection waits for this lookup, "" if none does."""
-        found = (one.text for one in self._waiting.values() if one.lookup.server == flow.daddr)
-        return next(found, "") if is_lookup(flow) else ""
+    def problem(self, flow: Flow) -> Problem | None:
+        """Return that a connection waits for this lookup, None if none does."""
+        found = (one.problem for one in self._waiting.values() if one.lookup.server == flow.daddr)
+        return next(found, None) if is_lookup(flow) else None
 
     def refused(self, flow: Flow, policy: str, pid: int, comm: str = "", unit: str = "") -> None:
         """Note a flow that waits for IKE, if it is a lookup."""
@@ -67,31 +67,33 @@ class NameLookups:
             lookup = Lookup(flow.daddr, flow.proto, flow.dport, policy, comm, pid, unit)
             self._lookups.append(lookup)
 
-    def failed(self, name: ChildName, cause: str) -> list[do.Command]:
+    def failed(self, name: ChildName, cause: Cause) -> list[do.Command]:
         """Handle the end of a negotiation: did it fail for want of a lookup that was refused?"""
-        host, known = unresolved_name(cause), self._waiting.pop(name, None)
+        host, known = cause.unresolved, self._waiting.pop(name, None)
         lookup = self._lookups[-1] if self._lookups else known.lookup if known else None
         self._lookups.clear()
         if not host or lookup is None:
             return []
-        text = known.text if known and known.lookup is lookup else self._text(name, host, lookup)
-        self._waiting[name] = Deadlock(host, lookup, text)
-        return [] if known == self._waiting[name] else [do.Log("error", text)]
+        is_known = known is not None and known.lookup is lookup
+        problem = known.problem if known and is_known else _problem(name, host, lookup)
+        self._waiting[name] = Deadlock(host, lookup, problem)
+        return [] if known == self._waiting[name] else [do.Log("error", str(problem))]
 
     def up(self, name: ChildName) -> None:
         """Forget a connection that waits no longer."""
         self._waiting.pop(name, None)
 
-    def _text(self, name: ChildName, host: str, lookup: Lookup) -> str:
-        known = ", ".join(filter(None, (f"pid {lookup.pid}" * bool(lookup.pid), lookup.unit)))
-        caller = (lookup.comm or "a process") + (f" ({known})" if known else "")
-        return (
-            f"connection {name.ike} waits for the address of {host}, but policy {lookup.policy} "
-            f"refuses the lookup by {caller} at {lookup.server} until that connection is up: add a "
-            f'[[policy]] with action = "bypass", remote = ["{lookup.server}"], protocol = '
-            f'"{PROTOCOL_NAMES[lookup.proto]}" and port = "{lookup.port}" before it, or have '
-            f"{host} looked up at a server that needs no IPsec"
-        )
+
+def _problem(name: ChildName, host: str, lookup: Lookup) -> Problem:
+    known = ", ".join(filter(None, (f"pid {lookup.pid}" * bool(lookup.pid), lookup.unit)))
+    caller = (lookup.comm or "a process") + (f" ({known})" if known else "")
+    return Problem(
+        f"connection {name.ike} waits for the address of {host}, but policy {lookup.policy} "
+        f"refuses the lookup by {caller} at {lookup.server} until that connection is up",
+        f'add a [[policy]] with action = "bypass", remote = ["{lookup.server}"], protocol = '
+        f'"{PROTOCOL_NAMES[lookup.proto]}" and port = "{lookup.port}" before it, or have '
+        f"{host} looked up at a server that needs no IPsec",
+    )
 
 
 def is_lookup(flow: Flow) -> bool:

@@ -9,6 +9,7 @@ from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import Acquire, ChildName
+from ipsecgate.core.model.problem import Cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,18 @@ class Negotiation:
     failures: int = 0  # in a row
     limit: float = 0.0  # seconds for the last attempt
     reported_up: bool = False  # by IKE; the kernel has yet to show the SA
-    last_error: str = ""
-    logged_error: str = ""  # the last one that was logged
+    last_error: Cause | None = None
+    failed_at: float = 0.0  # when that was; wall clock, seconds since the epoch
+    logged_error: Cause | None = None  # the last one that was logged
 
     @classmethod
     def of(cls, need: Need) -> Negotiation:
         """Return one that has not begun."""
         return cls(need.flow, need.place, need.policy, need.choices, need.acquire)
+
+    def forgive(self) -> None:
+        """Forget the last error: it is outdated."""
+        self.last_error = self.logged_error = None
 
     def asked_for(self, need: Need) -> None:
         """Replace what asked for it."""

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ipsecgate.core.codec.causes import next_step
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage, Input, advance
-from ipsecgate.core.gate.misfit import UP
+from ipsecgate.core.gate.ike import LoadedChildren
 from ipsecgate.core.gate.negotiation import Need, Negotiation, Outcome
 from ipsecgate.core.model.events import Timer
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import ChildName
 from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.model.problem import Cause, Problem
 from ipsecgate.core.tables.flow_index import FlowIndex
 
 LIMIT = 30.0  # seconds for one negotiation
@@ -45,6 +45,7 @@ class Negotiations:
         self.by_child: dict[ChildName, Negotiation] = {}
         self.ended: Counter[tuple[str, str]] = Counter()  # by policy's name and word of `ENDS`
         self._flow_index = flow_index
+        self.now = 0.0  # wall clock, seconds since the epoch; see `Gate.step`
         self._spread = spread
         self._by_flow: dict[Flow, set[ChildName]] = {}
         self._by_place: dict[int, set[ChildName]] = {}
@@ -107,7 +108,7 @@ class Negotiations:
             outcome.coverages[former] = self.coverages(former)
         return outcome
 
-    def hopeless(self, name: ChildName, need: Need, cause: str) -> Outcome:
+    def hopeless(self, name: ChildName, need: Need, cause: Cause) -> Outcome:
         """Back off without asking IKE, because it could not help."""
         outcome = self.ask(name, need)
         outcome.commands.clear()
@@ -149,11 +150,12 @@ class Negotiations:
                 outcome.add(self._advance(name, Input.SA_LIVE if is_live else Input.SA_LOST))
         return outcome
 
-    def failed(self, name: ChildName, cause: str) -> Outcome:
+    def failed(self, name: ChildName, cause: Cause) -> Outcome:
         """Back off: IKE reports a failure, or took too long."""
         if name not in self.by_child:
             return Outcome()
-        self.by_child[name].last_error = cause
+        item = self.by_child[name]
+        item.last_error, item.failed_at = cause, self.now
         return self._advance(name, Input.FAILED)
 
     def done(self, name: ChildName) -> Outcome:
@@ -163,19 +165,15 @@ class Negotiations:
         self.by_child[name].reported_up = True
         return Outcome([do.AskIke(), do.StartTimer(Timer("limit", name), GRACE)])
 
-    def timer_fired(self, timer: Timer, misfit: str = "") -> Outcome:
+    def timer_fired(self, timer: Timer, misfit: Cause | None = None) -> Outcome:
         """End a negotiation at its limit, or a back-off.
 
-        `misfit`: why the child does not protect the flow although it is up, "" if unknown.
+        `misfit`: why the child does not protect the flow although IKE reports it up.
         """
         name, coverage = timer.name, self.coverage(timer.name)
         if timer.kind == "limit" and coverage is Coverage.NEGOTIATING:
             item = self.by_child[name]
-            if item.reported_up:
-                cause = UP + (misfit or f"no SA protects {item.flow}")
-            else:
-                cause = f"strongSwan did not finish within {item.limit:.0f} s"
-            return self.failed(name, cause)
+            return self.failed(name, misfit if misfit and item.reported_up else _late(item.limit))
         if timer.kind == "retry" and coverage is Coverage.BACK_OFF:
             if Coverage.NEGOTIATING in self._others_of(name):
                 # Wait for its end: a call that is held must learn when all of them have failed.
@@ -183,10 +181,17 @@ class Negotiations:
             return self._advance(name, Input.RETRY)
         return Outcome()
 
+    def loaded(self, before: LoadedChildren, now: LoadedChildren) -> None:
+        """Forget why children failed that are loaded in another form now, or no longer."""
+        for name, item in self.by_child.items():
+            if item.last_error is not None and before.named(name) != now.named(name):
+                item.forgive()
+
     def ike_gone(self) -> Outcome:
-        """End every negotiation: no daemon carries it on."""
+        """End every negotiation: no daemon carries it on. What it said before is outdated."""
         outcome = Outcome()
-        for name in self.by_child:
+        for name, item in self.by_child.items():
+            item.forgive()
             outcome.add(self._advance(name, Input.IKE_GONE))
         return outcome
 
@@ -266,20 +271,20 @@ class Negotiations:
             case Coverage.BACK_OFF:
                 item.failures += 1
                 pause = self._pause(item.failures)
-                advice = next_step(item.last_error)
-                text = f"{name}: {item.last_error}; retry in {pause:.1f} s"
-                text += f". Next: {advice}" if advice else ""
-                known, item.logged_error = item.logged_error, item.last_error
-                fields = (*_fields("failed", name, item), ("cause", item.last_error))
-                log = do.Log("warning", text, is_change=True, fields=fields)
+                cause = item.last_error or Cause("unknown")
+                told = Problem(f"{name}: {cause.text}; retry in {pause:.1f} s", cause.advice)
+                known, item.logged_error = item.logged_error, cause
+                fields = (*_fields("failed", name, item), ("cause", cause.text))
+                log = do.Log("warning", str(told), is_change=True, fields=fields)
                 return [
                     do.StopTimer(limit),
                     do.StartTimer(retry, pause),
-                    *([] if known == item.last_error else [log]),
+                    *([] if known == cause else [log]),
                 ]
             case Coverage.COVERED:
                 after = f" after {item.failures} failures" if item.failures else ""
-                item.failures, item.last_error, item.logged_error = 0, "", ""
+                item.failures = 0
+                item.forgive()
             case Coverage.UNCOVERED:
                 after = ""
                 if event is Input.RETRY:
@@ -297,6 +302,11 @@ class Negotiations:
         """Return seconds: exponential, and spread so that many gates don't ask a peer at once."""
         pause = min(BACK_OFF_LAST, BACK_OFF_FIRST * 2.0 ** (failures - 1))
         return float(pause * (0.75 + self._spread() / 2))
+
+
+def _late(limit: float) -> Cause:
+    text = f"strongSwan did not finish within {limit:.0f} s"
+    return Cause(text, "see strongSwan's log: `journalctl -u strongswan`")
 
 
 def _fields(event: str, name: ChildName, item: Negotiation) -> tuple[tuple[str, str], ...]:

@@ -21,6 +21,7 @@ from ipsecgate.core.gate.derived import DerivedPolicies
 from ipsecgate.core.model.flow import ANY_V4, ANY_V6, Flow, Network
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy, Settings, in_force, protects
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.tables.layout import State, TableId, flow_key
 from ipsecgate.core.tables.policy_rules import matches, rule_of
 from ipsecgate.core.tables.rule_table import RuleTable, join_names
@@ -85,11 +86,14 @@ class PolicyTable:
         return self._derived.with_children(children)
 
     @property
-    def errors(self) -> list[str]:
+    def errors(self) -> list[Problem]:
         """Return the problems that the operator should fix."""
         widened = join_names(self._rules.closed, lambda place: self._published[place].name)
-        text = f"POLICY table: full, so more is refused than necessary, because of {widened}"
-        return [*([text] if widened else []), *self._derived.errors]
+        full = Problem(
+            f"POLICY table: full, so more is refused than necessary, because of {widened}",
+            "use fewer prefix lengths and port ranges, or configure policies",
+        )
+        return [*([full] if widened else []), *self._derived.errors]
 
     def learn(self, settings: Settings, children: Iterable[ChildConfig]) -> list[do.Command]:
         """Derive policies from what the daemon has loaded, unless a configured one protects."""
@@ -133,7 +137,8 @@ class PolicyTable:
             self._rules.assign(place, ())
             del self._matches[place], self._errno_of[place]
         commands = self._publish_changes()
-        return [*commands, *(do.Log("error", text) for text in self.errors if self._rules.closed)]
+        told = self.errors if self._rules.closed else ()
+        return [*commands, *(do.Log("error", str(one)) for one in told)]
 
     def publish_services(self, services: Mapping[int, list[Ternary]]) -> list[do.Command]:
         """Have these policies name flows of services, too, by their place."""

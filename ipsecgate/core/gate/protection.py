@@ -26,6 +26,7 @@ from ipsecgate.core.model.ipsec import (
 )
 from ipsecgate.core.model.policy import SaSource
 from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
+from ipsecgate.core.model.problem import Cause, Problem
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.spd import sa_tag
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
@@ -68,7 +69,7 @@ class Protection:
         return self.source is self.userspace_esp
 
     @property
-    def errors(self) -> list[str]:
+    def errors(self) -> list[Problem]:
         """Return the problems that the operator should fix."""
         return [*self.spd_table.errors, *self.routing.errors]
 
@@ -221,7 +222,7 @@ class Protection:
             self.userspace_esp.sas() if self.in_userspace else self.kernel_state.all_established()
         )
 
-    def left_out(self, config: ChildConfig, routed: Flow) -> tuple[Network, str] | None:
+    def left_out(self, config: ChildConfig, routed: Flow) -> tuple[Network, Cause] | None:
         """Return which remote network of a child its peer did not accept for a flow, and why.
 
         None if the child is not up, or was not meant for the flow, or covers it.
@@ -237,16 +238,21 @@ class Protection:
         there = [sa for sa in up if any(sel.contains(*remote) for sel in sa.remote)]
         if not there:
             accepted = _networks(sel for sa in up for sel in sa.remote)
-            advice = f"give {network} a child of its own, if the peer has one for it"
-            text = f"the peer accepted {accepted} of {config.name}, not {network}: {advice}"
-            return network, text
+            return network, Cause(
+                f"the peer accepted {accepted} of {config.name}, not {network}",
+                f"give {network} a child of its own, if the peer has one for it",
+            )
         local = (routed.saddr, routed.proto, routed.sport)
         if not any(sel.contains(*local) for sel in config.local) or any(
             sel.contains(*local) for sa in there for sel in sa.local
         ):
             return None
         accepted = _networks(sel for sa in there for sel in sa.local)
-        return network, f"the peer accepted {accepted} as our side of {config.name}, not {local[0]}"
+        return network, Cause(
+            f"the peer accepted {accepted} as our side of {config.name}, not {local[0]}",
+            f"bind the socket to an address in {accepted}, or have the peer's remote_ts contain "
+            f"{local[0]}",
+        )
 
     def one_way(self, networks: Iterable[Network]) -> set[ChildSa]:
         """Return the CHILD_SAs towards these networks whose inbound half the kernel has lost."""

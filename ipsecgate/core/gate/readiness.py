@@ -20,6 +20,7 @@ from ipsecgate.core.model.flow import Flow, is_exempt
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, ChildSa
 from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.model.prefixes import PrefixSet, as_prefix
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.layout import Reason
 
@@ -115,7 +116,7 @@ def look(gate: Gate, samples: Samples, goal: Goal, *, every: bool = False) -> Pr
 def wanted(gate: Gate, flow: Flow, child: str) -> tuple[ChildName | None, int] | None:
     """Return which child to ask for, and how often it was asked; None if that cannot help now."""
     found = gate.policy_table.policy_for(flow)
-    if gate.ike.error or found is None:
+    if gate.ike.problem or found is None:
         return None
     name = _preferred(gate, flow, found[1], child)
     if gate.negotiations.coverage(name) in (Coverage.NEGOTIATING, Coverage.BACK_OFF):
@@ -138,12 +139,12 @@ def network_of(gate: Gate, flow: Flow) -> str | None:
     return next((str(net) for net in found[1].remote if flow.daddr in net), None)
 
 
-def cause(gate: Gate, progress: Progress) -> tuple[str, str]:
-    """Return why a goal is not reached, and what to do; both "" if it is."""
+def cause(gate: Gate, progress: Progress) -> Problem:
+    """Return why a goal is not reached; its text is "" if it is."""
     if progress.state is State.COVERED:
-        return "", ""
+        return Problem("")
     if progress.why or not progress.missing:
-        return progress.why, ""
+        return Problem(progress.why)
     flow = progress.missing[0]
     found = gate.policy_table.policy_for(flow)
     if found is None or found[1].action is not Action.PROTECT:
@@ -153,9 +154,9 @@ def cause(gate: Gate, progress: Progress) -> tuple[str, str]:
         return no_path(flow, routed)
     policy = replace(found[1], child=progress.child) if progress.child else found[1]
     name = _preferred(gate, flow, found[1], progress.child)
-    if name is not None and not gate.ike.error and gate.protection.is_up(name):
+    if name is not None and not gate.ike.problem and gate.protection.is_up(name):
         text = f"{name} is up but does not protect {flow}"
-        return text, "`ipsecgate why` shows which kernel policy wins"
+        return Problem(text, "`ipsecgate why` shows which kernel policy wins")
     return ike_step(gate, policy, name, routed)
 
 
@@ -228,12 +229,12 @@ def _state(gate: Gate, flow: Flow) -> State:
     return State.COVERED if reason is Reason.ALLOW_COVERED else State.WAITING
 
 
-def _unprotected(gate: Gate, flow: Flow, policy: Policy | None) -> tuple[str, str]:
+def _unprotected(gate: Gate, flow: Flow, policy: Policy | None) -> Problem:
     if policy is not None:
         does = "discards it" if policy.action is Action.DISCARD else "lets it leave unprotected"
-        return f"policy {policy.name} {does}", ""
+        return Problem(f"policy {policy.name} {does}")
     what = "a [[policy]]" if gate.policy_table.has_own else "a connection"
-    return f"no policy protects {flow}", f"add {what} for it"
+    return Problem(f"no policy protects {flow}", f"add {what} for it")
 
 
 def _preferred(gate: Gate, flow: Flow, policy: Policy, child: str) -> ChildName | None:
@@ -258,7 +259,7 @@ def _is_configured(gate: Gate, name: str) -> bool:
 def _is_final(gate: Gate, goal: Goal) -> bool:
     """Tell whether a name that nothing has will stay unknown under this configuration."""
     if goal.kind is Kind.NAME:
-        return not gate.ike.error
+        return gate.ike.problem is None
     return gate.policy_table.has_own
 
 

@@ -10,6 +10,7 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import HOST, Address, Flow, FlowPath, Network, Origin
 from ipsecgate.core.model.prefixes import LongestPrefix, PrefixSet, as_prefix, limit_paths
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.nat.local import SPARE
 from ipsecgate.core.tables.layout import ROUTES, Reason
 
@@ -58,14 +59,14 @@ class Routing:
         self._by_source = False
         self._marks = 0  # the bits of marks that routing rules ask for
         self._bent: set[Origin] = set()  # those here with flows that are looked up again, or never
-        self._errors: dict[Origin, list[str]] = {}
+        self._errors: dict[Origin, list[Problem]] = {}
         self._covered = PrefixSet(())  # the destinations
         self._longest: dict[Origin, LongestPrefix[FlowPath]] = {}
 
     @property
-    def errors(self) -> list[str]:
+    def errors(self) -> list[Problem]:
         """Return the problems that the operator should fix."""
-        return [text for texts in self._errors.values() for text in texts]
+        return [one for errors in self._errors.values() for one in errors]
 
     def follow(self, destinations: tuple[Network, ...]) -> list[do.Command]:
         """Have the paths to these destinations resolved, unless they already are."""
@@ -88,7 +89,9 @@ class Routing:
         """
         origin = event.origin
         if origin not in self.paths and len(self.paths) >= ORIGINS:
-            self._errors[origin] = [f"more than {ORIGINS} origins of flows: others are refused"]
+            text = f"more than {ORIGINS} origins of flows: others are refused"
+            advice = "use fewer network namespaces, marks, and devices to which sockets are bound"
+            self._errors[origin] = [Problem(text, advice)]
             return []
         taken = sum(len(paths) for other, paths in self.paths.items() if other != origin)
         space = ROUTES - taken
@@ -105,8 +108,11 @@ class Routing:
             self.addresses = frozenset(path.source for _, path in paths if path.source)
         self._judge_bound()
         self._errors[origin] = [
-            f"{network}: routing divides it into more parts than the hooks can hold ({space}): "
-            "requests to it from sockets without a bound address are refused"
+            Problem(
+                f"{network}: routing divides it into more parts than the hooks can hold ({space}): "
+                "requests to it from sockets without a bound address are refused",
+                "bind these sockets to an address, or use fewer routes to it",
+            )
             for network in lost[:NAMED]
         ]
         return [self._set_paths(origin, paths)]

@@ -11,6 +11,7 @@ from ipsecgate.core.gate.routing import Routing
 from ipsecgate.core.gate.services import Services
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.nat import Service
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.state.kernel_state import KernelState
 from ipsecgate.core.state.spd import OPEN
 from ipsecgate.core.state.userspace_esp import UserspaceEsp
@@ -34,7 +35,7 @@ class SpdTable:
 
     def __init__(self) -> None:
         self.content: Table | None = None
-        self.errors: list[str] = []
+        self.errors: list[Problem] = []
         # Regions that the last update may have changed; None: unknown, it may be any flow.
         self.changed: list[Ternary] | None = []
         self.lost = False  # whether it left flows without the SA that they had
@@ -65,7 +66,7 @@ class SpdTable:
                 rules.assign(service, its)
         self.has_more = rules.retry()
         closed = join_names(rules.closed, lambda owner: _name(source, owner))
-        self.errors = [f"SPD table: full, so these are refused: {closed}"] if closed else []
+        self.errors = [_full(closed)] if closed else []
         changes = rules.changes()
         if self.content is not rules.table:
             if source.pending or between:
@@ -128,6 +129,13 @@ class SpdTable:
         if waiting is None or waiting.state is state:
             return state
         return State.PASS if {state, waiting.state} == {State.LIVE, State.PASS} else State.DEAD
+
+
+def _full(closed: str) -> Problem:
+    return Problem(
+        f"SPD table: full, so these are refused: {closed}",
+        "use fewer prefix lengths and port ranges in the connections",
+    )
 
 
 def _name(source: KernelState | UserspaceEsp, owner: Any) -> str:

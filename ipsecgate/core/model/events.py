@@ -9,6 +9,7 @@ from ipsecgate.core.model.flow import HOST, Flow, FlowPath, Network, Origin
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa, Sa, SaId, SpdEntry, SpdKey
 from ipsecgate.core.model.nat import Service
 from ipsecgate.core.model.policy import Settings
+from ipsecgate.core.model.problem import Cause, Problem
 from ipsecgate.core.model.value import value
 
 # --- kernel: XFRM notifications -------------------------------------------------
@@ -179,13 +180,9 @@ class IkeConnected:
 
 @value
 class IkeGone:
-    """The IKE daemon does not answer. None of its SAs is confirmed any more.
+    """The IKE daemon does not answer. None of its SAs is confirmed any more."""
 
-    `advice`: what to do next.
-    """
-
-    reason: str
-    advice: str = "start strongSwan: `systemctl start strongswan`"
+    problem: Problem
 
 
 @value
@@ -193,7 +190,7 @@ class NegotiationFailed:
     """A negotiation that the gate started ended without a CHILD_SA."""
 
     name: ChildName
-    cause: str
+    cause: Cause
 
 
 @value

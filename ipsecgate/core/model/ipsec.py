@@ -213,7 +213,8 @@ class ChildConfig:
     `local` and `remote` are its traffic selectors. `dynamic` becomes the IKE address if that is
     configured, and is left out otherwise. A range of addresses becomes networks. `wildcard`: it
     names no peer (`remote_addrs = %any`, a network or a range) and is in transport mode, so each
-    peer has an SA of its own.
+    peer has an SA of its own. `peer_id`: the identity that its connection expects the peer to
+    prove, "": any; `peer_auth`: by what, such as "pre-shared key", "": not known.
     """
 
     name: ChildName
@@ -221,6 +222,8 @@ class ChildConfig:
     local: tuple[TrafficSelector, ...]
     remote: tuple[TrafficSelector, ...]
     wildcard: bool = False
+    peer_id: str = ""
+    peer_auth: str = ""
 
 
 @value

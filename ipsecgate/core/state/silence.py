@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping
 
 from ipsecgate.core.model.flow import Address, Flow, TrafficSelector
 from ipsecgate.core.model.ipsec import ChildName, ChildSa, SaId
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.model.value import value
 
 ENOUGH = 3  # packets; a TCP connection sends its SYN that often within 3 s
 
-ADVICE = (
+_ADVICE = (
     "if answers are due, ESP is filtered on the way: let IP protocol 50 pass in both directions "
     "(UDP port 4500 behind NAT, or with `encap = yes`), and see `ip -s xfrm state` on the peer"
 )
@@ -32,8 +33,11 @@ class Silent:
     sent: int
     remote: tuple[TrafficSelector, ...] = ()
 
-    def __str__(self) -> str:
-        return f"{self.name}: {self.sent} packets left as ESP to {self.peer}, and none came back"
+    @property
+    def problem(self) -> Problem:
+        """What is probably wrong."""
+        text = f"{self.name}: {self.sent} packets left as ESP to {self.peer}, and none came back"
+        return Problem(text, _ADVICE)
 
     def carries(self, flow: Flow) -> bool:
         """Tell whether the child's SAs carry a flow."""

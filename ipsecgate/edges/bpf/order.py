@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.model.value import value
 from ipsecgate.edges.bpf import exclusive
 from ipsecgate.edges.bpf.objects import HOOKS
@@ -39,11 +40,14 @@ class Later:
         """Tell whether the gate's program runs last again if it is attached anew."""
         return self.gated == self.cgroup
 
-    def __str__(self) -> str:
-        return (
+    @property
+    def problem(self) -> Problem:
+        """What that may do to the gate."""
+        return Problem(
             f"{self.hook} of {self.gated}: {self.program} at {self.cgroup} runs after the gate's, "
             "and may change the destination that it has checked; what must be protected is then "
-            f"blocked instead of refused or held. Gate {self.cgroup}, too"
+            "blocked instead of refused or held",
+            f"gate {self.cgroup}, too; `bpftool cgroup tree` shows the programs",
         )
 
 

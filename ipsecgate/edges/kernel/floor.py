@@ -11,6 +11,7 @@ from ipsecgate.core.codec.xfrm import encode_policy_dump
 from ipsecgate.core.codec.xfrm_floor import decode_late, encode_delete, encode_set
 from ipsecgate.core.model.events import XfrmEvent
 from ipsecgate.core.model.policy import FloorPolicy
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.state.floor import parse_own
 from ipsecgate.edges.kernel.netlink import Requests
 from ipsecgate.edges.kernel.probe import has_xfrm
@@ -30,7 +31,7 @@ class Floor:
     def __init__(self, tag: int) -> None:
         self._tag = tag
         self._wanted: asyncio.Queue[tuple[FloorPolicy, ...]] = asyncio.Queue()
-        self.errors: list[str] = []
+        self.errors: list[Problem] = []
 
     def set(self, wanted: tuple[FloorPolicy, ...]) -> None:
         """Replace the floor with these policies as soon as `run` gets to it."""
@@ -46,7 +47,8 @@ class Floor:
                 await keep(self._tag, wanted)
                 self.errors = []
             except OSError as error:
-                self.errors = [f"cannot set the host floor, will retry: {error.strerror or error}"]
+                text = f"cannot set the host floor, will retry: {error.strerror or error}"
+                self.errors = [Problem(text, "see `ip xfrm policy`, and `ipsecgate check`")]
                 log.error("%s", self.errors[0])
                 await asyncio.sleep(RETRY)
                 if self._wanted.empty():

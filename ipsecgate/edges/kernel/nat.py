@@ -25,6 +25,7 @@ from typing import Self
 from ipsecgate.core.codec import iptables, nftables
 from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.model.nat import ChainName, Rule, Ruleset, Set, SetName
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.edges.kernel.namespaces import Namespace
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket, Requests
 from ipsecgate.errors import GateError
@@ -75,8 +76,8 @@ class NatRules:
             nft, legacy = await self._nftables(), self._legacy.read()
         except (OSError, DecodeError, iptables.TableError) as error:
             raise NatError(
-                f"cannot read the NAT rules: {error}",
-                hint="flows that they may concern stay refused",
+                f"cannot read the NAT rules, so flows that they may concern stay refused: {error}",
+                hint="see `nft list ruleset` and `iptables-legacy-save`",
             ) from error
         if not nft.translates and not legacy.translates:
             return Ruleset()
@@ -148,7 +149,7 @@ class NatWatch:
         self._due = asyncio.Event()
         self._known = False
         self._last: Ruleset | None = None
-        self.errors: list[str] = []
+        self.errors: list[Problem] = []
 
     async def run(self) -> None:
         """Follow until cancelled. Raises: OSError if netlink can't be used at all."""
@@ -179,7 +180,7 @@ class NatWatch:
             found = await rules.read()
             self.errors = []
         except NatError as error:
-            self.errors = [str(error)]
+            self.errors = [Problem.of(error)]
         if not self._known or found != self._last:
             self._known, self._last = True, found
             self._deliver(found)

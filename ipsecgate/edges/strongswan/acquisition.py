@@ -18,11 +18,12 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from ipsecgate.core.codec.causes import failure_cause
+from ipsecgate.core.codec.causes import failure_cause, out_of_time
 from ipsecgate.core.codec.vici_sections import sections, text, texts
 from ipsecgate.core.model.events import IkeDown
 from ipsecgate.core.model.flow import Address
 from ipsecgate.core.model.ipsec import ChildName, ChildSa
+from ipsecgate.core.model.problem import Cause
 from ipsecgate.edges.strongswan.events import LogLine
 from ipsecgate.edges.strongswan.vici import Message
 
@@ -64,7 +65,7 @@ class Acquisition:
 
     async def negotiate(
         self, name: ChildName, peer: Address, acquire: Callable[[], None], limit: float
-    ) -> str | None:
+    ) -> Cause | None:
         """Send an ACQUIRE and wait `limit` seconds at most; return why it failed, None if it is up.
 
         Raises: IkeError, ViciError; OSError if the kernel refuses the ACQUIRE.
@@ -83,11 +84,11 @@ class Acquisition:
                 if attempt.is_up or await self._is_up(name, peer):
                     return None
                 if not await self._is_under_way(name.ike, peer):
-                    return failure_cause(attempt.lines) or "strongSwan did not negotiate"
+                    return failure_cause(attempt.lines) or Cause("strongSwan did not negotiate")
         finally:
             del self._attempts[name]
         await self._drop(name.ike, peer)
-        return f"no CHILD_SA within {limit:g} s: the peer is slow or silent"
+        return out_of_time(limit)
 
     def on_child_up(self, sa: ChildSa) -> None:
         """Note that a CHILD_SA came up."""

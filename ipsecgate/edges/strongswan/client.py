@@ -36,6 +36,7 @@ from ipsecgate.core.model.events import (
 )
 from ipsecgate.core.model.flow import Address
 from ipsecgate.core.model.ipsec import ChildConfig, ChildName, ChildSa
+from ipsecgate.core.model.problem import Cause, Problem
 from ipsecgate.edges.strongswan import events as event_packets
 from ipsecgate.edges.strongswan.acquisition import Acquisition
 from ipsecgate.edges.strongswan.negotiation import Negotiator
@@ -224,11 +225,13 @@ class IkeClient:
         with suppress(IkeError):
             await self.terminate(name.ike, name.child, unique)
 
-    async def _report(self, name: ChildName, negotiation: Awaitable[str | None]) -> None:
+    async def _report(self, name: ChildName, negotiation: Awaitable[Cause | None]) -> None:
         try:
             cause = await negotiation
-        except (IkeError, ViciError, OSError) as error:
-            cause = str(error)
+        except (IkeError, ViciError) as error:
+            cause = Cause.of(error)
+        except OSError as error:
+            cause = Cause(str(error))
         if cause is None:
             self._events.put_nowait(NegotiationDone(name))
         else:
@@ -289,7 +292,7 @@ class IkeClient:
                     self._events.put_nowait(event)
         except IkeError as error:
             self._close()
-            self._events.put_nowait(IkeGone(str(error), error.hint))
+            self._events.put_nowait(IkeGone(Problem.of(error)))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

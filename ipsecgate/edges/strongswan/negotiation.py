@@ -23,9 +23,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ipsecgate.core.codec.causes import failure_cause
+from ipsecgate.core.codec.causes import failure_cause, gave_up, out_of_time
 from ipsecgate.core.codec.vici_sections import text
 from ipsecgate.core.model.ipsec import ChildName, ChildSa
+from ipsecgate.core.model.problem import Cause
 from ipsecgate.edges.strongswan.vici import Message, ViciConnection, refusal
 
 MAX_WAITING = 4
@@ -72,7 +73,7 @@ class Negotiator:
         if name in self._ups:
             self._ups[name].set()
 
-    async def negotiate(self, name: ChildName, limit: float) -> str | None:
+    async def negotiate(self, name: ChildName, limit: float) -> Cause | None:
         """Negotiate a child for up to `limit` seconds; return why it failed, None if it is up.
 
         Raises: IkeError, ViciError.
@@ -89,18 +90,15 @@ class Negotiator:
             if OUT_OF_TIME in reason:
                 break
             if log is not None or not reason.endswith(UNEXPLAINED):
-                return failure_cause(log or ()) or reason
+                return failure_cause(log or (reason,))
             if clock() - began > DIAGNOSE_WITHIN:
                 self._unexplained.add(name)
-                took = clock() - began
-                return (
-                    f"strongSwan gave up after {took:.0f} s: the peer is silent, or slow to refuse"
-                )
+                return gave_up(clock() - began)
             log = []
         if reason is None and await self._comes_up(name, deadline):
             return None
         await self._drop_half_open(name.ike)
-        return f"no CHILD_SA within {limit:g} s: the peer is slow or silent"
+        return out_of_time(limit)
 
     async def _initiate(self, name: ChildName, limit: float, log: list[str] | None) -> str | None:
         """Initiate once; return why that failed, None on success or without a wait for the end.
