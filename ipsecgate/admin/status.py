@@ -178,6 +178,8 @@ def refusals(
                 "reason": reason.name.lower(),
                 "text": EXPLAINED[reason],
                 "cause": cause["last_error"] if cause else "",
+                "advice": cause["advice"] if cause else "",
+                "failed_at": cause["failed_at"] if cause else None,
                 "child": cause["child"] if cause else None,
                 "policy": policy,
                 "last": last,

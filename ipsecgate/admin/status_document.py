@@ -145,7 +145,9 @@ class Refusal(TypedDict):
     reason: str  # as in the counters: refuse_uncovered, block_clear, ...
     text: str  # the reason in words
     cause: str  # why IKE has brought up no SA for it; "" if nothing certain is known
-    child: str | None  # ike/child whose negotiation has that cause; None: no cause
+    advice: str  # what to do about the cause, "" if nothing is known
+    failed_at: float | None  # when a negotiation failed for that cause; None: no cause
+    child: str | None  # ike/child whose negotiation that was
     policy: str | None  # that names it now; None: none does
     last: float  # when it was refused last
     state: str  # what the hooks' tables say of it now, as `reason`

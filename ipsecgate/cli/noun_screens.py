@@ -23,6 +23,7 @@ from ipsecgate.cli.tables import (
     ago,
     coverage,
     duration,
+    failure,
     first,
     heading,
     left,
@@ -88,10 +89,11 @@ def _failures(known: list[Policy], *, everything: bool) -> list[RenderableType]:
     failed = [one for one in known if one["last_error"]]
     if not failed:
         return []
-    rows = table("Policy", "Cause")
+    found: list[RenderableType] = [heading("Last failure of each policy")]
     for one in first(failed, everything=everything):
-        rows.add_row(one["name"], Text(one["last_error"], "red"))
-    return [heading("Last failure"), rows, *left_out(failed, everything=everything)]
+        about = f"{one['name']}, {ago(one['failed_at'])} ago"
+        found += failure(about, one["last_error"], one["advice"])
+    return [*found, *left_out(failed, everything=everything)]
 
 
 def _children(policy: Policy) -> list[str]:
@@ -114,7 +116,8 @@ def _source(policy: Policy) -> str:
 def sas(document: Sas, width: int, *, everything: bool) -> RenderableType:
     """Draw the live outbound SAs."""
     wide = width >= WIDE
-    rows = table("SPI", "Peer", "Child", ">Reqid", ">For", ">Ends in", *(["Proto"] if wide else []))
+    columns = ("SPI", "Peer", "Connection/child", ">Reqid", ">For", ">Ends in")
+    rows = table(*columns, *(["Proto"] if wide else []))
     for sa in first(document["sas"], everything=everything):
         cells = [sa["spi"], sa["peer"], sa["child"] or "", str(sa["reqid"])]
         cells += [ago(sa["since"]), left(sa["until"])]
@@ -203,10 +206,14 @@ def flows(document: Flows, width: int, *, everything: bool) -> RenderableType:
     if refused:
         rows = table("Flow", "Policy", ">Last", *(["Why"] if wide else []), "Now")
         for each in first(refused, everything=everything):
-            now, cause = reason(each["state"]), f": {each['cause']}" if each["cause"] else ""
+            now, cause = reason(each["state"]), Text()
+            if each["cause"]:
+                cause = Text(f": {each['cause']}, {ago(each['failed_at'])} ago")
+            if each["advice"]:
+                cause.append(f"\nnext: {each['advice']}", "yellow")
             cells = [each["flow"], each["policy"] or "none", f"{ago(each['last'])} ago"]
             if wide:
-                rows.add_row(*cells, each["text"] + cause, now)
+                rows.add_row(*cells, Text(each["text"]).append(cause), now)
             else:
                 rows.add_row(*cells, now.append(cause))
         found += [heading("Refused lately"), rows, *left_out(refused, everything=everything)]

@@ -47,7 +47,8 @@ def status(app: App, *, brief: bool, wait: bool, timeout: float | None) -> int:
 
     Details are in policies, sas, flows, cgroups and holds. Exits with 0 if the gate is
     healthy. Exits with 1 if no controller runs, no policies are known yet, a gated cgroup has
-    been removed, or the controller reports an error.
+    been removed, or the controller reports an error. Flows that are refused do not change
+    that: the screen and --brief say how many were refused in the last 10 minutes, and still are.
     """
     document = _waited(app, timeout) if wait else _read(app)
     if app.json:

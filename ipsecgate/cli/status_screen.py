@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 from rich.console import Group, RenderableType
@@ -9,8 +10,19 @@ from rich.table import Table
 from rich.text import Text
 
 from ipsecgate.admin.coverage import COVERAGES
-from ipsecgate.admin.status_document import Counters, Policy, Status
-from ipsecgate.cli.tables import ago, heading, number, problem_lines, reason_text, table
+from ipsecgate.admin.status import LATELY
+from ipsecgate.admin.status_document import Counters, Negotiation, Policy, Status
+from ipsecgate.cli.tables import (
+    ago,
+    child_name,
+    failure,
+    heading,
+    number,
+    problem_lines,
+    reason_text,
+    table,
+)
+from ipsecgate.core.gate.coverage import Coverage
 
 SHOWN = 5  # namespaces, cgroups and the like
 NEWS = 3  # refusals, failed negotiations and networks
@@ -27,13 +39,22 @@ def brief(document: Status) -> Text:
     protect = [one for one in document["policies"] if one["action"] == "protect"]
     covered = sum(one["coverage"] == "covered" for one in protect)
     audit = ", audit mode" if document["mode"] == "audit" else ""
+    refused = f", {_lately(document)}" if document["refused"] else ""
     return Text.assemble(
         ("ipsecgate ok", "bold green"),
-        f"{audit}: {covered} of {number(len(protect), 'protect policy', 'protect policies')} "
+        audit,
+        (refused, "bold yellow"),
+        f": {covered} of {number(len(protect), 'protect policy', 'protect policies')} "
         f"covered, {number(len(document['sas']), 'SA')}, "
-        f"{number(len(document['holds']), 'call')} held, "
-        f"{number(len(document['refused']), 'flow')} refused lately",
+        f"{number(len(document['holds']), 'call')} held",
     )
+
+
+def _lately(document: Status) -> str:
+    """Return how many flows were refused lately, and are still."""
+    flows = number(len(document["refused"]), "flow")
+    audit = document["mode"] == "audit"
+    return f"{flows} would be refused" if audit else f"{flows} refused lately"
 
 
 def screen(document: Status) -> RenderableType:
@@ -51,8 +72,7 @@ def _headline(document: Status) -> Text:
     problems = document["problems"]
     state = ("healthy", "bold green")
     if document["refused"]:
-        flows = number(len(document["refused"]), "flow")
-        state = (f"{flows} refused lately", "bold yellow")
+        state = (_lately(document), "bold yellow")
     if problems:
         state = (number(len(problems), "problem"), "bold red")
     name = "" if document["instance"] == "default" else f" {document['instance']}"
@@ -177,18 +197,31 @@ def _tables(document: Status) -> str:
 
 
 def _failures(document: Status) -> list[RenderableType]:
-    failed = [one for one in document["negotiations"] if one["last_error"]]
-    if not failed:
-        return []
-    rows = table("Child", "State", ">Attempts", "Cause")
-    for item in failed[:NEWS]:
-        cause = Text(item["last_error"], "red")
-        rows.add_row(item["child"], item["state"], str(item["attempts"]), cause)
+    failed = _failing(document["negotiations"])
     more = f": {len(failed)}, all in `ipsecgate policies`" if failed[NEWS:] else ""
-    parts: list[RenderableType] = [heading(f"Failed negotiations{more}"), rows]
-    if failed[0]["advice"]:
-        parts.append(Text(f"next: {failed[0]['advice']}", "yellow"))
+    parts: list[RenderableType] = [heading(f"Failed negotiations{more}")] if failed else []
+    for one in failed[:NEWS]:
+        attempts = number(one["attempts"], "attempt")
+        about = f"{child_name(one['child'])}: {one['state']}, {attempts}"
+        about += f", failed {ago(one['failed_at'])} ago"
+        parts += failure(about, one["last_error"], one["advice"])
     return parts
+
+
+def _failing(negotiations: list[Negotiation]) -> list[Negotiation]:
+    """Return the failures that hold as far as is known, the last first.
+
+    One that nobody tries again holds for a while, unless the same policy has a newer one.
+    """
+    found: list[Negotiation] = []
+    failed = [one for one in negotiations if one["last_error"]]
+    for one in sorted(failed, key=lambda one: one["failed_at"] or 0.0, reverse=True):
+        is_retried = one["state"] in (Coverage.NEGOTIATING.value, Coverage.BACK_OFF.value)
+        is_new = time.time() - (one["failed_at"] or 0.0) < LATELY
+        is_first = one["policy"] not in {other["policy"] for other in found}
+        if is_retried or (is_new and is_first):
+            found.append(one)
+    return found
 
 
 def _refused(document: Status) -> list[RenderableType]:
@@ -197,7 +230,7 @@ def _refused(document: Status) -> list[RenderableType]:
         return []
     rows = table("Flow", "Policy", "Why", ">Last")
     for one in refused[:NEWS]:
-        why = f"no live SA: {one['cause']}" if one["cause"] else one["text"]
+        why = f"no live SA: {one['child']} failed" if one["child"] else one["text"]
         rows.add_row(one["flow"], one["policy"] or "none", why, f"{ago(one['last'])} ago")
     more = f": {len(refused)} flows, all in `ipsecgate flows`" if refused[NEWS:] else ""
     protocol, _, target = refused[0]["flow"].partition(" ")
@@ -207,5 +240,6 @@ def _refused(document: Status) -> list[RenderableType]:
         rows,
     ]
     if protocol in ("tcp", "udp"):
-        parts.append(Text(f"next: `ipsecgate why {target}`, `ipsecgate check`", "yellow"))
+        start = "next for each:" if refused[1:] else "next:"
+        parts.append(Text(f"{start} `ipsecgate why {target}`; `ipsecgate check`", "yellow"))
     return parts

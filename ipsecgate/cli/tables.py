@@ -122,7 +122,18 @@ def problem_lines(problem: Problem, style: str) -> list[RenderableType]:
 
 def next_step(advice: str) -> list[RenderableType]:
     """Return an indented line with what to do, none for ""."""
-    return [Padding(Text(f"next: {advice}", "yellow"), (0, 0, 0, 2))] if advice else []
+    return [Padding.indent(Text(f"next: {advice}", "yellow"), 2)] if advice else []
+
+
+def failure(about: str, error: str, advice: str) -> list[RenderableType]:
+    """Return what has failed and when, and below it why, and what to do."""
+    return [Text(about), Padding.indent(Text(error, "red"), 2), *next_step(advice)]
+
+
+def child_name(child: str) -> str:
+    """Return a child, "ike/child" or "ike/child to PART", in strongSwan's words."""
+    connection, _, own = child.partition("/")
+    return f"connection {connection}, child {own}"
 
 
 def lines(items: Sequence[str], *, everything: bool) -> str:

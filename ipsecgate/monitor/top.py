@@ -6,12 +6,11 @@ Rules of this module: it is pure. A count that went down began anew, as with a n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 
 from ipsecgate.admin.status_document import (
     HookCounters,
-    Negotiation,
     Policy,
     Refused,
     Status,
@@ -86,7 +85,6 @@ def _policies(before: Sample | None, now: Sample, seconds: float | None) -> list
     refused = {one["policy"]: one for one in status["refused_by_policy"]}
     old = {} if before is None else {o["policy"]: o for o in before.status["refused_by_policy"]}
     held = Counter(hold["policy"] for hold in status["holds"])
-    errors = _last_errors(status["negotiations"])
     alive = status["controller"]["alive"]
     found: list[TopPolicy] = []
     for name in dict.fromkeys([*known, *refused, *held]):
@@ -96,7 +94,7 @@ def _policies(before: Sample | None, now: Sample, seconds: float | None) -> list
                 "policy": name,
                 "action": policy["action"] if policy else None,
                 "coverage": policy["coverage"] if policy else None,
-                "last_error": errors.get(name, ""),
+                "last_error": policy["last_error"] if policy else "",
                 **_count(old.get(name), refused.get(name), seconds if alive else None, alive),
                 "held": held[name],
             }
@@ -146,10 +144,6 @@ def _count(
         "flow": now["flow"] if now else "",
         "last": now["time"] if now else None,
     }
-
-
-def _last_errors(negotiations: Iterable[Negotiation]) -> dict[str | None, str]:
-    return {one["policy"]: one["last_error"] for one in negotiations if one["last_error"]}
 
 
 def _unit(path: str) -> str:

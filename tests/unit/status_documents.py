@@ -15,6 +15,7 @@ def policy(
     name: str,
     coverage: str | None,
     action: Literal["protect", "bypass", "discard"] = "protect",
+    error: str = "",
 ) -> Policy:
     return {
         "name": name,
@@ -30,9 +31,9 @@ def policy(
         "coverage": coverage,
         "uncovered": [],
         "children": [],
-        "last_error": "",
+        "last_error": error,
         "advice": "",
-        "failed_at": None,
+        "failed_at": 995.0 if error else None,
     }
 
 
@@ -73,7 +74,7 @@ def status(**changed: Any) -> Status:
         ],
         "policies": [
             policy("db", "covered"),
-            policy("web", "uncovered"),
+            policy("web", "uncovered", error="no proposal chosen"),
             policy("lan", None, "bypass"),
         ],
         "counters": {

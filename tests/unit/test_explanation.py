@@ -285,3 +285,17 @@ def test_the_verdict_is_that_of_the_published_tables(trapped: Transcript) -> Non
         )
         seen.add(reason)
     assert seen >= {Reason.ALLOW_COVERED, Reason.REFUSE_UNCOVERED, Reason.ALLOW_DEFAULT}
+
+
+def test_a_failure_of_identity_names_the_one_that_is_expected(trapped: Transcript) -> None:
+    known = replace(NET, peer_id="b.example", peer_auth="pre-shared key")
+    trapped.after(on.IkeConnected((known,), (), pid=42))
+    expected = "connection peer expects the peer to prove that it is b.example, by pre-shared key"
+    trapped.after(REFUSED, on.NegotiationFailed(NAME, Cause("no proposal chosen")))
+    assert expected not in said(trapped, Step.IKE), "it has nothing to do with identities"
+    trapped.after(on.TimerFired(on.Timer("retry", NAME)), REFUSED)
+    trapped.after(on.NegotiationFailed(NAME, Cause("no key", "add it", is_identity=True)))
+    assert expected in said(trapped, Step.IKE)
+    assert explain(trapped.gate, FLOW).advice == "add it"
+    trapped.after(on.IkeConnected((replace(NET, peer_auth="public key"),), (), pid=42))
+    assert expected not in said(trapped, Step.IKE), "the connection was loaded anew"

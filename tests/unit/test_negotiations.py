@@ -20,6 +20,7 @@ from tests.unit.transcript import (
     HERE,
     LISTED,
     NAME,
+    NET,
     PINNED,
     REFUSED,
     SOURCES,
@@ -159,3 +160,29 @@ def test_a_kernel_policy_of_an_unknown_connection_makes_the_gate_ask_the_daemon(
     new_policy = replace(TRAP, key=SpdKey(Selector(HERE, ip_network("10.3.0.0/16"))))
     assert do.AskIke() in trapped.after(on.PolicySet(new_policy))
     assert do.AskIke() not in trapped.after(on.PolicySet(PINNED))
+
+
+def test_a_failure_has_the_time_of_its_step(trapped: Transcript) -> None:
+    trapped.after(REFUSED)
+    trapped.gate.step(on.NegotiationFailed(NAME, Cause("no")), now=1700.0)
+    trapped.gate.step(on.TimerFired(on.Timer("retry", NAME)), REFUSED, now=1800.0)
+    item = trapped.gate.negotiations.by_child[NAME]
+    assert (item.coverage, item.failed_at) == (Coverage.NEGOTIATING, 1700.0)
+
+
+OUTDATES = {
+    "an SA came in": UP,
+    "the daemon has gone": (on.IkeGone(Problem("it died")),),
+    "it was loaded with another identity": (
+        on.IkeConnected((replace(NET, peer_id="other"),), (), pid=42),
+    ),
+    "it is not loaded any more": (on.IkeConnected((), (), pid=42),),
+}
+
+
+@pytest.mark.parametrize("what", OUTDATES)
+def test_a_cause_is_forgotten_once_it_is_outdated(trapped: Transcript, what: str) -> None:
+    trapped.after(REFUSED, on.NegotiationFailed(NAME, Cause("no")), connected())
+    assert trapped.gate.negotiations.by_child[NAME].last_error == Cause("no"), "it still holds"
+    trapped.after(*OUTDATES[what])
+    assert trapped.gate.negotiations.by_child[NAME].last_error is None

@@ -48,6 +48,8 @@ def refusal(number: int) -> Any:
         "reason": "refuse_uncovered",
         "text": "no live SA protects it",
         "cause": "",
+        "advice": "",
+        "failed_at": None,
         "child": None,
         "policy": "database-1",
         "last": NOW - 12,
@@ -274,13 +276,22 @@ def test_each_noun_says_that_no_controller_runs() -> None:
         assert text.startswith("The controller is not running"), name
 
 
+def changed(document: Any, **fields: Any) -> Any:
+    return {**document, **fields}
+
+
 def test_the_brief_form() -> None:
     lines = drawn(status_screen.brief(STATUS), 200).splitlines()
     assert lines[0].startswith("ipsecgate degraded: IKE daemon")
     assert lines[1].startswith("next: start strongSwan")
     healthy: Any = {**STATUS, "problems": [], "healthy": True}
     (line,) = drawn(status_screen.brief(healthy), 200).splitlines()
-    assert line.startswith("ipsecgate ok: 1 of 2 protect policies covered, 1 SA, 1 call held")
+    said = "1 of 2 protect policies covered, 1 SA, 1 call held"
+    assert line == f"ipsecgate ok, 9 flows refused lately: {said}"
+    (line,) = drawn(status_screen.brief(changed(healthy, mode="audit")), 200).splitlines()
+    assert line == f"ipsecgate ok, audit mode, 9 flows would be refused: {said}"
+    (line,) = drawn(status_screen.brief(changed(healthy, refused=[])), 200).splitlines()
+    assert line == f"ipsecgate ok: {said}"
 
 
 def test_a_partly_covered_policy_names_its_network() -> None:
@@ -299,8 +310,44 @@ def test_a_partly_covered_policy_names_its_network() -> None:
 
 def test_the_status_says_what_nobody_has_asked_for_and_why_ike_failed() -> None:
     idle = policy(1, coverage="uncovered", children=[], last_error="")
-    refused = {**refusal(1), "cause": "the peer did not answer"}
+    refused = {**refusal(1), "cause": "the peer did not answer", "child": "net/dublin"}
     many: Any = {**STATUS, "policies": [idle], "refused": [refused]}
     text = drawn(status_screen.screen(many), 140)
     assert "1: 1 not asked for yet" in text
-    assert "no live SA: the peer did not answer" in text
+    assert "no live SA: net/dublin failed" in text
+
+
+def negotiation(child: str, state: str, seconds: float, policy: str = "db") -> Any:
+    return {"child": f"{child}/{child}", "state": state, "attempts": 2, "failed_at": NOW - seconds,
+            "last_error": f"cause of {child}", "advice": f"mend {child}", "flow": "tcp 10.2.0.9:1",
+            "policy": policy}  # fmt: skip
+
+
+def failures(*negotiations: Any) -> str:
+    document: Any = {**STATUS, "problems": [], "refused": [], "negotiations": [*negotiations]}
+    return drawn(status_screen.screen(document), 140).partition("Failed negotiations")[2]
+
+
+def test_each_failure_has_its_age_and_its_next_step_the_last_first() -> None:
+    lines = failures(negotiation("a", "back-off", 60), negotiation("b", "negotiating", 3)).split(
+        "\n"
+    )
+    assert [line.rstrip() for line in lines[1:7]] == [
+        "connection b, child b: negotiating, 2 attempts, failed 3 s ago",
+        "  cause of b",
+        "  next: mend b",
+        "connection a, child a: back-off, 2 attempts, failed 60 s ago",
+        "  cause of a",
+        "  next: mend a",
+    ]
+
+
+def test_an_outdated_cause_is_not_beside_a_newer_one() -> None:
+    """Nobody tries `old` again, and `new` says more of the same policy."""
+    old, new = negotiation("old", "uncovered", 60), negotiation("new", "back-off", 3)
+    assert "cause of old" not in failures(old, new)
+    assert "cause of old" in failures(old), "nothing newer is known"
+    assert "cause of old" in failures({**old, "policy": "web"}, new), "it is of another policy"
+    assert "cause of old" in failures({**old, "state": "back-off"}, new), "both are tried again"
+    assert failures(negotiation("old", "uncovered", 3600)) == "", "that was an hour ago"
+    assert "cause of old" in failures(negotiation("old", "back-off", 3600))

@@ -161,6 +161,8 @@ def evil_status() -> Status:
                 "reason": EVIL,
                 "text": EVIL,
                 "cause": EVIL,
+                "advice": EVIL,
+                "failed_at": 0.0,
                 "child": EVIL,
                 "policy": EVIL,
                 "last": 0.0,

@@ -289,3 +289,25 @@ def test_a_transport_child_whose_connection_names_no_host_is_a_wildcard(
     message = conn(remote_addrs=[a.encode() for a in addresses], children={"net": child})
     (config,) = child_configs(message, NAMES)
     assert config.wildcard is wildcard
+
+
+PSK, KEY, EAP = b"pre-shared key", b"public key", b"EAP"
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"),
+    [
+        ({"remote-1": {"class": PSK, "id": b"b.example"}}, ("b.example", "pre-shared key")),
+        ({"remote-1": {"class": KEY}}, ("", "public key")),
+        ({"remote-1": {"class": KEY, "id": b"%any"}}, ("", "public key")),
+        (
+            {"remote-1": {"class": KEY, "id": b"b"}, "remote-2": {"class": EAP, "id": b"c"}},
+            ("b, c", "public key, EAP"),
+        ),
+        ({"local-1": {"class": PSK, "id": b"a.example"}}, ("", "")),
+        ({"remote-1": {"class": [b"x"], "id": {}}}, ("", "")),
+    ],
+)
+def test_the_identity_that_the_peer_must_prove(sides: Any, expected: tuple[str, str]) -> None:
+    (config,) = child_configs(conn(**sides), NAMES)
+    assert (config.peer_id, config.peer_auth) == expected
