@@ -71,11 +71,11 @@ def _connections(paths: Paths, judge: Judge, policies: list[ConfiguredPolicy]) -
     found = connections(paths)
     there = {pid for cgroup in {cgroup for _, cgroup in found} for pid in _processes(cgroup)}
     owners = {inode: pid for pid in sorted(there) for inode in processes.sockets_of(pid)}
+    names = [policy["name"] for policy in policies]
     made: list[Connection] = []
     for sock, cgroup in found:
         flow, pid = sock.flow, owners.get(sock.inode)
-        place = judge.place(flow)
-        known = place is not None and place < len(policies)
+        now = judge.judge(flow)
         host = f"[{flow.saddr}]" if flow.saddr and flow.saddr.version == 6 else str(flow.saddr)
         made.append(
             {
@@ -84,8 +84,8 @@ def _connections(paths: Paths, judge: Judge, policies: list[ConfiguredPolicy]) -
                 "pid": pid,
                 "comm": None if pid is None else processes.name_of(pid),
                 "cgroup": str(cgroup),
-                "policy": policies[place]["name"] if place is not None and known else None,
-                "state": judge.judge(flow).name.lower(),
+                "policy": now.name_in(names),
+                "state": now.reason.name.lower(),
             }
         )
     return made

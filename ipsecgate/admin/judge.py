@@ -1,19 +1,45 @@
 """What the hooks' tables say of a flow now, read from the pinned maps.
 
 Rules of this module: it changes nothing. It does what `decide` of bpf/decision.bpf.c does, but for
-the IKE daemon's own sockets; flows of other network namespaces have no answer.
+the IKE daemon's own sockets; flows of other network namespaces have no answer. Whoever shows a
+verdict of the tables asks here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from errno import EPERM
 
-from ipsecgate.core.model.flow import Flow, FlowPath, is_exempt
+from ipsecgate.core.model.flow import Address, Flow, FlowPath, is_exempt
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId, flow_key
 from ipsecgate.core.tables.table import Table
 from ipsecgate.core.tables.verdict import verdict
 from ipsecgate.edges.bpf.maps import Maps
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Why a call for a flow would be let go, or refused.
+
+    `policy`: the entry of the policy that names it, None: none does. `source`: its source address
+    as routing has it, None: unknown, or it does not matter. `error`: the errno, 0 if it is let go.
+    """
+
+    reason: Reason
+    policy: Entry | None
+    source: Address | None
+    error: int
+
+    @property
+    def is_allowed(self) -> bool:
+        """Tell whether it would be let go."""
+        return self.reason < Reason.REFUSE_UNCOVERED
+
+    def name_in(self, names: Sequence[str]) -> str | None:
+        """Return the policy's name, None if there is none. `names`: of the table's policies."""
+        at = self.policy.id if self.policy is not None else len(names)
+        return names[at] if at < len(names) else None
 
 
 class Judge:
@@ -24,6 +50,7 @@ class Judge:
         self._policies = policies
         self._spd = spd
         self._deny = bool(maps.setting(Setting.DENY))
+        self._error = maps.setting(Setting.ERROR)
         self._paths = maps.setting(Setting.PATHS)
 
     @classmethod
@@ -31,56 +58,54 @@ class Judge:
         """Read the tables. Raises: OSError."""
         return cls(maps, maps.table(TableId.POLICY), maps.table(TableId.SPD))
 
-    def place(self, flow: Flow) -> int | None:
-        """Return the place of the policy that names a flow, None if none does."""
-        entry = self._policy(flow)
-        return entry.id if entry is not None else None
+    def judge(self, flow: Flow) -> Judgement:
+        """Return what would become of a call for this flow."""
+        entry = None if self._policies is None else self._policies.classify(flow_key(flow))
+        reason, source = self._by_policy(flow, entry), flow.saddr
+        if reason is None:
+            derived = entry is not None and entry.state is State.DERIVED
+            reason, source = self._follow(flow, derived=derived)
+        error = (entry.error if entry is not None else self._error) or EPERM
+        return Judgement(reason, entry, source, error if reason >= Reason.REFUSE_UNCOVERED else 0)
 
-    def policy(self, flow: Flow) -> Entry | None:
-        """Return the entry of the policy that names a flow, None if none does."""
-        return self._policy(flow)
+    def is_covered(self, flow: Flow) -> bool:
+        """Tell whether a live SA protects a flow, whatever the policies say."""
+        return self._follow(flow, derived=False)[0] is Reason.ALLOW_COVERED
 
-    def judge(self, flow: Flow) -> Reason:
-        """Return why a call for this flow would be let go, or refused."""
-        entry = self._policy(flow)
+    def _by_policy(self, flow: Flow, entry: Entry | None) -> Reason | None:
+        """Return the reason if the policy decides alone, None if the flow must be protected."""
         if entry is not None and entry.state is State.BYPASS:
             return Reason.ALLOW_BYPASS
         if entry is None and self._policies is not None and not self._deny:
             return Reason.ALLOW_DEFAULT
-        if is_exempt(flow) or flow.saddr == flow.daddr:
+        if is_exempt(flow):
             return Reason.ALLOW_EXEMPT
         if self._policies is None:
             return Reason.REFUSE_NOT_READY
         if entry is None:
             return Reason.REFUSE_DEFAULT
-        if entry.state is State.DISCARD:
-            return Reason.REFUSE_DISCARD
-        return self._follow(flow, derived=entry.state is State.DERIVED)
+        return Reason.REFUSE_DISCARD if entry.state is State.DISCARD else None
 
-    def is_covered(self, flow: Flow) -> bool:
-        """Tell whether a live SA protects a flow, whatever the policies say."""
-        return self._follow(flow, derived=False) is Reason.ALLOW_COVERED
-
-    def _policy(self, flow: Flow) -> Entry | None:
-        return None if self._policies is None else self._policies.classify(flow_key(flow))
-
-    def _follow(self, flow: Flow, *, derived: bool) -> Reason:
+    def _follow(self, flow: Flow, *, derived: bool) -> tuple[Reason, Address | None]:
+        """Return the reason of a flow that must be protected, and its source."""
         path: FlowPath | None = None
         if flow.saddr is None or self._paths or flow.netns:
             path = self._maps.path(flow)
             if path is None:
-                return Reason.REFUSE_NETNS if flow.netns else Reason.REFUSE_NO_SOURCE
+                reason = Reason.REFUSE_NETNS if flow.netns else Reason.REFUSE_NO_SOURCE
+                return reason, flow.saddr
             if path.outside:
-                return Reason.REFUSE_OUTSIDE
+                return Reason.REFUSE_OUTSIDE, flow.saddr or path.source
             if flow.saddr is None:
                 flow = replace(flow, saddr=path.source)
             strict = self._paths > 1 or path.translated is not None or flow.netns
             if flow.saddr is None or (strict and flow.saddr != path.source):
-                return Reason.REFUSE_NO_SOURCE
+                return Reason.REFUSE_NO_SOURCE, flow.saddr
         if flow.saddr == flow.daddr:
-            return Reason.ALLOW_EXEMPT
+            return Reason.ALLOW_EXEMPT, flow.saddr
         tunneled = path is not None and path.is_tunneled
-        return verdict(_lookups(flow, path), self._state, derived=derived, tunneled=tunneled)
+        found = verdict(_lookups(flow, path), self._state, derived=derived, tunneled=tunneled)
+        return found, flow.saddr
 
     def _state(self, flow: Flow) -> State | None:
         entry = self._spd.classify(flow_key(flow)) if self._spd is not None else None

@@ -160,16 +160,14 @@ def refusals(
     since: float = 0.0,
 ) -> list[Refusal]:
     """Return what was refused since then (wall clock), the last first."""
-    policies = gate["policies"]
+    names = [policy["name"] for policy in gate["policies"]]
     found: list[Refusal] = []
     for flow, reason, last in lately:
         if last < since:
             break
-        place = judge.place(flow)
-        known = place is not None and place < len(policies)
-        policy = policies[place]["name"] if place is not None and known else None
         now = judge.judge(flow)
-        uncovered = now is Reason.REFUSE_UNCOVERED
+        policy = now.name_in(names)
+        uncovered = now.reason is Reason.REFUSE_UNCOVERED
         cause = _cause(flow, policy, gate["negotiations"]) if uncovered else None
         found.append(
             {
@@ -183,7 +181,7 @@ def refusals(
                 "child": cause["child"] if cause else None,
                 "policy": policy,
                 "last": last,
-                "state": now.name.lower(),
+                "state": now.reason.name.lower(),
             }
         )
     return found

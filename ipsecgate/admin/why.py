@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from errno import EPERM, errorcode
+from errno import errorcode
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict
 
 from ipsecgate.admin import instances, loader, offline, ungated
-from ipsecgate.admin.judge import Judge
+from ipsecgate.admin.answers import checked
+from ipsecgate.admin.judge import Judge, Judgement
 from ipsecgate.admin.policy_document import policy_of
 from ipsecgate.admin.status_document import ConfiguredPolicy
 from ipsecgate.core.check.finding import some
 from ipsecgate.core.check.ungated import SHOWN, gate_it
 from ipsecgate.core.model.flow import Flow
-from ipsecgate.core.tables.layout import EXPLAINED, Entry, Reason, Setting
+from ipsecgate.core.tables.layout import EXPLAINED, Reason, Setting
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.host import cgroups, control
 from ipsecgate.edges.host.config import Config
@@ -45,6 +46,13 @@ class Decision(TypedDict):
     error: str | None  # the name of the errno that the call returns; None: it is let go
     steps: list[Step]
     advice: str  # the next thing to do, "" if there is none
+
+
+class Decided(TypedDict):
+    """The controller's answer to the verb `why`."""
+
+    pid: int
+    decision: Decision
 
 
 class Why(Decision):
@@ -88,7 +96,8 @@ def why(paths: Paths, flow: Flow, caller: Caller | None, read_config: Callable[[
             decision, controller_pid = _ask(paths, flow)
         except NoControllerError:
             policies = offline.state(paths, read_config, None)["policies"]
-            decision, controller_pid = _by_maps(maps, flow, policies), None
+            decision = _by_tables(Judge.of(maps).judge(flow), flow, policies)
+            controller_pid = None
         is_left = maps.is_left(flow.netns)
     steps, gated = list(decision["steps"]), None if caller is None else True
     if caller is not None:
@@ -128,7 +137,8 @@ def _ask(paths: Paths, flow: Flow) -> tuple[Decision, int]:
             device=flow.device,
             netns=flow.netns,
         )
-    return cast(Decision, answer["decision"]), int(answer["pid"])
+    decided = checked(answer, Decided)
+    return decided["decision"], decided["pid"]
 
 
 def _describe(caller: Caller, gated: bool) -> str:
@@ -204,17 +214,13 @@ _ALLOWED = {
 # --- without a controller ---------------------------------------------------------------------
 
 
-def _by_maps(maps: Maps, flow: Flow, policies: Sequence[ConfiguredPolicy]) -> Decision:
-    """Return what the hooks do now. `policies`: those of the table, in the order of the search."""
-    judge = Judge.of(maps)
-    reason, entry = judge.judge(flow), judge.policy(flow)
+def _by_tables(found: Judgement, flow: Flow, policies: Sequence[ConfiguredPolicy]) -> Decision:
+    """Return a judgement in words. `policies`: those of the table, in the order of the search."""
+    reason, source = found.reason, found.source
     steps = [
         _step("controller", "not running: the hooks decide by what it left them"),
-        _step("policy", _named(entry, reason, policies)),
+        _step("policy", _named(found, policies)),
     ]
-    error = (entry.error if entry else maps.setting(Setting.ERROR)) or EPERM
-    path = maps.path(flow)
-    source = flow.saddr or (path.source if path is not None else None)
     if reason is Reason.ALLOW_EXEMPT:
         steps.append(_step("exempt", "loopback, DHCP or an address of the host's own"))
     elif reason is Reason.REFUSE_NO_SOURCE and source is None:
@@ -225,20 +231,20 @@ def _by_maps(maps: Maps, flow: Flow, policies: Sequence[ConfiguredPolicy]) -> De
         steps.append(_step("source", f"{source}, {how}"))
         live = reason is Reason.ALLOW_COVERED
         steps.append(_step("SA", "live, and protects the flow" if live else "none that is live"))
-    allowed = reason < Reason.REFUSE_UNCOVERED
     return {
-        "allowed": allowed,
+        "allowed": found.is_allowed,
         "reason": reason.name.lower(),
-        "error": None if allowed else errorcode[error],
+        "error": errorcode[found.error] if found.error else None,
         "steps": steps,
-        "advice": "" if allowed else "start a controller: `systemctl start ipsecgate`",
+        "advice": "" if found.is_allowed else "start a controller: `systemctl start ipsecgate`",
     }
 
 
-def _named(entry: Entry | None, reason: Reason, policies: Sequence[ConfiguredPolicy]) -> str:
+def _named(found: Judgement, policies: Sequence[ConfiguredPolicy]) -> str:
     """Return the policy that names a flow, in words."""
+    entry = found.policy
     if entry is None:
-        is_known = reason is not Reason.REFUSE_NOT_READY
+        is_known = found.reason is not Reason.REFUSE_NOT_READY
         return "none names this flow" if is_known else "none is known yet"
     if entry.id >= len(policies):
         return f"number {entry.id + 1} of the table: {entry.state.name.lower()}"

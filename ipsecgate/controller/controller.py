@@ -23,6 +23,7 @@ from typing import Any
 
 from ipsecgate.admin import loader
 from ipsecgate.admin.status_document import Configured, ControllerStatus, Process
+from ipsecgate.admin.why import Decided
 from ipsecgate.controller import report
 from ipsecgate.controller.callers import NOBODY, Caller, Callers
 from ipsecgate.controller.command_queue import CommandQueue
@@ -387,7 +388,7 @@ class Controller:
         last = self._journal.last_refusal
         return {"events": events, "last_refusal": last, "pid": os.getpid()}
 
-    async def _why(self, request: control_server.Request) -> dict[str, Any]:
+    async def _why(self, request: control_server.Request) -> Decided:
         return report.why(self._gate, request.words, await silent(self._gate))
 
     async def _configuration(self, _request: control_server.Request) -> Configured:

@@ -34,7 +34,7 @@ from ipsecgate.core.state.silence import Silent
 from ipsecgate.edges.host.config import Config
 
 if TYPE_CHECKING:
-    from ipsecgate.admin.why import Decision
+    from ipsecgate.admin.why import Decided, Decision
 
 
 def controller_status(
@@ -193,7 +193,7 @@ def _kernel_sas(gate: Gate) -> list[Sa]:
     ]
 
 
-def why(gate: Gate, words: Mapping[str, Any], silent: Sequence[Silent]) -> dict[str, Any]:
+def why(gate: Gate, words: Mapping[str, Any], silent: Sequence[Silent]) -> Decided:
     """Answer the verb `why`: the decision about one flow. `silent`: as in `controller_status`.
 
     Raises: KeyError, TypeError, ValueError for words that describe none.
