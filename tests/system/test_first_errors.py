@@ -48,10 +48,11 @@ class Case:
     our_child: dict[str, Any] = field(default_factory=dict)
     theirs: dict[str, Any] = field(default_factory=dict)
     their_child: dict[str, Any] = field(default_factory=dict)
+    identity: bool = False  # whether it is about who the peer is
 
 
 CASES = {
-    "key": Case("another pre-shared key", "give both sides the same secret"),
+    "key": Case("another pre-shared key", "give both sides the same secret", identity=True),
     "ike": Case(
         "no IKE proposal in common",
         "compare `proposals`",
@@ -203,12 +204,22 @@ def test_a_failed_negotiation(seen: Seen, module_gate: Gated, name: str) -> None
     assert case.step in negotiation["advice"]
     assert any(f"{name}/{name}: " in t and case.cause in t and case.step in t for t in seen.events)
     decision = decided(module_gate, ADDRESSES[name])
-    assert case.cause in decision["steps"][-1]["text"]
+    said = [step["text"] for step in decision["steps"] if step["step"] == "IKE"]
+    assert case.cause in said[0]
     assert case.step in decision["advice"]
+    expected = [f"connection {name} expects the peer to prove that it is {name}@b.example"]
+    assert [text.partition(", by")[0] for text in said[1:]] == (expected if case.identity else [])
 
 
-def test_the_status_says_what_to_do_first(seen: Seen) -> None:
-    assert any(f"next: {case.step}" in seen.status for case in EVERY.values()), seen.status
+def test_the_status_says_of_each_failure_how_old_it_is_and_what_to_do(seen: Seen) -> None:
+    shown = re.findall(
+        r"connection (\w+), child \1: [\w-]+, \d+ attempts?, failed \d+ s ago", seen.status
+    )
+    assert len(shown) == 3, seen.status
+    for name in shown:
+        case = EVERY[name]
+        after = seen.status.partition(f"connection {name}, child {name}: ")[2]
+        assert after.index(case.cause) < after.index(f"next: {case.step}"), seen.status
 
 
 def test_a_connection_that_is_not_loaded(seen: Seen, module_gate: Gated) -> None:
