@@ -211,16 +211,16 @@ def _failures(document: Status) -> list[RenderableType]:
 def _failing(negotiations: list[Negotiation]) -> list[Negotiation]:
     """Return the failures that hold as far as is known, the last first.
 
-    One that nobody tries again holds for a while, unless the same policy has a newer one.
+    One that nobody tries again holds for a while, unless the same flow has a newer one.
     """
-    found: list[Negotiation] = []
+    found, flows = list[Negotiation](), set[str]()
     failed = [one for one in negotiations if one["last_error"]]
     for one in sorted(failed, key=lambda one: one["failed_at"] or 0.0, reverse=True):
         is_retried = one["state"] in (Coverage.NEGOTIATING.value, Coverage.BACK_OFF.value)
         is_new = time.time() - (one["failed_at"] or 0.0) < LATELY
-        is_first = one["policy"] not in {other["policy"] for other in found}
-        if is_retried or (is_new and is_first):
+        if is_retried or (is_new and one["flow"] not in flows):
             found.append(one)
+            flows.add(one["flow"])
     return found
 
 

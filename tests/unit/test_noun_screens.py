@@ -317,10 +317,10 @@ def test_the_status_says_what_nobody_has_asked_for_and_why_ike_failed() -> None:
     assert "no live SA: net/dublin failed" in text
 
 
-def negotiation(child: str, state: str, seconds: float, policy: str = "db") -> Any:
+def negotiation(child: str, state: str, seconds: float) -> Any:
     return {"child": f"{child}/{child}", "state": state, "attempts": 2, "failed_at": NOW - seconds,
             "last_error": f"cause of {child}", "advice": f"mend {child}", "flow": "tcp 10.2.0.9:1",
-            "policy": policy}  # fmt: skip
+            "policy": "db"}  # fmt: skip
 
 
 def failures(*negotiations: Any) -> str:
@@ -343,11 +343,11 @@ def test_each_failure_has_its_age_and_its_next_step_the_last_first() -> None:
 
 
 def test_an_outdated_cause_is_not_beside_a_newer_one() -> None:
-    """Nobody tries `old` again, and `new` says more of the same policy."""
+    """Nobody tries `old` again, and `new` is another gateway for the same flow."""
     old, new = negotiation("old", "uncovered", 60), negotiation("new", "back-off", 3)
     assert "cause of old" not in failures(old, new)
     assert "cause of old" in failures(old), "nothing newer is known"
-    assert "cause of old" in failures({**old, "policy": "web"}, new), "it is of another policy"
+    assert "cause of old" in failures({**old, "flow": "tcp 10.2.7.7:1"}, new), "of another flow"
     assert "cause of old" in failures({**old, "state": "back-off"}, new), "both are tried again"
     assert failures(negotiation("old", "uncovered", 3600)) == "", "that was an hour ago"
     assert "cause of old" in failures(negotiation("old", "back-off", 3600))
