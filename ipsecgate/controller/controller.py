@@ -19,11 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from ipsecgate.admin import loader
-from ipsecgate.admin.status_document import Configured, ControllerStatus, Process
-from ipsecgate.admin.why import Decided
 from ipsecgate.controller import report
 from ipsecgate.controller.callers import NOBODY, Caller, Callers
 from ipsecgate.controller.command_queue import CommandQueue
@@ -38,12 +35,12 @@ from ipsecgate.controller.order import Order
 from ipsecgate.controller.reload import Reload, refuse_what_needs_a_restart
 from ipsecgate.controller.remembered import Remembered
 from ipsecgate.controller.service import Service
-from ipsecgate.controller.silence import silent
 from ipsecgate.controller.takeover import Takeover
 from ipsecgate.controller.tally import Tally
 from ipsecgate.controller.targets import Targets
 from ipsecgate.controller.time_to_covered import TimesToCovered
 from ipsecgate.controller.timers import Timers
+from ipsecgate.controller.verbs import Verbs
 from ipsecgate.controller.waiters import Waiters
 from ipsecgate.controller.xfrm_follower import XfrmFollower
 from ipsecgate.core.gate import commands as do
@@ -147,17 +144,11 @@ class Controller:
         self._listeners.adopt(systemd.kept())
         containers = Containers(self._paths, self._listeners, self._service)
         log.addHandler(self._journal)
-        verbs = {
-            "status": self._status,
-            "events": self._events_since,
-            "hold": self._take_listener,
-            "reload": lambda _request: self._reload.run(),
-            "why": self._why,
-            "configuration": self._configuration,
-        }
         try:
             async with (
-                control_server.serving(self._paths.control, verbs, self._waiters.verbs),
+                control_server.serving(
+                    self._paths.control, self._verbs().handlers(), self._waiters.verbs
+                ),
                 asyncio.TaskGroup() as tasks,
             ):
                 work = [
@@ -190,6 +181,32 @@ class Controller:
             self._journal.end()
             log.removeFilter(self._once)
             log.removeHandler(self._journal)
+
+    def _verbs(self) -> Verbs:
+        return Verbs(
+            gate=self._gate,
+            parts=(
+                self._remembered,
+                self._targets,
+                self._namespaces,
+                self._reload,
+                self._floor,
+                self._nat,
+                self._order,
+            ),
+            config=lambda: self._config,
+            is_ready=lambda: self._ready,
+            since=self._since,
+            hooks=self._hooks,
+            journal=self._journal,
+            listeners=self._listeners,
+            namespaces=self._namespaces,
+            reload=self._reload,
+            tally=self._tally,
+            targets=self._targets,
+            timers=self._timers,
+            times=self._times,
+        )
 
     def _on_reload_signal(self) -> None:
         self._service.spawn(self._reload.run_logged())
@@ -378,47 +395,3 @@ class Controller:
             self._namespaces.want(command.origin, command.pid)
         else:
             self._routes.follow_origin(command.origin)
-
-    async def _take_listener(self, request: control_server.Request) -> dict[str, Any]:
-        self._listeners.take(request.pid, int(request.words["fd"]), float(request.words["limit"]))
-        return {}
-
-    async def _events_since(self, request: control_server.Request) -> dict[str, Any]:
-        events = self._journal.since(int(request.words["since"]))
-        last = self._journal.last_refusal
-        return {"events": events, "last_refusal": last, "pid": os.getpid()}
-
-    async def _why(self, request: control_server.Request) -> Decided:
-        return report.why(self._gate, request.words, await silent(self._gate))
-
-    async def _configuration(self, _request: control_server.Request) -> Configured:
-        return report.configured(self._gate, self._config, self._targets.wanted)
-
-    async def _status(self, _request: control_server.Request) -> ControllerStatus:
-        process = Process(
-            pid=os.getpid(),
-            since=self._since,
-            ready=self._ready,
-            tasks=len(asyncio.all_tasks()),
-            timers=len(self._timers),
-        )
-        errors = [
-            *self._remembered.errors,
-            *self._targets.errors,
-            *self._namespaces.errors,
-            *self._reload.errors,
-            *self._floor.errors,
-            *self._nat.errors,
-            *self._order.errors,
-        ]
-        return report.controller_status(
-            self._gate,
-            process,
-            targets=self._targets.wanted,
-            namespaces=self._namespaces.document(),
-            tally=self._tally,
-            time_to_covered=self._times.document({policy.name for policy in self._gate.policies}),
-            changed_entries=self._hooks.repaired,
-            errors=errors,
-            silent=await silent(self._gate),
-        )

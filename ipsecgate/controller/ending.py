@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from ipsecgate.admin.wait import Down, EndedSa
 from ipsecgate.core.gate import commands as do
@@ -22,7 +21,8 @@ PAUSE = 0.05  # seconds between two looks at the CHILD_SAs
 async def down(
     gate: Gate,
     execute: Callable[[do.IkeCommand], Awaitable[None]],
-    words: Mapping[str, Any],
+    name: str,
+    limit: float,
     is_writing: Callable[[], bool],
 ) -> Down:
     """End the CHILD_SAs of the policy or child `name`; return when they are gone.
@@ -30,7 +30,6 @@ async def down(
     Or after `limit` seconds: a peer that is silent does not confirm it. `is_writing`: whether the
     hooks' tables are being written. Raises: UsageError, GateError.
     """
-    name, limit = str(words["name"]), float(words["limit"])
     if gate.ike.problem is not None:
         text = f"nothing was ended, for want of an IKE daemon: {gate.ike.problem.text}"
         raise GateError(text, hint=gate.ike.problem.advice)

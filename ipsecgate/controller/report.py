@@ -193,15 +193,10 @@ def _kernel_sas(gate: Gate) -> list[Sa]:
     ]
 
 
-def why(gate: Gate, words: Mapping[str, Any], silent: Sequence[Silent]) -> Decided:
-    """Answer the verb `why`: the decision about one flow. `silent`: as in `controller_status`.
-
-    Raises: KeyError, TypeError, ValueError for words that describe none.
-    """
-    from ipsecgate.core.gate.explanation import Step, explain  # noqa: PLC0415 - 0.6 MiB, seldom used
-
+def flow_of(words: Mapping[str, Any]) -> Flow:
+    """Return the flow of a request. Raises: KeyError, TypeError, ValueError if it has none."""
     source = words["saddr"]
-    flow = Flow(
+    return Flow(
         parse_address(words["daddr"]),
         int(words["proto"]),
         int(words["dport"]),
@@ -211,6 +206,12 @@ def why(gate: Gate, words: Mapping[str, Any], silent: Sequence[Silent]) -> Decid
         int(words["device"]),
         int(words["netns"]),
     )
+
+
+def why(gate: Gate, flow: Flow, silent: Sequence[Silent]) -> Decided:
+    """Answer the verb `why`: the decision about one flow. `silent`: as in `controller_status`."""
+    from ipsecgate.core.gate.explanation import Step, explain  # noqa: PLC0415 - 0.6 MiB, seldom used
+
     found = explain(gate, flow)
     unanswered = [one for one in silent if found.is_allowed and one.carries(flow)]
     steps = [*found.steps, *((Step.SA, one.problem.text) for one in unanswered)]

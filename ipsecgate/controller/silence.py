@@ -10,7 +10,9 @@ from ipsecgate.edges.kernel import sas
 
 async def silent(gate: Gate) -> list[Silent]:
     """Return the silent children; none if the kernel does no ESP or cannot be read."""
-    established = [] if gate.protection.in_userspace else gate.protection.kernel_state.listed()
+    established = (
+        [] if gate.protection.in_userspace else gate.protection.kernel_state.all_established()
+    )
     if not established:
         return []
     try:

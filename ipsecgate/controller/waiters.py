@@ -148,7 +148,7 @@ class Waiters:
 
         Raises: UsageError.
         """
-        waiter, limit = _waiter(request.words)
+        waiter, limit = request.read(_waiter)
         self._all.add(waiter)
         self._stirred.set()
         try:
@@ -199,7 +199,8 @@ class Waiters:
 
     async def down(self, request: Request) -> Down:
         """End CHILD_SAs (`controller.ending`)."""
-        return await ending.down(self._gate, self._execute, request.words, self._is_writing)
+        name, limit = request.read(lambda words: (str(words["name"]), float(words["limit"])))
+        return await ending.down(self._gate, self._execute, name, limit, self._is_writing)
 
     def _is_writing(self) -> bool:
         return self._writing

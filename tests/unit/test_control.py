@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from ipsecgate.edges.host import control_server
-from ipsecgate.edges.host.control import REQUEST_LIMIT, ask, parse_answer
+from ipsecgate.edges.host.control import REQUEST_LIMIT, ask, connected, parse_answer
 from ipsecgate.edges.host.control_server import CLIENTS, Request, serving
-from ipsecgate.errors import GateError, NoControllerError
+from ipsecgate.errors import GateError, NoControllerError, UsageError
 from tests.until import until
 
 
@@ -43,6 +43,27 @@ async def test_each_verb_gets_its_answer_and_an_unknown_one_an_error(tmp_path: P
             await asyncio.to_thread(ask, path, "broken")
         assert await asyncio.to_thread(ask, path, "status") == {"pid": 7}, "it still serves"
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "words", [{}, {"since": None}, {"since": "soon"}, {"since": []}, {"since": 1e999}]
+)
+async def test_words_of_another_version_are_a_clear_error(
+    tmp_path: Path, words: dict[str, Any]
+) -> None:
+    async def events(request: Request) -> Mapping[str, Any]:
+        return {"since": request.read(lambda words: int(words["since"]))}
+
+    path = tmp_path / "control.sock"
+
+    def request() -> dict[str, Any]:
+        with connected(path) as asking:
+            return asking("events", **words)
+
+    async with serving(path, {"events": events}):
+        with pytest.raises(UsageError, match="cannot read the request 'events'") as caught:
+            await asyncio.to_thread(request)
+    assert "another version" in caught.value.hint
 
 
 async def test_an_answer_beyond_the_sockets_buffer_is_no_defect(tmp_path: Path) -> None:

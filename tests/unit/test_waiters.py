@@ -195,8 +195,8 @@ async def test_a_thousand_waiters_are_served_in_a_small_part_of_the_time(
 )
 async def test_a_nonsensical_request_ends_only_itself(trapped: Transcript, flow: object) -> None:
     async with running(trapped) as world:
-        words = {**FAR.words(), "limit": float("nan"), "seen": None}
-        with pytest.raises((TypeError, ValueError)):
+        words = {**FAR.words(), "verb": "wait", "limit": float("nan"), "seen": None}
+        with pytest.raises(UsageError, match="cannot read the request 'wait'"):
             await world.waiters.wait(Request({**words, "flows": [flow]}, 1))
         assert len(world.waiters) == 0
         assert not (await world.waiters.wait(Request(words, 1)))["covered"], "at once"

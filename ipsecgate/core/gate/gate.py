@@ -22,7 +22,7 @@ from random import random
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.demand import Demand
-from ipsecgate.core.gate.holds import FlowState, Holds
+from ipsecgate.core.gate.holds import Holds
 from ipsecgate.core.gate.ike import Ike
 from ipsecgate.core.gate.name_lookups import NameLookups
 from ipsecgate.core.gate.negotiations import Negotiations
@@ -31,6 +31,7 @@ from ipsecgate.core.gate.policy_table import PolicyTable
 from ipsecgate.core.gate.propagation import Propagation
 from ipsecgate.core.gate.protection import Protection, StateEvent
 from ipsecgate.core.gate.refused_flows import RefusedFlows
+from ipsecgate.core.gate.requests import Requests, is_request
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import ChildConfig, ChildSa
@@ -71,6 +72,15 @@ class Gate:
         )
         self._one_way = OneWayChildren()
         self.lookups = NameLookups()
+        self._requests = Requests(
+            self.demand,
+            self.holds,
+            self._propagate,
+            refused=self.refused,
+            lookups=self.lookups,
+            policy_table=self.policy_table,
+            routing=self.protection.routing,
+        )
         self._pending: Settings | None = None  # a configuration that waits for its paths
 
     @property
@@ -122,7 +132,7 @@ class Gate:
         """
         self.protection.is_between = between
         self.negotiations.now = now
-        events = tuple(sorted(events, key=_is_request))
+        events = tuple(sorted(events, key=is_request))
         commands: list[do.Command] = []
         for is_notification, group in groupby(events, lambda e: isinstance(e, StateEvent)):
             if is_notification:
@@ -134,8 +144,8 @@ class Gate:
             commands += self._adopt_dump()
         if self.protection.pending:
             commands += self._propagate.after_protection()
-        commands += self._answer_held()
-        commands += self._report_covered()
+        commands += self._requests.answer_held()
+        commands += self._requests.report_covered()
         if any(isinstance(event, on.CheckDue) for event in events):
             # Last, because a table's content is what it is after every other command.
             # Copies, because the comparison takes longer than a step.
@@ -146,7 +156,7 @@ class Gate:
     @property
     def has_more(self) -> bool:
         """Tell whether another step has something to do, even without an event."""
-        return self.holds.has_due or self.refused.has_due or self.is_busy
+        return self._requests.has_due or self.is_busy
 
     @property
     def is_busy(self) -> bool:
@@ -156,11 +166,11 @@ class Gate:
     def _take(self, event: on.CallEvent | on.OtherEvent) -> list[do.Command]:
         match event:
             case on.FlowRefused():
-                return self._flow_refused(event)
+                return self._requests.flow_refused(event)
             case on.CallMade():
-                return self._call_made(event)
-            case on.Wanted(flow, child):
-                return self._propagate.pass_on(self.demand.wanted(flow, child))
+                return self._requests.call_made(event)
+            case on.Wanted():
+                return self._requests.wanted(event)
             case on.CallExpired() | on.CallInterrupted() | on.CallGone():
                 return self.holds.ended(event)
             case on.KernelSnapshot():
@@ -230,50 +240,7 @@ class Gate:
         changed = [*self._propagate.after_protection(), *self._adopt(), *self._propagate.floor()]
         return [*set_paths, *changed]
 
-    # --- held calls and refused flows -----------------------------------------------------
-
-    def _flow_refused(self, event: on.FlowRefused) -> list[do.Command]:
-        if event.policy is None:
-            return []
-        # That number may be one of an older table, so the policy is looked up again.
-        name = self._policy_name(event.flow)
-        self.lookups.refused(event.flow, name, event.pid, event.comm, event.unit)
-        if name and self.refused.takes(event.flow, name):
-            self.refused.add(event, name, self.protection.routing.route(event.flow).lookups)
-        return self._propagate.pass_on(self.demand.refused(event.flow, event.pid))
-
-    def _policy_name(self, flow: Flow) -> str:
-        found = self.policy_table.policy_for(flow)
-        return found[1].name if found else ""
-
-    def _call_made(self, event: on.CallMade) -> list[do.Command]:
-        if self.holds.is_waiting(event.flow):
-            return [self.holds.join(event)]
-        evaluation, outcome = self.demand.evaluate(event.flow, event.pid)
-        if evaluation.state is not FlowState.FREE:
-            self.lookups.refused(event.flow, self._policy_name(event.flow), event.pid)
-        return [*self._propagate.pass_on(outcome), self.holds.take(event, evaluation)]
-
-    def _answer_held(self) -> list[do.Command]:
-        """Evaluate a slice of the due flows again, and answer the calls that need not wait."""
-        commands: list[do.Command] = []
-        for flow in self.holds.take_due():
-            evaluation, outcome = self.demand.evaluate(flow)
-            changes = self._propagate.pass_on(outcome)
-            # The daemon is polled anyway, so don't ask it for each flow.
-            commands += [change for change in changes if not isinstance(change, do.AskIke)]
-            commands += self.holds.update(flow, evaluation)
-        return commands
-
-    def _report_covered(self) -> list[do.Command]:
-        """Look at a slice of the refused flows again, and report those that an SA protects now."""
-        commands: list[do.Command] = []
-        for refusal in self.refused.take_due():
-            covered = self.demand.covered(refusal.flow, refusal.at)
-            if covered is not None:
-                self.refused.discard(refusal.flow)
-                commands.append(covered)
-        return commands
+    # --- timers and live flows -----------------------------------------------------------
 
     def is_cut_off(self, flow: Flow) -> bool:
         """Tell whether an established flow has lost the SA that it must have."""
@@ -375,7 +342,3 @@ class Gate:
             ),
             *self._propagate.pass_on(self.negotiations.ike_gone()),
         ]
-
-
-def _is_request(event: on.Event) -> bool:
-    return isinstance(event, on.FlowRefused | on.CallMade | on.Wanted)

@@ -31,7 +31,6 @@ from ipsecgate.core.model.events import (
     SasFlushed,
     XfrmEvent,
 )
-from ipsecgate.core.model.flow import Selector
 from ipsecgate.core.model.ipsec import (
     ChildName,
     ChildSa,
@@ -42,12 +41,12 @@ from ipsecgate.core.model.ipsec import (
     SpdKey,
     Template,
 )
-from ipsecgate.core.model.policy import FLOOR_PRIORITY
 from ipsecgate.core.state.adoption import Adoption
-from ipsecgate.core.state.floor import is_floor
 from ipsecgate.core.state.groups import Groups
+from ipsecgate.core.state.listed import ListedSas
+from ipsecgate.core.state.one_way import one_way_children
+from ipsecgate.core.state.outbound import OutboundPolicies
 from ipsecgate.core.state.spd import EVERYTHING, applies, negotiated_regions, region_of
-from ipsecgate.core.state.spd_rules import SpdRules
 from ipsecgate.core.tables.layout import Key
 from ipsecgate.core.tables.table import Rule, Ternary
 
@@ -58,19 +57,16 @@ class KernelState:
     """SPD and SAD, and the CHILD_SAs that the IKE daemon lists."""
 
     def __init__(self) -> None:
-        self.policies: dict[SpdKey, SpdEntry] = {}  # outbound
-        self._spd = SpdRules()  # of the outbound ones, see `decisive_policies`
-        # Policies that are no floor, but have a floor's priority or a higher number.
-        self._late: set[SpdKey] = set()
+        self._outbound = OutboundPolicies()
+        self.policies: Mapping[SpdKey, SpdEntry] = self._outbound.by_key  # outbound
+        self._spd = self._outbound.rules  # of those that decide, see `decisive_policies`
         self.inbound: dict[SpdKey, SpdEntry] = {}
         self.sas: dict[SaId, Sa] = {}
         self._by_reqid: Groups[int, SaId] = Groups()
         self._seen_installed: set[SaId] = set()
-        self._listed: dict[SaId, ChildSa] = {}  # by the outbound state
-        self._ike_connected = False
+        self._listed = ListedSas()
         self._adoption: Adoption | None = None  # of a dump
         self._stale: Iterator[SpdKey | SaId] | None = None  # what may be left over from before it
-        self._by_name: Groups[ChildName, SaId] = Groups()  # the listed ones
 
     def apply(self, event: XfrmEvent) -> bool:
         """Apply one notification; return whether it may affect outbound traffic.
@@ -93,7 +89,7 @@ class KernelState:
             case SaSet(sa) if not sa.larval:
                 self._is_newer(sa.id)
                 self._put_sa(sa)
-                if self._ike_connected and sa.id not in self._seen_installed:
+                if self._listed.is_connected and sa.id not in self._seen_installed:
                     self._seen_installed.add(sa.id)
                     self._spd.sas_changed((sa.reqid,), closing=False)
             case SaGone(gone):
@@ -162,44 +158,14 @@ class KernelState:
             old = self.inbound.get(entry.key)
             self.inbound[entry.key] = entry
             return 0 if old == entry else 1 + (old is not None)
-        old = self.policies.get(entry.key)
-        if old == entry:
-            return 0
-        self._drop(entry.key)
-        self.policies[entry.key] = entry
-        if not is_floor(entry):
-            self._spd.put(entry)
-            if entry.priority >= FLOOR_PRIORITY:
-                self._late.add(entry.key)
-                if len(self._late) == 1:
-                    self._judge_floor()
-        elif self._late:
-            self._spd.put(entry)
-        return 1 + (old is not None)
+        return self._outbound.put(entry)
 
     def _drop(self, key: SpdKey) -> None:
         """Forget a policy."""
         if key.direction is not Direction.OUT:
             self.inbound.pop(key, None)
             return
-        if self.policies.pop(key, None) is not None:
-            self._spd.remove(key)
-            if key in self._late:
-                self._late.remove(key)
-                if not self._late:
-                    self._judge_floor()
-
-    def _judge_floor(self) -> None:
-        """Leave out a floor that is the last of the policies: flows that reach it are unprotected.
-
-        If another policy has its priority or a higher number, the order in the kernel is unknown.
-        """
-        for entry in self.policies.values():
-            if is_floor(entry):
-                if self._late:
-                    self._spd.put(entry)
-                else:
-                    self._spd.remove(entry.key)
+        self._outbound.drop(key)
 
     def _put_sa(self, sa: Sa) -> int:
         """Take in an SA; return as `_put` does."""
@@ -229,43 +195,29 @@ class KernelState:
         The list may be older than a `child_up` that we have already handled, so a CHILD_SA whose
         state the kernel still has is kept.
         """
-        before = self._ike_connected, self._listed
-        self._ike_connected = True
-        kept = {sa_id: sa for sa_id, sa in self._listed.items() if sa_id in self.sas}
-        self._listed = kept | {sa.outbound: sa for sa in established}
-        if not before[0]:
+        was_gone = not self._listed.is_connected
+        changed = self._listed.replace(established, self.sas)
+        if was_gone:
             self._spd.sas_changed(self._by_reqid.keys(), closing=False)
-        for one in before[1].keys() | self._listed.keys():
-            old, new = before[1].get(one), self._listed.get(one)
-            if old != new:
-                self._rename(one, old, new)
-                self._listing_changed(one)
-        return before != (self._ike_connected, self._listed)
+        for state in changed:
+            self._listing_changed(state)
+        return was_gone or bool(changed)
 
     def _listing_changed(self, sa_id: SaId) -> None:
         """Mark the policies of an SA that the daemon now lists differently."""
         if sa_id in self.sas:
-            closing = sa_id not in self._listed
+            closing = sa_id not in self._listed.by_state
             self._spd.sas_changed((self.sas[sa_id].reqid,), closing=closing)
-
-    def _rename(self, sa_id: SaId, old: ChildSa | None, new: ChildSa | None) -> None:
-        if old is not None:
-            self._by_name.discard(old.name, sa_id)
-        if new is not None:
-            self._by_name.add(new.name, sa_id)
 
     def child_up(self, sa: ChildSa) -> None:
         """Handle a new CHILD_SA."""
-        self._rename(sa.outbound, self._listed.get(sa.outbound), sa)
-        self._listed[sa.outbound] = sa
+        self._listed.add(sa)
         self._listing_changed(sa.outbound)
 
     def ike_gone(self) -> None:
         """Treat no SA as confirmed until the daemon is back."""
-        self._ike_connected = False
         self._seen_installed.clear()
-        self._listed = {}
-        self._by_name = Groups()
+        self._listed.clear()
         self._spd.sas_changed(self._by_reqid.keys(), closing=True)
 
     def winners(self, key: Key) -> list[SpdEntry]:
@@ -303,19 +255,16 @@ class KernelState:
 
     def is_confirmed(self, sa: Sa) -> bool:
         """Tell whether an SA may cover a flow."""
-        return sa.id in self._seen_installed or (self._ike_connected and sa.id in self._listed)
-
-    def listed(self) -> list[ChildSa]:
-        """Return the CHILD_SAs that the daemon lists."""
-        return list(self._listed.values())
+        listed = self._listed
+        return sa.id in self._seen_installed or (listed.is_connected and sa.id in listed.by_state)
 
     def established(self, name: ChildName) -> list[ChildSa]:
         """Return the CHILD_SAs of a child that the daemon lists as established."""
-        return [self._listed[one] for one in self._by_name.of(name)]
+        return self._listed.of(name)
 
     def all_established(self) -> list[ChildSa]:
         """Return every CHILD_SA that the daemon lists as established."""
-        return list(self._listed.values())
+        return self._listed.all()
 
     def is_missing(self, child_sa: ChildSa) -> bool:
         """Return whether the kernel lacks a CHILD_SA's outbound state, or a policy that uses it.
@@ -332,45 +281,18 @@ class KernelState:
         )
 
     def one_way_children(self) -> set[ChildSa]:
-        """Return the CHILD_SAs that can send but not receive.
-
-        They lack the inbound state, or an inbound policy for the replies to an outbound policy that
-        names the SA. A lost IPComp state is not detected.
-        """
-        states = {(sa.id, sa.reqid) for sa in self.sas.values()}
-        by_spi: dict[tuple[int, int], list[tuple[Template, Selector]]] = {}
-        for entry in self.policies.values():
-            for template in entry.templates:
-                uses = by_spi.setdefault((template.spi, template.reqid), [])
-                uses.append((template, entry.key.selector))
-        receiving = {
-            (entry.key.selector, template.reqid)
-            for entry in self.inbound.values()
-            for template in entry.templates
-        }
-        return {
-            child_sa
-            for child_sa in self._listed.values()
-            if child_sa.inbound is not None
-            and (child_sa.outbound, child_sa.reqid) in states
-            and not (
-                (child_sa.inbound, child_sa.reqid) in states
-                and all(
-                    (selector.reply, child_sa.reqid) in receiving
-                    for template, selector in by_spi.get((child_sa.spi_out, child_sa.reqid), ())
-                    if template.accepts(child_sa.outbound)
-                )
-            )
-        }
+        """Return the CHILD_SAs that can send but not receive."""
+        listed, sas = self._listed.all(), self.sas.values()
+        return one_way_children(listed, sas, self.policies.values(), self.inbound.values())
 
     def outbound_sas(self) -> list[Sa]:
         """Return the confirmed SAs, without those that the daemon lists as inbound."""
-        inbound = {sa.inbound for sa in self._listed.values()}
+        inbound = {sa.inbound for sa in self._listed.all()}
         return [sa for sa in self.confirmed_sas() if sa.id not in inbound]
 
     def child_of(self, sa: Sa) -> ChildName | None:
         """Return which child the daemon lists an SA under, None until it does."""
-        listed = self._listed.get(sa.id)
+        listed = self._listed.by_state.get(sa.id)
         return listed.name if listed else None
 
     def peer_of(self, owner: Hashable) -> Hashable:
@@ -398,7 +320,7 @@ class KernelState:
             return ""
         selector = entry.key.selector
         flows = f"{selector.src} to {selector.dst}"
-        for sa in self._listed.values():
+        for sa in self._listed.all():
             if any(t.reqid == sa.reqid and t.accepts(sa.outbound) for t in entry.templates):
                 return f"{sa.name} ({flows}, peer {sa.remote_host})"
         return f"{flows} (peer {self.peer_of(owner)})"
@@ -427,8 +349,8 @@ class KernelState:
 
     def negotiated(self, sa: Sa, template: Template) -> Iterable[Ternary]:
         """Return for which flows an SA was negotiated, as far as is known."""
-        if sa.id in self._listed:
-            return negotiated_regions(self._listed[sa.id].local, self._listed[sa.id].remote)
+        if (listed := self._listed.by_state.get(sa.id)) is not None:
+            return negotiated_regions(listed.local, listed.remote)
         if template.spi == sa.id.spi:
             return (EVERYTHING,)
         return (

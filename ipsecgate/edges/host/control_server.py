@@ -14,12 +14,14 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ipsecgate.core.model.value import value
 from ipsecgate.edges.host.control import REQUEST_LIMIT, TIME_LIMIT
 from ipsecgate.edges.host.unix_sockets import listening
-from ipsecgate.errors import GateError
+from ipsecgate.errors import GateError, UsageError
+
+T = TypeVar("T")
 
 CLIENTS = 64  # at a time, or a quarter of the descriptors: netlink and IKE need some
 WAITING = 4096  # clients of patient verbs at a time, or another quarter
@@ -32,6 +34,17 @@ class Request:
 
     words: Mapping[str, Any]
     pid: int
+
+    def read(self, parse: Callable[[Mapping[str, Any]], T]) -> T:
+        """Return what the words mean. Raises: UsageError if `parse` cannot tell."""
+        try:
+            return parse(self.words)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            verb = self.words["verb"]
+            raise UsageError(
+                f"the controller cannot read the request {verb!r}: {type(error).__name__}: {error}",
+                hint="if it is of another version, restart it: `systemctl restart ipsecgate`",
+            ) from error
 
 
 Handler = Callable[[Request], Awaitable[Mapping[str, Any]]]
