@@ -210,7 +210,8 @@ def flow_of(words: Mapping[str, Any]) -> Flow:
 
 def why(gate: Gate, flow: Flow, silent: Sequence[Silent]) -> Decided:
     """Answer the verb `why`: the decision about one flow. `silent`: as in `controller_status`."""
-    from ipsecgate.core.gate.explanation import Step, explain  # noqa: PLC0415 - 0.6 MiB, seldom used
+    from ipsecgate.core.gate.explanation import explain  # noqa: PLC0415 - 0.6 MiB, seldom used
+    from ipsecgate.core.gate.kernel_steps import Step  # noqa: PLC0415
 
     found = explain(gate, flow)
     unanswered = [one for one in silent if found.is_allowed and one.carries(flow)]

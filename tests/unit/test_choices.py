@@ -10,8 +10,9 @@ import pytest
 
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.coverage import Coverage
-from ipsecgate.core.gate.explanation import Step, explain
+from ipsecgate.core.gate.explanation import explain
 from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.gate.kernel_steps import Step
 from ipsecgate.core.gate.negotiations import LIMIT, LIMIT_WITH_NEXT, PARTS
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import Flow, FlowPath, Selector, TrafficSelector

@@ -11,7 +11,8 @@ import pytest
 
 from ipsecgate.controller.report import awaited
 from ipsecgate.core.gate import commands as do
-from ipsecgate.core.gate.explanation import Step, explain
+from ipsecgate.core.gate.explanation import explain
+from ipsecgate.core.gate.kernel_steps import Step
 from ipsecgate.core.gate.misfit import absent_children
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import (

@@ -9,36 +9,20 @@ Rules of this module: it changes nothing and asks for nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 from ipsecgate.core.codec.causes import ANSWERS
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
+from ipsecgate.core.gate.kernel_steps import Step, kernel_steps
 from ipsecgate.core.gate.misfit import no_child, wrong_source
 from ipsecgate.core.gate.negotiation import Negotiation
 from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.flow import ANY_PORT, ANY_V4, ANY_V6, Flow, is_exempt
-from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName, Sa, SpdEntry, Template
+from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.nat.local import SPARE
-from ipsecgate.core.state.kernel_state import KernelState
-from ipsecgate.core.state.spd import applies, live_rules, unrestricted
-from ipsecgate.core.tables.layout import Key, Reason, flow_key
-
-SHOWN = 4  # SAs that do not fit, of one template
-
-
-class Step(Enum):
-    """What a step is about."""
-
-    POLICY = "policy"
-    EXEMPT = "exempt"
-    SOURCE = "source"
-    SERVICE = "service"
-    KERNEL = "kernel policy"
-    SA = "SA"
-    IKE = "IKE"
+from ipsecgate.core.tables.layout import Reason, flow_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +91,7 @@ def _protected(
         steps.append((Step.SA, "strongSwan does ESP by itself: its CHILD_SAs and routes count"))
     else:
         for lookup in routed.lookups:
-            steps += _kernel_steps(gate.protection.kernel_state, lookup, derived=policy.derived)
+            steps += kernel_steps(gate.protection.kernel_state, lookup, derived=policy.derived)
     reason = gate.protection.verdict(routed, derived=policy.derived)
     if reason < Reason.REFUSE_UNCOVERED:
         return Explanation(reason, tuple(steps))
@@ -199,102 +183,6 @@ def _in_words(name: str, ports: tuple[int, int]) -> str:
 def _exemption(flow: Flow) -> str:
     loopback = flow.daddr.is_loopback or flow.daddr.is_unspecified
     return "loopback never leaves the host" if loopback else "DHCP stays on the link"
-
-
-# --- the kernel's policies and SAs ------------------------------------------------------------
-
-
-def _kernel_steps(state: KernelState, lookup: Flow, *, derived: bool) -> list[tuple[Step, str]]:
-    key = flow_key(lookup)
-    winners = state.winners(key)
-    if not winners:
-        return [(Step.KERNEL, f"none matches: {_nearest(state, lookup, derived=derived)}")]
-    steps = [(Step.KERNEL, _describe_entry(entry, derived=derived)) for entry in winners]
-    if len(winners) > 1:
-        text = "these have the same priority, so the kernel may use any: all must be covered"
-        steps.append((Step.KERNEL, text))
-    for entry in winners:
-        steps += [(Step.SA, text) for text in _sas_of(state, entry, key)]
-    return steps
-
-
-def _nearest(state: KernelState, lookup: Flow, *, derived: bool) -> str:
-    """Return the kernel policy to a flow's destination that would match but for one thing."""
-    near = [
-        entry
-        for entry in state.decisive_policies.values()
-        if applies(entry) and lookup.daddr in entry.key.selector.dst
-    ]
-    if not near:
-        return "no trap and no SA's policy is installed for this destination"
-    # Another source is the common mistake; then protocol, port, mark or interface id differ.
-    here = [entry for entry in near if lookup.saddr in entry.key.selector.src]
-    entry = min(here or near, key=lambda one: one.priority)
-    source = entry.key.selector.src
-    but = (
-        "its protocol, port, mark or interface is another"
-        if here
-        else (f"the source {lookup.saddr} is not in {source}")
-    )
-    return f"the nearest is {_describe_entry(entry, derived=derived)}, but {but}"
-
-
-def _describe_entry(entry: SpdEntry, *, derived: bool) -> str:
-    selector = entry.key.selector
-    ports = "".join(
-        f" {name} {port}" + ("" if mask == 0xFFFF else f"/{mask:#x}")
-        for name, port, mask in (
-            ("sport", selector.sport, selector.sport_mask),
-            ("dport", selector.dport, selector.dport_mask),
-        )
-        if mask
-    )
-    proto = f" proto {selector.proto}" if selector.proto else ""
-    flows = f"{selector.src} to {selector.dst}{proto}{ports}, priority {entry.priority}"
-    if entry.action is Action.DISCARD:
-        return f"{flows}: blocks the flow"
-    if entry.action is Action.BYPASS or not entry.templates:
-        if derived:
-            return f"{flows}: lets the flow leave unprotected, an exception of the connections"
-        return f"{flows}: lets the flow leave unprotected, which the policy forbids"
-    return flows
-
-
-def _sas_of(state: KernelState, entry: SpdEntry, key: Key) -> list[str]:
-    if entry.action is not Action.PROTECT:
-        return []
-    texts = []
-    for template in entry.templates:
-        sas = [sa for sa in state.sas.values() if sa.reqid == template.reqid]
-        known = [sa for sa in sas if template.daddr in (None, sa.id.daddr)]
-        if not known:
-            peer = f" to {template.daddr}" if template.daddr else ""
-            texts.append(f"none of reqid {template.reqid}{peer}")
-        texts += [f"{sa.id}: {_fit(state, entry, template, sa, key)}" for sa in known[:SHOWN]]
-    return texts
-
-
-def _fit(state: KernelState, entry: SpdEntry, template: Template, sa: Sa, key: Key) -> str:
-    """Return whether an SA protects a flow of a policy, and if not, why; decided by `live_rules`.
-
-    With several templates an SA serves one of them, so only all of them together can be judged.
-    """
-    if not state.is_confirmed(sa):
-        return "strongSwan does not list it, so it may be left over from a former daemon"
-    if len(entry.templates) > 1:
-        return "live"
-    for rules, text in (
-        (live_rules(entry, lambda _reqid: [sa], state.negotiated), "live, and protects the flow"),
-        (
-            live_rules(entry, lambda _reqid: [sa], unrestricted),
-            "live, but the traffic selectors that the peer agreed to do not contain the flow",
-        ),
-    ):
-        if any(rule.match.matches(key) for rule in rules):
-            return text
-    if template.spi not in (0, sa.id.spi):
-        return f"live, but the policy wants {template.spi:08x}"
-    return "live, but it does not fit the policy (mode, endpoints, mark, selector or CPU)"
 
 
 # --- IKE --------------------------------------------------------------------------------------
