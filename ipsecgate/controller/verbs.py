@@ -10,10 +10,9 @@ import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ipsecgate.admin.status_document import Configured, ControllerStatus, Process
-from ipsecgate.admin.why import Decided
 from ipsecgate.controller import report
 from ipsecgate.controller.hook_writer import HookWriter
 from ipsecgate.controller.journal import Journal
@@ -29,6 +28,9 @@ from ipsecgate.core.model.problem import Problem
 from ipsecgate.edges.holding.listeners import Listeners
 from ipsecgate.edges.host.config import Config
 from ipsecgate.edges.host.control_server import Handler, Request
+
+if TYPE_CHECKING:
+    from ipsecgate.admin.why import Decided
 
 
 class Part(Protocol):
