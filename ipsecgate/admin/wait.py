@@ -45,14 +45,14 @@ def named(target: Target) -> str:
     """Return a target's name; with the network or child that is missing, if that says more."""
     child, name = target["child"] or "", target["target"]
     told = [target["network"]] if target["network"] not in (None, name) else []
-    if target["cause"].startswith(f"{child}: ") and child not in (name, f"{name}/{name}"):
-        told.append(child)
+    if target["cause"].startswith(f"child {child}: ") and child not in (name, f"{name}/{name}"):
+        told.append(f"child {child}")
     return f"{name} ({', '.join(map(str, told))})" if told else name
 
 
 def cause_of(target: Target) -> str:
     """Return why a target is not covered; `named` has the child."""
-    return target["cause"].removeprefix(f"{target['child']}: ")
+    return target["cause"].removeprefix(f"child {target['child']}: ")
 
 
 class Waited(TypedDict):

@@ -17,7 +17,7 @@ from ipsecgate.admin.documents import (
     Policies,
     Sas,
 )
-from ipsecgate.admin.status_document import Policy
+from ipsecgate.admin.status_document import Hold, Policy
 from ipsecgate.cli.tables import (
     WIDE,
     ago,
@@ -138,7 +138,7 @@ def holds(document: Holds, width: int, *, everything: bool) -> RenderableType:  
         rows.add_row(
             f"{call['comm'] or ''} ({call['pid']})",
             call["flow"] or "unknown",
-            call["child"] or "a child to be chosen" if call["flow"] else "a controller",
+            _awaited(call),
             ago(call["since"]),
             duration(call["limit"]),
         )
@@ -147,6 +147,13 @@ def holds(document: Holds, width: int, *, everything: bool) -> RenderableType:  
         rows if document["holds"] else Text("No call is held."),
         *left_out(document["holds"], everything=everything),
     )
+
+
+def _awaited(call: Hold) -> str:
+    """Return what a held call waits for."""
+    if not call["flow"]:
+        return "a controller"
+    return f"child {call['child']}" if call["child"] else "a child to be chosen"
 
 
 def cgroups(document: Cgroups, width: int, *, everything: bool) -> RenderableType:

@@ -230,7 +230,7 @@ def _refused(document: Status) -> list[RenderableType]:
         return []
     rows = table("Flow", "Policy", "Why", ">Last")
     for one in refused[:NEWS]:
-        why = f"no live SA: {one['child']} failed" if one["child"] else one["text"]
+        why = f"no live SA: child {one['child']} failed" if one["child"] else one["text"]
         rows.add_row(one["flow"], one["policy"] or "none", why, f"{ago(one['last'])} ago")
     more = f": {len(refused)} flows, all in `ipsecgate flows`" if refused[NEWS:] else ""
     protocol, _, target = refused[0]["flow"].partition(" ")

@@ -352,7 +352,9 @@ def test_events_show_each_refusal_with_its_policy_and_the_negotiation(
     assert refused["policy"] == f"{spec.name}/{spec.child_name}"
     assert refused["comm"].startswith("python")
     logged = [event["text"] for event in records if event["kind"] == "log"]
-    assert any(text.startswith(f"{spec.name}/{spec.child_name}: negotiating") for text in logged)
+    assert any(
+        text.startswith(f"child {spec.name}/{spec.child_name}: negotiating") for text in logged
+    )
     assert len(denied) == 2
     assert {event["kind"] for event in denied} <= {"refused", "blocked"}
     screen = gate.cli("events").stdout

@@ -214,8 +214,8 @@ def test_why_names_every_gateway_and_its_last_error(gateways: Transcript) -> Non
     gateways.after(REFUSED, on.NegotiationFailed(NAME, Cause("silent")))
     texts = [text for step, text in explain(gateways.gate, FLOW).steps if step is Step.IKE]
     assert texts == [
-        "second/net: negotiating, 1 attempt",
-        "peer/net: back-off, 1 attempt; last error: silent",
+        "child second/net: negotiating, 1 attempt",
+        "child peer/net: back-off, 1 attempt; last error: silent",
     ]
 
 

@@ -59,7 +59,7 @@ def test_before_the_first_call_everything_is_there_but_the_sa(trapped: Transcrip
     assert "chosen by routing" in said(trapped, Step.SOURCE)
     assert f"to {THERE}" in said(trapped, Step.KERNEL)
     assert f"none of reqid {TRAP.templates[0].reqid}" in said(trapped, Step.SA)
-    assert said(trapped, Step.IKE) == f"{NAME} was not asked for yet"
+    assert said(trapped, Step.IKE) == f"child {NAME} was not asked for yet"
 
 
 def test_a_covered_flow_names_its_sa(trapped: Transcript) -> None:
@@ -239,7 +239,7 @@ def test_a_source_outside_the_local_selector_of_a_child_that_is_up() -> None:
     key = SpdKey(Selector(ELSEWHERE, THERE))
     transcript = Transcript()
     transcript.after(on.KernelSnapshot((), ()), replace(loaded, established=()), SOURCES)
-    assert said(transcript, Step.IKE) == f"{NAME} was not asked for yet; {OTHER_SOURCE}"
+    assert said(transcript, Step.IKE) == f"child {NAME} was not asked for yet; {OTHER_SOURCE}"
     transcript.after(REFUSED, on.NegotiationDone(NAME), on.SaSet(SA))
     transcript.after(on.PolicySet(replace(PINNED, key=key)), loaded)
     transcript.after(on.TimerFired(on.Timer("limit", NAME)))

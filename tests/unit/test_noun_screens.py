@@ -314,7 +314,7 @@ def test_the_status_says_what_nobody_has_asked_for_and_why_ike_failed() -> None:
     many: Any = {**STATUS, "policies": [idle], "refused": [refused]}
     text = drawn(status_screen.screen(many), 140)
     assert "1: 1 not asked for yet" in text
-    assert "no live SA: net/dublin failed" in text
+    assert "no live SA: child net/dublin failed" in text
 
 
 def negotiation(child: str, state: str, seconds: float) -> Any:

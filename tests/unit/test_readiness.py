@@ -135,7 +135,7 @@ def test_a_policy_that_exceptions_take_whole_needs_nothing() -> None:
 def test_the_life_of_a_flow(trapped: Transcript) -> None:
     found = at(trapped, TO)
     assert (found.state, found.missing) == (State.WAITING, (FLOW,))
-    assert cause(trapped.gate, found).text == f"{NAME} was not asked for yet"
+    assert cause(trapped.gate, found).text == f"child {NAME} was not asked for yet"
     assert wanted(trapped.gate, FLOW, "") == (NAME, 0)
 
     assert initiated(trapped.after(on.Wanted(FLOW))) == [NAME]

@@ -24,7 +24,10 @@ def texts(packets: dict[SaId, int], *children: ChildSa) -> list[str]:
 
 def test_packets_that_leave_and_none_that_come_back() -> None:
     (found,) = silent_children([LISTED], {OUTBOUND: ENOUGH, INBOUND: 0})
-    assert str(found) == f"{NAME}: {ENOUGH} packets left as ESP to {PEER}, and none came back"
+    assert (
+        found.problem.text
+        == f"child {NAME}: {ENOUGH} packets left as ESP to {PEER}, and none came back"
+    )
     assert found.carries(FLOW)
     assert not found.carries(replace(FLOW, daddr=ip_address("198.51.100.1")))
 

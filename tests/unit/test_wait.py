@@ -108,12 +108,12 @@ async def test_a_timeout_tells_the_cause(
 async def test_each_failure_has_its_network_and_its_next_step(
     paths: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    site: Any = {**target("waiting", "net/net: back-off"), "network": "10.2.0.0/16"}
+    site: Any = {**target("waiting", "child net/net: back-off"), "network": "10.2.0.0/16"}
     other: Any = {**target("waiting", "no child", "web"), "advice": "load it"}
     assert await run(Fake([site, other]), paths, "wait", "--all", "--timeout", "0") == 124
     lines = [line.strip() for line in capfd.readouterr().err.splitlines()]
     assert lines[1:] == [
-        "db (10.2.0.0/16, net/net): back-off", "next: do something", "web: no child",
+        "db (10.2.0.0/16, child net/net): back-off", "next: do something", "web: no child",
         "next: load it",
     ]  # fmt: skip
 
@@ -251,7 +251,7 @@ def test_the_progress_on_a_terminal(width: int) -> None:
         return console.export_text().splitlines()
 
     assert drawn(None)[0].strip() == "Waiting for the controller, 3 of 60 s"
-    cause = "net/net: back-off, 3 attempts; last error: received AUTHENTICATION_FAILED notify error"
+    cause = "child net/net: back-off, 3 attempts; last error: received AUTHENTICATION_FAILED"
     targets = [target("covered"), *(target("waiting", cause, f"db{at}") for at in range(12))]
     found = Waited(covered=False, timed_out=False, seconds=3.2, targets=targets)
     lines = drawn(found, float("inf"))

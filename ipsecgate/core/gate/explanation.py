@@ -198,7 +198,7 @@ def ike_step(gate: Gate, policy: Policy, name: ChildName | None, routed: Routed)
     if negotiation is None:
         target = name if policy.derived else policy.name
         advice = f"`ipsecgate up {target}` has it negotiated now, else the first refused call does"
-        return Problem(f"{name} was not asked for yet", advice)
+        return Problem(f"child {name} was not asked for yet", advice)
     text = _describe_negotiation(name, negotiation)
     if negotiation.last_error is not None and negotiation.last_error.advice:
         return Problem(text, negotiation.last_error.advice)
@@ -225,7 +225,7 @@ def _expects(config: ChildConfig) -> str:
 def _describe_negotiation(name: ChildName, negotiation: Negotiation) -> str:
     count = negotiation.attempts
     attempts = "1 attempt" if count == 1 else f"{count} attempts"
-    text = f"{name}: {negotiation.coverage.value}, {attempts}"
+    text = f"child {name}: {negotiation.coverage.value}, {attempts}"
     if negotiation.last_error is None:
         return text
     return f"{text}; last error: {negotiation.last_error.text}"

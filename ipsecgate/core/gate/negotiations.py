@@ -259,7 +259,7 @@ class Negotiations:
                 item.reported_up = False
                 # Failed attempts are counted (`attempts`), and only the first is logged.
                 again = item.failures > 0
-                text = f"{name}: negotiating for {item.flow}"
+                text = f"child {name}: negotiating for {item.flow}"
                 fields = _fields("negotiating", name, item)
                 log = do.Log("info", text, is_change=True, fields=fields)
                 item.limit = LIMIT_WITH_NEXT if self._has_next(name) else LIMIT
@@ -272,10 +272,12 @@ class Negotiations:
                 item.failures += 1
                 pause = self._pause(item.failures)
                 cause = item.last_error or Cause("unknown")
-                told = Problem(f"{name}: {cause.text}; retry in {pause:.1f} s", cause.advice)
+                text = f"child {name}: {cause.text}; retry in {pause:.1f} s"
                 known, item.logged_error = item.logged_error, cause
                 fields = (*_fields("failed", name, item), ("cause", cause.text))
-                log = do.Log("warning", str(told), is_change=True, fields=fields)
+                log = do.Log(
+                    "warning", str(Problem(text, cause.advice)), is_change=True, fields=fields
+                )
                 return [
                     do.StopTimer(limit),
                     do.StartTimer(retry, pause),
@@ -289,7 +291,7 @@ class Negotiations:
                 after = ""
                 if event is Input.RETRY:
                     return []
-        text = f"{name}: {item.coverage.value} ({event.value}){after}"
+        text = f"child {name}: {item.coverage.value} ({event.value}){after}"
         fields = _fields(EVENTS.get(event, "uncovered"), name, item)
         log = do.Log("info", text, is_change=True, fields=fields)
         return [do.StopTimer(limit), do.StopTimer(retry), log]

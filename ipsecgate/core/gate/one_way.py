@@ -70,4 +70,4 @@ def _delete(sa: ChildSa) -> list[do.Command]:
 
 def _log(sa: ChildSa, action: str) -> do.Command:
     lost = f"the kernel has lost its inbound SA ({sa.spi_in:08x}) or policy, and drops all replies"
-    return do.Log("warning", f"{sa.name}: {lost}; {action}")
+    return do.Log("warning", f"child {sa.name}: {lost}; {action}")

@@ -36,7 +36,9 @@ class Silent:
     @property
     def problem(self) -> Problem:
         """What is probably wrong."""
-        text = f"{self.name}: {self.sent} packets left as ESP to {self.peer}, and none came back"
+        text = (
+            f"child {self.name}: {self.sent} packets left as ESP to {self.peer}, and none came back"
+        )
         return Problem(text, _ADVICE)
 
     def carries(self, flow: Flow) -> bool:
