@@ -23,6 +23,7 @@ from tests.unit.transcript import (
     NET,
     PINNED,
     REFUSED,
+    SA,
     SOURCES,
     THERE,
     TRAP,
@@ -168,6 +169,16 @@ def test_a_failure_has_the_time_of_its_step(trapped: Transcript) -> None:
     trapped.gate.step(on.TimerFired(on.Timer("retry", NAME)), REFUSED, now=1800.0)
     item = trapped.gate.negotiations.by_child[NAME]
     assert (item.coverage, item.failed_at) == (Coverage.NEGOTIATING, 1700.0)
+
+
+def test_a_late_failure_says_nothing_against_a_live_sa_or_of_a_daemon_that_has_gone(
+    trapped: Transcript,
+) -> None:
+    late = on.NegotiationFailed(NAME, Cause("late"))
+    trapped.after(REFUSED, *UP, late)
+    assert trapped.gate.negotiations.by_child[NAME].last_error is None
+    trapped.after(on.SaGone(SA.id), REFUSED, on.IkeGone(Problem("it died")), late, connected())
+    assert trapped.gate.negotiations.by_child[NAME].last_error is None
 
 
 OUTDATES = {

@@ -234,6 +234,8 @@ class Demand:
 
     def failed(self, name: ChildName, cause: Cause) -> Outcome:
         """IKE reports a failure: try the next child that would do, if there is one."""
+        if self._ike.problem is not None:
+            return Outcome()  # that the daemon has gone was the end of it
         outcome = self._negotiations.failed(name, cause)
         outcome.add(self._fail_over(name))
         return outcome

@@ -155,7 +155,8 @@ class Negotiations:
         if name not in self.by_child:
             return Outcome()
         item = self.by_child[name]
-        item.last_error, item.failed_at = cause, self.now
+        if item.coverage is not Coverage.COVERED:
+            item.last_error, item.failed_at = cause, self.now
         return self._advance(name, Input.FAILED)
 
     def done(self, name: ChildName) -> Outcome:
