@@ -83,9 +83,9 @@ async def test_all_containers_with_a_label_are_gated_as_they_come(
     targets = Targets(Paths(run=tmp_path / "run"), ["label:tier=web", "label:zone"])
     await targets.scan()
     assert attached == {one, two}
-    assert targets.errors == [
-        "label:zone is on no running container: it will be gated when it appears"
-    ]
+    (missing,) = targets.errors
+    assert missing.text == "label:zone is on no running container: it will be gated when it appears"
+    assert missing.advice == "start it, or remove it from gate.cgroups"
     four = run("four", tier="web", zone="a")
     targets._appeared(four)
     targets._appeared(cgroup(tmp_path / "default/one2"))
@@ -109,8 +109,8 @@ async def test_a_file_of_a_runtime_that_cannot_be_read_is_an_error_until_it_can(
     await targets.scan()
     targets._appeared(path)
     missing, unread = targets.errors
-    assert missing.startswith("label:tier=web is on no running container: ")
-    assert unread.startswith(f"{file} cannot be read, so its container may be missed: ")
+    assert missing.text.startswith("label:tier=web is on no running container: ")
+    assert unread.text.startswith(f"{file} cannot be read, so its container may be missed: ")
     assert attached == set()
     file.write_text(text)
     await targets.scan()
