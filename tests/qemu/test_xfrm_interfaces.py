@@ -18,6 +18,11 @@ __all__ = ["cache", "gate", "lab"]
 
 IF_ID = 5
 
+pytestmark = pytest.mark.skipif(
+    "User Mode Linux" in Path("/proc/cpuinfo").read_text(),
+    reason="missing: XFRM interfaces in user-mode-linux",
+)
+
 
 @pytest.fixture(scope="module")
 def module_lab() -> Iterator[Lab]:
