@@ -25,6 +25,7 @@ from ipsecgate.controller.repeats import Repeats, again
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.events import FlowRefused
 from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.tables.layout import Reason
 
 SIZE = 2048
@@ -207,7 +208,7 @@ def _about(receipt: Receipt, event: str) -> dict[str, object]:
 
 
 class Once(logging.Filter):
-    """Lets each log message through once, and counts it while it repeats.
+    """Lets each log message through once, and counts it while it repeats, then without advice.
 
     Attributes of a record: `is_change`: it is never held back. `about`: see `do.Log`.
     """
@@ -225,7 +226,9 @@ class Once(logging.Filter):
         kind = record.levelno, getattr(record, "about", "") or text
         if self._messages.seen(kind) is not None:
             return False
-        self._messages.add(kind, (record.levelno, text))
+        problem = record.args[0] if isinstance(record.args, tuple) and record.args else None
+        told = problem.text if isinstance(problem, Problem) and record.msg == "%s" else text
+        self._messages.add(kind, (record.levelno, told))
         return True
 
     def tell_repeats(self, *, everything: bool = False) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from ipsecgate.controller.journal import Journal, Once
 from ipsecgate.controller.repeats import KINDS, WINDOW, Repeats
+from ipsecgate.core.model.problem import Problem
 
 
 class Clock:
@@ -83,3 +84,16 @@ def test_a_log_message_that_repeats_is_counted_unless_it_reports_a_change(
     ]
     levels = [record["level"] for record in journal.since(22) if record["kind"] == "log"]
     assert levels == ["error", "warning"]
+
+
+def test_the_count_of_a_problem_does_not_repeat_its_advice(log: logging.Logger) -> None:
+    journal, once = Journal(), Once(log)
+    log.addHandler(journal)
+    log.addFilter(once)
+    for _ in range(3):
+        log.error("%s", Problem("a is not gated", "start it"))
+    once.tell_repeats(everything=True)
+    assert [record["text"] for record in journal.since(0)] == [
+        "a is not gated. Next: start it",
+        "a is not gated; again, 2 times in 0 s",
+    ]
