@@ -240,6 +240,5 @@ def _refused(document: Status) -> list[RenderableType]:
         rows,
     ]
     if protocol in ("tcp", "udp"):
-        start = "next for each:" if refused[1:] else "next:"
-        parts.append(Text(f"{start} `ipsecgate why {target}`; `ipsecgate check`", "yellow"))
+        parts.append(Text(f"next: `ipsecgate why {target}`; `ipsecgate check`", "yellow"))
     return parts
