@@ -15,8 +15,10 @@
 #define TCP 6
 #define UDP 17
 #define ATTEMPTS 4 /* decisions about one call or packet while generations change, then refuse */
-#define PART 4 /* steps of a search in one go: slots and levels */
-#define PARTS 1024 /* in all; a search that takes more is given up, and the flow refused */
+#define PART 16 /* steps of a search in one go: slots and levels */
+/* In all; a search that takes more is given up, and the flow refused. With four attempts of three
+ * searches each, Linux 7.3 ("liveness analysis", 10,000 calls) accepts no more than 800. */
+#define PARTS 256
 #define LOOPBACK 1 /* interface index in every network namespace */
 
 /* A flow that was let go, as this processor remembers it. */

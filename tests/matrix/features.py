@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ipsecgate.core.codec.seccomp import program
-from ipsecgate.edges.bpf import bytecode, libbpf
+from ipsecgate.edges.bpf import bytecode, libbpf, nested
 from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.holding import seccomp
 from ipsecgate.edges.host import cgroups
@@ -106,9 +106,10 @@ def holds_calls() -> bool:
 def load_hooks() -> None:
     """Load every program without attaching it. Raises: OSError with the verifier's message."""
     code = bytecode.get(Path(os.environ[BYTECODE]))
-    maps = {name: libbpf.create_map(name, shape) for name, shape in code.maps.items()}
+    maps = {name: nested.create(name, shape) for name, shape in code.maps.items()}
     for hook, kind in HOOKS.items():
-        libbpf.load_program(hook, code.programs[hook].linked(maps), *kind)
+        program = code.programs[hook]
+        libbpf.load_program(hook, program.linked(maps), *kind, program.functions)
 
 
 def loads_with_few_rights() -> bool:

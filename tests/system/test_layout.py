@@ -1,8 +1,10 @@
-"""gate.h and its Python mirror agree, as the compiler sees the types."""
+"""The hooks as compiled: types as in their Python mirror, and few enough calls for the verifier."""
 
 from __future__ import annotations
 
 import json
+import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from ipsecgate.core.tables import layout, packed
 from ipsecgate.edges.bpf import bytecode
 from ipsecgate.edges.bpf.compiler import layout as compiled_layout
+from ipsecgate.edges.bpf.objects import HOOKS
 from ipsecgate.edges.bpf.store import SLOT
 
 SIZES = {"unsigned int": 4, "unsigned short": 2, "unsigned char": 1, "unsigned long long": 8,
@@ -81,3 +84,22 @@ def test_a_malformed_event_is_an_error() -> None:
         packed.unpack_event(b"abc")
     with pytest.raises(layout.LayoutError, match="address family 0"):
         packed.unpack_event(bytes(packed.EVENT_SIZE))
+
+
+CALL, OF_A_FUNCTION = 0x85, 1  # BPF_JMP | BPF_CALL, BPF_PSEUDO_CALL: linux/bpf.h
+CALLS = 10_000  # as many follows the "liveness analysis" of Linux 7.3, each anew for its caller
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_makes_no_more_calls_than_the_verifier_follows(hook: str, cache: Path) -> None:
+    program = bytecode.get(cache).programs[hook]
+    starts = (0, *program.functions)
+    calls: dict[int, list[int]] = {start: [] for start in starts}
+    for at, (code, registers, _offset, to) in enumerate(struct.iter_unpack("=BBhi", program.insns)):
+        if (code, registers >> 4) == (CALL, OF_A_FUNCTION):
+            calls[max(start for start in starts if start <= at)].append(at + 1 + to)
+
+    def followed(start: int) -> int:
+        return 1 + sum(count * followed(to) for to, count in Counter(calls[start]).items())
+
+    assert len(program.functions) < followed(0) < CALLS // 2
