@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from itertools import permutations
 
 import pytest
 
@@ -12,7 +13,7 @@ from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import FlowPath, Selector
 from ipsecgate.core.model.ipsec import ESP, Action, SaId, SpdKey
-from ipsecgate.core.model.policy import Settings
+from ipsecgate.core.model.policy import Policy, Settings
 from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.tables.layout import TableId
 from tests.unit.transcript import (
@@ -118,16 +119,21 @@ def test_an_sa_that_the_daemon_does_not_list_opens_nothing() -> None:
     assert transcript.is_open()
 
 
-def test_a_restarted_controller_publishes_only_after_kernel_and_daemon_have_answered() -> None:
-    """With only one of them it would refuse flows that the previous table rightly opens."""
-    for first, second in ((0, 1), (1, 0)):
-        transcript = Transcript()
-        events = (on.KernelSnapshot((TRAP,), (SA,)), connected(LISTED))
-        assert not any(
-            isinstance(c, do.Publish) and c.table is TableId.SPD
-            for c in transcript.after(events[first])
-        )
-        transcript.after(events[second])
+def test_a_restarted_controller_publishes_only_after_kernel_daemon_and_routing_have_answered() -> (
+    None
+):
+    """With a part of it, it would refuse flows that the previous table rightly opens."""
+    answers: tuple[on.Event, ...] = (
+        on.KernelSnapshot((TRAP,), (SA,)),
+        connected(LISTED),
+        SOURCES,
+    )
+    for events in permutations(answers):
+        transcript = Transcript(Settings(policies=(Policy("net", (THERE,)),)))
+        for event in events[:-1]:
+            commands = transcript.after(event)
+            assert not any(isinstance(c, do.Publish) and c.table is TableId.SPD for c in commands)
+        transcript.after(events[-1])
         assert transcript.is_open()
 
 

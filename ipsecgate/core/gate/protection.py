@@ -149,8 +149,8 @@ class Protection:
         """
         if not self._heard & {on.IkeConnected, on.IkeGone}:
             return False
-        if self.sa_source is not SaSource.VICI:
-            return on.KernelSnapshot in self._heard
+        if self.sa_source is not SaSource.VICI and on.KernelSnapshot not in self._heard:
+            return False
         return not self.routing.destinations or on.PathsResolved in self._heard
 
     def publish(self) -> list[do.Command]:
