@@ -115,6 +115,17 @@ KINDS = {
 }
 
 
+def has_udplite() -> bool:
+    """Return whether this kernel has UDP-Lite, which Linux 7.3 no longer has."""
+    try:
+        socket.socket(socket.AF_INET, *KINDS["udplite"]).close()
+    except OSError as error:
+        if error.errno != errno.EPROTONOSUPPORT:
+            raise
+        return False
+    return True
+
+
 def new_socket(call: str, family: int) -> socket.socket:
     if call == "ping":
         icmp = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6

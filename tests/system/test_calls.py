@@ -6,13 +6,12 @@ the calls that no hook sees; the tests here keep that list true.
 
 from __future__ import annotations
 
-import errno
 import socket
 
 import pytest
 
 from ipsecgate.core.tables.layout import Reason, TableId
-from tests.system.caller import KINDS
+from tests.system.caller import has_udplite
 from tests.system.hooked_cgroup import ELSEWHERE, HERE, OTHER, PEER, HookedCgroup, live, went_out
 
 FAMILIES = (4, 6)
@@ -27,16 +26,6 @@ GATED = (
     "uring sendmsg",
 )
 NOT_GATED = ("udplite", "raw", "ping", "sctp")
-
-
-def has_udplite() -> bool:
-    try:
-        socket.socket(socket.AF_INET, *KINDS["udplite"]).close()
-    except OSError as error:
-        if error.errno != errno.EPROTONOSUPPORT:
-            raise
-        return False
-    return True
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mapped"])
