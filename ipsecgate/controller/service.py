@@ -12,13 +12,10 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+from ipsecgate.core.model.pulse import PULSE, until_pulse
 from ipsecgate.edges.host import systemd
 
 log = logging.getLogger("ipsecgate")
-
-# Seconds between reports and retries; less if the watchdog asks for it. They come at multiples of
-# it, so that one wake-up serves everything that is due then.
-PULSE = 5.0
 
 
 class Service:
@@ -49,7 +46,7 @@ class Service:
 
     def until_pulse(self) -> float:
         """Return the seconds until the next pulse."""
-        return self.pulse - self._loop.time() % self.pulse
+        return until_pulse(self._loop.time(), self.pulse)
 
     def report(self, status: str) -> None:
         """Report the state in one line, if it has changed."""

@@ -13,7 +13,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from ipsecgate.controller.service import PULSE, Service
+from ipsecgate.controller.service import Service
+from ipsecgate.core.model.pulse import PULSE
 from ipsecgate.edges.host import systemd
 
 

@@ -4,7 +4,7 @@ Rules of this module:
 - Ask the kernel itself, over netlink and getsockopt(); the tools are not needed.
 - Where no chain of type nat and no legacy table exists, read nothing else.
 - nftables notifies of changes. iptables-legacy does not, so its tables are compared every `PERIOD`
-  while there are any, and looked for at whole multiples of `PULSE` while there are none.
+  while there are any, and looked for at each pulse of the service while there are none.
 - A table that cannot be decoded is an error which names it, and the rules are unknown.
 """
 
@@ -26,6 +26,7 @@ from ipsecgate.core.codec import iptables, nftables
 from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.model.nat import ChainName, Rule, Ruleset, Set, SetName
 from ipsecgate.core.model.problem import Problem
+from ipsecgate.core.model.pulse import until_pulse
 from ipsecgate.edges.kernel.namespaces import Namespace
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket, Requests
 from ipsecgate.errors import GateError
@@ -33,7 +34,6 @@ from ipsecgate.errors import GateError
 ATTEMPTS = 10
 PAUSE = 0.05  # seconds, in which further changes are taken together
 PERIOD = 2.0  # seconds
-PULSE = 5.0  # seconds; the service wakes up then, too
 _GET_INFO, _GET_ENTRIES = 64, 65  # IPT_SO_GET_*, IP6T_SO_GET_*
 _FAMILIES = {4: (socket.AF_INET, socket.IPPROTO_IP), 6: (socket.AF_INET6, socket.IPPROTO_IPV6)}
 _NAMES = {4: "ip_tables_names", 6: "ip6_tables_names"}
@@ -166,7 +166,7 @@ class NatWatch:
                     self._due.clear()
                     await self._read(rules)
                     while not self._due.is_set() and rules.legacy_state == legacy:
-                        pause = PERIOD if legacy else PULSE - now() % PULSE
+                        pause = PERIOD if legacy else until_pulse(now())
                         with suppress(TimeoutError):
                             async with asyncio.timeout(pause):
                                 await self._due.wait()
