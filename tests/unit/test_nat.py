@@ -7,7 +7,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ipsecgate.core.model.flow import TCP, UDP, Address
+from ipsecgate.core.model.flow import TCP, UDP, Address, Network
 from ipsecgate.core.model.nat import (
     AddressType,
     Anything,
@@ -15,7 +15,9 @@ from ipsecgate.core.model.nat import (
     ChainName,
     Code,
     Device,
+    Field,
     Hook,
+    Load,
     Packet,
     Rule,
     Ruleset,
@@ -23,6 +25,7 @@ from ipsecgate.core.model.nat import (
     Unclear,
     Untrack,
     Verdict,
+    Within,
 )
 from ipsecgate.core.model.nat import Kind as NatKind
 from ipsecgate.core.nat.mentions import Candidate, Mentions
@@ -187,6 +190,22 @@ def test_the_destinations_that_rules_distinguish_are_found() -> None:
     found = Mentions(nat("netavark").ruleset, Hook.POSTROUTING, 4).networks
     assert found == {ip_network("10.88.0.0/16"), ip_network("224.0.0.0/4")}
     assert Mentions(nat("netavark").ruleset, Hook.POSTROUTING, 6).networks == set()
+
+
+@pytest.mark.parametrize(
+    ("load", "compared", "named"),
+    [
+        (Load(0, Field.PROTO, 1), 4, set()),
+        (Load(0, Field.NETWORK, 4, 16), 4, {ip_network("0.0.0.0/32")}),
+        (Load(0, Field.NETWORK, 4, 16), 8, None),
+    ],
+)
+def test_more_bytes_than_were_loaded_name_nothing(
+    load: Load, compared: int, named: set[Network] | None
+) -> None:
+    rule = Rule((load, Within(0, compared, ((0, 0),)), MASQUERADE))
+    ruleset = Ruleset((BASE,), {(TABLE, "post"): (rule,)})
+    assert Mentions(ruleset, Hook.POSTROUTING, 4).networks == named
 
 
 # --- what is not understood --------------------------------------------------------------

@@ -168,8 +168,15 @@ class Mentions:
                     _load(loads, expression, self._width // 8)
 
     def _within(self, within: Within, loaded: _Loaded | None, met: _Met) -> list[_Met] | None:
-        """Return what is left of a packet's possibilities, None if this does not concern them."""
+        """Return what is left of a packet's possibilities, None if this does not concern them.
+
+        Raises: TooMuchError if the destination is compared together with what follows it.
+        """
         if loaded is None or loaded.part is None:
+            return None
+        if within.size > loaded.size:
+            if loaded.part is Part.DADDR:
+                raise TooMuchError
             return None
         ranges = [loaded.widened(low, high, within.size) for low, high in within.ranges]
         if loaded.part is Part.DADDR:
