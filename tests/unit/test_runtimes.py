@@ -100,6 +100,17 @@ def test_podman(places: Places) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "written", [f"/{'x' * 256}", "/ü" * 1600, "-" * 100_000 + ".slice:a:b", "/../x", "/a\nb"]
+)
+def test_a_path_that_no_cgroup_can_have_names_none(places: Places, written: str) -> None:
+    bundle(places, ID, "/market/shop", {"tier": "web"})
+    bundle(places, OTHER, written, {"tier": "web"})
+    (cgroups.root() / "market/shop").mkdir(parents=True)
+    (cgroups.root() / "market/shop/cgroup.procs").touch()
+    assert cgroups.find("label:tier=web") == [cgroups.root() / "market/shop"]
+
+
 @pytest.mark.parametrize("whose", ["another user", "a container"])
 def test_a_process_that_only_looks_like_conmon_does_not_count(places: Places, whose: str) -> None:
     process = podman(places, ID, "webshop")

@@ -35,6 +35,7 @@ from ipsecgate.errors import GateError
 ID = re.compile(r"[0-9a-f]{64}")
 DATABASE = "db.sql"  # of podman 5
 LIMIT = 16 << 20  # bytes of a file
+NAME_MAX, PATH_MAX = 255, 4000  # bytes of a cgroup's name and path, which is below /sys/fs/cgroup
 PATIENCE = 1.0  # seconds for podman's database
 NAMES = ("nerdctl/name", "io.kubernetes.cri.container-name", "io.kubernetes.container.name")
 PODS = (
@@ -233,7 +234,7 @@ def _cgroup(path: object) -> str:
 
     It is a path, or SLICE:PREFIX:NAME, which systemd makes SLICE/PREFIX-NAME.scope.
     """
-    if not isinstance(path, str) or not path.isprintable():
+    if not isinstance(path, str) or not path.isprintable() or len(path) > PATH_MAX:
         return ""
     parts = path.split(":")
     if len(parts) == 3:
@@ -241,7 +242,9 @@ def _cgroup(path: object) -> str:
         unit = f"{prefix}-{name}" if prefix else name
         path = f"{_slices(above or 'system.slice')}/{unit}.scope"
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    return "" if ".." in parts else "/".join(parts)
+    found = "/".join(parts)
+    too_long = len(found.encode()) > PATH_MAX or any(len(one.encode()) > NAME_MAX for one in parts)
+    return "" if too_long or ".." in parts else found
 
 
 def _slices(name: str) -> str:
