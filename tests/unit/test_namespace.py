@@ -16,6 +16,7 @@ from ipsecgate.core.model.namespace import (
     Link,
     arrival,
     masquerade_address,
+    source_in_vrf,
 )
 
 GATE, OTHER = 3, 4  # ids of namespaces
@@ -157,3 +158,40 @@ def test_masquerade_of_ipv6_is_known_if_there_is_no_choice() -> None:
     on_link = held(2, "fe80::1/64", is_global=False)
     assert masquerade_address((on_link, one, deprecated), 2, hop) == one.address
     assert masquerade_address((one, held(2, "2001:db8:1::1/64")), 2, hop) is None
+
+
+RED, OUTSIDE = Link(20, "red", "vrf"), Link(2, "eth0", "")
+INSIDE_RED = Link(21, "eth1", "", master=20)
+VRF = {link.index: link for link in (RED, INSIDE_RED, OUTSIDE)}
+
+
+@pytest.mark.parametrize("device", [20, 21])
+@pytest.mark.parametrize(
+    ("link", "own", "is_certain"),
+    [
+        (21, ("2001:db8::5",), True),
+        (20, (), True),
+        (2, ("2001:db8::1",), True),
+        (2, ("2001:db8::1", "2001:db8::5"), False),
+        (2, ("2001:db8::5",), False),
+        (2, (), False),
+    ],
+)
+def test_a_route_out_of_a_vrf_has_a_certain_source_only_if_the_vrf_has_it(
+    device: int, link: int, own: tuple[str, ...], is_certain: bool
+) -> None:
+    source = parse_address("2001:db8::1")
+    there = [held(20, f"{one}/64") for one in own]
+    others = [
+        held(2, "2001:db8::9/64"),
+        held(21, "192.0.2.1/24"),
+        replace(held(21, "fe80::1/64"), is_global=False),
+        replace(held(21, "2001:db8::8/64"), is_usable=False),
+    ]
+    found = source_in_vrf(source, device, link, VRF, there + others)
+    assert found == (source if is_certain else None)
+
+
+def test_without_a_vrf_the_source_is_that_of_the_route() -> None:
+    source = parse_address("2001:db8::1")
+    assert source_in_vrf(source, 2, 2, VRF, ()) == source_in_vrf(source, 7, 2, {}, ()) == source

@@ -16,7 +16,7 @@ class Link:
 
     `kind`: as `ip -d link` shows it, "" for a device of a driver. `peer`: the index of the device
     that it leads to (a veth's other end, a macvlan's lower device), 0: none. `peer_netns`: the id
-    of the peer's namespace, None: this one. `master`: the bridge that it is a port of, 0: none.
+    of the peer's namespace, None: this one. `master`: its bridge or VRF, 0: none.
     `has_program`: an XDP program sees the packets that arrive here first.
     """
 
@@ -149,3 +149,39 @@ def masquerade_address(
         return usable[0].address if len(usable) == 1 else None
     near = (item.address for item in usable if hop in item.network)
     return next(near, usable[0].address if usable else None)
+
+
+def source_in_vrf(
+    source: Address,
+    device: int,
+    link: int,
+    links: Mapping[int, Link],
+    addresses: Iterable[DeviceAddress],
+) -> Address | None:
+    """Return the source of an IPv6 socket that is bound to a device, None if it is not certain.
+
+    `source`: of the route, which leaves by `link`. If the route leaves the device's VRF, Linux 6.10
+    takes an address of the VRF, older ones that of the route: it is certain if both are the same.
+    Source: ip6_route_get_saddr(), ipv6_dev_get_saddr().
+    """
+    vrf = _vrf_of(device, links)
+    if not vrf or _vrf_of(link, links) == vrf:
+        return source
+    own = {
+        item.address
+        for item in addresses
+        if _vrf_of(item.link, links) == vrf
+        and item.address.version == 6
+        and item.is_global
+        and item.is_usable
+    }
+    return source if own == {source} else None
+
+
+def _vrf_of(index: int, links: Mapping[int, Link]) -> int:
+    """Return the VRF of a device, which may be one itself; 0: none."""
+    link = links.get(index)
+    for one in (link, links.get(link.master) if link else None):
+        if one is not None and one.kind == "vrf":
+            return one.index
+    return 0

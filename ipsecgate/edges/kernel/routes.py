@@ -21,11 +21,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from ipsecgate.core.codec.links import (
+    decode_addresses,
+    decode_links,
+    encode_address_dump,
+    encode_link_dump,
+)
 from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.codec.rtnetlink import (
     VTI,
@@ -41,6 +47,7 @@ from ipsecgate.core.codec.rtnetlink import (
 )
 from ipsecgate.core.model.events import OriginGone, PathsResolved, ServicesResolved
 from ipsecgate.core.model.flow import HOST, Address, FlowPath, Network, Origin
+from ipsecgate.core.model.namespace import source_in_vrf
 from ipsecgate.core.model.nat import Device, Service
 from ipsecgate.core.model.prefixes import (
     Prefix,
@@ -66,6 +73,8 @@ TUN = "ipsec"  # the device's name without its number; source: kernel_libipsec_p
 
 
 Found = PathsResolved | OriginGone | ServicesResolved
+Way = tuple[Network, Address | None, int]
+"""A destination, with the source and the interface index of its route; None and 0: no route."""
 
 
 class RoutesError(GateError):
@@ -165,11 +174,13 @@ class Routes:
             await translations.refresh(requests)
             pieces = partition(self._destinations, prefixes)
             for origin in self._origins[::-1]:
-                ways: list[tuple[Network, Address | None, int]] = []
+                ways: list[Way] = []
                 for count, (piece, address) in enumerate(pieces, start=1):
                     ways.append((piece, *_ask_route(requests, address, origin)))
                     if count % LOOKUPS_PER_TURN == 0:
                         await asyncio.sleep(0)
+                if origin.device:
+                    ways = await _as_of_vrf(requests, origin.device, ways)
                 for index in {link for *_, link in ways} - links.keys():
                     links[index] = ask_link(requests, index)
                 found = []
@@ -192,7 +203,7 @@ class Routes:
         self,
         paths: tuple[Route, ...],
         conditions: Conditions,
-        ways: Iterable[tuple[Network, Address | None, int]],
+        ways: Iterable[Way],
         links: Mapping[int, Link | None],
     ) -> PathsResolved:
         tunnels = frozenset(index for index, link in links.items() if link and _is_tunnel(link))
@@ -301,6 +312,18 @@ def _ask_route(requests: Requests, address: Address, origin: Origin) -> tuple[Ad
     return found[0] if found else (None, 0)
 
 
+async def _as_of_vrf(requests: Requests, device: int, ways: Sequence[Way]) -> list[Way]:
+    """Return the ways of sockets that are bound to a device, without any uncertain source."""
+    links = {link.index: link for link in await requests.dump(encode_link_dump, decode_links)}
+    addresses = await requests.dump(encode_address_dump, decode_addresses)
+    return [
+        (piece, source_in_vrf(source, device, at, links, addresses), at)
+        if source is not None and source.version == 6
+        else (piece, source, at)
+        for piece, source, at in ways
+    ]
+
+
 def ask_link(requests: Requests, index: int) -> Link | None:
     """Return a link, None if there is none of that index."""
     try:
@@ -316,7 +339,7 @@ def _device(index: int, link: Link | None) -> Device | None:
 
 def path_into(source: Address | None, link: Link | None) -> FlowPath:
     """Return the path of flows that leave by a link."""
-    if link is None or source is None:
+    if link is None:
         return FlowPath(source)
     if link.kind in VTI:
         return FlowPath(source, mark=link.mark)

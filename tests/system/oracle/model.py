@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from ipsecgate.core.model.flow import Address
 from tests.system.oracle.caller import DEVICE
-from tests.system.oracle.topology import VRF, Tunnel, Way
+from tests.system.oracle.topology import VRF, VRF_SOURCES, VRF_TABLE, Tunnel, Way
 from tests.system.oracle.world import (
     AH,
     BEET,
@@ -364,14 +364,7 @@ class Model:
         return list(dict.fromkeys(self._reasons(call)))
 
     def _reasons(self, call: Call) -> Iterator[str]:
-        if call.inside and call.mark:
-            yield "a mark in the container"
-        if self.translated(call) and self.is_spared():
-            yield "an SA for the source that only unprotected packets get"
-        if call.inside and call.dst.version == 6 and any(r.to is None for r in self.world.nat):
-            yield "masquerade by one of several IPv6 addresses"
-        if call.inside and self.is_tunneled(call):
-            yield "from the container into a tunnel device"
+        yield from self._of_call(call)
         for packet in self.lookups(call):
             tied = self.tied(packet)
             each = [self.outcomes(p, packet) for p in tied]
@@ -388,6 +381,21 @@ class Model:
                 yield "state of another source, by the kernel's hash"
             for policy in tied:
                 yield from self._of_policy(policy)
+
+    def _of_call(self, call: Call) -> Iterator[str]:
+        if call.inside and call.mark:
+            yield "a mark in the container"
+        if self.translated(call) and self.is_spared():
+            yield "an SA for the source that only unprotected packets get"
+        if call.inside and call.dst.version == 6 and any(r.to is None for r in self.world.nat):
+            yield "masquerade by one of several IPv6 addresses"
+        if call.inside and self.is_tunneled(call):
+            yield "from the container into a tunnel device"
+        if call.device == VRF and call.src is None and call.dst.version == 6 and any(
+            one.table == VRF_TABLE and call.dst in one.network and one.src != VRF_SOURCES[6]
+            for one in self.world.routes
+        ):  # fmt: skip
+            yield "a route out of the VRF names a source of its own"
 
     def _of_policy(self, policy: Policy) -> Iterator[str]:
         if all(t.optional for t in policy.tmpls if t.proto in (ESP, AH)):
