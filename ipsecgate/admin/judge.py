@@ -8,17 +8,18 @@ verdict of the tables asks here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from errno import EPERM
 
 from ipsecgate.core.model.flow import Address, Flow, FlowPath, is_exempt
+from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.layout import Entry, Reason, Setting, State, TableId, flow_key
 from ipsecgate.core.tables.table import Table
 from ipsecgate.core.tables.verdict import verdict
 from ipsecgate.edges.bpf.maps import Maps
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Judgement:
     """Why a call for a flow would be let go, or refused.
 

@@ -10,9 +10,9 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from ipsecgate.core.model.value import value
 from ipsecgate.edges.host.config import Config
 from ipsecgate.errors import GateError, UsageError
 
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9:_.\\-]+(?:@[A-Za-z0-9:_.\\-]*)?")
 _LOST = ("Group", "SupplementaryGroups", "AmbientCapabilities", "PAMName")
 
 
-@dataclass(frozen=True)
+@value
 class Unit:
     """What systemd knows of a service. `starts`: its ExecStart= lines, as written."""
 

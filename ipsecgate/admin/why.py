@@ -9,7 +9,7 @@ Rules of this module: it changes nothing. The verdict is that of the tables that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from errno import errorcode
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -22,6 +22,7 @@ from ipsecgate.admin.status_document import ConfiguredPolicy
 from ipsecgate.core.check.finding import some
 from ipsecgate.core.check.ungated import SHOWN, gate_it
 from ipsecgate.core.model.flow import Flow
+from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.layout import EXPLAINED, Reason, Setting
 from ipsecgate.edges.bpf.maps import Maps
 from ipsecgate.edges.host import cgroups, control
@@ -66,7 +67,7 @@ class Why(Decision):
     mode: Literal["enforce", "audit"]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Caller:
     """Whose call it is: its cgroup, and its process if one is known."""
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from ipsecgate.core.model.value import value
 from ipsecgate.errors import GateError
 from ipsecgate.paths import DEFAULT_CONFIG, DEFAULT_INSTANCE, Paths
 from ipsecgate.printable import printable
@@ -34,7 +34,7 @@ Found = Iterator[tuple[str, str]]
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Asked:
     """What is completed: the instance that the line names, and what was typed of the word."""
 
@@ -49,10 +49,10 @@ def live(find: Callable[[Asked], Found]) -> Completer:
     def complete(context: click.Context, _: click.Parameter, typed: str) -> list[CompletionItem]:
         found: dict[str, str] = {}
         with suppress(GateError, OSError):
-            for value, about in find(Asked(_paths(context), typed)):
-                if value.startswith(typed) and value == printable(value):
-                    found.setdefault(value, printable(about))
-        return [CompletionItem(value, help=about or None) for value, about in found.items()]
+            for text, about in find(Asked(_paths(context), typed)):
+                if text.startswith(typed) and text == printable(text):
+                    found.setdefault(text, printable(about))
+        return [CompletionItem(text, help=about or None) for text, about in found.items()]
 
     return complete
 

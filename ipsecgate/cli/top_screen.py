@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from rich.console import Group, RenderableType
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ipsecgate.admin.top_document import Count, Rates, Top, TopCgroup, TopPolicy
 from ipsecgate.cli.tables import coverage, number
+from ipsecgate.core.model.value import value
 
 STATE = 14  # columns: partly covered
 LATELY = 30.0  # seconds
@@ -30,7 +31,7 @@ HINT = "q quit  p policies  c cgroups  s sort  space pause  h help"
 NUMBERS = ("refused/s", "refused", "blocked/s", "held")
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class View:
     """What the screen shows."""
 

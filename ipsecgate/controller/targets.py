@@ -11,11 +11,11 @@ import asyncio
 import logging
 from collections.abc import Iterable, Set
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from ipsecgate.admin import loader
 from ipsecgate.core.model.problem import Problem
+from ipsecgate.core.model.value import value
 from ipsecgate.edges.host import cgroups, saved_state
 from ipsecgate.edges.host.container_targets import KINDS
 from ipsecgate.edges.host.inotify import Appeared, Folders, Overflow, Vanished
@@ -28,7 +28,7 @@ log = logging.getLogger("ipsecgate")
 POLL = 2.0  # seconds between scans without inotify, or after a failure
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class _Gated:
     """A gated cgroup: its id, and the targets that named it then.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ipsecgate.admin.status_document import Configured, ControllerStatus, Process
@@ -25,6 +24,7 @@ from ipsecgate.controller.time_to_covered import TimesToCovered
 from ipsecgate.controller.timers import Timers
 from ipsecgate.core.gate.gate import Gate
 from ipsecgate.core.model.problem import Problem
+from ipsecgate.core.model.value import value
 from ipsecgate.edges.holding.listeners import Listeners
 from ipsecgate.edges.host.config import Config
 from ipsecgate.edges.host.control_server import Handler, Request
@@ -41,7 +41,7 @@ class Part(Protocol):
         """The problems that the operator should fix."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Verbs:
     """What the answers are made of.
 

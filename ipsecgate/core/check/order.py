@@ -7,12 +7,13 @@ an exception that somebody wants.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ipsecgate.core.check.finding import Finding, some, warning
 from ipsecgate.core.model.flow import ANY_PORT, PROTOCOL_NAMES, Network
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.model.value import value
 
 NAME = "policies"
 
@@ -45,7 +46,7 @@ def is_in(network: Network, around: Network) -> bool:
     return network.version == around.version and network.subnet_of(around)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Overtaken:
     """What an earlier policy takes of one that protects, and does not protect it.
 

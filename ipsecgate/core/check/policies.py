@@ -7,7 +7,6 @@ protects and no policy names leaves in clear.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from ipaddress import ip_network, summarize_address_range
 
 from ipsecgate.core.check.finding import Finding, missing, ok, some, warning
@@ -15,12 +14,13 @@ from ipsecgate.core.check.order import NAME, check_order, exceptions, is_in, lab
 from ipsecgate.core.model.flow import Address, Network, TrafficSelector
 from ipsecgate.core.model.ipsec import Action, ChildConfig, similar
 from ipsecgate.core.model.policy import Policy
+from ipsecgate.core.model.value import value
 
 PeerAddresses = Mapping[str, frozenset[Address]]
 """The addresses of each connection's peer, by the connection's name."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Reach:
     """Which parts of a network some selectors cover: for all the flows of a policy, or for some."""
 

@@ -15,13 +15,13 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 from ipsecgate.core.model.flow import Address, unmap
+from ipsecgate.core.model.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Abi:
     """A machine's AUDIT_ARCH_* and system call numbers."""
 
@@ -96,7 +96,7 @@ def _if_internet(number: int, argument: int) -> Sequence[tuple[int, int, int, in
     ]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Notification:
     """A held call: struct seccomp_notif. `pid` is the calling thread's id."""
 

@@ -8,8 +8,6 @@ Rules of this module: it changes nothing and asks for nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ipsecgate.core.codec.causes import ANSWERS
 from ipsecgate.core.gate.coverage import Coverage
 from ipsecgate.core.gate.gate import Gate
@@ -21,11 +19,12 @@ from ipsecgate.core.model.flow import ANY_PORT, ANY_V4, ANY_V6, Flow, is_exempt
 from ipsecgate.core.model.ipsec import Action, ChildConfig, ChildName
 from ipsecgate.core.model.policy import Policy
 from ipsecgate.core.model.problem import Problem
+from ipsecgate.core.model.value import value
 from ipsecgate.core.nat.local import SPARE
 from ipsecgate.core.tables.layout import Reason, flow_key
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Explanation:
     """The verdict about a flow, and how it comes about. `error`: the errno, 0 if it is let go."""
 

@@ -18,7 +18,6 @@ Rules of this module:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
 
@@ -35,6 +34,7 @@ from ipsecgate.core.model.events import (
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import ChildName
 from ipsecgate.core.model.policy import Errnos
+from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.flow_index import FlowIndex
 
 FLOWS_PER_STEP = 16  # flows evaluated again in one step
@@ -53,7 +53,7 @@ class FlowState(Enum):
 WAITING = (FlowState.PENDING, FlowState.IDLE)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Evaluation:
     """A flow's state, the child that it waits for, and the flow as routed."""
 

@@ -10,9 +10,10 @@ from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model.flow import Flow
 from ipsecgate.core.model.ipsec import Acquire, ChildName
 from ipsecgate.core.model.problem import Cause
+from ipsecgate.core.model.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Need:
     """A refused flow, the same as routed, and the policy that has it protected.
 

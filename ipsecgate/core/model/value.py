@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TypeVar, dataclass_transform
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, dataclass_transform
 
 T = TypeVar("T")
 
@@ -13,7 +13,15 @@ def value(cls: type[T]) -> type[T]:
     """Make a dataclass whose instances are compared and hashed by content, and never changed.
 
     mypy sees to the latter. With `frozen` Python would, but then an instance takes three times as
-    long to make, and so does the class; a hub has a million instances.
+    long to make, and so does the class; a hub has a million instances. All classes share one
+    `__repr__`, because a start makes two hundred of them.
     """
-    own_hash = "__hash__" in vars(cls)
-    return dataclass(slots=True, unsafe_hash=not own_hash)(cls)
+    own = vars(cls).keys()
+    if "__repr__" not in own:
+        cls.__repr__ = _repr  # type: ignore[method-assign]
+    return dataclass(slots=True, unsafe_hash="__hash__" not in own, repr=False)(cls)
+
+
+def _repr(self: Any) -> str:
+    shown = (f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if one.repr)
+    return f"{type(self).__qualname__}({', '.join(shown)})"

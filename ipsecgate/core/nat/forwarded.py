@@ -10,17 +10,18 @@ Source: ip_forward() in net/ipv4/ip_forward.c; nf_nat_ipv4_out(), nf_xfrm_me_har
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ipsecgate.core.model.flow import Address, FlowPath, Network
 from ipsecgate.core.model.namespace import DeviceAddress, Link, WayOut, masquerade_address
 from ipsecgate.core.model.nat import AddressType, Device, Packet, Translation
+from ipsecgate.core.model.value import value
 from ipsecgate.core.nat.translation import Nat
 
 PARTS = 64  # of one network
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Forwarding:
     """The NAT rules of another namespace and of the gate's, None: unknown; and the gate's links.
 

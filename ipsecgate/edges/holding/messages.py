@@ -10,11 +10,11 @@ Rule of this module: the controller treats what an inspector says as untrusted d
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv6Address
 
 from ipsecgate.core.model.flow import Address, Flow, unmap
+from ipsecgate.core.model.value import value
 from ipsecgate.edges.holding.look import Finding
 
 
@@ -38,7 +38,7 @@ STARTED = MESSAGE.pack(Kind.STARTED, *bytes(9), NO_ADDRESS, NO_ADDRESS)
 LOOKING = MESSAGE.pack(Kind.LOOKING, *bytes(9), NO_ADDRESS, NO_ADDRESS)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Question:
     """A call that needs a decision: its place in the call file, its id, and its thread."""
 

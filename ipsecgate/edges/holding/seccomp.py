@@ -12,7 +12,6 @@ import os
 import select
 import socket
 import sys
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ipsecgate.core.codec.seccomp import (
     thread_group,
 )
 from ipsecgate.core.model.flow import Address, parse_address
+from ipsecgate.core.model.value import value
 from ipsecgate.errors import GateError, KernelLacksError
 
 # linux/seccomp.h
@@ -229,7 +229,7 @@ def _bound(host: str) -> Address | None:
     return None if address.is_unspecified else address
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Socket:
     """The properties of a socket that determine its flows.
 

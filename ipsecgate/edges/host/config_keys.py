@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from errno import errorcode
 
 from ipsecgate.core.model.policy import Errnos
+from ipsecgate.core.model.value import value
 
 Value = str | bool | tuple[str, ...]
 
@@ -28,7 +28,7 @@ ERRNOS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Key:
     """One key of a table.
 
@@ -53,7 +53,7 @@ class Key:
         return f"for example: {self.name} = {toml(value)}"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Section:
     """One table of the configuration, or an array of tables."""
 

@@ -23,13 +23,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ipsecgate import trust
+from ipsecgate.core.model.value import value
 from ipsecgate.errors import GateError
 
 ID = re.compile(r"[0-9a-f]{64}")
@@ -47,7 +48,7 @@ Unread = dict[Path, str]
 """The files that cannot be read, each with the reason."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Container:
     """A container as its runtime describes it.
 
@@ -61,7 +62,7 @@ class Container:
     pod: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Places:
     """Where the runtimes keep their state."""
 
