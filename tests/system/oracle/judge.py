@@ -178,7 +178,12 @@ class Judge:
         return found
 
     def made(self, here: Caller, there: Caller, world: World) -> list[tuple[str, Sent, list[str]]]:
-        """Make the world's calls; return each result, what was sent, and which counters moved."""
+        """Make the world's calls; return each result, what was sent, and which counters moved.
+
+        Connections are forgotten before: one of the container's that got the source and port of
+        the host's own would make NAT change that port.
+        """
+        self.namespaces.container.forget()
         own = iter(self.batch(here, [c for c in world.calls if not c.inside], world))
         self.namespaces.container.forget()
         inner = iter(self.batch(there, [c for c in world.calls if c.inside], world))
