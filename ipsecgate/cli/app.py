@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ipsecgate.cli import complete
 from ipsecgate.cli.messages import console, explain, width_of, wrapped
 from ipsecgate.cli.verbs import Verbs
 from ipsecgate.errors import GateError
@@ -77,6 +76,12 @@ class _OneLine(logging.Formatter):
         return printable_lines(super().formatException(ei))
 
 
+def _instances(context: click.Context, parameter: click.Parameter, typed: str) -> list[Any]:
+    from ipsecgate.cli import complete  # noqa: PLC0415 - a start has no use for it
+
+    return complete.instances(context, parameter, typed)
+
+
 @click.command(
     cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "IPSECGATE"},
@@ -102,7 +107,7 @@ class _OneLine(logging.Formatter):
     "-i",
     default=DEFAULT_INSTANCE,
     metavar="NAME",
-    shell_complete=complete.instances,
+    shell_complete=_instances,
     help="Use the instance NAME. A host needs one for each network namespace with gated processes.",
 )
 @click.option("--bpffs", type=click.Path(path_type=Path), default=Path("/sys/fs/bpf"), hidden=True)

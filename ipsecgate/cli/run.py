@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from importlib.util import find_spec, module_from_spec
@@ -34,6 +35,7 @@ def run(app: App) -> None:
     """
     if native_journal.is_journal():
         logging.getLogger().handlers = [native_journal.NativeJournal(app.paths.instance)]
+    gc.disable()  # while modules are imported: a twentieth of the start; see controller.garbage
     _skip_package_init("vici")
     _leave_out("ssl", "_hashlib")
     import asyncio  # noqa: PLC0415

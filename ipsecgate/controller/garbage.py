@@ -17,9 +17,10 @@ class Garbage:
     """The settings of Python's collector. Call `freeze` between steps, `collect` now and then."""
 
     def __init__(self) -> None:
-        gc.collect()  # what importing has left
+        # To collect what importing has left, 0.3 MiB, would take 10 ms of the start.
         gc.freeze()
         gc.set_threshold(NEW, NEVER, NEVER)
+        gc.enable()
 
     def freeze(self) -> None:
         """Freeze what is there, if much of it is new."""
