@@ -59,11 +59,13 @@ def nets(*texts: str) -> tuple[Network, ...]:
     return tuple(ip_network(text) for text in texts)
 
 
-def connected_source(destination: Address) -> Address | None:
+def connected_source(destination: Address, device: str = "") -> Address | None:
     """Return the source that an application would get, None if connect() fails."""
     family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        if device:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
         try:
             sock.connect((str(destination), 9))
         except OSError:
@@ -263,3 +265,38 @@ async def test_nothing_is_reported_before_destinations_are_known() -> None:
 
     await until(lambda: origins() == {HOST, Origin(mark=7)})
     run.cancel()
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "resolved"),
+    [
+        (("2001:db8::9",), "2001:db8::9", "2001:db8::9"),
+        (("2001:db8::9",), "2001:db8::1", None),
+        (("2001:db8::9", "2001:db8::8"), "2001:db8::9", None),
+    ],
+)
+async def test_a_route_out_of_a_vrf_gives_ipv6_sockets_no_uncertain_source(
+    own: tuple[str, ...], named: str, resolved: str | None
+) -> None:
+    to = ip_address("2001:db8:b::1")
+    for command in (
+        "link add red type vrf table 108",
+        "link set red up",
+        *(f"-6 address add {one}/128 dev red nodad" for one in own),
+        f"-6 route add 2001:db8:b::/64 via 2001:db8::2 dev d0 src {named} table 108",
+    ):
+        ip(command)
+    red = Origin(device=socket.if_nametoindex("red"))
+    found: asyncio.Queue[Found] = asyncio.Queue()
+    routes = Routes(found.put_nowait)
+    routes.follow(nets("2001:db8:b::/64"))
+    routes.follow_origin(red)
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(routes.run())
+        event = await asyncio.wait_for(found.get(), 60)
+        running.cancel()
+    assert isinstance(event, PathsResolved)
+    assert event.origin == red
+    source = lookup(event.paths, to)
+    assert source == (ip_address(resolved) if resolved else None)
+    assert source in (None, connected_source(to, "red"))
