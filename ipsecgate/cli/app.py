@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ipsecgate.edges.host.config import Config
 
 
+# Not checked by click: /sys/fs/bpf is for root only, and a verb says better that it needs root.
+FOLDER = click.Path(path_type=Path, readable=False)
 COMPLETING = "_IPSECGATE_COMPLETE"  # set by the completion of a shell
 
 
@@ -110,16 +112,9 @@ def _instances(context: click.Context, parameter: click.Parameter, typed: str) -
     shell_complete=_instances,
     help="Use the instance NAME. A host needs one for each network namespace with gated processes.",
 )
-@click.option("--bpffs", type=click.Path(path_type=Path), default=Path("/sys/fs/bpf"), hidden=True)
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), default=Path("/run/ipsecgate"), hidden=True
-)
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path),
-    default=Path("/var/cache/ipsecgate"),
-    hidden=True,
-)
+@click.option("--bpffs", type=FOLDER, default=Path("/sys/fs/bpf"), hidden=True)
+@click.option("--run-dir", type=FOLDER, default=Path("/run/ipsecgate"), hidden=True)
+@click.option("--cache-dir", type=FOLDER, default=Path("/var/cache/ipsecgate"), hidden=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the result, or the error, as JSON.")
 @click.option(
     "--verbose", "-v", is_flag=True, help="Log debug messages, and show the traceback of an error."

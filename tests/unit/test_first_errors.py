@@ -46,7 +46,12 @@ def run(folder: Path, launcher: Sequence[str], *arguments: str) -> subprocess.Co
         "reload",
     ],
 )
-def test_another_user_is_told_to_be_root(tmp_path: Path, words: str) -> None:
+def test_another_user_is_told_to_be_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    private = tmp_path / "bpf"  # systemd mounts bpffs like that
+    private.mkdir(mode=0o700)
+    monkeypatch.setenv("IPSECGATE_BPFFS", str(private))
     done = run(tmp_path, AS_NOBODY, *words.split())
     verb = words.split(maxsplit=1)[0]
     assert done.returncode == 1
