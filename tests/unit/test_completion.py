@@ -106,7 +106,7 @@ def environment(place: Path) -> dict[str, str]:
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "HOME": str(place), "TERM": "xterm", "LC_ALL": "C.UTF-8", "IPSECGATE_BPFFS": f"{place}/bpf",
         "IPSECGATE_RUN_DIR": f"{place}/run", "IPSECGATE_CACHE_DIR": f"{place}/cache",
-        "IPSECGATE_CONFIG": f"{place}/none.toml",
+        "IPSECGATE_CONFIG": f"{place}/none.toml", "XDG_RUNTIME_DIR": str(place),  # of fish
     }  # fmt: skip
 
 

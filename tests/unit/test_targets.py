@@ -50,7 +50,7 @@ async def test_a_failed_cleanup_of_pins_does_not_stop_a_reload(
         raise GateError("prune: Too many open files")
 
     monkeypatch.setattr(loader, "prune", prune)
-    targets = Targets(Paths(run=tmp_path / "run"), [str(old)])
+    targets = Targets(Paths(run=tmp_path / "run", cache=tmp_path / "cache"), [str(old)])
     await targets.scan()
     assert attached == {old}
     await targets.change([str(new)])
@@ -80,7 +80,9 @@ async def test_all_containers_with_a_label_are_gated_as_they_come(
 ) -> None:
     one, two = run("one", tier="web"), run("two", tier="web", other="x")
     run("three", tier="db")
-    targets = Targets(Paths(run=tmp_path / "run"), ["label:tier=web", "label:zone"])
+    targets = Targets(
+        Paths(run=tmp_path / "run", cache=tmp_path / "cache"), ["label:tier=web", "label:zone"]
+    )
     await targets.scan()
     assert attached == {one, two}
     (missing,) = targets.errors
@@ -105,7 +107,7 @@ async def test_a_file_of_a_runtime_that_cannot_be_read_is_an_error_until_it_can(
     file = tmp_path / "bundles/default/one/config.json"
     text = file.read_text()
     file.write_text(text[:-9])
-    targets = Targets(Paths(run=tmp_path / "run"), ["label:tier=web"])
+    targets = Targets(Paths(run=tmp_path / "run", cache=tmp_path / "cache"), ["label:tier=web"])
     await targets.scan()
     targets._appeared(path)
     missing, unread = targets.errors
