@@ -9,22 +9,23 @@ from typing import Any
 
 from ipsecgate.core.codec import forwarding, links, netlink
 from ipsecgate.core.model.namespace import DeviceAddress, Link, Route
+from ipsecgate.core.model.prefixes import as_prefix
 from tests.fuzz.engine import Target
 from tests.fuzz.kernel import FAMILIES, address
 from tests.unit import xfrm_bytes as raw
 
 
 class Namespaces(Target):
-    """Links, their addresses and queueing disciplines, namespaces' ids, and packets' routes."""
+    """Links, their addresses and queueing disciplines, labels, namespaces' ids, packets' routes."""
 
     name = "namespaces"
     refusals = (netlink.DecodeError,)
     words = (*FAMILIES, b"veth\0", b"clsact\0", b"ingress\0",
-             *(struct.pack("=H", kind) for kind in (16, 20, 24, 36, 88)))  # fmt: skip
+             *(struct.pack("=H", kind) for kind in (16, 20, 24, 36, 72, 88)))  # fmt: skip
 
     def real(self, random: Random) -> tuple[bytes, Any]:
-        kinds = (self._link, self._address, self._route, self._qdisc, self._nsid)
-        return random.choice(kinds)(random)
+        of_links = (self._link, self._address, self._label, self._qdisc)
+        return random.choice((*of_links, self._route, self._nsid))(random)
 
     def _link(self, random: Random) -> tuple[bytes, Any]:
         index, peer, master = (random.randrange(1, 9) for _ in range(3))
@@ -39,7 +40,7 @@ class Namespaces(Target):
         if netns is not None:
             body += raw.attribute(37, struct.pack("=i", netns))
         link = Link(index, "eth0", driver, peer, netns, master, loops, not loops, program)
-        return raw.message(16, body), ([link], [], [], [], [])
+        return raw.message(16, body), ([link], [], [], [], [], [])
 
     def _address(self, random: Random) -> tuple[bytes, Any]:
         version, index = random.choice((4, 6)), random.randrange(1, 9)
@@ -60,7 +61,7 @@ class Namespaces(Target):
             is_secondary=version == 4 and flags == 1,
             is_usable=version == 4 or flags not in (0x20, 0x40),
         )
-        return raw.message(20, body), ([], [], [], [], [meant])
+        return raw.message(20, body), ([], [], [], [], [meant], [])
 
     def _route(self, random: Random) -> tuple[bytes, Any]:
         version, is_local = random.choice((4, 6)), random.random() < 0.5
@@ -74,18 +75,25 @@ class Namespaces(Target):
             body += raw.attribute(18, struct.pack("=H", 10) + gateway.packed)
         else:
             body += raw.attribute(5, gateway.packed)
-        return raw.message(24, body), ([], [Route(link, source, gateway, is_local)], [], [], [])
+        return raw.message(24, body), ([], [Route(link, source, gateway, is_local)], [], [], [], [])
 
     def _qdisc(self, random: Random) -> tuple[bytes, Any]:
         index, kind = random.randrange(1, 9), random.choice(("clsact", "ingress", "noqueue"))
         body = struct.pack("=BxHiIII", 0, 0, index, 0, 0, 0)
         body += raw.attribute(1, kind.encode() + b"\0")
-        return raw.message(36, body), ([], [], [index] if kind != "noqueue" else [], [], [])
+        return raw.message(36, body), ([], [], [index] if kind != "noqueue" else [], [], [], [])
 
     def _nsid(self, random: Random) -> tuple[bytes, Any]:
         number = random.choice((-1, 0, 7))
         body = struct.pack("=Bxxx", 0) + raw.attribute(1, struct.pack("=i", number))
-        return raw.message(88, body), ([], [], [], [number], [])
+        return raw.message(88, body), ([], [], [], [number], [], [])
+
+    def _label(self, random: Random) -> tuple[bytes, Any]:
+        prefix = ip_network((random.getrandbits(128), random.randrange(129)), strict=False)
+        body = struct.pack("=BxBBII", raw.FAMILY[6], prefix.prefixlen, 0, 0, 0)
+        body += raw.attribute(1, prefix.network_address.packed)
+        body += raw.attribute(2, struct.pack("=I", random.randrange(20)))
+        return raw.message(72, body), ([], [], [], [], [], [as_prefix(prefix)])
 
     def feed(self, data: bytes) -> Any:
         return (
@@ -94,4 +102,5 @@ class Namespaces(Target):
             list(links.decode_ingress(data)),
             list(links.decode_nsid(data)),
             list(links.decode_addresses(data)),
+            list(links.decode_labels(data)),
         )

@@ -203,11 +203,26 @@ async def test_the_source_for_one_destination_is_that_of_connect(
     assert str(found) in sources
 
 
+def random_addresses(dice: random.Random) -> list[ipaddress.IPv6Interface]:
+    """Return addresses between which an IPv6 socket's destination decides."""
+    found = {}
+    for _ in range(dice.randrange(8)):
+        base, fixed = dice.choice(
+            ((0x20010DB80002, 48), (0x20010DB80007, 48), (0xFD, 8), (0x2002, 16), (0x20010000, 32))
+        )
+        rest = dice.getrandbits(16) << 112 - fixed | dice.getrandbits(64) | 1
+        address = ipaddress.IPv6Address(base << 128 - fixed | rest)
+        found[address] = ipaddress.IPv6Interface((address, dice.choice((48, 64, 64, 128))))
+    return list(found.values())
+
+
 @pytest.mark.parametrize("seed", random.sample(range(2**32), 3))
 async def test_resolved_sources_are_those_that_connect_chooses(seed: int) -> None:
-    """Random routes, rules and destinations, compared with connect() and getsockname()."""
+    """Random routes, rules, addresses and destinations, compared with connect()."""
     dice = random.Random(seed)
-    destinations = nets("10.0.0.0/8", "10.2.0.0/16", "2001:db8:2::/48", "0.0.0.0/0")
+    destinations = nets("10.0.0.0/8", "10.2.0.0/16", "2001:db8:2::/48", "0.0.0.0/0", "::/0")
+    own = random_addresses(dice)
+    batch([f"address add {one} dev {dice.choice(('d0', 'd1'))} nodad" for one in own])
     ways = [
         *("dev d0", "dev d1", "via 192.0.2.254", "dev d0 src 192.0.2.9", "via 198.51.100.9"),
     ]
@@ -235,14 +250,17 @@ async def test_resolved_sources_are_those_that_connect_chooses(seed: int) -> Non
     assert len(sources) > 3
     edges = [net.network_address for net in await routes.prefixes()]
     edges += [net.broadcast_address for net in await routes.prefixes()]
-    last = ip_address("255.255.255.255")
-    inner = [address for address in edges if int(address) > 2**24 and address != last]
+    last = [ip_address("255.255.255.255"), ip_address(2**128 - 1)]
+    inner = [address for address in edges if int(address) > 2**24 and address not in last]
     near = [address + step for address in inner for step in (-1, 0, 1)]
-    somewhere = [ip_address(10 << 24 | dice.getrandbits(24)) for _ in range(500)]
+    somewhere: list[Address] = [ip_address(10 << 24 | dice.getrandbits(24)) for _ in range(500)]
+    for one in own:  # as far from an address of ours as chance has it
+        flips = [1 << dice.randrange(128) for _ in range(50)]
+        somewhere += [ip_address(int(one.ip) ^ flip ^ dice.getrandbits(16)) for flip in flips]
     tried = 0
     for address in (*near, *somewhere):
         ours = any(address in net for net in destinations)
-        special = address.is_multicast or address.is_reserved
+        special = address.is_multicast or address.is_reserved or address.is_link_local
         if ours and not special:
             assert lookup(sources, address) == connected_source(address), address
             tried += 1

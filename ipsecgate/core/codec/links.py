@@ -3,8 +3,8 @@
 Rules of this module: bytes in, values out; it opens no socket. An id of a namespace (nsid) is a
 number that one namespace has for another, so it means something only where it was read.
 
-Source: linux/if_link.h, linux/if_addr.h, linux/rtnetlink.h (struct ifinfomsg, tcmsg),
-linux/net_namespace.h.
+Source: linux/if_link.h, linux/if_addr.h, linux/if_addrlabel.h, linux/net_namespace.h,
+linux/rtnetlink.h (struct ifinfomsg, tcmsg).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from socket import AF_INET, AF_INET6
 from ipsecgate.core.codec.netlink import Message, Span, encode_dump, encode_request, messages
 from ipsecgate.core.model.flow import Address
 from ipsecgate.core.model.namespace import DeviceAddress, Link
+from ipsecgate.core.model.prefixes import WIDTH, Prefix, as_prefix
 
 NEWLINK, GETLINK = 16, 18
 NEWADDR, GETADDR = 20, 22
 NEWQDISC, GETQDISC = 36, 38
+NEWADDRLABEL, GETADDRLABEL = 72, 74
 NEWNSID, GETNSID = 88, 90
 IFF_UP, IFF_LOOPBACK = 0x1, 0x8
 IFLA_IFNAME, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO = 3, 5, 10, 18
@@ -28,6 +30,7 @@ IFLA_LINK_NETNSID, IFLA_XDP = 37, 43
 IFLA_INFO_KIND, IFLA_XDP_ATTACHED = 1, 2
 NETNSA_NSID, NETNSA_FD = 1, 3
 TCA_KIND = 1
+IFAL_ADDRESS = 1
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 IFA_F_SECONDARY, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x01, 0x08, 0x20, 0x40
 UNUSABLE = IFA_F_DADFAILED | IFA_F_DEPRECATED | IFA_F_TENTATIVE
@@ -37,6 +40,7 @@ INGRESS = frozenset({"ingress", "clsact"})
 _LINK = struct.Struct("=BxHiII")  # family, device type, index, flags, changed flags
 _TC = struct.Struct("=BxHiIII")  # family, index, handle, parent, info
 _ADDRESS = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
+_LABEL = struct.Struct("=BxBBII")  # family, prefix length, flags, index, sequence
 _GENERIC = struct.Struct("=Bxxx")  # family
 _NUMBER = struct.Struct("=i")
 
@@ -49,6 +53,11 @@ def encode_link_dump(sequence: int) -> bytes:
 def encode_address_dump(sequence: int) -> bytes:
     """Encode RTM_GETADDR for the addresses of all links and families."""
     return encode_dump(GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0), sequence)
+
+
+def encode_label_dump(sequence: int) -> bytes:
+    """Encode RTM_GETADDRLABEL for the labels of IPv6 addresses (`ip addrlabel`)."""
+    return encode_dump(GETADDRLABEL, _LABEL.pack(AF_INET6, 0, 0, 0, 0), sequence)
 
 
 def encode_qdisc_dump(sequence: int) -> bytes:
@@ -107,6 +116,19 @@ def decode_addresses(datagram: bytes) -> Iterator[DeviceAddress]:
             is_secondary=family == AF_INET and bool(flags & IFA_F_SECONDARY),
             is_usable=family == AF_INET or not flags & UNUSABLE,
         )
+
+
+def decode_labels(datagram: bytes) -> Iterator[Prefix]:
+    """Yield the prefixes that have a label in a datagram of a dump. Raises: DecodeError."""
+    for message in messages(datagram):
+        if message.type != NEWADDRLABEL:
+            continue
+        at = message.structure(_LABEL.size, "ifaddrlblmsg")
+        family, bits, *_ = _LABEL.unpack_from(message.data, at)
+        address = _address(message, message.attributes(_LABEL.size), IFAL_ADDRESS, AF_INET6)
+        if family != AF_INET6 or address is None or bits > WIDTH[6]:
+            raise message.bad("label", at)
+        yield as_prefix(ip_network((address, bits), strict=False))
 
 
 def decode_ingress(datagram: bytes) -> Iterator[int]:

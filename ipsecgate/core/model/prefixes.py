@@ -1,7 +1,8 @@
 """Longest-prefix tables, and which destinations to query to build one that agrees with the kernel.
 
 The kernel chooses the source address of an unbound socket by the most specific route. Within a
-protected network the choice can therefore change only where a route or a rule begins. One query
+protected network the choice can therefore change only where a route or a rule begins, and for IPv6
+where `source_selection` says. One query
 for each such network, at an address that no smaller network contains, gives a longest-prefix
 table that agrees with the kernel everywhere.
 

@@ -10,8 +10,10 @@ from socket import AF_INET, AF_INET6
 from ipsecgate.core.codec.links import (
     decode_addresses,
     decode_ingress,
+    decode_labels,
     decode_links,
     encode_address_dump,
+    encode_label_dump,
     encode_link_dump,
     encode_qdisc_dump,
 )
@@ -26,6 +28,7 @@ from ipsecgate.core.codec.rtnetlink import (
 from ipsecgate.core.model.flow import Network
 from ipsecgate.core.model.namespace import DeviceAddress, Link
 from ipsecgate.core.model.prefixes import Prefix, PrefixSet
+from ipsecgate.core.model.source_selection import boundaries
 from ipsecgate.core.model.value import value
 from ipsecgate.core.nat.translation import Nat
 from ipsecgate.edges.kernel.namespaces import Namespace
@@ -121,8 +124,8 @@ async def prefixes_in(
 ) -> frozenset[Prefix]:
     """Return the prefixes inside the followed networks at which the answer can change.
 
-    These are the destinations of routes and rules. `on_rules` gets the datagrams of the rules.
-    Raises: OSError, DecodeError.
+    These are the destinations of routes and rules, and those at which IPv6 may choose another of
+    its addresses. `on_rules` gets the datagrams of the rules. Raises: OSError, DecodeError.
     """
 
     def routes(datagram: bytes) -> list[Prefix]:
@@ -141,4 +144,8 @@ async def prefixes_in(
                 if error.errno != errno.EAFNOSUPPORT:
                     raise
                 # The kernel has no IPv6, or its module is not loaded: it routes none.
+    addresses = await requests.dump(encode_address_dump, decode_addresses)
+    if any(item.address.version == 6 for item in addresses):
+        labels = await requests.dump(encode_label_dump, decode_labels)
+        found.update(filter(followed.contains, boundaries(addresses, labels)))
     return frozenset(found)

@@ -153,8 +153,8 @@ class Routes:
     async def prefixes(self) -> set[Network]:
         """Return the networks inside the followed destinations at which the answer can change.
 
-        These are the routes of all tables, including the addresses in the local table, and the
-        `to` selectors of rules. Raises: OSError, DecodeError.
+        These are the routes of all tables, including the addresses in the local table, the `to`
+        selectors of rules, and what `prefixes_in` adds. Raises: OSError, DecodeError.
         """
         async with Requests(NETLINK_ROUTE) as requests:
             return (await self._prefixes(requests))[0]
