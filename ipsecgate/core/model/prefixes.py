@@ -2,9 +2,8 @@
 
 The kernel chooses the source address of an unbound socket by the most specific route. Within a
 protected network the choice can therefore change only where a route or a rule begins, and for IPv6
-where `source_selection` says. One query
-for each such network, at an address that no smaller network contains, gives a longest-prefix
-table that agrees with the kernel everywhere.
+where `source_selection` says. One query for each such network, at an address that no smaller
+network contains, gives a longest-prefix table that agrees with the kernel everywhere.
 
 Rules of this module: a table of routes can be long, so networks are plain tuples here (`Prefix`),
 and each algorithm is one sort and one sweep. In that order a network comes right before the
