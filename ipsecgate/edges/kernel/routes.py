@@ -13,8 +13,8 @@ Rules of this module:
 - When a TUN device loses its route, report its destinations as outside it at once, before asking
   the kernel which route replaces it: until then the flow would leave in the clear.
 
-Answers hold for flows of root. Rules by user, port or protocol are not supported, nor are sources
-that differ between the next hops of one route.
+Answers hold for flows of root. Rules by user, port, protocol or type of service are not supported,
+nor are sources that differ between the next hops of one route.
 """
 
 from __future__ import annotations
