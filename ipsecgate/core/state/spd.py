@@ -107,6 +107,11 @@ def _rank(entry: SpdEntry, stage: _Stage, steps: int = 0) -> int:
     return (entry.priority << _STAGE_BITS | stage) << _DEADLINE_BITS | steps
 
 
+def priority_of(rank: int) -> int:
+    """Return the priority of the policy whose rule has this rank."""
+    return rank >> _STAGE_BITS + _DEADLINE_BITS
+
+
 def rules_of(entry: SpdEntry, sas_of: SasOf, negotiated: Negotiated = unrestricted) -> list[Rule]:
     """Return a policy's rules, with their ranks: the regions where it protects, and the rest."""
     region = region_of(entry.key)

@@ -237,8 +237,19 @@ class Tables(Maps):
             self.raise_generation()
         return wait
 
-    async def close_tagged(self, tags: Container[int]) -> None:
-        """Close the flows that are open because of the SAs with these tags (`Entry.id`).
+    async def tagged(self, tags: Container[int]) -> dict[Ternary, Entry]:
+        """Return the flows that are open because of the SAs with these tags (`Entry.id`)."""
+        found: dict[Ternary, Entry] = {}
+        for part in self.store.with_ids(tags):
+            await let_others_run()
+            for number in part:
+                match, entry = self._live_entry(number, tags)
+                if match is not None and entry is not None:
+                    found[match] = entry
+        return found
+
+    async def close_tagged(self, tags: Container[int], but: Container[Ternary] = ()) -> None:
+        """Close the flows that are open because of the SAs with these tags, `but` for some.
 
         This is for a table of which only a predecessor knew why its entries are live.
         Raises: OSError.
@@ -247,20 +258,29 @@ class Tables(Maps):
             await let_others_run()
             for some in parts_of(part):
                 for number in some:
-                    self._close_tagged(number, tags)
+                    self._close_tagged(number, tags, but)
                 self.raise_generation()
                 await let_others_run()
 
-    def _close_tagged(self, number: int, tags: Container[int]) -> None:
-        raw, image = self.store.raw(number), self.images[TableId.SPD]
-        key = packed.key_of_entry(raw)
-        if layout.unpack_key(key)[0] != TableId.SPD:
+    def _close_tagged(self, number: int, tags: Container[int], but: Container[Ternary]) -> None:
+        raw = self.store.raw(number)
+        match, entry = self._live_entry(number, tags)
+        if match in but or layout.unpack_key(packed.key_of_entry(raw))[0] != TableId.SPD:
             return
         self.store.correct_entry(number, packed.without_sas(raw, tags))
-        match = image.match_of(key)
+        if match is not None and entry is not None:
+            self.images[TableId.SPD].table.put(match, replace(entry, state=State.DEAD))
+
+    def _live_entry(self, number: int, tags: Container[int]) -> tuple[Ternary | None, Entry | None]:
+        """Return an entry of the SPD table that is live because of one of these SAs.
+
+        None for its region while that is not known yet, and for one that is not live.
+        """
+        key, image = packed.key_of_entry(self.store.raw(number)), self.images[TableId.SPD]
+        match = image.match_of(key) if layout.unpack_key(key)[0] == TableId.SPD else None
         entry = None if match is None else image.table.get(match)
-        if match is not None and entry is not None and _is_live(entry) and entry.id in tags:
-            image.table.put(match, replace(entry, state=State.DEAD))
+        is_it = entry is not None and _is_live(entry) and entry.id in tags
+        return (match, entry) if is_it else (None, None)
 
     def withdraw(self, table: TableId) -> None:
         """Make the hooks find nothing in a table, at once; this needs no memory in the kernel.
