@@ -12,6 +12,7 @@ from ipsecgate.core.model.nat import (
     AddressType,
     Anything,
     BaseChain,
+    Bits,
     ChainName,
     Code,
     Device,
@@ -204,6 +205,24 @@ def test_more_bytes_than_were_loaded_name_nothing(
     load: Load, compared: int, named: set[Network] | None
 ) -> None:
     rule = Rule((load, Within(0, compared, ((0, 0),)), MASQUERADE))
+    ruleset = Ruleset((BASE,), {(TABLE, "post"): (rule,)})
+    assert Mentions(ruleset, Hook.POSTROUTING, 4).networks == named
+
+
+@pytest.mark.parametrize(
+    ("mask", "compared", "named"),
+    [
+        (b"\xff\xff", 4, None),
+        (b"\xff\0\0\0", 2, {ip_network("10.0.0.0/8")}),
+        (b"\xff\xff\xff\0", 2, {ip_network("10.0.0.0/16")}),
+    ],
+)
+def test_a_mask_or_a_comparison_of_fewer_bytes_names_no_less(
+    mask: bytes, compared: int, named: set[Network] | None
+) -> None:
+    low = 10 << 8 * (compared - 1)
+    masked = Bits(0, 0, mask, bytes(len(mask)))
+    rule = Rule((Load(0, Field.NETWORK, 4, 16), masked, Within(0, compared, ((low, low),))))
     ruleset = Ruleset((BASE,), {(TABLE, "post"): (rule,)})
     assert Mentions(ruleset, Hook.POSTROUTING, 4).networks == named
 

@@ -10,7 +10,7 @@ import pytest
 
 from ipsecgate.core.model.namespace import DeviceAddress
 from ipsecgate.core.model.prefixes import Prefix, as_network, as_prefix
-from ipsecgate.core.model.source_selection import boundaries
+from ipsecgate.core.model.source_selection import SCOPES, boundaries
 
 # Those of Linux; source: ip6addrlbl_init_table.
 LABELS = tuple(
@@ -20,11 +20,12 @@ LABELS = tuple(
         *("::ffff:0:0/96", "::/96", "::1/128"),
     )
 )
-BASES = [int(IPv6Address(text)) for text in ("2001:db8::", "2001:db8:8000::", "fd00::", "2002::")]
+OWN = ("2001:db8::", "2001:db8:8000::", "fd00::", "2002::", "fec0::")
+BASES = [int(IPv6Address(text)) for text in OWN]
 
 
-def held(interface: IPv6Interface, *, is_global: bool = True) -> DeviceAddress:
-    return DeviceAddress(2, interface.ip, interface.network, is_global=is_global)
+def held(interface: IPv6Interface) -> DeviceAddress:
+    return DeviceAddress(2, interface.ip, interface.network)
 
 
 def label(address: int) -> int:
@@ -36,11 +37,12 @@ def label(address: int) -> int:
 
 
 def chosen(own: Sequence[IPv6Interface], destination: int) -> IPv6Interface:
-    """Return the source by rules 6 and 8 of RFC 6724; the first of equals."""
+    """Return the source by rules 2, 6 and 8 of RFC 6724; the first of equals."""
 
-    def score(one: IPv6Interface) -> tuple[bool, int]:
+    def score(one: IPv6Interface) -> tuple[bool, bool, int]:
         common = 128 - (int(one.ip) ^ destination).bit_length()
-        return label(int(one.ip)) == label(destination), min(common, one.network.prefixlen)
+        local = one.ip.is_site_local == IPv6Address(destination).is_site_local
+        return local, label(int(one.ip)) == label(destination), min(common, one.network.prefixlen)
 
     return max(own, key=score)
 
@@ -65,16 +67,17 @@ def test_between_two_boundaries_the_choice_is_the_same(seed: int) -> None:
         assert choices.setdefault(around(found, destination), choice) == choice
 
 
-def test_one_address_leaves_no_choice() -> None:
-    only = held(IPv6Interface("2001:db8::1/64"))
-    on_link = held(IPv6Interface("fe80::1/64"), is_global=False)
+def test_one_address_leaves_a_choice_only_by_scope() -> None:
+    only, on_link = (held(IPv6Interface(text)) for text in ("2001:db8::1/64", "fe80::1/64"))
     version_4 = DeviceAddress(2, IPv4Address("192.0.2.1"), IPv4Network("192.0.2.0/24"))
-    assert boundaries((only, on_link, version_4, only), LABELS) == set()
+    assert boundaries((only, on_link, version_4, only), LABELS) == SCOPES
+    assert boundaries((on_link, version_4), LABELS) == set()
 
 
 def test_two_addresses_differ_behind_what_they_share() -> None:
     own = [held(IPv6Interface(text)) for text in ("2001:db8:1::1/64", "2001:db8:2::1/64")]
-    assert {str(as_network(one)) for one in boundaries(own, ())} == {
+    assert {str(as_network(one)) for one in boundaries(own, ()) - SCOPES} == {
+        "2001:10::/28",
         "2001:db8::/47",
         "2001:db8:2::/47",
     }

@@ -144,6 +144,9 @@ def no_path(flow: Flow, routed: Routed) -> Problem:
     if routed.path is not None and routed.path.source is not None:
         text = f"{flow.saddr}, but routing may lead it elsewhere than {routed.path.source}"
         return Problem(text, f"bind the socket to {routed.path.source}, or to no address")
+    if flow.device and flow.daddr.version == 6 and not flow.netns:
+        text = "unknown: routing has no way to this destination, or out of the device's VRF"
+        return Problem(text, "bind the socket to an address, or give the route the VRF's as `src`")
     advice = f"see `ip route get {flow.daddr}`, or bind the socket to an address"
     return Problem("unknown: routing has no way to this destination", advice)
 

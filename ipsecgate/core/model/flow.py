@@ -64,11 +64,11 @@ HOST = Origin()
 class FlowPath:
     """Where routing leads the flows of an origin to a destination.
 
-    `source`: the address that an unbound socket gets, None: there is no route. The kernel looks up
-    the SPD for the flow as it begins. The other fields are for a second look-up: behind an XFRM
-    interface with this `if_id`, behind a VTI with this `mark`, and once the host has made
-    `translated` the source, by the `rule` that is named. `outside` says in words why the SPD is
-    never asked, "" if it is.
+    `source`: the address that an unbound socket gets, None: there is no route, or it is uncertain.
+    The kernel looks up the SPD for the flow as it begins. The other fields are for a second
+    look-up: behind an XFRM interface with this `if_id`, behind a VTI with this `mark`, and once the
+    host has made `translated` the source, by the `rule` that is named. `outside` says in words why
+    the SPD is never asked, "" if it is.
     """
 
     source: Address | None

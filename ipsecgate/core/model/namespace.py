@@ -151,31 +151,33 @@ def masquerade_address(
     return next(near, usable[0].address if usable else None)
 
 
-def source_in_vrf(
-    source: Address,
-    device: int,
-    link: int,
-    links: Mapping[int, Link],
-    addresses: Iterable[DeviceAddress],
-) -> Address | None:
-    """Return the source of an IPv6 socket that is bound to a device, None if it is not certain.
+@value
+class Neighbours:
+    """The links of a namespace by index, and their addresses."""
 
-    `source`: of the route, which leaves by `link`. If the route leaves the device's VRF, Linux 6.10
-    takes an address of the VRF, older ones that of the route: it is certain if both are the same.
-    Source: ip6_route_get_saddr(), ipv6_dev_get_saddr().
-    """
-    vrf = _vrf_of(device, links)
-    if not vrf or _vrf_of(link, links) == vrf:
-        return source
-    own = {
-        item.address
-        for item in addresses
-        if _vrf_of(item.link, links) == vrf
-        and item.address.version == 6
-        and item.is_global
-        and item.is_usable
-    }
-    return source if own == {source} else None
+    links: Mapping[int, Link]
+    addresses: tuple[DeviceAddress, ...]
+
+    def source(self, routed: Address, device: int, link: int) -> Address | None:
+        """Return the source of an IPv6 socket that is bound to a device, None if it is not certain.
+
+        `routed`: the source of the route, which leaves by `link`. If it leaves the VRF of the
+        device, Linux 6.11 takes an address of the VRF, as do stable kernels since August 2024;
+        older ones take that of the route. So it is certain if both are the same.
+        Source: ip6_route_get_saddr(), ipv6_dev_get_saddr().
+        """
+        vrf = _vrf_of(device, self.links)
+        if not vrf or _vrf_of(link, self.links) == vrf:
+            return routed
+        own = {
+            item.address
+            for item in self.addresses
+            if _vrf_of(item.link, self.links) == vrf
+            and item.address.version == 6
+            and item.is_global
+            and item.is_usable
+        }
+        return routed if own == {routed} else None
 
 
 def _vrf_of(index: int, links: Mapping[int, Link]) -> int:

@@ -14,7 +14,7 @@ def value(cls: type[T]) -> type[T]:
 
     mypy sees to the latter. With `frozen` Python would, but then an instance takes three times as
     long to make, and so does the class; a hub has a million instances. All classes share one
-    `__repr__`, because a start makes two hundred of them.
+    `__repr__`: to make one for each of two hundred classes would slow the start.
     """
     own = vars(cls).keys()
     if "__repr__" not in own:

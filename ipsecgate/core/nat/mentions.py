@@ -250,8 +250,8 @@ class _Loaded:
 
     def widened(self, low: int, high: int, size: int) -> Range:
         """Return the values of the whole part whose first bytes lie between two."""
-        rest = 8 * (self.whole - size)
-        return low << rest, (high | self.hidden) << rest | (1 << rest) - 1
+        rest, hidden = 8 * (self.whole - size), self.hidden >> 8 * (self.size - size)
+        return low << rest, (high | hidden) << rest | (1 << rest) - 1
 
 
 def _single(ends: Range) -> int:
@@ -277,7 +277,8 @@ def _load(loads: dict[int, _Loaded], expression: Load | Constant | Bits | Swap, 
                 return
             bits = int.from_bytes(mask, "big")
             hidden = ~bits & (1 << 8 * len(mask)) - 1
-            if any(xor) or hidden & hidden + 1:  # not the first so many bits
+            is_first_bits = not hidden & hidden + 1
+            if any(xor) or not is_first_bits or len(mask) != loaded.size:
                 if loaded.part is Part.DADDR:
                     raise TooMuchError
                 loads[to] = _Loaded(None, len(mask))

@@ -36,7 +36,7 @@ from ipsecgate.errors import GateError
 ID = re.compile(r"[0-9a-f]{64}")
 DATABASE = "db.sql"  # of podman 5
 LIMIT = 16 << 20  # bytes of a file
-NAME_MAX, PATH_MAX = 255, 4000  # bytes of a cgroup's name and path, which is below /sys/fs/cgroup
+NAME_MAX, PATH_MAX = 255, 4000  # bytes; Linux allows 4096 with the place of the hierarchy
 PATIENCE = 1.0  # seconds for podman's database
 NAMES = ("nerdctl/name", "io.kubernetes.cri.container-name", "io.kubernetes.container.name")
 PODS = (

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -47,7 +47,7 @@ from ipsecgate.core.codec.rtnetlink import (
 )
 from ipsecgate.core.model.events import OriginGone, PathsResolved, ServicesResolved
 from ipsecgate.core.model.flow import HOST, Address, FlowPath, Network, Origin
-from ipsecgate.core.model.namespace import source_in_vrf
+from ipsecgate.core.model.namespace import Neighbours
 from ipsecgate.core.model.nat import Device, Service
 from ipsecgate.core.model.prefixes import (
     Prefix,
@@ -167,6 +167,7 @@ class Routes:
     async def _resolve(self) -> AsyncIterator[PathsResolved]:
         """Yield the paths of each origin; `HOST` comes last, and knows the tunnels of all."""
         links: dict[int, Link | None] = {}  # those in use, by interface index; None: gone
+        neighbours: Neighbours | None = None
         async with Requests(NETLINK_ROUTE) as requests:
             prefixes, conditions = await self._prefixes(requests)
             translations = self._translations
@@ -179,8 +180,6 @@ class Routes:
                     ways.append((piece, *_ask_route(requests, address, origin)))
                     if count % LOOKUPS_PER_TURN == 0:
                         await asyncio.sleep(0)
-                if origin.device:
-                    ways = await _as_of_vrf(requests, origin.device, ways)
                 for index in {link for *_, link in ways} - links.keys():
                     links[index] = ask_link(requests, index)
                 found = []
@@ -188,7 +187,11 @@ class Routes:
                     zip(ways, pieces, strict=True), start=1
                 ):
                     path, device = path_into(source, links[at]), _device(at, links[at])
-                    found.append((piece, translations.apply(requests, to, path, device)))
+                    path = translations.apply(requests, to, path, device)
+                    if origin.device and source is not None and source.version == 6:
+                        neighbours = neighbours or await read_neighbours(requests)
+                        path = replace(path, source=neighbours.source(source, origin.device, at))
+                    found.append((piece, path))
                     if count % LOOKUPS_PER_TURN == 0:
                         await asyncio.sleep(0)
                 paths = compress(found)
@@ -312,16 +315,11 @@ def _ask_route(requests: Requests, address: Address, origin: Origin) -> tuple[Ad
     return found[0] if found else (None, 0)
 
 
-async def _as_of_vrf(requests: Requests, device: int, ways: Sequence[Way]) -> list[Way]:
-    """Return the ways of sockets that are bound to a device, without any uncertain source."""
-    links = {link.index: link for link in await requests.dump(encode_link_dump, decode_links)}
+async def read_neighbours(requests: Requests) -> Neighbours:
+    """Return what the choice of a source in a VRF depends on. Raises: OSError, DecodeError."""
+    links = await requests.dump(encode_link_dump, decode_links)
     addresses = await requests.dump(encode_address_dump, decode_addresses)
-    return [
-        (piece, source_in_vrf(source, device, at, links, addresses), at)
-        if source is not None and source.version == 6
-        else (piece, source, at)
-        for piece, source, at in ways
-    ]
+    return Neighbours({link.index: link for link in links}, tuple(addresses))
 
 
 def ask_link(requests: Requests, index: int) -> Link | None:

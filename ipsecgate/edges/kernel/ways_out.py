@@ -32,6 +32,7 @@ from ipsecgate.core.codec.rtnetlink import Link as TunnelLink
 from ipsecgate.core.model.flow import Address, FlowPath, Network, Origin
 from ipsecgate.core.model.namespace import (
     Arrival,
+    Neighbours,
     Route,
     WayOut,
     arrival,
@@ -42,9 +43,10 @@ from ipsecgate.core.nat.forwarded import Forwarding
 from ipsecgate.edges.kernel.here import NETLINK_ROUTE, Here, prefixes_in, read_nat
 from ipsecgate.edges.kernel.namespaces import Namespace
 from ipsecgate.edges.kernel.netlink import Requests
-from ipsecgate.edges.kernel.routes import ask_link, is_tun, path_into
+from ipsecgate.edges.kernel.routes import ask_link, is_tun, path_into, read_neighbours
 
 LOOKUPS_PER_TURN = 32  # destinations, before the event loop gets a turn
+OUT_OF_VRF = "its route leaves the VRF of its device, which may have another source than the route"
 
 
 @value
@@ -102,7 +104,8 @@ async def _ways(
             index: arrival(link, netns, here.links, here.ingress) for index, link in links.items()
         }
         has_tun = any(link.kind == "tun" for link in here.links.values())
-        asking = _Asking(inside, host, device, arrivals, has_tun=has_tun)
+        neighbours = await read_neighbours(inside) if device else None
+        asking = _Asking(inside, host, device, arrivals, has_tun=has_tun, neighbours=neighbours)
         found = []
         for count, (piece, address) in enumerate(
             partition(destinations, map(as_network, prefixes)), start=1
@@ -120,7 +123,7 @@ class _Asking:
 
     `arrivals`: by the index of the link inside. `has_tun`: a daemon here may do ESP itself, behind
     a TUN device. Its SAs protect the host's flows, which are routed into that device; others must
-    be routed there as well.
+    be routed there as well. `neighbours`: inside, if the sockets are bound to a device.
     """
 
     def __init__(
@@ -131,11 +134,13 @@ class _Asking:
         arrivals: Mapping[int, Arrival | str],
         *,
         has_tun: bool,
+        neighbours: Neighbours | None,
     ) -> None:
         self._inside = inside
         self._host = host
         self._device = device
         self._has_tun = has_tun
+        self._neighbours = neighbours
         self._links: dict[int, TunnelLink | None] = {}
         self._arrivals = arrivals
         self._gateways: dict[tuple[int, Address], bool] = {}
@@ -147,6 +152,10 @@ class _Asking:
             return WayOut(None, reason="its namespace has no route to this destination")
         if route.is_local:
             return WayOut(to)
+        if self._neighbours is not None and to.version == 6:
+            certain = self._neighbours.source(route.source, self._device, route.link)
+            if certain is None:
+                return WayOut(None, reason=OUT_OF_VRF)
         where = self._arrivals.get(route.link, "its packets leave by a device that is gone")
         if isinstance(where, str):
             return WayOut(None, reason=where)
