@@ -17,14 +17,20 @@ from typing import Any
 
 import pytest
 
+from ipsecgate.controller.takeover import Takeover
+from ipsecgate.core.model import events as on
+from ipsecgate.core.model.flow import Selector
+from ipsecgate.core.model.ipsec import ESP, Action, Mode, Sa, SaId, SpdEntry, SpdKey, Template
+from ipsecgate.core.state.spd import rules_of
 from ipsecgate.core.tables.layout import Entry, State, TableId
 from ipsecgate.core.tables.table import Rule, Table, Ternary, compile_table, ternary
 from ipsecgate.edges.bpf.datapath import Datapath
-from tests.system.hooked_cgroup import PEER, HookedCgroup, live, protect, went_out
+from tests.system.hooked_cgroup import PEER, THERE, HookedCgroup, live, protect, went_out
 
 FEW, MANY = 3000, 12_000
 HIGHEST = 1.25  # times as many calls in the longest turn
 FIRST = int(IPv4Address("10.0.0.0"))
+GATEWAYS = IPv4Address("192.0.2.1"), IPv4Address("192.0.2.2")
 
 
 def match(number: int) -> Ternary:
@@ -280,6 +286,40 @@ def test_a_flow_is_closed_in_any_part_of_a_takeover(
         assert hooked.data.images[TableId.SPD].table == expected
         assert asyncio.run(hooked.data.repair(TableId.SPD, expected)) == 0
     assert parts > 20
+
+
+def sa_of(spi: int) -> Sa:
+    return Sa(SaId(GATEWAYS[1], spi, ESP), GATEWAYS[0], reqid=1, mode=Mode.TUNNEL)
+
+
+async def test_a_takeover_keeps_open_what_was_rekeyed_meanwhile(hooked: HookedCgroup) -> None:
+    """The old SA is gone before the first dump, or after it; then the new one goes, too."""
+    template = Template(ESP, Mode.TUNNEL, 1, 0, *GATEWAYS)
+    key = SpdKey(Selector(IPv4Network("198.51.100.0/24"), THERE[4]))
+    policy = SpdEntry(key, 100, Action.PROTECT, (template,))
+    old, new = sa_of(0x1000), sa_of(0x2000)
+    content = Table()
+    for rule in rules_of(policy, lambda _reqid: (old,)):
+        content.put(rule.match, rule.entry)
+    for dumped in ((new,), (old, new), (old,)):
+        await hooked.data.publish(TableId.SPD, content)
+        hooked.data.close()
+        hooked.data = Datapath(hooked.pins)
+        takeover = Takeover(hooked.data)
+        running = asyncio.create_task(takeover.run())
+        takeover.put(on.KernelSnapshot((policy,), dumped))
+        await asyncio.sleep(0.1)
+        await hooked.data.take_over()  # the table is read only now
+        if new not in dumped:
+            takeover.put(on.SaSet(new))
+        takeover.put(on.SaGone(old.id))
+        await asyncio.sleep(0.1)
+        assert went_out(hooked.gated("tcp", PEER[4]))
+        takeover.put(on.SaGone(new.id))
+        await asyncio.sleep(0.1)
+        assert hooked.gated("tcp", PEER[4]) == "EPERM"
+        takeover.end()
+        await running
 
 
 def is_live(table: Table, one: Ternary) -> bool:

@@ -240,19 +240,21 @@ class Tables(Maps):
     async def tagged(self, tags: Container[int]) -> dict[Ternary, Entry]:
         """Return the flows that are open because of the SAs with these tags (`Entry.id`)."""
         found: dict[Ternary, Entry] = {}
+        generation, boot = self.setting(Setting.GENERATION), boot_time()
         for part in self.store.with_ids(tags):
             await let_others_run()
             for number in part:
-                match, entry = self._live_entry(number, tags)
-                if match is not None and entry is not None:
+                raw = self.store.raw(number)
+                match, entry = self._spd_match(raw), answer_of(raw, generation, boot)
+                if match and entry is not None and _is_live(entry) and entry.id in tags:
                     found[match] = entry
         return found
 
     async def close_tagged(self, tags: Container[int], but: Container[Ternary] = ()) -> None:
         """Close the flows that are open because of the SAs with these tags, `but` for some.
 
-        This is for a table of which only a predecessor knew why its entries are live.
-        Raises: OSError.
+        This is for a table of which only a predecessor knew why its entries are live. It may be
+        read meanwhile (`take_over`). Raises: OSError.
         """
         for part in self.store.with_ids(tags):
             await let_others_run()
@@ -263,24 +265,21 @@ class Tables(Maps):
                 await let_others_run()
 
     def _close_tagged(self, number: int, tags: Container[int], but: Container[Ternary]) -> None:
-        raw = self.store.raw(number)
-        match, entry = self._live_entry(number, tags)
-        if match in but or layout.unpack_key(packed.key_of_entry(raw))[0] != TableId.SPD:
+        raw, image = self.store.raw(number), self.images[TableId.SPD]
+        key = packed.key_of_entry(raw)
+        if layout.unpack_key(key)[0] != TableId.SPD or (but and self._spd_match(raw) in but):
             return
         self.store.correct_entry(number, packed.without_sas(raw, tags))
-        if match is not None and entry is not None:
-            self.images[TableId.SPD].table.put(match, replace(entry, state=State.DEAD))
-
-    def _live_entry(self, number: int, tags: Container[int]) -> tuple[Ternary | None, Entry | None]:
-        """Return an entry of the SPD table that is live because of one of these SAs.
-
-        None for its region while that is not known yet, and for one that is not live.
-        """
-        key, image = packed.key_of_entry(self.store.raw(number)), self.images[TableId.SPD]
-        match = image.match_of(key) if layout.unpack_key(key)[0] == TableId.SPD else None
+        match = image.match_of(key)
         entry = None if match is None else image.table.get(match)
-        is_it = entry is not None and _is_live(entry) and entry.id in tags
-        return (match, entry) if is_it else (None, None)
+        if match is not None and entry is not None and _is_live(entry) and entry.id in tags:
+            image.table.put(match, replace(entry, state=State.DEAD))
+
+    def _spd_match(self, raw: bytes) -> Ternary | None:
+        """Return which flows an entry of the SPD table matches, None for any other entry."""
+        table, number, value = layout.unpack_key(packed.key_of_entry(raw))
+        mask = self.mask(TableId.SPD, number) if table == TableId.SPD else None
+        return None if mask is None else Ternary(value, mask)
 
     def withdraw(self, table: TableId) -> None:
         """Make the hooks find nothing in a table, at once; this needs no memory in the kernel.
