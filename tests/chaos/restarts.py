@@ -29,7 +29,9 @@ def hammer_gate(world: World, rng: random.Random, attempts: int, turns: int) -> 
         for _ in range(turns):
             hammer.turn(rng.choice(RESTARTS), world, rng)
             hammer.wait()
-    world.recover()
+            # A held call would wait for one controller after the other: each starts within seconds
+            # here, and its inspector a second later.
+            world.recover()
     world.judge()
     world.tally.check()
     return hammer.result
