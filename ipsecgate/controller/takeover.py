@@ -21,6 +21,8 @@ from ipsecgate.core.tables.table import Ternary
 from ipsecgate.edges.bpf.parts import let_others_run, parts_of
 from ipsecgate.edges.bpf.tables import Tables
 
+FLUSHED = (on.PoliciesFlushed, on.SasFlushed)
+
 
 class Takeover:
     """Closes flows whose SAs are gone, until `end`."""
@@ -85,7 +87,7 @@ class Takeover:
 
     async def _protected_again(self, entries: dict[Ternary, Entry]) -> set[Ternary]:
         """Return those regions whose policy has an SA again. Without a dump nobody knows."""
-        if self._dump is None or any(isinstance(one, _FLUSHED) for one in self._since):
+        if self._dump is None or any(isinstance(one, FLUSHED) for one in self._since):
             return set()
         sas = await self._sas()
         without = {one.key for one in self._since if isinstance(one, on.PolicyGone)}
@@ -111,9 +113,6 @@ class Takeover:
             for one in gone & its.keys():
                 del its[one]
         return found
-
-
-_FLUSHED = (on.PoliciesFlushed, on.SasFlushed)
 
 
 class _Others(Container[int]):
