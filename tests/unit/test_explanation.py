@@ -11,9 +11,10 @@ import pytest
 
 from ipsecgate.controller.report import awaited
 from ipsecgate.core.gate import commands as do
-from ipsecgate.core.gate.explanation import explain
+from ipsecgate.core.gate.explanation import explain, no_path
 from ipsecgate.core.gate.kernel_steps import Step
 from ipsecgate.core.gate.misfit import absent_children
+from ipsecgate.core.gate.routing import Routed
 from ipsecgate.core.model import events as on
 from ipsecgate.core.model.flow import (
     ANY_V4,
@@ -300,3 +301,21 @@ def test_a_failure_of_identity_names_the_one_that_is_expected(trapped: Transcrip
     assert explain(trapped.gate, FLOW).advice == "add it"
     trapped.after(on.IkeConnected((replace(NET, peer_auth="public key"),), (), pid=42))
     assert expected not in said(trapped, Step.IKE), "the connection was loaded anew"
+
+
+@pytest.mark.parametrize(
+    ("flow", "text", "advice"),
+    [
+        (FLOW, "no way to this destination", "ip route get"),
+        (
+            Flow(ip_address("2001:db8:b::1"), TCP, 443, device=7),
+            "or out of the device's VRF",
+            "give the route the VRF's as `src`",
+        ),
+    ],
+)
+def test_a_source_that_is_not_known_has_its_mend(flow: Flow, text: str, advice: str) -> None:
+    routed = Routed(flow, path=FlowPath(None), reason=Reason.REFUSE_NO_SOURCE)
+    found = no_path(flow, routed)
+    assert text in found.text
+    assert advice in found.advice
