@@ -39,8 +39,10 @@ def controller_terminated(world: World, rng: random.Random) -> Iterator[None]:
 
 @fault(10, keeps=True)
 def controller_suspended(world: World, rng: random.Random) -> Iterator[None]:
+    began = time.monotonic()
     with suspended(controller(world)):
         yield
+    world.suspended.append((began, time.monotonic()))
 
 
 @fault(4, keeps=True)

@@ -1,9 +1,10 @@
 """Judge the calls of a process whose calls are held (`held_sender`). For each call:
 
     it ends         within --hold, a handshake, and the time to restart a controller
-    it succeeds     unless it lies within a gap in the kernel's coverage. The first LAG seconds of a
-                    gap do not count: a controller that was suspended notices the gap late, and the
-                    backstop blocks what it lets through
+    it succeeds     unless it lies within a gap in the kernel's coverage. The time while the
+                    controller is suspended does not count, nor do the LAG seconds after that, or
+                    after the gap has begun: it notices that late, and the backstop blocks what
+                    it lets through
     it fails        only if it overlaps a gap, or a fault that does not keep coverage; with an error
                     from docs/holding.md, or one from the network
 
@@ -34,10 +35,17 @@ def judge(
     gaps: Sequence[Span],
     disturbed: Sequence[Span],
     pauses: Sequence[Span] = (),
+    suspended: Sequence[Span] = (),
 ) -> None:
-    """Judge calls to a target that is covered except in `gaps`. `disturbed` excuses refusals."""
+    """Judge calls to a target that is covered except in `gaps`. `disturbed` excuses refusals.
+
+    `suspended`: when the controller was.
+    """
     near = widen([*gaps, *disturbed], pauses)
-    inside = [(begin + LAG, end) for begin, end in gaps]
+    inside = []
+    for begin, end in gaps:
+        late = [e for b, e in suspended if b <= end and begin <= e]
+        inside.append((max(begin, *late, 0.0) + LAG, end))
     for began, ended, error in calls:
         if error and not any(begin <= ended and began <= end for begin, end in near):
             tally.wrong.append((f"held {name} {error}", began))

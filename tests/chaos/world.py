@@ -54,6 +54,7 @@ class World:
         self.route = lab.a.namespace.route()
         self.tally = Tally()
         self.disturbed: list[Span] = []  # when refusals are excused
+        self.suspended: list[Span] = []  # when the controller was
         self.targets = covered(lab, KINDS)
         self.targets += [("fresh", NEVER, PORT), ("tcp", NEVER, PORT), ("fresh", OPEN, PORT)]
         self.held_targets = covered(lab, held_calls.KINDS)
@@ -220,7 +221,9 @@ class World:
                 self.tally.let_go += sum(not error for _, _, error in calls)
             elif address != OPEN:
                 known = gaps[6 if ":" in address else 4]
-                held_calls.judge(self.tally, name, calls, known, self.disturbed, pauses)
+                held_calls.judge(
+                    self.tally, name, calls, known, self.disturbed, pauses, self.suspended
+                )
 
     def _judge(self, report: dict[str, Any], target: Target, excused: Sequence[Span]) -> None:
         """Judge a report of the sender whose calls are not held."""
