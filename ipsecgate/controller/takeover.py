@@ -22,6 +22,7 @@ from ipsecgate.edges.bpf.parts import let_others_run, parts_of
 from ipsecgate.edges.bpf.tables import Tables
 
 FLUSHED = (on.PoliciesFlushed, on.SasFlushed)
+SEARCHED = 4096  # policies; among more, the search would keep flows open for longer than 20 ms
 
 
 class Takeover:
@@ -79,15 +80,17 @@ class Takeover:
             await self._close(_Others(there))
 
     async def _close(self, tags: Container[int]) -> None:
-        entries = await self._tables.tagged(tags)
-        kept = await self._protected_again(entries) if entries else set()
-        self._kept.update(entries[match].id for match in kept)
+        kept: set[Ternary] = set()
+        if self._dump is not None and len(self._dump.policies) <= SEARCHED:
+            entries = await self._tables.tagged(tags)
+            kept = await self._protected_again(entries) if entries else set()
+            self._kept.update(entries[match].id for match in kept)
         if not self._has_ended:
             await self._tables.close_tagged(tags, kept)
 
     async def _protected_again(self, entries: dict[Ternary, Entry]) -> set[Ternary]:
-        """Return those regions whose policy has an SA again. Without a dump nobody knows."""
-        if self._dump is None or any(isinstance(one, FLUSHED) for one in self._since):
+        """Return those regions whose policy has an SA again."""
+        if any(isinstance(one, FLUSHED) for one in self._since):
             return set()
         sas = await self._sas()
         without = {one.key for one in self._since if isinstance(one, on.PolicyGone)}

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -169,13 +170,15 @@ class Gated:
     def spread(self, count: int, begin: Callable[[], None]) -> Spread:
         """Call `begin`, which has all held calls let go; return how long `count` of them take.
 
-        It looks every 0.5 ms, at real-time priority, because the callers want the processors, too.
+        It looks every 0.5 ms, at real-time priority if it may, because the callers want the
+        processors, too.
         Raises: LabError.
         """
         with Maps(Pins(BPFFS, self.instance)) as maps, _Held(self.paths.holds) as held:
             waiting, before = held.left(), maps.counters()[Reason.ALLOW_COVERED]
             priority = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(2)
-            os.sched_setscheduler(0, *priority)
+            with suppress(PermissionError):  # systemd gives no unit a share of it by default
+                os.sched_setscheduler(0, *priority)
             try:
                 begin()
                 first = began = time.monotonic()

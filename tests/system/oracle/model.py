@@ -408,7 +408,8 @@ class Model:
             yield "state from any address"
         if any(not s.spi for s in states):
             yield "state with SPI 0"
-        if len({(s.dst, s.spi, s.proto) for s in states}) < len(states):
+        ids = {(s.dst, s.spi, s.proto) for s in states}
+        if sum((s.dst, s.spi, s.proto) in ids for s in self.world.states) > len(ids):
             yield "states that share an SPI"
         if any(s.sel is not None and s.sel.ifindex for s in states):
             yield "state for an interface"
