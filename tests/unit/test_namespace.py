@@ -13,8 +13,8 @@ from ipsecgate.core.model.flow import parse_address
 from ipsecgate.core.model.namespace import (
     Arrival,
     DeviceAddress,
+    Devices,
     Link,
-    Neighbours,
     arrival,
     masquerade_address,
 )
@@ -188,11 +188,11 @@ def test_a_route_out_of_a_vrf_has_a_certain_source_only_if_the_vrf_has_it(
         replace(held(21, "fe80::1/64"), is_global=False),
         replace(held(21, "2001:db8::8/64"), is_usable=False),
     ]
-    found = Neighbours(VRF, (*there, *others)).source(source, device, link)
+    found = Devices(VRF, (*there, *others)).source(source, device, link)
     assert found == (source if is_certain else None)
 
 
 def test_without_a_vrf_the_source_is_that_of_the_route() -> None:
     source = parse_address("2001:db8::1")
-    assert Neighbours(VRF, ()).source(source, 2, 2) == source
-    assert Neighbours({}, ()).source(source, 7, 2) == source
+    assert Devices(VRF, ()).source(source, 2, 2) == source
+    assert Devices({}, ()).source(source, 7, 2) == source

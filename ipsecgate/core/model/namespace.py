@@ -152,7 +152,7 @@ def masquerade_address(
 
 
 @value
-class Neighbours:
+class Devices:
     """The links of a namespace by index, and their addresses."""
 
     links: Mapping[int, Link]

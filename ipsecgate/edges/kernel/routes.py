@@ -47,7 +47,7 @@ from ipsecgate.core.codec.rtnetlink import (
 )
 from ipsecgate.core.model.events import OriginGone, PathsResolved, ServicesResolved
 from ipsecgate.core.model.flow import HOST, Address, FlowPath, Network, Origin
-from ipsecgate.core.model.namespace import Neighbours
+from ipsecgate.core.model.namespace import Devices
 from ipsecgate.core.model.nat import Device, Service
 from ipsecgate.core.model.prefixes import (
     Prefix,
@@ -167,7 +167,7 @@ class Routes:
     async def _resolve(self) -> AsyncIterator[PathsResolved]:
         """Yield the paths of each origin; `HOST` comes last, and knows the tunnels of all."""
         links: dict[int, Link | None] = {}  # those in use, by interface index; None: gone
-        neighbours: Neighbours | None = None
+        devices: Devices | None = None
         async with Requests(NETLINK_ROUTE) as requests:
             prefixes, conditions = await self._prefixes(requests)
             translations = self._translations
@@ -189,8 +189,8 @@ class Routes:
                     path, device = path_into(source, links[at]), _device(at, links[at])
                     path = translations.apply(requests, to, path, device)
                     if origin.device and source is not None and source.version == 6:
-                        neighbours = neighbours or await read_neighbours(requests)
-                        path = replace(path, source=neighbours.source(source, origin.device, at))
+                        devices = devices or await _read_devices(requests)
+                        path = replace(path, source=devices.source(source, origin.device, at))
                     found.append((piece, path))
                     if count % LOOKUPS_PER_TURN == 0:
                         await asyncio.sleep(0)
@@ -315,11 +315,11 @@ def _ask_route(requests: Requests, address: Address, origin: Origin) -> tuple[Ad
     return found[0] if found else (None, 0)
 
 
-async def read_neighbours(requests: Requests) -> Neighbours:
+async def _read_devices(requests: Requests) -> Devices:
     """Return what the choice of a source in a VRF depends on. Raises: OSError, DecodeError."""
     links = await requests.dump(encode_link_dump, decode_links)
     addresses = await requests.dump(encode_address_dump, decode_addresses)
-    return Neighbours({link.index: link for link in links}, tuple(addresses))
+    return Devices({link.index: link for link in links}, tuple(addresses))
 
 
 def ask_link(requests: Requests, index: int) -> Link | None:

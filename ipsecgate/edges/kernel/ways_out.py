@@ -23,8 +23,10 @@ from functools import partial
 
 from ipsecgate.core.codec.forwarding import decode_packet, encode_packet_get
 from ipsecgate.core.codec.links import (
+    decode_addresses,
     decode_links,
     decode_nsid,
+    encode_address_dump,
     encode_link_dump,
     encode_nsid_get,
 )
@@ -32,7 +34,7 @@ from ipsecgate.core.codec.rtnetlink import Link as TunnelLink
 from ipsecgate.core.model.flow import Address, FlowPath, Network, Origin
 from ipsecgate.core.model.namespace import (
     Arrival,
-    Neighbours,
+    Devices,
     Route,
     WayOut,
     arrival,
@@ -43,7 +45,7 @@ from ipsecgate.core.nat.forwarded import Forwarding
 from ipsecgate.edges.kernel.here import NETLINK_ROUTE, Here, prefixes_in, read_nat
 from ipsecgate.edges.kernel.namespaces import Namespace
 from ipsecgate.edges.kernel.netlink import Requests
-from ipsecgate.edges.kernel.routes import ask_link, is_tun, path_into, read_neighbours
+from ipsecgate.edges.kernel.routes import ask_link, is_tun, path_into
 
 LOOKUPS_PER_TURN = 32  # destinations, before the event loop gets a turn
 OUT_OF_VRF = "its route leaves the VRF of its device, which may have another source than the route"
@@ -104,8 +106,9 @@ async def _ways(
             index: arrival(link, netns, here.links, here.ingress) for index, link in links.items()
         }
         has_tun = any(link.kind == "tun" for link in here.links.values())
-        neighbours = await read_neighbours(inside) if device else None
-        asking = _Asking(inside, host, device, arrivals, has_tun=has_tun, neighbours=neighbours)
+        addresses = await inside.dump(encode_address_dump, decode_addresses) if device else ()
+        devices = Devices(links, tuple(addresses)) if device else None
+        asking = _Asking(inside, host, device, arrivals, has_tun=has_tun, devices=devices)
         found = []
         for count, (piece, address) in enumerate(
             partition(destinations, map(as_network, prefixes)), start=1
@@ -123,7 +126,7 @@ class _Asking:
 
     `arrivals`: by the index of the link inside. `has_tun`: a daemon here may do ESP itself, behind
     a TUN device. Its SAs protect the host's flows, which are routed into that device; others must
-    be routed there as well. `neighbours`: inside, if the sockets are bound to a device.
+    be routed there as well. `devices`: inside, if the sockets are bound to a device.
     """
 
     def __init__(
@@ -134,13 +137,13 @@ class _Asking:
         arrivals: Mapping[int, Arrival | str],
         *,
         has_tun: bool,
-        neighbours: Neighbours | None,
+        devices: Devices | None,
     ) -> None:
         self._inside = inside
         self._host = host
         self._device = device
         self._has_tun = has_tun
-        self._neighbours = neighbours
+        self._devices = devices
         self._links: dict[int, TunnelLink | None] = {}
         self._arrivals = arrivals
         self._gateways: dict[tuple[int, Address], bool] = {}
@@ -152,8 +155,8 @@ class _Asking:
             return WayOut(None, reason="its namespace has no route to this destination")
         if route.is_local:
             return WayOut(to)
-        if self._neighbours is not None and to.version == 6:
-            certain = self._neighbours.source(route.source, self._device, route.link)
+        if self._devices is not None and to.version == 6:
+            certain = self._devices.source(route.source, self._device, route.link)
             if certain is None:
                 return WayOut(None, reason=OUT_OF_VRF)
         where = self._arrivals.get(route.link, "its packets leave by a device that is gone")
