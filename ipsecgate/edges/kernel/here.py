@@ -95,17 +95,21 @@ def concerns(datagram: bytes, followed: PrefixSet) -> bool:
 async def read_here(destinations: Iterable[Network]) -> Here:
     """Return what matters here for these destinations. Raises: OSError, DecodeError."""
     async with Requests(NETLINK_ROUTE) as requests:
-        links = await requests.dump(encode_link_dump, decode_links)
+        links = await read_links(requests)
         ingress = await requests.dump(encode_qdisc_dump, decode_ingress)
-        addresses = await requests.dump(encode_address_dump, decode_addresses)
-        prefixes = await prefixes_in(requests, PrefixSet(destinations))
-    return Here(
-        {link.index: link for link in links},
-        frozenset(ingress),
-        tuple(addresses),
-        prefixes,
-        await read_nat(),
-    )
+        addresses = await read_addresses(requests)
+        prefixes = await prefixes_in(requests, PrefixSet(destinations), addresses)
+    return Here(links, frozenset(ingress), addresses, prefixes, await read_nat())
+
+
+async def read_links(requests: Requests) -> dict[int, Link]:
+    """Return the links of a namespace by index. Raises: OSError, DecodeError."""
+    return {link.index: link for link in await requests.dump(encode_link_dump, decode_links)}
+
+
+async def read_addresses(requests: Requests) -> tuple[DeviceAddress, ...]:
+    """Return the addresses of a namespace, in the kernel's order. Raises: OSError, DecodeError."""
+    return tuple(await requests.dump(encode_address_dump, decode_addresses))
 
 
 async def read_nat(namespace: Namespace | None = None) -> Nat | None:
@@ -120,12 +124,15 @@ async def read_nat(namespace: Namespace | None = None) -> Nat | None:
 async def prefixes_in(
     requests: Requests,
     followed: PrefixSet,
+    addresses: Iterable[DeviceAddress],
     on_rules: Callable[[bytes], None] = lambda _datagram: None,
 ) -> frozenset[Prefix]:
     """Return the prefixes inside the followed networks at which the answer can change.
 
     These are the destinations of routes and rules, and those at which IPv6 may choose another of
-    its addresses. `on_rules` gets the datagrams of the rules. Raises: OSError, DecodeError.
+    the namespace's addresses. `on_rules` gets the datagrams of the rules.
+
+    Raises: OSError, DecodeError.
     """
 
     def routes(datagram: bytes) -> list[Prefix]:
@@ -144,7 +151,6 @@ async def prefixes_in(
                 if error.errno != errno.EAFNOSUPPORT:
                     raise
                 # The kernel has no IPv6, or its module is not loaded: it routes none.
-    addresses = await requests.dump(encode_address_dump, decode_addresses)
     if any(item.address.version == 6 for item in addresses):
         labels = await requests.dump(encode_label_dump, decode_labels)
         found.update(filter(followed.contains, boundaries(addresses, labels)))

@@ -26,12 +26,6 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from ipsecgate.core.codec.links import (
-    decode_addresses,
-    decode_links,
-    encode_address_dump,
-    encode_link_dump,
-)
 from ipsecgate.core.codec.netlink import DecodeError
 from ipsecgate.core.codec.rtnetlink import (
     VTI,
@@ -47,7 +41,7 @@ from ipsecgate.core.codec.rtnetlink import (
 )
 from ipsecgate.core.model.events import OriginGone, PathsResolved, ServicesResolved
 from ipsecgate.core.model.flow import HOST, Address, FlowPath, Network, Origin
-from ipsecgate.core.model.namespace import Devices
+from ipsecgate.core.model.namespace import DeviceAddress, Devices
 from ipsecgate.core.model.nat import Device, Service
 from ipsecgate.core.model.prefixes import (
     Prefix,
@@ -60,7 +54,7 @@ from ipsecgate.core.model.prefixes import (
 )
 from ipsecgate.core.nat.translation import Nat
 from ipsecgate.core.tables.layout import IF_IDS
-from ipsecgate.edges.kernel.here import NETLINK_ROUTE, prefixes_in
+from ipsecgate.edges.kernel.here import NETLINK_ROUTE, prefixes_in, read_addresses, read_links
 from ipsecgate.edges.kernel.netlink import RawNetlinkSocket, Requests
 from ipsecgate.edges.kernel.translations import Translations
 from ipsecgate.errors import GateError
@@ -157,7 +151,7 @@ class Routes:
         selectors of rules, and what `prefixes_in` adds. Raises: OSError, DecodeError.
         """
         async with Requests(NETLINK_ROUTE) as requests:
-            return (await self._prefixes(requests))[0]
+            return (await self._prefixes(requests, await read_addresses(requests)))[0]
 
     async def resolve(self) -> tuple[Route, ...]:
         """Ask the kernel, and return the paths from here. Raises: OSError, DecodeError."""
@@ -169,7 +163,8 @@ class Routes:
         links: dict[int, Link | None] = {}  # those in use, by interface index; None: gone
         devices: Devices | None = None
         async with Requests(NETLINK_ROUTE) as requests:
-            prefixes, conditions = await self._prefixes(requests)
+            addresses = await read_addresses(requests)
+            prefixes, conditions = await self._prefixes(requests, addresses)
             translations = self._translations
             prefixes.update(filter(self._follows, translations.networks))
             await translations.refresh(requests)
@@ -189,7 +184,7 @@ class Routes:
                     path, device = path_into(source, links[at]), _device(at, links[at])
                     path = translations.apply(requests, to, path, device)
                     if origin.device and source is not None and source.version == 6:
-                        devices = devices or await _read_devices(requests)
+                        devices = devices or Devices(await read_links(requests), addresses)
                         path = replace(path, source=devices.source(source, origin.device, at))
                     found.append((piece, path))
                     if count % LOOKUPS_PER_TURN == 0:
@@ -219,7 +214,9 @@ class Routes:
         into_tun = compress((piece, at in self._tuns) for piece, _, at in ways)
         return replace(resolved, into_tun=into_tun, tun=min(self._tuns))
 
-    async def _prefixes(self, requests: Requests) -> tuple[set[Network], Conditions]:
+    async def _prefixes(
+        self, requests: Requests, addresses: Iterable[DeviceAddress]
+    ) -> tuple[set[Network], Conditions]:
         """Return where the answer can change, and what else it depends on."""
         by_source, marks = False, 0
 
@@ -229,7 +226,7 @@ class Routes:
                 by_source |= names_source
                 marks |= mask
 
-        found = await prefixes_in(requests, self._followed, on_rules)
+        found = await prefixes_in(requests, self._followed, addresses, on_rules)
         return {as_network(item) for item in found}, Conditions(by_source, marks)
 
     async def _update(self) -> None:
@@ -313,13 +310,6 @@ def _ask_route(requests: Requests, address: Address, origin: Origin) -> tuple[Ad
     except OSError:
         return None, 0  # whatever the reason, the kernel would not send there either
     return found[0] if found else (None, 0)
-
-
-async def _read_devices(requests: Requests) -> Devices:
-    """Return what the choice of a source in a VRF depends on. Raises: OSError, DecodeError."""
-    links = await requests.dump(encode_link_dump, decode_links)
-    addresses = await requests.dump(encode_address_dump, decode_addresses)
-    return Devices({link.index: link for link in links}, tuple(addresses))
 
 
 def ask_link(requests: Requests, index: int) -> Link | None:

@@ -23,11 +23,7 @@ from functools import partial
 
 from ipsecgate.core.codec.forwarding import decode_packet, encode_packet_get
 from ipsecgate.core.codec.links import (
-    decode_addresses,
-    decode_links,
     decode_nsid,
-    encode_address_dump,
-    encode_link_dump,
     encode_nsid_get,
 )
 from ipsecgate.core.codec.rtnetlink import Link as TunnelLink
@@ -42,7 +38,14 @@ from ipsecgate.core.model.namespace import (
 from ipsecgate.core.model.prefixes import PrefixSet, as_network, compress, partition
 from ipsecgate.core.model.value import value
 from ipsecgate.core.nat.forwarded import Forwarding
-from ipsecgate.edges.kernel.here import NETLINK_ROUTE, Here, prefixes_in, read_nat
+from ipsecgate.edges.kernel.here import (
+    NETLINK_ROUTE,
+    Here,
+    prefixes_in,
+    read_addresses,
+    read_links,
+    read_nat,
+)
 from ipsecgate.edges.kernel.namespaces import Namespace
 from ipsecgate.edges.kernel.netlink import Requests
 from ipsecgate.edges.kernel.routes import ask_link, is_tun, path_into
@@ -99,15 +102,14 @@ async def _ways(
     async with AsyncExitStack() as stack:
         inside = await stack.enter_async_context(Requests(NETLINK_ROUTE, namespace.socket))
         host = await stack.enter_async_context(Requests(NETLINK_ROUTE))
-        links = {link.index: link for link in await inside.dump(encode_link_dump, decode_links)}
+        links, addresses = await read_links(inside), await read_addresses(inside)
         netns = _id_of_gate(inside)
-        prefixes = here.prefixes | await prefixes_in(inside, PrefixSet(destinations))
+        prefixes = here.prefixes | await prefixes_in(inside, PrefixSet(destinations), addresses)
         arrivals = {
             index: arrival(link, netns, here.links, here.ingress) for index, link in links.items()
         }
         has_tun = any(link.kind == "tun" for link in here.links.values())
-        addresses = await inside.dump(encode_address_dump, decode_addresses) if device else ()
-        devices = Devices(links, tuple(addresses)) if device else None
+        devices = Devices(links, addresses) if device else None
         asking = _Asking(inside, host, device, arrivals, has_tun=has_tun, devices=devices)
         found = []
         for count, (piece, address) in enumerate(
