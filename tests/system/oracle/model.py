@@ -299,7 +299,13 @@ class Model:
         for path in paths:
             dropped = tunnel is not None and not takes(tunnel, path)
             found.add(REFUSED if dropped else COVERED if path.protected else CLEAR)
+        if tunnel is not None and tunnel.kind == "vti6" and self._has_state_from_any(policy):
+            found.add(REFUSED)  # Linux 6.1 drops it, whatever vti6_state_check() seems to say
         return found
+
+    def _has_state_from_any(self, policy: Policy) -> bool:
+        reqids = {t.reqid for t in policy.tmpls}
+        return any(is_any(s.src) for s in self.world.states if s.reqid in reqids)
 
     def after(
         self, path: Path, tmpl: Tmpl, policy: Policy, packet: Packet, found: set[str]
@@ -404,7 +410,7 @@ class Model:
             yield "tunnel from any address"
         reqids = {t.reqid for t in policy.tmpls}
         states = [s for s in self.world.states if s.reqid in reqids]
-        if any(is_any(s.src) for s in states):
+        if self._has_state_from_any(policy):
             yield "state from any address"
         if any(not s.spi for s in states):
             yield "state with SPI 0"
