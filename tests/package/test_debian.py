@@ -25,11 +25,13 @@ from tests.system.prober import Prober
 from tests.system.systemd_host import (
     CONFIG,
     COVERED,
+    LATE,
     LOAD,
     NEVER,
     PORT,
     SERVICE,
     SPEC,
+    boot_files,
     closed,
     knocking,
     module_lab,
@@ -168,6 +170,26 @@ def test_installing_it_again_takes_the_gate_over(lab: Lab, machine: BootedSystem
     machine.until(lambda: "net/net" in machine.ask().get("children", ()), "no connection")
     with closed(lab, machine):
         time.sleep(1)
+
+
+def test_a_reboot_closes_the_gate_before_the_network_is_up(
+    lab: Lab, systemd: BootedSystemd
+) -> None:
+    probes = "probe-gated", LATE
+    for name, text in boot_files(*probes).items():
+        systemd.file(f"/{name}").parent.mkdir(exist_ok=True)
+        systemd.file(f"/{name}").write_text(text)
+    with lab.capture() as capture:
+        systemd.reboot()
+        systemd.until(lambda: systemd.ask().get("ready"), "it is not ready")
+        assert refused(lab, systemd)
+        seen = capture.stop()
+    assert not seen.clear
+    for probe in probes:
+        assert systemd.output(probe) == "EPERM\n"
+    assert 0 < usec(systemd, LOAD) <= usec(systemd, "network-pre.target")
+    assert systemd.show(SERVICE, "NRestarts") == "0"
+    assert systemd.run("ipsecgate", "status").returncode == 0
 
 
 def floor(machine: BootedSystemd) -> list[str]:

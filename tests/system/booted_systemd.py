@@ -45,7 +45,7 @@ INIT = """
 set -eu
 read -r _go
 layer=$1 scratch=$2 bpf=$3 checkout=$4 charon=$5 below=$6 enabled=$7 new=$2/root
-mkdir "$scratch/upper" "$scratch/work" "$new"
+mkdir -p "$scratch/upper" "$scratch/work" "$new"
 layers=lowerdir=$layer:$below,upperdir=$scratch/upper,workdir=$scratch/work
 mount -t overlay -o "$layers" overlay "$new"
 mount -t proc proc "$new/proc"
@@ -111,9 +111,9 @@ class BootedSystemd:
         """Start it, and wait until every wanted unit has started."""
         for folder in (self.cgroup.parents[1], self.cgroup.parent):
             (folder / "cgroup.subtree_control").write_text("+cpu +memory +pids")
-        self.bpffs.mkdir()
         scratch = self._folder / "scratch"
-        scratch.mkdir()
+        for folder in (self.bpffs, scratch):
+            folder.mkdir(exist_ok=True)
         subprocess.run(["mount", "-t", "bpf", "bpf", str(self.bpffs)], check=True)
         places = (self._layer, scratch, self.bpffs, CHECKOUT)
         namespaces = ("--pid", "--fork", "--kill-child", "--mount", "--cgroup")
@@ -232,6 +232,14 @@ class BootedSystemd:
         only = (f"--unit={unit}",) if unit else ()
         return self.run("journalctl", "--no-pager", "--output=short-monotonic", *only).stdout
 
+    def reboot(self) -> None:
+        """Shut it down and boot it again: of its files only those on disk are left."""
+        self.shut_down()
+        self._lose_hooks()
+        for folder in sorted(self.cgroup.glob("**/*/"), reverse=True):
+            folder.rmdir()
+        self.boot()
+
     # --- its end ----------------------------------------------------------------------
 
     def shut_down(self) -> None:
@@ -246,7 +254,10 @@ class BootedSystemd:
             self._process.kill()  # this also kills process 1 and with it all others
             self._process.wait()
         if self.bpffs.is_dir():
-            with contextlib.suppress(OSError):
-                Pins(self.bpffs, "default").unload()
-            subprocess.run(["umount", str(self.bpffs)], check=False)
+            self._lose_hooks()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _lose_hooks(self) -> None:
+        with contextlib.suppress(OSError):
+            Pins(self.bpffs, "default").unload()
+        subprocess.run(["umount", str(self.bpffs)], check=False)

@@ -69,35 +69,50 @@ ExecStart=/usr/bin/python3 -S -I \\
     /etc/dial.py
 StandardOutput=file:/run/%p.out
 """
+LATE = "probe-ordinary"
 EARLY = "DefaultDependencies=no\nBefore=network-pre.target\n"
 PROBES = {
     "probe-before": ("gated.slice", f"{EARLY}After=gated.slice\nBefore={LOAD}"),
     "probe-gated": ("gated.slice", f"{EARLY}After={LOAD}"),
     "probe-free": ("system.slice", f"{EARLY}After={LOAD}"),
-    "probe-ordinary": ("gated.slice", ""),
+    LATE: ("gated.slice", ""),
 }
+
+
+def boot_files(*probes: str) -> dict[str, str]:
+    """Return the files of these probes, and of the slice that is gated before any of them runs."""
+    units = "etc/systemd/system"
+    wanted = {
+        target: " ".join(f"{name}.service" for name in probes if (name == LATE) is is_late)
+        for target, is_late in (("sysinit", False), ("multi-user", True))
+    }
+    return {
+        "etc/probe.py": PROBE,
+        f"{units}/{LOAD}.d/gated.conf": "[Unit]\nWants=gated.slice\nAfter=gated.slice\n",
+        **{
+            f"{units}/{target}.target.d/probes.conf": f"[Unit]\nWants={names}\n"
+            for target, names in wanted.items()
+        },
+        **{
+            f"{units}/{name}.service": PROBE_UNIT.format(group=group, orders=orders)
+            for name, (group, orders) in PROBES.items()
+            if name in probes
+        },
+    }
+
+
 FILES = {
-    "etc/probe.py": PROBE,
+    **boot_files(*PROBES),
     "etc/dial.py": DIAL,
     "etc/systemd/system/dial.service": DIAL_UNIT.format(more=""),
     "etc/systemd/system/held.service": DIAL_UNIT.format(more="User=nobody"),
     "etc/ipsecgate/ipsecgate.toml": CONFIG,
-    f"etc/systemd/system/{LOAD}.d/gated.conf": "[Unit]\nWants=gated.slice\nAfter=gated.slice\n",
     # Debian's own unit, without a daemon: the lab runs charon.
     "etc/systemd/system/strongswan.service.d/lab.conf": (
         "[Service]\nType=oneshot\nRemainAfterExit=yes\nRestart=no\n"
         "ExecStart=\nExecStart=/bin/true\nExecStartPost=\n"
     ),
-    "etc/systemd/system/sysinit.target.d/probes.conf": (
-        "[Unit]\nWants=" + " ".join(f"{name}.service" for name in PROBES if "ord" not in name)
-    ),
-    "etc/systemd/system/multi-user.target.d/probes.conf": (
-        "[Unit]\nWants=strongswan.service probe-ordinary.service\n"
-    ),
-    **{
-        f"etc/systemd/system/{name}.service": PROBE_UNIT.format(group=group, orders=orders)
-        for name, (group, orders) in PROBES.items()
-    },
+    "etc/systemd/system/multi-user.target.d/lab.conf": "[Unit]\nWants=strongswan.service\n",
 }
 
 
