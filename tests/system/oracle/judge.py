@@ -23,6 +23,7 @@ from ipsecgate.core.tables.layout import LayoutError, TableId
 from ipsecgate.core.tables.table import Table
 from tests.system.oracle.caller import Caller
 from tests.system.oracle.capture import HarnessError, Sent, answer
+from tests.system.oracle.limits import drops, reasons
 from tests.system.oracle.model import CLEAR, COVERED, REFUSED, Model
 from tests.system.oracle.two_namespaces import REFUSAL, TwoNamespaces
 from tests.system.oracle.world import Call, World
@@ -299,10 +300,9 @@ def check(verdict: Verdict, model: Model, sent: Sent) -> Verdict:
     elif kernel not in (possible := model.answers(call)):
         wrong = f"the kernel's answer is {kernel}, its rules as read allow {sorted(possible)}"
     elif gate == "live" and kernel == REFUSED:
-        dropped = model.drops(call)
+        dropped = drops(model, call)
         wrong = "" if dropped else "let through as covered, and dropped by the kernel"
     elif gate == "refused" and (kernel == COVERED or exception):
-        reasons = model.reasons(call)
-        reason = reasons[0] if reasons else ""
+        reason = next(iter(reasons(model, call)), "")
         wrong = "" if reason else f"refused without a reason: the kernel's answer is {kernel}"
     return replace(verdict, reason=reason, wrong=wrong, dropped=dropped)

@@ -1,7 +1,6 @@
 """A naive reading of the kernel's rules for a call: policy by policy, state by state.
 
-It does not judge, it explains. A gate that is stricter than the kernel must have a reason named
-here. If the kernel does something that this reading does not allow, the run ends.
+If the kernel does something that this reading does not allow, the run ends.
 
 Source: xfrm_policy_match(), xfrm_tmpl_resolve_one(), xfrm_state_look_at(), linux 6.1.
 """
@@ -15,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from ipsecgate.core.model.flow import Address
 from tests.system.oracle.caller import DEVICE
-from tests.system.oracle.topology import VRF, VRF_SOURCES, VRF_TABLE, Tunnel, Way
+from tests.system.oracle.topology import VRF, Tunnel, Way
 from tests.system.oracle.world import (
     AH,
     BEET,
@@ -299,11 +298,12 @@ class Model:
         for path in paths:
             dropped = tunnel is not None and not takes(tunnel, path)
             found.add(REFUSED if dropped else COVERED if path.protected else CLEAR)
-        if tunnel is not None and tunnel.kind == "vti6" and self._has_state_from_any(policy):
-            found.add(REFUSED)  # Linux 6.1 drops it, whatever vti6_state_check() seems to say
+        if tunnel is not None and tunnel.kind == "vti6" and self.has_state_from_any(policy):
+            found.add(REFUSED)  # measured on Linux 6.1, although vti6_state_check() takes it
         return found
 
-    def _has_state_from_any(self, policy: Policy) -> bool:
+    def has_state_from_any(self, policy: Policy) -> bool:
+        """Return whether a state for this policy has no address of its own."""
         reqids = {t.reqid for t in policy.tmpls}
         return any(is_any(s.src) for s in self.world.states if s.reqid in reqids)
 
@@ -362,101 +362,6 @@ class Model:
         if any(s in wildcard for s in valid):
             return Has.YES
         return Has.MAYBE if valid else Has.NO
-
-    # --- why the gate may be stricter ------------------------------------------------------
-
-    def reasons(self, call: Call) -> list[str]:
-        """Return the documented limits that apply to this call, the most specific first."""
-        return list(dict.fromkeys(self._reasons(call)))
-
-    def _reasons(self, call: Call) -> Iterator[str]:
-        yield from self._of_call(call)
-        for packet in self.lookups(call):
-            tied = self.tied(packet)
-            each = [self.outcomes(p, packet) for p in tied]
-            known = call.port_known and self.translated(call) is None
-            if not known and self._asks_for_port(packet):
-                yield "source port not chosen yet"
-            if any(p.sel.ifindex for p in self._near(packet)):
-                yield "policy for an interface"
-            if len(set().union(*each)) > 1 and len(tied) > 1:
-                yield "ties that disagree"
-            elif len(tied) > 1:
-                yield "ties, live in part"
-            if {COVERED, REFUSED} <= set().union(*each) and len(tied) == 1:
-                yield "state of another source, by the kernel's hash"
-            for policy in tied:
-                yield from self._of_policy(policy)
-
-    def _of_call(self, call: Call) -> Iterator[str]:
-        if call.inside and call.mark:
-            yield "a mark in the container"
-        if self.translated(call) and self.is_spared():
-            yield "an SA for the source that only unprotected packets get"
-        if call.inside and call.dst.version == 6 and any(r.to is None for r in self.world.nat):
-            yield "masquerade by one of several IPv6 addresses"
-        if call.inside and self.is_tunneled(call):
-            yield "from the container into a tunnel device"
-        if call.device == VRF and call.src is None and call.dst.version == 6 and any(
-            one.table == VRF_TABLE and call.dst in one.network and one.src != VRF_SOURCES[6]
-            for one in self.world.routes
-        ):  # fmt: skip
-            yield "a route out of the VRF names a source of its own"
-
-    def _of_policy(self, policy: Policy) -> Iterator[str]:
-        if all(t.optional for t in policy.tmpls if t.proto in (ESP, AH)):
-            yield "protected by an optional template"
-        if any(t.mode in (TUNNEL, BEET) and t.src is None for t in policy.tmpls):
-            yield "tunnel from any address"
-        reqids = {t.reqid for t in policy.tmpls}
-        states = [s for s in self.world.states if s.reqid in reqids]
-        if self._has_state_from_any(policy):
-            yield "state from any address"
-        if any(not s.spi for s in states):
-            yield "state with SPI 0"
-        ids = {(s.dst, s.spi, s.proto) for s in states}
-        if sum((s.dst, s.spi, s.proto) in ids for s in self.world.states) > len(ids):
-            yield "states that share an SPI"
-        if any(s.sel is not None and s.sel.ifindex for s in states):
-            yield "state for an interface"
-
-    def _near(self, packet: Packet) -> list[Policy]:
-        """Return the policies whose networks match."""
-        return [
-            p for p in self.world.policies
-            if p.sel.src.version == packet.dst.version
-            and packet.src in p.sel.src.network
-            and packet.dst in p.sel.dst.network
-        ]  # fmt: skip
-
-    def _asks_for_port(self, packet: Packet) -> bool:
-        near = self._near(packet)
-        reqids = {t.reqid for p in near for t in p.tmpls}
-        return any(p.sel.sport[1] for p in near) or any(
-            s.sel is not None and s.sel.sport[1] for s in self.world.states if s.reqid in reqids
-        )
-
-    # --- what the gate lets go and the kernel drops ------------------------------------------
-
-    def drops(self, call: Call) -> str:
-        """Return the documented reason for which the kernel drops a call that has an SA, or ""."""
-        if self.packet(call, 0) is None:
-            return "no route"
-        if self.translated(call) and self.is_spared() and self.passes(call):
-            return "an exception, whose packets the host translates"
-        inside = self.inside(call)
-        if inside is None:
-            return ""
-        packet, tunnel = inside
-        first = self.forwarded(call)
-        if COVERED in first:
-            if REFUSED not in self.beyond(call):
-                return ""
-            return "translated before a tunnel" if call.inside else "transport mode before a tunnel"
-        outcomes = [self.outcomes(p, packet) for p in self.tied(packet)]
-        if any(COVERED in one for one in outcomes):
-            return f"an SA that does not suit the {tunnel.kind} interface"
-        return ""
 
 
 def takes(tunnel: Tunnel, path: Path) -> bool:
