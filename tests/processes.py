@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -45,3 +46,13 @@ def outlived(pids: Iterable[int]) -> set[int]:
     while (left := alive(pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+def may_run_first() -> bool:
+    """Tell whether real-time priority is allowed here: systemd may have given no share of it."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except PermissionError:
+        return False
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return True

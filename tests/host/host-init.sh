@@ -35,6 +35,9 @@ mount --move /run/checkout "$checkout"
 mount -t "$share" -o "$options" results "$results"
 mkdir -p /var/cache/ipsecgate
 mount -t tmpfs -o mode=755 tmpfs /var/cache/ipsecgate
+# The kernel loads these for the tests. They stay loaded with their devices, sysctls and processes, so
+# the first state must have them.
+modprobe --all --quiet ip_gre ipip ip_vti ip6_tunnel ip6_vti nf_conntrack vrf bpfilter || :
 # Likewise, copy /etc; a folder that takes the place of a removed one hides what is below the layer.
 cp -a /etc /etc.copy
 rm -rf /etc

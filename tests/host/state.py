@@ -3,7 +3,8 @@
     /usr/bin/python3 state.py >FILE
 
 Standard library only; run it as root, on the host. It leaves out counters, the clock, loaded
-modules, which stay loaded, and the cgroup that it runs in, which belongs to the commands.
+modules, which stay loaded (host-init.sh loads those with devices), and the cgroup that it runs in,
+which belongs to the commands.
 """
 
 from __future__ import annotations

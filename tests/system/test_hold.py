@@ -20,6 +20,7 @@ import pytest
 from ipsecgate.core.model.policy import HOLD, HOLD_IMPATIENT
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, Lab
+from tests.processes import may_run_first
 from tests.system import held_client
 from tests.system.connections import load_connection
 from tests.system.under_exec import (
@@ -137,16 +138,6 @@ def test_covered_and_unprotected_calls_are_not_held(lab: Lab, gate: Gated) -> No
     for here in ("127.0.0.1", "::1", "0.0.0.0"):
         assert run(lab, gate, held_client.command("tcp", here, PORT))["error"] == "ECONNREFUSED"
     assert gate.ask()["held"] == before
-
-
-def may_run_first() -> bool:
-    """Tell whether real-time priority is allowed here: systemd may have given no share of it."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    except PermissionError:
-        return False
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-    return True
 
 
 def test_many_threads_wait_for_one_negotiation(lab: Lab, gate: Gated) -> None:
