@@ -20,7 +20,6 @@ from ipsecgate.edges.bpf.pins import Pins
 from ipsecgate.lab.hosts import Lab
 from tests.system.booted_systemd import BootedSystemd
 from tests.system.caller import Caller
-from tests.system.conftest import lab
 from tests.system.prober import Prober
 from tests.system.systemd_host import (
     CONFIG,
@@ -40,7 +39,7 @@ from tests.system.systemd_host import (
     usec,
 )
 
-__all__ = ["lab", "module_lab"]
+__all__ = ["module_lab"]
 
 # Set by tests/package/run.sh: the clean root, the package, and the same with a higher version and
 # other maps.

@@ -236,8 +236,9 @@ class BootedSystemd:
         """Shut it down and boot it again: of its files only those on disk are left."""
         self.shut_down()
         self._lose_hooks()
-        for folder in sorted(self.cgroup.glob("**/*/"), reverse=True):
+        for folder in sorted(self.cgroup.glob("**/"), reverse=True):
             folder.rmdir()
+        self.cgroup = self._lab.cgroup("manager")
         self.boot()
 
     # --- its end ----------------------------------------------------------------------
