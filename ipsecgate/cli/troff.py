@@ -18,13 +18,14 @@ from ipsecgate.cli.verb import Example
 
 
 def title(name: str, section: int, book: str) -> str:
-    """Return the page's first line. SOURCE_DATE_EPOCH is its date, as for every reproducible build.
+    """Return the page's first lines. Words are not hyphenated: a break would look typed.
 
+    SOURCE_DATE_EPOCH is its date, as for every reproducible build.
     Source: reproducible-builds.org/specs/source-date-epoch.
     """
     when = time.gmtime(float(os.environ.get("SOURCE_DATE_EPOCH", time.time())))
     day = time.strftime("%Y-%m-%d", when)
-    return f'.TH {name.upper()} {section} {day} "ipsecgate {version("ipsecgate")}" "{book}"'
+    return f'.TH {name.upper()} {section} {day} "ipsecgate {version("ipsecgate")}" "{book}"\n.nh'
 
 
 def text(plain: str) -> str:
