@@ -161,6 +161,8 @@ def neighbour(hooked: HookedCgroup, name: str) -> Iterator[Caller]:
             yield caller
         finally:
             caller.close()
+            # The kernel removes what is in a namespace later than the namespace.
+            subprocess.run([*here, "link", "delete", "far0"], check=True)
     finally:
         far.remove()
 
