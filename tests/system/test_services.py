@@ -77,7 +77,8 @@ def test_a_call_to_a_service_is_held_until_its_backend_is_covered(
 
 
 def test_a_call_to_a_service_is_refused_and_then_let_go(lab: Lab, gate: Gated) -> None:
-    spec = load_connection(lab, gate, "transport")
+    # Without a trap: an earlier connection's last packets would have an SA negotiated before.
+    spec = load_connection(lab, gate, "transport", start_action="none")
     with rules(lab, dnat(lab, spec)):
         noticed(lab, gate, spec)
         lab.set_delay(25)
