@@ -82,16 +82,14 @@ PROBES = {
 def boot_files(*probes: str) -> dict[str, str]:
     """Return the files of these probes, and of the slice that is gated before any of them runs."""
     units = "etc/systemd/system"
-    wanted = {
-        target: " ".join(f"{name}.service" for name in probes if (name == LATE) is is_late)
-        for target, is_late in (("sysinit", False), ("multi-user", True))
-    }
+    early = [f"{name}.service" for name in probes if name != LATE]
+    late = [f"{name}.service" for name in probes if name == LATE]
     return {
         "etc/probe.py": PROBE,
         f"{units}/{LOAD}.d/gated.conf": "[Unit]\nWants=gated.slice\nAfter=gated.slice\n",
         **{
-            f"{units}/{target}.target.d/probes.conf": f"[Unit]\nWants={names}\n"
-            for target, names in wanted.items()
+            f"{units}/{target}.target.d/probes.conf": f"[Unit]\nWants={' '.join(wanted)}\n"
+            for target, wanted in (("sysinit", early), ("multi-user", late))
         },
         **{
             f"{units}/{name}.service": PROBE_UNIT.format(group=group, orders=orders)

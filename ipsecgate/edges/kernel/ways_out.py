@@ -22,19 +22,10 @@ from dataclasses import replace
 from functools import partial
 
 from ipsecgate.core.codec.forwarding import decode_packet, encode_packet_get
-from ipsecgate.core.codec.links import (
-    decode_nsid,
-    encode_nsid_get,
-)
+from ipsecgate.core.codec.links import decode_nsid, encode_nsid_get
 from ipsecgate.core.codec.rtnetlink import Link as TunnelLink
 from ipsecgate.core.model.flow import Address, FlowPath, Network, Origin
-from ipsecgate.core.model.namespace import (
-    Arrival,
-    Devices,
-    Route,
-    WayOut,
-    arrival,
-)
+from ipsecgate.core.model.namespace import Arrival, Devices, Route, WayOut, arrival
 from ipsecgate.core.model.prefixes import PrefixSet, as_network, compress, partition
 from ipsecgate.core.model.value import value
 from ipsecgate.core.nat.forwarded import Forwarding
