@@ -100,9 +100,9 @@ def attempt(way: Way) -> dict[str, float]:
     lab = way.lab
     before = lab.a.counters()["TcpExtTCPSynRetrans"]
     options = ("--to", str(lab.b.address(TRAP)), "--port", str(PORT), "--limit", str(LIMIT))
-    with lab.b.serve("tcp-server", PORT), lab.watch() as watch, lab.capture() as capture:
+    with lab.b.serve("tcp-server", PORT), lab.record() as recorder, lab.capture() as capture:
         report = Client(way.start(traffic.command("tcp-client", *options))).result()
-        ready = watch.wait_sa(SA_TIMEOUT)
+        ready = recorder.wait_sa(SA_TIMEOUT)
         clear = len(capture.stop().clear)
     measured = {
         "SYNs again": float(lab.a.counters()["TcpExtTCPSynRetrans"] - before),

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import threading
 from pathlib import Path
 from statistics import quantiles
 
@@ -43,13 +41,10 @@ def once(lab: Lab, gate: Gated) -> tuple[float, float]:
     lab.reset()
     lab.load(SPEC)
     gate.wait_policy(SPEC.name)
-    with lab.watch() as watch:
-        # It must hear of the policy before the controller acts on it.
-        (reader,) = (one for one in threading.enumerate() if one.name == "xfrm-watch")
-        os.sched_setscheduler(reader.native_id or 0, os.SCHED_FIFO, os.sched_param(1))
+    with lab.record() as recorder:
         command = [sys.executable, "-S", "-c", CLIENT, str(lab.b.address(SPEC)), str(PORT)]
         times = json.loads(lab.a.run(gate.exec_argv(*command)).stdout)
-        policy = watch.wait_policy()
+        policy = recorder.wait_policy()
     if policy is None:
         raise SystemExit("the kernel has no policy")
     began, ended = times[-1]

@@ -120,7 +120,7 @@ def measure(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
         gate.wait_policy(spec.name)
     server = lab.b.serve(f"{case.protocol}-server", PORT)
     before = lab.a.counters()
-    with server, lab.watch() as watch, lab.capture() as capture:
+    with server, lab.record() as recorder, lab.capture() as capture:
         client = lab.a.client(
             f"{case.protocol}-client",
             lab.b.address(spec),
@@ -131,8 +131,8 @@ def measure(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
         )
         report = client.result()
         received = server.report(DATAGRAMS if case.protocol == "udp" else 0, SETTLE)
-        sa_ready = watch.wait_sa(SA_TIMEOUT)
-        policy_ready = watch.wait_policy(SA_TIMEOUT, sa_ready or 0)
+        sa_ready = recorder.wait_sa(SA_TIMEOUT)
+        policy_ready = recorder.wait_policy(SA_TIMEOUT, sa_ready or 0)
         seen = capture.stop()
     after = lab.a.counters()
     return Outcome(

@@ -27,9 +27,9 @@ from ipsecgate.lab.frames import NATT_PORT
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.netns import LabError, Namespace
 from ipsecgate.lab.path import FAMILIES, SITE_A, SITE_B
-from ipsecgate.lab.xfrm_watch import XfrmWatch
+from ipsecgate.lab.recorder import Recorder
 
-__all__ = ["FAMILIES", "MODES", "Capture", "ConnSpec", "Host", "Lab", "LabError", "XfrmWatch"]
+__all__ = ["FAMILIES", "MODES", "Capture", "ConnSpec", "Host", "Lab", "LabError", "Recorder"]
 
 MODES = ("transport", "tunnel")
 PREFIX = "ipsecgate-lab"
@@ -222,12 +222,12 @@ class Lab:
         self._stack.callback(capture.close)
         return capture
 
-    def watch(self, host: Host | None = None) -> XfrmWatch:
-        """Return a watch of a host's XFRM events (default: a); the caller starts it."""
-        watched = host or self.a
-        watch = XfrmWatch(watched.namespace, set(watched.outer.values()))
-        self._stack.callback(watch.close)
-        return watch
+    def record(self, host: Host | None = None) -> Recorder:
+        """Record a host's XFRM events (default: a) from now on."""
+        recorded = host or self.a
+        recorder = Recorder(recorded.namespace, recorded.outer.values())
+        self._stack.callback(recorder.close)
+        return recorder
 
 
 def sweep(prefix: str) -> None:

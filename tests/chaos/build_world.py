@@ -19,7 +19,6 @@ from tests.chaos.reporter import Reporter
 from tests.chaos.targets import NOWHERE, OPEN, PORT, SPECS
 from tests.chaos.world import World, ip
 from tests.system.fd_store import FdStore
-from tests.system.kernel_events import KernelEvents
 
 CACHE_SIZE = "2m"
 
@@ -41,13 +40,12 @@ def build_world(cache: Path, name: str = "ipsecgate-chaos") -> Iterator[World]:
             know_neighbour(host, lab.peer(host))
             host.charon.configure(HASTY)
         Reporter(lab.b, World.argv("server", str(PORT)))
-        kernel_events = KernelEvents(lab.a.namespace, lab.a.outer.values())
-        stack.callback(kernel_events.close)
+        recorder = lab.record()
         store = stack.enter_context(FdStore())
         gate = stack.enter_context(Gated(lab, cache=stack.enter_context(disk(cache))))
         gate.kill()  # the store must start the controller, to keep its descriptors
         store.start(gate)
-        made = World(lab, gate, kernel_events, store)
+        made = World(lab, gate, recorder, store)
         stack.callback(made.close)
         for host in (lab.b, lab.a):
             made.load(host)

@@ -86,11 +86,9 @@ def rekeyed(world: World, rng: random.Random, rekeys: int) -> Iterator[int]:
         host = rng.choice([world.lab.a, world.lab.b])
         if done % 25 == 0:
             vici(host, "rekey", ike=spec.name)  # the IKE_SA, too
-        seen = len(world.kernel_events.events())
+        seen = len(world.recorder.events())
         requested = 0.0
-        while not any(
-            e.name == "DELSA" and e.outbound for e in world.kernel_events.events()[seen:]
-        ):
+        while not any(e.name == "DELSA" and e.outbound for e in world.recorder.events()[seen:]):
             if time.monotonic() > requested + RETRY:
                 vici(host, "rekey", child=spec.child_name)
                 requested = time.monotonic()

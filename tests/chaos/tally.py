@@ -8,7 +8,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from ipsecgate.lab.frames import Packet
-from ipsecgate.lab.xfrm_watch import XfrmEvent
+from ipsecgate.lab.xfrm_events import XfrmEvent
 
 TOLERANCE = 0.06  # seconds around the edges of a gap in which nothing is certain
 CONNECTIONS = 2

@@ -26,12 +26,12 @@ from ipsecgate.lab.frames import Kind
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import Lab
+from ipsecgate.lab.recorder import Recorder
 from tests.chaos import held_calls
 from tests.chaos.reporter import Reporter
 from tests.chaos.tally import Span, Tally, kernel_gaps, widen
 from tests.chaos.targets import KINDS, NEVER, NOWHERE, OPEN, PORT, PROTECTED, SPECS, Target, covered
 from tests.system.fd_store import FdStore
-from tests.system.kernel_events import KernelEvents
 
 PERIOD, HELD_PERIOD = 0.05, 0.1
 RECOVERY = 40.0
@@ -49,8 +49,8 @@ class World:
     sender: Reporter
     held_sender: Reporter
 
-    def __init__(self, lab: Lab, gate: Gated, kernel_events: KernelEvents, store: FdStore) -> None:
-        self.lab, self.gate, self.kernel_events, self.store = lab, gate, kernel_events, store
+    def __init__(self, lab: Lab, gate: Gated, recorder: Recorder, store: FdStore) -> None:
+        self.lab, self.gate, self.recorder, self.store = lab, gate, recorder, store
         self.route = lab.a.namespace.route()
         self.tally = Tally()
         self.disturbed: list[Span] = []  # when refusals are excused
@@ -208,7 +208,7 @@ class World:
         blocked = self._blocks()
         self.tally.blocked += blocked - self._blocked
         self._blocked = blocked
-        events = self.kernel_events.events()
+        events = self.recorder.events()
         gaps = {family: kernel_gaps(events, family, self.policies) for family in (4, 6)}
         for report, target in zip(reports, self.targets, strict=True):
             spans = [*self.disturbed, *gaps[6 if ":" in target[1] else 4]]

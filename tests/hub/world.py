@@ -20,11 +20,11 @@ from ipsecgate.lab.frames import Kind, Packet
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import Lab
+from ipsecgate.lab.recorder import Recorder
 from tests.chaos.reporter import Reporter
 from tests.chaos.tally import Span, kernel_gaps, widen
 from tests.chaos.world import World, tail
 from tests.hub.tunnels import PEERS, REMOTE, Tunnel, make_tunnels
-from tests.system.kernel_events import KernelEvents
 
 OPEN = "192.0.2.9"  # in no connection: its packets show that the capture sees cleartext
 PORT, CLOSED_PORT = 7400, 7401
@@ -75,9 +75,9 @@ class Hub:
     sender: Reporter
 
     def __init__(
-        self, lab: Lab, gate: Gated, kernel_events: KernelEvents, tunnels: Sequence[Tunnel]
+        self, lab: Lab, gate: Gated, recorder: Recorder, tunnels: Sequence[Tunnel]
     ) -> None:
-        self.lab, self.gate, self.kernel_events, self.tunnels = lab, gate, kernel_events, tunnels
+        self.lab, self.gate, self.recorder, self.tunnels = lab, gate, recorder, tunnels
         self.up: list[Tunnel] = []
         self.targets: list[tuple[str, str, int]] = []
         self.tunnel_of: list[Tunnel | None] = []  # of each target; None: of `OPEN`
@@ -192,7 +192,7 @@ class Hub:
         reports = self.sender.ask("all")
         pauses = [(began, ended) for began, ended in reports[0]["pauses"]]
         self._judge_capture()
-        events = self.kernel_events.events()
+        events = self.recorder.events()
         gaps = {
             tunnel: widen([*self.disturbed, *kernel_gaps(events, 4, {tunnel.ends})], pauses)
             for tunnel in self.up
@@ -262,10 +262,9 @@ def build_hub(
         hub, via = lab.a.inner[4], lab.b.outer[4]
         batch(lab.a, [f"route add {REMOTE} via {via} src {hub}", f"route add {PEERS} via {via}"])
         batch(lab.b, [f"addr add {OPEN}/24 dev eth0"])
-        kernel_events = KernelEvents(lab.a.namespace, lab.a.outer.values())
-        stack.callback(kernel_events.close)
+        recorder = lab.record()
         gate = stack.enter_context(Gated(lab, cache=cache))
-        made = Hub(lab, gate, kernel_events, make_tunnels(Random(seed), hub, sites, warriors))
+        made = Hub(lab, gate, recorder, make_tunnels(Random(seed), hub, sites, warriors))
         stack.callback(made.close)
         Reporter(lab.b, World.argv("server", str(PORT)))
         yield made

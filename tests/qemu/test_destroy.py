@@ -18,7 +18,7 @@ import pytest
 
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.xfrm_watch import XfrmWatch
+from ipsecgate.lab.recorder import Recorder
 from tests.chaos.reporter import Reporter
 from tests.chaos.world import SENDER
 from tests.system.conftest import cache
@@ -76,9 +76,9 @@ def gate(lab: Lab, cache: Path) -> Iterator[Gated]:
         yield gate
 
 
-def deleted(watch: XfrmWatch) -> list[float]:
+def deleted(recorder: Recorder) -> list[float]:
     """Return the times at which outbound SAs were deleted."""
-    return [event.time for event in watch.events() if event.name == "DELSA" and event.outbound]
+    return [event.time for event in recorder.events() if event.name == "DELSA" and event.outbound]
 
 
 def connected(lab: Lab, spec: ConnSpec, gate: Gated) -> bool:
@@ -98,13 +98,13 @@ def test_a_flow_without_an_sa_is_destroyed_promptly(
     spec = ConnSpec(f"{mode}-{family}", mode, family, start_action=start_action)
     lab.load(spec)
     gate.wait_policy(spec.name)
-    with lab.watch() as watch, lab.capture() as capture:
+    with lab.record() as recorder, lab.capture() as capture:
         assert connected(lab, spec, gate), gate.log.read_text()
         gated = OpenSockets(lab, lab.b.address(spec), gate.cgroup)
         other = OpenSockets(lab, lab.b.address(spec), None)
 
         lab.a.charon.rekey(spec.child_name)
-        wait_until(lambda: len(deleted(watch)) == 1, "not rekeyed")
+        wait_until(lambda: len(deleted(recorder)) == 1, "not rekeyed")
         assert gated.echo() == other.echo() == FINE, "the new SA came before the old one went"
 
         vici(lab.a if side == "a" else lab.b, "terminate", child=spec.child_name)
@@ -114,8 +114,8 @@ def test_a_flow_without_an_sa_is_destroyed_promptly(
             "tcp": "ECONNABORTED",
             "udp": "ECONNABORTED",
         }
-        wait_until(lambda: len(deleted(watch)) == 2, "not deleted")
-        assert max(when for _, when in ends.values()) - deleted(watch)[1] < SOON
+        wait_until(lambda: len(deleted(recorder)) == 2, "not deleted")
+        assert max(when for _, when in ends.values()) - deleted(recorder)[1] < SOON
         assert gated.echo() == {"tcp": "EPIPE", "udp": "EDESTADDRREQ"}
 
         assert connected(lab, spec, gate), "a new connection works"

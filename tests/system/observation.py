@@ -31,8 +31,8 @@ from ipsecgate.lab.capture import Captured
 from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
-from ipsecgate.lab.xfrm_watch import XfrmEvent
-from tests.system.kernel_events import KernelEvents
+from ipsecgate.lab.recorder import Recorder
+from ipsecgate.lab.xfrm_events import XfrmEvent
 from tests.system.prober import PERIOD, Attempt, Prober, Target
 
 TOLERANCE = 0.03
@@ -187,13 +187,13 @@ class Observation:
         self,
         lab: Lab,
         gate: Gated,
-        kernel_events: KernelEvents,
+        recorder: Recorder,
         name: str,
         targets: Sequence[Target],
         load: Callable[[], object],
         period: float = PERIOD,
     ) -> None:
-        self._lab, self._gate, self._kernel_events, self._name = lab, gate, kernel_events, name
+        self._lab, self._gate, self._recorder, self._name = lab, gate, recorder, name
         self._targets, self._load, self._period = targets, load, period
         self._capture = lab.capture()
         self._prober: Prober | None = None
@@ -202,7 +202,7 @@ class Observation:
         self.patience = PATIENCE  # seconds at the end for every target to be let through
 
     def __enter__(self) -> Self:
-        self._kernel_events.forget()
+        self._recorder.forget()
         self._died = self._count_died()
         self._capture.start()
         try:
@@ -238,7 +238,7 @@ class Observation:
         self._attempts = self._prober.stop(self.patience)
         self._prober = None
         self._seen = self._capture.stop()
-        self._events = list(self._kernel_events.events())
+        self._events = list(self._recorder.events())
         self._died = self._count_died() - self._died
         self.record = self.record_of(self._targets)
         log.info("%s: %s", self._name, self.record.figures())
@@ -261,7 +261,7 @@ class Observation:
         """Wait for the first outbound event of these names (EXPIRE: hard); return its time."""
         deadline = time.monotonic() + timeout
         while True:
-            for event in self._kernel_events.events():
+            for event in self._recorder.events():
                 counts = event.hard or event.name != "EXPIRE"
                 if event.outbound and event.name in names and event.time >= since and counts:
                     return event.time

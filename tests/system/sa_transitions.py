@@ -11,7 +11,7 @@ import pytest
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from tests.system.kernel_events import KernelEvents
+from ipsecgate.lab.recorder import Recorder
 from tests.system.observation import Observation
 from tests.system.prober import KINDS, Target
 
@@ -42,10 +42,9 @@ def gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
 
 
 @pytest.fixture(scope="module")
-def kernel_events(module_lab: Lab) -> Iterator[KernelEvents]:
-    kernel_events = KernelEvents(module_lab.a.namespace, module_lab.a.outer.values())
-    yield kernel_events
-    kernel_events.close()
+def recorder(module_lab: Lab) -> Iterator[Recorder]:
+    with module_lab.record() as recorder:
+        yield recorder
 
 
 def targets(lab: Lab, spec: ConnSpec = SPEC) -> list[Target]:
@@ -55,9 +54,7 @@ def targets(lab: Lab, spec: ConnSpec = SPEC) -> list[Target]:
 
 
 @pytest.fixture
-def observe(
-    lab: Lab, gate: Gated, kernel_events: KernelEvents, request: pytest.FixtureRequest
-) -> Begin:
+def observe(lab: Lab, gate: Gated, recorder: Recorder, request: pytest.FixtureRequest) -> Begin:
     """Make a `Observation` whose process speaks under the SA of a connection already."""
 
     def begin(
@@ -66,7 +63,7 @@ def observe(
         load: Callable[[ConnSpec], object] = lab.load,
     ) -> Observation:
         to = to or targets(lab, spec)
-        return Observation(lab, gate, kernel_events, request.node.name, to, lambda: load(spec))
+        return Observation(lab, gate, recorder, request.node.name, to, lambda: load(spec))
 
     return begin
 

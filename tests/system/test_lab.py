@@ -75,15 +75,15 @@ def test_without_a_policy_everything_is_in_clear(lab: Lab, tcp: Server, family: 
 @pytest.mark.parametrize(("mode", "family"), CASES)
 def test_stock_linux_loses_the_first_syn(lab: Lab, tcp: Server, mode: str, family: int) -> None:
     spec = ConnSpec("stock", mode, family, start_action="trap")
-    with lab.watch() as watch, lab.capture() as capture:
+    with lab.record() as recorder, lab.capture() as capture:
         lab.load(spec)
         before = lab.a.counters()
         first = lab.a.client("tcp-client", lab.b.address(spec), TCP_PORT).result()
         after = lab.a.counters()
         warm = lab.a.client("tcp-client", lab.b.address(spec), TCP_PORT).result()
-        ready = watch.wait_sa(since=first["first"])
+        ready = recorder.wait_sa(since=first["first"])
         assert ready is not None
-        policy = watch.wait_policy(since=ready)  # the trap is older
+        policy = recorder.wait_policy(since=ready)  # the trap is older
         lab.let_tcp_close()
         seen = capture.stop()
     assert first["echoed"], first

@@ -56,7 +56,7 @@ def test_a_lab_leaves_nothing_behind(error: type[BaseException] | None) -> None:
             wait_until(lambda: sleeper.pid in lab.a.namespace.pids(), "it does not sleep")
             pids = [sleeper.pid, *lab.a.namespace.pids(), *lab.b.namespace.pids()]
             lab.capture().start()
-            lab.watch().start()
+            lab.record()
             assert len(remains(lab.name)) >= 5
             if error is not None:
                 raise error

@@ -26,7 +26,7 @@ from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.host import Host
 from ipsecgate.lab.hosts import FAMILIES, ConnSpec, Lab
-from ipsecgate.lab.xfrm_watch import SO_RCVBUFFORCE
+from ipsecgate.lab.recorder import SO_RCVBUFFORCE
 from tests.system.caller import called_again, hammering
 from tests.system.connections import load_connection
 from tests.until import wait_until

@@ -24,14 +24,14 @@ from tests.system.sa_transitions import (
     configured,
     gate,
     host,
-    kernel_events,
     module_lab,
     observe,
+    recorder,
 )
 from tests.system.strongswan import ike_sas, vici
 from tests.until import wait_until
 
-__all__ = ["gate", "kernel_events", "module_lab", "observe"]
+__all__ = ["gate", "module_lab", "observe", "recorder"]
 
 pytestmark = pytest.mark.second_guest
 

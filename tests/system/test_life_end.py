@@ -26,16 +26,16 @@ from tests.system.sa_transitions import (
     configured,
     gate,
     host,
-    kernel_events,
     module_lab,
     observe,
+    recorder,
     targets,
 )
 from tests.system.strongswan import ike_sas, vici
 from tests.system.under_exec import paused
 from tests.until import wait_until
 
-__all__ = ["gate", "kernel_events", "module_lab", "observe"]
+__all__ = ["gate", "module_lab", "observe", "recorder"]
 
 pytestmark = pytest.mark.second_guest
 

@@ -17,8 +17,8 @@ from ipsecgate.core.model.flow import Address
 from ipsecgate.lab.connections import End, connection
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
-from ipsecgate.lab.xfrm_watch import XfrmEvent
-from tests.system.kernel_events import KernelEvents
+from ipsecgate.lab.recorder import Recorder
+from ipsecgate.lab.xfrm_events import XfrmEvent
 from tests.system.observation import REFUSALS, Observation, Wanted
 from tests.system.prober import KINDS, Target
 from tests.until import wait_until
@@ -50,10 +50,9 @@ def gate(module_lab: Lab, cache: Path) -> Iterator[Gated]:
 
 
 @pytest.fixture(scope="module")
-def kernel_events(module_lab: Lab) -> Iterator[KernelEvents]:
-    kernel_events = KernelEvents(module_lab.a.namespace, outer(module_lab).values())
-    yield kernel_events
-    kernel_events.close()
+def recorder(module_lab: Lab) -> Iterator[Recorder]:
+    with Recorder(module_lab.a.namespace, outer(module_lab).values()) as recorder:
+        yield recorder
 
 
 @pytest.fixture
@@ -68,9 +67,7 @@ Begin = Callable[..., Observation]
 
 
 @pytest.fixture
-def observe(
-    lab: Lab, gate: Gated, kernel_events: KernelEvents, request: pytest.FixtureRequest
-) -> Begin:
+def observe(lab: Lab, gate: Gated, recorder: Recorder, request: pytest.FixtureRequest) -> Begin:
     """Observe the named tunnels; the process calls from each tunnel's source, and unbound."""
 
     def begin(*names: str, start_action: str = "trap") -> Observation:
@@ -79,7 +76,7 @@ def observe(
                 load(lab, name, start_action)
 
         to = [target for name in names for target in targets(name)] + targets()
-        return Observation(lab, gate, kernel_events, request.node.name, to, start, PERIOD)
+        return Observation(lab, gate, recorder, request.node.name, to, start, PERIOD)
 
     return begin
 

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from ipsecgate.lab.xfrm_watch import XfrmEvent
+from ipsecgate.lab.xfrm_events import XfrmEvent
 from tests.chaos.held_calls import LAG, LIMIT, Call, count, judge
 from tests.chaos.tally import TOLERANCE, Span, Tally, kernel_gaps, widen
 
