@@ -197,7 +197,8 @@ def discard(path: Path) -> None:
         for pid in pids_in(path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        pyroute2_netns.remove(path.name)
+        # For a bare name it looks in /var/run, which need not be /run.
+        pyroute2_netns.remove(str(path))
 
 
 def is_leftover(name: str, prefix: str) -> bool:
