@@ -197,8 +197,18 @@ def _explain_usage(error: click.ClickException, as_document: bool) -> None:
     ):
         error.show()  # the help
         return
-    hint = f"`{context.command_path} --help` has the options and examples" if context else ""
+    hint = _usage_hint(error, context) if context is not None else ""
     explain(GateError(error.format_message(), hint=hint), document=as_document)
+
+
+def _usage_hint(error: click.ClickException, context: click.Context) -> str:
+    wrong = getattr(error, "option_name", "")
+    if context.parent is not None:
+        for option in cli.params:
+            if wrong in option.opts:
+                written = " ".join(filter(None, (wrong, option.metavar, context.info_name)))
+                return f"it goes before the verb: `ipsecgate {written}`"
+    return f"`{context.command_path} --help` has the options and examples"
 
 
 def _print_defect(

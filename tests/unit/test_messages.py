@@ -57,6 +57,8 @@ def test_an_error_in_a_pipe(
         (["event"], "did you mean `ipsecgate events`"),
         (["zzzz"], "next: `ipsecgate --help`"),
         (["why", "--form", "10.1.0.1"], "`ipsecgate why --help`"),
+        (["status", "--json"], "`ipsecgate --json status`"),
+        (["why", "-c", "x"], "`ipsecgate -c FILE why`"),
         (["attach"], "`ipsecgate attach --help`"),
     ],
 )
