@@ -68,6 +68,7 @@ class Recorder:
         self._process.start()
         for each in (*sources, writer):
             each.close()
+        self.events()  # its answer means that it follows
 
     def __enter__(self) -> Self:
         return self

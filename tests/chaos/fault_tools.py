@@ -70,6 +70,15 @@ def suspended(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
+@contextmanager
+def suspended_controller(world: World) -> Iterator[int]:
+    """Suspend the controller for the duration of the block, and record when; yield its pid or 0."""
+    pid, began = controller(world), time.monotonic()
+    with suspended(pid):
+        yield pid
+    world.suspended.append((began, time.monotonic()))
+
+
 def reload(world: World) -> bool:
     """Request a reload; return False if it was refused or there is no controller."""
     try:
@@ -153,8 +162,7 @@ def storm_of_states(world: World, count: int) -> None:
 
 def overrun(world: World, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Overrun the controller's XFRM socket: suspend it, and shrink its buffer to one message."""
-    pid = controller(world)
-    with suspended(pid):
+    with suspended_controller(world) as pid:
         if pid:
             shrink(pid)
         storm_of_states(world, OVERRUN // 2)

@@ -17,6 +17,7 @@ from tests.chaos.fault_tools import (
     either,
     overrun,
     suspended,
+    suspended_controller,
     vici,
 )
 from tests.chaos.targets import SPECS
@@ -39,10 +40,8 @@ def controller_terminated(world: World, rng: random.Random) -> Iterator[None]:
 
 @fault(10, keeps=True)
 def controller_suspended(world: World, rng: random.Random) -> Iterator[None]:
-    began = time.monotonic()
-    with suspended(controller(world)):
+    with suspended_controller(world):
         yield
-    world.suspended.append((began, time.monotonic()))
 
 
 @fault(4, keeps=True)

@@ -7,6 +7,7 @@ SYNs, lost datagrams); times are only compared with each other.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import statistics
 import time
@@ -20,6 +21,7 @@ from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab.charon import HASTY
 from ipsecgate.lab.endpoints import Server
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
+from ipsecgate.lab.recorder import SCHED_DEADLINE
 
 pytestmark = [
     pytest.mark.second_guest,
@@ -70,6 +72,14 @@ def test_without_a_policy_everything_is_in_clear(lab: Lab, tcp: Server, family: 
         assert {packet.sender for packet in seen.clear} == {"a", "b"}
         assert not seen.esp
         assert not seen.ike
+
+
+def test_the_recorder_runs_ahead_of_other_processes(lab: Lab) -> None:
+    with lab.record():
+        (process,) = multiprocessing.active_children()
+        assert process.pid is not None
+        scheduling = os.sched_getscheduler(process.pid) & ~os.SCHED_RESET_ON_FORK
+    assert scheduling == SCHED_DEADLINE, "or its times are late"
 
 
 @pytest.mark.parametrize(("mode", "family"), CASES)
