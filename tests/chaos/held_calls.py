@@ -1,6 +1,7 @@
 """Judge the calls of a process whose calls are held (`held_sender`). For each call:
 
-    it ends         within --hold, a handshake, and the time to restart a controller
+    it ends         within --hold, a handshake, and the time to restart a controller; the time
+                    while the controller starts or is suspended does not count
     it succeeds     unless it lies within a gap in the kernel's coverage. The time while the
                     controller is suspended does not count, nor do the LAG seconds after that, or
                     after the gap has begun: it notices that late, and the backstop blocks what
@@ -53,17 +54,33 @@ def judge(
             tally.wrong.append((f"held {name} allowed in a gap", began))
 
 
-def count(tally: Tally, name: str, calls: Sequence[Call], began: float, now: float) -> None:
-    """Count the calls to any target. `began`: start of a call that is still under way, or 0."""
+def count(
+    tally: Tally,
+    name: str,
+    calls: Sequence[Call],
+    began: float,
+    now: float,
+    absent: Sequence[Span] = (),
+) -> None:
+    """Count the calls to any target. `began`: start of a call that is still under way, or 0.
+
+    `absent`: when no controller could answer.
+    """
     if began:
         calls = [*calls, (began, now, "")]
     longest = max((ended - began for began, ended, _ in calls), default=0.0)
     tally.longest = max(tally.longest, longest)
-    if longest > LIMIT:
-        tally.late.append(f"{name}: {longest:.1f} s")
+    served = max((_served(*call, absent) for call in calls), default=0.0)
+    if served > LIMIT:
+        tally.late.append(f"{name}: {longest:.1f} s, {served:.1f} s of them served")
     tally.calls += len(calls)
     tally.held += sum(ended - began > LONG for began, ended, _ in calls)
     errors = [error for _, _, error in calls if error]
     unexpected = set(errors) - ERRORS - NETWORK_ERRORS
     tally.unexpected += [f"{name}: {error}" for error in unexpected]
     tally.errors.update(f"held {name.split(maxsplit=1)[0]} {error}" for error in errors)
+
+
+def _served(began: float, ended: float, _error: str, absent: Sequence[Span]) -> float:
+    away = sum(max(0.0, min(ended, end) - max(began, begin)) for begin, end in absent)
+    return ended - began - away

@@ -55,6 +55,7 @@ class World:
         self.tally = Tally()
         self.disturbed: list[Span] = []  # when refusals are excused
         self.suspended: list[Span] = []  # when the controller was
+        self.starting: list[Span] = []  # when it was
         self.targets = covered(lab, KINDS)
         self.targets += [("fresh", NEVER, PORT), ("tcp", NEVER, PORT), ("fresh", OPEN, PORT)]
         self.held_targets = covered(lab, held_calls.KINDS)
@@ -109,7 +110,11 @@ class World:
 
     def start_gate(self) -> None:
         """Start a controller as a service manager would, and wait until it is ready."""
-        self.store.start(self.gate)
+        began = time.monotonic()
+        try:
+            self.store.start(self.gate)
+        finally:
+            self.starting.append((began, time.monotonic()))
 
     def mend(self) -> None:
         """Restart every dead process and load missing connections, as a service manager would."""
@@ -216,7 +221,8 @@ class World:
         for report, (kind, address, _) in zip(held, self.held_targets, strict=True):
             name = f"{kind} {address}"
             calls = report["calls"]
-            held_calls.count(self.tally, name, calls, report["began"], now)
+            absent = [*self.suspended, *self.starting]
+            held_calls.count(self.tally, name, calls, report["began"], now, absent)
             if address == NEVER:
                 self.tally.let_go += sum(not error for _, _, error in calls)
             elif address != OPEN:
