@@ -18,7 +18,6 @@ import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from ipsecgate.core.model.flow import Address
@@ -73,12 +72,7 @@ class Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_reason: object) -> None:
         self.close()
 
     def events(self) -> list[XfrmEvent]:
