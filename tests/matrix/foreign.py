@@ -1,5 +1,8 @@
 """Debian's kernel and programs for another architecture (aarch64), fully emulated.
 
+    python -m tests.matrix.foreign COMMAND...    run one command there, for example
+                                                 python3 -m pytest tests/system/test_hold.py
+
 Rules of this module: no program of the foreign root runs on this machine. Debian's packages are
 only unpacked (mmdebstrap --variant=extract), and Python packages come as wheels. The kernel boots
 under QEMU with that root, and mounts this checkout at the same path.
@@ -25,6 +28,8 @@ from ipsecgate.lab.kernel import Progress, default_cache, locked, run_tool
 from ipsecgate.lab.qemu import initrd, shared
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / ".cache/results/aarch64"
+LIMIT = 3600.0  # seconds
 INIT = Path(__file__).with_name("foreign-init.sh")
 SUITE, ARCHITECTURE, PYTHON = "bookworm", "arm64", "3.11"
 NEEDS = {"mmdebstrap": "mmdebstrap", "qemu-system-aarch64": "qemu-system-arm"}
@@ -152,3 +157,16 @@ def _command_line(kernel: ForeignKernel, work: Path, results: Path) -> list[str]
         *shared("repository", ROOT, ",readonly=on"),
         *shared("results", results),
     ]
+
+
+def main() -> int:
+    """Run the command line's command, and return its exit code."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    try:
+        return run(fetch(print), sys.argv[1:], {}, RESULTS, LIMIT, print)
+    except GateError as error:
+        raise SystemExit(f"{error}\n{error.hint}".rstrip()) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
