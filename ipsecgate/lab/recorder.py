@@ -77,7 +77,7 @@ class Recorder:
 
     def events(self) -> list[XfrmEvent]:
         """Return the events since `forget`. Raises: LabError if the kernel dropped some."""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(ConnectionError):
             self._reader.send(b"?")
         while self._receive():
             pass
@@ -115,7 +115,9 @@ class Recorder:
 
     def _receive(self) -> bool:
         """Receive one message; return False if it answers the question of `events`."""
-        message = self._reader.recv(STAMP.size + LARGEST)
+        message = b""
+        with contextlib.suppress(ConnectionError):
+            message = self._reader.recv(STAMP.size + LARGEST)
         if not message:
             raise LabError("the recorder of the kernel's events has ended; its error is above")
         when, source = STAMP.unpack_from(message)
