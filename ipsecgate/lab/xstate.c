@@ -1,8 +1,9 @@
 /* LD_PRELOAD for user-mode-linux on CPUs whose extended state is larger than it keeps (see xstate.py).
  *
  * User-mode-linux keeps 2,696 bytes of a task's XSAVE area. PTRACE_SETREGSET(NT_X86_XSTATE) takes the
- * whole area or fails with EFAULT, and on a CPU with AMX the area has 11,008 bytes. So on EFAULT, read
- * the task's whole area, copy the caller's bytes over its beginning, and write all of it.
+ * whole area or fails with EFAULT, and on a CPU with AMX the area has 11,008 bytes. So after an EFAULT,
+ * write a whole area that begins with the caller's bytes. User-mode-linux does this for every system
+ * call of its tasks, so it must cost little: in a virtual machine a single CPUID takes microseconds.
  *
  * This includes no header, so that a compiler alone can build it (tcc comes without headers).
  * Source: Linux arch/x86/kernel/fpu/regset.c, xstateregs_set(); Intel SDM volume 1, 13.4 and 13.5.
@@ -24,6 +25,7 @@ struct vector {
 typedef long call(int request, ...);
 
 extern void *dlsym(void *handle, const char *name);
+extern void *memcpy(void *to, const void *from, unsigned long length);
 extern int *__errno_location(void);
 
 /* Offset and size of component `number` in an uncompacted area; both are 0 if there is none. */
@@ -50,37 +52,42 @@ unsigned long components_within(unsigned long length)
     return within;
 }
 
+/* The kernel reads only the components that the bitmap names, so the rest of the area may hold anything. */
 static long write_whole(call *next, int pid, const struct vector *given)
 {
     static unsigned char area[1 << 16]; /* the kernel uses only as much as it needs */
+    static unsigned long length, within;
     struct vector whole = {area, sizeof area};
-    const unsigned char *from = given->base;
-    unsigned long i;
 
     if (given->length < BITMAP + 8 || given->length > sizeof area) {
         *__errno_location() = EFAULT;
         return -1;
     }
-    if (next(GETREGSET, pid, (void *)XSTATE, &whole) != 0)
-        return -1;
-    for (i = 0; i < given->length; i++)
-        area[i] = from[i];
-    /* The rest of the area belongs to another task by now: reset those components. */
-    *(unsigned long *)(area + BITMAP) &= components_within(given->length);
-    whole.length = sizeof area;
+    if (given->length != length) {
+        length = given->length;
+        within = components_within(length);
+    }
+    memcpy(area, given->base, length);
+    *(unsigned long *)(area + BITMAP) &= within;
     return next(SETREGSET, pid, (void *)XSTATE, &whole);
 }
 
 long ptrace(int request, int pid, void *address, void *data)
 {
     static call *next;
+    static unsigned long refused; /* the length that failed last */
+    const struct vector *given = data;
+    int writes = request == SETREGSET && address == (void *)XSTATE;
     long result;
 
     if (!next)
         next = (call *)dlsym((void *)-1L /* RTLD_NEXT */, "ptrace");
+    if (writes && refused && given->length == refused)
+        return write_whole(next, pid, given);
     result = next(request, pid, address, data);
-    if (result == -1 && request == SETREGSET && address == (void *)XSTATE &&
-        *__errno_location() == EFAULT)
-        return write_whole(next, pid, data);
+    if (writes && result == -1 && *__errno_location() == EFAULT) {
+        refused = given->length;
+        return write_whole(next, pid, given);
+    }
     return result;
 }

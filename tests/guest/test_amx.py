@@ -45,7 +45,7 @@ def test_a_guest_boots_and_its_tasks_keep_their_registers() -> None:
     done = in_guest("sh", "-c", f"for i in 1 2 3; do ({one}) & done; wait")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [hashlib.sha256(bytes(SIZE)).hexdigest(), "-"] * 3
-    assert refusals(done.stderr) > 100
+    assert 0 < refusals(done.stderr) < 10, "after the first it writes whole areas at once"
 
 
 def test_without_the_library_it_panics_and_shows_its_console() -> None:
