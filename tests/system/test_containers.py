@@ -39,7 +39,7 @@ def here(cache: Path) -> Iterator[ClientLab]:
 @pytest.fixture
 def containers(here: ClientLab) -> Iterator[Containers]:
     # podman accepts no path of more than 50 characters, so not tmp_path.
-    with tempfile.TemporaryDirectory(prefix="box-") as folder:
+    with tempfile.TemporaryDirectory(prefix="box-", ignore_cleanup_errors=True) as folder:
         cgroup = here.lab.cgroup(f"{here.gate.instance}/app/containers")
         yield Containers(Path(folder), cgroup)
 
