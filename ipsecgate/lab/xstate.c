@@ -9,7 +9,6 @@
  * Source: Linux arch/x86/kernel/fpu/regset.c, xstateregs_set(); Intel SDM volume 1, 13.4 and 13.5.
  */
 
-#define GETREGSET 0x4204
 #define SETREGSET 0x4205
 #define XSTATE 0x202 /* NT_X86_XSTATE */
 #define EFAULT 14

@@ -218,10 +218,10 @@ class World:
         for report, target in zip(reports, self.targets, strict=True):
             spans = [*self.disturbed, *gaps[6 if ":" in target[1] else 4]]
             self._judge(report, target, widen(spans, pauses))
+        absent = [*self.suspended, *self.starting]
         for report, (kind, address, _) in zip(held, self.held_targets, strict=True):
             name = f"{kind} {address}"
             calls = report["calls"]
-            absent = [*self.suspended, *self.starting]
             held_calls.count(self.tally, name, calls, report["began"], now, absent)
             if address == NEVER:
                 self.tally.let_go += sum(not error for _, _, error in calls)

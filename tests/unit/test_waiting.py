@@ -78,21 +78,8 @@ def test_late_calls_and_unexpected_errors_are_counted() -> None:
     assert len(tally.late) == 1, "it is not late yet"
     count(tally, "sendto x", [], 500.0, 1000.0)
     assert len(tally.late) == 2
-    count(
-        tally,
-        "sendto x",
-        [(100.0, 102.0 + LIMIT, "")],
-        0.0,
-        1000.0,
-        [(99.0, 101.0), (110.0, 112.0)],
-    )
+    away = [(99.0, 101.0), (110.0, 112.0)]
+    count(tally, "sendto x", [(100.0, 102.0 + LIMIT, "")], 0.0, 1000.0, away)
     assert len(tally.late) == 2, "for three seconds no controller could answer"
-    count(
-        tally,
-        "sendto x",
-        [(100.0, 104.0 + LIMIT, "")],
-        0.0,
-        1000.0,
-        [(99.0, 101.0), (110.0, 112.0)],
-    )
+    count(tally, "sendto x", [(100.0, 104.0 + LIMIT, "")], 0.0, 1000.0, away)
     assert len(tally.late) == 3
