@@ -102,7 +102,7 @@ def attempt(way: Way) -> dict[str, float]:
     options = ("--to", str(lab.b.address(TRAP)), "--port", str(PORT), "--limit", str(LIMIT))
     with lab.b.serve("tcp-server", PORT), lab.record() as recorder, lab.capture() as capture:
         report = Client(way.start(traffic.command("tcp-client", *options))).result()
-        ready = recorder.wait_sa(SA_TIMEOUT)
+        ready = recorder.wait("NEWSA", timeout=SA_TIMEOUT)
         clear = len(capture.stop().clear)
     measured = {
         "SYNs again": float(lab.a.counters()["TcpExtTCPSynRetrans"] - before),

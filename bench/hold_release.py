@@ -21,6 +21,7 @@ from rich.console import Console
 from bench.report import Report, Row
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import ConnSpec, Lab
+from ipsecgate.lab.xfrm_events import POLICY_ADDED
 
 PORT = 7300
 SPEC = ConnSpec("release", "tunnel", 4, start_action="none")
@@ -44,7 +45,7 @@ def once(lab: Lab, gate: Gated) -> tuple[float, float]:
     with lab.record() as recorder:
         command = [sys.executable, "-S", "-c", CLIENT, str(lab.b.address(SPEC)), str(PORT)]
         times = json.loads(lab.a.run(gate.exec_argv(*command)).stdout)
-        policy = recorder.wait_policy()
+        policy = recorder.wait(*POLICY_ADDED)
     if policy is None:
         raise SystemExit("the kernel has no policy")
     began, ended = times[-1]

@@ -23,6 +23,7 @@ from ipsecgate.edges.bpf import bytecode
 from ipsecgate.lab.endpoints import Report
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab
+from ipsecgate.lab.xfrm_events import POLICY_ADDED
 
 PORT = 7000
 DATAGRAMS = 200
@@ -131,8 +132,8 @@ def measure(lab: Lab, case: Case, gate: Gated | None) -> Outcome:
         )
         report = client.result()
         received = server.report(DATAGRAMS if case.protocol == "udp" else 0, SETTLE)
-        sa_ready = recorder.wait_sa(SA_TIMEOUT)
-        policy_ready = recorder.wait_policy(SA_TIMEOUT, sa_ready or 0)
+        sa_ready = recorder.wait("NEWSA", timeout=SA_TIMEOUT)
+        policy_ready = recorder.wait(*POLICY_ADDED, since=sa_ready or 0, timeout=SA_TIMEOUT)
         seen = capture.stop()
     after = lab.a.counters()
     return Outcome(

@@ -28,8 +28,6 @@ RTMGRP_IPV4_ROUTE = 0x40
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 BUFFER = 8 << 20  # bytes of notifications
 ROOM = 64 << 20  # bytes between the recorder and its reader
-SA_ADDED = ("NEWSA",)
-POLICY_ADDED = ("NEWPOLICY", "UPDPOLICY")
 
 # linux/sched/types.h, struct sched_attr: size, policy, flags, nice, priority, runtime, deadline and
 # period in ns. linux/sched.h; asm/unistd.h
@@ -88,30 +86,27 @@ class Recorder:
         self.events()
         self._events = []
 
-    def wait_sa(self, timeout: float = 10.0, since: float = 0.0) -> float | None:
-        """Return the time of the first new outbound SA since `since`; None after `timeout`."""
-        return self._wait(SA_ADDED, timeout, since)
+    def wait(self, *names: str, since: float = 0.0, timeout: float = 10.0) -> float | None:
+        """Return the time of the first outbound event of these names since `since`, or None.
 
-    def wait_policy(self, timeout: float = 10.0, since: float = 0.0) -> float | None:
-        """Return the time of the first outbound policy added or updated since `since`, or None."""
-        return self._wait(POLICY_ADDED, timeout, since)
+        An EXPIRE counts only if it removes the SA.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            for event in self._events:
+                counts = event.hard or event.name != "EXPIRE"
+                if event.outbound and event.name in names and event.time >= since and counts:
+                    return event.time
+            left = max(0, deadline - time.monotonic())
+            if not select.select([self._reader], [], [], left)[0]:
+                return None
+            self._receive()
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.join()
         self._reader.close()
-
-    def _wait(self, names: tuple[str, ...], timeout: float, since: float) -> float | None:
-        deadline = time.monotonic() + timeout
-        while True:
-            for event in self._events:
-                if event.name in names and event.outbound and event.time >= since:
-                    return event.time
-            left = max(0, deadline - time.monotonic())
-            if not select.select([self._reader], [], [], left)[0]:
-                return None
-            self._receive()
 
     def _receive(self) -> bool:
         """Receive one message; return False if it answers the question of `events`."""

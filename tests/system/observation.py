@@ -32,7 +32,7 @@ from ipsecgate.lab.frames import Packet
 from ipsecgate.lab.gated import Gated
 from ipsecgate.lab.hosts import Lab
 from ipsecgate.lab.recorder import Recorder
-from ipsecgate.lab.xfrm_events import XfrmEvent
+from ipsecgate.lab.xfrm_events import POLICY_ADDED, XfrmEvent
 from tests.system.prober import PERIOD, Attempt, Prober, Target
 
 TOLERANCE = 0.03
@@ -40,7 +40,6 @@ SETTLE = 0.15
 TIMEOUT = PATIENCE = 60.0
 REFUSALS = ("EPERM", "EHOSTUNREACH")
 DIED = "EINVAL"
-POLICIES = ("NEWPOLICY", "UPDPOLICY")
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def gaps(events: Sequence[XfrmEvent], wanted: Wanted = outbound) -> list[Gap]:
         match event.name:
             case "NEWSA" | "UPDSA" if wanted(event):
                 sas.add(event.spi)
-            case name if name in POLICIES and wanted(event):
+            case name if name in POLICY_ADDED and wanted(event):
                 policies.add((event.saddr, event.daddr))
             case "DELPOLICY":
                 policies.discard((event.saddr, event.daddr))
@@ -82,7 +81,7 @@ def openings(
     """Return from when an SA ended a gap until a policy came: the gate waits for one to name it."""
     mine = [event for event in events if event.outbound and wanted(event)]
     sas = {event.time for event in mine if event.name == "NEWSA"}
-    policies = [event.time for event in mine if event.name in POLICIES]
+    policies = [event.time for event in mine if event.name in POLICY_ADDED]
     return [
         (end, next((when for when in policies if when >= end), end))
         for _, end in found
@@ -259,18 +258,13 @@ class Observation:
 
     def wait(self, *names: str, since: float = 0.0, timeout: float = TIMEOUT) -> float:
         """Wait for the first outbound event of these names (EXPIRE: hard); return its time."""
-        deadline = time.monotonic() + timeout
-        while True:
-            for event in self._recorder.events():
-                counts = event.hard or event.name != "EXPIRE"
-                if event.outbound and event.name in names and event.time >= since and counts:
-                    return event.time
-            assert time.monotonic() < deadline, f"no {names} in {timeout:.0f} s"
-            time.sleep(0.005)
+        when = self._recorder.wait(*names, since=since, timeout=timeout)
+        assert when is not None, f"no {names} in {timeout:.0f} s"
+        return when
 
     def wait_sa(self, since: float = 0.0) -> float:
         """Wait until the first SA after `since` is in use; return when it was installed."""
         when = self.wait("NEWSA", since=since)
-        self.wait(*POLICIES, since=when)
+        self.wait(*POLICY_ADDED, since=when)
         time.sleep(SETTLE)
         return when

@@ -22,6 +22,7 @@ from ipsecgate.lab.charon import HASTY
 from ipsecgate.lab.endpoints import Server
 from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
 from ipsecgate.lab.recorder import SCHED_DEADLINE
+from ipsecgate.lab.xfrm_events import POLICY_ADDED
 
 pytestmark = [
     pytest.mark.second_guest,
@@ -91,9 +92,9 @@ def test_stock_linux_loses_the_first_syn(lab: Lab, tcp: Server, mode: str, famil
         first = lab.a.client("tcp-client", lab.b.address(spec), TCP_PORT).result()
         after = lab.a.counters()
         warm = lab.a.client("tcp-client", lab.b.address(spec), TCP_PORT).result()
-        ready = recorder.wait_sa(since=first["first"])
+        ready = recorder.wait("NEWSA", since=first["first"])
         assert ready is not None
-        policy = recorder.wait_policy(since=ready)  # the trap is older
+        policy = recorder.wait(*POLICY_ADDED, since=ready)  # the trap is older
         lab.let_tcp_close()
         seen = capture.stop()
     assert first["echoed"], first
