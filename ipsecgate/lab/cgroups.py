@@ -61,13 +61,13 @@ def discard(top: Path) -> None:
     deadline = time.monotonic() + REMOVAL_TIMEOUT
     for folder, _, _ in os.walk(top, topdown=False):
         while Path(folder).exists():
-            for pid in members(Path(folder)):
-                with contextlib.suppress(ProcessLookupError):
-                    if pid != os.getpid():
-                        os.kill(pid, signal.SIGKILL)
             try:
+                for pid in members(Path(folder)):
+                    with contextlib.suppress(ProcessLookupError):
+                        if pid != os.getpid():
+                            os.kill(pid, signal.SIGKILL)
                 Path(folder).rmdir()
-            except OSError:
+            except OSError:  # busy, or another lab has just removed it
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)

@@ -193,12 +193,15 @@ def discard(path: Path) -> None:
     """Kill the processes of a named namespace and remove it, even if only its file is left."""
     from pyroute2 import netns as pyroute2_netns  # noqa: PLC0415
 
-    with contextlib.suppress(FileNotFoundError):
+    try:
         for pid in pids_in(path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         # For a bare name it looks in /var/run, which need not be /run.
         pyroute2_netns.remove(str(path))
+    except FileNotFoundError:
+        if path.exists():
+            raise  # otherwise another lab has removed it
 
 
 def is_leftover(name: str, prefix: str) -> bool:

@@ -10,8 +10,10 @@ import itertools
 import multiprocessing
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from vici.exception import CommandException
@@ -20,7 +22,8 @@ from ipsecgate.edges.host import cgroups
 from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab.charon import HASTY
 from ipsecgate.lab.endpoints import Server
-from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError
+from ipsecgate.lab.hosts import FAMILIES, MODES, ConnSpec, Lab, LabError, sweep
+from ipsecgate.lab.netns import Namespace
 from ipsecgate.lab.recorder import SCHED_DEADLINE
 from ipsecgate.lab.xfrm_events import POLICY_ADDED
 
@@ -266,3 +269,16 @@ def test_a_process_runs_in_its_cgroup_or_not_at_all(lab: Lab) -> None:
 def test_a_second_lab_with_the_same_prefix_is_refused(lab: Lab) -> None:
     with pytest.raises(LabError, match="is open"), Lab(lab.prefix):
         pass
+
+
+def test_labs_that_start_together_remove_what_a_dead_one_left() -> None:
+    prefix = "ipsecgate-test-left"
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    names = [f"{prefix}-{dead.pid}-{number}" for number in range(100)]
+    left = [Namespace(name).path for name in names] + [cgroups.root() / name for name in names]
+    for group in left[len(names) :]:
+        group.mkdir()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(sweep, [prefix] * 3))
+    assert [path for path in left if path.exists()] == []
