@@ -26,10 +26,10 @@ from rich.text import Text
 
 from ipsecgate.cli.app import App
 from ipsecgate.cli.verb import verb
-from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab import first_connection, guest
 from ipsecgate.lab.hosts import MODES
+from ipsecgate.lab.kernel import missing_feature
 
 Document = dict[str, Any]
 
@@ -70,7 +70,7 @@ def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
     """Compare first connections with and without the gate.
 
     Builds two hosts with real IKE and real ESP in network namespaces, in a test kernel if
-    this machine's kernel has no ESP. Nothing remains afterwards, even after Ctrl-C.
+    this machine's kernel has no ESP or no IPv6. Nothing remains afterwards, even after Ctrl-C.
 
     Exits with 1 if a gated connection failed, lost packets or sent any in clear.
     """
@@ -79,10 +79,11 @@ def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
             "the demo needs the Python module pyroute2, which is not installed",
             hint="run `make demo` in a checkout, or pip install 'ipsecgate[demo]'",
         )
-    if has_esp():
+    missing = missing_feature()
+    if missing is None:
         document = _here(delay, mode, Console(stderr=app.json, highlight=False))
     else:
-        document = _in_guest(delay, mode)
+        document = _in_guest(missing, delay, mode)
     outcomes = [
         first_connection.Outcome(**{**case, "case": first_connection.Case(**case["case"])})
         for case in document["cases"]
@@ -126,12 +127,11 @@ def _here(delay: float, mode: str, console: Console) -> Document:
     }
 
 
-def _in_guest(delay: float, mode: str) -> Document:
+def _in_guest(missing: str, delay: float, mode: str) -> Document:
     """Run the demo in a test kernel: its timeline on our stderr, its document back."""
     errors = Console(stderr=True, highlight=False)
     errors.print(
-        f"Linux {platform.release()} has no ESP: running in a test kernel",
-        style="dim",
+        f"Linux {platform.release()} has no {missing}: running in a test kernel", style="dim"
     )
 
     def progress(text: str) -> None:

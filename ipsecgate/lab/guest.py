@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab import debian, room
 from ipsecgate.lab.console import OnOutput, ignore
-from ipsecgate.lab.kernel import Kernel, Progress, fetch
+from ipsecgate.lab.kernel import Kernel, Progress, fetch, missing_feature
 from ipsecgate.lab.qemu import Qemu
 from ipsecgate.lab.signals import exit_on_sigterm
 from ipsecgate.lab.uml import MEMORY, GuestError, GuestHung, GuestPanicked, Uml
@@ -223,9 +222,9 @@ KINDS = {"uml": fetch, "qemu": debian.fetch}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command on a kernel with ESP: in a room on this one, else (or --always) in a guest."""
+    """Run a command on a kernel that fits: in a room on this one, else (or --always) in a guest."""
     parser = argparse.ArgumentParser(prog="python -m ipsecgate.lab.guest", description=main.__doc__)
-    parser.add_argument("--always", action="store_true", help="use a guest even if this has ESP")
+    parser.add_argument("--always", action="store_true", help="use a guest even if this one fits")
     parser.add_argument("--kernel", choices=KINDS, help="use this kind of guest and no other")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="seconds (600)")
     parser.add_argument("--results", type=Path, metavar="DIR", help="folder for the results")
@@ -233,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", nargs="+", metavar="CMD")
     options = parser.parse_args(arguments)
     try:
-        if options.kernel is None and not options.always and has_esp():
+        if options.kernel is None and not options.always and missing_feature() is None:
             return room.run(options.command, options.timeout, options.results)
         return run(
             options.command,

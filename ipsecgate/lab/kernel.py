@@ -9,6 +9,7 @@ import fcntl
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 
 PACKAGE = "user-mode-linux"
@@ -36,6 +38,20 @@ class Kernel:
     def release(self) -> str:
         """The output of `uname -r` in the guest, for example 6.1.176."""
         return self.modules.name
+
+
+def missing_feature() -> str | None:
+    """Return what the lab needs and this machine's kernel lacks, "ESP" or "IPv6"; None if nothing.
+
+    The kernel has no IPv6 at all if it was booted with ipv6.disable=1. Raises: see `has_esp`.
+    """
+    if not has_esp():
+        return "ESP"
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError:
+        return "IPv6"
+    return None
 
 
 def default_cache() -> Path:
@@ -60,7 +76,7 @@ def fetch(cache: Path | None = None, progress: Progress = lambda _text: None) ->
     if platform.machine() not in MACHINES:
         raise GateError(
             f"Debian has no {PACKAGE} for {platform.machine()}",
-            hint="boot a kernel with ESP, such as Debian's own; then no test kernel is needed",
+            hint="boot a kernel with ESP and IPv6, such as Debian's own: that needs no test kernel",
         )
     try:
         cache.mkdir(parents=True, exist_ok=True)

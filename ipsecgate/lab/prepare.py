@@ -1,4 +1,4 @@
-"""Prepare a kernel with ESP for the tests and the demo; `make setup` runs this.
+"""Prepare a kernel for the tests and the demo; `make setup` runs this.
 
 python -m ipsecgate.lab.prepare --packages      print the packages to install first, one per line
 python -m ipsecgate.lab.prepare [--kernel qemu] download the test kernel and boot it once
@@ -12,16 +12,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.errors import GateError
 from ipsecgate.lab import debian, guest, xstate
 from ipsecgate.lab.guest import KINDS
-from ipsecgate.lab.kernel import MACHINES
+from ipsecgate.lab.kernel import MACHINES, missing_feature
 
 
 def packages(kind: str) -> list[str]:
     """Return the Debian packages that this kind of test kernel needs and this machine lacks."""
-    if has_esp() or platform.machine() not in MACHINES:
+    if missing_feature() is None or platform.machine() not in MACHINES:
         return []
     if kind == "qemu":
         return [] if shutil.which(debian.QEMU) else ["qemu-system-x86"]
@@ -33,18 +32,20 @@ def boot(kind: str) -> str:
 
     Raises: GuestError if it does not boot; GateError if no kernel is available.
     """
-    if has_esp():
-        return f"Linux {platform.release()} has ESP: no test kernel is needed"
+    missing = missing_feature()
+    if missing is None:
+        return f"Linux {platform.release()} has ESP and IPv6: no test kernel is needed"
     if platform.machine() not in MACHINES:
         return (
-            f"this kernel has no ESP, and Debian has no user-mode-linux for {platform.machine()}:"
-            " boot a kernel with ESP, such as Debian's own, for the demo and the tests"
+            f"this kernel has no {missing}, and Debian has no user-mode-linux for"
+            f" {platform.machine()}: boot a kernel with ESP and IPv6, such as Debian's own, for the"
+            " demo and the tests"
         )
     kernel = KINDS[kind](progress=_say)
     seconds = guest.run(["true"], kernel=kernel).seconds
     remedy = " and a library for this CPU" if kind == "uml" and xstate.needed() else ""
     return (
-        f"this kernel has no ESP: tests run in {kernel.binary}{remedy}"
+        f"this kernel has no {missing}: tests run in {kernel.binary}{remedy}"
         f" (it booted in {seconds:.1f} s)"
     )
 

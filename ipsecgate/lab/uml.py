@@ -37,7 +37,7 @@ IDLE = 0.1
 
 NO_BOOT = (
     "the console's last line shows which step failed. `make demo` and `make test` need no guest on"
-    " a kernel that has ESP, such as Debian's"
+    " a kernel that has ESP and IPv6, such as Debian's"
 )
 
 

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab import xstate
+from tests.guest.marks import where_guests_run
 
-pytestmark = pytest.mark.skipif(
-    has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
-)
+pytestmark = where_guests_run
 
 GUEST = (
     "from ipsecgate.lab.guest import main; sys.exit(main(['--kernel', 'uml', '--', *sys.argv[1:]]))"

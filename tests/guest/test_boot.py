@@ -13,15 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab import uml
 from ipsecgate.lab.guest import GuestHung, GuestPanicked, GuestResult, run
+from tests.guest.marks import where_guests_run
 from tests.guest.probe_script import MARKER_FILE, ODD, SCRIPT, folder_of
 from tests.processes import descendants, outlived
 
-pytestmark = pytest.mark.skipif(
-    has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
-)
+pytestmark = where_guests_run
 
 # --- one guest, whose output shows how it was set up -----------------------------
 

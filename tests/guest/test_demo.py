@@ -9,14 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
-from ipsecgate.edges.kernel.probe import has_esp
+from tests.guest.marks import where_guests_run
 from tests.processes import descendants, outlived
 
-pytestmark = pytest.mark.skipif(
-    has_esp(), reason="this kernel has ESP: the demo needs no guest here"
-)
+pytestmark = where_guests_run
 
 
 def test_an_interrupted_demo_leaves_nothing_behind() -> None:

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab import debian, guest
 from ipsecgate.lab.kernel import fetch
 from ipsecgate.lab.uml import GuestHung, GuestPanicked, Uml
 from tests.guest.broken import without_modules
+from tests.guest.marks import where_guests_run
 
-pytestmark = pytest.mark.skipif(
-    has_esp(), reason="this kernel has ESP: nothing runs in a guest here"
-)
+pytestmark = where_guests_run
 
 
 @pytest.fixture

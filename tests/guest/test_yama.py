@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import sys
 
-import pytest
-
-from ipsecgate.edges.kernel.probe import has_esp
 from ipsecgate.lab.guest import run
+from tests.guest.marks import where_guests_run
 
-pytestmark = pytest.mark.skipif(
-    has_esp(),
-    reason="this kernel has ESP: nothing runs in a guest, and only a reboot undoes this setting",
-)
+pytestmark = where_guests_run
 
 
 def test_no_call_is_held_and_the_hooks_still_refuse() -> None:

@@ -64,7 +64,7 @@ def test_setup_goes_on_where_debian_has_no_test_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(prepare, "has_esp", lambda: False)
+    monkeypatch.setattr(prepare, "missing_feature", lambda: "ESP")
     assert prepare.main(["--packages"]) == 0
     assert capsys.readouterr().out == ""
     assert prepare.main([]) == 0
