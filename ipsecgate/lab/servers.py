@@ -79,12 +79,12 @@ def udp_server(options: Options) -> None:
         if server in ready:
             seen.add(server.recv(65536)[: RUN_LENGTH + NUMBER_LENGTH])
             received += 1
-        if wanted and (len(seen) >= wanted[0] or not ready):
-            say({"role": "udp-server", "received": received, "distinct": len(seen)})
-            seen.clear()
-            received, wanted = 0, None
-        elif sys.stdin in ready:
+        if sys.stdin in ready:
             line = sys.stdin.readline().split()
             if not line:
                 return
             wanted = (int(line[0]), float(line[1]))
+        if wanted and (len(seen) >= wanted[0] or not ready):
+            say({"role": "udp-server", "received": received, "distinct": len(seen)})
+            seen.clear()
+            received, wanted = 0, None
