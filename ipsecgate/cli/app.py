@@ -110,7 +110,8 @@ def _instances(context: click.Context, parameter: click.Parameter, typed: str) -
     default=DEFAULT_INSTANCE,
     metavar="NAME",
     shell_complete=_instances,
-    help="Use the instance NAME. A host needs one for each network namespace with gated processes.",
+    help="Use the instance NAME. Only a network namespace with IPsec policies of its own needs"
+    " another one.",
 )
 @click.option("--bpffs", type=FOLDER, default=Path("/sys/fs/bpf"), hidden=True)
 @click.option("--run-dir", type=FOLDER, default=Path("/run/ipsecgate"), hidden=True)
@@ -141,8 +142,8 @@ def cli(
     """No packet leaves an application towards a protected peer before IPsec is ready.
 
     Hooks on gated cgroups refuse connect() and sendto() to a protected peer until an SA
-    protects the flow. A controller follows strongSwan and the kernel, and has an SA
-    negotiated when a flow is refused.
+    protects the flow. A controller follows strongSwan and the kernel, and starts a
+    negotiation when a flow is refused.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))

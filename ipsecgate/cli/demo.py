@@ -77,7 +77,8 @@ def demo(app: App, delay: float, mode: str, svg: Path | None) -> int:
     if find_spec("pyroute2") is None:
         raise GateError(
             "the demo needs the Python module pyroute2, which is not installed",
-            hint="run `make demo` in a checkout, or pip install 'ipsecgate[demo]'",
+            hint="run `make demo` in a checkout, or use the pip of ipsecgate's own environment to"
+            " install 'ipsecgate[demo]'",
         )
     missing = missing_feature()
     if missing is None:

@@ -85,7 +85,7 @@ def events(
 ) -> None:
     """Show what was refused or blocked, and why.
 
-    Each line is a receipt: process, unit or container, flow, policy and its file, the
+    Each refusal has a receipt: process, unit or container, flow, policy and its file, the
     reason, what IKE said, and how long it took until an SA protected the flow. Repeats
     share a receipt, which counts them; if one program asks for very many flows, the later
     ones share one, too. The controller's log messages are among the events.

@@ -51,7 +51,7 @@ CONFIGURED = "as configured"
     "-o",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write them to FILE, which is replaced at once.",
+    help="Write them to FILE, which is replaced atomically.",
 )
 @click.pass_obj
 def metrics(app: App, listen: str | None, output: Path | None) -> None:

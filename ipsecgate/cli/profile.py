@@ -43,7 +43,7 @@ from ipsecgate.errors import UsageError
 )
 @click.pass_obj
 def seccomp_profile(app: App, *, hold: float, udp: bool, runtime: str, base: Path | None) -> None:
-    """Print a seccomp profile that has a container's calls held.
+    """Print a seccomp profile that makes the gate hold a container's calls.
 
     It is the `linux.seccomp` object of the OCI runtime specification. podman reads it with
     --security-opt seccomp=FILE.

@@ -20,8 +20,8 @@ from ipsecgate.errors import UsageError
 def schema(app: App, name: str | None) -> None:
     """Print the JSON schema of a document that --json prints.
 
-    Without NAME, list the documents. Fields may be added to them later, but none is renamed or
-    removed.
+    Without NAME, list the documents. Later versions may add fields. Until 1.0 a new minor
+    version may also rename or remove some, and the changelog says so.
     """
     from ipsecgate.admin.documents import DOCUMENTS  # noqa: PLC0415
     from ipsecgate.admin.schema import schema_of  # noqa: PLC0415 - few need it

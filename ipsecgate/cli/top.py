@@ -48,8 +48,9 @@ SHARE = 4  # a sample may take this part of the time between two
     "--interval",
     type=click.FloatRange(0.1, 3600),
     default=1.0,
+    show_default=True,
     metavar="SECONDS",
-    help="Read the gate every so many seconds (1).",
+    help="The time between two readings.",
 )
 @click.pass_obj
 def top(app: App, once: bool, by: str, interval: float) -> int:

@@ -15,8 +15,8 @@ from ipsecgate.printable import printable
 @verb(
     examples=[
         ("ipsecgate unit-dropin postgresql", "Print the drop-in for a service."),
-        ("ipsecgate unit-dropin kubelet --install", "Install it, and have systemd read it."),
-        ("ipsecgate unit-dropin web --hold", "Also have its calls wait for an SA, at any time."),
+        ("ipsecgate unit-dropin kubelet --install", "Install it and reload systemd."),
+        ("ipsecgate unit-dropin web --hold", "Also hold its calls whenever there is no SA."),
     ]
 )
 @click.argument("name", shell_complete=complete.units)
@@ -26,7 +26,7 @@ from ipsecgate.printable import printable
 )
 @click.pass_obj
 def unit_dropin(app: App, *, name: str, hold: bool, install: bool) -> None:
-    """Print a systemd drop-in that has a service start only when its peers are protected.
+    """Print a systemd drop-in that delays a service until its peers are protected.
 
     The service then starts after ipsecgate-online.target: when live SAs protect everything
     that the policies protect. The comments in the drop-in explain each line, and say whether

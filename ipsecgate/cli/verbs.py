@@ -33,14 +33,14 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "down": ("wait", "End the CHILD_SAs of a policy or a child."),
         "unit-dropin": (
             "unit_dropin",
-            "Print a systemd drop-in that has a service start only when its peers are protected.",
+            "Print a systemd drop-in that delays a service until its peers are protected.",
         ),
     },
     "Run something gated": {
         "exec": ("exec", "Run COMMAND gated, and hold its calls until an SA protects them."),
         "seccomp-profile": (
             "profile",
-            "Print a seccomp profile that has a container's calls held.",
+            "Print a seccomp profile that makes the gate hold a container's calls.",
         ),
     },
     "Set up the gate": {

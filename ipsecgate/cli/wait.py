@@ -84,7 +84,7 @@ def wait(
     that does not run yet is waited for.
 
     Shows progress on a terminal and is silent in scripts. Exits with 0 once everything is
-    covered. When the time is over, tells the cause in IKE's words and exits with 124, or
+    covered. When the time is up, prints the cause in IKE's words and exits with 124, or
     with 3 if no controller runs. Exits with 1 at once if something cannot be covered: a
     policy exempts or discards it, or no policy has that name.
     """
@@ -142,16 +142,16 @@ def up(app: App, *, name: str, timeout: float) -> int:
     metavar="TIME",
     default="30s",
     show_default=True,
-    help="Wait so long for the peer to confirm it.",
+    help="Wait at most this long for the peer to confirm the end.",
 )
 @click.pass_obj
 def down(app: App, *, name: str, timeout: float) -> int:
     """End the CHILD_SAs of a policy or a child.
 
     NAME is as for up. Nothing opens: calls to that peer are refused until an SA is up
-    again. The next of them has it negotiated, and so does `ipsecgate up`. To keep it down,
-    unload the connection in strongSwan. Exits with 124 if the peer does not confirm the end
-    in time.
+    again. The next call starts the negotiation, and so does `ipsecgate up`. To keep it
+    down, unload the connection in strongSwan. Exits with 124 if the peer does not confirm
+    the end in time.
     """
     found = waiting.down(app.paths, name, timeout)
     left = [sa for sa in found["sas"] if not sa["ended"]]
@@ -168,7 +168,7 @@ def down(app: App, *, name: str, timeout: float) -> int:
     if shown["policies"]:
         app.done(
             f"calls that policy {', '.join(shown['policies'])} protects are refused until an SA is "
-            "up again; the next one has it negotiated"
+            "up again; the next call starts the negotiation"
         )
     for policy in shown["starts"]:
         app.done(f'policy {policy} has initiate = "start", so it is negotiated again at once')

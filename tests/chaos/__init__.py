@@ -1,4 +1,4 @@
-"""Prove that no packet leaks: thousands of faults under traffic, with a capture between the hosts.
+"""Prove that no packet leaks: a thousand faults under traffic, with a capture between the hosts.
 
     sender        a gated process that sends all the time, in every possible way
     held_sender   another one, whose calls are held; `held_calls` judges them

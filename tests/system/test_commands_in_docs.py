@@ -39,7 +39,7 @@ OTHERWISE = {
     "ipsecgate unit-dropin kubelet": SYSTEMD,
     "ipsecgate unit-dropin postgresql --install": SYSTEMD,
     "ipsecgate exec -- podman run": IMAGE,
-    "ipsecgate exec --cgroup /sys/fs/cgroup/gated/podman -- podman run "
+    "ipsecgate exec --cgroup /sys/fs/cgroup/gated/podman -- podman --cgroup-manager=cgroupfs run "
     "--cgroup-parent=/gated/containers IMAGE": IMAGE,
     "nsenter --net=/run/netns/blue ipsecgate -i blue --config /etc/ipsecgate/blue.toml run": (
         "needs another strongSwan: tests/system/test_instances.py"
@@ -100,7 +100,7 @@ def commands() -> list[str]:
     for page in PAGES:
         text = page.read_text()
         for line in blocks(text):
-            if COMMAND.match(line):
+            if COMMAND.match(line) and not line.startswith("Exec"):  # of a unit
                 found.append(re.sub(r"\s+#.*|^[$#] ", "", line).strip())
         squeezed = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         found += [f"ipsecgate {line}" for line in INLINE.findall(re.sub(r"\s+", " ", squeezed))]

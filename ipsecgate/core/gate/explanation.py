@@ -199,7 +199,7 @@ def ike_step(gate: Gate, policy: Policy, name: ChildName | None, routed: Routed)
     negotiation = gate.negotiations.by_child.get(name)
     if negotiation is None:
         target = name if policy.derived else policy.name
-        advice = f"`ipsecgate up {target}` has it negotiated now, else the first refused call does"
+        advice = f"`ipsecgate up {target}` negotiates it now, else the first refused call does"
         return Problem(f"child {name} was not asked for yet", advice)
     text = _describe_negotiation(name, negotiation)
     if negotiation.last_error is not None and negotiation.last_error.advice:
