@@ -22,7 +22,7 @@ CHECKOUT = Path(__file__).parents[2]
 SCRIPT = """
 cat /proc/self/cgroup | grep ^0:
 for folder in /run /tmp /var/tmp /dev/shm; do ls -A $folder; done; ls /sys/fs/bpf/ipsecgate || true
-ip -brief link; ip netns list; ip xfrm policy; ip rule | grep -c lookup
+ip -brief link show up; ip netns list; ip xfrm policy; ip rule | grep -c lookup
 for folder in /etc /var /run /tmp; do echo >$folder/marker; done; echo >here
 hostname elsewhere; sysctl -qw net.ipv4.ip_forward=1; ip netns add left
 mkdir -p /sys/fs/cgroup/left; ls -d /sys/fs/cgroup/*/
