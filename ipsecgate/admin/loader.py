@@ -65,17 +65,17 @@ def _locked(paths: Paths, action: str) -> Iterator[Pins]:
             raise GateError(f"{action}: {error.strerror or error}") from error
 
 
-def load(paths: Paths) -> None:
+def load(paths: Paths, *, audit: bool = False) -> None:
     """Pin the maps and programs of this version, or take over those that are pinned.
 
-    New pins refuse. If the pinned maps have another layout, that version stays in force until
-    `switch`.
+    New pins refuse, or with `audit` only count. If the pinned maps have another layout, that
+    version stays in force until `switch`.
     """
     from ipsecgate.edges.bpf import bytecode  # noqa: PLC0415 - most verbs do not need it
 
     code = bytecode.get(paths.cache)
     with _locked(paths, "load") as pins:
-        pins.load(code)
+        pins.load(code, audit=audit)
         with instances.locked(pins):
             _attach_missing_hooks(pins)
 

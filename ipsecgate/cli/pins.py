@@ -28,19 +28,20 @@ def load(app: App, gate: bool) -> None:
     """Pin the hooks and their maps.
 
     Hooks that are already pinned are taken over. New ones refuse all traffic, except to
-    loopback addresses, until a controller runs. The controller gates configured cgroups
-    that are created later.
+    loopback addresses, until a controller runs; in audit mode they only count it. The
+    controller gates configured cgroups that are created later.
 
     If the configuration is invalid, --attach gates the cgroups that the last controller
     was configured to gate, and exits with 2.
     """
     try:
-        targets = loader.check_targets(app.paths, app.config())
+        config = app.config()
+        targets = loader.check_targets(app.paths, config)
     except UsageError as error:
         if gate:
             _gate_last_targets(app.paths, error)
         raise
-    loader.load(app.paths)
+    loader.load(app.paths, audit=config.settings.audit)
     root = loader.pins_of(app.paths).root
     gated = loader.attach_all(app.paths, targets) if gate else []
     app.done(

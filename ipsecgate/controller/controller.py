@@ -77,7 +77,7 @@ async def run(paths: Paths, read: Callable[[], Config]) -> None:
     loader.check_targets(paths, config)
     busy = f"a controller of instance {paths.instance!r} is running"
     with held(paths.run_instance / "controller.lock", wait=False, busy=busy):
-        loader.load(paths)
+        loader.load(paths, audit=config.settings.audit)
         # After the kernel deletes a policy, flows leave in clear until we have closed them.
         with suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, -20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 import re
@@ -185,6 +186,26 @@ def test_loading_at_boot_works_inside_its_unit(
     assert refused_at(caller, "192.0.2.99"), (
         "also flows that no policy names, as nothing is published yet"
     )
+
+
+def test_a_boot_in_audit_mode_refuses_nothing(
+    controller: ControllerProcess, caller: Caller
+) -> None:
+    enforcing = controller.config.read_text()
+    controller.config.write_text(enforcing.replace("[gate]", '[gate]\nmode = "audit"'))
+    done = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
+    assert done.returncode == 0, done.stderr
+    assert caller("tcp", PEER[4], PORT) == "EINPROGRESS"
+    status = json.loads(controller.cli("--json", "status").stdout)
+    assert status["counters"]["audited"] == 1
+
+    controller.config.write_text(enforcing)
+    controller.start()
+    assert controller.eventually(lambda: refused(caller)), controller.log
+    controller.end()
+    controller.config.write_text(enforcing.replace("[gate]", '[gate]\nmode = "audit"'))
+    assert controller.cli("load", "--attach").returncode == 0
+    assert refused(caller), "only a controller opens what enforces"
 
 
 def test_a_boot_with_a_broken_configuration_gates_the_previous_targets(

@@ -123,7 +123,7 @@ def test_a_version_with_other_maps_takes_over_without_a_gap(old: HookedCgroup, c
 def test_uncovered_flows_stay_refused_during_an_upgrade(old: HookedCgroup, cache: Path) -> None:
     old.publish(TableId.SPD)
     with hammering(old.namespace.path, old.cgroup, "tcp", PEER[4], 80) as results:
-        old.pins.load(bytecode.get(cache))
+        old.pins.load(bytecode.get(cache), audit=True)  # a mode that only the controller may set
         old.pins.switch()  # even before anything is published
         called_again(results, 20)
     assert set(results) == {"EPERM"}

@@ -97,11 +97,12 @@ class Objects:
             raw = elements.lookup(fd, INDEX.pack(Setting.VERSION), SETTING.size)
         return int(SETTING.unpack(raw)[0]) if raw else -1
 
-    def pin(self, bytecode: Bytecode) -> None:
+    def pin(self, bytecode: Bytecode, *, audit: bool = False) -> None:
         """Pin this version: reuse existing maps, and those programs that are the same.
 
-        With new maps the hooks refuse every flow that is not exempt until tables are published.
-        The kernel's verifier may take a second for a program. Raises: OSError.
+        With new maps the hooks refuse every flow that is not exempt until tables are published, or
+        with `audit` only count it. The kernel's verifier may take a second for a program.
+        Raises: OSError.
         """
         for kind in KINDS:
             (self.folder / kind).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -109,6 +110,9 @@ class Objects:
         try:
             for name, shape in bytecode.maps.items():
                 fds[name] = self._map(name, shape)
+            if self._version() == 0:  # else the controller decides
+                mode = INDEX.pack(Setting.AUDIT), SETTING.pack(int(audit))
+                elements.update(fds["settings"], *mode)
             version = INDEX.pack(Setting.VERSION), SETTING.pack(LAYOUT)
             elements.update(fds["settings"], *version)
             for hook in HOOKS:

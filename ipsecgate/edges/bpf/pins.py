@@ -81,11 +81,12 @@ class Pins:
         """This version's objects: the next ones if there are any, else those in force."""
         return self.next if self.next.exists else self.current
 
-    def load(self, bytecode: Bytecode) -> None:
+    def load(self, bytecode: Bytecode, *, audit: bool = False) -> None:
         """Pin this version. Links run its programs at once, or after `switch` if maps differ.
 
-        With new maps the hooks refuse every flow that is not exempt until tables are published.
-        Raises: OSError (ENOSPC, EPERM …); GateError.
+        With new maps the hooks refuse every flow that is not exempt until tables are published, or
+        with `audit` only count it; never while another version gates something, because only the
+        controller opens that. Raises: OSError (ENOSPC, EPERM …); GateError.
         """
         ensure_bpffs(self.bpffs)
         for folder in (self.root.parent, self.root, self.root / "links"):
@@ -94,13 +95,14 @@ class Pins:
         self._finish_moves()
         if self.next.exists and not self.next.fits(bytecode):
             self.next.remove()
+        gates = bool(self._links())
         if self.current.fits(bytecode):
-            self.current.pin(bytecode)
+            self.current.pin(bytecode, audit=audit and not gates)
             self._update_links(self.current)
             self.next.remove()
             return
-        self.next.pin(bytecode)
-        if not self._links():
+        self.next.pin(bytecode, audit=audit and not gates)
+        if not gates:
             self.switch()
 
     def switch(self) -> None:
