@@ -59,7 +59,7 @@ def examine(paths: Paths, read_config: Callable[[], Config]) -> list[Finding]:
         ("traffic", host.traffic),
         ("xfrm", lambda: host.for_kernel_esp(_xfrm)),
         ("esp", lambda: host.for_kernel_esp(_esp)),
-        ("floor", lambda: host.for_kernel_esp(host.floor)),
+        ("floor", host.floor),
         (machine.CLOCK, host.clock),
         (machine.LIMITS, lambda: machine.check_limits(host_facts.limits(paths))),
         (machine.UNITS, lambda: host_facts.check_installed(paths)),
@@ -116,12 +116,12 @@ class _Host:
         gated = gated_cgroups(self._paths)
         if not gated:
             nothing = "none is gated: the hooks check nothing"
-            hint = "set gate.cgroups, then start the controller (`systemctl start ipsecgate`); or "
-            hint += "`ipsecgate attach unit:NAME`"
+            hint = "set gate.cgroups, then `systemctl reload-or-restart ipsecgate`; or "
+            hint += "`ipsecgate attach unit:NAME`, until it is detached"
             if targets:
                 nothing += f". Configured: {some(targets)}"
-                hint = "start the controller, which gates them: `systemctl start ipsecgate`, or "
-                hint += "`ipsecgate run` in the foreground"
+                hint = "`systemctl reload-or-restart ipsecgate`; if the controller runs already, "
+                hint += "`ipsecgate status` says why they are not gated"
             found.append(warning("cgroups", nothing, hint))
         return found or [ok("cgroups", f"gated: {some(gated)}")]
 
@@ -193,21 +193,29 @@ class _Host:
         return found or [ok("traffic", "every SA that has sent packets has received some")]
 
     def for_kernel_esp(self, check: Callable[[], str]) -> str:
+        return "not needed: strongSwan does ESP" if self._is_userspace_esp() else check()
+
+    def _is_userspace_esp(self) -> bool:
         source = self._config.settings.sa_source
         userspace = self._loaded is not None and self._loaded.userspace_esp
-        if source is SaSource.VICI or (source is SaSource.AUTO and userspace):
-            return "not needed: strongSwan does ESP"
-        return check()
+        return source is SaSource.VICI or (source is SaSource.AUTO and userspace)
 
     # --- the machine ------------------------------------------------------------------
 
-    def floor(self) -> str:
-        if self._config.settings.floor:
+    def floor(self) -> str | list[Finding]:
+        wanted = self._config.settings.floor
+        if self._is_userspace_esp():
+            if not wanted:
+                return "not available, as strongSwan does ESP: only gated processes are checked"
+            text = "gate.floor has no effect, because strongSwan does ESP: what does not come from "
+            text += "gated processes may leave in clear"
+            return [warning("floor", text, 'set gate.floor = "none" if that is acceptable')]
+        if wanted:
             return "xfrm-block: what no hook sees is blocked, too, unless an SA protects it"
         outside = "" if self._config.host else "processes outside gated cgroups, "
         return (
-            f"not asked for: only gated processes are held back, not {outside}tunnels and NFS of "
-            'the kernel, and forwarded packets; gate.floor = "xfrm-block" covers these, too'
+            f"off: only gated processes are checked; {outside}tunnels and NFS of the kernel, and "
+            'forwarded packets are not. gate.floor = "xfrm-block" blocks these without an SA'
         )
 
     def clock(self) -> list[Finding]:
@@ -302,7 +310,7 @@ def _esp() -> str:
     if not probe.has_esp():
         raise KernelLacksError(
             f"Linux {platform.release()} cannot install an ESP SA",
-            hint="modprobe esp4 esp6, or boot a kernel with CONFIG_INET_ESP and "
+            hint="modprobe -a esp4 esp6, or boot a kernel with CONFIG_INET_ESP and "
             "CONFIG_INET6_ESP; `ipsecgate demo` brings its own test kernel",
         )
     return "the kernel can install an ESP SA"

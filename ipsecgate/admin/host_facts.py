@@ -76,7 +76,7 @@ def _watches() -> Iterator[Limit]:
             "inotify watches",
             WATCHES_EACH * sum(1 for _ in cgroups.walk()),
             most,
-            "`sysctl fs.inotify.max_user_watches=524288`, and the same in /etc/sysctl.d",
+            f"`sysctl fs.inotify.max_user_watches={2 * most}`, and the same in /etc/sysctl.d",
             "beyond it, new cgroups are noticed only every 2 s",
         )
 

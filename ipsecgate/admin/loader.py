@@ -56,7 +56,8 @@ def _locked(paths: Paths, action: str) -> Iterator[Pins]:
             yield pins_of(paths)
         except OSError as error:
             if error.errno == errno.EPERM:
-                raise GateError(f"{action}: {error.strerror}", hint="run it as root") from error
+                hint = "run it as root, with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+                raise GateError(f"{action}: {error.strerror}", hint=hint) from error
             if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise KernelLacksError(
                     f"{action}: {error.strerror}",

@@ -85,7 +85,8 @@ def _live_sas(spd: Table | None, errors: list[Problem]) -> list[SaDocument]:
     try:
         found = asyncio.run(xfrm.dump_sas())
     except (GateError, OSError) as error:
-        errors.append({"text": f"cannot read the SAs: {error}", "advice": "run it as root"})
+        hint = getattr(error, "hint", "")
+        errors.append({"text": f"cannot read the SAs: {error}", "advice": hint})
         return []
     return [sa_document(sa) for sa in found if sa_tag(sa.id) in tags]
 

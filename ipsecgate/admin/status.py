@@ -59,13 +59,14 @@ def status_of(paths: Paths, read_config: Callable[[], Config]) -> Status:
         lately = maps.refusals()
         refused = refusals(judge, lately, gate, time.time() - LATELY)
     hooks = _hooks(pins)
-    problems = _problems(answer, gate["errors"], hooks, published=policy_table is not None)
+    published = policy_table is not None
+    problems = _problems(answer, gate["errors"], hooks, published=published, audit=audit)
     return {
         "instance": paths.instance,
         "mode": "audit" if audit else "enforce",
         "default": "deny" if deny else "allow",
         "sa_source": gate["sa_source"],
-        "published": policy_table is not None,
+        "published": published,
         "controller": controller_of(answer),
         "healthy": not problems,
         "problems": problems,
@@ -117,14 +118,16 @@ def _problems(
     hooks: Sequence[Hook],
     *,
     published: bool,
+    audit: bool,
 ) -> list[Problem]:
     """Return what keeps the gate from being healthy; what matters most comes first."""
     found: list[Problem] = []
+    observing = "in audit mode nothing is refused"
     if answer is None:
         found.append(
             {
-                "text": "the controller is not running: covered flows go on, other protected "
-                "ones are refused",
+                "text": "the controller is not running: "
+                + (observing if audit else "covered flows go on, other protected ones are refused"),
                 "advice": "see `journalctl -u ipsecgate`, then `systemctl start ipsecgate`",
             }
         )
@@ -138,7 +141,8 @@ def _problems(
     if not published:
         found.append(
             {
-                "text": "no policy is known yet: everything but loopback is refused",
+                "text": "no policy is known yet: "
+                + (observing if audit else "everything but loopback is refused"),
                 "advice": "start strongSwan, or configure policies",
             }
         )
@@ -147,7 +151,8 @@ def _problems(
         found.append(
             {
                 "text": f"removed cgroup {number}: sockets that were made in it stay gated",
-                "advice": f"attach its successor, then `ipsecgate detach {number}`",
+                "advice": "none needed: the controller removes this when the last of them is "
+                f"closed. `ipsecgate detach {number}` ungates them now, so they may send in clear",
             }
         )
     return found

@@ -88,7 +88,12 @@ def text_of(unit: Unit, config: Config | None, *, hold: bool) -> str:
         f"After={TARGET}",
     ]
     if hold:
-        if config is None or not is_gated(unit, config):
+        if config is None:
+            raise UsageError(
+                f"it is not known whether {unit.name} is gated: the configuration cannot be read",
+                hint="`ipsecgate check` shows what is wrong with it",
+            )
+        if not is_gated(unit, config):
             raise UsageError(
                 f"{unit.name} is not gated, so its calls cannot be held",
                 hint=f'gate it first: cgroups = ["unit:{_short(unit)}"] in [gate]',
@@ -152,7 +157,12 @@ def _held(unit: Unit) -> Iterable[str]:
 
 def _gating(unit: Unit, config: Config | None) -> Sequence[str]:
     """Return what the operator should know about how the service is gated, as comments."""
-    if config is not None and is_gated(unit, config):
+    if config is None:
+        return [
+            f"# The configuration cannot be read, so it is not known whether {unit.name} is gated:",
+            "# `ipsecgate check` shows what is wrong with it.",
+        ]
+    if is_gated(unit, config):
         return [f"# The configuration gates {unit.name}: its calls never leave unprotected."]
     return [
         f"# {unit.name} is not gated: if an SA goes later, nothing refuses its calls.",

@@ -113,7 +113,7 @@ def why(paths: Paths, flow: Flow, caller: Caller | None, read_config: Callable[[
     elif is_left:
         name = instances.judge_of(loader.pins_of(paths), flow.netns)
         decision |= {"allowed": True, "reason": "allow_other", "error": None}
-        decision["advice"] = f"ask it: `ipsecgate -i {name} why`"
+        decision["advice"] = f"ask it: `ipsecgate -i {name} why` with the same destination"
     return {
         **decision,
         "flow": str(flow),

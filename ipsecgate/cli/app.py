@@ -93,7 +93,7 @@ def _instances(context: click.Context, parameter: click.Parameter, typed: str) -
         ("ipsecgate check", "Find out what this machine lacks."),
         ("ipsecgate status", "See what is gated, covered and refused."),
         ("ipsecgate why", "Explain the last refusal, and what to do."),
-        ("ipsecgate attach unit:postgresql", "Gate a systemd unit until it is detached."),
+        ("ipsecgate attach unit:webshop", "Gate a systemd unit until it is detached."),
         ("ipsecgate exec -- curl http://10.2.0.9/", "Run a command that waits for its SA."),
     ],
 )
@@ -187,7 +187,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         sys.exit(0)
     except OSError as error:
         hint = "run it as root" if isinstance(error, PermissionError) else ""
-        explain(GateError(str(error), hint=hint), document=as_document)
+        what = f"{error.filename}: " if error.filename else ""
+        explain(GateError(f"{what}{error.strerror or error}", hint=hint), document=as_document)
         sys.exit(1)
 
 

@@ -15,7 +15,7 @@ from ipsecgate.paths import DEFAULT_CONFIG
 BEGIN, END = "<!-- the keys: make reference -->", "<!-- end of the keys -->"
 EXAMPLE = """\
 [gate]
-cgroups = ["unit:postgresql"]
+cgroups = ["unit:webshop"]
 
 [[policy]]
 name = "printer"

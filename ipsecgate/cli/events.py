@@ -35,7 +35,7 @@ Wanted = Callable[[Record], bool]
     examples=[
         ("ipsecgate events --denied --since 10m", "Show the refusals of the last ten minutes."),
         (
-            "ipsecgate events --follow --unit postgresql",
+            "ipsecgate events --follow --unit webshop",
             "Show what happens to a unit, as it happens.",
         ),
         ("ipsecgate --json events --follow", "Print one JSON object a line, for a script."),

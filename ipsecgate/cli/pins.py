@@ -88,7 +88,7 @@ def unload(app: App, force: bool) -> None:
 
 @verb(
     examples=[
-        ("ipsecgate attach unit:postgresql", "Gate a systemd unit."),
+        ("ipsecgate attach unit:webshop", "Gate a systemd unit."),
         ("ipsecgate attach container:webshop", "Gate a container, by its name or id."),
         ("ipsecgate attach label:tier=web", "Gate each container that has this label now."),
         ("ipsecgate attach /sys/fs/cgroup/gated.slice", "Gate a cgroup and all cgroups below it."),
@@ -112,7 +112,7 @@ def attach(app: App, target: str) -> None:
 
 @verb(
     examples=[
-        ("ipsecgate detach unit:postgresql", "Stop gating a systemd unit."),
+        ("ipsecgate detach unit:webshop", "Stop gating a systemd unit."),
     ]
 )
 @click.argument("target", shell_complete=complete.gated)

@@ -14,7 +14,7 @@ from ipsecgate.printable import printable
 
 @verb(
     examples=[
-        ("ipsecgate unit-dropin postgresql", "Print the drop-in for a service."),
+        ("ipsecgate unit-dropin webshop", "Print the drop-in for a service."),
         ("ipsecgate unit-dropin kubelet --install", "Install it and reload systemd."),
         ("ipsecgate unit-dropin web --hold", "Also hold its calls whenever there is no SA."),
     ]

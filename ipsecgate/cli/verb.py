@@ -1,6 +1,6 @@
 """The class of every verb: a click command whose help ends with examples.
 
-    @verb(examples=[("ipsecgate attach unit:postgresql", "Gate a systemd unit.")])
+    @verb(examples=[("ipsecgate attach unit:webshop", "Gate a systemd unit.")])
     @click.argument("target")
     @click.pass_obj
     def attach(app: App, target: str) -> None:

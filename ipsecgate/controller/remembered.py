@@ -42,6 +42,6 @@ class Remembered:
             Problem(
                 f"{self._path} cannot be written: after a restart without strongSwan "
                 "the gate would protect the older set of policies that the file holds",
-                "free some space on the disk",
+                "free some space on the disk, or make its folder writable; the log has the cause",
             )
         ]

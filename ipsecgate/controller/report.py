@@ -129,7 +129,7 @@ def awaited(gate: Gate, flow: Flow) -> tuple[str | None, str]:
     if found is None or found[1].action is not Action.PROTECT:
         return None, ""
     if gate.ike.problem is not None:
-        return None, f"no IKE daemon: {gate.ike.problem.text}"
+        return None, gate.ike.problem.text
     routed = gate.protection.routing.route(flow)
     choices = gate.demand.choices(flow, routed, found[1])
     name = gate.negotiations.preferred(choices)

@@ -50,7 +50,7 @@ _HINTS = {
     errno.EADDRINUSE: "another program listens there: choose another port",
     errno.EADDRNOTAVAIL: "this machine does not have that address",
     errno.ENOENT: "the folder does not exist; the unit makes /run/ipsecgate",
-    errno.EACCES: "run it as root",
+    errno.EACCES: "the unit may not use ports below 1024, nor folders other than /run/ipsecgate",
 }
 
 

@@ -37,7 +37,7 @@ OTHERWISE = {
     "ipsecgate run": "the fixture runs it",
     "ipsecgate detach": "only named; docs/start.md has one in full: tests/system/test_start.py",
     "ipsecgate unit-dropin kubelet": SYSTEMD,
-    "ipsecgate unit-dropin postgresql --install": SYSTEMD,
+    "ipsecgate unit-dropin webshop --install": SYSTEMD,
     "ipsecgate exec -- podman run": IMAGE,
     "ipsecgate exec --cgroup /sys/fs/cgroup/gated/podman -- podman --cgroup-manager=cgroupfs run "
     "--cgroup-parent=/gated/containers IMAGE": IMAGE,

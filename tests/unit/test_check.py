@@ -425,7 +425,8 @@ UNIT = Unit("ipsecgate.service", text="[Unit]\n", shipped="[Unit]\n", state="ena
 
 
 def test_units() -> None:
-    assert problems(check_units([UNIT], ())) == []
+    by_choice = replace(UNIT, name="ipsecgate-metrics.service", state="disabled")
+    assert problems(check_units([UNIT, by_choice], ())) == []
     for changed, text in (
         (replace(UNIT, text="[Unit]\nDescription=old\n"), "differs from this version's"),
         (replace(UNIT, needs_reload=True), "systemd has not read the present"),

@@ -165,7 +165,7 @@ def test_a_connection_whose_peer_is_unknown_is_reported_as_an_error(trapped: Tra
     trapped.after(
         on.IkeConnected((NET, replace(NET, name=ChildName("peer", "any"), remote=())), (), pid=42)
     )
-    assert any("connection peer/any" in error.text for error in trapped.gate.errors)
+    assert any("child peer/any" in error.text for error in trapped.gate.errors)
     trapped.after(connected())
     assert trapped.gate.errors == []
 

@@ -49,13 +49,18 @@ def test_a_gated_service_needs_two_settings() -> None:
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
-@pytest.mark.parametrize("config", [None, Config()])
-def test_a_service_that_is_not_gated_is_told_how_to_be(config: Config | None) -> None:
-    text = text_of(DB, config, hold=False)
+def test_without_a_configuration_it_says_that_it_does_not_know() -> None:
+    assert "not known whether db.service is gated" in text_of(DB, None, hold=False)
+    with pytest.raises(UsageError, match="not known whether"):
+        text_of(DB, None, hold=True)
+
+
+def test_a_service_that_is_not_gated_is_told_how_to_be() -> None:
+    text = text_of(DB, Config(), hold=False)
     assert '#     cgroups = ["unit:db"]' in text
     assert settings(text) == settings(text_of(DB, GATED, hold=False))
     with pytest.raises(UsageError, match="not gated, so its calls cannot be held"):
-        text_of(DB, config, hold=True)
+        text_of(DB, Config(), hold=True)
 
 
 @pytest.mark.parametrize(

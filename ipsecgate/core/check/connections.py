@@ -149,8 +149,8 @@ def check_plugins(loaded: Loaded) -> list[Finding]:
                         PLUGINS,
                         f"{connection.name} proposes {proposal}, but no plugin of strongSwan's has "
                         f"{some(names)}",
-                        "install libstrongswan-extra-plugins and restart strongSwan, or propose "
-                        "what `swanctl --list-algs` lists",
+                        "install libstrongswan-extra-plugins and libstrongswan-standard-plugins "
+                        "and restart strongSwan, or propose what `swanctl --list-algs` lists",
                     )
                 )
         found += _authentication(connection, loaded.plugins)
@@ -172,5 +172,6 @@ def _authentication(connection: Connection, plugins: frozenset[str]) -> Iterator
             PLUGINS,
             f"{connection.name} uses {some(sorted(connection.eap))}, but strongSwan has not loaded "
             f"{some(absent)}",
-            "install libcharon-extra-plugins, then restart strongSwan",
+            "install libcharon-extauth-plugins (eap-mschapv2) or libcharon-extra-plugins (most "
+            "others), then restart strongSwan",
         )

@@ -11,6 +11,7 @@ from ipsecgate.core.model.value import value
 CLOCK, LIMITS, UNITS = "clock", "limits", "units"
 RTC_SLACK = 60.0  # seconds
 CLOCK_SLACK = 2.0  # seconds
+ENABLED = ("ipsecgate-load.service", "ipsecgate.service")  # units that the package enables
 FULL = 0.8  # of a limit
 
 
@@ -39,7 +40,8 @@ def check_clock(clock: Clock) -> list[Finding]:
                 CLOCK,
                 f"was set back by at least {back:.0f} s since the youngest SA was installed, so "
                 "SAs end that much too late",
-                "`swanctl --rekey` the connections, and see `timedatectl`",
+                "`swanctl --rekey --child NAME` for each child of `swanctl --list-sas`; "
+                "see `timedatectl`",
             )
         )
     if clock.uses_certificates and clock.synchronised is False:
@@ -143,9 +145,9 @@ def _unit_problems(unit: Unit) -> Iterator[Finding]:
         yield warning(
             UNITS, f"systemd has not read the present {unit.name}", "`systemctl daemon-reload`"
         )
-    if unit.state == "disabled":
+    if unit.state == "disabled" and unit.name in ENABLED:
         yield warning(
             UNITS,
-            f"{unit.name} is not enabled: nothing starts it at boot",
+            f"{unit.name} is not enabled, so nothing starts it at boot",
             f"`systemctl enable {unit.name}`",
         )

@@ -40,8 +40,8 @@ _ASK_PEER = (
     "peer's; only its administrator can tell, from its log, which of them differs"
 )
 _PLUGIN = (
-    "install libstrongswan-extra-plugins and libcharon-extra-plugins and restart strongSwan, or "
-    "propose another algorithm; `swanctl --list-algs` lists those that are loaded"
+    "install libstrongswan-extra-plugins and libstrongswan-standard-plugins and restart "
+    "strongSwan, or propose another algorithm; `swanctl --list-algs` lists those that are loaded"
 )
 
 RULES: tuple[Rule, ...] = (
@@ -106,7 +106,7 @@ RULES: tuple[Rule, ...] = (
         r"received NO_PROPOSAL_CHOSEN",
         "the peer has no connection for us, or no IKE proposal in common",
         "on the peer, load a connection for this host's address, and compare `proposals`; "
-        "`ipsecgate check` names what a plugin is missing for",
+        "`ipsecgate check` names the proposals for which strongSwan lacks a plugin",
     ),
     Rule(
         r"received TS_UNACCEPTABLE",

@@ -58,9 +58,10 @@ class DerivedPolicies:
         before, self._known = self._known, self._with(children)
         self.errors = [
             Problem(
-                f"connection {c.name}: its remote selector is unknown until it is up, so its "
+                f"child {c.name}: its remote selector is unknown until it is up, so its "
                 "networks are not protected",
-                "add a [[policy]] for them",
+                "set its remote_ts; or write a [[policy]] for these networks and for all others "
+                "that must be protected: with one [[policy]], none is derived from connections",
             )
             for c in children
             if not c.remote

@@ -198,8 +198,10 @@ def ike_step(gate: Gate, policy: Policy, name: ChildName | None, routed: Routed)
         return no_child(gate.ike.loaded, policy, routed.last)
     negotiation = gate.negotiations.by_child.get(name)
     if negotiation is None:
-        target = name if policy.derived else policy.name
-        advice = f"`ipsecgate up {target}` negotiates it now, else the first refused call does"
+        command = f"ipsecgate up {name if policy.derived else policy.name}"
+        if name.part is not None:  # only a flow says which
+            command = "ipsecgate wait --to HOST:PORT"
+        advice = f"`{command}` negotiates it now, else the first refused call does"
         return Problem(f"child {name} was not asked for yet", advice)
     text = _describe_negotiation(name, negotiation)
     if negotiation.last_error is not None and negotiation.last_error.advice:
@@ -209,7 +211,8 @@ def ike_step(gate: Gate, policy: Policy, name: ChildName | None, routed: Routed)
         return Problem(text, advice)
     if name.part is not None:
         return Problem(text, "see strongSwan's log, and the last error above")
-    return Problem(text, f"`swanctl --initiate --child {name.child}` shows the negotiation")
+    command = f"swanctl --initiate --ike {name.ike} --child {name.child}"
+    return Problem(text, f"`{command}` shows the negotiation")
 
 
 def _is_of_identity(gate: Gate, name: ChildName | None) -> bool:

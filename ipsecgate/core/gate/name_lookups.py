@@ -90,9 +90,10 @@ def _problem(name: ChildName, host: str, lookup: Lookup) -> Problem:
     return Problem(
         f"connection {name.ike} waits for the address of {host}, but policy {lookup.policy} "
         f"refuses the lookup by {caller} at {lookup.server} until that connection is up",
+        f"write the address of {host} into remote_addrs, or look it up at a server that needs no "
+        "IPsec; or let these lookups leave in clear: before that policy, "
         f'add a [[policy]] with action = "bypass", remote = ["{lookup.server}"], protocol = '
-        f'"{PROTOCOL_NAMES[lookup.proto]}" and port = "{lookup.port}" before it, or have '
-        f"{host} looked up at a server that needs no IPsec",
+        f'"{PROTOCOL_NAMES[lookup.proto]}" and port = "{lookup.port}"',
     )
 
 

@@ -25,7 +25,9 @@ from ipsecgate.core.model.value import value
 from ipsecgate.core.tables.layout import Reason
 
 _NAMES = 8  # that an error lists
-_NO_PEER = "nobody knows its peers before a flow names one: wait for one flow, with --to"
+_NO_PEER = (
+    "its peers are not known before a flow names one: `ipsecgate wait --to HOST:PORT` waits for one"
+)
 
 
 class Kind(Enum):
@@ -156,7 +158,7 @@ def cause(gate: Gate, progress: Progress) -> Problem:
     name = _preferred(gate, flow, found[1], progress.child)
     if name is not None and not gate.ike.problem and gate.protection.is_up(name):
         text = f"{name} is up but does not protect {flow}"
-        return Problem(text, "`ipsecgate why` shows which kernel policy wins")
+        return Problem(text, "`ipsecgate why` with this destination shows which kernel policy wins")
     return ike_step(gate, policy, name, routed)
 
 

@@ -47,7 +47,8 @@ class Later:
             f"{self.hook} of {self.gated}: {self.program} at {self.cgroup} runs after the gate's, "
             "and may change the destination that it has checked; what must be protected is then "
             "blocked instead of refused or held",
-            f"gate {self.cgroup}, too; `bpftool cgroup tree` shows the programs",
+            f"gate {self.cgroup} with all processes below it, too; `bpftool cgroup tree` shows the "
+            "programs",
         )
 
 

@@ -189,10 +189,15 @@ def resolve_all(target: str) -> list[Path]:
     except ValueError as error:
         raise UsageError(str(error), hint=usage()) from error
     if not found:
-        text = f"{target} is not running" if is_pattern(target) else f"{target} is not a cgroup"
         if target.startswith(container_targets.KINDS):
-            text = container_targets.absence(target)
-        raise UsageError(text, hint=usage())
+            raise UsageError(container_targets.absence(target), hint=usage())
+        if is_pattern(target):
+            raise UsageError(
+                f"{target} is not running",
+                hint="`systemd-cgls` shows the names of running units; a unit such as Debian's "
+                "postgresql.service only starts others (postgresql@15-main)",
+            )
+        raise UsageError(f"{target} is not a cgroup", hint=usage())
     return found
 
 
@@ -239,8 +244,10 @@ def join(cgroup: Path) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        hint = "run it as root"
-        if error.errno == errno.EBUSY:
+        hint = ""
+        if isinstance(error, PermissionError):
+            hint = "run it as root"
+        elif error.errno == errno.EBUSY:
             hint = "it passes resource controllers to cgroups below it: name one of these"
         raise GateError(f"cannot join {cgroup}: {error.strerror}", hint=hint) from error
 

@@ -102,7 +102,7 @@ SECTIONS: Mapping[str, Section] = {
             "by a label, `pod:NAMESPACE/NAME` for pods of Kubernetes, or the path of a cgroup. "
             "The controller waits for those that do not exist yet.",
             values="list of strings",
-            example=("unit:postgresql", "/sys/fs/cgroup/web"),
+            example=("unit:webshop", "/sys/fs/cgroup/web"),
         ),
         Key(
             "host",

@@ -69,6 +69,11 @@ def _no_controller(path: Path, error: OSError) -> NoControllerError:
         return NoControllerError(
             f"this user may not ask the controller on {path}", hint="run it as root"
         )
+    if isinstance(error, TimeoutError):
+        return NoControllerError(
+            f"the controller on {path} did not answer in time",
+            hint="see `systemctl status ipsecgate`; a restart opens nothing",
+        )
     return NoControllerError(
         f"no controller answers on {path}: {error.strerror or error}",
         hint="start it with `systemctl start ipsecgate` or `ipsecgate run`",

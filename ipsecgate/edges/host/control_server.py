@@ -133,8 +133,9 @@ class _Server:
             try:
                 async with asyncio.timeout(_WORK_LIMIT):
                     return await work
-            except TimeoutError as error:
-                return {"error": f"TimeoutError: {error}"}
+            except TimeoutError:
+                text = f"no result after {_WORK_LIMIT:g} s; it may still take effect"
+                return {"error": text}
         if len(self._waiting) >= self._waiting_limit:
             work.close()
             raise ConnectionAbortedError("too many clients wait")

@@ -33,8 +33,8 @@ def load_children(path: Path) -> tuple[ChildConfig, ...]:
     except (OSError, ValueError, KeyError, RecursionError) as error:
         raise GateError(
             f"{path}: cannot read which flows must be protected: {error}",
-            hint="add a [[policy]] for each to the configuration, or remove the file while "
-            "strongSwan has its connections loaded",
+            hint="load all of strongSwan's connections, then remove the file and start the "
+            "controller, which writes a new one; what is not loaded then is not protected any more",
         ) from error
 
 

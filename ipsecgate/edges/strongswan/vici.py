@@ -76,7 +76,10 @@ class ViciConnection:
             raise IkeUnreachableError(not_running(path, error), hint=start_it(path)) from error
         except OSError as error:
             sock.close()
-            raise _unreachable(path, error.strerror or str(error)) from error
+            reason = error.strerror or str(error)
+            raise IkeUnreachableError(
+                f"strongSwan at {path}: {reason}", hint=start_it(path)
+            ) from error
         return cls(path, reader, writer)
 
     @property
@@ -199,7 +202,8 @@ def refusal(answer: Message) -> str | None:
 
 
 def _unreachable(path: Path, reason: str) -> IkeUnreachableError:
-    return IkeUnreachableError(f"strongSwan at {path}: {reason}", hint=start_it(path))
+    hint = "see `journalctl -u strongswan`, and restart strongSwan if it hangs"
+    return IkeUnreachableError(f"strongSwan at {path}: {reason}", hint=hint)
 
 
 async def _connect(sock: socket.socket, path: Path) -> None:
