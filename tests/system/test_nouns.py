@@ -134,6 +134,7 @@ def _the_nouns(gate: Gated, store: FdStore, covered: ConnSpec, uncovered: ConnSp
     gate.cli("status", "--wait", "--timeout", "60")
     assert Client(process).result()["echoed"], "the successor answers the held call"
     lab.a.charon.terminate(uncovered.name)
+    wait_until(lambda: len(ask(gate, "sas")["sas"]) == 1, "the controller has not noticed")
     with stopped(lab):
         refused = traffic.command("tcp-client", "--to", db, "--port", "81", "--retry", "none")
         lab.a.run(refused, cgroup=gate.cgroup, check=False)
