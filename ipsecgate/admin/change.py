@@ -52,7 +52,7 @@ _STRICTNESS = {
 _MEANING = {
     ("mode", "audit"): "nothing is refused or blocked any more, only counted",
     ("mode", "enforce"): "what was only counted is refused and blocked",
-    ("default", "allow"): "flows that no policy names are let go in clear",
+    ("default", "allow"): "flows that no policy names are allowed in clear",
     ("default", "deny"): "flows that no policy names are refused",
     ("floor", "none"): "what leaves outside gated cgroups is no longer blocked",
     ("floor", "xfrm-block"): "what leaves outside gated cgroups is blocked without an SA",

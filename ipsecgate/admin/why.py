@@ -159,7 +159,7 @@ def _callers(paths: Paths, flow: Flow) -> Iterator[str]:
     if cgroups.root() in gated:
         return
     names = some(map(ungated.short_name, gated)) or "none is now"
-    yield f"any that is gated ({names}); calls of other processes are let go"
+    yield f"any that is gated ({names}); calls of other processes are not checked"
     if flow.netns:
         return
     wanted = (flow.daddr, flow.proto, flow.dport)

@@ -59,7 +59,7 @@ def policies(document: Policies, width: int, *, everything: bool) -> RenderableT
         rows.add_row(name, action, remote, _ports(policy), *cells, _source(policy))
     return parts(
         *without_controller(
-            document["controller"], "these are configured, and only covered flows are let go"
+            document["controller"], "these are configured, and only covered flows are allowed"
         ),
         rows if known else Text("No policy is known.", "yellow"),
         *left_out(known, everything=everything),
@@ -230,7 +230,7 @@ def flows(document: Flows, width: int, *, everything: bool) -> RenderableType:
         for decision in first(decisions, everything=everything):
             source = [decision["source"] or "any"] if bound else []
             rows.add_row(decision["flow"], *source, reason(decision["reason"]))
-        found += [heading("Let go since the tables last changed"), rows]
+        found += [heading("Allowed since the tables last changed"), rows]
         found += left_out(decisions, everything=everything)
     if not (connections or refused or decisions):
         found.append(Text("No flow of a gated process is known."))

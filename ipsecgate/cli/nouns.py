@@ -67,7 +67,7 @@ def policies(app: App, *, everything: bool, candidate: Path | None) -> int:
     """Show the policies in force, and whether an SA covers them.
 
     The first that names a flow decides. With --check, compares the configuration in FILE, and
-    in policies.d beside it, with what is in force: which flows would be let go that are not
+    in policies.d beside it, with what is in force: which flows would be allowed that are not
     now, which would be protected or refused, and which connections, held calls and SAs that
     touches. Exits with 1 if it opens or closes anything, and with 2 if it is invalid.
     """
@@ -138,7 +138,7 @@ def _part_of_status(app: App, name: str, *, everything: bool) -> int:
 
 @verb(
     examples=[
-        ("ipsecgate flows", "Show what is connected, refused or let go."),
+        ("ipsecgate flows", "Show what is connected, refused or allowed."),
         ("ipsecgate --json flows", "Print it for a script."),
     ],
 )
@@ -148,7 +148,7 @@ def flows(app: App, *, everything: bool) -> int:
     """Show the flows of gated processes.
 
     Their connections in the gate's network namespace, what was refused lately, and what the
-    hooks have let go since their tables last changed. For each flow, what they would do now.
+    hooks have allowed since their tables last changed. For each flow, what they would do now.
     """
     from ipsecgate.admin.flows import flows_of  # noqa: PLC0415
 

@@ -178,7 +178,7 @@ def _numbers(counters: Counters, result: str, stopped: int, audited: int) -> str
     """Return how many calls or packets were stopped, and why; of several reasons each number."""
     text = f"{stopped} {'refused' if result == 'refuse' else 'blocked'}"
     if audited:
-        text += f", {audited} let go only because of audit mode"
+        text += f", {audited} allowed only because of audit mode"
     reasons = {n: c for n, c in counters["reasons"].items() if c and n.startswith(f"{result}_")}
     why = [
         f"{count} {reason_text(name)}" if len(reasons) > 1 else reason_text(name)

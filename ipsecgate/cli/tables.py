@@ -83,7 +83,7 @@ def reason_text(name: str) -> str:
 
 
 _RESULTS = {
-    "allow": ("let go", ""),
+    "allow": ("allowed", ""),
     "refuse": ("refused", "red"),
     "block": ("blocked", "red"),
 }

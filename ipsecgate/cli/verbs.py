@@ -17,7 +17,7 @@ from ipsecgate.printable import printable
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Look": {
         "status": ("status", "Show what is gated, what is refused and why, and what to do."),
-        "why": ("why", "Explain why a flow is let go or refused."),
+        "why": ("why", "Explain why a flow is allowed or refused."),
         "events": ("events", "Show what was refused or blocked, and why."),
         "check": ("check", "Check what is missing or does not fit, and say what to do."),
         "top": ("top", "Watch what is refused, negotiating, covered and held, live."),

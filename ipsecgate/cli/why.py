@@ -72,7 +72,7 @@ def why(
     cgroup: str | None,
     container: str | None,
 ) -> int:
-    """Explain why a flow is let go or refused.
+    """Explain why a flow is allowed or refused.
 
     Asks the code that decides, and changes nothing: nothing is sent, and nothing is
     negotiated. Without HOST:PORT, explains the last refusal. Exits with 1 if the flow is

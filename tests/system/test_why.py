@@ -54,7 +54,7 @@ def test_the_life_of_a_flow(gate: Gated) -> None:
     code, before = ask(gate, target)
     assert (code, before["reason"], before["error"]) == (1, "refuse_uncovered", "EPERM")
     assert before["gated"] is None, "no caller is named"
-    assert "calls of other processes are let go" in texts(before, "caller")
+    assert "calls of other processes are not checked" in texts(before, "caller")
     assert "was not asked for yet" in texts(before, "IKE")
     assert not lab.a.established(), "asking negotiates nothing"
     assert gate.reasons()["refuse_uncovered"] == 0, "and sends nothing"

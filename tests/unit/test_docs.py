@@ -110,7 +110,7 @@ DECISIONS, ATTEMPTS = int(HOOKS["DECISIONS"]), {"4": "four"}[HOOKS["ATTEMPTS"]]
         ("protected", f"an eighth of the shapes ({MASKS // PEER_SHARE})"),
         ("protected", f"more pieces than fit ({ROUTES:,} routes)"),
         ("protected", f"made {POLICIES_PER_UPDATE} at a time"),
-        ("protected", f"let go (up to {DECISIONS:,}, TCP too)"),
+        ("protected", f"allowed (up to {DECISIONS:,}, TCP too)"),
         ("protected", f"decides again, {ATTEMPTS} times in all"),
         ("threat-model", f"decides again, {ATTEMPTS} times in all"),
         ("architecture", f"more than {MASKS:,} masks or {ENTRIES:,} entries"),
