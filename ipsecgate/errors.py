@@ -39,6 +39,10 @@ class TimedOutError(GateError):
     exit_code = 124
 
 
+START = "start the controller: `systemctl start ipsecgate`, or `ipsecgate run`"
+"""What to do when none runs, or the hooks are not loaded."""
+
+
 class NoControllerError(GateError):
     """No controller answers."""
 

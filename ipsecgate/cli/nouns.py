@@ -11,7 +11,7 @@ import click
 
 from ipsecgate.cli.app import App
 from ipsecgate.cli.verb import verb
-from ipsecgate.errors import GateError
+from ipsecgate.errors import START, GateError
 from ipsecgate.printable import printable_document
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def loaded(app: App) -> Iterator[None]:
     except FileNotFoundError as error:
         raise GateError(
             f"the hooks of instance {app.paths.instance!r} are not loaded: nothing is gated",
-            hint="start the controller with `ipsecgate run`, or only load the hooks with "
-            "`ipsecgate load`",
+            hint=f"{START}; or only load the hooks: `ipsecgate load`",
         ) from error
 
 

@@ -99,7 +99,7 @@ _REASONS = {
     "refuse_no_source": "no certain route or source",
     "refuse_not_ready": "policies not known",
     "refuse_netns": "namespace not known",
-    "refuse_outside": "it would leave around the SPD",
+    "refuse_outside": "it would bypass the SPD",
     "block_clear": "in clear",
     "block_discard": "its policy discards it",
     "block_default": "no policy names it",

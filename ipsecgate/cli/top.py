@@ -14,7 +14,7 @@ from ipsecgate.cli.app import App
 from ipsecgate.cli.terminal import Keys, keys
 from ipsecgate.cli.top_screen import View, screen
 from ipsecgate.cli.verb import verb
-from ipsecgate.errors import GateError, UsageError
+from ipsecgate.errors import START, GateError, UsageError
 from ipsecgate.monitor.sampler import sample
 from ipsecgate.monitor.top import Sample
 from ipsecgate.monitor.top import top as compare
@@ -76,9 +76,7 @@ def _once(app: App, view: View, interval: float) -> int:
         time.sleep(interval)
         document = compare(before, sample(app.paths, app.config))
     except FileNotFoundError as error:
-        raise GateError(
-            _NOTHING_LOADED, hint="start the controller with `ipsecgate run`"
-        ) from error
+        raise GateError(_NOTHING_LOADED, hint=START) from error
     if app.json:
         app.document(document)
     else:

@@ -13,7 +13,7 @@ from ipsecgate.cli.destination import flows_to
 from ipsecgate.cli.verb import verb
 from ipsecgate.core.model.flow import Flow, parse_address
 from ipsecgate.edges.host import control
-from ipsecgate.errors import GateError, UsageError
+from ipsecgate.errors import START, GateError, UsageError
 from ipsecgate.printable import printable_document
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def why(
     except FileNotFoundError as error:
         raise GateError(
             f"the hooks of instance {app.paths.instance!r} are not loaded: nothing is gated",
-            hint="start the controller with `ipsecgate run`",
+            hint=START,
         ) from error
     if app.json:
         app.document({"last": last, "flows": documents})

@@ -31,7 +31,7 @@ async def down(
     hooks' tables are being written. Raises: UsageError, GateError.
     """
     if gate.ike.problem is not None:
-        text = f"nothing was ended, for want of an IKE daemon: {gate.ike.problem.text}"
+        text = f"no SA was ended: {gate.ike.problem.text}"
         raise GateError(text, hint=gate.ike.problem.advice)
     found = readiness.child_sas(gate, name)
     if not found and not readiness.is_known(gate, name):

@@ -263,7 +263,7 @@ def test_a_kernel_policy_for_another_port_is_the_nearest(trapped: Transcript) ->
     transcript.after(on.KernelSnapshot((replace(TRAP, key=only),), ()), connected(), SOURCES)
     text = said(transcript, Step.KERNEL)
     assert f"the nearest is {HERE} to {THERE} proto 6 dport 443" in text
-    assert text.endswith("but its protocol, port, mark or interface is another")
+    assert text.endswith("but its protocol, port, mark or interface differs")
 
 
 def test_the_verdict_is_that_of_the_published_tables(trapped: Transcript) -> None:
@@ -310,7 +310,7 @@ def test_a_failure_of_identity_names_the_one_that_is_expected(trapped: Transcrip
         (
             Flow(ip_address("2001:db8:b::1"), TCP, 443, device=7),
             "or out of the device's VRF",
-            "give the route the VRF's as `src`",
+            "set `src` of the route to one of the VRF",
         ),
     ],
 )

@@ -51,7 +51,7 @@ def test_a_value_of_another_size_is_an_error(unpack: Callable[[bytes], object], 
     with pytest.raises(LayoutError, match="bytes, expected") as caught:
         unpack(bytes(size))
     assert isinstance(caught.value, GateError)
-    assert "ipsecgate run" in caught.value.hint
+    assert "systemctl restart ipsecgate" in caught.value.hint
 
 
 class Library:

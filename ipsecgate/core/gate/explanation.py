@@ -100,7 +100,7 @@ def _protected(
     text, advice = missing.text, missing.advice
     config = choices[preferred] if preferred is not None else None
     if _is_moved_away(routed, config):
-        advice = f"of the NAT rule {routed.path.rule}: {SPARE}" if routed.path else advice
+        advice = f"NAT rule {routed.path.rule}: {SPARE}" if routed.path else advice
     wrong = wrong_source(config, routed.last) if config is not None else ""
     steps.append((Step.IKE, f"{text}; {wrong}" if wrong and wrong not in text else text))
     if config is not None and _is_of_identity(gate, preferred):
@@ -142,11 +142,13 @@ def no_path(flow: Flow, routed: Routed) -> Problem:
         )
         return Problem(f"the routes for its {what} are not known yet", "try again in a moment")
     if routed.path is not None and routed.path.source is not None:
-        text = f"{flow.saddr}, but routing may lead it elsewhere than {routed.path.source}"
+        text = f"{flow.saddr}, whose route is not certain: routing chooses {routed.path.source}"
         return Problem(text, f"bind the socket to {routed.path.source}, or to no address")
     if flow.device and flow.daddr.version == 6 and not flow.netns:
         text = "unknown: routing has no way to this destination, or out of the device's VRF"
-        return Problem(text, "bind the socket to an address, or give the route the VRF's as `src`")
+        return Problem(
+            text, "bind the socket to an address, or set `src` of the route to one of the VRF"
+        )
     advice = f"see `ip route get {flow.daddr}`, or bind the socket to an address"
     return Problem("unknown: routing has no way to this destination", advice)
 

@@ -57,7 +57,7 @@ def _nearest(state: KernelState, lookup: Flow, *, derived: bool) -> str:
     entry = min(here or near, key=lambda one: one.priority)
     source = entry.key.selector.src
     but = (
-        "its protocol, port, mark or interface is another"
+        "its protocol, port, mark or interface differs"
         if here
         else (f"the source {lookup.saddr} is not in {source}")
     )

@@ -126,7 +126,7 @@ EXPLAINED = {
     Reason.REFUSE_NO_SOURCE: "it has no route, or routing may choose another source address",
     Reason.REFUSE_NOT_READY: "the policies are not known yet, or change too fast for the hook",
     Reason.REFUSE_NETNS: "it is in another network namespace, whose routing is not known yet",
-    Reason.REFUSE_OUTSIDE: "its packets would leave around this host's SPD",
+    Reason.REFUSE_OUTSIDE: "its packets would bypass this host's SPD",
     Reason.BLOCK_CLEAR: "a packet would have left in clear",
     Reason.BLOCK_DISCARD: "the packet's policy discards it",
     Reason.BLOCK_DEFAULT: "no policy matches the packet, and the default is deny",
@@ -146,7 +146,7 @@ class LayoutError(GateError):
         super().__init__(
             f"the hooks' maps: {message}",
             hint="the hooks are of another version, and keep refusing what no SA covers; "
-            "`ipsecgate run` of the installed version replaces them",
+            "`systemctl restart ipsecgate` replaces them with the installed version's",
         )
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ipsecgate.errors import GateError, NoControllerError, UsageError
+from ipsecgate.errors import START, GateError, NoControllerError, UsageError
 
 REQUEST_LIMIT = 4096  # bytes
 ANSWER_LIMIT = 16 << 20  # bytes
@@ -76,7 +76,7 @@ def _no_controller(path: Path, error: OSError) -> NoControllerError:
         )
     return NoControllerError(
         f"no controller answers on {path}: {error.strerror or error}",
-        hint="start it with `systemctl start ipsecgate` or `ipsecgate run`",
+        hint=START,
     )
 
 
