@@ -106,7 +106,7 @@ def configured(gate: Gate, config: Config, targets: Sequence[str]) -> Configured
 def summary(gate: Gate) -> str:
     """Return the state of the gate in one line, for the service manager."""
     if gate.ike.problem is not None:
-        return f"protected flows are refused: {gate.ike.problem.text}"
+        return f"{gate.consequence}: {gate.ike.problem.text}"
     if gate.errors:
         return gate.errors[0].text
     negotiations = gate.negotiations.by_child.values()

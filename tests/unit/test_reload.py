@@ -82,6 +82,15 @@ def test_stricter_modes_are_set_first_and_laxer_ones_last() -> None:
     assert last > kinds(commands).index(do.Change)
 
 
+@pytest.mark.parametrize(
+    ("audit", "text"),
+    [(False, "protected flows are refused: no"), (True, "in audit mode nothing is refused: no")],
+)
+def test_the_loss_of_ike_is_said_with_what_it_means(audit: bool, text: str) -> None:
+    commands = running(PROTECT, audit=audit).after(on.IkeGone(Problem("no")))
+    assert [one.text for one in commands if isinstance(one, do.Log)] == [text]
+
+
 def test_a_newly_protected_network_waits_for_its_source() -> None:
     """Until then its covered flows would be refused, so the old configuration stays in force."""
     transcript = running(PROTECT)

@@ -89,6 +89,13 @@ class Gate:
         return self.policy_table.settings
 
     @property
+    def consequence(self) -> str:
+        """Return what happens to flows that must be protected, and are not."""
+        if self.settings.audit:
+            return "in audit mode nothing is refused"
+        return "protected flows are refused"
+
+    @property
     def policies(self) -> tuple[Policy, ...]:
         """Return the policies in force."""
         return self.policy_table.policies
@@ -337,7 +344,7 @@ class Gate:
             do.ExemptIke(0),
             do.Log(
                 "error",
-                f"protected flows are refused: {event.problem}",
+                f"{self.consequence}: {event.problem}",
                 fields=(("event", "ike-gone"), ("cause", event.problem.text)),
             ),
             *self._propagate.pass_on(self.negotiations.ike_gone()),
