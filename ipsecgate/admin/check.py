@@ -17,6 +17,7 @@ from ipsecgate.admin.loader import check_targets, gated_cgroups, pins_of, runs_b
 from ipsecgate.core.check import connections, machine, order, policies, ungated
 from ipsecgate.core.check.connections import Loaded
 from ipsecgate.core.check.finding import Finding, State, missing, ok, some, warning
+from ipsecgate.core.gate.host_floor import NO_EFFECT
 from ipsecgate.core.model.ipsec import Action
 from ipsecgate.core.model.policy import Policy, SaSource, derived_policies, in_force
 from ipsecgate.core.state.silence import Silent
@@ -207,9 +208,7 @@ class _Host:
         if self._is_userspace_esp():
             if not wanted:
                 return "not available, as strongSwan does ESP: only gated processes are checked"
-            text = "gate.floor has no effect, because strongSwan does ESP: what does not come from "
-            text += "gated processes may leave in clear"
-            return [warning("floor", text, 'set gate.floor = "none" if that is acceptable')]
+            return [warning("floor", NO_EFFECT.text, NO_EFFECT.advice)]
         if wanted:
             return "xfrm-block: what no hook sees is blocked, too, unless an SA protects it"
         outside = "" if self._config.host else "processes outside gated cgroups, "

@@ -1,4 +1,4 @@
-"""The test kernel: Debian's user-mode-linux, downloaded and unpacked into a cache folder.
+"""The test kernel, if this machine needs one: Debian's user-mode-linux, unpacked in a cache folder.
 
 Nothing is installed.
 """

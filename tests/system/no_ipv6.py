@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -11,18 +10,14 @@ from ipsecgate.lab.charon import Charon
 from ipsecgate.lab.kernel import missing_feature
 from tests.system.caller import Caller
 from tests.system.controller_process import PORT, ControllerProcess, caller, controller, refused
+from tests.system.event_recorder import ip
 from tests.system.hooked_cgroup import HERE, OTHER, PEER
 
 __all__ = ["caller", "controller"]
 
 SA = f"src {HERE[4]} dst {PEER[4]} proto esp spi 0x100 mode transport"
-POLICY = f"policy add src {HERE[4]} dst {PEER[4]} dir out tmpl {SA}"
-ALGORITHMS = ("enc", "cbc(aes)", "0x" + "11" * 16, "auth", "hmac(sha256)", "0x" + "11" * 32)
-
-
-def xfrm(controller: ControllerProcess, words: str, *more: str) -> None:
-    command = ["ip", "-n", controller.namespace.name, "xfrm", *words.split(), *more]
-    subprocess.run(command, check=True)
+POLICY = f"src {HERE[4]} dst {PEER[4]} dir out tmpl {SA}"
+ALGORITHMS = f"enc cbc(aes) 0x{'11' * 16} auth hmac(sha256) 0x{'11' * 32}"
 
 
 @pytest.fixture
@@ -48,10 +43,11 @@ def test_a_flow_is_refused_unless_an_sa_protects_it(
 ) -> None:
     assert caller("tcp", OTHER[4], PORT) == "EINPROGRESS", "no policy names it"
     assert refused(caller)
-    xfrm(started, POLICY)
-    xfrm(started, f"state add {SA}", *ALGORITHMS)
+    xfrm = f"-n {started.namespace.name} xfrm"
+    ip(f"{xfrm} policy add {POLICY}")
+    ip(f"{xfrm} state add {SA} {ALGORITHMS}")
     assert started.eventually(lambda: not refused(caller)), started.log
-    xfrm(started, "state flush")
+    ip(f"{xfrm} state flush")
     assert started.eventually(lambda: refused(caller)), started.log
 
 

@@ -192,7 +192,8 @@ def test_a_boot_in_audit_mode_refuses_nothing(
     controller: ControllerProcess, caller: Caller
 ) -> None:
     enforcing = controller.config.read_text()
-    controller.config.write_text(enforcing.replace("[gate]", '[gate]\nmode = "audit"'))
+    observing = enforcing.replace("[gate]", '[gate]\nmode = "audit"')
+    controller.config.write_text(observing)
     done = in_unit(controller, "ipsecgate-load.service", "load", "--attach")
     assert done.returncode == 0, done.stderr
     assert caller("tcp", PEER[4], PORT) == "EINPROGRESS"
@@ -203,7 +204,7 @@ def test_a_boot_in_audit_mode_refuses_nothing(
     controller.start()
     assert controller.eventually(lambda: refused(caller)), controller.log
     controller.end()
-    controller.config.write_text(enforcing.replace("[gate]", '[gate]\nmode = "audit"'))
+    controller.config.write_text(observing)
     assert controller.cli("load", "--attach").returncode == 0
     assert refused(caller), "only a controller opens what enforces"
 

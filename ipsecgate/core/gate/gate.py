@@ -23,6 +23,7 @@ from random import random
 from ipsecgate.core.gate import commands as do
 from ipsecgate.core.gate.demand import Demand
 from ipsecgate.core.gate.holds import Holds
+from ipsecgate.core.gate.host_floor import NO_EFFECT
 from ipsecgate.core.gate.ike import Ike
 from ipsecgate.core.gate.name_lookups import NameLookups
 from ipsecgate.core.gate.negotiations import Negotiations
@@ -115,9 +116,7 @@ class Gate:
         """Return the problems that the operator should fix."""
         errors = [*self.protection.errors, *self.policy_table.errors, *self.lookups.errors]
         if self.settings.floor and self.protection.in_userspace:
-            text = "gate.floor has no effect, because strongSwan does ESP: what the kernel sends "
-            text += "on its own leaves in clear"
-            errors.append(Problem(text, 'set `floor = "none"`, which accepts that'))
+            errors.append(NO_EFFECT)
         return errors
 
     def start(self) -> list[do.Command]:

@@ -12,7 +12,14 @@ from ipsecgate.core.gate import commands as do
 from ipsecgate.core.model.flow import Address
 from ipsecgate.core.model.ipsec import SpdEntry
 from ipsecgate.core.model.policy import FloorPolicy, Policy, Settings
+from ipsecgate.core.model.problem import Problem
 from ipsecgate.core.state.floor import floor_policies, is_floor
+
+NO_EFFECT = Problem(
+    "gate.floor has no effect, because strongSwan does ESP: what the kernel sends on its own "
+    "leaves in clear",
+    'set `floor = "none"`, which accepts that',
+)
 
 
 class HostFloor:

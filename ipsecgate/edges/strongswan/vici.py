@@ -30,6 +30,7 @@ from ipsecgate.errors import GateError
 MAX_PACKET: int = protocol.Transport.MAX_SEGMENT  # 512 KiB
 PACKETS_PER_TURN = 16  # read before other tasks of the loop get a turn
 BUSY_TRIES, BUSY_PAUSE = 200, 0.05  # seconds: 10 s in all
+RESTART_IT = "see strongSwan's log, and restart it if it hangs"
 TOO_OLD = "install strongSwan 5.9 or later"
 
 T = TypeVar("T")
@@ -77,9 +78,7 @@ class ViciConnection:
         except OSError as error:
             sock.close()
             reason = error.strerror or str(error)
-            raise IkeUnreachableError(
-                f"strongSwan at {path}: {reason}", hint=start_it(path)
-            ) from error
+            raise _unreachable(path, reason, start_it(path)) from error
         return cls(path, reader, writer)
 
     @property
@@ -201,8 +200,7 @@ def refusal(answer: Message) -> str | None:
     return reason.decode(errors="replace") if isinstance(reason, bytes) else "no reason given"
 
 
-def _unreachable(path: Path, reason: str) -> IkeUnreachableError:
-    hint = "see `journalctl -u strongswan`, and restart strongSwan if it hangs"
+def _unreachable(path: Path, reason: str, hint: str = RESTART_IT) -> IkeUnreachableError:
     return IkeUnreachableError(f"strongSwan at {path}: {reason}", hint=hint)
 
 
@@ -238,7 +236,4 @@ def start_it(path: Path) -> str:
 
 def no_answer(path: Path, limit: float) -> IkeUnreachableError:
     """Return the error for a daemon that did not answer for `limit` seconds."""
-    return IkeUnreachableError(
-        f"strongSwan at {path}: no answer in {limit:g} s",
-        hint="see strongSwan's log, and restart it if it hangs",
-    )
+    return _unreachable(path, f"no answer in {limit:g} s")
